@@ -1,0 +1,157 @@
+"""Stickers: one emoji on a plain coloured background, and the words for it.
+
+    draw(glyph, colour, size, place)  ->  a 64 x 64 RGB picture
+    caption(subject, colour)          ->  "a sticker of a fox face on a blue background"
+
+The glyphs come from the Noto Color Emoji font (Debian: fonts-noto-color-emoji), a bitmap font whose only
+size is 109; their names come from `unicodedata`. Every picture the shipped pipeline has seen, and every
+picture of a DreamBooth subject in `assets/subjects/`, is made by this file.
+"""
+
+import functools
+import random
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+RESOLUTION = 64
+FONT_SIZE = 109  # the one strike the bitmap font contains
+FONT_PATHS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+)
+
+BACKGROUNDS = {
+    "red": (214, 64, 60),
+    "orange": (240, 148, 60),
+    "yellow": (246, 220, 96),
+    "green": (92, 176, 100),
+    "blue": (72, 124, 214),
+    "purple": (142, 92, 190),
+    "pink": (240, 164, 192),
+    "gray": (150, 154, 160),
+}
+
+# What the pipeline learns to paint: category noun -> emoji.
+SUBJECTS = {
+    "animal": "🐶🐱🦊🐻🐯🦁🐮🐷🐸🐵🐧🦉🐢🐬🐳🦋🐝🐞🦀🐘🐍🦆🐇🐓🦄🐌",
+    "fruit": "🍎🍊🍋🍌🍉🍇🍓🍒🍍🥝🍐🥑",
+    "food": "🍕🍔🍟🌭🍩🍪🍿🍦🥕🌽🥐🧀🍄",
+    "plant": "🌻🌹🌷🌲🌴🍀🍁",
+    "vehicle": "🚗🚕🚌🚒🚲🚀🚁🚂🚜🛸",
+    "thing": "⚽🏀🎸🎺🥁🎁🎈⌚💡🔑🔔📷☂⏰🏆🎩👑💎🕯🧸",
+    "face": "😀😎😍😡👻👽💀🎃",
+}
+
+# Never drawn for any part of the pipeline's training: the DreamBooth subjects. Folder name -> (emoji, class noun).
+HELD_OUT = {
+    "panda": ("🐼", "animal"),
+    "octopus": ("🐙", "animal"),
+    "robot": ("🤖", "face"),
+    "cactus": ("🌵", "plant"),
+    "sailboat": ("⛵", "vehicle"),
+    "cake": ("🎂", "food"),
+    "teapot": ("🫖", "thing"),
+    "sun_hat": ("👒", "thing"),
+}
+
+TEMPLATES = (
+    "a sticker of {a} {name} on {b} {colour} background",
+    "{a} {name} sticker on {b} {colour} background",
+    "{a} {name} on {colour}",
+    "a sticker of {a} {name}, {colour} background",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    emoji: str
+    category: str
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Unicode's own name in lower case: 'fox face'."""
+        return unicodedata.name(self.emoji).lower()
+
+
+def subjects() -> list[Subject]:
+    """Every subject the pipeline is trained on, in a fixed order."""
+    return [Subject(emoji, category) for category, row in SUBJECTS.items() for emoji in row]
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def caption(name: str, colour: str, template: str = TEMPLATES[0]) -> str:
+    return template.format(a=article(name), name=name, b=article(colour), colour=colour)
+
+
+@functools.cache
+def font() -> ImageFont.FreeTypeFont:
+    for path in FONT_PATHS:
+        if Path(path).is_file():
+            return ImageFont.truetype(path, FONT_SIZE)
+    raise FileNotFoundError(
+        f"Noto Color Emoji is not installed; looked for {', '.join(FONT_PATHS)}. "
+        "On Debian: apt-get install fonts-noto-color-emoji"
+    )
+
+
+@functools.cache
+def glyph(emoji: str) -> Image.Image:
+    """The emoji as an RGBA picture, cropped to its ink."""
+    canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((8, 8), emoji, font=font(), embedded_color=True)
+    box = canvas.getbbox()
+    return canvas.crop(box) if box else canvas
+
+
+def all_emoji() -> list[str]:
+    """Every single-character emoji of the font except the held-out subjects: what the autoencoder learns from."""
+    held_out = {emoji for emoji, _ in HELD_OUT.values()}
+    blocks = (range(0x2600, 0x27C0), range(0x1F300, 0x1F650), range(0x1F680, 0x1F700), range(0x1F900, 0x1FB00))
+    missing = glyph("\U0010fffd").tobytes()
+    found = []
+    for code in (code for block in blocks for code in block):
+        emoji = chr(code)
+        if emoji in held_out or unicodedata.category(emoji) in ("Cn", "Sk"):
+            continue
+        picture = glyph(emoji)
+        if max(picture.size) >= 80 and picture.size != (160, 160) and picture.tobytes() != missing:
+            found.append(emoji)
+    return found
+
+
+def draw(
+    emoji: str, colour: tuple[int, int, int], size: float, place: tuple[float, float], resolution: int = RESOLUTION
+) -> Image.Image:
+    """Paint `emoji` on a plain background.
+
+    `size` is the longer side of the emoji as a share of the picture; `place` in [0, 1]^2 says where in the room that
+    is left (0.5, 0.5 is the middle).
+    """
+    picture = Image.new("RGB", (resolution, resolution), colour)
+    ink = glyph(emoji)
+    scale = size * resolution / max(ink.size)
+    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
+    corner = [round(where * (resolution - side)) for where, side in zip(place, ink.size, strict=True)]
+    picture.paste(ink, tuple(corner), ink)
+    return picture
+
+
+def draw_at_random(emoji: str, colour: tuple[int, int, int], rng: random.Random) -> Image.Image:
+    """The training distribution: 60 to 90 % of the picture, off-centre by up to a third of the room, colour jittered."""
+    size = rng.uniform(0.60, 0.90)
+    place = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
+    shade = tuple(min(255, max(0, channel + rng.randint(-8, 8))) for channel in colour)
+    return draw(emoji, shade, size, place)
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+    """[3, H, W] uint8, the layout the training caches hold."""
+    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
