@@ -5,7 +5,7 @@
 Five stages, each resumable and each skipped when its result is there; `--until STAGE` stops after one:
 
     tokenizer   a byte-pair vocabulary in CLIP's format, from Unicode's emoji names and our captions
-    vae         AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 8, on every emoji of the font but the held-out ones
+    vae         AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16, on every emoji of the font but the held-out ones
     latents     every subject on every background, drawn at random places and sizes, encoded once
     unet        UNet2DConditionModel and CLIPTextModel together: v-prediction, zero terminal SNR, EMA
     evaluate    the shipped pipeline paints 96 subjects x 2 backgrounds; a judge that knows no network counts
@@ -52,7 +52,7 @@ from sticker_data import (
 from sticker_judge import ceiling, judge_background, judge_subject
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "evaluate")
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 MAX_TOKENS = 32
 EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance needs
 INFERENCE_STEPS = 25
@@ -175,7 +175,7 @@ def train_vae(args: argparse.Namespace, folder: Path) -> None:
 
 @torch.no_grad()
 def cache_latents(args: argparse.Namespace, vae_folder: Path, file: Path) -> None:
-    """Draw and encode the training set once: latents [N, 8, 8, 8] in fp16, with subject and colour numbers [N]."""
+    """Draw and encode the training set once: latents [N, 16, 8, 8] in fp16, with subject and colour numbers [N]."""
     vae = AutoencoderKL.from_pretrained(vae_folder).to(args.device).eval()
     colours = list(BACKGROUNDS.values())
     latents, labels = [], []

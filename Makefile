@@ -1,0 +1,35 @@
+# Everything starts from a clone and Python 3.11 or newer: each target first makes .venv with the pinned packages.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.PHONY: demo test test-slow lint check format clean
+
+demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
+	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/installed  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/installed  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## the gate
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
