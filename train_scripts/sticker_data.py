@@ -5,7 +5,7 @@
 
 The glyphs come from the Noto Color Emoji font (Debian: fonts-noto-color-emoji), a bitmap font whose only
 size is 109; their names come from `unicodedata`. Every picture the shipped pipeline has seen, and every
-picture of a DreamBooth subject in `assets/subjects/`, is made by this file.
+picture of a DreamBooth subject in `assets/subjects/`, is made by this file. Run as a program, it draws `assets/subjects/`.
 """
 
 import functools
@@ -155,3 +155,16 @@ def draw_at_random(emoji: str, colour: tuple[int, int, int], rng: random.Random)
 def to_array(picture: Image.Image) -> np.ndarray:
     """[3, H, W] uint8, the layout the training caches hold."""
     return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+
+
+def draw_subjects(folder: Path, count: int = 5, seed: int = 0) -> None:
+    """`folder/<name>/<i>.png`: a few pictures of each held-out subject, no two on the same background."""
+    for name, (emoji, _) in HELD_OUT.items():
+        rng = random.Random(f"{seed} {name}")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i, colour in enumerate(rng.sample(list(BACKGROUNDS.values()), count)):
+            draw_at_random(emoji, colour, rng).save(folder / name / f"{i}.png")
+
+
+if __name__ == "__main__":
+    draw_subjects(Path("assets/subjects"))
