@@ -1,0 +1,180 @@
+"""LoRA files on one pipeline: each loaded once under a name of its own, switched by name, read back after each switch.
+
+What a picture was really painted with is taken from the layers: the adapters that are enabled, present and active, and
+each one's strength as its scaling now over its scaling when it was loaded. A switch that leaves anything else behind
+is an error, not a picture.
+
+Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from reslora_diffusion.export.base import base_problems
+from reslora_diffusion.export.factors import delta_norm, rank_of
+from reslora_diffusion.export.geometry import Family, family_of
+from reslora_diffusion.export.reader import LoraFile, locate, read_lora
+
+from .request import Adapter, Column, joined, shortened
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+MAX_LOADED = 16  # adapters kept in memory; beyond it the one unused for longest goes
+MAX_BYTES = 2 * 2**30
+STRENGTH_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class FileCard:
+    """What a LoRA file says about itself, and whether it fits the loaded base."""
+
+    adapter: Adapter
+    size_bytes: int
+    dialect: str
+    family: str
+    modules: dict[str, int]
+    ranks: dict[int, int]
+    alphas: list[float]
+    dtypes: list[str]
+    largest: list[tuple[str, float]]
+    metadata: dict[str, str]
+    mismatches: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return not self.mismatches
+
+
+class AdapterShelf:
+    """The adapters of one pipeline."""
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self.models: dict[str, nn.Module] = {
+            name: model for name in COMPONENTS if isinstance(model := getattr(pipe, name, None), nn.Module)
+        }
+        self.loaded: dict[str, dict[nn.Module, float]] = {}  # adapter name -> scaling of each layer at strength 1
+
+    def card(self, path: Path, label: str | None = None) -> FileCard:
+        """Read a file without loading it.
+
+        Raises:
+            ValueError: it is no LoRA file, with everything that is wrong with it.
+        """
+        path = locate(path)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{path.name} has {size / 2**30:.1f} GiB; LoRA files of at most 2 GiB are read")
+        return make_card(read_lora(path), Adapter(label or default_label(path), str(path), sha256(path)), self.models)
+
+    def load(self, adapter: Adapter) -> str:
+        """Bring a file into the pipeline unless it is there; returns its name."""
+        name = adapter_name(adapter)
+        if name in self.loaded:
+            self.loaded[name] = self.loaded.pop(name)  # most recently used last
+            return name
+        card = self.card(Path(adapter.path), adapter.label)
+        if card.adapter.sha256 != adapter.sha256:
+            raise ValueError(f"{adapter.label}: the file at {Path(adapter.path).name} has changed since it was chosen")
+        if not card.fits:
+            raise ValueError(joined(f"{adapter.label} does not fit the loaded base", card.mismatches))
+        if len(self.loaded) >= MAX_LOADED:
+            self.unload(next(iter(self.loaded)))
+        path = Path(adapter.path)
+        self.pipe.load_lora_weights(
+            path.parent, weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
+        )
+        self.loaded[name] = {layer: layer.scaling[name] for layer in self.layers() if name in layer.scaling}
+        return name
+
+    def unload(self, name: str) -> None:
+        self.pipe.delete_adapters(name)
+        del self.loaded[name]
+
+    def switch(self, column: Column) -> str:
+        """Make the pipeline paint with one column and nothing else; returns what was read back.
+
+        Raises:
+            RuntimeError: the layers do not hold what was asked.
+        """
+        if column.adapter is None:
+            wanted = {}
+            self.pipe.disable_lora()
+        else:
+            name = self.load(column.adapter)
+            wanted = {name: column.strength}
+            self.pipe.enable_lora()
+            self.pipe.set_adapters([name], [column.strength])
+        found = self.read_back()
+        if found.keys() != wanted.keys() or any(abs(found[n] - s) > STRENGTH_TOLERANCE for n, s in wanted.items()):
+            raise RuntimeError(f"the pipeline was to hold {wanted or 'no adapter'} and holds {found or 'none'}")
+        return ", ".join(f"{column.adapter.label} ({name}) × {s:g}" for name, s in found.items()) or "no adapter"
+
+    def layers(self) -> list[nn.Module]:
+        return [m for model in self.models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+    def read_back(self) -> dict[str, float]:
+        """Adapter -> strength that the next forward will really use.
+
+        Raises:
+            RuntimeError: layers disagree about a strength.
+        """
+        strengths: dict[str, set[float]] = {}
+        for layer in self.layers():
+            if layer.disable_adapters:
+                continue
+            for name in layer.active_adapters:
+                full = self.loaded[name].get(layer)  # absent where the file does not reach, zero where its alpha is
+                if full:
+                    strengths.setdefault(name, set()).add(layer.scaling[name] / full)
+        if uneven := {n: s for n, s in strengths.items() if max(s) - min(s) > STRENGTH_TOLERANCE}:
+            raise RuntimeError(f"layers disagree about the strength of {', '.join(uneven)}")
+        return {name: max(values) for name, values in strengths.items()}
+
+
+def make_card(lora: LoraFile, adapter: Adapter, models: dict[str, nn.Module]) -> FileCard:
+    modules = {(c, p): f for c, paths in lora.components.items() for p, f in paths.items()}
+    family = family_of(lora.components)
+    norms = sorted(((f"{c}.{p}", delta_norm(f)) for (c, p), f in modules.items()), key=lambda row: -row[1])
+    mismatches = base_problems(lora.components, models)
+    if foreign := lora.components.keys() - models.keys():
+        mismatches.append(f"the base has no {', '.join(sorted(foreign))}")
+    if not all(f.lora_A.isfinite().all() and f.lora_B.isfinite().all() for f in modules.values()):
+        mismatches.append("it holds numbers that are not finite")
+    elif not norms[0][1]:
+        mismatches.append("it changes nothing: every difference in it is zero")
+    if mismatches and family not in (Family.CUSTOM, Family.OTHER):
+        mismatches.insert(0, f"this file is for {family}")
+    return FileCard(
+        adapter=adapter,
+        size_bytes=lora.path.stat().st_size,
+        dialect=str(lora.dialect),
+        family=str(family),
+        modules={component: len(paths) for component, paths in lora.components.items()},
+        ranks=dict(sorted(Counter(rank_of(f) for f in modules.values()).items())),
+        alphas=sorted({round(f.scaling * rank_of(f), 6) for f in modules.values()}),
+        dtypes=sorted(lora.dtypes),
+        largest=norms[:5],
+        metadata={key: shortened(value, 200) for key, value in sorted(lora.metadata.items())},
+        mismatches=mismatches,
+    )
+
+
+def default_label(path: Path) -> str:
+    """A file's own name, or its folder's where the file is called what every diffusers file is called."""
+    generic = path.stem in ("pytorch_lora_weights", "adapter_model")
+    return shortened(path.parent.name if generic and path.parent.name else path.stem, 40)
+
+
+def adapter_name(adapter: Adapter) -> str:
+    """Goes by content: two files never share it, whatever they are called, and one file is never loaded twice."""
+    return f"lora_{adapter.sha256[:16]}"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,151 @@
+"""`Comparer.compare(request)` -> an iterator of painted cells.
+
+One pipeline stays in memory. For each cell, and under one lock: set the scheduler anew, switch the adapter, read the
+switch back, seed a CPU generator with the row's seed, paint. The generator depends on the seed alone, so the first
+noise of a row is the same tensor in every column and on every machine.
+
+Painting order is row by row, so that a cancelled comparison still has whole rows to look at.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from .adapters import AdapterShelf
+from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count
+
+SCHEDULERS = {
+    Scheduler.DDIM: DDIMScheduler,
+    Scheduler.EULER: EulerDiscreteScheduler,
+    Scheduler.DPM: DPMSolverMultistepScheduler,
+    Scheduler.UNIPC: UniPCMultistepScheduler,
+}
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One painted picture. `painted_with` is what the adapter layers held, not what was asked of them."""
+
+    row: Row
+    column: Column
+    image: Image.Image
+    painted_with: str
+    seconds: float
+
+
+class Cancelled(Exception):
+    """Raised out of a denoising loop; never leaves this module."""
+
+
+class Comparer:
+    """A pipeline that paints comparisons for any number of people, one cell at a time."""
+
+    def __init__(self, pipe: DiffusionPipeline, limits: Limits | None = None):
+        self.pipe = pipe
+        self.limits = limits or Limits()
+        self.shelf = AdapterShelf(pipe)
+        self.saved_scheduler = pipe.scheduler
+        self.lock = threading.Lock()
+        self.seconds_per_step: float | None = None
+        pipe.set_progress_bar_config(disable=True)
+
+    def compare(
+        self,
+        request: CompareRequest,
+        cancel: threading.Event | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Cell]:
+        """Paint a request, yielding each cell as it is done.
+
+        `cancel` may be set from any thread; the iterator then ends after the denoising step under way, without the
+        picture that it belonged to. `on_step(cell, step)` is told about every step begun by the current cell.
+
+        Raises:
+            ValueError: before the first picture, with everything that is wrong with the request or its files.
+        """
+        checked(request, self.limits)
+        with self.lock:
+            for adapter in request.adapters:
+                self.shelf.load(adapter)
+        cancel = cancel or threading.Event()
+        cells = ((row, column) for row in request.rows for column in request.columns)
+        for index, (row, column) in enumerate(cells):
+            try:
+                with self.lock:
+                    cell = self.paint(request, row, column, cancel, lambda step, i=index: on_step and on_step(i, step))
+            except Cancelled:
+                return
+            yield cell
+
+    def paint(
+        self, request: CompareRequest, row: Row, column: Column, cancel: threading.Event, on_step: Callable[[int], None]
+    ) -> Cell:
+        def step_ended(pipe, step: int, timestep, values: dict) -> dict:
+            if cancel.is_set():
+                raise Cancelled
+            on_step(step + 1)
+            return values
+
+        if cancel.is_set():
+            raise Cancelled
+        self.pipe.scheduler = self.scheduler(request.scheduler)
+        painted_with = self.shelf.switch(column)
+        started = time.perf_counter()
+        image = self.pipe(
+            prompt=row.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(row.seed),
+            callback_on_step_end=step_ended,
+        ).images[0]
+        seconds = time.perf_counter() - started
+        self.seconds_per_step = seconds / request.num_inference_steps
+        return Cell(row, column, image, painted_with, seconds)
+
+    def scheduler(self, kind: Scheduler):
+        """A fresh scheduler: solvers of higher order keep a history, which must not leak into the next cell."""
+        kind_of = type(self.saved_scheduler) if kind is Scheduler.AS_SAVED else SCHEDULERS[kind]
+        return kind_of.from_config(self.saved_scheduler.config)
+
+    def warm_up(self) -> None:
+        """Paint a picture of two steps: the first call is slow, and `estimate` needs a measured step."""
+        request = CompareRequest(prompts=("",), seeds=(0,), num_inference_steps=WARM_UP_STEPS)
+        list(self.compare(request))
+        list(self.compare(request))
+
+    def estimate(self, request: CompareRequest) -> tuple[int, float]:
+        """(pictures, expected seconds), from the step times measured so far."""
+        if self.seconds_per_step is None:
+            self.warm_up()
+        count = picture_count(checked(request, self.limits))
+        return count, count * request.num_inference_steps * self.seconds_per_step
+
+    def prompt_warnings(self, request: CompareRequest) -> list[str]:
+        """Prompts of which the text encoder reads only the beginning."""
+        limit = self.pipe.tokenizer.model_max_length
+        lengths = {row.prompt: len(self.pipe.tokenizer(row.prompt).input_ids) for row in request.rows}
+        return [
+            f"“{prompt}” has {n} tokens, the text encoder reads {limit}" for prompt, n in lengths.items() if n > limit
+        ]
+
+
+def load_pipeline(source: str | Path, device: str = "cpu") -> DiffusionPipeline:
+    """A pipeline from a folder (or the local cache of the hub), from safetensors only and without a safety checker."""
+    pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, local_files_only=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    return pipe.to(device)

@@ -1,0 +1,258 @@
+"""What a comparison asks for, as data: the settings file, the page and the tests all speak this.
+
+    rows     every prompt of the matrix x every seed
+    columns  the base, then every adapter at every strength
+    cells    rows x columns, each from the same noise as the rest of its row
+
+A prompt with {placeholders} stands for all combinations of their values. Everything wrong with a request is reported
+at once, as one ValueError, before a picture is painted.
+"""
+
+import itertools
+import math
+import string
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+
+FORMAT_VERSION = 1
+ADAPTER_NAMES = {"label", "path", "sha256"}
+
+
+class Scheduler(StrEnum):
+    """Solvers that leave the noise of the first step as the only noise, so that cells of a row stay comparable."""
+
+    AS_SAVED = "as saved"
+    DDIM = "DDIM"
+    EULER = "Euler"
+    DPM = "DPM++ 2M"
+    UNIPC = "UniPC"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask of the machine."""
+
+    pictures: int = 200
+    prompt_characters: int = 600
+    steps: int = 100
+    strength: float = 1.5
+    guidance: float = 20.0
+    seed: int = 2**32 - 1
+    label_characters: int = 60
+    adapters: int = 8
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file: what the page calls it, and the digest that says which file it is."""
+
+    label: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to paint: an adapter at a strength, or the base when there is none."""
+
+    adapter: Adapter | None = None
+    strength: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.adapter.label} × {self.strength:g}" if self.adapter else "base"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture's worth of input, the same for every column."""
+
+    prompt: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.prompt} · seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """Two people who ask the same get the same pictures."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    adapters: tuple[Adapter, ...] = ()
+    strengths: tuple[float, ...] = (1.0,)
+    placeholders: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    include_base: bool = True
+    negative_prompt: str = ""
+    num_inference_steps: int = 25
+    guidance_scale: float = 4.0
+    scheduler: Scheduler = Scheduler.AS_SAVED
+
+    @property
+    def rows(self) -> list[Row]:
+        prompts = dict.fromkeys(p for template in self.prompts for p in filled(template, self.placeholders))
+        return [Row(prompt, seed) for prompt in prompts for seed in self.seeds]
+
+    @property
+    def columns(self) -> list[Column]:
+        base = [Column()] if self.include_base else []
+        return base + [Column(adapter, s) for adapter in self.adapters for s in self.strengths]
+
+    def to_dict(self) -> dict:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "CompareRequest":
+        """Inverse of `to_dict`, for data that may come from anywhere."""
+        problems = settings_problems(data)
+        if problems:
+            raise ValueError(joined("This is not a settings file of this app", problems))
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        values |= {name: tuple(values[name]) for name in ("prompts", "seeds", "strengths") if name in values}
+        values["adapters"] = tuple(Adapter(**adapter) for adapter in values.get("adapters", ()))
+        values["placeholders"] = {name: tuple(words) for name, words in values.get("placeholders", {}).items()}
+        values["scheduler"] = Scheduler(values.get("scheduler", Scheduler.AS_SAVED))
+        return cls(**values)
+
+
+def placeholder_names(template: str) -> list[str]:
+    """Names between braces, in order.
+
+    Raises:
+        ValueError: braces that do not pair.
+    """
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def filled(template: str, placeholders: dict[str, tuple[str, ...]]) -> list[str]:
+    """The template with every combination of its placeholders' values.
+
+    >>> filled("a {subject} on {colour}", {"subject": ("panda",), "colour": ("red", "blue")})
+    ['a panda on red', 'a panda on blue']
+    """
+    names = list(dict.fromkeys(placeholder_names(template)))
+    prompts = []
+    for values in itertools.product(*(placeholders[name] for name in names)):
+        prompt = template
+        for name, value in zip(names, values, strict=True):
+            prompt = prompt.replace(f"{{{name}}}", value)
+        prompts.append(prompt)
+    return prompts
+
+
+def prompt_problems(request: CompareRequest, limits: Limits) -> list[str]:
+    problems = [] if request.prompts else ["there is no prompt"]
+    for prompt in (*request.prompts, request.negative_prompt):
+        if len(prompt) > limits.prompt_characters:
+            problems.append(f"a prompt has {len(prompt):,} characters; at most {limits.prompt_characters} are read")
+    for name, values in request.placeholders.items():
+        if not values:
+            problems.append(f"the placeholder {{{name}}} has no values")
+        if any(len(value) > limits.prompt_characters for value in values):
+            problems.append(f"a value of {{{name}}} is longer than {limits.prompt_characters} characters")
+    for prompt in request.prompts:
+        try:
+            names = placeholder_names(prompt)
+        except ValueError:
+            problems.append(f"braces do not pair in the prompt {shortened(prompt)!r}")
+            continue
+        if not all(name.isidentifier() for name in names):
+            problems.append(f"a placeholder is a word between braces, like {{subject}}; got {shortened(prompt)!r}")
+        elif missing := [name for name in names if name not in request.placeholders]:
+            problems.append(f"nothing fills {', '.join(f'{{{name}}}' for name in missing)} in {shortened(prompt)!r}")
+    return problems
+
+
+def picture_count(request: CompareRequest) -> int:
+    """Cells of a request whose prompts are sound, without building them: ten thousand cost nothing to count."""
+    prompts = sum(
+        math.prod(len(request.placeholders[name]) for name in set(placeholder_names(p))) for p in request.prompts
+    )
+    columns = len(request.adapters) * len(request.strengths) + request.include_base
+    return prompts * len(request.seeds) * columns
+
+
+def problems(request: CompareRequest, limits: Limits) -> list[str]:
+    """Everything that is wrong with a request, in words."""
+    found = prompt_problems(request, limits)
+    if not request.seeds:
+        found.append("there is no seed")
+    if bad := [seed for seed in request.seeds if not 0 <= seed <= limits.seed]:
+        found.append(f"seeds are whole numbers from 0 to {limits.seed}; got {bad[0]}")
+    if not request.adapters and not request.include_base:
+        found.append("there is nothing to compare: choose an adapter, or the base")
+    if len(request.adapters) > limits.adapters:
+        found.append(f"{len(request.adapters)} adapters; at most {limits.adapters} fit into one comparison")
+    labels = [adapter.label for adapter in request.adapters]
+    if len(set(labels)) < len(labels):
+        found.append(f"two adapters have one label: {', '.join(sorted(labels))}")
+    if long := [label for label in labels if not 0 < len(label) <= limits.label_characters]:
+        found.append(f"labels have 1 to {limits.label_characters} characters; got {shortened(long[0])!r}")
+    if request.adapters and not request.strengths:
+        found.append("there is no strength")
+    if bad := [s for s in request.strengths if not 0 <= s <= limits.strength]:
+        found.append(f"strengths lie between 0 and {limits.strength:g}; got {bad[0]:g}")
+    if not 1 <= request.num_inference_steps <= limits.steps:
+        found.append(f"steps lie between 1 and {limits.steps}; got {request.num_inference_steps}")
+    if not 0 <= request.guidance_scale <= limits.guidance:
+        found.append(f"guidance lies between 0 and {limits.guidance:g}; got {request.guidance_scale:g}")
+    if not found and (count := picture_count(request)) > limits.pictures:
+        found.append(f"this asks for {count:,} pictures; at most {limits.pictures} are painted at once")
+    return found
+
+
+def checked(request: CompareRequest, limits: Limits) -> CompareRequest:
+    """The request itself, if nothing is wrong with it."""
+    if found := problems(request, limits):
+        raise ValueError(joined("Nothing was painted", found))
+    return request
+
+
+def settings_problems(data: object) -> list[str]:
+    """What keeps data from being a `CompareRequest`: unknown names and wrong types."""
+    if not isinstance(data, dict):
+        return ["it holds no object of names and values"]
+    if data.get("format_version") != FORMAT_VERSION:
+        return [f"format_version is {data.get('format_version')!r}; this app reads {FORMAT_VERSION}"]
+
+    def lists(kind: type | tuple[type, ...]):
+        return lambda v: isinstance(v, list | tuple) and all(isinstance(x, kind) and x is not True for x in v)
+
+    text = lists(str)
+    wanted = {
+        "prompts": (text, "a list of texts"),
+        "seeds": (lists(int), "a list of whole numbers"),
+        "strengths": (lists((int, float)), "a list of numbers"),
+        "adapters": (
+            lambda v: (
+                lists(dict)(v) and all(x.keys() == {"label", "path", "sha256"} and text([*x.values()]) for x in v)
+            ),
+            "a list of {label, path, sha256}",
+        ),
+        "placeholders": (
+            lambda v: isinstance(v, dict) and all(text(words) for words in v.values()),
+            "lists of texts by name",
+        ),
+        "include_base": (lambda v: isinstance(v, bool), "true or false"),
+        "negative_prompt": (lambda v: isinstance(v, str), "a text"),
+        "num_inference_steps": (lambda v: type(v) is int, "a whole number"),
+        "guidance_scale": (lambda v: type(v) in (int, float), "a number"),
+        "scheduler": (lambda v: v in list(Scheduler), f"one of {', '.join(Scheduler)}"),
+    }
+    found = [f"{name} is not known" for name in data.keys() - wanted.keys() - {"format_version"}]
+    found += [f"{name} is missing" for name in ("prompts", "seeds") if name not in data]
+    found += [
+        f"{name} is not {words}" for name, (fits, words) in wanted.items() if name in data and not fits(data[name])
+    ]
+    return found
+
+
+def shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def joined(head: str, found: list[str]) -> str:
+    """One message for all problems."""
+    return "\n".join([f"{head}:", *(f"  - {problem}" for problem in found)])

@@ -1,0 +1,234 @@
+"""compare(request): what each cell was painted with, and that nothing else was; requests that are refused."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.adapters import AdapterShelf
+from app.compare import Comparer
+from app.request import Adapter, Column, CompareRequest, Limits, Scheduler, checked, filled, picture_count
+from app_fixtures import make_lora_file, make_pipeline
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> dict[str, Path]:
+    parts = {"one": ("unet", "text_encoder"), "two": ("unet",)}
+    return {
+        name: make_lora_file(folder / name, folder / "pipe", seed, parts=parts[name]) for seed, name in enumerate(parts)
+    }
+
+
+@pytest.fixture
+def comparer(folder) -> Comparer:
+    return Comparer(make_pipeline(folder / "pipe"))
+
+
+@pytest.fixture
+def adapters(comparer, files) -> tuple[Adapter, ...]:
+    return tuple(comparer.shelf.card(path).adapter for path in files.values())
+
+
+def request(**changes) -> CompareRequest:
+    return dataclasses.replace(CompareRequest(prompts=("a panda",), seeds=(3,), num_inference_steps=3), **changes)
+
+
+def test_cells_come_row_by_row_and_say_what_painted_them(comparer, adapters):
+    asked = request(adapters=adapters, strengths=(0.5, 1.0), seeds=(3, 4))
+    cells = list(comparer.compare(asked))
+    assert [(c.row, c.column) for c in cells] == [(r, c) for r in asked.rows for c in asked.columns]
+    assert len(cells) == picture_count(asked) == 10
+    assert cells[0].painted_with == "no adapter"
+    assert cells[1].painted_with.startswith("one (lora_")
+    assert cells[1].painted_with.endswith("× 0.5")
+    distinct = {c.image.tobytes() for c in cells}
+    assert len(distinct) == len(cells)
+
+
+def test_the_base_column_is_the_untouched_pipeline_bit_for_bit(comparer, adapters, folder):
+    before = [c.image.tobytes() for c in Comparer(make_pipeline(folder / "pipe")).compare(request())]
+    cells = list(comparer.compare(request(adapters=adapters, seeds=(3, 3))))
+    bases = [c.image.tobytes() for c in cells if c.column.adapter is None]
+    assert bases == before * 2
+
+
+def test_strength_zero_is_the_base_and_full_strength_is_diffusers_own(comparer, adapters, files, folder):
+    base, none, full = comparer.compare(request(adapters=adapters[:1], strengths=(0.0, 1.0)))
+    assert np.abs(pixels(base.image) - pixels(none.image)).max() <= 1
+    plain = make_pipeline(folder / "pipe")
+    plain.load_lora_weights(files["one"].parent)
+    expected = next(Comparer(plain).compare(request(include_base=False, adapters=adapters[:1])))
+    assert np.abs(pixels(full.image) - pixels(expected.image)).max() <= 1
+    assert np.abs(pixels(full.image) - pixels(base.image)).max() > 8
+
+
+def test_an_adapter_leaves_nothing_behind_for_the_next(comparer, adapters, folder):
+    """The first has a text-encoder part that the second lacks: the leftover diffusers users report most."""
+    alone = next(Comparer(make_pipeline(folder / "pipe")).compare(request(include_base=False, adapters=adapters[1:])))
+    after = list(comparer.compare(request(include_base=False, adapters=adapters)))[1]
+    assert after.image.tobytes() == alone.image.tobytes()
+
+
+def test_a_switch_that_did_not_take_is_an_error(comparer, adapters, monkeypatch):
+    comparer.shelf.switch(Column(adapters[0], 1.0))
+    monkeypatch.setattr(comparer.pipe, "set_adapters", lambda *_: None)
+    with pytest.raises(RuntimeError, match="was to hold"):
+        comparer.shelf.switch(Column(adapters[1], 1.0))
+
+
+def test_read_back_notices_uneven_layers(comparer, adapters):
+    comparer.shelf.switch(Column(adapters[0], 1.0))
+    next(layer for layer in comparer.shelf.layers()).scale_layer(0.5)
+    with pytest.raises(RuntimeError, match="disagree"):
+        comparer.shelf.read_back()
+
+
+@pytest.mark.parametrize("scheduler", list(Scheduler))
+def test_every_scheduler_paints_the_same_picture_twice(comparer, scheduler):
+    twice = [next(comparer.compare(request(scheduler=scheduler, num_inference_steps=4))) for _ in range(2)]
+    assert twice[0].image.tobytes() == twice[1].image.tobytes()
+
+
+def test_cancel_ends_within_one_step_and_keeps_what_is_there(comparer):
+    cancel, steps = threading.Event(), []
+
+    def on_step(cell: int, step: int) -> None:
+        steps.append((cell, step))
+        if (cell, step) == (1, 2):
+            cancel.set()
+
+    cells = list(comparer.compare(request(seeds=(1, 2, 3), num_inference_steps=6), cancel, on_step))
+    assert len(cells) == 1
+    assert steps[-1] == (1, 2)
+    assert len(list(comparer.compare(request()))) == 1, "the pipeline paints on after a cancelled comparison"
+
+
+def test_one_file_is_loaded_once_and_the_oldest_goes_first(comparer, adapters, monkeypatch):
+    shelf = comparer.shelf
+    renamed = dataclasses.replace(adapters[0], label="another label")
+    assert shelf.load(adapters[0]) == shelf.load(renamed)
+    monkeypatch.setattr("app.adapters.MAX_LOADED", 1)
+    name = shelf.load(adapters[1])
+    assert list(shelf.loaded) == [name]
+    assert comparer.pipe.get_list_adapters() == {"unet": [name]}
+
+
+def test_a_file_that_changed_is_not_painted_under_its_old_name(comparer, adapters):
+    stale = dataclasses.replace(adapters[0], sha256="0" * 64)
+    with pytest.raises(ValueError, match="has changed"):
+        next(comparer.compare(request(adapters=(stale,))))
+
+
+def test_a_foreign_file_says_what_it_is_for(comparer, folder):
+    path = make_lora_file(folder / "wide", folder / "wide_pipe", 0, width=64)
+    card = comparer.shelf.card(path)
+    assert not card.fits
+    assert "other shapes" in " ".join(card.mismatches)
+    with pytest.raises(ValueError, match="does not fit the loaded base"):
+        next(comparer.compare(request(adapters=(card.adapter,))))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "not a safetensors file"), (b"PK\x03\x04rest of a pickle", "pickle"), (b"\xff" * 64, "header is cut off")],
+)
+def test_broken_files_are_refused(folder, content, message):
+    path = folder / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        AdapterShelf(make_pipeline(folder / "pipe")).card(path)
+
+
+def test_estimate_counts_and_scales_with_steps(comparer):
+    count, seconds = comparer.estimate(request(seeds=tuple(range(10))))
+    assert count == 10
+    assert seconds == pytest.approx(10 * 3 * comparer.seconds_per_step)
+
+
+def test_prompts_beyond_the_text_encoder_are_told(comparer):
+    assert comparer.prompt_warnings(request()) == []
+    assert "the text encoder reads 32" in comparer.prompt_warnings(request(prompts=("word " * 20,)))[0]
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+
+def test_the_matrix_fills_every_combination_once():
+    words = {"subject": ("panda", "cactus"), "colour": ("red", "blue")}
+    assert filled("{subject} on {colour}, {subject}", words)[1] == "panda on blue, panda"
+    asked = request(prompts=("a {subject}", "a panda"), placeholders=words, seeds=(1, 2))
+    assert [row.label for row in asked.rows] == [
+        f"a {subject} · seed {seed}" for subject in ("panda", "cactus") for seed in (1, 2)
+    ]
+
+
+def test_everything_wrong_with_a_request_is_reported_at_once():
+    bad = request(
+        prompts=("x" * 601, "a {subject}", "{", "{0}"),
+        seeds=(-1,),
+        strengths=(2.0,),
+        adapters=(Adapter("a", "p", "s"), Adapter("a", "q", "t")),
+        num_inference_steps=0,
+        guidance_scale=99.0,
+    )
+    with pytest.raises(ValueError, match="Nothing was painted") as caught:
+        checked(bad, Limits())
+    for words in ("601 characters", "nothing fills {subject}", "braces", "seeds are", "strengths", "one label", "steps",
+                  "guidance", "a word between braces"):  # fmt: skip
+        assert words in str(caught.value)
+
+
+def test_ten_thousand_pictures_are_refused_without_being_listed():
+    digits = tuple("0123456789")
+    asked = request(prompts=("{a}{b}{c}{d}{e}{f}",), placeholders=dict.fromkeys("abcdef", digits))
+    with pytest.raises(ValueError, match="1,000,000 pictures; at most 200"):
+        checked(asked, Limits())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompts": ()}, {"seeds": ()}, {"include_base": False}, {"adapters": (Adapter("", "p", "s"),)},
+     {"placeholders": {"a": ()}}, {"guidance_scale": float("nan")}],
+)  # fmt: skip
+def test_empty_requests_are_refused(changes):
+    with pytest.raises(ValueError, match="Nothing was painted"):
+        checked(request(**changes), Limits())
+
+
+def test_settings_survive_json():
+    asked = request(
+        adapters=(Adapter("a", "p", "s"),), placeholders={"x": ("1", "2")}, scheduler=Scheduler.EULER, strengths=(0.5,)
+    )
+    assert CompareRequest.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 2}, "this app reads 1"),
+        ({"colour": 1}, "colour is not known"),
+        ({"seeds": "3"}, "whole numbers"),
+        ({"seeds": [True]}, "whole numbers"),
+        ({"adapters": [{"label": "a"}]}, "label, path, sha256"),
+        ({"scheduler": "nope"}, "one of as saved"),
+        ({"num_inference_steps": 2.5}, "a whole number"),
+    ],
+)
+def test_foreign_settings_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        CompareRequest.from_dict(request().to_dict() | change)
+    with pytest.raises(ValueError, match="no object"):
+        CompareRequest.from_dict([])
