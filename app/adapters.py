@@ -112,7 +112,7 @@ class AdapterShelf:
         found = self.read_back()
         if found.keys() != wanted.keys() or any(abs(found[n] - s) > STRENGTH_TOLERANCE for n, s in wanted.items()):
             raise RuntimeError(f"the pipeline was to hold {wanted or 'no adapter'} and holds {found or 'none'}")
-        return ", ".join(f"{column.adapter.label} ({name}) × {s:g}" for name, s in found.items()) or "no adapter"
+        return f"{column.adapter.label} × {found[name]:g}" if column.adapter else "no adapter"
 
     def layers(self) -> list[nn.Module]:
         return [m for model in self.models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]

@@ -11,11 +11,13 @@ at once, as one ValueError, before a picture is painted.
 import itertools
 import math
 import string
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 
 FORMAT_VERSION = 1
-ADAPTER_NAMES = {"label", "path", "sha256"}
+ADAPTER_NAMES = {"label", "file", "sha256"}
 
 
 class Scheduler(StrEnum):
@@ -101,17 +103,24 @@ class CompareRequest:
         return base + [Column(adapter, s) for adapter in self.adapters for s in self.strengths]
 
     def to_dict(self) -> dict:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """What a settings file holds. Adapters go by content: a path of this machine helps no other."""
+        adapters = [{"label": a.label, "file": Path(a.path).name, "sha256": a.sha256} for a in self.adapters]
+        return {"format_version": FORMAT_VERSION, **asdict(self), "adapters": adapters}
 
     @classmethod
-    def from_dict(cls, data: dict) -> "CompareRequest":
-        """Inverse of `to_dict`, for data that may come from anywhere."""
+    def from_dict(cls, data: object, paths: Mapping[str, str]) -> "CompareRequest":
+        """Inverse of `to_dict`, for data that may come from anywhere; `paths` are the files at hand by sha256."""
         problems = settings_problems(data)
         if problems:
             raise ValueError(joined("This is not a settings file of this app", problems))
+        absent = [a["file"] for a in data.get("adapters", ()) if a["sha256"] not in paths]
+        if absent:
+            raise ValueError(joined("Add these adapter files first, then open the settings again", absent))
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         values |= {name: tuple(values[name]) for name in ("prompts", "seeds", "strengths") if name in values}
-        values["adapters"] = tuple(Adapter(**adapter) for adapter in values.get("adapters", ()))
+        values["adapters"] = tuple(
+            Adapter(a["label"], paths[a["sha256"]], a["sha256"]) for a in values.get("adapters", ())
+        )
         values["placeholders"] = {name: tuple(words) for name, words in values.get("placeholders", {}).items()}
         values["scheduler"] = Scheduler(values.get("scheduler", Scheduler.AS_SAVED))
         return cls(**values)
@@ -226,10 +235,8 @@ def settings_problems(data: object) -> list[str]:
         "seeds": (lists(int), "a list of whole numbers"),
         "strengths": (lists((int, float)), "a list of numbers"),
         "adapters": (
-            lambda v: (
-                lists(dict)(v) and all(x.keys() == {"label", "path", "sha256"} and text([*x.values()]) for x in v)
-            ),
-            "a list of {label, path, sha256}",
+            lambda v: lists(dict)(v) and all(x.keys() == ADAPTER_NAMES and text([*x.values()]) for x in v),
+            "a list of {label, file, sha256}",
         ),
         "placeholders": (
             lambda v: isinstance(v, dict) and all(text(words) for words in v.values()),

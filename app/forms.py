@@ -1,0 +1,109 @@
+"""What people type, read into a `CompareRequest`; and back, so that a settings file fills the page."""
+
+import re
+from collections.abc import Mapping
+
+from .request import Adapter, CompareRequest, Limits, Scheduler, checked, joined, shortened
+
+SWEEP = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5"
+MAX_SEEDS = 10_000  # a range is not spelled out beyond what any limit would allow
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """
+    >>> read_seeds("1-3, 7")
+    (1, 2, 3, 7)
+    """
+    seeds: list[int] = []
+    for part in filter(None, re.split(r"[\s,;]+", text.strip())):
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
+        if not match:
+            raise ValueError(f"seeds are whole numbers and ranges such as 0-3, 7; got {shortened(part)!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= MAX_SEEDS:
+            raise ValueError(f"a range of seeds goes up, by less than {MAX_SEEDS:,}; got {part!r}")
+        seeds.extend(range(first, last + 1))
+    return tuple(dict.fromkeys(seeds))
+
+
+def read_strengths(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in re.split(r"[\s,;]+", text.strip()) if part))
+    except ValueError:
+        raise ValueError(f"strengths are numbers such as 0.5, 1; got {shortened(text)!r}") from None
+
+
+def read_placeholders(text: str) -> dict[str, tuple[str, ...]]:
+    """
+    >>> read_placeholders("subject = panda, red cactus")
+    {'subject': ('panda', 'red cactus')}
+    """
+    placeholders: dict[str, tuple[str, ...]] = {}
+    for line in filter(str.strip, text.splitlines()):
+        name, equals, values = line.partition("=")
+        name = name.strip().strip("{}")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"a placeholder's line reads: subject = panda, cactus; got {shortened(line)!r}")
+        placeholders[name] = tuple(dict.fromkeys(v.strip() for v in values.split(",") if v.strip()))
+    return placeholders
+
+
+def read_request(
+    prompts: str,
+    placeholders: str,
+    seeds: str,
+    labels: list[str],
+    strengths: str,
+    include_base: bool,
+    negative_prompt: str,
+    num_inference_steps: float,
+    guidance_scale: float,
+    scheduler: str,
+    adapters: Mapping[str, Adapter],
+    limits: Limits,
+) -> CompareRequest:
+    """The page's fields, in their order.
+
+    Raises:
+        ValueError: everything that is wrong with them.
+    """
+    values, problems = {}, []
+    for name, read, text in (
+        ("placeholders", read_placeholders, placeholders),
+        ("seeds", read_seeds, seeds),
+        ("strengths", read_strengths, strengths),
+    ):
+        try:
+            values[name] = read(text)
+        except ValueError as error:
+            problems.append(str(error))
+    problems += [f"the adapter {shortened(label)} is not here any more" for label in labels if label not in adapters]
+    if problems:
+        raise ValueError(joined("Nothing was painted", problems))
+    request = CompareRequest(
+        prompts=tuple(line.strip() for line in prompts.splitlines() if line.strip()),
+        adapters=tuple(adapters[label] for label in labels),
+        include_base=include_base,
+        negative_prompt=negative_prompt.strip(),
+        num_inference_steps=int(num_inference_steps),
+        guidance_scale=float(guidance_scale),
+        scheduler=Scheduler(scheduler),
+        **values,
+    )
+    return checked(request, limits)
+
+
+def fields_of(request: CompareRequest) -> tuple:
+    """Inverse of `read_request`: what stands in the page's fields, in their order."""
+    return (
+        "\n".join(request.prompts),
+        "\n".join(f"{name} = {', '.join(values)}" for name, values in request.placeholders.items()),
+        ", ".join(map(str, request.seeds)),
+        [adapter.label for adapter in request.adapters],
+        ", ".join(f"{s:g}" for s in request.strengths),
+        request.include_base,
+        request.negative_prompt,
+        request.num_inference_steps,
+        request.guidance_scale,
+        str(request.scheduler),
+    )

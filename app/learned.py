@@ -1,0 +1,102 @@
+"""DreamBooth's measures (arXiv 2208.12242, 5.2), with a CLIP and a DINO that are on this machine already.
+
+    CLIP-I   mean cosine between image embeddings of a picture and of every reference
+    DINO     the same with a DINO's class token (the paper: ViT-S/16)
+    CLIP-T   cosine between the embeddings of a picture and of its prompt
+
+Models are folders or names in the local cache of the hub; nothing is downloaded, nothing but safetensors is opened.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+from .compare import Cell
+from .measures import Figure, figure
+from .request import Column, CompareRequest
+
+LOCAL = {"local_files_only": True, "use_safetensors": True}
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+class Clip:
+    """Unit embeddings of pictures and of texts, in one space."""
+
+    def __init__(self, name: str):
+        self.model = AutoModel.from_pretrained(name, **LOCAL).eval()
+        self.processor = AutoProcessor.from_pretrained(name, local_files_only=True)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt").pixel_values
+        return unit(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
+        return unit(self.model.text_projection(self.model.text_model(**tokens).pooler_output))
+
+
+class Dino:
+    """Unit class tokens of pictures."""
+
+    def __init__(self, name: str):
+        self.model = AutoModel.from_pretrained(name, **LOCAL).eval()
+        self.processor = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt").pixel_values
+        return unit(self.model(pixels).last_hidden_state[:, 0])
+
+
+def load(clip: str, dino: str) -> tuple[Clip | None, Dino | None]:
+    """The models that are named.
+
+    Raises:
+        ValueError: which of them is not on this machine.
+    """
+    models, problems = [], []
+    for kind, name in ((Clip, clip.strip()), (Dino, dino.strip())):
+        try:
+            models.append(kind(name) if name else None)
+        except (OSError, ValueError) as error:
+            problems.append(f"{kind.__name__} {name!r} cannot be opened here: {str(error).splitlines()[0]}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return models[0], models[1]
+
+
+def learned_measures(
+    request: CompareRequest,
+    cells: Sequence[Cell],
+    references: Sequence[Image.Image],
+    clip: Clip | None,
+    dino: Dino | None,
+) -> dict[str, dict[Column, Figure | None]]:
+    """{measure: {column: figure}}, for the models given."""
+    measures: dict[str, dict[Column, Figure | None]] = {}
+    own = {column: [c for c in cells if c.column == column] for column in request.columns}
+    for name, model in (("CLIP-I", clip), ("DINO", dino)):
+        if model and references:
+            subject = model.images(references)
+            measures[name] = {
+                column: figure((model.images([c.image for c in mine]) @ subject.T).mean(1).tolist()) if mine else None
+                for column, mine in own.items()
+            }
+    if clip:
+        measures["CLIP-T"] = {
+            column: figure(
+                (clip.images([c.image for c in mine]) * clip.texts([c.row.prompt for c in mine])).sum(1).tolist()
+            )
+            if mine
+            else None
+            for column, mine in own.items()
+        }
+    return measures

@@ -1,0 +1,153 @@
+"""What leaves the page: a labelled sheet, a report that opens without the app, and a ZIP of everything.
+
+Words of users are drawn as pixels or HTML-escaped. The report holds its pictures, no script, and a policy that lets it
+load nothing.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+import textwrap
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .compare import Cell
+from .request import CompareRequest
+
+SHOWN_SIDE = 256  # small pictures are enlarged to at least this, by whole factors
+FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map paints brightest
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+INK, PAPER, FAINT = "#1c1917", "#ffffff", "#78716c"
+
+
+def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
+    """Whole pixels, so that what is looked at is what was painted."""
+    factor = max(1, -(-side // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
+    """[height, width] in [0, 1]: mean over the channels of |a - b|."""
+    x, y = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (a, b))
+    return np.abs(x - y).mean(axis=-1)
+
+
+def heat_map(a: Image.Image, b: Image.Image) -> Image.Image:
+    """The difference in colour, on one scale for all pairs."""
+    colours = matplotlib.colormaps["magma"](np.clip(difference(a, b) / FULL_DIFFERENCE, 0, 1))[..., :3]
+    return Image.fromarray((colours * 255).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    """Pixels only: no text chunk that could say where a picture comes from."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def settings_line(request: CompareRequest) -> str:
+    scheduler = f"scheduler {request.scheduler}"
+    return (
+        f"{request.num_inference_steps} steps · guidance {request.guidance_scale:g} · {scheduler} · same noise in a row"
+    )
+
+
+def by_place(cells: Sequence[Cell]) -> dict:
+    return {(cell.row, cell.column): cell for cell in cells}
+
+
+def sheet(request: CompareRequest, cells: Sequence[Cell]) -> Image.Image:
+    """Rows and columns with their labels; cells that were not painted stay empty."""
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 15)
+    bold = ImageFont.truetype(FONTS / "DejaVuSans-Bold.ttf", 15)
+    painted = by_place(cells)
+    side, gap, left, top = max(max(enlarged(c.image).size) for c in cells), 12, 260, 84
+    rows, columns = request.rows, request.columns
+    size = (left + len(columns) * (side + gap) + gap, top + len(rows) * (side + gap) + gap)
+    canvas = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, gap), settings_line(request), font=font, fill=FAINT)
+    for j, column in enumerate(columns):
+        label = "\n".join(textwrap.wrap(column.label, side // 10, max_lines=2, placeholder="…"))
+        draw.multiline_text((left + j * (side + gap), top - gap), label, font=bold, fill=INK, anchor="ld")
+    for i, row in enumerate(rows):
+        y = top + i * (side + gap)
+        lines = textwrap.wrap(row.prompt, 27, max_lines=max(1, side // 20 - 2), placeholder="…")
+        draw.multiline_text((gap, y), "\n".join(lines), font=font, fill=INK)
+        draw.text((gap, y + 20 * len(lines)), f"seed {row.seed}", font=font, fill=FAINT)
+        for j, column in enumerate(columns):
+            x = left + j * (side + gap)
+            if cell := painted.get((row, column)):
+                canvas.paste(enlarged(cell.image), (x, y))
+            else:
+                draw.rectangle((x, y, x + side, y + side), outline=FAINT)
+    return canvas
+
+
+REPORT_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; } th, td { padding: .4rem; text-align: left; vertical-align: top; }
+th[scope=row] { max-width: 16rem; min-width: 8rem; font-weight: 500; }
+img { width: 192px; image-rendering: pixelated; border-radius: 6px; display: block; }
+small { color: #78716c; font-weight: 400; } td small { display: block; max-width: 192px; overflow-wrap: anywhere; }
+pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px; }
+"""
+
+
+def report(request: CompareRequest, cells: Sequence[Cell], notes: str = "") -> str:
+    """One HTML file with everything in it; `notes` is ready-made HTML."""
+    painted = by_place(cells)
+
+    def td(cell: Cell | None) -> str:
+        if cell is None:
+            return "<td><small>not painted</small></td>"
+        data = base64.b64encode(png(cell.image)).decode()
+        alt = html.escape(f"{cell.column.label}: {cell.row.label}", quote=True)
+        note = f"{html.escape(cell.painted_with)}, {cell.seconds:.1f} s"
+        return f'<td><img alt="{alt}" src="data:image/png;base64,{data}"><small>{note}</small></td>'
+
+    head = "".join(f'<th scope="col">{html.escape(column.label)}</th>' for column in request.columns)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row.prompt)}<br><small>seed {row.seed}</small></th>'
+        + "".join(td(painted.get((row, column))) for column in request.columns)
+        + "</tr>"
+        for row in request.rows
+    )
+    settings = html.escape(json.dumps(request.to_dict(), indent=1, ensure_ascii=False))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>ResLoRA comparison</title><style>{REPORT_STYLE}</style></head><body><h1>ResLoRA comparison</h1>"
+        f"<p>{html.escape(settings_line(request))}</p>"
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+        f"<details><summary>Settings: save as settings.json to open them in the app</summary><pre>{settings}</pre>"
+        "</details></body></html>"
+    )
+
+
+def settings_json(request: CompareRequest) -> str:
+    return json.dumps(request.to_dict(), indent=1, ensure_ascii=False)
+
+
+def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], notes: str = "") -> Path:
+    rows, columns = request.rows, request.columns
+    with zipfile.ZipFile(path, "w") as archive:
+        for cell in cells:
+            label = re.sub(r"[^A-Za-z0-9.]+", "-", cell.column.label).strip("-.")
+            name = f"row{rows.index(cell.row) + 1:03}-column{columns.index(cell.column) + 1:02}-{label}.png"
+            archive.writestr(f"images/{name}", png(cell.image))
+        archive.writestr("sheet.png", png(sheet(request, cells)))
+        archive.writestr("report.html", report(request, cells, notes))
+        archive.writestr("settings.json", settings_json(request))
+    return path

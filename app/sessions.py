@@ -1,0 +1,101 @@
+"""What the server remembers of each visitor, apart from every other visitor.
+
+Pictures are served as files with random names out of one folder per session, itself randomly named: an address says
+nothing about what is behind it, and cannot be guessed.
+"""
+
+import secrets
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .compare import Cell
+from .output import png
+from .request import Adapter, CompareRequest
+from .votes import Ballot
+
+MAX_SESSIONS = 64
+
+
+@dataclass
+class Session:
+    folder: Path
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # by label; what this visitor may choose from
+    request: CompareRequest | None = None
+    cells: list[Cell] = field(default_factory=list)
+    ballot: Ballot | None = None
+    addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, request: CompareRequest) -> threading.Event:
+        """Start a comparison: forget the last one's pictures, and stop it if it still runs."""
+        self.cancel.set()
+        self.cancel = threading.Event()
+        self.show(request, [])
+        return self.cancel
+
+    def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
+        self.request, self.cells, self.addresses = request, [], {}
+        for file in self.folder.glob("*.png"):
+            file.unlink()
+        for cell in cells:
+            self.add(cell)
+
+    def add(self, cell: Cell) -> None:
+        self.cells.append(cell)
+        self.addresses[id(cell)] = self.address(cell.image)
+
+    def address(self, image: Image.Image) -> str:
+        """A new file of the picture, under a name that says nothing."""
+        path = self.folder / f"{secrets.token_hex(12)}.png"
+        path.write_bytes(png(image))
+        return f"/gradio_api/file={path}"
+
+    def add_adapter(self, adapter: Adapter) -> Adapter:
+        """Take a file in; one whose label is taken by another file gets a number."""
+        label, number = adapter.label, 2
+        while label in self.adapters and self.adapters[label].sha256 != adapter.sha256:
+            label, number = f"{adapter.label} {number}", number + 1
+        self.adapters[label] = Adapter(label, adapter.path, adapter.sha256)
+        return self.adapters[label]
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return {adapter.sha256: adapter.path for adapter in self.adapters.values()}
+
+
+class Sessions:
+    """Visitors by the key their browser page came with."""
+
+    def __init__(self, root: Path, adapters: Sequence[Adapter] = ()):
+        self.root = root
+        self.adapters = adapters
+        self.open: dict[str, Session] = {}
+        self.lock = threading.Lock()
+
+    def of(self, key: str) -> Session:
+        with self.lock:
+            if key not in self.open:
+                if len(self.open) >= MAX_SESSIONS:
+                    self.drop(next(iter(self.open)))
+                folder = self.root / secrets.token_hex(16)
+                folder.mkdir(parents=True)
+                self.open[key] = Session(folder)
+                for adapter in self.adapters:
+                    self.open[key].add_adapter(adapter)
+            self.open[key] = self.open.pop(key)  # most recently seen last
+            return self.open[key]
+
+    def close(self, key: str) -> None:
+        with self.lock:
+            if key in self.open:
+                self.drop(key)
+
+    def drop(self, key: str) -> None:
+        session = self.open.pop(key)
+        session.cancel.set()
+        shutil.rmtree(session.folder)

@@ -1,0 +1,36 @@
+"""Files: what each adapter says about itself, and whether it fits the loaded base."""
+
+from pathlib import Path
+
+import gradio as gr
+
+from app import views
+from app.studio import LIGHT, PRIVATE, Studio
+
+
+def files_tab(studio: Studio, tab: gr.Tab) -> None:
+    with gr.Row():
+        chosen = gr.Dropdown(label="Adapter", choices=[], scale=3, min_width=200, elem_id="card_adapter")
+        other = gr.UploadButton("Look at a file (.safetensors)", size="sm", scale=1, elem_id="card_file")
+    card = gr.HTML(elem_id="card")
+
+    def choices(request: gr.Request) -> gr.Dropdown:
+        labels = list(studio.sessions.of(request.session_hash).adapters)
+        return gr.Dropdown(choices=labels, value=labels[0] if labels else None)
+
+    def look(path: Path, label: str | None) -> str:
+        try:
+            return views.file_card(studio.comparer.shelf.card(path, label))
+        except ValueError as problem:
+            return views.message(str(problem).replace(str(path), path.name), "bad")
+
+    def show(label: str | None, request: gr.Request) -> str:
+        adapters = studio.sessions.of(request.session_hash).adapters
+        return look(Path(adapters[label].path), label) if label in adapters else ""
+
+    def upload(path: str) -> str:
+        return look(Path(path), None)
+
+    tab.select(choices, None, chosen, **LIGHT, **PRIVATE)
+    chosen.change(show, chosen, card, **LIGHT, **PRIVATE)
+    other.upload(upload, other, card, **LIGHT, **PRIVATE)

@@ -1,0 +1,97 @@
+"""Blind vote: which of two pictures is better, without knowing whose it is."""
+
+import gradio as gr
+
+from app import views
+from app.sessions import Session
+from app.studio import LIGHT, PRIVATE, Studio
+from app.votes import Choice, make_ballot, votes_csv
+
+KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
+NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
+IDS = {Choice.LEFT: "vote_left", Choice.TIE: "vote_tie", Choice.NEITHER: "vote_neither", Choice.RIGHT: "vote_right"}
+INTRODUCTION = (
+    "Two pictures of one prompt from the same noise, sides shuffled. Votes are on the pictures of the Compare tab: "
+    "more seeds there make more pairs here."
+)
+
+
+def vote_tab(studio: Studio, tab: gr.Tab) -> None:
+    gr.HTML(views.message(INTRODUCTION))
+    with gr.Row():
+        first = gr.Dropdown(label="One column", choices=[], min_width=140, elem_id="vote_first")
+        second = gr.Dropdown(label="The other", choices=[], min_width=140, elem_id="vote_second")
+        begin = gr.Button("Begin a round", variant="primary", min_width=140, elem_id="vote_begin")
+    pair = gr.HTML(elem_id="vote_pair", min_height=64)
+    with gr.Row():
+        buttons = {
+            choice: gr.Button(f"{name}  ({KEYS[choice]})", interactive=False, elem_id=IDS[choice], min_width=70)
+            for choice, name in NAMES.items()
+        }
+    with gr.Row():
+        back = gr.Button("Take the last vote back", size="sm", interactive=False, min_width=140)
+        reveal = gr.Button("Show the result", size="sm", interactive=False, elem_id="vote_reveal", min_width=140)
+        out = gr.DownloadButton("Votes .csv", size="sm", interactive=False, elem_id="download_votes", min_width=110)
+    result = gr.HTML(elem_id="vote_result")
+
+    controls = [*buttons.values(), back]
+    outputs = [pair, *controls, reveal]
+
+    def session_of(request: gr.Request) -> Session:
+        return studio.sessions.of(request.session_hash)
+
+    def state(session: Session) -> list:
+        """The pair to be voted on, and which buttons work."""
+        ballot = session.ballot
+        voting = [gr.Button(interactive=ballot.current is not None)] * len(buttons)
+        return [views.ballot(session), *voting, *[gr.Button(interactive=bool(ballot.votes))] * 2]
+
+    def columns(request: gr.Request) -> list:
+        session = session_of(request)
+        if session.request is None:
+            return [gr.skip()] * 2
+        _, choices = views.pair_choices(session.request)
+        return [
+            gr.Dropdown(choices=choices, value=max(0, len(choices) - 2)),
+            gr.Dropdown(choices=choices, value=len(choices) - 1),
+        ]
+
+    def start(a: int | None, b: int | None, request: gr.Request) -> list:
+        session = session_of(request)
+        if session.request is None or a is None or b is None:
+            raise gr.Error("Compare something first: votes are on the pictures of the Compare tab.")
+        listed = session.request.columns
+        try:
+            session.ballot = make_ballot(session.request, session.cells, listed[a], listed[b])
+        except ValueError as problem:
+            raise gr.Error(views.plain(problem)) from None
+        return [*state(session), "", gr.DownloadButton(interactive=False)]
+
+    def cast(choice: Choice):
+        def vote(request: gr.Request) -> list:
+            session = session_of(request)
+            if session.ballot is None or session.ballot.current is None:
+                raise gr.Error("There is no pair to vote on: begin a round.")
+            session.ballot.vote(choice)
+            return state(session)
+
+        return vote
+
+    def undo(request: gr.Request) -> list:
+        session = session_of(request)
+        session.ballot.take_back()
+        return state(session)
+
+    def show(request: gr.Request) -> list:
+        """Only here do the columns' names reach the page."""
+        session = session_of(request)
+        path = session.folder / "votes.csv"
+        path.write_text(votes_csv(session.ballot))
+        return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True)]
+
+    tab.select(columns, None, [first, second], **LIGHT, **PRIVATE)
+    begin.click(start, [first, second], [*outputs, result, out], **LIGHT, **PRIVATE)
+    for choice, button in buttons.items():
+        button.click(cast(choice), None, outputs, trigger_mode="once", **LIGHT, **PRIVATE)
+    back.click(undo, None, outputs, **LIGHT, **PRIVATE)
+    reveal.click(show, None, [result, out], **LIGHT, **PRIVATE)

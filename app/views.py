@@ -1,0 +1,176 @@
+"""HTML of the page, from plain values; every word that came from outside is escaped here and nowhere else."""
+
+import html
+from collections.abc import Iterable
+
+from .adapters import FileCard
+from .measures import Figure
+from .output import by_place, difference
+from .request import Column, CompareRequest
+from .sessions import Session
+from .votes import Ballot, Tally, conclusion, tallies, tally
+
+
+def escaped(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def plain(problem: object) -> str:
+    """For gradio's pop-ups, which read HTML."""
+    return "<br>".join(escaped(line) for line in str(problem).splitlines())
+
+
+def header(base_name: str) -> str:
+    return (
+        '<header class="masthead"><h1>ResLoRA, side by side</h1>'
+        "<p>Base, LoRA and ResLoRA paint from the same noise with the same settings. What differs is the adapter, and "
+        f"each picture says which one its layers held.</p>"
+        f"<p class='base'>Base: <b>{escaped(base_name)}</b></p></header>"
+    )
+
+
+def message(text: str, kind: str = "note") -> str:
+    """A line of status; problems come as a list, one to a line."""
+    head, *rest = text.splitlines() or [""]
+    items = "".join(f"<li>{escaped(line.strip().removeprefix('- '))}</li>" for line in rest)
+    return f'<div class="message {kind}" role="status">{escaped(head)}{f"<ul>{items}</ul>" if items else ""}</div>'
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def grid(session: Session, selected: tuple[int, int] | None = None) -> str:
+    """Rows and columns of the session's comparison; cells to come are outlined."""
+    request = session.request
+    if request is None:
+        return message("Write a prompt, choose adapters, and compare.")
+    painted = by_place(session.cells)
+
+    def td(i: int, j: int) -> str:
+        row, column = request.rows[i], request.columns[j]
+        cell = painted.get((row, column))
+        if cell is None:
+            return '<td><div class="cell pending" role="img" aria-label="not painted"></div></td>'
+        label = escaped(f"{column.label}: {row.label}")
+        pressed = "true" if (i, j) == selected else "false"
+        return (
+            f'<td><button type="button" class="cell" data-row="{i}" data-column="{j}" aria-pressed="{pressed}" '
+            f'title="Look closer at {label}"><img src="{session.addresses[id(cell)]}" alt="{label}"></button>'
+            f'<span class="held" title="what the layers held">{escaped(cell.painted_with)}</span></td>'
+        )
+
+    head = "".join(f'<th scope="col">{escaped(column.label)}</th>' for column in request.columns)
+    columns, rows = range(len(request.columns)), request.rows
+    body = "".join(
+        f'<tr><th scope="row"><span>{escaped(row.prompt)}</span><small>seed {row.seed}</small></th>'
+        f"{''.join(td(i, j) for j in columns)}</tr>"
+        for i, row in enumerate(rows)
+    )
+    return (
+        f'<div class="grid" tabindex="0" role="region" aria-label="Comparison grid"><table><thead><tr>'
+        f'<th scope="col"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def flip(session: Session, a, b) -> str:
+    """Two pictures in one place; the button turns one into the other."""
+    images = "".join(
+        f'<figure class="{side}"><img src="{session.addresses[id(cell)]}" alt="{escaped(cell.column.label)}">'
+        f"<figcaption>{escaped(cell.column.label)}</figcaption></figure>"
+        for side, cell in (("front", a), ("back", b))
+    )
+    return f'<div class="flip">{images}</div><button type="button" class="turn">Flip <kbd>space</kbd></button>'
+
+
+def difference_note(a, b) -> str:
+    values = difference(a.image, b.image)
+    return message(
+        f"{a.column.label} against {b.column.label}: mean difference {values.mean():.1%} of the range, "
+        f"{(values > 0.1).mean():.0%} of the pixels differ by more than a tenth of it. Bright is different."
+    )
+
+
+def table(head: Iterable[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
+    """A plain table; the first cell of a row is its header."""
+    lines = []
+    for first, *rest in rows:
+        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(v)}</td>" for v in rest)}</tr>')
+    label = escaped(caption or "table")
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="facts">'
+        f"{f'<caption>{escaped(caption)}</caption>' if caption else ''}"
+        f"<thead><tr>{''.join(f'<th scope=col>{escaped(v)}</th>' for v in head)}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def file_card(card: FileCard) -> str:
+    """What a LoRA file says about itself."""
+    state = (
+        message("Fits the loaded base.", "good")
+        if card.fits
+        else message("\n".join(["Does not fit the loaded base:", *card.mismatches]), "bad")
+    )
+    facts = [
+        ("for", card.family),
+        ("layout", card.dialect),
+        ("modules", ", ".join(f"{component} {count}" for component, count in card.modules.items())),
+        ("rank", ", ".join(f"{rank} ({count} modules)" for rank, count in card.ranks.items())),
+        ("alpha", ", ".join(f"{alpha:g}" for alpha in card.alphas)),
+        ("numbers", ", ".join(card.dtypes)),
+        ("size", f"{card.size_bytes / 1024:,.0f} KiB"),
+        ("sha256", card.adapter.sha256),
+    ]
+    largest = [(name, f"{norm:.3g}") for name, norm in card.largest]
+    return (
+        f'<article class="file"><h3>{escaped(card.adapter.label)}</h3>{state}{table(("", "file"), facts)}'
+        f"{table(('module', 'norm of the difference'), largest, 'Largest changes')}"
+        f"{table(('header', 'value'), card.metadata.items(), 'Header of the file') if card.metadata else ''}</article>"
+    )
+
+
+def measures(request: CompareRequest, values: dict[str, dict[Column, Figure | None]]) -> str:
+    """A line for each measure, a column for each column of the comparison."""
+    columns = request.columns
+    lines = [(name, *(found[c] or "not measured" for c in columns)) for name, found in values.items()]
+    return table(("measure", *(c.label for c in columns)), lines, "Measures: mean (95 % interval), n")
+
+
+def ballot(session: Session) -> str:
+    """The pair to vote on. Both pictures get new files, so that nothing links them to the grid's."""
+    current, count = session.ballot.current, len(session.ballot.pairs)
+    if current is None:
+        return message(f"All {count} pairs have a vote. The result says which column was which.", "good")
+    images = "".join(
+        f'<img src="{session.address(cell.image)}" alt="{side} picture">'
+        for side, cell in (("left", current.left), ("right", current.right))
+    )
+    number = len(session.ballot.votes) + 1
+    return (
+        f'<div class="ballot"><p>{escaped(current.row.prompt)} <small>({number} of {count})</small></p>{images}</div>'
+    )
+
+
+def vote_result(ballot: Ballot) -> str:
+    """Win rate of the first column, by prompt and overall."""
+
+    def line(name: str, counted: Tally) -> tuple:
+        low, high = counted.interval
+        rate = "–" if counted.win_rate is None else f"{counted.win_rate:.0%} ({low:.0%} to {high:.0%})"
+        return name, counted.first, counted.second, counted.ties, counted.neither, rate, f"{counted.p_value:.3f}"
+
+    first, second = ballot.first.label, ballot.second.label
+    lines = [line(prompt, counted) for prompt, counted in tallies(ballot).items()]
+    lines.append(line("overall", tally(ballot.votes)))
+    head = ("prompt", first, second, "ties", "both bad", f"{first} wins (95 % interval)", "sign test, p")
+    return message(conclusion(ballot)) + table(head, lines, "Votes")
+
+
+def pair_choices(request: CompareRequest) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Choices of the row and column pickers."""
+    rows = [(row.label, i) for i, row in enumerate(request.rows)]
+    return rows, [(column.label, j) for j, column in enumerate(request.columns)]

@@ -1,0 +1,193 @@
+"""Blind pairs, and what votes on them allow to be said.
+
+Of one prompt and seed, two columns' pictures are shown with their sides shuffled. A vote is for the left or the right,
+a tie, or against both. With w wins of the first column among n decided votes (no ties, none against both):
+
+    win rate   w / n, with Wilson's 95 % interval
+    sign test  two-sided exact binomial: how probable a split at least this uneven is if both are equally good
+"""
+
+import csv
+import io
+import math
+import random
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .compare import Cell
+from .output import by_place
+from .request import Column, CompareRequest, Row
+
+ENOUGH_VOTES = 10  # fewer decided votes than this, and nothing is claimed
+Z_95 = 1.959963984540054
+
+
+class Verdict(StrEnum):
+    FIRST = "first"
+    SECOND = "second"
+    TIE = "tie"
+    NEITHER = "both bad"
+
+
+class Choice(StrEnum):
+    """What a voter can say; sides, not columns."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    TIE = "tie"
+    NEITHER = "both bad"
+
+
+@dataclass(frozen=True)
+class Pair:
+    row: Row
+    left: Cell
+    right: Cell
+    first_is_left: bool
+
+
+@dataclass
+class Ballot:
+    """One visitor's round of pairs of two columns, in an order and with sides that nobody knows."""
+
+    first: Column
+    second: Column
+    pairs: list[Pair]
+    votes: list[Verdict] = field(default_factory=list)
+
+    @property
+    def current(self) -> Pair | None:
+        return self.pairs[len(self.votes)] if len(self.votes) < len(self.pairs) else None
+
+    def vote(self, choice: Choice) -> None:
+        pair = self.current
+        if pair is None:
+            raise ValueError("every pair of this round has its vote; begin another round")
+        sides = {Choice.LEFT: pair.first_is_left, Choice.RIGHT: not pair.first_is_left}
+        if choice in sides:
+            self.votes.append(Verdict.FIRST if sides[choice] else Verdict.SECOND)
+        else:
+            self.votes.append(Verdict.TIE if choice is Choice.TIE else Verdict.NEITHER)
+
+    def take_back(self) -> None:
+        """Inverse of `vote`."""
+        if self.votes:
+            self.votes.pop()
+
+    @property
+    def voted(self) -> list[tuple[Pair, Verdict]]:
+        return list(zip(self.pairs, self.votes, strict=False))
+
+
+def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, second: Column) -> Ballot:
+    """All rows that both columns painted, shuffled.
+
+    Raises:
+        ValueError: there is no pair, or nothing to tell apart.
+    """
+    if first == second:
+        raise ValueError("choose two different columns")
+    painted, shuffler = by_place(cells), random.Random(secrets.randbits(128))
+    pairs = []
+    for row in request.rows:
+        a, b = painted.get((row, first)), painted.get((row, second))
+        if a and b:
+            first_is_left = shuffler.random() < 0.5
+            pairs.append(Pair(row, *((a, b) if first_is_left else (b, a)), first_is_left))
+    if not pairs:
+        raise ValueError("these two columns have no pictures in common; compare them first")
+    shuffler.shuffle(pairs)
+    return Ballot(first, second, pairs)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def wilson_interval(wins: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion; it stays inside [0, 1] and is right for few votes.
+
+    >>> [round(x, 4) for x in wilson_interval(7, 10)]
+    [0.3968, 0.8922]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = wins / n, Z_95**2
+    centre, spread = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of the exact binomial test against 1/2.
+
+    >>> sign_test(9, 1)
+    0.021484375
+    """
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Votes on some pairs, counted."""
+
+    first: int
+    second: int
+    ties: int
+    neither: int
+
+    @property
+    def decided(self) -> int:
+        return self.first + self.second
+
+    @property
+    def win_rate(self) -> float | None:
+        return self.first / self.decided if self.decided else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.first, self.decided)
+
+    @property
+    def p_value(self) -> float:
+        return sign_test(self.first, self.second)
+
+
+def tally(verdicts: Iterable[Verdict]) -> Tally:
+    count = Counter(verdicts)
+    return Tally(*(count[verdict] for verdict in Verdict))
+
+
+def tallies(ballot: Ballot) -> dict[str, Tally]:
+    """By prompt, in the order they were first voted on."""
+    by_prompt = defaultdict(list)
+    for pair, verdict in ballot.voted:
+        by_prompt[pair.row.prompt].append(verdict)
+    return {prompt: tally(verdicts) for prompt, verdicts in by_prompt.items()}
+
+
+def conclusion(ballot: Ballot) -> str:
+    """What may be said, in a sentence."""
+    total = tally(ballot.votes)
+    first, second = ballot.first.label, ballot.second.label
+    if total.decided < ENOUGH_VOTES:
+        return f"{total.decided} decided votes are too few to say anything; {ENOUGH_VOTES} are the least."
+    if total.p_value >= 0.05:
+        return f"No difference shown between {first} and {second}: a split like this is common among equals."
+    better, worse = (first, second) if total.first > total.second else (second, first)
+    return f"{better} was preferred to {worse}."
+
+
+def votes_csv(ballot: Ballot) -> str:
+    """One line for each vote. Cells that a spreadsheet would compute are made text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["prompt", "seed", "first", "second", "left", "verdict"])
+    for pair, verdict in ballot.voted:
+        texts = (pair.row.prompt, ballot.first.label, ballot.second.label, pair.left.column.label)
+        prompt, first, second, left = (f"'{text}" if text[:1] in "=+-@\t\r" else text for text in texts)
+        writer.writerow([prompt, pair.row.seed, first, second, left, verdict])
+    return buffer.getvalue()

@@ -1,0 +1,143 @@
+"""Measures on pictures whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from app.compare import Cell
+from app.learned import learned_measures, load
+from app.measures import asked_background, background, cut_out, diversities, figure, likeness, measure
+from app.request import Adapter, Column, CompareRequest
+from app_fixtures import make_tokenizer
+
+ADAPTER = Adapter("one", "p", "a")
+
+
+def sticker(colour: str, shape: str, place: int = 8, size: int = 32, ink: str = "black") -> Image.Image:
+    image = Image.new("RGB", (64, 64), colour)
+    box = (place, place, place + size, place + size)
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=ink)
+    if shape == "face":
+        draw.ellipse((place + size // 4, place + size // 4, place + size // 2, place + size // 2), fill="white")
+    return image
+
+
+def test_likeness_is_blind_to_place_size_and_background_but_not_to_the_figure():
+    reference = [cut_out(sticker("blue", "face", 8, 32))]
+    same = likeness(sticker("yellow", "face", 20, 40), reference)
+    other = likeness(sticker("blue", "circle", 8, 32, "red"), reference)
+    assert likeness(sticker("blue", "face", 8, 32), reference) == pytest.approx(1, abs=1e-5)
+    assert same > 0.9 > other + 0.2
+    assert likeness(Image.new("RGB", (64, 64), "blue"), reference) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "colour"),
+    [("a sticker of a cat on a blue background", "blue"), ("a red cat", None), ("a cat on yellow", "yellow"),
+     ("", None), ("a pink cat, green background", "green")],
+)  # fmt: skip
+def test_the_background_a_prompt_asks_for(prompt, colour):
+    assert asked_background(prompt) == colour
+
+
+@pytest.mark.parametrize("colour", ["red", "yellow", "green", "blue", "white", "black", "pink"])
+def test_the_background_of_a_picture(colour):
+    assert background(sticker(colour, "circle", ink="gray")) == colour
+
+
+def test_figure_is_a_mean_inside_its_interval_which_shrinks_with_n():
+    few, many = figure([0, 1] * 5), figure([0, 1] * 500)
+    assert (few.mean, many.mean, few.n) == (0.5, 0.5, 10)
+    assert few.low < 0.5 < few.high
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 1000**0.5, rel=0.15)
+    assert figure([]) is None
+
+
+def cells_of(request: CompareRequest, shift: int) -> list[Cell]:
+    return [
+        Cell(row, column, sticker("blue", "face", 8 + row.seed + shift * j), "", 0.1)
+        for row in request.rows
+        for j, column in enumerate(request.columns)
+    ]
+
+
+def test_measures_of_a_comparison():
+    prompts = ("a sks cat on a blue background", "a dog on a red background")
+    request = CompareRequest(prompts=prompts, seeds=(0, 1), adapters=(ADAPTER,))
+    base, adapted = request.columns
+    values = measure(request, cells_of(request, 6), [sticker("red", "face")], "sks")
+    assert values["subject likeness"][base].n == 2, "only prompts with the subject's word"
+    assert values["background obeyed"][adapted].mean == 0.5
+    assert values["drift from the base"][base] is None
+    assert values["drift from the base"][adapted].mean > 0.05
+    assert measure(request, cells_of(request, 0), [], "sks")["drift from the base"][adapted].mean == 0
+    assert measure(request, cells_of(request, 0), [], "sks")["subject likeness"][adapted] is None
+
+
+def test_diversity_is_between_seeds_of_one_prompt():
+    request = CompareRequest(prompts=("a", "b"), seeds=(0, 9))
+    cells = cells_of(request, 0)
+    expected = np.abs(np.asarray(cells[0].image, float) - np.asarray(cells[1].image, float)).mean() / 255
+    assert diversities(cells) == pytest.approx([expected] * 2, rel=1e-4)
+    assert diversities(cells[:1]) == []
+
+
+def test_models_that_are_not_here_are_named_together():
+    with pytest.raises(ValueError, match=r"Clip 'no/clip'.*\n.*Dino 'no/dino'"):
+        load("no/clip", "no/dino")
+    assert load("", " ") == (None, None)
+
+
+class Flat:
+    """An encoder of a picture's mean colour and of a text's first letters: known cosines, no weights."""
+
+    def images(self, images):
+        x = torch.tensor(np.stack([np.asarray(i, float).mean((0, 1)) for i in images]))
+        return x / x.norm(dim=-1, keepdim=True)
+
+    def texts(self, texts):
+        return torch.tensor([[float(t.startswith(c)) for c in "rgb"] for t in texts], dtype=torch.float64)
+
+
+def test_dreambooths_measures_are_mean_cosines():
+    request = CompareRequest(prompts=("red", "green"), seeds=(0,))
+    cells = [Cell(row, Column(), Image.new("RGB", (8, 8), "red"), "", 0.1) for row in request.rows]
+    references = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    values = learned_measures(request, cells, references, Flat(), Flat())
+    assert {name: found[Column()].mean for name, found in values.items()} == pytest.approx(
+        {"CLIP-I": 0.5, "DINO": 0.5, "CLIP-T": 0.5}
+    )
+    assert learned_measures(request, cells, [], None, Flat()) == {}
+
+
+def test_clip_and_dino_are_opened_from_folders(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    end = tokenizer.eos_token_id
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": end, "pad_token_id": end}
+    picture = {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=small | text, vision_config=small | picture, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), tokenizer).save_pretrained(
+        tmp_path / "clip"
+    )
+    ViTModel(ViTConfig(**small, **picture)).save_pretrained(tmp_path / "dino")
+    ViTImageProcessorPil(size=size).save_pretrained(tmp_path / "dino")
+    clip, dino = load(str(tmp_path / "clip"), str(tmp_path / "dino"))
+    images = [sticker("red", "face"), sticker("blue", "circle")]
+    for vectors in (clip.images(images), dino.images(images), clip.texts(["a cat", "a dog"])):
+        assert vectors.shape[0] == 2
+        assert torch.allclose(vectors.norm(dim=-1), torch.ones(2), atol=1e-5)
+        assert not torch.allclose(vectors[0], vectors[1])

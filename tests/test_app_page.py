@@ -1,0 +1,263 @@
+"""What stands between the page and its floors: forms, files to take away, sessions, HTML; and the page's API."""
+
+import html
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+from app import views
+from app.__main__ import parse_args
+from app.compare import Cell
+from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths
+from app.output import difference, enlarged, heat_map, png, report, sheet, write_zip
+from app.request import Adapter, CompareRequest, Limits, Scheduler
+from app.serve import launch, open_studio
+from app.sessions import MAX_SESSIONS, Sessions
+from app.votes import make_ballot
+from app_fixtures import make_lora_file, make_pipeline
+
+NASTY = "<script>alert(1)</script> ${1+1} {{value}} <img src=x onerror=alert(1)>"
+ADAPTERS = {name: Adapter(name, f"/somewhere/{name}.safetensors", name * 8) for name in ("one", "two")}
+
+
+def comparison(prompt: str = "a panda", label: str = "one") -> tuple[CompareRequest, list[Cell]]:
+    adapter = Adapter(label, "/somewhere/file.safetensors", "d" * 64)
+    request = CompareRequest(prompts=(prompt,), seeds=(0, 1), adapters=(adapter,))
+    cells = [
+        Cell(row, column, Image.new("RGB", (64, 64), (60 * i, 80 * j, 9)), column.label, 0.5)
+        for i, row in enumerate(request.rows)
+        for j, column in enumerate(request.columns)
+    ]
+    return request, cells
+
+
+# ---------------------------------------------------------------------------------------------------- forms
+
+
+def test_fields_and_request_are_inverses():
+    request = CompareRequest(
+        prompts=("a {subject}", "b"), seeds=(1, 2, 7), adapters=tuple(ADAPTERS.values()), strengths=(0.5, 1.0),
+        placeholders={"subject": ("red cat", "dog")}, include_base=False, negative_prompt="blur",
+        num_inference_steps=9, guidance_scale=2.5, scheduler=Scheduler.DPM,
+    )  # fmt: skip
+    assert read_request(*fields_of(request), adapters=ADAPTERS, limits=Limits()) == request
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [(read_seeds, "1-3, 7;2", (1, 2, 3, 7)), (read_strengths, "0 .5, 1", (0.0, 0.5, 1.0)),
+     (read_placeholders, "{a} = x, y\n\nb=z", {"a": ("x", "y"), "b": ("z",)})],
+)  # fmt: skip
+def test_what_people_type_is_read(read, text, value):
+    assert read(text) == value
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(read_seeds, "one"), (read_seeds, "3-1"), (read_seeds, "0-99999999"), (read_strengths, "half"),
+     (read_placeholders, "a: x"), (read_placeholders, "0 = x")],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said(read, text):
+    with pytest.raises(ValueError, match="got"):
+        read(text)
+
+
+def test_all_fields_are_read_before_anything_is_said():
+    fields = ["a", "?", "x", ["gone"], "y", True, "", 5, 4, "DDIM"]
+    with pytest.raises(ValueError, match=r"(?s)placeholder.*seeds.*strengths.*gone is not here"):
+        read_request(*fields, adapters=ADAPTERS, limits=Limits())
+
+
+# --------------------------------------------------------------------------------------------------- output
+
+
+def test_difference_and_heat_map():
+    black, white = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")
+    assert difference(black, black).max() == 0
+    assert difference(black, white).min() == 1
+    assert heat_map(black, black).getpixel((0, 0)) < heat_map(black, white).getpixel((0, 0))
+
+
+def test_enlarging_repeats_whole_pixels():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    large = enlarged(image, 20)
+    assert large.size == (24, 24)
+    assert np.array_equal(np.asarray(large)[1::3, 1::3], np.asarray(image))
+
+
+def test_the_sheet_holds_every_picture_and_leaves_the_unpainted_empty():
+    request, cells = comparison()
+    full, partial = sheet(request, cells), sheet(request, cells[:-1])
+    assert full.size == partial.size
+    colours = {colour for _, colour in full.getcolors(100_000)}
+    assert {cell.image.getpixel((0, 0)) for cell in cells} <= colours
+    assert cells[-1].image.getpixel((0, 0)) not in {colour for _, colour in partial.getcolors(100_000)}
+
+
+def test_the_zip_opens_the_page_again_and_names_no_path(tmp_path):
+    request, cells = comparison(NASTY.replace("{{", "(").replace("}}", ")").replace("${1+1}", ""), label="../../evil")
+    with zipfile.ZipFile(write_zip(tmp_path / "all.zip", request, cells)) as archive:
+        names = archive.namelist()
+        settings = json.loads(archive.read("settings.json"))
+        assert Image.open(archive.open("images/row001-column01-base.png")).size == (64, 64)
+    assert {"sheet.png", "report.html", "settings.json"} < set(names)
+    assert not any(".." in Path(name).parts or name.startswith("/") for name in names)
+    assert "/somewhere" not in json.dumps(settings)
+    assert CompareRequest.from_dict(settings, {"d" * 64: "/somewhere/file.safetensors"}) == request
+
+
+def test_the_report_is_whole_and_escaped():
+    request, cells = comparison(NASTY.replace("{", "").replace("}", ""), label="<b>bold</b>")
+    text = report(request, cells[:-1])
+    assert "<script" not in text
+    assert "<b>bold" not in text
+    assert "onerror=alert(1)&gt;" in text
+    assert text.count("src=") == 3 + text.count("src=x")
+    assert text.count('src="data:image/png;base64,') == 3
+    assert "default-src 'none'" in text
+    assert "not painted" in text
+
+
+def test_pictures_carry_no_words():
+    image = Image.new("RGB", (4, 4))
+    image.info["parameters"] = "secret"
+    assert b"secret" not in png(image)
+    assert b"tEXt" not in png(image)
+
+
+# ------------------------------------------------------------------------------------------------- sessions
+
+
+def test_sessions_do_not_mix_and_are_forgotten(tmp_path):
+    sessions = Sessions(tmp_path, [ADAPTERS["one"]])
+    request, cells = comparison()
+    one, two = sessions.of("a"), sessions.of("b")
+    one.show(request, cells)
+    assert (len(one.cells), two.cells, two.request) == (4, [], None)
+    assert one.folder != two.folder
+    two.add_adapter(ADAPTERS["two"])
+    assert list(one.adapters) == ["one"]
+    cancel = one.begin(request)
+    sessions.close("a")
+    assert cancel.is_set()
+    assert not one.folder.exists()
+    assert sessions.of("a").request is None
+    for number in range(MAX_SESSIONS):
+        sessions.of(str(number))
+    assert len(list(tmp_path.iterdir())) == MAX_SESSIONS
+
+
+def test_two_files_of_one_name_get_two_labels(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    first = session.add_adapter(Adapter("lora", "p", "1"))
+    second = session.add_adapter(Adapter("lora", "q", "2"))
+    again = session.add_adapter(Adapter("lora", "p", "1"))
+    assert (first.label, second.label, again.label) == ("lora", "lora 2", "lora")
+
+
+# ----------------------------------------------------------------------------------------------------- HTML
+
+
+def test_the_page_escapes_what_people_write(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison("PROMPT", label="<b>bold</b>")
+    session.show(request, cells)
+    texts = [views.message(NASTY), views.grid(session), views.flip(session, *cells[:2]), views.header(NASTY)]
+    texts.append(views.table((NASTY,), [(NASTY, NASTY)], NASTY))
+    for text in texts:
+        assert "<script" not in text
+        assert "<img src=x" not in text
+        assert "<b>bold" not in text
+    assert html.escape("<b>bold</b>") in texts[1]
+
+
+def test_a_ballot_gives_no_side_away(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison()
+    session.show(request, cells)
+    session.ballot = make_ballot(request, cells, *request.columns)
+    text = views.ballot(session)
+    assert text.count("<img") == 2
+    assert not any(word in text for word in ("base", "one", "× 1", "file.safetensors"))
+    assert not any(address in text for address in session.addresses.values())
+
+
+# ------------------------------------------------------------------------------------------ command and API
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    make_pipeline(folder / "pipe").save_pretrained(folder / "base")
+    for seed, name in enumerate(("lora", "reslora")):
+        make_lora_file(folder / "runs" / name, folder / "pipe", seed)
+    make_lora_file(folder / "runs" / "foreign", folder / "wide", 0, width=64)
+    (folder / "secret.txt").write_text("secret")
+    return open_studio(folder / "base", (folder / "runs",), folder / "pictures", "a cat", first_steps=2)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    demo = launch(studio, prevent_thread_lock=True, quiet=True, server_port=None)
+    yield demo.local_url
+    demo.close()
+
+
+FIELDS = ("a {x}", "x = cat, dog", "0-1", ["lora"], "0.5", True, "", 2, 4.0, "as saved")
+
+
+def test_only_adapters_that_fit_are_offered(studio):
+    assert [adapter.label for adapter in studio.sessions.adapters] == ["lora", "reslora"]
+    assert len(studio.first_cells) == 6
+
+
+def test_the_api_paints(address):
+    client = Client(address, verbose=False)
+    status, grid, *files = client.predict(*FIELDS, api_name="/compare")
+    assert "8 pictures" in status
+    assert grid.count("<img") == 8
+    assert "lora × 0.5" in grid
+    with zipfile.ZipFile(files[1]["value"] if isinstance(files[1], dict) else files[1]) as archive:
+        assert len([name for name in archive.namelist() if name.startswith("images/")]) == 8
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [(0, "x" * 700, "700 characters"), (2, "0-9999", "pictures; at most 200"), (3, ["../../etc/passwd"], "not in the list of choices"),
+     (4, "9", "strengths lie between"), (0, "<b>{y}</b>", "nothing fills")],
+)  # fmt: skip
+def test_the_api_refuses_in_words(address, place, value, words):
+    fields = list(FIELDS)
+    fields[place] = value
+    with pytest.raises(Exception, match=words) as caught:
+        Client(address, verbose=False).predict(*fields, api_name="/compare")
+    assert "<b>" not in str(caught.value)
+
+
+def test_nothing_else_is_served(address, studio):
+    import httpx
+
+    secret = studio.sessions.root.parent / "secret.txt"
+    for path in (secret, "/etc/passwd", studio.sessions.root / ".." / "secret.txt"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
+    page = httpx.get(address).text
+    assert "secret" not in page
+
+
+def test_the_command_refuses_before_it_loads(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--base", str(tmp_path), "--auth", "nobody", "--server_port", "99999"])
+    message = capsys.readouterr().err
+    for words in ("no model_index.json", "a user and a password", "between 0 and 65535"):
+        assert words in message
+
+
+def test_the_command_listens_on_this_machine_alone(studio):
+    base = studio.sessions.root.parent / "base"
+    args = parse_args(["--base", str(base)])
+    assert (args.server_name, args.share, args.auth) == ("127.0.0.1", False, None)

@@ -1,0 +1,108 @@
+"""Votes: the statistics against known values, sides that cannot be told, and a CSV that is no program."""
+
+import csv
+import io
+from collections import Counter
+from math import comb
+
+import pytest
+from PIL import Image
+
+from app.compare import Cell
+from app.request import Adapter, Column, CompareRequest
+from app.votes import Choice, Verdict, conclusion, make_ballot, sign_test, tallies, tally, votes_csv, wilson_interval
+
+ADAPTERS = (Adapter("=one", "p", "a"), Adapter("two", "q", "b"))
+
+
+def ballot(seeds: int = 12, prompts: tuple[str, ...] = ("a panda", "=cactus")):
+    request = CompareRequest(prompts=prompts, seeds=tuple(range(seeds)), adapters=ADAPTERS, include_base=False)
+    cells = [
+        Cell(row, column, Image.new("RGB", (8, 8), (row.seed, 0, j)), column.label, 0.1)
+        for row in request.rows
+        for j, column in enumerate(request.columns)
+    ]
+    return make_ballot(request, cells, *request.columns)
+
+
+def vote_for(chosen, column: Column) -> None:
+    chosen.vote(Choice.LEFT if chosen.current.left.column == column else Choice.RIGHT)
+
+
+def test_votes_count_for_the_column_behind_the_side():
+    chosen = ballot()
+    while chosen.current:
+        vote_for(chosen, chosen.first)
+    assert chosen.votes == [Verdict.FIRST] * 24
+    assert {prompt: t.win_rate for prompt, t in tallies(chosen).items()} == {"a panda": 1.0, "=cactus": 1.0}
+    with pytest.raises(ValueError, match="another round"):
+        chosen.vote(Choice.TIE)
+
+
+def test_sides_and_order_are_shuffled_and_every_row_comes_once():
+    many = [ballot() for _ in range(20)]
+    sides = Counter(pair.first_is_left for b in many for pair in b.pairs)
+    assert min(sides.values()) > 480 * 0.3
+    assert len({tuple(pair.row for pair in b.pairs) for b in many}) == 20
+    assert all(len({pair.row for pair in b.pairs}) == 24 for b in many)
+    assert all((pair.left.column == b.first) == pair.first_is_left for b in many for pair in b.pairs)
+
+
+def test_take_back_undoes_a_vote():
+    chosen = ballot()
+    before = chosen.current
+    chosen.vote(Choice.NEITHER)
+    assert chosen.votes == [Verdict.NEITHER]
+    chosen.take_back()
+    assert (chosen.votes, chosen.current) == ([], before)
+
+
+@pytest.mark.parametrize(
+    ("wins", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (7, 10, 0.3968, 0.8922), (50, 100, 0.4038, 0.5962), (10, 10, 0.7225, 1.0)],
+)
+def test_wilson_interval_gives_published_values(wins, n, low, high):
+    assert wilson_interval(wins, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_sign_test_is_the_sum_of_all_splits_at_least_as_uneven():
+    for wins, losses in ((0, 0), (5, 5), (9, 1), (1, 9), (14, 6), (20, 0)):
+        n = wins + losses
+        extreme = sum(comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(wins - losses)) / 2**n
+        assert sign_test(wins, losses) == pytest.approx(extreme)
+
+
+def test_nothing_is_claimed_from_few_votes_or_an_even_split():
+    chosen = ballot()
+    for _ in range(9):
+        vote_for(chosen, chosen.second)
+    assert "too few" in conclusion(chosen)
+    for _ in range(9):
+        vote_for(chosen, chosen.first)
+    assert "No difference shown" in conclusion(chosen)
+    chosen.votes = [Verdict.SECOND] * 12
+    assert conclusion(chosen) == "two × 1 was preferred to =one × 1."
+
+
+def test_ties_and_rejections_are_counted_but_decide_nothing():
+    counted = tally([Verdict.FIRST, Verdict.TIE, Verdict.NEITHER, Verdict.SECOND, Verdict.TIE])
+    assert (counted.first, counted.second, counted.ties, counted.neither, counted.decided) == (1, 1, 2, 1, 2)
+
+
+def test_csv_reads_back_and_holds_no_formula():
+    chosen = ballot()
+    for _ in range(24):
+        vote_for(chosen, chosen.first)
+    rows = list(csv.reader(io.StringIO(votes_csv(chosen))))
+    assert len(rows) == 25
+    assert {row[0] for row in rows[1:]} == {"a panda", "'=cactus"}
+    assert not any(cell.startswith("=") for row in rows for cell in row)
+
+
+def test_two_equal_columns_make_no_ballot():
+    chosen = ballot()
+    request = CompareRequest(prompts=("a",), seeds=(0,), adapters=ADAPTERS)
+    with pytest.raises(ValueError, match="two different"):
+        make_ballot(request, [], chosen.first, chosen.first)
+    with pytest.raises(ValueError, match="compare them first"):
+        make_ballot(request, [], chosen.first, chosen.second)
