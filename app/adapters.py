@@ -2,7 +2,7 @@
 
 What a picture was really painted with is taken from the layers: the adapters that are enabled, present and active, and
 each one's strength as its scaling now over its scaling when it was loaded. A switch that leaves anything else behind
-is an error, not a picture.
+is an error, not a picture. Likewise for loading: what the layers hold is compared with the file, module by module.
 
 Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first.
 """
@@ -14,11 +14,13 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
+from reslora_diffusion.core.functional import LoraFactors
 from torch import nn
 
 from reslora_diffusion.export.base import base_problems
-from reslora_diffusion.export.factors import delta_norm, rank_of
+from reslora_diffusion.export.factors import delta_norm, rank_of, relative_error
 from reslora_diffusion.export.geometry import Family, family_of
+from reslora_diffusion.export.keys import flat_path
 from reslora_diffusion.export.reader import LoraFile, locate, read_lora
 
 from .request import Adapter, Column, joined, shortened
@@ -27,6 +29,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MAX_LOADED = 16  # adapters kept in memory; beyond it the one unused for longest goes
 MAX_BYTES = 2 * 2**30
 STRENGTH_TOLERANCE = 1e-6
+LOADING_TOLERANCE = 2e-2  # of a module's difference: room for a pipeline in bfloat16, none for a module left out
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,26 @@ class AdapterShelf:
             path.parent, weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
         )
         self.loaded[name] = {layer: layer.scaling[name] for layer in self.layers() if name in layer.scaling}
+        if unlike := self.differences(name, read_lora(path)):
+            self.unload(name)
+            raise ValueError(joined(f"{adapter.label} did not arrive in the pipeline as its file has it", unlike))
         return name
+
+    def differences(self, name: str, lora: LoraFile) -> list[str]:
+        """Modules in which a loaded adapter is not what its file says: loaders skip what they do not know."""
+        found = []
+        for component, paths in lora.components.items():
+            modules = dict(self.models[component].named_modules())
+            for path, factors in paths.items():
+                layer = modules.get(path, modules.get(flat_path(path)))
+                if name not in getattr(layer, "lora_A", {}):
+                    found.append(f"{component}.{path} was left out")
+                    continue
+                A, B = (side[name].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))
+                held = LoraFactors(A, B, layer.scaling[name])
+                if (error := relative_error(held, factors)) > LOADING_TOLERANCE:
+                    found.append(f"{component}.{path} differs by {error:.1%}")
+        return found
 
     def unload(self, name: str) -> None:
         self.pipe.delete_adapters(name)

@@ -24,7 +24,7 @@ from diffusers import (
 from PIL import Image
 
 from .adapters import AdapterShelf
-from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count
+from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count, shortened
 
 SCHEDULERS = {
     Scheduler.DDIM: DDIMScheduler,
@@ -138,9 +138,8 @@ class Comparer:
         """Prompts of which the text encoder reads only the beginning."""
         limit = self.pipe.tokenizer.model_max_length
         lengths = {row.prompt: len(self.pipe.tokenizer(row.prompt).input_ids) for row in request.rows}
-        return [
-            f"“{prompt}” has {n} tokens, the text encoder reads {limit}" for prompt, n in lengths.items() if n > limit
-        ]
+        long = {prompt: n for prompt, n in lengths.items() if n > limit}
+        return [f"“{shortened(prompt)}” has {n} tokens, the text encoder reads {limit}" for prompt, n in long.items()]
 
 
 def load_pipeline(source: str | Path, device: str = "cpu") -> DiffusionPipeline:

@@ -53,10 +53,8 @@ def png(image: Image.Image) -> bytes:
 
 
 def settings_line(request: CompareRequest) -> str:
-    scheduler = f"scheduler {request.scheduler}"
-    return (
-        f"{request.num_inference_steps} steps · guidance {request.guidance_scale:g} · {scheduler} · same noise in a row"
-    )
+    parts = [f"{request.num_inference_steps} steps", f"guidance {request.guidance_scale:g}"]
+    return " · ".join([*parts, f"scheduler {request.scheduler}", "same noise in a row"])
 
 
 def by_place(cells: Sequence[Cell]) -> dict:

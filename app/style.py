@@ -35,6 +35,7 @@ THEME = gr.themes.Base(
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container .main { padding-inline: clamp(8px, 2.5vw, 32px) !important; }
 .masthead h1 { font-size: 1.6rem; font-weight: 700; margin: .25rem 0; }
 .masthead p { margin: 0; max-width: 60rem; color: var(--body-text-color-subdued); }
 .masthead .base { font-size: .9rem; margin-top: .25rem; overflow-wrap: anywhere; }
@@ -50,7 +51,7 @@ CSS = """
 .message.warn::before { content: "! "; }
 .message.good::before { content: "✓ "; }
 
-.grid, .scroll { overflow-x: auto; max-width: 100%; }
+.grid, .scroll { overflow-x: auto; contain: inline-size; } /* wide tables scroll; they never widen the page */
 .grid table { border-collapse: separate !important; border-spacing: 10px; border: 0 !important; }
 .grid th, .grid td { border: 0 !important; padding: 0 !important; text-align: left; vertical-align: top; }
 .grid thead th { vertical-align: bottom; font-weight: 600; max-width: 176px; overflow-wrap: anywhere; }

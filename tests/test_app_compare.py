@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from app.adapters import AdapterShelf
@@ -123,6 +124,22 @@ def test_one_file_is_loaded_once_and_the_oldest_goes_first(comparer, adapters, m
     name = shelf.load(adapters[1])
     assert list(shelf.loaded) == [name]
     assert comparer.pipe.get_list_adapters() == {"unet": [name]}
+
+
+def test_an_adapter_that_arrives_in_part_is_refused(comparer, adapters, monkeypatch):
+    """Loaders skip keys that they do not know, and say so in a log at most."""
+    load = comparer.pipe.load_lora_weights
+
+    def load_half(*args, adapter_name: str, **options) -> None:
+        load(*args, adapter_name=adapter_name, **options)
+        for layer in (m for m in comparer.pipe.text_encoder.modules() if adapter_name in getattr(m, "lora_B", {})):
+            torch.nn.init.zeros_(layer.lora_B[adapter_name].weight)
+
+    monkeypatch.setattr(comparer.pipe, "load_lora_weights", load_half)
+    with pytest.raises(ValueError, match=r"(?s)did not arrive.*text_encoder.*differs by 100"):
+        next(comparer.compare(request(adapters=adapters[:1])))
+    assert comparer.shelf.loaded == {}
+    assert comparer.pipe.get_list_adapters() == {}
 
 
 def test_a_file_that_changed_is_not_painted_under_its_old_name(comparer, adapters):

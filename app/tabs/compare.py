@@ -30,10 +30,21 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             prompts = gr.Textbox(
-                label="Prompts", info="One to a line. {words} in braces are filled from below.", lines=3, max_lines=12
+                label="Prompts",
+                info="One to a line. {words} in braces are filled from below.",
+                lines=3,
+                max_lines=12,
+                elem_id="prompts",
             )
-            placeholders = gr.Textbox(label="Placeholders", info="subject = panda, cactus", lines=1, max_lines=8)
-            seeds = gr.Textbox(label="Seeds", info="0-3, 7")
+            placeholders = gr.Textbox(
+                label="Placeholders",
+                info="subject = panda, cactus",
+                lines=1,
+                max_lines=8,
+                elem_id="placeholders",
+                value="",
+            )
+            seeds = gr.Textbox(label="Seeds", info="0-3, 7", elem_id="seeds")
             adapters = gr.CheckboxGroup(
                 label="Adapters",
                 info="Each gets a column for every strength.",
@@ -42,12 +53,14 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
             files = gr.UploadButton(
                 "Add adapter files (.safetensors)", file_count="multiple", size="sm", elem_id="adapter_files"
             )
-            strengths = gr.Textbox(label="Strengths", info=f"Of every adapter, between 0 and {limits.strength:g}.")
+            strengths = gr.Textbox(
+                label="Strengths", info=f"Of every adapter, between 0 and {limits.strength:g}.", elem_id="strengths"
+            )
             sweep = gr.Button("Sweep 0 to 1.5", size="sm", elem_id="sweep")
             include_base = gr.Checkbox(label="Base column, without an adapter", value=True)
             with gr.Accordion("Sampling", open=False):
-                negative = gr.Textbox(label="Negative prompt", lines=1)
-                steps = gr.Slider(1, limits.steps, step=1, label="Steps")
+                negative = gr.Textbox(label="Negative prompt", lines=1, value="")
+                steps = gr.Slider(1, limits.steps, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(0, limits.guidance, step=0.5, label="Guidance")
                 scheduler = gr.Dropdown(list(Scheduler), label="Scheduler")
             expected = gr.HTML(elem_id="expected")

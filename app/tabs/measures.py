@@ -28,8 +28,10 @@ def measures_tab(studio: Studio) -> None:
             )
             word = gr.Textbox(label="Subject's word", value="sks", info="Prompts without it are the unrelated ones.")
             with gr.Accordion("CLIP and DINO, if you have them", open=False):
-                clip = gr.Textbox(label="CLIP", info="Folder or hub name in the local cache; nothing is downloaded.")
-                dino = gr.Textbox(label="DINO", info="Such as facebook/dino-vits16.")
+                clip = gr.Textbox(
+                    label="CLIP", value="", info="Folder or hub name in the local cache; nothing is downloaded."
+                )
+                dino = gr.Textbox(label="DINO", value="", info="Such as facebook/dino-vits16.")
             run = gr.Button("Measure", variant="primary", elem_id="measure")
         with gr.Column(scale=3, min_width=320):
             result = gr.HTML(elem_id="measures", min_height=64)
