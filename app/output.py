@@ -101,8 +101,8 @@ pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px
 """
 
 
-def report(request: CompareRequest, cells: Sequence[Cell], notes: str = "") -> str:
-    """One HTML file with everything in it; `notes` is ready-made HTML."""
+def report(request: CompareRequest, cells: Sequence[Cell]) -> str:
+    """One HTML file with everything in it."""
     painted = by_place(cells)
 
     def td(cell: Cell | None) -> str:
@@ -128,7 +128,7 @@ def report(request: CompareRequest, cells: Sequence[Cell], notes: str = "") -> s
         "style-src 'unsafe-inline'\">"
         f"<title>ResLoRA comparison</title><style>{REPORT_STYLE}</style></head><body><h1>ResLoRA comparison</h1>"
         f"<p>{html.escape(settings_line(request))}</p>"
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"<details><summary>Settings: save as settings.json to open them in the app</summary><pre>{settings}</pre>"
         "</details></body></html>"
     )
@@ -138,7 +138,7 @@ def settings_json(request: CompareRequest) -> str:
     return json.dumps(request.to_dict(), indent=1, ensure_ascii=False)
 
 
-def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], notes: str = "") -> Path:
+def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell]) -> Path:
     rows, columns = request.rows, request.columns
     with zipfile.ZipFile(path, "w") as archive:
         for cell in cells:
@@ -146,6 +146,6 @@ def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], notes:
             name = f"row{rows.index(cell.row) + 1:03}-column{columns.index(cell.column) + 1:02}-{label}.png"
             archive.writestr(f"images/{name}", png(cell.image))
         archive.writestr("sheet.png", png(sheet(request, cells)))
-        archive.writestr("report.html", report(request, cells, notes))
+        archive.writestr("report.html", report(request, cells))
         archive.writestr("settings.json", settings_json(request))
     return path

@@ -86,6 +86,8 @@ kbd { font-size: .75rem; border: 1px solid var(--border-color-primary); border-r
 .facts caption { text-align: left; font-weight: 600; padding: .25rem 0; }
 .facts :is(th, td) { text-align: left; padding: .3rem .6rem !important; border: 0 !important; vertical-align: top;
   border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; }
+.facts :is(thead, tbody, tr) { border: 0 !important; }
+.facts :is(th, td) { min-width: 6.5rem; }
 .facts td { font-variant-numeric: tabular-nums; }
 .facts th[scope=row] { font-weight: 500; min-width: 6rem; }
 .file { padding: .5rem 0 1rem; }

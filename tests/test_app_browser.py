@@ -152,6 +152,21 @@ def test_stop_keeps_what_is_there(page):
     assert page.locator("#grid img").count() == painted
 
 
+def test_the_page_answers_while_it_paints(page):
+    set_steps(page, 100)
+    fill(page, "seeds", "0-20")
+    sync_api.expect(page.locator("#expected")).to_contain_text("63 pictures")
+    page.click("#run")
+    sync_api.expect(page.locator("#status")).to_contain_text("2 of 63 pictures", timeout=PATIENCE_MS)
+    page.get_by_role("tab", name="Blind vote").click()
+    page.locator("#vote_begin").click()
+    page.wait_for_selector("#vote_pair img, .toast-wrap")
+    page.get_by_role("tab", name="Compare").click()
+    assert "of 63" in page.locator("#status").inner_text(), "it was still painting"
+    page.click("#stop")
+    sync_api.expect(page.locator("#status")).to_contain_text("Stopped:")
+
+
 def test_vote_by_keyboard_and_without_a_leak(page, tmp_path):
     page.get_by_role("tab", name="Blind vote").click()
     page.click("#vote_begin")

@@ -3,15 +3,17 @@
 import html
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from gradio_client import Client
 from PIL import Image
 
 from app import views
-from app.__main__ import parse_args
+from app.__main__ import main, parse_args
 from app.compare import Cell
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths
 from app.output import difference, enlarged, heat_map, png, report, sheet, write_zip
@@ -229,7 +231,8 @@ def test_the_api_paints(address):
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [(0, "x" * 700, "700 characters"), (2, "0-9999", "pictures; at most 200"),
-     (3, ["../../etc/passwd"], "not in the list"), (4, "9", "strengths lie between"), (0, "<b>{y}</b>", "nothing fills")],
+     (3, ["../../etc/passwd"], "not in the list"), (4, "9", "strengths lie between"),
+     (0, "<b>{y}</b>", "nothing fills")],
 )  # fmt: skip
 def test_the_api_refuses_in_words(address, place, value, words):
     fields = list(FIELDS)
@@ -239,9 +242,37 @@ def test_the_api_refuses_in_words(address, place, value, words):
     assert "<b>" not in str(caught.value)
 
 
-def test_nothing_else_is_served(address, studio):
-    import httpx
+def test_two_visitors_at_once_get_their_own_pictures(address):
+    def visit(word: str) -> str:
+        return Client(address, verbose=False).predict(word, "", "0-3", ["lora"], "1", *FIELDS[5:], api_name="/compare")[
+            1
+        ]
 
+    words = ("cat", "dog", "cake")
+    with ThreadPoolExecutor(len(words)) as pool:
+        grids = list(pool.map(visit, words))
+    for word, grid in zip(words, grids, strict=True):
+        assert grid.count("<img") == 8
+        assert not any(other in grid for other in words if other != word)
+
+
+def test_only_the_comparison_is_an_api(address):
+    info = Client(address, verbose=False).view_api(return_format="dict")
+    assert list(info["named_endpoints"]) == ["/compare"]
+
+
+def test_a_password_is_asked_for_when_one_is_set(studio):
+    demo = launch(studio, prevent_thread_lock=True, quiet=True, auth=("me", "secret"))
+    try:
+        assert httpx.get(f"{demo.local_url}config").status_code == 401
+        with pytest.raises(Exception, match="(?i)auth|credentials"):
+            Client(demo.local_url, verbose=False)
+        assert Client(demo.local_url, verbose=False, auth=("me", "secret")).predict(*FIELDS, api_name="/compare")
+    finally:
+        demo.close()
+
+
+def test_nothing_else_is_served(address, studio):
     secret = studio.sessions.root.parent / "secret.txt"
     for path in (secret, "/etc/passwd", studio.sessions.root / ".." / "secret.txt"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
@@ -255,6 +286,21 @@ def test_the_command_refuses_before_it_loads(tmp_path, capsys):
     message = capsys.readouterr().err
     for words in ("no model_index.json", "a user and a password", "between 0 and 65535"):
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [([], False), (["--share"], True), (["--server_name", "0.0.0.0"], True), (["--share", "--auth", "me:a:b"], False)],
+)
+def test_the_command_warns_when_others_can_look(studio, monkeypatch, capsys, options, warned):
+    served = {}
+    monkeypatch.setattr("app.serve.open_studio", lambda *_: studio)
+    monkeypatch.setattr("app.serve.launch", lambda _, **given: served.update(given))
+    main(["--base", str(studio.sessions.root.parent / "base"), *options])
+    words = capsys.readouterr().err
+    assert ("no password is asked for" in words) == warned
+    assert ("passes through a relay" in words) == ("--share" in options) == served["share"]
+    assert served["auth"] == (("me", "a:b") if "--auth" in options else None)
 
 
 def test_the_command_listens_on_this_machine_alone(studio):

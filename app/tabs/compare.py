@@ -82,7 +82,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
             flip = gr.HTML(js_on_load=FLIP_CLICKS, visible=False, elem_id="flip")
             with gr.Column(visible=False, elem_id="difference") as difference:
                 note = gr.HTML()
-                heat = gr.Image(label="Difference", type="pil", format="png", interactive=False, height=460)
+                heat = gr.Image(
+                    label="Difference", format="png", interactive=False, height=460, buttons=["download", "fullscreen"]
+                )
             with gr.Row():
                 out = [
                     gr.DownloadButton(name, size="sm", interactive=False, min_width=110, elem_id=f"download_{key}")
