@@ -1,0 +1,42 @@
+"""Residual low-rank adapters (ResLoRA, arXiv 2402.18039) for diffusers, transformers and PEFT.
+
+>>> from reslora_diffusion import ResLoraConfig, attach, calibrate, merged_factors
+>>> attach(unet, ResLoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+>>> ...  # train
+>>> calibrate(unet, batches, lambda unet, batch: unet(**batch))
+>>> factors = merged_factors(unet)  # a plain LoRA, ready for `reslora_diffusion.export.export_lora`
+
+Names are resolved on first use, so that `import reslora_diffusion` and the command line answer at once.
+"""
+
+from importlib import import_module
+from typing import Any
+
+HOMES = {
+    "LoraFactors": "core.functional",
+    "MergeMethod": "core.config",
+    "MergeReport": "core.report",
+    "ResLoraConfig": "core.config",
+    "Shortcut": "core.config",
+    "attach": "core.attach",
+    "calibrate": "core.merging",
+    "detach": "core.attach",
+    "explain": "core.attach",
+    "get_controller": "core.attach",
+    "handover": "core.merging",
+    "merge_report": "core.report",
+    "merged_factors": "core.merging",
+    "merged_forward": "core.merging",
+    "relative_output_errors": "core.report",
+}
+__all__ = sorted(HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

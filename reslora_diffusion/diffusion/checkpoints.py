@@ -1,0 +1,57 @@
+"""Checkpoints of a run, in its output folder.
+
+    checkpoint-120/
+      state/                               all that training needs to continue bit for bit
+      pytorch_lora_weights.safetensors     the LoRA as it would be exported at this step
+      kohya/, export_report.json
+
+A checkpoint is written under a hidden name and renamed when it is complete, so a folder named `checkpoint-N` is whole.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+STATE_FOLDER = "state"
+STATE_FILES = ("state.safetensors", "state.json")
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def is_complete(folder: Path) -> bool:
+    return all((folder / STATE_FOLDER / name).is_file() for name in STATE_FILES)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(is_complete, found), key=step_of)
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path | None:
+    """`latest`, a path, or the name of a folder in `output_dir`; None if there is no such complete checkpoint."""
+    if name == "latest":
+        return next(reversed(checkpoints_in(output_dir)), None)
+    candidates = (Path(name), output_dir / Path(name).name)
+    return next((path for path in candidates if is_complete(path)), None)
+
+
+def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], limit: int | None = None) -> Path:
+    """Let `write` fill a folder, put it in its place, and then remove the oldest beyond `limit`."""
+    folder, fresh = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write(fresh)
+    stale = output_dir / f".checkpoint-{step}.old"
+    shutil.rmtree(stale, ignore_errors=True)
+    if folder.exists():
+        folder.rename(stale)
+    fresh.rename(folder)
+    shutil.rmtree(stale, ignore_errors=True)
+    if limit is not None:
+        for old in checkpoints_in(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return folder

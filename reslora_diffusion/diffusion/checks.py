@@ -1,0 +1,198 @@
+"""Everything that can be found wrong before a model is loaded, in one message.
+
+`check(args)` looks at the options, the folders and the installed packages, and returns what the run will be trained
+on. It imports no torch. What needs the model (its family, the shapes of its layers) is checked right after loading,
+by `models`.
+"""
+
+import difflib
+import json
+import math
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from .checkpoints import checkpoints_in, find_checkpoint
+from .data import Scan, scan
+from .options import NOT_SUPPORTED, known_flags
+from .problems import listing, refuse
+
+CHOICES = {
+    "method": ("lora", "reslora"),
+    "shortcut": (None, "none", "input", "block", "middle"),
+    "merge_method": (None, "least_squares", "paper_input", "paper_weight", "drop"),
+    "mixed_precision": (None, "no", "fp16", "bf16"),
+    "prior_generation_precision": (None, "no", "fp32", "fp16", "bf16"),
+    "image_interpolation_mode": tuple(mode.name.lower() for mode in Image.Resampling),
+    "report_to": ("tensorboard", "wandb", "comet_ml", "all", "none"),
+    "lr_scheduler": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+    ),
+}
+AT_LEAST_ONE = (
+    "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
+    "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
+    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length"
+).split()
+POSITIVE = "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power".split()
+NOT_NEGATIVE = (
+    "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
+    "adam_weight_decay"
+).split()
+SHARES = "lora_dropout adam_beta1 adam_beta2".split()
+OF_RESLORA = "shortcut num_previous merge_method".split()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is trained on, and for how long."""
+
+    instance: Scan
+    class_pictures: Scan | None
+    max_train_steps: int
+    steps_per_epoch: int
+
+
+def check(args: Namespace) -> Plan:
+    """The plan of a run; raises `BadInput` with every problem found."""
+    instance = scan(Path(args.instance_data_dir)) if args.instance_data_dir else None
+    class_pictures = None
+    if args.with_prior_preservation and args.class_data_dir:
+        class_pictures = scan(Path(args.class_data_dir), may_be_empty=True)
+    refuse(
+        [
+            *unknown_words(args.unknown),
+            *bad_values(args),
+            *bad_combinations(args),
+            *bad_model(args),
+            *missing_packages(args),
+            *bad_output(args),
+            *(instance.problems if instance else []),
+            *(class_pictures.problems if class_pictures else []),
+            *missing_prompt(args, instance),
+        ]
+    )
+    examples = max(len(instance.pictures), args.num_class_images if class_pictures else 0)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * processes))
+    return Plan(instance, class_pictures, args.max_train_steps or args.num_train_epochs * per_epoch, per_epoch)
+
+
+def unknown_words(words: list[str]) -> Iterator[str]:
+    known = known_flags()
+    for word in words:
+        close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+        yield f"got {word!r}, which is no option" + (f"; wanted {close[0]}?" if close else "")
+
+
+def bad_values(args: Namespace) -> Iterator[str]:
+    given = vars(args)
+    for name, choices in CHOICES.items():
+        if given[name] not in choices:
+            yield f"--{name}: got {given[name]!r}, wanted {', '.join(filter(None, choices))}"
+    rules = (
+        (AT_LEAST_ONE, lambda v: v >= 1, "1 or more"),
+        (POSITIVE, lambda v: v > 0, "a number above 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (SHARES, lambda v: 0 <= v < 1, "0 or more and below 1"),
+    )
+    for names, holds, wanted in rules:
+        for name in names:
+            value = given[name]
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                yield f"--{name}: got {value}, wanted {wanted}"
+    if args.num_previous not in (None, "all") and args.num_previous < 0:
+        yield f"--num_previous: got {args.num_previous}, wanted 0 or more, or all"
+    if args.resolution >= 1 and args.resolution % 8:
+        yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
+    for name, reason in NOT_SUPPORTED.items():
+        if given[name] is not None:
+            yield f"--{name} is not supported, because {reason}"
+
+
+def bad_combinations(args: Namespace) -> Iterator[str]:
+    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
+        if not getattr(args, name):
+            yield f"--{name} is required"
+    if args.with_prior_preservation:
+        for name in ("class_data_dir", "class_prompt"):
+            if not getattr(args, name):
+                yield f"--with_prior_preservation needs --{name}"
+    if args.train_text_encoder and args.pre_compute_text_embeddings:
+        yield "--pre_compute_text_embeddings cannot be used with --train_text_encoder: the embeddings change"
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        yield "--text_encoder_lr is used only with --train_text_encoder"
+    if args.method == "lora":
+        for name in OF_RESLORA:
+            if getattr(args, name) is not None:
+                yield f"--{name} is used only with --method reslora"
+    if args.report_to == "wandb" and args.hub_token:
+        yield "--hub_token would be exposed to --report_to wandb; log in by `hf auth login` instead"
+
+
+def bad_model(args: Namespace) -> Iterator[str]:
+    """What can be seen of a model without loading it: only local folders."""
+    name = args.pretrained_model_name_or_path
+    if not name:
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2:
+            yield f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        yield f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"
+        return
+    family = json.loads(index.read_text()).get("_class_name")
+    if family != "StableDiffusionPipeline":
+        yield f"--pretrained_model_name_or_path: {name} is a {family}, wanted a StableDiffusionPipeline (1.x or 2.x)"
+
+
+def missing_packages(args: Namespace) -> Iterator[str]:
+    needed = {
+        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
+        "--enable_xformers_memory_efficient_attention": (
+            "xformers",
+            args.enable_xformers_memory_efficient_attention,
+        ),
+        f"--report_to {args.report_to}": (args.report_to, args.report_to in ("tensorboard", "wandb", "comet_ml")),
+    }
+    for flag, (package, wanted) in needed.items():
+        if wanted and find_spec(package) is None:
+            yield f"{flag} needs the package {package}, which is not installed"
+
+
+def bad_output(args: Namespace) -> Iterator[str]:
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        yield f"--output_dir: {output} is a file, wanted a folder"
+        return
+    if args.resume_from_checkpoint not in (None, "latest"):
+        if find_checkpoint(output, args.resume_from_checkpoint) is None:
+            there = listing(path.name for path in checkpoints_in(output)) or "none"
+            yield (
+                f"--resume_from_checkpoint: {args.resume_from_checkpoint} is no complete checkpoint, neither as it "
+                f"stands nor in {output}; there: {there}"
+            )
+    elif args.resume_from_checkpoint is None and (old := checkpoints_in(output)) and not args.dry_run:
+        yield (
+            f"--output_dir: {output} holds {listing(path.name for path in old)} of an earlier run; wanted another "
+            "folder, or --resume_from_checkpoint latest to continue it"
+        )
+
+
+def missing_prompt(args: Namespace, instance: Scan | None) -> Iterator[str]:
+    if not args.instance_prompt and (instance is None or instance.uncaptioned):
+        without = f": {listing(instance.uncaptioned)} have no caption of their own" if instance else ""
+        yield f"--instance_prompt is required{without}"

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """While open, the first signal is kept for `requested`; the second acts as it did before.
+
+    >>> with Interruption(accelerator) as interruption:
+    ...     for step in steps:
+    ...         ...
+    ...         if interruption.requested():
+    ...             break
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received = False
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)\n".encode())
+        self.__exit__(None, None, None)
+
+    def requested(self) -> bool:
+        """Whether any process was told to stop: all of them leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        told = torch.tensor(float(self.received), device=self.accelerator.device)
+        return self.accelerator.reduce(told, reduction="sum").item() > 0

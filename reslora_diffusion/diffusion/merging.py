@@ -1,0 +1,96 @@
+"""What merging costs: the shortcut serves training, and what is exported is a plain LoRA.
+
+The gap is measured on noise that no training step saw: the loss as trained, and the loss as exported. Block shortcuts
+and plain LoRA merge exactly, so their gap is rounding.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from .adapters import Adapters, Forward
+from .loss import Denoiser
+from .randomness import Stream, seed_of
+from .sampling import Batch, Sampler
+from .text import encode
+from .validation import fixed_noise_loss
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Losses on fixed noise: of the untouched base, as trained, as exported; and each layer's relative output error."""
+
+    shortcut: str
+    merge_method: str
+    loss_base: float
+    loss_trained: float
+    loss_merged: float
+    output_errors: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        return self.loss_merged - self.loss_trained
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"gap": self.gap}
+
+    def __str__(self) -> str:
+        lines = [
+            f"fixed-noise loss: base {self.loss_base:.5f}, trained {self.loss_trained:.5f}, "
+            f"as exported {self.loss_merged:.5f} (merge gap {self.gap:+.1e})"
+        ]
+        if self.output_errors:
+            worst = max(self.output_errors, key=self.output_errors.__getitem__)
+            mean = sum(self.output_errors.values()) / len(self.output_errors)
+            lines.append(
+                f"relative output error of {len(self.output_errors)} layers by {self.merge_method}: mean {mean:.1e}, "
+                f"largest {self.output_errors[worst]:.1e} in {worst}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Batches apart from training: to fit the merge on, and to measure on. Functions of the run's seed."""
+
+    calibration: Sequence[Batch]
+    validation: Sequence[Batch]
+
+    @classmethod
+    def of(cls, sampler: Sampler, args: Namespace, batches: int = 4) -> "Evaluation":
+        size = args.train_batch_size
+        fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
+        measured = replace(sampler, seed=seed_of(sampler.seed, Stream.VALIDATION), classes=())
+        return cls(
+            calibration=[fitted.batch(n * size, size) for n in range(args.calibration_batches)],
+            validation=[measured.spread(n * size, size, batches * size) for n in range(batches)],
+        )
+
+
+def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
+    """A training-style forward of each component."""
+    return {
+        "unet": lambda model, batch: denoiser.predict(batch),
+        "text_encoder": lambda model, batch: encode(model, batch.texts),
+    }
+
+
+def merge_report(
+    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float
+) -> MergeReport:
+    """Calibrate, and compare what was trained with what will be exported."""
+    forwards = forwards_of(denoiser)
+    adapters.calibrate(evaluation.calibration, forwards)
+    with adapters.evaluation():
+        trained = fixed_noise_loss(denoiser, evaluation.validation)
+        with adapters.merged():
+            merged = fixed_noise_loss(denoiser, evaluation.validation)
+    method = adapters.merging()
+    return MergeReport(
+        shortcut=method["shortcut"],
+        merge_method=method["merge_method"],
+        loss_base=loss_base,
+        loss_trained=trained,
+        loss_merged=merged,
+        output_errors=adapters.output_errors(evaluation.validation, forwards),
+    )

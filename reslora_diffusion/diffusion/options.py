@@ -1,0 +1,206 @@
+"""The command line of DreamBooth training: the flags of diffusers' `train_dreambooth_lora.py`, then ours.
+
+Nothing here imports torch, so `--help` and a bad command line answer at once. Order of authority: command line,
+`--config` file, the defaults below. The defaults of the method itself live in `ResLoraConfig`; `None` here means
+"not given".
+"""
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .problems import BadInput
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+}
+SWITCH = argparse.BooleanOptionalAction  # --flag, --no-flag, so that the command line can win over a file
+NOT_SUPPORTED = {
+    "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",
+    "class_labels_conditioning": "only DeepFloyd's upscaler has class labels",
+    "validation_images": "it serves DeepFloyd's upscaler; Stable Diffusion is validated by --validation_prompt",
+}
+
+
+def int_or_all(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
+    """By name, default and meaning as in diffusers' script."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x or 2.x pipeline")
+    add("--revision", help="of the model on the hub")
+    add("--variant", help="of the weight files, such as fp16")
+    add("--tokenizer_name", help="folder or hub name, if the tokenizer is not the pipeline's")
+    add("--tokenizer_max_length", type=int, help="tokens of a prompt (default: the tokenizer's own)")
+    add("--enable_xformers_memory_efficient_attention", action=SWITCH, default=False)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="pictures of the subject; captions from <picture>.txt or metadata.jsonl beside them")
+    add("--instance_prompt", help="the prompt of pictures without a caption of their own")
+    add("--with_prior_preservation", action=SWITCH, default=False, help="also train on pictures of the class")
+    add("--class_data_dir", help="pictures of the class; those that are missing are made there")
+    add("--class_prompt")
+    add("--num_class_images", type=int, default=100)
+    add("--prior_loss_weight", type=float, default=1.0)
+    add("--prior_generation_precision", help="no, fp32, fp16 or bf16 (default: fp16 on a GPU, else fp32)")
+    add("--sample_batch_size", type=int, default=4, help="class pictures made at once")
+    add("--resolution", type=int, default=512, help="side of the squares that are trained on, in pixels")
+    add("--center_crop", action=SWITCH, default=False, help="instead of random crops")
+    add("--image_interpolation_mode", default="lanczos", help="bilinear, bicubic, box, hamming, lanczos or nearest")
+    add("--dataloader_num_workers", type=int, default=0, help="threads that decode pictures while latents are cached")
+
+    add = parser.add_argument_group("adapter").add_argument
+    add("--rank", type=int, default=4)
+    add("--lora_dropout", type=float, default=0.0)
+    add("--train_text_encoder", action=SWITCH, default=False)
+    add("--pre_compute_text_embeddings", action=SWITCH, default=False, help="done whenever the text encoder is frozen")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=int, default=4, help="of each process; as many class pictures join them")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--num_train_epochs", type=int, default=1)
+    add("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    add("--learning_rate", type=float, default=5e-4)
+    add("--scale_lr", action=SWITCH, default=False, help="times batch size, accumulation and processes")
+    add("--lr_scheduler", default="constant")
+    add("--lr_warmup_steps", type=int, default=500)
+    add("--lr_num_cycles", type=int, default=1)
+    add("--lr_power", type=float, default=1.0)
+    add("--use_8bit_adam", action=SWITCH, default=False)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--gradient_checkpointing", action=SWITCH, default=False)
+    add("--mixed_precision", help="no, fp16 or bf16: precision of the frozen base; adapters are always float32")
+    add("--allow_tf32", action=SWITCH, default=False)
+    add("--seed", type=int, help="drawn and recorded if not given")
+    add("--local_rank", type=int, default=-1, help="set by launchers")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="lora-dreambooth-model")
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int)
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    add("--validation_prompt", nargs="+", help="one or more prompts to paint at the start, on schedule and at the end")
+    add("--num_validation_images", type=int, default=4, help="pictures for each prompt")
+    add("--validation_epochs", type=int, default=50)
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none")
+    add("--logging_dir", default="logs", help="inside --output_dir")
+    add("--push_to_hub", action=SWITCH, default=False)
+    add("--hub_token")
+    add("--hub_model_id")
+
+    group = parser.add_argument_group("not supported (for DeepFloyd IF)")
+    for name, reason in NOT_SUPPORTED.items():
+        group.add_argument(f"--{name}", nargs="*", help=reason)
+
+
+def add_our_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("ResLoRA").add_argument
+    add("--method", default="reslora", help="reslora, or lora: PEFT's own LoRA through the same loop")
+    add("--shortcut", help="input, block, middle or none")
+    add("--num_previous", type=int_or_all, help="earlier layers of a chain that a shortcut reaches back to, or all")
+    add("--merge_method", help="least_squares, paper_input, paper_weight or drop")
+    add("--calibration_batches", type=int, default=16, help="training batches the merge is fitted on")
+    add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
+    add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")
+    add("--target_modules", nargs="+", default=["to_k", "to_q", "to_v", "to_out.0"], help="of the UNet, as in PEFT")
+    add("--text_encoder_target_modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "out_proj"])
+
+    add = parser.add_argument_group("more training").add_argument
+    add("--text_encoder_lr", type=float, help="learning rate of the text encoder (default: --learning_rate)")
+    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
+    add("--noise_offset", type=float, default=0.0, help="noise shared by the pixels of a channel; 0.05 is usual")
+    add("--random_flip", action=SWITCH, default=False)
+    add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that is not square")
+
+    add = parser.add_argument_group("more output").add_argument
+    add("--config", type=Path, help="yaml, json or toml file of these options by name; the command line wins")
+    add("--dry_run", action=SWITCH, default=False, help="say what would be trained on, and stop")
+    add("--validation_steps", type=int, help="validate every N steps; overrides --validation_epochs")
+    add("--num_inference_steps", type=int, default=25, help="of validation and class pictures")
+    add("--guidance_scale", type=float, default=7.5, help="of validation and class pictures")
+    add("--export_name", help="of the file for ComfyUI and A1111 (default: name of --output_dir)")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports its own findings as `BadInput`, so that they leave by the same door as the others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput([message])
+
+
+class Formatter(argparse.HelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if silent else f"{action.help or ''} (default: %(default)s)"
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="train_dreambooth_reslora.py",
+        description="Teach a Stable Diffusion pipeline a subject by LoRA or ResLoRA, and export a standard LoRA.",
+        allow_abbrev=False,
+        formatter_class=Formatter,
+    )
+    add_diffusers_flags(parser)
+    add_our_flags(parser)
+    return parser
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a configuration file."""
+    if path.suffix.lower() not in PARSERS:
+        raise BadInput([f"--config {path}: wanted a file named {', '.join(PARSERS)}"])
+    try:
+        config = PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput([f"--config {path}: {error.strerror}"]) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadInput([f"--config {path} does not parse: {error}"]) from error
+    if not isinstance(config, dict):
+        raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
+    return config
+
+
+def as_words(config: dict[str, Any]) -> list[str]:
+    """The command line that says the same, so that a file goes through the same checks."""
+    words = []
+    for name, value in config.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options; `args.unknown` holds the words that are no option."""
+    parser = build_parser()
+    file = parser.parse_known_args(argv)[0].config
+    args, unknown_in_file = parser.parse_known_args(as_words(read_config(file)) if file else [])
+    args, unknown = parser.parse_known_args(argv, namespace=args)
+    args.unknown = unknown_in_file + unknown
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    return args
+
+
+def known_flags() -> list[str]:
+    return [flag for action in build_parser()._actions for flag in action.option_strings]

@@ -1,0 +1,97 @@
+"""The record of a run: `run.json`, written before the first step, and the model card, written after the last."""
+
+import json
+import platform
+import sys
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .models import base_model_name
+from .problems import listing, refuse
+
+FILE = "run.json"
+PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
+SECRET = ("hub_token",)
+# What a checkpoint depends on: a run that continues from one must agree on these.
+BINDING = (
+    "pretrained_model_name_or_path seed method shortcut num_previous rank lora_alpha use_rslora lora_dropout "
+    "target_modules train_text_encoder text_encoder_target_modules train_batch_size gradient_accumulation_steps "
+    "instance_prompt class_prompt with_prior_preservation prior_loss_weight resolution snr_gamma noise_offset "
+    "random_flip center_crop crops_per_image"
+).split()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that was not installed
+            found[package] = "not installed"
+    return found
+
+
+def options(args: Namespace) -> dict[str, Any]:
+    """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
+    hidden = (*SECRET, "unknown", "config", "dry_run")
+    values = {name: value for name, value in vars(args).items() if name not in hidden}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def write_record(args: Namespace, facts: dict[str, Any]) -> None:
+    """Write `run.json`: command, options, versions and what the caller found out."""
+    record = {"command": sys.argv, "options": options(args), "versions": versions(), **facts}
+    write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+def refuse_other_run(args: Namespace, stored: dict[str, Any], folder: Path) -> None:
+    """Raise `BadInput` if a checkpoint belongs to another configuration."""
+    own = options(args)
+    refuse(
+        f"{folder} was trained with --{name} {stored.get(name)!r}, got {own[name]!r}; wanted the same"
+        for name in BINDING
+        if stored.get(name) != own[name]
+    )
+
+
+def model_card(args: Namespace, lines: list[str], pictures: list[str]) -> str:
+    """README.md of a trained adapter, in the hub's format."""
+    base = base_model_name(args)
+    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", "stable-diffusion", args.method]
+    prompt = args.instance_prompt or "captions of the pictures"
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {base}",
+            "library_name: diffusers",
+            f"instance_prompt: {json.dumps(prompt)}",
+            f"tags: [{listing(tags, len(tags))}]",
+            "---",
+            "",
+            f"# {Path(args.output_dir).resolve().name}",
+            "",
+            f"A LoRA for `{base}`, trained by DreamBooth on {prompt!r}; text encoder trained: "
+            f"{'yes' if args.train_text_encoder else 'no'}.",
+            "",
+            "```python",
+            "from diffusers import StableDiffusionPipeline",
+            "",
+            f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
+            'pipe.load_lora_weights("path/to/this/folder")',
+            f"image = pipe({json.dumps(prompt)}).images[0]",
+            "```",
+            "",
+            *lines,
+            "",
+            *(f"![{name}]({name})" for name in pictures),
+            "",
+        ]
+    )

@@ -1,0 +1,188 @@
+"""The released Stable Diffusion geometries, and the name maps by which ComfyUI and A1111 find a LoRA's modules.
+
+Both programs hold Stability's checkpoint in Stability's module tree, so a name in a kohya file must resolve to a module
+of that tree. ComfyUI walks the UNet's configuration, counting blocks, and lists every name it will accept; A1111 (and
+Forge, and SD.Next) rewrites each name by regular expressions and looks the result up. The two rules are written here
+from their behaviour, independently of `keys.to_sgm`, so that the proof of an export can hold one against the other.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .factors import Components
+from .keys import Naming
+
+
+class Family(StrEnum):
+    """What a LoRA is for, as far as its names and shapes tell."""
+
+    SD1 = "Stable Diffusion 1.x"
+    SD2 = "Stable Diffusion 2.x"
+    SDXL = "Stable Diffusion XL"
+    CUSTOM = "a custom Stable Diffusion geometry"
+    OTHER = "no Stable Diffusion"
+
+    @property
+    def naming(self) -> Naming:
+        return Naming.SDXL if self is Family.SDXL else Naming.SD
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Transformer depth per level (0 = no attention), cross-attention width, CLIP layers per text encoder."""
+
+    depths: tuple[int, ...]
+    mid_depth: int
+    cross_attention_dim: int
+    clip_layers: dict[str, int]
+
+
+GEOMETRIES = {
+    Family.SD1: Geometry((1, 1, 1, 0), 1, 768, {"text_encoder": 12}),
+    Family.SD2: Geometry((1, 1, 1, 0), 1, 1024, {"text_encoder": 23}),
+    Family.SDXL: Geometry((0, 2, 10), 10, 2048, {"text_encoder": 12, "text_encoder_2": 32}),
+}
+BLOCK = [f"attn{n}.to_{p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+CLIP_LAYER = [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+
+
+def family_of(components: Components) -> Family:
+    """The base model that names and shapes point to."""
+    if not components.keys() <= {"unet", "text_encoder", "text_encoder_2"}:
+        return Family.OTHER
+    widths = {
+        f.lora_A.shape[1] for p, f in components.get("unet", {}).items() if p.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    clip = {f.lora_A.shape[1] for p, f in components.get("text_encoder", {}).items() if p.endswith("q_proj")}
+    for family, geometry in GEOMETRIES.items():
+        paths = module_paths(geometry)
+        fits = all(modules.keys() <= paths.get(component, set()) for component, modules in components.items())
+        second = ("text_encoder_2" in components) == (family is Family.SDXL) or "unet" in components
+        text_width = 1024 if family is Family.SD2 else 768
+        if fits and second and widths <= {geometry.cross_attention_dim} and clip <= {text_width}:
+            return family
+    return Family.CUSTOM
+
+
+def module_paths(geometry: Geometry) -> dict[str, set[str]]:
+    """Every module of the base that a LoRA may adapt, in diffusers' names."""
+    layers = {c: {f"text_model.encoder.layers.{n}.{m}" for n in range(count) for m in CLIP_LAYER}
+              for c, count in geometry.clip_layers.items()}  # fmt: skip
+    return {"unet": {ours for ours, _ in unet_pairs(geometry)}, **layers}
+
+
+def unet_pairs(geometry: Geometry) -> Iterator[tuple[str, str]]:
+    """(diffusers name, Stability name) of every module, by walking the blocks in order and counting."""
+
+    def attention(ours: str, sgm: str, depth: int) -> Iterator[tuple[str, str]]:
+        for leaf in ("proj_in", "proj_out"):
+            yield f"{ours}.{leaf}", f"{sgm}.{leaf}"
+        for t in range(depth):
+            yield from ((f"{ours}.transformer_blocks.{t}.{m}", f"{sgm}.transformer_blocks.{t}.{m}") for m in BLOCK)
+
+    def resnet(ours: str, sgm: str) -> Iterator[tuple[str, str]]:
+        yield from ((f"{ours}.{leaf}", f"{sgm}.{stability}") for leaf, stability in RESNET.items())
+
+    levels = len(geometry.depths)
+    count = 1  # input_blocks.0 is conv_in
+    for level, depth in enumerate(geometry.depths):
+        for j in range(2):
+            yield from resnet(f"down_blocks.{level}.resnets.{j}", f"input_blocks.{count}.0")
+            if depth:
+                yield from attention(f"down_blocks.{level}.attentions.{j}", f"input_blocks.{count}.1", depth)
+            count += 1
+        if level < levels - 1:
+            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{count}.0.op"
+            count += 1
+    yield from resnet("mid_block.resnets.0", "middle_block.0")
+    yield from attention("mid_block.attentions.0", "middle_block.1", geometry.mid_depth)
+    yield from resnet("mid_block.resnets.1", "middle_block.2")
+    count = 0
+    for level, depth in enumerate(reversed(geometry.depths)):
+        for j in range(3):
+            yield from resnet(f"up_blocks.{level}.resnets.{j}", f"output_blocks.{count}.0")
+            if depth:
+                yield from attention(f"up_blocks.{level}.attentions.{j}", f"output_blocks.{count}.1", depth)
+            if j == 2 and level < levels - 1:
+                yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{count}.{2 if depth else 1}.conv"
+            count += 1
+    yield from (
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+    )
+    if levels == 3:  # only SDXL embeds sizes and pooled text
+        yield from (("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"))
+
+
+def comfyui_names(family: Family) -> dict[str, tuple[str, str]]:
+    """Every LoRA name that ComfyUI accepts for this base, and the module it patches, in diffusers' terms."""
+    names = {}
+    geometry = GEOMETRIES[family]
+    for ours, sgm in unet_pairs(geometry):
+        for name in (ours, sgm):
+            names[f"lora_unet_{name.replace('.', '_')}"] = ("unet", ours)
+    for component, paths in module_paths(geometry).items():
+        prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}.get(component, ())
+        names |= {prefix + path.replace(".", "_"): (component, path) for prefix in prefixes for path in paths}
+    return names
+
+
+def a1111_module(name: str, family: Family) -> str:
+    """The module of Stability's tree that A1111 patches for a LoRA name; the name itself if no rule applies."""
+    resnet = {ours: sgm.replace(".", "_") for ours, sgm in RESNET.items()}
+
+    def block(place: str, kind: str, rest: str) -> str:
+        return f"diffusion_model_{place}_{1 if kind == 'attentions' else 0}_" + (
+            rest if kind == "attentions" else resnet.get(rest, rest)
+        )
+
+    if m := re.fullmatch(r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", name):
+        return block(f"input_blocks_{1 + int(m[1]) * 3 + int(m[3])}", m[2], m[4])
+    if m := re.fullmatch(r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", name):
+        return block(f"output_blocks_{int(m[1]) * 3 + int(m[3])}", m[2], m[4])
+    if m := re.fullmatch(r"lora_unet_mid_block_attentions_0_(.+)", name):
+        return f"diffusion_model_middle_block_1_{m[1]}"
+    if m := re.fullmatch(r"lora_unet_mid_block_resnets_(\d)_(.+)", name):
+        return f"diffusion_model_middle_block_{int(m[1]) * 2}_{resnet.get(m[2], m[2])}"
+    if m := re.fullmatch(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", name):
+        return f"diffusion_model_input_blocks_{3 + int(m[1]) * 3}_0_op"
+    if m := re.fullmatch(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", name):
+        return f"diffusion_model_output_blocks_{2 + int(m[1]) * 3}_{2 if int(m[1]) else 1}_conv"
+    if m := re.fullmatch(r"lora_unet_time_embedding_linear_(\d)", name):
+        return f"diffusion_model_time_embed_{int(m[1]) * 2 - 2}"
+    if name in ("lora_unet_conv_in", "lora_unet_conv_out"):
+        return "diffusion_model_" + {"in": "input_blocks_0_0", "out": "out_2"}[name.rpartition("_")[2]]
+    if m := re.fullmatch(r"lora_te(\d?)_text_model_encoder_layers_(\d+)_(.+)", name):
+        if m[1] == "2" or family is Family.SD2:  # held as OpenCLIP, whose q, k and v are one tensor
+            leaf = m[3].replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
+            leaf = re.sub(r"^self_attn(_[qkv]_proj)?", "attn", leaf)
+            return f"{'1_' if m[1] == '2' else ''}model_transformer_resblocks_{m[2]}_{leaf}"
+        return f"{'0_' if family is Family.SDXL else ''}transformer_text_model_encoder_layers_{m[2]}_{m[3]}"
+    return name.replace("lora_unet_", "diffusion_model_")  # SDXL files carry Stability's names already
+
+
+def a1111_modules(family: Family) -> set[str]:
+    """Names of the modules in A1111's tree of this base."""
+    geometry = GEOMETRIES[family]
+    tree = {f"diffusion_model_{sgm.replace('.', '_')}" for _, sgm in unet_pairs(geometry)}
+    for component, layers in geometry.clip_layers.items():
+        slot = ("0_" if component == "text_encoder" else "1_") if family is Family.SDXL else ""
+        open_clip = family is Family.SD2 or component == "text_encoder_2"
+        for n in range(layers):
+            if open_clip:
+                leaves = ("attn", "attn_out_proj", "mlp_c_fc", "mlp_c_proj")
+                tree |= {f"{slot}model_transformer_resblocks_{n}_{leaf}" for leaf in leaves}
+            else:
+                layer = f"{slot}transformer_text_model_encoder_layers_{n}_"
+                tree |= {layer + leaf.replace(".", "_") for leaf in CLIP_LAYER}
+    return tree

@@ -1,0 +1,65 @@
+"""The rank of an export: `full`, a number, or `auto`.
+
+    full   every module exactly; the file's rank is that of its largest module ((m + 1) r for a block shortcut)
+    N      every module cut to its N largest singular values, padded where it has fewer
+    auto   the smallest rank at which no module loses more than `LOSSY_ERROR`
+
+A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut must be asked for with `allow_lossy`.
+"""
+
+from typing import Literal
+
+from .factors import Components, Loss, common_rank, singular_values, truncated
+
+LOSSY_ERROR = 0.05
+Rank = int | Literal["full", "auto"]
+Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was lost
+
+
+def parse_rank(text: str) -> Rank:
+    """`full`, `auto` or a positive number, as typed on a command line."""
+    if text in ("full", "auto"):
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ValueError(f"rank must be 'full', 'auto' or a positive number, got {text!r}")
+
+
+def smallest_rank(components: Components, largest_error: float = LOSSY_ERROR) -> int:
+    """The smallest rank at which every module's relative error stays within `largest_error`."""
+    needed = 1
+    for modules in components.values():
+        for factors in modules.values():
+            energy = singular_values(factors).square()
+            lost = energy.flip(0).cumsum(0).flip(0)  # lost[k] = energy beyond the first k
+            needed = max(needed, int((lost > largest_error**2 * lost[0]).sum()))
+    return needed
+
+
+def at_rank(components: Components, rank: Rank, *, allow_lossy: bool = False) -> tuple[Components, int, Losses]:
+    """Cut every module to the rank asked for: `(components, rank of the file, losses)`.
+
+    Raises:
+        ValueError: a module loses more than `LOSSY_ERROR` and `allow_lossy` is not set.
+    """
+    exact = {(c, path): Loss(0.0, 1.0) for c, modules in components.items() for path in modules}
+    if rank == "full":
+        return components, common_rank(components), exact
+    if rank == "auto":
+        rank = smallest_rank(components)
+    cut: Components = {}
+    losses: Losses = {}
+    for component, modules in components.items():
+        cut[component] = {}
+        for path, factors in modules.items():
+            cut[component][path], losses[component, path] = truncated(factors, rank)
+    lossy = sorted(((loss.relative_error, name) for name, loss in losses.items()), reverse=True)
+    lossy = [(error, name) for error, name in lossy if error > LOSSY_ERROR]
+    if lossy and not allow_lossy:
+        error, (component, path) = lossy[0]
+        raise ValueError(
+            f"rank {rank} loses more than {LOSSY_ERROR:.0%} of the delta of {len(lossy)} of {len(losses)} modules, most "
+            f"({error:.0%}) of {component}.{path}; rank {smallest_rank(components)} would not. "
+            "Choose rank 'auto' or 'full', or allow the loss (--allow_lossy)."
+        )
+    return cut, rank, losses

@@ -1,0 +1,131 @@
+"""The tensors and headers of the two files of an export. No single file satisfies every loader, hence two.
+
+    pytorch_lora_weights.safetensors   diffusers: PEFT keys. No alpha tensors (its loader refuses them) and no
+                                       `lora_adapter_metadata` (its fields are strict, and differ between versions);
+                                       the CLIP text encoder's keys in the classic and the flat layout, because a
+                                       diffusers that does not translate them finds only the one it runs on.
+    kohya/<name>.safetensors           ComfyUI, A1111, Forge, kohya: classic names only (Forge refuses a file with a
+                                       dozen unknown keys), one alpha for all modules (diffusers misreads several).
+
+Both rely on alpha = rank and one rank for the whole file, the only convention that every loader of every age reads the
+same way; so scaling is folded into the factors, in float32, and smaller modules are padded with zeros.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .factors import Components, folded, padded
+from .geometry import Family
+from .keys import Naming, diffusers_keys, flat_path, to_kohya
+
+ARCHITECTURES = {
+    Family.SD1: "stable-diffusion-v1",
+    Family.SD2: "stable-diffusion-v2",
+    Family.SDXL: "stable-diffusion-xl-v1-base",
+    Family.CUSTOM: "stable-diffusion-custom",
+}
+KOHYA_BASES = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0"}
+
+
+def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components:
+    """Every module with scaling 1 at `rank`, in `dtype`.
+
+    Raises:
+        ValueError: a number does not fit `dtype`.
+    """
+    stored: Components = {}
+    too_large = []
+    for component, modules in components.items():
+        stored[component] = {}
+        for path, factors in modules.items():
+            exact = padded(folded(factors), rank)
+            cast = exact._replace(lora_A=exact.lora_A.to(dtype), lora_B=exact.lora_B.to(dtype))
+            if not (cast.lora_A.isfinite().all() and cast.lora_B.isfinite().all()):
+                too_large.append(f"{component}.{path}")
+            stored[component][path] = cast
+    if too_large:
+        raise ValueError(f"{too_large[0]} and {len(too_large) - 1} more overflow {dtype}; write float32 or bfloat16")
+    return stored
+
+
+def diffusers_tensors(components: Components) -> dict[str, Tensor]:
+    """Tensors of `pytorch_lora_weights.safetensors`."""
+    tensors = {}
+    for component, modules in components.items():
+        for path, factors in modules.items():
+            # SDXL's second encoder kept `text_model.` in transformers 5, so the flat layout is nobody's there
+            layouts = {path, flat_path(path)} if component == "text_encoder" else {path}
+            for layout in sorted(layouts):
+                key_A, key_B = diffusers_keys(component, layout)
+                tensors[key_A], tensors[key_B] = factors.lora_A.clone(), factors.lora_B.clone()
+    return tensors
+
+
+def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
+    """Tensors of the kohya file: up, down and one alpha, equal to the rank."""
+    tensors = {}
+    for component, modules in components.items():
+        for path, factors in modules.items():
+            name = to_kohya(component, path, naming)
+            tensors[f"{name}.lora_down.weight"] = factors.lora_A
+            tensors[f"{name}.lora_up.weight"] = factors.lora_B
+            tensors[f"{name}.alpha"] = torch.tensor(float(factors.lora_A.shape[0]))
+    return tensors
+
+
+def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
+    """`reslora.*`: how the LoRA was trained and merged (shortcut, num_previous, merge_method, merge_gap, base_model,
+    trigger_words, ...) and the versions that wrote it. Every loader ignores header keys it does not know."""
+    versions = {f"version.{package}": version(package) for package in ("diffusers", "peft", "torch", "transformers")}
+    stated = {key: str(value) for key, value in (versions | dict(facts)).items()}
+    return {"format": "pt"} | {
+        key if key.startswith(("ss_", "modelspec.", "reslora.")) else f"reslora.{key}": value
+        for key, value in stated.items()
+    }
+
+
+def kohya_header(
+    tensors: dict[str, Tensor], facts: Mapping[str, object], *, name: str, rank: int, family: Family
+) -> dict[str, str]:
+    """What UIs show about a LoRA: kohya's `ss_*`, the hashes A1111 indexes by, and Stability's model specification."""
+    trained = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_network_args": "{}",
+        "ss_output_name": name,
+        "ss_v2": str(family is Family.SD2),
+    }
+    if family in KOHYA_BASES:
+        trained["ss_base_model_version"] = KOHYA_BASES[family]
+    if base_model := facts.get("base_model"):
+        trained["ss_sd_model_name"] = str(base_model)
+    spec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{ARCHITECTURES[family]}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+        if family is Family.SDXL
+        else "diffusers",
+        "modelspec.title": name,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if trigger := facts.get("trigger_words"):
+        spec["modelspec.trigger_phrase"] = str(trigger)
+    header = trained | spec | reslora_header(facts)
+    return header | model_hashes(tensors, {k: v for k, v in header.items() if k.startswith("ss_")})
+
+
+def model_hashes(tensors: dict[str, Tensor], trained: dict[str, str]) -> dict[str, str]:
+    """The two hashes by which sd-webui-additional-networks and A1111 know a LoRA, over the file with `ss_*` alone."""
+    data = save(tensors, trained)
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(data[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+    }
