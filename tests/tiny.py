@@ -1,0 +1,119 @@
+"""A tiny Stable Diffusion pipeline with random weights, in the shape of the embedded one.
+
+    64 x 64 pictures <-> latents [16, 8, 8]; v-prediction, zero terminal SNR, DDIM with trailing timesteps
+    UNet    CrossAttn blocks down, mid and up, 16 and 32 wide: each role has chains of 4 and of 2 equal layers
+    CLIP    2 layers, 32 wide, 32 tokens; a byte-pair vocabulary with merges of its own
+
+Real classes, 340,000 parameters, some ten milliseconds a step. Nothing is downloaded.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 64
+MAX_TOKENS = 32
+CORPUS = ("a sticker of an octopus on a blue background", "a sticker of a sks animal", "a photo of a dog")
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's layout: every byte, every byte at the end of a word, merges, then the two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = alphabet + [f"{byte}</w>" for byte in alphabet]
+    tokens += [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in set(tokens)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+
+
+def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=32,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    ).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+        scaling_factor=0.5,
+    ).eval()
+
+
+def tiny_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """Build the pipeline and save it to `folder`; equal seeds give equal weights."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer(folder / "tokenizer")
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=tiny_unet(),
+            scheduler=tiny_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
