@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .factors import Components, rank_of
-from .geometry import Family, family_of
-from .keys import KOHYA_COMPONENTS, Naming, classic_path, listing
 from .base import base_problems
+from .factors import Components, rank_of
+from .geometry import family_of
+from .keys import KOHYA_COMPONENTS, Naming, classic_path, listing
 from .proof import errors_against, health_problems, prove
 from .ranks import Rank, at_rank
 from .reader import DIFFUSERS_FILE, read_lora

@@ -123,7 +123,9 @@ def flat_layout_differs(path: Path) -> list[str]:
         classic = {key for key in keys if ".text_model." in key}
         twins = {key: key.replace(".text_model.", ".") for key in classic if ".encoder.layers." in key}
         missing = [key for key, twin in twins.items() if twin not in keys]
-        unlike = [k for k, twin in twins.items() if k not in missing and not file.get_tensor(k).equal(file.get_tensor(twin))]
+        unlike = [
+            k for k, twin in twins.items() if k not in missing and not file.get_tensor(k).equal(file.get_tensor(twin))
+        ]
         return missing + unlike + sorted(set(keys) - classic - set(twins.values()))
 
 
@@ -192,5 +194,7 @@ def prove(
     for file, got in read.items():
         problems += [f"{file[1].name}: {problem}" for problem in health_problems(got)]
     if problems:
-        raise ValueError("\n".join(["the export failed its proof; nothing was replaced:", *(f"  - {p}" for p in problems)]))
+        raise ValueError(
+            "\n".join(["the export failed its proof; nothing was replaced:", *(f"  - {p}" for p in problems)])
+        )
     return checks
