@@ -23,11 +23,11 @@ HOMES = {
     "detach": "core.attach",
     "explain": "core.attach",
     "get_controller": "core.attach",
-    "handover": "core.merging",
+    "handover": "core.handover",
     "merge_report": "core.report",
     "merged_factors": "core.merging",
     "merged_forward": "core.merging",
-    "relative_output_errors": "core.report",
+    "relative_output_errors": "core.merging",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605
 

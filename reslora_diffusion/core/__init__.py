@@ -1,0 +1,5 @@
+"""The method, for any torch model: torch and PEFT only. Importing it makes PEFT know `ResLoraConfig`."""
+
+from .peft_bridge import register
+
+register()

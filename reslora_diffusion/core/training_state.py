@@ -50,8 +50,8 @@ def save_training_state(
     fresh.mkdir(parents=True)
     facts = dict(facts or {})
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    if optimizer is not None:
-        flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    if optimizer is not None and model is not None:
+        flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
         stored |= {f"optimizer.{k}": v.detach().cpu().contiguous() for k, v in flat.items() if torch.is_tensor(v)}
         facts["optimizer"] = {k: v for k, v in flat.items() if not torch.is_tensor(v)}
     save_file(stored, fresh / "state.safetensors")
@@ -82,8 +82,8 @@ def load_training_state(
         raise FileNotFoundError(f"{folder} is not a complete training state: {' and '.join(missing)} missing")
     stored = load_file(folder / "state.safetensors")
     facts = json.loads((folder / "state.json").read_text())
-    flat = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
+    flat: dict[str, Any] = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
     flat |= facts.pop("optimizer", {})
-    if optimizer is not None:
+    if optimizer is not None and model is not None:
         set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
     return {k: v for k, v in stored.items() if not k.startswith("optimizer.")}, facts

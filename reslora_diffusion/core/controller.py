@@ -1,0 +1,249 @@
+"""One adapter on one model: its layers, their chains, the values that cross them, and how they compute.
+
+The controller is reached from every adapted layer (`layer.lora_variant[adapter_name].controller`) and from nowhere
+else: it is no module, holds no parameters, and goes with its layers through `deepcopy`. While training, layer n of a
+chain with m = num_previous computes, with z = A x at rank r and D the dropout of the adapter:
+
+    none     W x + s B A D(x)
+    input    W x + s B A D(x + x')                  publishes x;  x' from layer n-1, x itself in a first layer
+    block    W x + s [B_n, B_{n-1}, ...] [A_n; A_{n-1}; ...] D(x)
+    middle   W x + s B (z_n + z_{n-1} + ...)        publishes z, or the running sum if m is all
+
+Inside `merged_forward` it computes the plain LoRA that it will be exported as.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .chains import Explanation, Site, build_chains, find_sites, windows
+from .checkpointing import cover_checkpointing, uncover_checkpointing
+from .config import ResLoraConfig, Shortcut
+from .context import OUTSIDE, ForwardContext
+from .functional import LoraFactors, concatenated, down, down_sum, up_add
+
+DATA_PARALLEL = (
+    "torch.nn.DataParallel runs its replicas in threads that share one ResLoRA context; use DistributedDataParallel "
+    "(accelerate launch, torchrun)"
+)
+
+
+class Observer(Protocol):
+    """Looks at what flows through the shortcuts; see `core.statistics`."""
+
+    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None: ...
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The whole weight of a factor, also where FSDP has left only a shard of it; its gradient is then averaged."""
+    weight: Any = module.weight
+    if hasattr(weight, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    return weight
+
+
+class Controller:
+    """Adapter `adapter_name` of `model`. Made by injecting a `ResLoraConfig`; found by `get_controller`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: ResLoraConfig,
+        layers: dict[str, LoraLayer],
+        unlinked: dict[str, str],
+    ) -> None:
+        self.adapter_name = adapter_name
+        self.config = config
+        self.layers = layers
+        shapes = {name: (*layer_shape(layer), layer.r[adapter_name]) for name, layer in layers.items()}
+        self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
+        self.context = ForwardContext()
+        self.observer: Observer | None = None
+        self.merged: dict[str, LoraFactors] | None = None
+        self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
+        self.calibrated_at: dict[str, int] = {}
+        self.corrections_while_merged: dict[str, Tensor] = {}
+        self.skipped: dict[str, int] = {}
+        self.root_name, self.root = find_root(model, list(layers))
+        self.link()
+        self.hooks = [
+            self.root.register_forward_pre_hook(self.open),
+            self.root.register_forward_hook(self.close, always_call=True),
+        ]
+
+    def link(self) -> None:
+        """Build the chains of the configuration as it is now."""
+        shortcut = self.config.effective_shortcut
+        self.shortcut = shortcut
+        self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)
+        self.windows = windows(self.chains, self.config.num_previous)
+        self.readers: dict[str, int] = dict.fromkeys(self.sites, 0)
+        for chain in self.chains if shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) else ():
+            for place, site in enumerate(chain.sites):
+                later = len(chain.sites) - 1 - place
+                running_sum = shortcut is Shortcut.MIDDLE and self.config.num_previous is None
+                self.readers[site.name] = min(later, 1 if running_sum else self.config.num_previous or later)
+
+    # ------------------------------------------------------------------------------------------- explain
+
+    def explain(self) -> Explanation:
+        """Which layers are joined."""
+        return Explanation(self.shortcut, self.config.num_previous, self.chains)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`(lora_A, lora_B)` of one layer, as they are."""
+        layer = self.layers[name]
+        return weight_of(layer.lora_A[self.adapter_name]), weight_of(layer.lora_B[self.adapter_name])
+
+    # ------------------------------------------------------------------------------------------- the root's forward
+
+    def open(self, root: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the root."""
+        if self.shortcut is Shortcut.NONE:
+            return
+        if getattr(root, "_is_replica", False):
+            raise RuntimeError(DATA_PARALLEL)
+        if self.shortcut is not Shortcut.BLOCK:
+            if torch.is_grad_enabled():
+                cover_checkpointing(root, self)
+            self.context.open()
+
+    def close(self, root: nn.Module, args: tuple, output: object) -> None:
+        """Forward hook of the root; runs after an exception too."""
+        self.context.close()
+        if self.is_gone():
+            self.remove_hooks()
+
+    def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For `torch.utils.checkpoint(..., use_reentrant=False, context_fn=...)` around part of the model."""
+        return self.context.segment()
+
+    def is_gone(self) -> bool:
+        """Whether the adapter was deleted, or its layers unloaded, behind our back."""
+        name, layer = next(iter(self.layers.items()))
+        variant = layer.lora_variant.get(self.adapter_name)
+        if getattr(variant, "controller", None) is not self:
+            return True
+        inside = name.removeprefix(f"{self.root_name}.") if self.root_name else name
+        try:
+            return self.root.get_submodule(inside) is not layer if inside != self.root_name else False
+        except AttributeError:
+            return True
+
+    def remove_hooks(self) -> None:
+        """Inverse of what the constructor hung on the model."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        uncover_checkpointing(self.root, self)
+
+    # ------------------------------------------------------------------------------------------- forward of a layer
+
+    def forward(self, site: Site, layer: Any, x: Tensor, result: Tensor) -> Tensor:
+        """`result` [..., out], the frozen layer's output on `x` [..., in], and what the adapter adds."""
+        name, adapter = self.adapter_name, site.name
+        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+        if self.merged is not None:
+            plain = self.merged[adapter]
+            A, B = plain.lora_A.to(x.dtype), plain.lora_B.to(x.dtype)
+            return up_add(result, down(dropout(x), A), B, scaling)
+        A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+        if self.shortcut is Shortcut.BLOCK:
+            earlier = [self.factors(other) for other in self.windows[adapter]]
+            A, B = concatenated([(A, B), *((a.to(x.dtype), b.to(x.dtype)) for a, b in earlier)])
+        if self.shortcut is Shortcut.INPUT:
+            z = self.input_bottleneck(site, x, A, dropout)
+        elif self.shortcut is Shortcut.MIDDLE:
+            z = self.middle_bottleneck(site, x, down(dropout(x), A))
+        else:
+            z = down(dropout(x), A)
+        return up_add(result, z, B, scaling)
+
+    def input_bottleneck(self, site: Site, x: Tensor, lora_A: Tensor, dropout: nn.Module) -> Tensor:
+        """A D(x + x') [..., r]."""
+        previous = self.read(site, self.windows[site.name][:1], x.shape)
+        self.publish(site, x)
+        other = previous[0][1] if previous else x
+        if self.observer is not None:
+            self.observer.see(site, x, [(site.name, other)])
+        if isinstance(dropout, nn.Identity) or not dropout.training:
+            return down_sum(x, other.to(x.dtype), lora_A)
+        return down(dropout(x + other.to(x.dtype)), lora_A)
+
+    def middle_bottleneck(self, site: Site, x: Tensor, z: Tensor) -> Tensor:
+        """z_n + z_{n-1} + ... [..., r], given z_n."""
+        window = self.windows[site.name]
+        running_sum = self.config.num_previous is None
+        previous = self.read(site, window[:1] if running_sum else window, z.shape)
+        total = z
+        for _, earlier in previous:
+            total = total + earlier.to(z.dtype)
+        self.publish(site, total if running_sum else z)
+        if self.observer is not None:
+            self.observer.see(site, x, previous)
+        return total
+
+    def read(self, site: Site, names: tuple[str, ...], shape: torch.Size) -> list[tuple[str, Tensor]]:
+        """What the nearest predecessors published, as far back as it is there and of this shape."""
+        found = []
+        for name in names:
+            self.require_root(site)
+            value = self.context.get(name)
+            if value is None or value.shape != shape:
+                self.skip(site, name, shape, value)
+                break
+            found.append((name, value))
+        for name in names:
+            if self.readers[name] == 1:  # its only reader was here: it need not live as long as the forward
+                self.context.drop(name)
+        return found
+
+    def publish(self, site: Site, value: Tensor) -> None:
+        if self.readers[site.name]:
+            self.require_root(site)
+            self.context.put(site.name, value)
+
+    def require_root(self, site: Site) -> None:
+        if self.context.scope is None:
+            root = self.root_name or type(self.root).__name__
+            raise RuntimeError(OUTSIDE.format(layer=site.name, shortcut=str(self.shortcut), root=root))
+
+    def skip(self, site: Site, name: str, shape: torch.Size, value: Tensor | None) -> None:
+        """Count a link that could not be used, and warn of the first."""
+        if not self.skipped:
+            got = "did not run before it" if value is None else f"has shape {tuple(value.shape)}"
+            warnings.warn(
+                f"the shortcut into {site.name} is skipped: {name} {got}, wanted {tuple(shape)}. The layer is treated "
+                "as the first of a chain; further ones are counted in `get_controller(model).skipped`",
+                stacklevel=2,
+            )
+        self.skipped[site.name] = self.skipped.get(site.name, 0) + 1
+
+
+def layer_shape(layer: Any) -> tuple[int, int]:
+    return layer.in_features, layer.out_features
+
+
+def find_root(model: nn.Module, names: list[str]) -> tuple[str, nn.Module]:
+    """The lowest common ancestor of the layers that has a forward of its own: whoever calls the layers calls it."""
+    paths = [name.split(".") for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common and type(model.get_submodule(".".join(common))).forward is nn.Module.forward:
+        common.pop()
+    name = ".".join(common)
+    return name, model.get_submodule(name)
+
+
+Forward = Callable[[nn.Module, Any], object]

@@ -1,0 +1,86 @@
+"""Folding a shortcut into plain LoRA in the middle of training, and training on.
+
+After `handover` the adapter is plain LoRA (shortcut none) that computes what `merged_forward` computed, so what is
+exported at the end is exactly what was trained. `input` and `middle` change A in place, A <- A + C: parameters,
+optimizer and moments stay. `block` becomes its concatenation, of rank (m + 1) r: its parameters are new, and with
+`optimizer` given their moments are the old ones, concatenated likewise.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attach import DEFAULT_ADAPTER, get_controller
+from .config import Shortcut
+from .controller import Controller
+from .functional import concatenated
+from .merging import merged_factors
+
+
+@torch.no_grad()
+def handover(
+    model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Fold the shortcut into plain LoRA, in place.
+
+    Args:
+        optimizer: for `block`, whose parameters it gets instead of the old ones; make a new one if not given.
+
+    Raises:
+        ValueError: the merge method needs `calibrate` first.
+    """
+    controller = get_controller(model, adapter_name)
+    if controller.shortcut is Shortcut.BLOCK:
+        concatenate_blocks(controller, optimizer)
+    else:
+        for name, factors in merged_factors(model, adapter_name).items():
+            controller.factors(name)[0].copy_(factors.lora_A)
+    controller.config.shortcut = Shortcut.NONE
+    controller.calibration = {}
+    controller.calibrated_at = {}
+    controller.link()
+
+
+def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer | None) -> None:
+    """Give each layer the factors of its whole window as its own."""
+    adapter = controller.adapter_name
+    old: dict[str, tuple[Any, Any]] = {
+        name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, layer in controller.layers.items()
+    }
+    config, fresh = controller.config, {}
+    for name, layer in controller.layers.items():
+        window = [name, *controller.windows[name]]
+        A, B = concatenated([(old[n][0].weight, old[n][1].weight) for n in window])
+        scaling = layer.scaling[adapter]
+        grown = (
+            nn.Linear(A.shape[1], A.shape[0], bias=False, device="meta"),
+            nn.Linear(B.shape[1], B.shape[0], bias=False, device="meta"),
+        )
+        for module, weight, before in zip(grown, (A, B), old[name], strict=True):
+            module.weight = nn.Parameter(weight.clone(), requires_grad=before.weight.requires_grad)
+            module.train(before.training)
+        if optimizer is not None:
+            for side, module in enumerate(grown):
+                move_state(optimizer, [old[n][side].weight for n in window], module.weight, side)
+        fresh[name] = grown
+        layer.r[adapter] = len(A)
+        layer.lora_alpha[adapter] = scaling * (len(A) ** 0.5 if config.use_rslora else len(A))
+        config.rank_pattern = {**(config.rank_pattern or {}), f"^{name}": len(A)}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), f"^{name}": layer.lora_alpha[adapter]}
+    for name, (lora_A, lora_B) in fresh.items():
+        layer = controller.layers[name]
+        layer.lora_A[adapter], layer.lora_B[adapter] = lora_A, lora_B
+
+
+def move_state(optimizer: torch.optim.Optimizer, old: list[Any], new: Any, dim: int) -> None:
+    """Put `new`, the concatenation of `old` along `dim`, in the place of the first of them, with their moments."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old[0] else parameter for parameter in group["params"]]
+    states = [optimizer.state.get(parameter, {}) for parameter in old]
+    if not all(states):
+        return
+    optimizer.state[new] = {
+        key: torch.cat([state[key] for state in states], dim) if torch.is_tensor(value) and value.ndim == 2 else value
+        for key, value in states[0].items()
+    }

@@ -1,0 +1,212 @@
+"""All of PEFT that is not its public interface, in one place; written for PEFT 0.21.
+
+    PEFT_TYPE_TO_{CONFIG,TUNER,PREFIX}_MAPPING   where a method is looked up by the name in `adapter_config.json`
+    LoraModel.inject_adapter                     what `get_peft_model` and every `add_adapter` come to
+    LoraModel._get_adapter_state_dict, _remap_adapter_state_dict_for_load   what is saved of an adapter
+    LoraLayer.lora_variant, LoraVariant          what a LoRA layer calls instead of `lora_B(lora_A(x))`
+    LoraLayer._cast_input_dtype                  casts x to the adapter's precision, at full width
+
+A process without this package does not know the type RESLORA and says so, rather than load the adapter as plain LoRA.
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from .config import PeftType, ResLoraConfig, Shortcut
+from .controller import Controller
+from .functional import delta_weight
+
+WITHOUT_VARIANTS = ("aqlm", "awq", "eetq", "inc", "te", "tp_layer")  # layers of PEFT that never ask for one
+CALIBRATION_KEY = "lora_A_calibration"  # beside `lora_A.weight`: what merging adds to A, and to what
+
+
+class ResLoraVariant(LoraVariant):
+    """What one adapted layer computes; everything it needs to know of others is in the controller."""
+
+    def __init__(self, controller: Controller, name: str) -> None:
+        self.controller = controller
+        self.site = controller.sites[name]
+        self.merged_delta: Tensor | None = None
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # B A alone is not what was trained; `export` writes the plain LoRA that is
+
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
+        """Nothing: the layer's factors are PEFT's own."""
+
+    def forward(  # type: ignore[override]
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        return self.controller.forward(self.site, module, x, result)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        from .merging import merged_factors_of
+
+        factors = merged_factors_of(self.controller, self.site)
+        factors = factors._replace(scaling=module.scaling[active_adapter])
+        delta = delta_weight(factors).to(torch.promote_types(factors.lora_A.dtype, orig_weight.dtype))
+        delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+        self.merged_delta = delta.to(orig_weight.dtype)
+        return orig_weight + self.merged_delta
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        """Inverse of `merge_safe`: takes away what was added, whatever the factors are by now."""
+        assert self.merged_delta is not None
+        delta, self.merged_delta = self.merged_delta, None
+        return orig_weight.data - delta.to(orig_weight.device)
+
+
+class KeepInputDtype:
+    """In place of `LoraLayer._cast_input_dtype`: our layers cast the small factors to x, not x to the factors."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        active = [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+        if all(isinstance(self.layer.lora_variant.get(name), ResLoraVariant) for name in active):
+            return x
+        return type(self.layer)._cast_input_dtype(self.layer, x, dtype)
+
+
+class ResLoraModel(LoraModel):
+    """PEFT's LoRA model whose layers compute with shortcuts."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        if kwargs.get("state_dict") is None:
+            refuse_unmatched_targets(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        install(model, adapter_name, config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        controller = find_controller(self.model, adapter_name)
+        super().delete_adapter(adapter_name)
+        if controller is not None:
+            controller.remove_hooks()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        controllers = [find_controller(self.model, name) for name in self.peft_config]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        for controller in filter(None, controllers):
+            controller.remove_hooks()
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        controller = find_controller(model, adapter_name)
+        if controller is not None:
+            names = {id(module): name for name, module in model.named_modules()}
+            for name, correction in controller.calibration.items():
+                tensors[f"{names[id(controller.layers[name])]}.{CALIBRATION_KEY}"] = correction.contiguous()
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        stored = {k: v for k, v in state_dict.items() if k.endswith(f".{CALIBRATION_KEY}")}
+        rest = {k: v for k, v in state_dict.items() if k not in stored}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        refuse_other_shapes(model, remapped)
+        controller = find_controller(model, adapter_name)
+        if controller is not None and stored:
+            names = {name: site for site in controller.layers for name in (site, f"base_model.model.{site}")}
+            for key, correction in stored.items():
+                name = names.get(key.removesuffix(f".{CALIBRATION_KEY}"))
+                if name is not None:
+                    controller.calibration[name] = correction
+        return remapped
+
+
+def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raise `ValueError` if no module is meant by `target_modules`, naming those that come close."""
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if any(check_target_module_exists(config, name) for name in names) or config.target_parameters:
+        return
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", module), nn.Linear) and ".lora_" not in name
+    }
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    near = {name for target in wanted for name in difflib.get_close_matches(target, linear, n=3)}
+    offered = f"the nearest are {', '.join(sorted(near))}" if near else f"it has {', '.join(sorted(linear)[:12])}"
+    raise ValueError(
+        f"Target modules {targets} not found in the base model ({type(model).__name__}): no module has such a name; "
+        f"{offered}. Please check the target modules and try again."
+    )
+
+
+def refuse_other_shapes(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Raise `ValueError` naming every tensor whose shape is not the model's."""
+    own = model.state_dict()
+    prefix = "base_model.model."
+    unlike = []
+    for key, value in state_dict.items():
+        mine = own.get(key, own.get(key.removeprefix(prefix), own.get(prefix + key)))
+        if mine is not None and mine.shape != value.shape:
+            unlike.append(f"  - {key}: got {list(value.shape)}, wanted {list(mine.shape)}")
+    if unlike:
+        raise ValueError("\n".join([f"size mismatch of {len(unlike)} adapter tensors:", *unlike]))
+
+
+def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> Controller:
+    """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller."""
+    layers: dict[str, LoraLayer] = {}
+    names: dict[int, list[str]] = {}
+    silent = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
+            continue
+        if not isinstance(layer.lora_A[adapter_name], nn.Linear):
+            continue  # convolutions and embeddings: PEFT's plain LoRA
+        if type(layer).__module__.rpartition(".")[2] in WITHOUT_VARIANTS:
+            silent.append(f"{name} ({type(layer).__name__})")
+        names.setdefault(id(layer), []).append(name)
+        layers.setdefault(names[id(layer)][0], layer)
+    if silent and config.effective_shortcut is not Shortcut.NONE:
+        raise ValueError(
+            f"{len(silent)} layers are of kinds that cannot carry a shortcut, such as {', '.join(silent[:3])}; "
+            "use LoraConfig, or a base quantised by bitsandbytes, GPTQ, HQQ or torchao"
+        )
+    if not layers:
+        raise ValueError("no linear layer is adapted: shortcuts join linear layers; use LoraConfig for others")
+    unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
+    controller = Controller(model, adapter_name, config, layers, unlinked)
+    for name, layer in layers.items():
+        layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
+        layer._cast_input_dtype = KeepInputDtype(layer)  # type: ignore[method-assign, assignment]
+    return controller
+
+
+def find_controller(model: nn.Module, adapter_name: str) -> Controller | None:
+    for module in model.modules():
+        variant = getattr(module, "lora_variant", {}).get(adapter_name)
+        if isinstance(variant, ResLoraVariant):
+            return variant.controller
+    return None
+
+
+def register() -> None:
+    """Make `get_peft_model`, `PeftModel.from_pretrained` and every `add_adapter` know `ResLoraConfig`."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RESLORA] = ResLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RESLORA] = ResLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RESLORA] = LoraModel.prefix  # type: ignore[index]

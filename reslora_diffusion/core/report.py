@@ -1,0 +1,80 @@
+"""What merging costs, measured on batches that calibration has not seen."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .attach import DEFAULT_ADAPTER, get_controller
+from .controller import Forward
+from .merging import evaluating, merged_forward, relative_output_errors
+
+EXACT = 1e-5  # relative output error below which a link is called exact
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Held-out loss as trained and as merged, and each layer's relative output error."""
+
+    shortcut: str
+    merge_method: str
+    loss_trained: float
+    loss_merged: float
+    output_errors: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        return self.loss_merged - self.loss_trained
+
+    @property
+    def exact(self) -> list[str]:
+        """Layers that merge exactly: all of `block`, and where layers read the same tensor."""
+        return [name for name, error in self.output_errors.items() if error < EXACT]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"gap": self.gap, "exact": self.exact}
+
+    def __str__(self) -> str:
+        lines = [
+            f"shortcut {self.shortcut}, merged by {self.merge_method}: held-out loss {self.loss_trained:.5f} as "
+            f"trained, {self.loss_merged:.5f} merged (gap {self.gap:+.1e})",
+            f"{len(self.exact)} of {len(self.output_errors)} layers merge exactly",
+        ]
+        if len(self.exact) < len(self.output_errors):
+            worst = max(self.output_errors, key=lambda name: self.output_errors[name])
+            mean = sum(self.output_errors.values()) / len(self.output_errors)
+            lines.append(f"relative output error: mean {mean:.1e}, largest {self.output_errors[worst]:.1e} in {worst}")
+        return "\n".join(lines)
+
+
+def merge_report(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    loss: Callable[[nn.Module, Any], Any],
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> MergeReport:
+    """Compare the adapter as trained with the plain LoRA it merges into; `calibrate` first.
+
+    Args:
+        batches: held out, read several times.
+        forward: runs the model on a batch.
+        loss: of a batch, a float or a tensor of one number; averaged over batches.
+    """
+    controller = get_controller(model, adapter_name)
+
+    def mean_loss() -> float:
+        with evaluating(model):
+            return sum(float(loss(model, batch)) for batch in batches) / len(batches)
+
+    trained = mean_loss()
+    with merged_forward(model, adapter_name):
+        merged = mean_loss()
+    return MergeReport(
+        shortcut=str(controller.shortcut),
+        merge_method=str(controller.config.merge_method),
+        loss_trained=trained,
+        loss_merged=merged,
+        output_errors=relative_output_errors(model, batches, forward, adapter_name),
+    )

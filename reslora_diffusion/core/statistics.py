@@ -1,0 +1,159 @@
+"""What the merges need to know of the activations, gathered while batches run through the unmerged model.
+
+For a layer that reads x [T, in] and to which its shortcut adds t [T, r] at the bottleneck (`input`: A_n x_{n-1};
+`middle`: z_{n-1} + z_{n-2} + ...), over all calibration tokens:
+
+    second moments    S = sum x x^T             [in, in]
+    cross moments     P = sum t x^T             [r, in]
+    alignment         a_k = <x_{n-k}, x> / <x, x>, for each predecessor k
+    norms             f = mean over forwards of ||x||_F (`input`) or ||A x||_F (`middle`), for the paper's merge
+
+S is kept once for the projections that read the same x, sums are in float32 or better on the device of x, and several
+processes add theirs up.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .chains import Site
+from .config import Shortcut
+from .controller import Controller
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., d] -> [T, d] in float32 or better."""
+    return x.detach().flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def all_reduce(values: list[Tensor]) -> None:
+    """Sum over processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in values:
+            torch.distributed.all_reduce(value)
+
+
+@dataclass
+class Moments:
+    """An observer that sums S, P and a for `sites`."""
+
+    controller: Controller
+    sites: set[str]
+    second: dict[str, Tensor] = field(default_factory=dict)
+    cross: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    leader: dict[str, str] = field(default_factory=dict)
+    seen: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def start_batch(self) -> None:
+        self.seen.clear()
+        self.inputs.clear()
+
+    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
+        middle = self.controller.shortcut is Shortcut.MIDDLE
+        if middle:
+            self.inputs[site.name] = x
+        if site.name not in self.sites or not previous:
+            return
+        rows = flat(x)
+        self.add_second(site.name, x, rows)
+        if middle:
+            bottleneck = sum((flat(z) for _, z in previous[1:]), flat(previous[0][1]))
+            window = self.controller.windows[site.name]
+            others = {name: self.inputs[name] for name in window if name in self.inputs}
+        else:
+            lora_A = self.controller.factors(site.name)[0].detach()
+            bottleneck = flat(previous[0][1]) @ lora_A.to(rows.dtype).T
+            others = {site.name: previous[0][1]}
+        add(self.cross, site.name, bottleneck.T @ rows)
+        inner = self.inner[site.name]
+        add(inner, "", rows.square().sum())
+        for name, other in others.items():
+            if other.shape == x.shape:
+                add(inner, name, rows.square().sum() if other is x else (flat(other) * rows).sum())
+
+    def add_second(self, name: str, x: Tensor, rows: Tensor) -> None:
+        """Add x x^T to the sum of the first layer that read this very tensor; split sums whose layers part ways."""
+        leader, _ = self.seen.setdefault(id(x), (name, x))
+        known = self.leader.setdefault(name, leader)
+        if known != leader:
+            self.second[name] = self.second[known].clone() if known != name else self.second[name]
+            self.leader[name] = leader = name
+        if leader == name:
+            add(self.second, name, rows.T @ rows)
+
+    def second_of(self, name: str) -> Tensor:
+        return self.second[self.leader[name]]
+
+    def all_reduce(self) -> None:
+        all_reduce([*self.second.values(), *self.cross.values(), *(v for d in self.inner.values() for v in d.values())])
+
+
+@dataclass
+class Norms:
+    """An observer that averages f over forwards, for every layer."""
+
+    controller: Controller
+    total: dict[str, Tensor] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+
+    def start_batch(self) -> None:
+        """Nothing is kept from batch to batch but the sums."""
+
+    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
+        rows = flat(x)
+        if self.controller.shortcut is Shortcut.MIDDLE:
+            rows = rows @ self.controller.factors(site.name)[0].detach().to(rows.dtype).T
+        add(self.total, site.name, rows.norm())
+        self.count[site.name] = self.count.get(site.name, 0) + 1
+
+    def mean(self, name: str) -> float:
+        return (self.total[name] / self.count[name]).item()
+
+    def all_reduce(self) -> None:
+        """A ratio of sums over processes is the ratio of their means: every process saw as many forwards."""
+        all_reduce(list(self.total.values()))
+
+
+@dataclass
+class OutputErrors:
+    """An observer of what merging changes: sum ||s B (t - C x)||^2 over sum ||s B (A x + t)||^2, for every layer."""
+
+    controller: Controller
+    corrections: dict[str, Tensor]
+    lost: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    def start_batch(self) -> None:
+        """Nothing is kept from batch to batch but the sums."""
+
+    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
+        rows = flat(x)
+        lora_A, lora_B = (factor.detach().to(rows.dtype) for factor in self.controller.factors(site.name))
+        own = rows @ lora_A.T
+        added = torch.zeros_like(own)
+        for _, value in previous:
+            added += flat(value) @ lora_A.T if self.controller.shortcut is Shortcut.INPUT else flat(value)
+        gram = lora_B.T @ lora_B
+        error, kept = added - rows @ self.corrections[site.name].to(rows).T, own + added
+        add(self.lost, site.name, ((error @ gram) * error).sum())
+        add(self.whole, site.name, ((kept @ gram) * kept).sum())
+
+    def all_reduce(self) -> None:
+        all_reduce([*self.lost.values(), *self.whole.values()])
+
+    def relative(self) -> dict[str, float]:
+        return {
+            name: float((self.lost[name] / self.whole[name]).clamp_min(0).sqrt()) if self.whole[name] > 0 else 0.0
+            for name in self.whole
+        }
+
+
+def add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value
