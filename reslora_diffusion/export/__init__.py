@@ -14,10 +14,14 @@ from importlib import import_module
 from typing import Any
 
 HOMES = {
+    "CheckFailed": "limits",
     "ExportReport": "report",
+    "Inspection": "inspection",
     "LoraFile": "reader",
     "export_lora": "lora",
+    "inspect_lora": "inspection",
     "read_lora": "reader",
+    "write_lora_file": "lora",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605
 

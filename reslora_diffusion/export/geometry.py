@@ -6,13 +6,18 @@ Forge, and SD.Next) rewrites each name by regular expressions and looks the resu
 from their behaviour, independently of `keys.to_sgm`, so that the proof of an export can hold one against the other.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from .factors import Components
-from .keys import Naming
+from .keys import KOHYA_COMPONENTS, Naming
+
+if TYPE_CHECKING:  # names are looked up without waiting for torch
+    from .factors import Components
 
 
 class Family(StrEnum):
@@ -56,18 +61,21 @@ CLIP_LAYER = [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["mlp.fc1
 
 def family_of(components: Components) -> Family:
     """The base model that names and shapes point to."""
-    if not components.keys() <= {"unet", "text_encoder", "text_encoder_2"}:
+    return family_of_widths({c: {p: f.lora_A.shape[1] for p, f in m.items()} for c, m in components.items()})
+
+
+def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
+    """The same from each module's number of inputs: component -> path -> width."""
+    if not widths.keys() <= set(KOHYA_COMPONENTS):
         return Family.OTHER
-    widths = {
-        f.lora_A.shape[1] for p, f in components.get("unet", {}).items() if p.endswith(("attn2.to_k", "attn2.to_v"))
-    }
-    clip = {f.lora_A.shape[1] for p, f in components.get("text_encoder", {}).items() if p.endswith("q_proj")}
+    cross = {n for path, n in widths.get("unet", {}).items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
+    clip = {n for path, n in widths.get("text_encoder", {}).items() if path.endswith("q_proj")}
     for family, geometry in GEOMETRIES.items():
         paths = module_paths(geometry)
-        fits = all(modules.keys() <= paths.get(component, set()) for component, modules in components.items())
-        second = ("text_encoder_2" in components) == (family is Family.SDXL) or "unet" in components
+        fits = all(modules.keys() <= paths.get(component, set()) for component, modules in widths.items())
+        second = ("text_encoder_2" in widths) == (family is Family.SDXL) or "unet" in widths
         text_width = 1024 if family is Family.SD2 else 768
-        if fits and second and widths <= {geometry.cross_attention_dim} and clip <= {text_width}:
+        if fits and second and cross <= {geometry.cross_attention_dim} and clip <= {text_width}:
             return family
     return Family.CUSTOM
 

@@ -20,6 +20,7 @@ from enum import StrEnum
 LAYERS_PER_BLOCK = 2  # of every released Stable Diffusion UNet
 CLIP_COMPONENTS = ("text_encoder", "text_encoder_2")
 KOHYA_COMPONENTS = ("unet", *CLIP_COMPONENTS)
+COMPONENTS = (*KOHYA_COMPONENTS, "transformer")
 
 
 class Dialect(StrEnum):
@@ -66,9 +67,9 @@ KOHYA_PREFIXES = {
 }
 # Path segments that contain an underscore themselves: what must not be split when a kohya name is read back.
 SEGMENTS = """
-    down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj conv_shortcut
-    conv_in conv_out time_embedding add_embedding class_embedding linear_1 linear_2 time_embed label_emb input_blocks
-    middle_block output_blocks in_layers out_layers emb_layers skip_connection
+    down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
+    conv_shortcut conv_in conv_out time_embedding add_embedding class_embedding linear_1 linear_2 time_embed
+    label_emb input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection
     text_model self_attn q_proj k_proj v_proj out_proj text_projection
 """.split()
 PLAIN_SEGMENTS = "attentions resnets downsamplers upsamplers attn1 attn2 ff net proj conv conv1 conv2 op out \

@@ -5,8 +5,8 @@
       kohya/<name>.safetensors            ComfyUI, A1111, Forge, kohya
       export_report.json                  what was checked, and the error of every module
 
-Order of events: refuse what is not finite, all zero or wrongly shaped; choose the rank; write into a hidden folder
-beside the old files; reopen and prove; rename into place. A process killed at any point leaves whole files.
+Order of events: refuse what is not finite, all zero, wrongly shaped or too large; choose the rank; write into a hidden
+folder beside the old files; reopen and prove; rename into place. A process killed at any point leaves whole files.
 """
 
 import hashlib
@@ -14,7 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,23 +24,168 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .base import base_problems
-from .factors import Components, rank_of
+from .factors import Components, delta_norm, rank_of
 from .geometry import family_of
-from .keys import KOHYA_COMPONENTS, Naming, classic_path, listing
+from .header import DIFFUSERS_FILE, KOHYA_FOLDER
+from .keys import KOHYA_COMPONENTS, Dialect, Naming, classic_path, listing
+from .limits import LARGEST_EXPORT
 from .proof import errors_against, health_problems, prove
-from .ranks import Rank, at_rank
-from .reader import DIFFUSERS_FILE, read_lora
-from .report import ExportReport
+from .ranks import Rank, at_rank, smallest_rank
+from .reader import read_lora
+from .report import ExportReport, loader_versions
 from .writer import diffusers_tensors, kohya_header, kohya_tensors, reslora_header, uniform
 
 REPORT_FILE = "export_report.json"
-KOHYA_FOLDER = "kohya"
 
 
-def input_problems(components: Components, name: str) -> list[str]:
+def export_lora(
+    output_dir: str | os.PathLike,
+    components: Components,
+    *,
+    name: str = "reslora",
+    dtype: torch.dtype = torch.float16,
+    rank: Rank = "full",
+    allow_lossy: bool = False,
+    facts: Mapping[str, object] | None = None,
+    models: Mapping[str, nn.Module] | None = None,
+    naming: Naming | None = None,
+    formats: Sequence[str] = ("diffusers", "kohya"),
+) -> ExportReport:
+    """Write and prove the LoRA files of a diffusion model.
+
+    Args:
+        output_dir: where the files go; what is there is replaced only after the proof.
+        components: `{"unet": merged_factors(unet), "text_encoder": merged_factors(text_encoder), ...}`.
+        name: of the kohya file, without suffix: what users type in a prompt.
+        dtype: precision of the files; scaling is folded in float32 first.
+        rank: "full", a number, or "auto" (see `ranks`).
+        allow_lossy: write although a module loses more than `limits.LOSSY_ERROR` of its delta.
+        facts: for the header, under `reslora.`: shortcut, num_previous, merge_method, merge_gap, base_model,
+            trigger_words, ... Keys that start with `ss_` or `modelspec.` are written as they are.
+        models: the base modules by component; names and shapes are then checked against them, and the loaders load
+            into their architecture.
+        naming: of the kohya file; found from the components if not given (SDXL if there is a second text encoder).
+        formats: which of the two files.
+
+    >>> report = export_lora("out", {"unet": merged_factors(unet)}, facts={"base_model": "runwayml/..."})
+    >>> print(report)
+
+    Raises:
+        ValueError: the factors cannot be exported.
+        CheckFailed: a ValueError too; the rank loses too much, or a written file failed its proof.
+    """
+    homes = {Dialect.DIFFUSERS: Path(DIFFUSERS_FILE), Dialect.KOHYA: Path(KOHYA_FOLDER, f"{name}.safetensors")}
+    files = {Dialect(kind): homes[Dialect(kind)] for kind in formats}
+    return write_proved(
+        Path(output_dir), files, components, name, dtype, rank, allow_lossy, facts or {}, models or {}, naming, True
+    )
+
+
+def write_lora_file(
+    path: str | os.PathLike,
+    components: Components,
+    dialect: Dialect | str,
+    *,
+    dtype: torch.dtype = torch.float16,
+    rank: Rank = "full",
+    allow_lossy: bool = False,
+    facts: Mapping[str, object] | None = None,
+    models: Mapping[str, nn.Module] | None = None,
+    naming: Naming | None = None,
+) -> ExportReport:
+    """One proved file of any name, in diffusers' or kohya's dialect; arguments as in `export_lora`.
+
+    >>> write_lora_file("my_lora.safetensors", read_lora("out").components, "kohya")
+    """
+    path = Path(path)
+    files = {Dialect(dialect): Path(path.name)}
+    return write_proved(
+        path.parent, files, components, path.stem, dtype, rank, allow_lossy, facts or {}, models or {}, naming, False
+    )
+
+
+def write_proved(
+    folder: Path,
+    files: Mapping[Dialect, Path],
+    components: Components,
+    name: str,
+    dtype: torch.dtype,
+    rank: Rank,
+    allow_lossy: bool,
+    facts: Mapping[str, object],
+    models: Mapping[str, nn.Module],
+    naming: Naming | None,
+    save_report: bool,
+) -> ExportReport:
+    """Both of the above: `files` gives each dialect its place inside `folder`."""
+    components = {c: {classic_path(c, path): f for path, f in modules.items()} for c, modules in components.items()}
+    components = {c: modules for c, modules in components.items() if modules}
+    problems = input_problems(components, name, files) + health_problems(components)
+    problems += base_problems(components, models)
+    if problems:
+        raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
+    family = family_of(components)
+    naming = naming or (Naming.SDXL if "text_encoder_2" in components else family.naming)
+    cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
+    if problem := size_problem(folder, cut, file_rank, dtype, len(files)):
+        raise ValueError(f"this LoRA cannot be exported: {problem}")
+    stored = uniform(cut, file_rank, dtype)
+    with fresh_folder(folder) as fresh:
+        placed = {dialect: fresh / path for dialect, path in files.items()}
+        for path in placed.values():
+            path.parent.mkdir(exist_ok=True)
+        if path := placed.get(Dialect.DIFFUSERS):
+            save_file(diffusers_tensors(stored), path, metadata=reslora_header(facts))
+        if path := placed.get(Dialect.KOHYA):
+            tensors = kohya_tensors(stored, naming)
+            header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)
+            save_file(tensors, path, metadata=header)
+        checks = prove(placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models)
+        written = read_lora(next(iter(placed.values()))).components
+        report = ExportReport(
+            files={str(dialect): folder / path for dialect, path in files.items()},
+            sha256={str(dialect): hashlib.sha256(path.read_bytes()).hexdigest() for dialect, path in placed.items()},
+            family=str(family),
+            dtype=str(dtype).removeprefix("torch."),
+            rank=file_rank,
+            asked_rank=rank,
+            rank_needed=smallest_rank(components) if rank == "full" and facts.get("shortcut") == "block" else None,
+            losses=losses,
+            errors=errors_against(written, components),
+            norms={(c, path): delta_norm(f) for c, modules in components.items() for path, f in modules.items()},
+            ranks={(c, path): rank_of(f) for c, modules in components.items() for path, f in modules.items()},
+            checks=checks,
+            versions=loader_versions(),
+            facts={key: str(value) for key, value in facts.items()},
+        )
+        moved = list(files.values())
+        if save_report:
+            (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+            moved.append(Path(REPORT_FILE))
+        for path in moved:
+            (folder / path).parent.mkdir(exist_ok=True)
+            os.replace(fresh / path, folder / path)
+    return report
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside `folder` for files that are not proved yet; it goes, and so does an empty `folder`."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def input_problems(components: Components, name: str, files: Mapping[Dialect, Path]) -> list[str]:
     """Faults of the request itself."""
     problems = []
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) and Dialect.KOHYA in files:
         problems.append(f"name {name!r} is not a file name (letters, digits and . _ + -)")
     if strange := components.keys() - set(KOHYA_COMPONENTS):
         problems.append(f"components {sorted(strange)}; wanted some of {', '.join(KOHYA_COMPONENTS)}")
@@ -53,76 +200,20 @@ def input_problems(components: Components, name: str) -> list[str]:
     return problems
 
 
-def export_lora(
-    output_dir: str | os.PathLike,
-    components: Components,
-    *,
-    name: str = "reslora",
-    dtype: torch.dtype = torch.float16,
-    rank: Rank = "full",
-    allow_lossy: bool = False,
-    facts: Mapping[str, object] | None = None,
-    models: Mapping[str, nn.Module] | None = None,
-    naming: Naming | None = None,
-) -> ExportReport:
-    """Write and prove the two LoRA files of a diffusion model.
-
-    Args:
-        output_dir: where the files go; what is there is replaced only after the proof.
-        components: `{"unet": merged_factors(unet), "text_encoder": merged_factors(text_encoder), ...}`.
-        name: of the kohya file, without suffix: what users type in a prompt.
-        dtype: precision of the files; scaling is folded in float32 first.
-        rank: "full", a number, or "auto" (see `ranks`).
-        allow_lossy: write although a module loses more than `ranks.LOSSY_ERROR` of its delta.
-        facts: for the header, under `reslora.`: shortcut, num_previous, merge_method, merge_gap, base_model,
-            trigger_words, ... Keys that start with `ss_` or `modelspec.` are written as they are.
-        models: the base modules by component; names and shapes are then checked against them.
-        naming: of the kohya file; found from the components if not given (SDXL if there is a second text encoder).
-
-    >>> report = export_lora("out", {"unet": merged_factors(unet)}, facts={"base_model": "runwayml/..."})
-    >>> print(report)
-
-    Raises:
-        ValueError: the factors cannot be exported, or a written file failed its proof.
-    """
-    output_dir, facts = Path(output_dir), dict(facts or {})
-    components = {c: {classic_path(c, path): f for path, f in modules.items()} for c, modules in components.items()}
-    components = {c: modules for c, modules in components.items() if modules}
-    problems = input_problems(components, name) + health_problems(components) + base_problems(components, models or {})
-    if problems:
-        raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
-    family = family_of(components)
-    naming = naming or (Naming.SDXL if "text_encoder_2" in components else family.naming)
-    cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
-    stored = uniform(cut, file_rank, dtype)
-
-    fresh = output_dir / ".export"
-    shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / KOHYA_FOLDER).mkdir(parents=True)
-    relative = {"diffusers": Path(DIFFUSERS_FILE), "kohya": Path(KOHYA_FOLDER, f"{name}.safetensors")}
-    try:
-        save_file(diffusers_tensors(stored), fresh / relative["diffusers"], metadata=reslora_header(facts))
-        tensors = kohya_tensors(stored, naming)
-        header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)
-        save_file(tensors, fresh / relative["kohya"], metadata=header)
-        checks = prove(fresh / relative["diffusers"], fresh / relative["kohya"], cut, dtype, family, naming)
-        report = ExportReport(
-            files={kind: output_dir / path for kind, path in relative.items()},
-            sha256={k: hashlib.sha256((fresh / path).read_bytes()).hexdigest() for k, path in relative.items()},
-            family=family.value,
-            dtype=str(dtype).removeprefix("torch."),
-            rank=file_rank,
-            asked_rank=rank,
-            losses=losses,
-            errors=errors_against(read_lora(fresh / relative["diffusers"]).components, components),
-            ranks={(c, path): rank_of(f) for c, modules in components.items() for path, f in modules.items()},
-            checks=checks,
-            facts={key: str(value) for key, value in facts.items()},
+def size_problem(folder: Path, components: Components, rank: int, dtype: torch.dtype, files: int = 1) -> str | None:
+    """Why files of this size will not be written, judged before anything is padded to that rank."""
+    numbers = sum(
+        rank * (f.lora_A[0].numel() + f.lora_B.shape[0]) * (2 if component == "text_encoder" else 1)
+        for component, modules in components.items()
+        for f in modules.values()
+    )
+    size = numbers * dtype.itemsize
+    if size > LARGEST_EXPORT:
+        return (
+            f"every module at rank {rank} makes {size / 2**30:.1f} GiB, more than {LARGEST_EXPORT / 2**30:.0f}; "
+            "choose a smaller rank, or 'auto'"
         )
-        (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2))
-        (output_dir / KOHYA_FOLDER).mkdir(exist_ok=True)
-        for path in (*relative.values(), Path(REPORT_FILE)):
-            os.replace(fresh / path, output_dir / path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return report
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if (free := shutil.disk_usage(existing).free) < size * files:
+        return f"{size * files / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free in {folder}"
+    return None

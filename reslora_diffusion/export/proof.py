@@ -1,8 +1,9 @@
 """The proof of an export: each file is reopened as its loader reads it, and must mean what was to be written.
 
     reader            what it reads
-    diffusers         the installed loader's own functions, from file to (A, B, scaling) as PEFT would apply them;
-                      both files pass through it
+    diffusers         the installed loader itself, `load_lora_weights` into hollow models (`standins`); both files pass
+                      through it, and what is compared is what arrived in the layers: (A, B, scaling)
+    PEFT              likewise, `PeftModel.from_pretrained`
     kohya's rules     scale = alpha / rank per module, names split at the first dot
     ComfyUI, A1111    names only, by the maps of `geometry`; for the released bases SD 1.x, 2.x and XL
 
@@ -10,19 +11,20 @@ The measure is ||delta_read - delta_wanted||_F / ||delta_wanted||_F per module. 
 may cost is `TOLERANCE`; a missing, extra or misread module is an infinite error.
 """
 
-import re
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-
-from reslora_diffusion.core.functional import LoraFactors
+from torch import nn
 
 from .factors import Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_names
-from .keys import LAYERS_PER_BLOCK, Naming, classic_path, from_kohya, listing, to_kohya
-from .reader import open_safetensors, read_lora
+from .header import open_safetensors
+from .keys import Naming, from_kohya, listing, to_kohya
+from .limits import CheckFailed
+from .reader import read_lora
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -48,6 +50,8 @@ def health_problems(components: Components) -> list[str]:
         for path, f in modules.items():
             if not (f.lora_A.isfinite().all() and f.lora_B.isfinite().all()):
                 bad.append(f"{component}.{path}")
+            elif not math.isfinite(f.scaling):
+                bad.append(f"{component}.{path} (scaling {f.scaling})")
             elif f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any():
                 zero.append(f"{component}.{path}")
     problems = [f"{len(bad)} modules hold NaN or infinity: {listing(bad)}"] if bad else []
@@ -60,60 +64,6 @@ def health_problems(components: Components) -> list[str]:
             if modules and all(f"{component}.{path}" in zero for path in modules):
                 problems.append(f"all {len(modules)} modules of {component} are zero: it was never trained")
     return problems
-
-
-# -------------------------------------------------------------------------------------------- diffusers' view
-
-
-def read_as_diffusers(path: Path) -> Components:
-    """The factors that the installed diffusers would apply, by its loader's own functions.
-
-    Text-encoder keys are read as by a classic CLIPTextModel; `flat_layout_differs` holds the flat ones against them.
-    """
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-    from diffusers.utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-        get_peft_kwargs,
-    )
-
-    unet_config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
-    state_dict, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-        str(path), unet_config=unet_config, use_safetensors=True
-    )
-    components: Components = {}
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        prefix = f"{component}."
-        part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        if not part:
-            continue
-        if component == "unet":
-            part = part if "lora_A" in next(iter(part)) else convert_unet_state_dict_to_peft(part)
-        else:
-            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
-            part = {classic_path(component, k): v for k, v in part.items()}
-        ranks = {f"^{k}" if component == "unet" else k: v.shape[1] for k, v in part.items() if "lora_B" in k}
-        network_alphas = {k.removeprefix(prefix): v for k, v in (alphas or {}).items() if k.startswith(prefix)} or None
-        config = get_peft_kwargs(ranks, network_alphas, part, is_unet=component == "unet")
-        components[component] = as_peft_applies(part, config)
-    return components
-
-
-def as_peft_applies(state_dict: dict[str, torch.Tensor], config: dict) -> dict[str, LoraFactors]:
-    """Factors under the LoraConfig that a loader derived, scaling = alpha / r with PEFT's pattern matching."""
-
-    def lookup(patterns: dict, path: str, default: float) -> float:
-        return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), default)
-
-    factors = {}
-    for key, A in state_dict.items():
-        if key.endswith(".lora_A.weight"):
-            path = key.removesuffix(".lora_A.weight")
-            rank = lookup(config["rank_pattern"], path, config["r"])
-            alpha = lookup(config["alpha_pattern"], path, config["lora_alpha"])
-            factors[path] = LoraFactors(A, state_dict[f"{path}.lora_B.weight"], alpha / rank)
-    return factors
 
 
 def flat_layout_differs(path: Path) -> list[str]:
@@ -143,10 +93,10 @@ def errors_against(got: Components, wanted: Components) -> dict[tuple[str, str],
     return errors
 
 
-def compare(loader: str, file: str, got: Components, wanted: Components, dtype: torch.dtype) -> LoaderCheck:
+def compare(loader: str, file: str, got: Components, wanted: Components, tolerance: float) -> LoaderCheck:
     """One loader's reading of one file against what was to be written."""
     errors = errors_against(got, wanted).values()
-    matched = sum(error <= TOLERANCE[dtype] for error in errors)
+    matched = sum(error <= tolerance for error in errors)
     return LoaderCheck(loader, file, matched, len(errors), max(errors))
 
 
@@ -166,35 +116,66 @@ def check_names(path: Path, wanted: Components, family: Family, naming: Naming) 
     ]
 
 
-def prove(
-    diffusers_file: Path, kohya_file: Path, wanted: Components, dtype: torch.dtype, family: Family, naming: Naming
-) -> list[LoaderCheck]:
-    """Check both files through every loader.
+def diffusers_checks(
+    files: list[Path], wanted: Components, tolerance: float, naming: Naming, models: Mapping[str, nn.Module]
+) -> tuple[list[LoaderCheck], list[str]]:
+    """What the installed diffusers makes of each file, and what is wrong with that: `(checks, problems)`.
 
-    Raises:
-        ValueError: a file does not mean what it should.
+    Args:
+        models: the base, by component; stand-ins take the place of those that are not there.
     """
     from diffusers import __version__
 
-    read = {
-        (f"diffusers {__version__}", diffusers_file): read_as_diffusers(diffusers_file),
-        (f"diffusers {__version__}", kohya_file): read_as_diffusers(kohya_file),
-        ("kohya's rules", kohya_file): read_lora(kohya_file).components,
-    }
-    problems = []
-    checks = [compare(loader, file.name, got, wanted, dtype) for (loader, file), got in read.items()]
-    checks += check_names(kohya_file, wanted, family, naming)
-    for check in checks:
-        if check.matched != check.expected:
-            error = check.largest_relative_error
-            off = "" if error is None else f", largest relative error {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
-            problems.append(f"{check.loader} reads {check.matched} of {check.expected} modules of {check.file}{off}")
-    if differs := flat_layout_differs(diffusers_file):
+    from .standins import like, load_diffusers, stand_ins
+
+    checks, problems = [], []
+    for file in files:
+        absent = {component: modules for component, modules in wanted.items() if component not in models}
+        fresh = {component: like(models[component]) for component in wanted if component in models}
+        try:
+            got = load_diffusers(file, fresh | stand_ins(absent), naming)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        checks.append(compare(f"diffusers {__version__}", file.name, got, wanted, tolerance))
+        problems += [f"{file.name}: {problem}" for problem in health_problems(got)]
+    return checks, problems
+
+
+def misread(check: LoaderCheck, tolerance: float) -> str | None:
+    """What a check found wrong."""
+    if check.matched == check.expected:
+        return None
+    error = check.largest_relative_error
+    off = "" if error is None else f", largest relative error {error:.1e}, allowed {tolerance:.0e}"
+    return f"{check.loader} reads {check.matched} of {check.expected} modules of {check.file}{off}"
+
+
+def prove(
+    diffusers_file: Path | None,
+    kohya_file: Path | None,
+    wanted: Components,
+    dtype: torch.dtype,
+    family: Family,
+    naming: Naming,
+    models: Mapping[str, nn.Module],
+) -> list[LoaderCheck]:
+    """Check the files of an export through every loader.
+
+    Raises:
+        CheckFailed: a file does not mean what it should.
+    """
+    tolerance = TOLERANCE[dtype]
+    files = [file for file in (diffusers_file, kohya_file) if file]
+    checks, problems = diffusers_checks(files, wanted, tolerance, naming, models)
+    if kohya_file:
+        checks.append(compare("kohya's rules", kohya_file.name, read_lora(kohya_file).components, wanted, tolerance))
+        checks += check_names(kohya_file, wanted, family, naming)
+    problems += [problem for check in checks if (problem := misread(check, tolerance))]
+    if diffusers_file and (differs := flat_layout_differs(diffusers_file)):
         problems.append(f"the classic and flat text-encoder keys of {diffusers_file.name} differ: {listing(differs)}")
-    for file, got in read.items():
-        problems += [f"{file[1].name}: {problem}" for problem in health_problems(got)]
     if problems:
-        raise ValueError(
+        raise CheckFailed(
             "\n".join(["the export failed its proof; nothing was replaced:", *(f"  - {p}" for p in problems)])
         )
     return checks

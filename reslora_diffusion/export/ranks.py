@@ -10,8 +10,9 @@ A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut
 from typing import Literal
 
 from .factors import Components, Loss, common_rank, singular_values, truncated
+from .limits import LOSSY_ERROR, CheckFailed
+from .progress import progress
 
-LOSSY_ERROR = 0.05
 Rank = int | Literal["full", "auto"]
 Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was lost
 
@@ -40,26 +41,25 @@ def at_rank(components: Components, rank: Rank, *, allow_lossy: bool = False) ->
     """Cut every module to the rank asked for: `(components, rank of the file, losses)`.
 
     Raises:
-        ValueError: a module loses more than `LOSSY_ERROR` and `allow_lossy` is not set.
+        CheckFailed: a module loses more than `LOSSY_ERROR` and `allow_lossy` is not set.
     """
     exact = {(c, path): Loss(0.0, 1.0) for c, modules in components.items() for path in modules}
     if rank == "full":
         return components, common_rank(components), exact
     if rank == "auto":
         rank = smallest_rank(components)
-    cut: Components = {}
+    cut: Components = {component: {} for component in components}
     losses: Losses = {}
-    for component, modules in components.items():
-        cut[component] = {}
-        for path, factors in modules.items():
-            cut[component][path], losses[component, path] = truncated(factors, rank)
+    todo = [(c, path, factors) for c, modules in components.items() for path, factors in modules.items()]
+    for component, path, factors in progress(todo, f"cutting to rank {rank}"):
+        cut[component][path], losses[component, path] = truncated(factors, rank)
     lossy = sorted(((loss.relative_error, name) for name, loss in losses.items()), reverse=True)
     lossy = [(error, name) for error, name in lossy if error > LOSSY_ERROR]
     if lossy and not allow_lossy:
         error, (component, path) = lossy[0]
-        raise ValueError(
-            f"rank {rank} loses more than {LOSSY_ERROR:.0%} of the delta of {len(lossy)} of {len(losses)} modules, most "
-            f"({error:.0%}) of {component}.{path}; rank {smallest_rank(components)} would not. "
+        raise CheckFailed(
+            f"rank {rank} loses more than {LOSSY_ERROR:.0%} of the delta of {len(lossy)} of {len(losses)} modules, "
+            f"most ({error:.0%}) of {component}.{path}; rank {smallest_rank(components)} would not. "
             "Choose rank 'auto' or 'full', or allow the loss (--allow_lossy)."
         )
     return cut, rank, losses

@@ -1,11 +1,20 @@
 """What an export proved, as data (`export_report.json`) and as a short table."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+from .limits import LOSSY_ERROR
 from .proof import LoaderCheck
-from .ranks import LOSSY_ERROR, Losses
+from .ranks import Losses
+from .tables import table
+
+SHOWN = 5  # modules that a cut hurt most
+
+
+def loader_versions() -> dict[str, str]:
+    """Of the packages whose loaders took part in the proof."""
+    return {package: version(package) for package in ("diffusers", "peft", "torch", "transformers")}
 
 
 @dataclass(frozen=True)
@@ -21,21 +30,30 @@ class ExportReport:
     dtype: str
     rank: int
     asked_rank: int | str
+    rank_needed: int | None
     losses: Losses
     errors: dict[tuple[str, str], float]
+    norms: dict[tuple[str, str], float]
     ranks: dict[tuple[str, str], int]
     checks: list[LoaderCheck]
+    versions: dict[str, str]
     facts: dict[str, str]
 
     @property
     def energy_kept(self) -> float:
-        """Smallest share of a module's squared norm that survived the choice of rank."""
-        return min(loss.energy_kept for loss in self.losses.values())
+        """Share of the squared norm of all modules together that survived the choice of rank."""
+        energies = {name: norm**2 for name, norm in self.norms.items()}
+        return sum(energies[name] * loss.energy_kept for name, loss in self.losses.items()) / sum(energies.values())
+
+    @property
+    def largest_error(self) -> float:
+        return max(self.errors.values())
 
     def to_dict(self) -> dict:
         modules = {
             f"{component}.{path}": {
                 "rank_before": self.ranks[component, path],
+                "norm": self.norms[component, path],
                 "truncation_error": loss.relative_error,
                 "energy_kept": loss.energy_kept,
                 "file_error": self.errors[component, path],
@@ -48,18 +66,17 @@ class ExportReport:
             "dtype": self.dtype,
             "rank": self.rank,
             "asked_rank": self.asked_rank,
+            "rank_needed": self.rank_needed,
             "lossy_above": LOSSY_ERROR,
-            "smallest_energy_kept": self.energy_kept,
-            "largest_relative_error": max(self.errors.values()),
+            "energy_kept": self.energy_kept,
+            "largest_relative_error": self.largest_error,
             "loaders": [check.to_dict() for check in self.checks],
+            "versions": self.versions,
             "facts": self.facts,
             "modules": modules,
         }
 
     def __str__(self) -> str:
-        count = len(self.losses)
-        worst = max(self.losses.values(), key=lambda loss: loss.relative_error)
-        cut = f"cut to rank {self.rank} ({self.asked_rank})" if self.asked_rank != "full" else f"rank {self.rank}, full"
         rows = [
             (
                 check.loader,
@@ -71,17 +88,25 @@ class ExportReport:
         ]
         return "\n".join(
             [
-                f"{count} modules of {self.family}, {cut}, {self.dtype}",
-                f"truncation: largest relative error {worst.relative_error:.1e}, energy kept {self.energy_kept:.4%}",
+                f"{len(self.losses)} modules of {self.family}, rank {self.rank}, {self.dtype}: "
+                f"largest relative error {self.largest_error:.1e}",
+                *self.truncation(),
                 *table(("read by", "file", "modules", "largest error"), rows),
                 *(f"wrote {path}" for path in self.files.values()),
             ]
         )
 
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a left-aligned text table."""
-    cells = [tuple(map(str, head)), *(tuple(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    def truncation(self) -> list[str]:
+        """Lines about the rank: what a cut cost, or why there was none."""
+        if self.asked_rank == "full":
+            if self.rank_needed is None:
+                return []
+            fewer = (
+                f"{self.rank_needed} ('auto') would keep every module within {LOSSY_ERROR:.0%}"
+                if self.rank_needed < self.rank
+                else f"no smaller rank would keep every module within {LOSSY_ERROR:.0%}"
+            )
+            return [f"rank {self.rank} holds the block shortcut exactly, so 'full' is its default; {fewer}"]
+        worst = sorted(self.losses.items(), key=lambda item: -item[1].relative_error)
+        shown = ", ".join(f"{c}.{path} {loss.relative_error:.1e}" for (c, path), loss in worst[:SHOWN])
+        return [f"cut to rank {self.rank} ({self.asked_rank}): energy kept {self.energy_kept:.4%}; most lost: {shown}"]

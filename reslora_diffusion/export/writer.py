@@ -12,6 +12,7 @@ same way; so scaling is folded into the factors, in float32, and smaller modules
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,11 +27,23 @@ from .keys import Naming, diffusers_keys, flat_path, to_kohya
 
 ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
-    Family.SD2: "stable-diffusion-v2",
+    Family.SD2: "stable-diffusion-v2-512",
     Family.SDXL: "stable-diffusion-xl-v1-base",
     Family.CUSTOM: "stable-diffusion-custom",
 }
 KOHYA_BASES = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0"}
+# Facts that kohya's trainer states under the same name, or under another.
+KOHYA_FACTS = {
+    name: f"ss_{name}"
+    for name in """steps max_train_steps num_epochs epoch seed learning_rate unet_lr text_encoder_lr optimizer
+    lr_scheduler lr_warmup_steps gradient_accumulation_steps gradient_checkpointing mixed_precision noise_offset
+    max_grad_norm num_train_images num_reg_images""".split()
+} | {"snr_gamma": "ss_min_snr_gamma", "train_batch_size": "ss_total_batch_size", "base_model": "ss_sd_model_name"}
+# What describes a file rather than its training: written anew, never carried over from another file.
+COMPUTED = re.compile(
+    r"ss_(network_(module|dim|alpha|args)|output_name|v2|base_model_version)|sshs_\w+|reslora\.version\..*"
+    r"|modelspec\.(sai_model_spec|architecture|implementation|title|date|hash_sha256)"
+)
 
 
 def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components:
@@ -90,6 +103,12 @@ def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
     }
 
 
+def carried_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of another file's header, what stays true of a LoRA that is resized or converted, as facts for a new one."""
+    known = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "reslora."))}
+    return {key.removeprefix("reslora."): value for key, value in known.items() if not COMPUTED.fullmatch(key)}
+
+
 def kohya_header(
     tensors: dict[str, Tensor], facts: Mapping[str, object], *, name: str, rank: int, family: Family
 ) -> dict[str, str]:
@@ -102,19 +121,25 @@ def kohya_header(
         "ss_output_name": name,
         "ss_v2": str(family is Family.SD2),
     }
+    predicts_v = facts.get("prediction_type") == "v_prediction"
+    architecture = ARCHITECTURES[family]
     if family in KOHYA_BASES:
-        trained["ss_base_model_version"] = KOHYA_BASES[family]
-    if base_model := facts.get("base_model"):
-        trained["ss_sd_model_name"] = str(base_model)
+        trained["ss_base_model_version"] = KOHYA_BASES[family] + ("_v" if predicts_v else "")
+    if family is Family.SD2 and predicts_v:
+        architecture = "stable-diffusion-v2-768-v"
+    trained |= {theirs: str(facts[ours]) for ours, theirs in KOHYA_FACTS.items() if facts.get(ours) is not None}
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES[family]}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
         if family is Family.SDXL
         else "diffusers",
         "modelspec.title": name,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if resolution := facts.get("resolution"):
+        trained["ss_resolution"] = f"({resolution}, {resolution})"
+        spec["modelspec.resolution"] = f"{resolution}x{resolution}"
     if trigger := facts.get("trigger_words"):
         spec["modelspec.trigger_phrase"] = str(trigger)
     header = trained | spec | reslora_header(facts)

@@ -1,0 +1,302 @@
+"""What a LoRA file is, for which model, how strong and how healthy, without torch: an answer in a second.
+
+With G_A = A A^T and G_B = B^T B, of [r, r], the squared singular values of delta_weight = s B A are s^2 times the
+eigenvalues of G_B^(1/2) G_A G_B^(1/2). Their sum is the squared norm, and they tell how few of them would do.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .geometry import GEOMETRIES, Family, family_of_widths
+from .header import Header, open_safetensors, read_headers
+from .keys import COMPONENTS, Dialect, listing
+from .limits import LOSSY_ERROR
+from .tables import printable, table
+
+LARGEST = 5  # modules shown by norm
+# What a header may say about training: our name -> keys, the first that is there counts.
+FACTS = {
+    "title": ("modelspec.title", "ss_output_name"),
+    "base model": ("reslora.base_model", "ss_sd_model_name"),
+    "architecture": ("modelspec.architecture", "ss_base_model_version"),
+    "trigger words": ("reslora.trigger_words", "modelspec.trigger_phrase", "ss_training_comment"),
+    "method": ("reslora.method", "ss_network_module"),
+    "shortcut": ("reslora.shortcut",),
+    "num_previous": ("reslora.num_previous",),
+    "merge method": ("reslora.merge_method",),
+    "merge gap": ("reslora.merge_gap",),
+    "steps": ("reslora.steps", "ss_steps"),
+    "epochs": ("ss_epoch", "ss_num_epochs"),
+    "learning rate": ("reslora.learning_rate", "ss_learning_rate"),
+    "batch size": ("reslora.train_batch_size", "ss_total_batch_size"),
+    "resolution": ("reslora.resolution", "ss_resolution", "modelspec.resolution"),
+    "pictures": ("reslora.num_train_images", "ss_num_train_images"),
+    "seed": ("reslora.seed", "ss_seed"),
+    "date": ("modelspec.date", "ss_training_finished_at"),
+}
+MARKS = {  # how a header names a family
+    Family.SD1: ("stable-diffusion-v1", "sd_v1"),
+    Family.SD2: ("stable-diffusion-v2", "sd_v2"),
+    Family.SDXL: ("stable-diffusion-xl", "sdxl"),
+}
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One adapted module. `alpha` is None where the file states none; `rank_needed` keeps the error within 5 %."""
+
+    component: str
+    path: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float | None
+    scaling: float
+    norm: float
+    rank_needed: int
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All of it, as data (`to_dict`) and as a page of text (`str`). `problems` make a file useless, `notes` do not."""
+
+    files: list[Path]
+    size_bytes: int
+    sha256: list[str]
+    dialect: Dialect
+    family: Family
+    modules: list[ModuleFacts]
+    dtypes: dict[str, int]
+    facts: dict[str, str]
+    metadata: dict[str, str]
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.problems
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm over all modules together."""
+        return sum(m.norm**2 for m in self.modules) ** 0.5
+
+    @property
+    def rank_needed(self) -> int:
+        """The smallest rank at which no module loses more than `LOSSY_ERROR`."""
+        return max(m.rank_needed for m in self.modules)
+
+    def of(self, component: str) -> list[ModuleFacts]:
+        return [m for m in self.modules if m.component == component]
+
+    @property
+    def components(self) -> list[str]:
+        present = {m.component for m in self.modules}
+        return [component for component in (*COMPONENTS, "model") if component in present]
+
+    def to_dict(self) -> dict:
+        return {
+            "files": [str(path) for path in self.files],
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "dialect": str(self.dialect),
+            "family": str(self.family),
+            "components": {component: len(self.of(component)) for component in self.components},
+            "ranks": dict(sorted(Counter(m.rank for m in self.modules).items())),
+            "rank_needed": self.rank_needed,
+            "alphas": sorted({m.alpha for m in self.modules if m.alpha is not None}),
+            "dtypes": self.dtypes,
+            "norm": self.norm,
+            "healthy": self.healthy,
+            "problems": self.problems,
+            "notes": self.notes,
+            "facts": self.facts,
+            "metadata": self.metadata,
+            "modules": [asdict(m) for m in self.modules],
+        }
+
+    def __str__(self) -> str:
+        rows = []
+        for component in self.components:
+            modules = self.of(component)
+            alphas = sorted({f"{m.alpha:g}" for m in modules if m.alpha is not None}) or ["none (= rank)"]
+            norms = [m.norm for m in modules]
+            rows.append(
+                (
+                    component,
+                    len(modules),
+                    listing(map(str, sorted({m.rank for m in modules})), 6),
+                    max(m.rank_needed for m in modules),
+                    listing(alphas),
+                    f"{sum(n**2 for n in norms) ** 0.5:.3g}",
+                    f"{min(norms):.2g} to {max(norms):.2g}",
+                )
+            )
+        largest = sorted(self.modules, key=lambda m: -m.norm)[:LARGEST]
+        head = ("component", "modules", "ranks", "needed", "alphas", "norm", "norms of modules")
+        lines = [
+            f"{listing(map(str, self.files), 8)}: {self.size_bytes / 2**20:.1f} MiB",
+            f"a LoRA for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
+            f"sha256 {listing(self.sha256, 8)}",
+            "",
+            *table(head, rows),
+            "",
+            f"a rank of {self.rank_needed} would hold it with at most {LOSSY_ERROR:.0%} error in any module",
+            "strongest: " + ", ".join(f"{m.component}.{m.path} ({m.norm:.2g})" for m in largest),
+        ]
+        if self.facts:
+            lines += ["", *table(("its header says", ""), [(k, printable(v)) for k, v in self.facts.items()])]
+        lines += ["", *(f"note: {note}" for note in self.notes)]
+        lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["healthy: every number finite, not all zero"]
+        return "\n".join(lines)
+
+
+def inspect_lora(source: str | Path) -> Inspection:
+    """Look at any LoRA file or folder.
+
+    >>> print(inspect_lora("my_lora.safetensors"))
+
+    Raises:
+        ValueError: it is no LoRA file, with everything that is wrong with it.
+    """
+    headers = read_headers(source)
+    modules = [facts for header in headers for facts in module_facts(header)]
+    widths = defaultdict(dict)
+    for m in modules:
+        widths[m.component][m.path] = m.in_features
+    family = family_of_widths(widths)
+    metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    files = [header.path for header in headers]
+    return Inspection(
+        files=files,
+        size_bytes=sum(path.stat().st_size for path in files),
+        sha256=[sha256(path) for path in files],
+        dialect=headers[0].dialect,
+        family=family,
+        modules=modules,
+        dtypes=dict(Counter(h.dtypes[name] for h in headers for name, key in h.keys.items() if key.part in "AB")),
+        facts=header_facts(metadata),
+        metadata=metadata,
+        problems=health_problems(modules),
+        notes=notes(headers[0], family, modules),
+    )
+
+
+def module_facts(header: Header) -> Iterator[ModuleFacts]:
+    """One module after the other, in the order of the file."""
+    with Arrays(header) as array:
+        for (component, path), names in header.modules().items():
+            A, B = array(names["A"]), array(names["B"])
+            rank, alpha = A.shape[0], float(array(names["alpha"]).item()) if "alpha" in names else None
+            scaling = header.scaling(component, path, rank, alpha)
+            finite = bool(np.isfinite(A).all() and np.isfinite(B).all() and np.isfinite(scaling))
+            energies = scaling**2 * energy_spectrum(A.reshape(rank, -1), B.reshape(len(B), -1)) if finite else None
+            yield ModuleFacts(
+                component,
+                path,
+                in_features=A.shape[1],
+                out_features=B.shape[0],
+                rank=rank,
+                alpha=scaling * rank if alpha is None and header.configs else alpha,
+                scaling=scaling,
+                norm=float(np.sqrt(energies.sum())) if finite else float("nan"),
+                rank_needed=needed(energies) if finite else rank,
+                finite=finite,
+            )
+
+
+class Arrays:
+    """Tensors of a safetensors file as float64 arrays, by name."""
+
+    def __init__(self, header: Header):
+        self.dtypes = header.dtypes
+        self.path = header.path
+
+    def __enter__(self) -> "Arrays":
+        self.file = open_safetensors(self.path, framework="np").__enter__()
+        with self.path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            self.entries = json.loads(raw.read(length))
+        self.start = 8 + length
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+    def __call__(self, name: str) -> np.ndarray:
+        if self.dtypes[name] in ("F16", "F32", "F64"):
+            return self.file.get_tensor(name).astype(np.float64)
+        if self.dtypes[name] == "BF16":  # numpy has no such type: the upper half of a float32
+            begin, end = self.entries[name]["data_offsets"]
+            halves = np.fromfile(self.path, np.uint16, (end - begin) // 2, offset=self.start + begin)
+            whole = (halves.astype(np.uint32) << 16).view(np.float32)
+            return whole.reshape(self.entries[name]["shape"]).astype(np.float64)
+        with open_safetensors(self.path) as file:  # the 8-bit floats of torch
+            return file.get_tensor(name).double().numpy()
+
+
+def energy_spectrum(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """Squared singular values of B A, largest first."""
+    values, vectors = np.linalg.eigh(B.T @ B)
+    half = vectors * np.sqrt(values.clip(min=0))
+    return np.linalg.eigvalsh(half.T @ (A @ A.T) @ half)[::-1].clip(min=0)
+
+
+def needed(energies: np.ndarray) -> int:
+    """How many of them leave at most `LOSSY_ERROR` behind."""
+    beyond = energies[::-1].cumsum()[::-1]  # beyond[k] = what a cut to rank k loses
+    return max(1, int((beyond > LOSSY_ERROR**2 * beyond[0]).sum()))
+
+
+def health_problems(modules: list[ModuleFacts]) -> list[str]:
+    """What makes a file useless."""
+    broken = [f"{m.component}.{m.path}" for m in modules if not m.finite]
+    problems = [f"{len(broken)} of {len(modules)} modules hold NaN or infinity: {listing(broken)}"] if broken else []
+    if not any(m.norm for m in modules):
+        problems.append(f"all {len(modules)} modules are zero: the file changes nothing")
+    return problems
+
+
+def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[str]:
+    """What its user may want to know."""
+    found = []
+    if zero := [f"{m.component}.{m.path}" for m in modules if m.norm == 0]:
+        found.append(f"{len(zero)} of {len(modules)} modules are zero: {listing(zero)}")
+    scalings = {round(m.scaling, 9) for m in modules}
+    alphas = {m.alpha for m in modules}
+    if header.dialect is Dialect.KOHYA and len(alphas) > 1:
+        found.append(
+            f"{len(alphas)} different alphas in a kohya file: diffusers applies one of them to every module; "
+            "`reslora convert --to diffusers` writes a file that it reads right"
+        )
+    if header.dialect is Dialect.DIFFUSERS:
+        found.append("ComfyUI and A1111 want kohya keys: `reslora convert --to kohya`")
+        if header.configs and scalings != {1.0}:
+            found.append("its scaling stands in lora_adapter_metadata, which diffusers before 0.34 ignores")
+    says = (header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version", "")).lower()
+    said = next((f for f, marks in MARKS.items() if any(mark in says for mark in marks)), None)
+    if said and family in GEOMETRIES and said is not family:
+        found.append(f"its header says {said}, its shapes say {family}")
+    return found
+
+
+def header_facts(metadata: dict[str, str]) -> dict[str, str]:
+    """Training facts in any trainer's header, under our names."""
+    found = {}
+    for name, keys in FACTS.items():
+        value = next((metadata[key] for key in keys if metadata.get(key) not in (None, "", "None")), None)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

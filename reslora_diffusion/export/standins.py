@@ -1,0 +1,274 @@
+"""Models without memory, for the loaders of diffusers, transformers and PEFT to load a LoRA into.
+
+A loader looks at a model's class, its configuration, and the names and shapes of its modules, never at the values of
+its weights. So a proof needs none of the base's gigabytes: every parameter is one zero, expanded to its shape.
+
+    like(model)                  the same architecture, hollow
+    base_models(name, wanted)    of a pipeline or language model on disk or on the hub, from its configurations alone
+    stand_ins(components)        only the modules that a LoRA adapts, where no base is at hand
+    load_diffusers, load_peft    the real loaders, and what arrived in the layers afterwards
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import (
+    PeftAdapterMixin,
+    StableDiffusionLoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+)
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from reslora_diffusion.core.functional import LoraFactors
+
+from .factors import Components
+from .keys import CLIP_COMPONENTS, LAYERS_PER_BLOCK, Naming, classic_path, listing
+
+Models = dict[str, nn.Module]
+ADAPTER = "proof"
+CLIP_MODULE = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+
+
+# -------------------------------------------------------------------------------------------------- hollow models
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """Replace every tensor by a zero of no size to speak of, expanded to its shape; in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros((), dtype=torch.float32, device="cpu").expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros((), dtype=buffer.dtype, device="cpu").expand(buffer.shape)
+    return model
+
+
+def like(model: nn.Module) -> nn.Module:
+    """A hollow model of the same class and configuration, without adapters."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    with torch.device("meta"):
+        if isinstance(model, ModelMixin):
+            return hollow(type(model).from_config(model.config))
+        return hollow(type(model)(model.config))
+
+
+def base_models(name: str, wanted: Iterable[str]) -> Models:
+    """Hollow components of a base model, from its configurations.
+
+    Args:
+        name: a folder, or a name on the hub.
+        wanted: components to make; "model" is a language model.
+
+    Raises:
+        ValueError: there is no such model, or it has no such component.
+    """
+    index = pipeline_index(name)
+    if index is None:
+        config = transformers_config(name)
+        cls = model_class(name, "transformers", (config.architectures or [""])[0])
+        with torch.device("meta"):
+            return {"model": hollow(cls(config))}
+    models = {}
+    for component in wanted:
+        library, kind = index.get(component) or (None, None)
+        if kind is None:
+            continue  # said by `base_problems`, with what the LoRA is for
+        cls = model_class(name, library, kind)
+        if library == "diffusers":
+            config = cls.load_config(name, subfolder=component)
+            with torch.device("meta"):
+                models[component] = hollow(cls.from_config(config))
+        else:
+            config = AutoConfig.from_pretrained(name, subfolder=component)
+            with torch.device("meta"):
+                models[component] = hollow(cls(config))
+    return models
+
+
+def pipeline_index(name: str) -> dict | None:
+    """`model_index.json` of a diffusers pipeline; None if `name` is none."""
+    if Path(name).is_dir() and not (Path(name) / DiffusionPipeline.config_name).is_file():
+        return None
+    try:
+        return DiffusionPipeline.load_config(name)
+    except OSError:
+        return None
+
+
+def model_class(name: str, library: str, kind: str) -> type[nn.Module]:
+    """The class that a configuration names, if it is a model of diffusers or transformers."""
+    bases = {"diffusers": (diffusers, ModelMixin), "transformers": (transformers, transformers.PreTrainedModel)}
+    module, base = bases.get(library, (None, object))
+    cls = getattr(module, kind, None) if module and kind.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"{name} has a {library} {kind!r}, which is no model that this version knows")
+    return cls
+
+
+def transformers_config(name: str):
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name} is neither a diffusers pipeline nor a transformers model: {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ stand-ins
+
+
+class UNetStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The adapted modules of a UNet, at their places, and nothing else."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, layers_per_block: int = LAYERS_PER_BLOCK):
+        super().__init__()
+
+
+def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
+    """Put a hollow layer at every path."""
+    for path, factors in modules.items():
+        *parents, leaf = path.split(".")
+        parent = root
+        for name in parents:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent._modules[name]
+        (_, width, *kernel), out = factors.lora_A.shape, factors.lora_B.shape[0]
+        with torch.device("meta"):
+            layer = nn.Conv2d(width, out, tuple(kernel)) if kernel else nn.Linear(width, out)
+        parent.add_module(leaf, hollow(layer))
+    return root
+
+
+def clip_stand_in(component: str, modules: Mapping[str, LoraFactors]) -> nn.Module:
+    """A CLIP text encoder in the installed transformers' own layout, of the widths that the factors have.
+
+    Raises:
+        ValueError: the paths are not those of a CLIP text encoder.
+    """
+    matches = {path: CLIP_MODULE.fullmatch(path) for path in modules}
+    if strange := [path for path, match in matches.items() if match is None]:
+        raise ValueError(f"{component} has modules that are not of a CLIP text encoder: {listing(strange)}")
+    sizes: dict[str, int] = {}
+    for path, factors in modules.items():
+        width, out = factors.lora_A.shape[1], factors.lora_B.shape[0]
+        inner = {"fc1": ("hidden", "inner"), "fc2": ("inner", "hidden")}.get(path[-3:], ("hidden", "hidden"))
+        sizes |= dict(zip(inner, (width, out), strict=True))
+    hidden = sizes.get("hidden", sizes.get("inner", 1))
+    config = CLIPTextConfig(
+        hidden_size=hidden,
+        intermediate_size=sizes.get("inner", 4 * hidden),
+        num_hidden_layers=1 + max(int(match[1]) for match in matches.values()),
+        num_attention_heads=1,
+        projection_dim=1,
+        vocab_size=8,
+        max_position_embeddings=8,
+    )
+    with torch.device("meta"):
+        return hollow((CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection)(config))
+
+
+def stand_ins(components: Components) -> Models:
+    """A model for each component, with the adapted modules in it."""
+    models: Models = {}
+    for component, modules in components.items():
+        if component in CLIP_COMPONENTS:
+            models[component] = clip_stand_in(component, modules)
+        else:
+            models[component] = planted(UNetStandIn() if component == "unet" else nn.Module(), modules)
+    return models
+
+
+# ---------------------------------------------------------------------------------------------------- the loaders
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loaders' remarks and progress bars belong to their own users."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.set_verbosity(100)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
+    """What a model's LoRA layers hold, by classic path."""
+    return {
+        classic_path(component, name): LoraFactors(
+            layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach(), layer.scaling[ADAPTER]
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
+    }
+
+
+def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
+    """`load_lora_weights` of a Stable Diffusion or SDXL pipeline around `models`, and what is in them afterwards.
+
+    Raises:
+        ValueError: the loader refuses the file.
+    """
+    mixin = StableDiffusionXLLoraLoaderMixin if naming is Naming.SDXL else StableDiffusionLoraLoaderMixin
+
+    class Pipeline(DiffusionPipeline, mixin):
+        def __init__(self, unet, text_encoder, text_encoder_2=None):
+            super().__init__()
+            self.register_modules(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2)
+
+    with quiet():
+        pipeline = Pipeline(models.get("unet", UNetStandIn()), models.get("text_encoder"), models.get("text_encoder_2"))
+        try:
+            pipeline.load_lora_weights(
+                str(path.parent),
+                weight_name=path.name,
+                adapter_name=ADAPTER,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except Exception as error:  # whatever a loader raises, it is its verdict on the file
+            raise ValueError(f"diffusers {diffusers.__version__} does not load {path.name}: {error}") from error
+    return {component: found for component, model in models.items() if (found := arrived(model, component))}
+
+
+def load_peft(folder: Path, model: nn.Module, component: str) -> dict[str, LoraFactors]:
+    """`PeftModel.from_pretrained`, and what is in the model afterwards.
+
+    Raises:
+        ValueError: PEFT refuses the folder.
+    """
+    with quiet():
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            config.task_type = None  # a stand-in has no generation methods
+            PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
+        except Exception as error:
+            raise ValueError(f"PEFT does not load {folder.name}: {error}") from error
+    return arrived(model, component)
