@@ -1,0 +1,1 @@
+"""Language models on the same core: data, tasks, evaluation of generations. Imports transformers, never diffusers."""

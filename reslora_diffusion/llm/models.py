@@ -1,0 +1,149 @@
+"""Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from reslora_diffusion import ResLoraConfig
+
+from .options import ModelOptions
+from .problems import BadInput, listing
+
+AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
+PURPOSE = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def adapter_config(options: ModelOptions, task_type: TaskType) -> LoraConfig:
+    """PEFT's configuration of either method. Options that were not given keep the configuration's own defaults."""
+    targets = options.target_modules
+    common: dict[str, Any] = {
+        "task_type": task_type,
+        "r": options.rank,
+        "lora_alpha": options.lora_alpha if options.lora_alpha is not None else 2 * options.rank,
+        "lora_dropout": options.lora_dropout,
+        "use_rslora": options.use_rslora,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+    }
+    if options.method == "lora":
+        return LoraConfig(**common)
+    given = {n: getattr(options, n) for n in ("shortcut", "merge_method") if getattr(options, n) is not None}
+    if options.num_previous is not None:
+        given["num_previous"] = None if options.num_previous == "all" else int(options.num_previous)
+    return ResLoraConfig(**common, **given)
+
+
+def option_problems(options: ModelOptions, task_type: TaskType) -> list[str]:
+    """Faults that need no file to be opened."""
+    problems = []
+    if not options.model_name_or_path:
+        problems.append("--model_name_or_path: got nothing, wanted a folder or a hub name")
+    if options.method not in ("lora", "reslora"):
+        problems.append(f"--method: got {options.method!r}, wanted lora or reslora")
+    if options.dtype not in DTYPES:
+        problems.append(f"--dtype: got {options.dtype!r}, wanted {', '.join(DTYPES)}")
+    if options.method == "lora":
+        given = [f"--{n}" for n in ("shortcut", "num_previous", "merge_method") if getattr(options, n) is not None]
+        problems += [f"{flag}: does nothing with --method lora" for flag in given]
+    reach = options.num_previous
+    if reach is not None and reach != "all" and not reach.isdecimal():
+        return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
+    if options.calibration_batches < 1:
+        problems.append(f"--calibration_batches: got {options.calibration_batches}, wanted 1 or more")
+    try:
+        adapter_config(options, task_type)
+    except ValueError as error:
+        problems += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]] or [str(error)]
+    return problems
+
+
+def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        BadInput: there is no such model, or it does not serve the task.
+    """
+    try:
+        config = AutoConfig.from_pretrained(options.model_name_or_path, revision=options.model_revision, **kwargs)
+    except (OSError, ValueError) as error:
+        raise BadInput([f"--model_name_or_path {options.model_name_or_path}: {first_line(error)}"]) from error
+    known = AUTO[task_type]._model_mapping.keys()
+    if type(config) not in known or (task_type == TaskType.CAUSAL_LM and config.is_encoder_decoder):
+        what = "an encoder-decoder" if config.is_encoder_decoder else f"of type {config.model_type}"
+        raise BadInput([f"--model_name_or_path {options.model_name_or_path}: is {what}, wanted {PURPOSE[task_type]}"])
+    return config
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer, with something to pad with."""
+    name = options.tokenizer_name or options.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=options.model_revision)
+    except (OSError, ValueError) as error:
+        raise BadInput([f"tokenizer {name}: {first_line(error)}"]) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: TaskType) -> list[str]:
+    """Target modules that match nothing, and layers narrower than the rank."""
+    targets = options.target_modules
+    if targets is None:
+        if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            return []
+        targets = []
+    with torch.device("meta"):
+        model = AUTO[task_type].from_config(config)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    if not targets:
+        return [f"--target_modules: PEFT knows no default for {config.model_type}; it has {listing(leaves, 12)}"]
+    problems = []
+    for target in targets if targets != ["all-linear"] else []:
+        matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
+        if not matched:
+            problems.append(f"--target_modules: {target!r} matches nothing; the model has {listing(leaves, 12)}")
+        narrow = [f"{n} {tuple(m.weight.shape)}" for n, m in matched.items() if min(m.weight.shape) < options.rank]
+        if narrow:
+            problems.append(f"--rank: got {options.rank}, larger than {listing(narrow)}")
+    return problems
+
+
+def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:
+    """The frozen model with its weights."""
+    return AUTO[task_type].from_pretrained(
+        options.model_name_or_path,
+        config=config,
+        revision=options.model_revision,
+        dtype=DTYPES[options.dtype],
+        attn_implementation=options.attn_implementation,
+    )
+
+
+def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) -> PeftModel:
+    """The model with a fresh adapter in float32 on it.
+
+    Raises:
+        BadInput: the configuration does not fit the model.
+    """
+    try:
+        return get_peft_model(model, adapter_config(options, task_type))
+    except ValueError as error:
+        raise BadInput([str(error)]) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,191 @@
+"""The five reasoning tasks of ResLoRA's paper: where they come from, what is asked, and what counts as right.
+
+    task         data set (`datasets` name)   answer                   best step chosen on  reported on
+    gsm8k        openai/gsm8k, main           number after "####"      part of train        test
+    svamp        ChilleD/SVAMP                number                   part of train        test
+    mathqa       allenai/math_qa              letter a to e            validation           test
+    metamathqa   meta-math/MetaMathQA         number or LaTeX          part of train        GSM8K's test
+    hellaswag    Rowan/hellaswag              number 0 to 3            part of train        validation
+
+(HellaSwag's test split is unlabelled.) Prompts and responses follow the authors' code, every response ending in
+"The answer is X.", so that one rule reads all answers. Unlike theirs, no step is ever chosen by test results.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from .problems import listing, refuse
+from .records import Messages, Row, column_problems
+
+ANSWER = "The answer is"
+UNREADABLE = 0.01
+NUMBER = re.compile(r"-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One reasoning task. `ask`, `respond` and `answer` read a row of its data set, `read` a generated response."""
+
+    source: str
+    columns: Sequence[str]
+    ask: Callable[[Row], str]
+    respond: Callable[[Row], str]
+    answer: Callable[[Row], str]
+    read: Callable[[str], str | None]
+    subset: str | None = None
+    revision: str | None = None
+    validation_split: str | None = None
+    test_split: str = "test"
+    test_task: str | None = None  # whose test set is used, if the data set has none
+
+    def messages(self, row: Row) -> Messages:
+        """Prompt and response as a conversation."""
+        return [
+            {"role": "user", "content": self.ask(row)},
+            {"role": "assistant", "content": self.respond(row)},
+        ]
+
+
+def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[list[Row], list[int]]:
+    """`(rows with a readable answer, numbers of the others)`.
+
+    Raises:
+        BadInput: columns are missing, or more than one row in a hundred has no readable answer (an unlabelled split).
+    """
+    refuse(column_problems(rows, task.columns, where))
+    good, bad = [], []
+    for number, row in enumerate(rows, 1):
+        answer = task.answer(row)
+        if answer and task.read(task.respond(row)) == answer:
+            good.append(row)
+        else:
+            bad.append(number)
+    if len(bad) > UNREADABLE * len(rows):
+        refuse([f"{where}: {len(bad)} of {len(rows)} rows have no readable answer: row {listing(bad)}"])
+    return good, bad
+
+
+# ------------------------------------------------------------------------------------------------------ answers
+
+
+def normalized(answer: str) -> str:
+    """One spelling per answer: numbers without $, commas and needless decimals; other text with single spaces."""
+    text = " ".join(answer.split()).rstrip(".").rstrip()
+    if NUMBER.fullmatch(text):
+        number = text.replace("$", "").replace(",", "")
+        return f"{float(number):.10g}" if "." in number else str(int(number))
+    return text
+
+
+def stated(response: str) -> str | None:
+    """What follows the last "The answer is" (or the last "####")."""
+    for mark in (ANSWER, "####"):
+        _, found, rest = response.rpartition(mark)
+        if found:
+            return rest.removeprefix(":").strip()
+    return None
+
+
+def read_text(response: str) -> str | None:
+    return normalized(stated(response) or "") or None
+
+
+def read_number(response: str) -> str | None:
+    """The first number of the stated answer; without a stated answer the last number of the response."""
+    answer = stated(response)
+    numbers = NUMBER.findall(response if answer is None else answer)
+    return normalized(numbers[0 if answer is not None else -1]) if numbers else None
+
+
+def read_choice(response: str, choices: str) -> str | None:
+    """The first of the choices' letters or digits that stands alone in the stated answer."""
+    found = re.search(rf"(?<!\w)[{choices}](?!\w)", stated(response) or "")
+    return found.group() if found else None
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def gsm8k_response(row: Row) -> str:
+    """The worked solution without its calculator notes, on one line."""
+    steps, _, answer = row["answer"].rpartition("####")
+    text = " ".join(re.sub(r"<<[^>]*>>", "", steps).split())
+    return f"{text} {ANSWER} {answer.strip()}."
+
+
+def svamp_response(row: Row) -> str:
+    """The equation, with 8.0 written as 8: the decimals are an artefact of how the set was made."""
+    equation = re.sub(r"(\d+)\.0\b", r"\1", str(row["Equation"]).strip())
+    return f"{equation}. {ANSWER} {normalized(str(row['Answer']))}."
+
+
+def mathqa_question(row: Row) -> str:
+    return f"{row['Problem']}\nOptions: {row['options']}\nPlease answer with the letter of the correct option."
+
+
+def mathqa_response(row: Row) -> str:
+    rationale = " ".join(str(row["Rationale"]).strip().strip('"').split())
+    return f"{rationale} {ANSWER} {row['correct'].strip()}."
+
+
+def metamathqa_response(row: Row) -> str:
+    """One of the set's two notes of the answer is dropped: "#### 18" before "The answer is: 18"."""
+    steps, _, answer = row["response"].rpartition("The answer is:")
+    steps = re.sub(r"\n####[^\n]*\s*$", "", steps.rstrip())
+    return f"{steps.strip()}\n{ANSWER} {answer.strip().rstrip('.')}."
+
+
+def hellaswag_question(row: Row) -> str:
+    endings = "\n".join(f"{number}: {ending}" for number, ending in enumerate(row["endings"]))
+    return f"Which ending continues this text?\n{row['ctx']}\n{endings}\nPlease answer with the number of the ending."
+
+
+TASKS = {
+    "gsm8k": Task(
+        source="openai/gsm8k",
+        subset="main",
+        columns=("question", "answer"),
+        ask=lambda row: row["question"].strip(),
+        respond=gsm8k_response,
+        answer=lambda row: normalized(row["answer"].rpartition("####")[2]),
+        read=read_number,
+    ),
+    "svamp": Task(
+        source="ChilleD/SVAMP",
+        columns=("Body", "Question", "Equation", "Answer"),
+        ask=lambda row: f"{row['Body'].strip()} {row['Question'].strip()}",
+        respond=svamp_response,
+        answer=lambda row: normalized(str(row["Answer"])),
+        read=read_number,
+    ),
+    "mathqa": Task(
+        source="allenai/math_qa",
+        revision="refs/convert/parquet",  # the main branch is a script, which `datasets` no longer runs
+        columns=("Problem", "Rationale", "options", "correct"),
+        ask=mathqa_question,
+        respond=mathqa_response,
+        answer=lambda row: row["correct"].strip(),
+        read=partial(read_choice, choices="a-e"),
+        validation_split="validation",
+    ),
+    "metamathqa": Task(
+        source="meta-math/MetaMathQA",
+        columns=("query", "response"),
+        ask=lambda row: row["query"].strip(),
+        respond=metamathqa_response,
+        answer=lambda row: normalized(row["response"].rpartition("The answer is:")[2]),
+        read=read_text,
+        test_task="gsm8k",
+    ),
+    "hellaswag": Task(
+        source="Rowan/hellaswag",
+        columns=("ctx", "endings", "label"),
+        ask=hellaswag_question,
+        respond=lambda row: f"{ANSWER} {row['label']}.",
+        answer=lambda row: str(row["label"]).strip(),
+        read=partial(read_choice, choices="0-3"),
+        test_split="validation",
+    ),
+}
