@@ -113,18 +113,24 @@ def is_layer(container: nn.Module, element: nn.Module) -> bool:
     return len(kinds) == 1 and len(list(container.children())) > 1
 
 
-def split_name(model: nn.Module, name: str) -> tuple[str, str]:
+def split_name(model: nn.Module, name: str, known: dict[nn.Module, bool]) -> tuple[str, str]:
     """`(stack, role)` of an adapted layer: ("transformer_blocks", "attn.to_q") for "transformer_blocks.3.attn.to_q".
 
     The role is what follows the innermost number that counts layers; the stack is what precedes the outermost.
+
+    Args:
+        known: answers of `is_layer` so far, by element.
     """
     parts = name.split(".")
     counted = []
     module = model
     for depth, part in enumerate(parts):
         child = module.get_submodule(part)
-        if part.isdecimal() and is_layer(module, child):
-            counted.append(depth)
+        if part.isdecimal():
+            if child not in known:
+                known[child] = is_layer(module, child)
+            if known[child]:
+                counted.append(depth)
         module = child
     if not counted:
         return "", name
@@ -182,9 +188,10 @@ def find_sites(
     unlinked = dict(unlinked or {})
     sides = [{"encoder", "decoder"} & set(name.split(".")) for name in shapes]
     two_sided = {"encoder"} in sides and {"decoder"} in sides
-    sites = []
+    sites: list[Site] = []
+    known: dict[nn.Module, bool] = {}
     for name in execution_order(shapes):
-        stack, role = split_name(model, name)
+        stack, role = split_name(model, name, known)
         if two_sided:  # an encoder's layers and a decoder's are not one chain, though they bear the same names
             side = next((part for part in name.split(".") if part in ("encoder", "decoder")), "")
             role = f"{side}.{role}".lstrip(".")

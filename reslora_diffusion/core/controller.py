@@ -171,12 +171,14 @@ class Controller:
         """A D(x + x') [..., r]."""
         previous = self.read(site, self.windows[site.name][:1], x.shape)
         self.publish(site, x)
-        other = previous[0][1] if previous else x
+        other = previous[0][1].to(x.dtype) if previous else x
         if self.observer is not None:
             self.observer.see(site, x, [(site.name, other)])
+        if not previous:
+            return 2 * down(dropout(x), lora_A)
         if isinstance(dropout, nn.Identity) or not dropout.training:
-            return down_sum(x, other.to(x.dtype), lora_A)
-        return down(dropout(x + other.to(x.dtype)), lora_A)
+            return down_sum(x, other, lora_A)
+        return down(dropout(x + other), lora_A)
 
     def middle_bottleneck(self, site: Site, x: Tensor, z: Tensor) -> Tensor:
         """z_n + z_{n-1} + ... [..., r], given z_n."""
