@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -74,7 +74,7 @@ DECODERS: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
     "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)), DECODER_TARGETS),
     "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED)), DECODER_TARGETS),
     "mistral": (lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=8)), DECODER_TARGETS),
-    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, sliding_window=8)), DECODER_TARGETS),
+    "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, sliding_window=8)), DECODER_TARGETS),
     "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
 }
 OTHERS = {

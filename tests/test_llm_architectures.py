@@ -25,7 +25,7 @@ ROLES = {
     "t5": {f"{side}.SelfAttention.{p}" for side in ("encoder", "decoder") for p in "qkvo"}
     | {f"decoder.EncDecAttention.{p}" for p in "qkvo"},
 }
-ROLES |= dict.fromkeys(("qwen2", "qwen3", "mistral", "gemma2"), ROLES["llama"])
+ROLES |= dict.fromkeys(("qwen2", "qwen3", "mistral", "gemma3"), ROLES["llama"])
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
