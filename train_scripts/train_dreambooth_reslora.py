@@ -26,17 +26,29 @@ What comes out, in --output_dir:
     checkpoint-N/                      training state, and the LoRA of that step
 
 Equal seeds give equal pictures, noise and timesteps, whatever the method; a resumed run continues bit for bit.
+docs/training.md says more.
 """
 
+import os
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.checks import Plan, check
 from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.diffusion.preflight import preflight
-from reslora_diffusion.diffusion.problems import EXIT_CODE, BadInput
+from reslora_diffusion.diffusion.problems import run_program
+
+# Remarks of the libraries on packages that are not needed here; errors are still shown.
+for library in ("TRANSFORMERS", "DIFFUSERS"):
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
+# Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
+UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
+
+if TYPE_CHECKING:
+    from reslora_diffusion.diffusion.run import Run
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -44,53 +56,76 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parse(argv)
 
 
-def main(args: Namespace) -> Path:
-    """Train, export, and return the output folder.
+def train(run: "Run", step: int) -> int:
+    """From `step` to the end, or to where the run was told to stop; returns the last step."""
+    import torch
+    from tqdm import tqdm
 
-    Raises:
-        BadInput: every problem with the options, the folders or the model.
-    """
-    plan = check(args)
-    if args.dry_run:
-        print("\n".join(preflight(plan, args)))
-        return Path(args.output_dir)
-    run, first_step = prepare(args, plan)
-    print_once = run.accelerator.print
-    started = time.monotonic()
-    step = train(run, first_step)
-    if step < plan.max_train_steps:
-        print_once(f"stopped after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
-    elif run.accelerator.is_main_process:
-        merged, exported = run.finish(step)
-        seconds = time.monotonic() - started
-        print(merged)
-        print(f"{args.method} adapter of rank {exported.rank}: steps {first_step + 1} to {step} in {seconds:.0f} s")
-        print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
-        if args.push_to_hub:
-            print(f"pushed to {run.push_to_hub()}")
-    run.accelerator.end_training()
-    return run.output
+    from reslora_diffusion.diffusion.distributed import average_gradients
+    from reslora_diffusion.diffusion.interruption import Interruption
+
+    args, steps, accelerator = run.args, run.plan.max_train_steps, run.accelerator
+    run.adapters.train()
+    if step == 0:
+        run.validate(step)
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not accelerator.is_local_main_process)
+    with Interruption(accelerator) as interruption, bar:
+        while step < steps:
+            total = torch.zeros((), device=accelerator.device)
+            for micro in range(args.gradient_accumulation_steps):
+                for batch in run.batches(step, micro):
+                    loss = run.denoiser.loss(batch, args.train_batch_size) / args.gradient_accumulation_steps
+                    run.scaler.scale(loss).backward()
+                    total += loss.detach()
+            total = average_gradients(run.parameters, total, accelerator.num_processes)
+            run.scaler.unscale_(run.optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)
+            run.scaler.step(run.optimizer)  # leaves everything as it is if a gradient is not finite
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            step += 1
+            run.log(step, total, grad_norm)
+            run.lr_scheduler.step()
+
+            if args.scale_weight_norms:
+                run.adapters.limit_norms(args.scale_weight_norms)
+            if run.ema:
+                run.ema.update(run.tensors, step)
+            if run.is_handover_step(step):
+                run.hand_over()
+            if step % args.checkpointing_steps == 0:
+                run.save(step, args.checkpoints_total_limit)
+            if run.is_validation_step(step):
+                run.validate(step)
+            bar.update()
+            bar.set_postfix(run.shown(), refresh=False)
+            if interruption.requested():
+                run.save(step, args.checkpoints_total_limit)
+                break
+    return step
 
 
-def prepare(args: Namespace, plan: Plan):
-    """From options to a `Run` that is ready for its next step."""
+def prepare(args: Namespace, plan: Plan) -> tuple["Run", int]:
+    """From options to a `Run` and the number of steps it has behind it."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
     from reslora_diffusion.diffusion import models
     from reslora_diffusion.diffusion.adapters import add_adapters
-    from reslora_diffusion.diffusion.checkpoints import find_checkpoint
+    from reslora_diffusion.diffusion.checkpoints import find_checkpoint, stored_facts
+    from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
     from reslora_diffusion.diffusion.history import History
-    from reslora_diffusion.diffusion.loss import Denoiser
+    from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
-    from reslora_diffusion.diffusion.record import options, stored_seed, write_record
-    from reslora_diffusion.diffusion.run import Run, shown
+    from reslora_diffusion.diffusion.optimizers import make_optimizer
+    from reslora_diffusion.diffusion.record import resolve_seed, trackable, write_record
+    from reslora_diffusion.diffusion.run import Run
     from reslora_diffusion.diffusion.sampling import Sampler
     from reslora_diffusion.diffusion.validation import Painter, fixed_noise_loss
 
-    output = Path(args.output_dir)
+    output, family = Path(args.output_dir), plan.skeleton.family
     accelerator = Accelerator(
         mixed_precision="no",  # the base is cast as a whole; autocast over it costs time and memory
         log_with=None if args.report_to == "none" else args.report_to,
@@ -100,27 +135,43 @@ def prepare(args: Namespace, plan: Plan):
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if args.resume_from_checkpoint:
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
-    args.seed = stored_seed(args.seed, checkpoint, accelerator)
+    args.seed = resolve_seed(args, checkpoint, accelerator)
+    step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
     dtype = models.base_dtype(args)
+    concepts = complete_class_pictures(plan.concepts, args, accelerator)
     pipeline = models.load_pipeline(args, dtype)
-    adapters = add_adapters(pipeline, args)
-    classes = complete_class_pictures(plan, args, accelerator)
-    models.prepare_models(pipeline, args, accelerator.device)
-    examples = encode_examples(pipeline, plan.instance, classes, args, accelerator.is_local_main_process)
-    scheduler = models.training_scheduler(pipeline)
+    scheduler = models.training_scheduler(pipeline, args)
+    adapters = add_adapters(pipeline, plan.skeleton, args)
+    models.prepare_models(pipeline, adapters.models, args, accelerator.device)
+    instances, classes, empty = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
     sampler = Sampler(
-        *examples,
+        instances,
+        classes,
         seed=args.seed,
         scaling_factor=pipeline.vae.config.scaling_factor,
         num_train_timesteps=scheduler.config.num_train_timesteps,
+        empty=empty,
+        caption_dropout=args.caption_dropout_rate,
         noise_offset=args.noise_offset,
     )
     denoiser = Denoiser(
-        pipeline.unet, pipeline.text_encoder if args.train_text_encoder else None, scheduler, dtype, args.snr_gamma
+        family,
+        pipeline.unet,
+        tuple(family.text_encoders_of(pipeline)) if args.train_text_encoder else (),
+        scheduler,
+        dtype,
+        Objective(
+            snr_gamma=args.snr_gamma,
+            debiased_estimation_loss=args.debiased_estimation_loss,
+            loss_type=args.loss_type,
+            huber_c=args.huber_c,
+            huber_schedule=args.huber_schedule,
+        ),
     )
     painter = Painter(
         pipeline,
+        family,
         args.validation_prompt or [],
         num_images=args.num_validation_images,
         resolution=args.resolution,
@@ -129,13 +180,20 @@ def prepare(args: Namespace, plan: Plan):
         guidance_scale=args.guidance_scale,
         text_is_frozen=not args.train_text_encoder,
         folder=output,
+        max_length=args.tokenizer_max_length,
     )
-    models.release(pipeline, args)
+    models.release(pipeline, adapters.models, painter.paints)
 
-    evaluation = Evaluation.of(sampler, args)
+    main = accelerator.is_main_process
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        write_record(args, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
+        painter.forget_after(step)
+    accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
+    evaluation = Evaluation.of(sampler, args, accelerator.process_index, accelerator.num_processes)
     with adapters.evaluation():
-        loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # lora_B is still zero
-    optimizer = models.make_optimizer(adapters, args, accelerator.num_processes)
+        loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
+    fp16, gpu = dtype is torch.float16, accelerator.device.type != "cpu"
     run = Run(
         args,
         plan,
@@ -145,11 +203,45 @@ def prepare(args: Namespace, plan: Plan):
         sampler,
         evaluation,
         painter,
-        optimizer,
-        lr_scheduler=models.make_lr_scheduler(optimizer, args, plan.max_train_steps),
-        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=dtype is torch.float16),
+        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes),
+        scaler=torch.amp.GradScaler(accelerator.device.type, **({} if fp16 else UNSCALED)),
+        history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
+        ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,
         loss_base=loss_base,
     )
-    first_step = run.restore(checkpoint) if checkpoint else 0
-    run.history = History(output if accelerator.is_main_process else None, first_step, every=...)
-    return run, first_step
+    if checkpoint:
+        run.restore(checkpoint)
+    return run, step
+
+
+def main(args: Namespace) -> Path:
+    """Train, export, and return the output folder.
+
+    Raises:
+        BadInput: every problem with the options, the folders or the model.
+        Stopped: training went wrong; says what is kept.
+    """
+    plan = check(args)
+    if args.dry_run:
+        print("\n".join(preflight(plan, args)))
+        return Path(args.output_dir)
+    run, first_step = prepare(args, plan)
+    started = time.monotonic()
+    step = train(run, first_step)
+    say = run.accelerator.print
+    if step < plan.max_train_steps:
+        say(f"stopped after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
+    else:
+        merged, exported = run.finish(step)
+        say(merged)
+        say(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
+        if exported:
+            print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
+            if args.push_to_hub:
+                print(f"pushed to {run.push_to_hub()}")
+    run.accelerator.end_training()
+    return run.output
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(lambda: main(parse_args())))

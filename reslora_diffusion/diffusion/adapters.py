@@ -1,4 +1,4 @@
-"""The adapters of one run, on the UNet and perhaps the text encoder, LoRA and ResLoRA alike.
+"""The adapters of one run, on the UNet and perhaps the text encoders, LoRA and ResLoRA alike.
 
 What differs between the two methods is here and nowhere else: a LoRA's factors are its weights, a ResLoRA's are merged
 from its chain (`merged_factors`), which may need calibration; a LoRA computes as it will be exported, a ResLoRA does
@@ -11,89 +11,41 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
+from diffusers import DiffusionPipeline
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reslora_diffusion import (
     LoraFactors,
-    ResLoraConfig,
+    MergeMethod,
     attach,
     calibrate,
     get_controller,
+    handover,
     merged_factors,
     merged_forward,
     relative_output_errors,
 )
 
-from .problems import BadInput, listing, refuse
+from .problems import listing, refuse
 from .randomness import Stream, seed_of
 from .sampling import Batch
+from .skeleton import Skeleton
 
 ADAPTER = "default"
 Forward = Callable[[nn.Module, Batch], object]
 
 
-def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
-    """PEFT's configuration of either method. Options that were not given keep the configuration's own defaults."""
-    common = {
-        "r": args.rank,
-        "lora_alpha": args.lora_alpha or args.rank,
-        "lora_dropout": args.lora_dropout,
-        "use_rslora": args.use_rslora,
-        "init_lora_weights": "gaussian",
-        "target_modules": target_modules,
-    }
-    if args.method == "lora":
-        return LoraConfig(**common)
-    given = {name: getattr(args, name) for name in ("shortcut", "merge_method") if getattr(args, name) is not None}
-    if args.num_previous is not None:
-        given["num_previous"] = None if args.num_previous == "all" else args.num_previous
-    return ResLoraConfig(**common, **given)
-
-
-def target_problems(model: nn.Module, component: str, target_modules: list[str], rank: int) -> list[str]:
-    """Names that match nothing, and layers that are narrower than the rank."""
-    problems, narrow = [], {}
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-    for target in target_modules:
-        matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
-        if not matched:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.weight.ndim == 2})
-            problems.append(f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}")
-        for name, layer in matched.items():
-            if min(layer.weight.shape[:2]) < rank:
-                narrow[name] = f"{name} {tuple(layer.weight.shape[:2])}"
-    if narrow:
-        problems.append(f"--rank: got {rank}, larger than layers of the {component}: {listing(narrow.values())}")
-    return problems
-
-
-def add_adapters(pipeline: StableDiffusionPipeline, args: Namespace) -> "Adapters":
-    """Freeze the pipeline and put fresh float32 adapters on it; equal seeds give equal adapters.
-
-    Raises:
-        BadInput: the configuration does not fit the model.
-    """
-    targets = {"unet": args.target_modules}
-    if args.train_text_encoder:
-        targets["text_encoder"] = args.text_encoder_target_modules
-    refuse(
-        problem
-        for component, names in targets.items()
-        for problem in target_problems(getattr(pipeline, component), component, names, args.rank)
-    )
-    for component in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-        component.requires_grad_(False)
+def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: Namespace) -> "Adapters":
+    """Freeze the pipeline and put fresh float32 adapters on it; equal seeds give equal adapters."""
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
     torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
     models = {}
-    for component, names in targets.items():
+    for component, (_, config) in skeleton.adapted(args).items():
         model = models[component] = getattr(pipeline, component)
-        try:
-            config = lora_config(args, names)
-        except ValueError as error:
-            raise BadInput([str(error)]) from error
         if args.method == "lora":
             inject_adapter_in_model(config, model, ADAPTER)
         else:
@@ -106,7 +58,7 @@ def add_adapters(pipeline: StableDiffusionPipeline, args: Namespace) -> "Adapter
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapted models by component: "unet", and "text_encoder" if it is trained."""
+    """Adapted models by component: "unet", and the text encoders if they are trained."""
 
     models: dict[str, nn.Module]
     residual: bool
@@ -114,12 +66,15 @@ class Adapters:
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def by_component(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {component: self.named_parameters(component) for component in self.models}
+
+    def tensors(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by component and name."""
         return {
             f"{component}.{name}": parameter
-            for component in self.models
-            for name, parameter in self.named_parameters(component).items()
+            for component, parameters in self.by_component().items()
+            for name, parameter in parameters.items()
         }
 
     @torch.no_grad()
@@ -147,9 +102,13 @@ class Adapters:
         finally:
             self.train()
 
+    # ------------------------------------------------------------------------------------------ merging
+
     def calibrate(self, batches: list[Batch], forwards: dict[str, Forward]) -> None:
-        """Gather what the merge method needs. The text encoder comes first: the UNet is then calibrated on the hidden
-        states that the merged text encoder will give it."""
+        """Gather what the merge method needs, over all processes: each must call this, with its share of the batches.
+
+        Text encoders come first: the UNet is then calibrated on the hidden states that they will give it when merged.
+        """
         if not self.residual:
             return
         with self.evaluation(), ExitStack() as merged:
@@ -158,7 +117,8 @@ class Adapters:
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
     def output_errors(self, batches: list[Batch], forwards: dict[str, Forward]) -> dict[str, float]:
-        """What merging changed in each layer's output, relative to what the adapter adds to it."""
+        """What merging changed in each layer's output, relative to what the adapter adds to it; called like
+        `calibrate`."""
         if not self.residual:
             return {}
         with self.evaluation():
@@ -189,6 +149,34 @@ class Adapters:
             return {"shortcut": "none", "merge_method": "none"}
         config = get_controller(self.models["unet"], ADAPTER).config
         return {"shortcut": str(config.shortcut), "merge_method": str(config.merge_method)}
+
+    def hand_over(self, optimizer: torch.optim.Optimizer) -> None:
+        """Fold the shortcuts into plain LoRA and train on from there; calibrate first."""
+        for model in self.models.values():
+            handover(model, ADAPTER, optimizer)
+
+    def become_handed_over(self, optimizer: torch.optim.Optimizer) -> None:
+        """The form that `hand_over` leaves, for a checkpoint's values to be loaded into: no calibration is needed."""
+        for model in self.models.values():
+            config = get_controller(model, ADAPTER).config
+            config.merge_method, method = MergeMethod.DROP, config.merge_method
+            handover(model, ADAPTER, optimizer)
+            config.merge_method = method
+
+    # ------------------------------------------------------------------------------------------ health
+
+    @torch.no_grad()
+    def limit_norms(self, largest: float) -> None:
+        """Scale A and B of each layer so that ||s B A||_F is at most `largest`; nothing waits for the device."""
+        for model in self.models.values():
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+                    A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                    # ||B A||^2 = <B^T B, A A^T>: r x r products, not out x in.
+                    squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=1e-20)
+                    factor = (largest / (layer.scaling[ADAPTER] * squared.sqrt())).clamp(max=1).sqrt()
+                    A.mul_(factor)
+                    B.mul_(factor)
 
     def health_problem(self) -> str | None:
         """Why these adapters must not be exported, if so."""

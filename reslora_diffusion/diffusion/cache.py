@@ -1,6 +1,6 @@
 """Pictures and prompts, encoded once.
 
-An `Example` holds a picture's latent distribution and its prompt in one record, so neither can be paired with another's.
+An `Example` holds a picture's latent distribution and its prompt in one record: neither can be paired with another's.
 What is kept of the autoencoder is the distribution, mean and log-variance of each view (crop, flip), not one sample
 of it: every step draws anew,
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,47 +22,98 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Picture, crop_boxes, open_upright, resized
+from .buckets import Size, nearest
+from .data import Picture, covering, crop_corners, open_mask, open_upright
 from .randomness import Stream, generator
+
+
+class Text(NamedTuple):
+    """What a training step needs of a prompt: hidden states [L, D] and pooled [D2], or token ids [E, L]."""
+
+    value: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its prompt. Shapes: mean, logvar [views, C, h, w]; text [L, D] or token ids [L]."""
+    """One picture and its prompt, of one concept.
+
+    Shapes: mean, logvar [views, C, h, w]; mask [views, 1, h, w]; time_ids [views, 6].
+    """
 
     name: str
     prompt: str
     mean: Tensor
     logvar: Tensor
-    text: Tensor
+    text: Text
     loss_weight: float
+    time_ids: Tensor
+    mask: Tensor | None = None
+    concept: int = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the latents."""
+        return self.mean.shape[1:]
 
     def latents(self, view: int, noise: Tensor) -> Tensor:
         """A sample of the unscaled latent distribution [C, h, w]."""
         return self.mean[view] + torch.exp(0.5 * self.logvar[view]) * noise
 
 
+class Seen(NamedTuple):
+    """Views of a picture: pixels [views, 3, H, W] in -1..1, mask [views, 1, h, w] in 0..1, time_ids [views, 6]."""
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    time_ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class Views:
-    """Which squares of a picture are cached."""
+    """Which parts of a picture are cached.
 
-    resolution: int
+    Args:
+        buckets: sizes that are trained at.
+        crops: random ones of each picture that has room for them.
+        vae_scale_factor: pixels to a latent, for masks.
+    """
+
+    buckets: list[Size]
     interpolation: Image.Resampling
     center_crop: bool
     crops: int
     flip: bool
     seed: int
+    vae_scale_factor: int = 8
+    alpha_mask: bool = False
 
-    def of(self, index: int, image: Image.Image) -> np.ndarray:
-        """Pixels [views, 3, resolution, resolution] in -1..1; crops are a function of (seed, index)."""
-        image = resized(image, self.resolution, self.interpolation)
+    def of(self, index: int, picture: Picture) -> Seen:
+        """Views of picture number `index`; crops are a function of (seed, index)."""
+        box = nearest(picture.size, self.buckets)
+        size = covering(picture.size, box)
         offsets = [(0.5, 0.5)]
         if not self.center_crop:
             offsets = torch.rand(self.crops, 2, generator=generator(self.seed, Stream.CROP, index)).tolist()
-        squares = [np.asarray(image.crop(box)) for box in crop_boxes(image.size, self.resolution, offsets)]
+        corners = crop_corners(size, box, offsets)
+        image = open_upright(picture.path).resize(size, self.interpolation)
+        parts = [image.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
+        mask = open_mask(picture, self.alpha_mask)
+        masks = self.masks_of(mask.resize(size, self.interpolation), corners, box) if mask else None
+        (width, height), time_ids = picture.size, [(y, x) for x, y in corners]
+        time_ids = np.array([(height, width, *corner, box[1], box[0]) for corner in time_ids], np.float32)
+        pixels = np.stack([np.asarray(part) for part in parts]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         if self.flip:
-            squares += [square[:, ::-1] for square in squares]
-        return np.stack(squares).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+            pixels = np.concatenate([pixels, pixels[..., ::-1]])
+            masks = None if masks is None else np.concatenate([masks, masks[..., ::-1]])
+            time_ids = np.concatenate([time_ids, time_ids])
+        return Seen(pixels, masks, time_ids)
+
+    def masks_of(self, mask: Image.Image, corners: list[tuple[int, int]], box: Size) -> np.ndarray:
+        """A cell of a latent counts by the share of its pixels that count."""
+        cells = (box[0] // self.vae_scale_factor, box[1] // self.vae_scale_factor)
+        parts = [mask.crop((x, y, x + box[0], y + box[1])).resize(cells, Image.Resampling.BOX) for x, y in corners]
+        return np.stack([np.asarray(part) for part in parts])[:, None].astype(np.float32) / 255
 
 
 @torch.no_grad()
@@ -72,8 +123,9 @@ def encode_pictures(
     views: Views,
     *,
     prompt: str | None,
-    texts: dict[str, Tensor],
+    texts: dict[str, Text],
     loss_weight: float = 1.0,
+    concept: int = 0,
     batch_size: int = 4,
     threads: int = 0,
     progress: str | None = None,
@@ -84,7 +136,7 @@ def encode_pictures(
         vae: in the precision to encode with.
         prompt: of pictures without a caption.
         texts: what the training step needs of each prompt.
-        batch_size: squares that the autoencoder sees at once.
+        batch_size: views that the autoencoder sees at once.
         threads: that decode pictures.
         progress: title of the progress bar; none if None.
     """
@@ -94,16 +146,26 @@ def encode_pictures(
         tqdm(total=len(pictures), desc=progress, unit="picture", disable=progress is None) as bar,
     ):
         for some in batched(enumerate(pictures), batch_size * max(1, threads)):
-            squares = list(pool.map(lambda item: views.of(item[0], open_upright(item[1].path)), some))
-            pixels = torch.from_numpy(np.concatenate(squares)).to(vae.device, vae.dtype)
-            moments = [vae.encode(part).latent_dist for part in pixels.split(batch_size)]
-            counts = [len(of_picture) for of_picture in squares]
-            means = torch.cat([m.mean for m in moments]).float().split(counts)
-            logvars = torch.cat([m.logvar for m in moments]).float().split(counts)
-            for (_, picture), mean, logvar in zip(some, means, logvars, strict=True):
+            for (_, picture), seen in zip(some, pool.map(lambda item: views.of(*item), some), strict=True):
+                moments = [
+                    vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+                    for part in torch.from_numpy(seen.pixels).split(batch_size)
+                ]
                 caption = picture.caption or prompt
-                examples.append(Example(picture.path.name, caption, mean, logvar, texts[caption], loss_weight))
-            bar.update(len(some))
+                examples.append(
+                    Example(
+                        name=picture.path.name,
+                        prompt=caption,
+                        mean=torch.cat([m.mean for m in moments]).float(),
+                        logvar=torch.cat([m.logvar for m in moments]).float(),
+                        text=texts[caption],
+                        loss_weight=loss_weight,
+                        time_ids=torch.from_numpy(seen.time_ids).to(vae.device),
+                        mask=None if seen.mask is None else torch.from_numpy(seen.mask).to(vae.device),
+                        concept=concept,
+                    )
+                )
+                bar.update()
     return examples
 
 

@@ -8,10 +8,14 @@
 A checkpoint is written under a hidden name and renamed when it is complete, so a folder named `checkpoint-N` is whole.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 STATE_FOLDER = "state"
 STATE_FILES = ("state.safetensors", "state.json")
@@ -21,8 +25,19 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
+def stored_facts(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, options, versions."""
+    return json.loads((folder / STATE_FOLDER / "state.json").read_text())
+
+
 def is_complete(folder: Path) -> bool:
-    return all((folder / STATE_FOLDER / name).is_file() for name in STATE_FILES)
+    """Whether a state is there, and whole: a machine that loses its power may have renamed what it has not written."""
+    tensors, facts = (folder / STATE_FOLDER / name for name in STATE_FILES)
+    try:
+        with safe_open(tensors, framework="numpy"):  # compares the file's size with its header
+            return "step" in json.loads(facts.read_text())
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -42,9 +57,14 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], limit: int | None = None) -> Path:
     """Let `write` fill a folder, put it in its place, and then remove the oldest beyond `limit`."""
     folder, fresh = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left_behind in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(left_behind, ignore_errors=True)
     fresh.mkdir(parents=True)
-    write(fresh)
+    try:
+        write(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room, and a part is of no use
+        raise
     stale = output_dir / f".checkpoint-{step}.old"
     shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():

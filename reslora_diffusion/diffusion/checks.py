@@ -1,12 +1,10 @@
 """Everything that can be found wrong before a model is loaded, in one message.
 
-`check(args)` looks at the options, the folders and the installed packages, and returns what the run will be trained
-on. It imports no torch. What needs the model (its family, the shapes of its layers) is checked right after loading,
-by `models`.
+`check(args)` looks at the options, the folders, the installed packages and the model's configuration files, and returns
+what the run will be trained on.
 """
 
 import difflib
-import json
 import math
 import os
 from argparse import Namespace
@@ -14,13 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint
-from .data import Scan, scan
+from .concepts import Concept, concepts_of
 from .options import NOT_SUPPORTED, known_flags
-from .problems import listing, refuse
+from .problems import BadInput, listing, refuse
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
 
 CHOICES = {
     "method": ("lora", "reslora"),
@@ -28,6 +31,9 @@ CHOICES = {
     "merge_method": (None, "least_squares", "paper_input", "paper_weight", "drop"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "prior_generation_precision": (None, "no", "fp32", "fp16", "bf16"),
+    "prediction_type": (None, "epsilon", "v_prediction"),
+    "loss_type": ("l2", "huber", "smooth_l1"),
+    "huber_schedule": ("constant", "exponential", "snr"),
     "image_interpolation_mode": tuple(mode.name.lower() for mode in Image.Resampling),
     "report_to": ("tensorboard", "wandb", "comet_ml", "all", "none"),
     "lr_scheduler": (
@@ -42,50 +48,72 @@ CHOICES = {
 AT_LEAST_ONE = (
     "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
     "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length"
+    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length repeats"
 ).split()
-POSITIVE = "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power".split()
+POSITIVE = (
+    "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power loraplus_lr_ratio "
+    "scale_weight_norms huber_c handover"
+).split()
 NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
     "adam_weight_decay"
 ).split()
-SHARES = "lora_dropout adam_beta1 adam_beta2".split()
-OF_RESLORA = "shortcut num_previous merge_method".split()
+SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover".split()
+OF_RESLORA = "shortcut num_previous merge_method handover".split()
+OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run is trained on, and for how long."""
 
-    instance: Scan
-    class_pictures: Scan | None
+    concepts: list[Concept]
+    buckets: list[Size]
     max_train_steps: int
     steps_per_epoch: int
+    skeleton: "Skeleton"
 
 
 def check(args: Namespace) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found."""
-    instance = scan(Path(args.instance_data_dir)) if args.instance_data_dir else None
-    class_pictures = None
-    if args.with_prior_preservation and args.class_data_dir:
-        class_pictures = scan(Path(args.class_data_dir), may_be_empty=True)
-    refuse(
-        [
-            *unknown_words(args.unknown),
-            *bad_values(args),
-            *bad_combinations(args),
-            *bad_model(args),
-            *missing_packages(args),
-            *bad_output(args),
-            *(instance.problems if instance else []),
-            *(class_pictures.problems if class_pictures else []),
-            *missing_prompt(args, instance),
-        ]
-    )
-    examples = max(len(instance.pictures), args.num_class_images if class_pictures else 0)
+    problems, concepts, skeleton, buckets = list(unknown_words(args.unknown)), [], None, []
+    problems += [*bad_values(args), *bad_combinations(args), *missing_packages(args), *bad_output(args)]
+    try:
+        concepts = concepts_of(args)
+    except BadInput as error:
+        problems += error.problems
+    problems += dict.fromkeys(problem for concept in concepts for problem in concept.problems)
+    try:
+        skeleton = look_at_model(args)
+        buckets = [(args.resolution, args.resolution)]
+        if args.aspect_ratio_buckets and skeleton:
+            buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, skeleton.grid)
+    except BadInput as error:
+        problems += error.problems
+    refuse(dict.fromkeys(problems))
+
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * processes))
-    return Plan(instance, class_pictures, args.max_train_steps or args.num_train_epochs * per_epoch, per_epoch)
+    steps = args.max_train_steps or args.num_train_epochs * per_epoch
+    return Plan(concepts, buckets, steps, per_epoch, skeleton)
+
+
+def look_at_model(args: Namespace) -> "Skeleton | None":
+    """The model's shapes; raises `BadInput` with what does not fit them."""
+    name = args.pretrained_model_name_or_path
+    if not name:
+        return None
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
+        refuse([f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"])
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        refuse([f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"])
+    from .skeleton import load_skeleton, skeleton_problems  # takes seconds: torch, diffusers, transformers
+
+    skeleton = load_skeleton(args)
+    refuse(skeleton_problems(skeleton, args))
+    return skeleton
 
 
 def unknown_words(words: list[str]) -> Iterator[str]:
@@ -121,47 +149,35 @@ def bad_values(args: Namespace) -> Iterator[str]:
 
 
 def bad_combinations(args: Namespace) -> Iterator[str]:
-    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
-        if not getattr(args, name):
-            yield f"--{name} is required"
-    if args.with_prior_preservation:
-        for name in ("class_data_dir", "class_prompt"):
-            if not getattr(args, name):
-                yield f"--with_prior_preservation needs --{name}"
+    if not args.pretrained_model_name_or_path:
+        yield "--pretrained_model_name_or_path is required"
+    if not args.instance_data_dir and not args.concepts:
+        yield "--instance_data_dir is required, or --concepts"
+    if args.instance_data_dir and args.concepts:
+        yield "--instance_data_dir and --concepts both say what to train on; wanted one of them"
+    if args.with_prior_preservation and not args.class_data_dir and not args.concepts:
+        yield "--with_prior_preservation needs --class_data_dir"
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         yield "--pre_compute_text_embeddings cannot be used with --train_text_encoder: the embeddings change"
     if args.text_encoder_lr is not None and not args.train_text_encoder:
         yield "--text_encoder_lr is used only with --train_text_encoder"
-    if args.method == "lora":
+    if args.method == "lora" and not args.compare:
         for name in OF_RESLORA:
             if getattr(args, name) is not None:
                 yield f"--{name} is used only with --method reslora"
+    if args.snr_gamma is not None and args.debiased_estimation_loss:
+        yield "--snr_gamma and --debiased_estimation_loss both weight the loss; wanted one of them"
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        yield f"--use_8bit_adam is --optimizer adamw8bit, got --optimizer {args.optimizer}"
     if args.report_to == "wandb" and args.hub_token:
         yield "--hub_token would be exposed to --report_to wandb; log in by `hf auth login` instead"
 
 
-def bad_model(args: Namespace) -> Iterator[str]:
-    """What can be seen of a model without loading it: only local folders."""
-    name = args.pretrained_model_name_or_path
-    if not name:
-        return
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2:
-            yield f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"
-        return
-    index = folder / "model_index.json"
-    if not index.is_file():
-        yield f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"
-        return
-    family = json.loads(index.read_text()).get("_class_name")
-    if family != "StableDiffusionPipeline":
-        yield f"--pretrained_model_name_or_path: {name} is a {family}, wanted a StableDiffusionPipeline (1.x or 2.x)"
-
-
 def missing_packages(args: Namespace) -> Iterator[str]:
+    eight_bit, optimizer = args.use_8bit_adam, args.optimizer.lower()
     needed = {
-        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
+        "--use_8bit_adam": ("bitsandbytes", eight_bit),
+        f"--optimizer {args.optimizer}": (OPTIMIZERS.get(optimizer), optimizer in OPTIMIZERS and not eight_bit),
         "--enable_xformers_memory_efficient_attention": (
             "xformers",
             args.enable_xformers_memory_efficient_attention,
@@ -190,9 +206,3 @@ def bad_output(args: Namespace) -> Iterator[str]:
             f"--output_dir: {output} holds {listing(path.name for path in old)} of an earlier run; wanted another "
             "folder, or --resume_from_checkpoint latest to continue it"
         )
-
-
-def missing_prompt(args: Namespace, instance: Scan | None) -> Iterator[str]:
-    if not args.instance_prompt and (instance is None or instance.uncaptioned):
-        without = f": {listing(instance.uncaptioned)} have no caption of their own" if instance else ""
-        yield f"--instance_prompt is required{without}"

@@ -4,15 +4,15 @@
 if its name says so and it decodes; one whose name says so and that does not decode is a problem, not a stray.
 
 Captions, in order of precedence: `metadata.jsonl` ({"file_name": ..., "text": ...} per line), `<picture's stem>.txt`
-beside the picture, the prompt given for the whole folder.
+beside the picture, the prompt given for the whole folder. Masks: a folder of pictures with the same stems.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .problems import listing
 
@@ -22,12 +22,13 @@ METADATA_FILE = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that decodes, upright size `(width, height)`, with its caption if it has one of its own."""
+    """A picture that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own."""
 
     path: Path
     size: tuple[int, int]
     digest: str
     caption: str | None = None
+    mask: Path | None = None
 
 
 @dataclass
@@ -47,20 +48,17 @@ class Scan:
             groups.setdefault(picture.digest, []).append(picture.path.name)
         return [names for names in groups.values() if len(names) > 1]
 
-    def smaller_than(self, resolution: int) -> list[str]:
-        """Pictures that have to be enlarged."""
-        return [picture.path.name for picture in self.pictures if min(picture.size) < resolution]
-
     @property
     def uncaptioned(self) -> list[str]:
         return [picture.path.name for picture in self.pictures if picture.caption is None]
 
 
-def scan(folder: Path, *, may_be_empty: bool = False) -> Scan:
+def scan(folder: Path, *, may_be_empty: bool = False, masks: Path | None = None) -> Scan:
     """Look at every entry of `folder` in the order of names.
 
     Args:
         may_be_empty: for class pictures, which are made when they are missing.
+        masks: folder of masks.
     """
     found = Scan(folder)
     if not folder.is_dir():
@@ -81,14 +79,16 @@ def scan(folder: Path, *, may_be_empty: bool = False) -> Scan:
         elif path.suffix.lower() in PICTURE_SUFFIXES:
             try:
                 found.pictures.append(look_at(path))
-            except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                unreadable[path.name] = str(error)
+            except Exception as error:  # Pillow's decoders raise whatever their formats make them
+                unreadable[path.name] = str(error) or type(error).__name__
         elif path.name != METADATA_FILE and path.suffix.lower() != ".txt":
             found.skipped[path.name] = "not a picture"
     if unreadable:
         reasons = [f"{name} ({reason})" for name, reason in unreadable.items()]
         found.problems.append(f"{folder} holds {len(unreadable)} unreadable pictures: {listing(reasons)}")
     add_captions(found, entries)
+    if masks:
+        add_masks(found, masks)
     if not found.pictures and not unreadable and not may_be_empty:
         seen = f"only {listing(found.skipped)}" if found.skipped else "nothing"
         found.problems.append(f"{folder} holds {seen}; wanted pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
@@ -105,7 +105,6 @@ def look_at(path: Path) -> Picture:
 
 def add_captions(found: Scan, entries: list[Path]) -> None:
     """Give pictures their captions; captions of pictures that are not there are problems."""
-    names = {picture.path.name for picture in found.pictures}
     stems = {picture.path.stem for picture in found.pictures}
     texts = {path.stem: path for path in entries if path.suffix.lower() == ".txt" and not path.name.startswith(".")}
     orphans = [texts[stem].name for stem in texts if stem not in stems]
@@ -113,23 +112,56 @@ def add_captions(found: Scan, entries: list[Path]) -> None:
         found.skipped |= dict.fromkeys(orphans, "not a picture, and no picture has this name")
     elif orphans:
         found.problems.append(f"{found.folder} has captions without a picture: {listing(orphans)}")
-    captions = {stem: texts[stem].read_text(encoding="utf-8").strip() for stem in texts.keys() & stems}
-    rows: dict[str, str] = {}
-    metadata = found.folder / METADATA_FILE
-    if metadata.is_file():
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                rows |= {row["file_name"]: row["text"].strip()} if row else {}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                found.problems.append(
-                    f'{metadata}, line {number}: got {line[:60]!r}, wanted {{"file_name": ..., "text": ...}}'
-                )
-        if absent := rows.keys() - names:
-            found.problems.append(f"{metadata} names pictures that are not there: {listing(sorted(absent))}")
+    captions = {stem: read_text(texts[stem], found) for stem in texts.keys() & stems}
+    rows = metadata_rows(found)
+    if absent := rows.keys() - {picture.path.name for picture in found.pictures}:
+        found.problems.append(
+            f"{found.folder / METADATA_FILE} names pictures that are not there: {listing(sorted(absent))}"
+        )
     found.pictures = [
-        Picture(p.path, p.size, p.digest, rows.get(p.path.name) or captions.get(p.path.stem) or None)
+        replace(picture, caption=rows.get(picture.path.name) or captions.get(picture.path.stem) or None)
+        for picture in found.pictures
+    ]
+
+
+def read_text(path: Path, found: Scan) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        found.problems.append(f"{path} is not text in UTF-8: {error}")
+        return ""
+
+
+def metadata_rows(found: Scan) -> dict[str, str]:
+    """Captions by file name."""
+    path, rows = found.folder / METADATA_FILE, {}
+    if not path.is_file():
+        return rows
+    for number, line in enumerate(read_text(path, found).splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            rows |= {row["file_name"]: row["text"].strip()} if row else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found.problems.append(f'{path}, line {number}: got {line[:60]!r}, wanted {{"file_name": ..., "text": ...}}')
+    return rows
+
+
+def add_masks(found: Scan, folder: Path) -> None:
+    """Give pictures their masks; a mask of another size than its picture is a problem."""
+    masks = scan(folder)
+    found.problems += masks.problems
+    by_stem = {mask.path.stem: mask for mask in masks.pictures}
+    wrong = [
+        f"{by_stem[p.path.stem].path.name} is {by_stem[p.path.stem].size}, {p.path.name} is {p.size}"
         for p in found.pictures
+        if p.path.stem in by_stem and by_stem[p.path.stem].size != p.size
+    ]
+    if wrong:
+        found.problems.append(f"{folder} has masks of another size than their pictures: {listing(wrong)}")
+    if absent := by_stem.keys() - {picture.path.stem for picture in found.pictures}:
+        found.problems.append(f"{folder} has masks of pictures that are not there: {listing(sorted(absent))}")
+    found.pictures = [
+        replace(p, mask=by_stem[p.path.stem].path) if p.path.stem in by_stem else p for p in found.pictures
     ]
 
 
@@ -143,15 +175,24 @@ def open_upright(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def resized(image: Image.Image, resolution: int, mode: Image.Resampling) -> Image.Image:
-    """The shorter side becomes `resolution`."""
-    width, height = image.size
-    ratio = resolution / min(width, height)
-    return image.resize((max(resolution, round(width * ratio)), max(resolution, round(height * ratio))), mode)
+def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
+    """What of a picture counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
+    with Image.open(picture.mask or picture.path) as image:
+        image = ImageOps.exif_transpose(image)
+        if picture.mask:
+            return image.convert("L")
+        return image.convert("RGBA").getchannel("A") if alpha and image.has_transparency_data else None
 
 
-def crop_boxes(size: tuple[int, int], resolution: int, offsets: list[tuple[float, float]]) -> list[tuple[int, ...]]:
-    """A square for each offset `(x, y)` in 0..1 of the room there is; equal squares once."""
-    room = [side - resolution for side in size]
-    corners = dict.fromkeys(tuple(round(o * r) for o, r in zip(offset, room, strict=True)) for offset in offsets)
-    return [(x, y, x + resolution, y + resolution) for x, y in corners]
+def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same shape as `size` that covers `box`; all are (width, height)."""
+    ratio = max(box[0] / size[0], box[1] / size[1])
+    return max(box[0], round(size[0] * ratio)), max(box[1], round(size[1] * ratio))
+
+
+def crop_corners(
+    size: tuple[int, int], box: tuple[int, int], offsets: list[tuple[float, float]]
+) -> list[tuple[int, int]]:
+    """Upper left corners `(x, y)` for offsets in 0..1 of the room there is; equal corners once."""
+    room = [side - inner for side, inner in zip(size, box, strict=True)]
+    return list(dict.fromkeys(tuple(round(o * r) for o, r in zip(offset, room, strict=True)) for offset in offsets))

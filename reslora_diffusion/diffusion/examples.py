@@ -1,36 +1,53 @@
 """From a plan to encoded examples: class pictures made where they are missing, everything encoded once."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
-from .cache import Example, Views, encode_pictures
+from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
-from .data import Scan, scan
+from .concepts import Concept
+from .data import scan
+from .families import Family
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
 from .problems import refuse
-from .text import encode, tokenize
 
 
-def complete_class_pictures(plan: Plan, args: Namespace, accelerator: Accelerator) -> Scan | None:
-    """The class pictures to train on, after making those that are missing; each process makes its share."""
-    if plan.class_pictures is None:
-        return None
-    folder, have = Path(args.class_data_dir), len(plan.class_pictures.pictures)
-    if have < args.num_class_images:
-        precision = args.prior_generation_precision or ("fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32")
-        pipeline = load_pipeline(args, DTYPES[precision]).to(accelerator.device)
+def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerator: Accelerator) -> list[Concept]:
+    """Concepts with the class pictures that they want, after making those that are missing; each process makes its
+    share. Concepts that name one folder share its pictures."""
+    complete = []
+    for concept in concepts:
+        classes = concept.classes
+        if classes is not None:
+            if len(classes.pictures) < concept.num_class_images:
+                make_missing(concept, args, accelerator)
+                classes = scan(classes.folder)
+                refuse(classes.problems)
+            classes = replace(classes, pictures=classes.pictures[: concept.num_class_images])
+        complete.append(replace(concept, classes=classes))
+    return complete
+
+
+def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) -> None:
+    folder = concept.classes.folder
+    have = len(scan(folder, may_be_empty=True).pictures)  # another concept may have filled it meanwhile
+    accelerator.wait_for_everyone()
+    if have < concept.num_class_images:
+        precision = args.prior_generation_precision or (
+            "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
+        )
         generate_class_pictures(
-            pipeline,
+            load_pipeline(args, DTYPES[precision]).to(accelerator.device),
             folder,
-            args.class_prompt,
-            range(have + accelerator.process_index, args.num_class_images, accelerator.num_processes),
+            concept.class_prompt,
+            range(have + accelerator.process_index, concept.num_class_images, accelerator.num_processes),
             seed=args.seed,
             resolution=args.resolution,
             batch_size=args.sample_batch_size,
@@ -38,54 +55,80 @@ def complete_class_pictures(plan: Plan, args: Namespace, accelerator: Accelerato
             guidance_scale=args.guidance_scale,
             progress=accelerator.is_local_main_process,
         )
-        accelerator.wait_for_everyone()
-    found = scan(folder)
-    refuse(found.problems)
-    found.pictures = found.pictures[: args.num_class_images]
-    return found
+    accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def prepare_texts(pipeline: StableDiffusionPipeline, prompts: list[str], args: Namespace) -> dict[str, Tensor]:
-    """What a training step needs of each prompt: token ids if the text encoder is trained, else hidden states."""
+def prepare_texts(pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace) -> dict[str, Text]:
+    """What a training step needs of each prompt: token ids if the text encoders are trained, else encoded."""
     prompts = list(dict.fromkeys(prompts))
-    ids = tokenize(pipeline.tokenizer, prompts, args.tokenizer_max_length).to(pipeline.text_encoder.device)
-    texts = ids if args.train_text_encoder else encode(pipeline.text_encoder, ids)
-    return dict(zip(prompts, texts, strict=True))
+    encoders = family.text_encoders_of(pipeline)
+    ids = family.tokenize(family.tokenizers_of(pipeline), prompts, args.tokenizer_max_length).to(encoders[0].device)
+    if args.train_text_encoder:
+        return {prompt: Text(part) for prompt, part in zip(prompts, ids, strict=True)}
+    hidden, pooled = family.encode(encoders, ids)
+    pooled = [None] * len(prompts) if pooled is None else pooled
+    return {prompt: Text(*parts) for prompt, *parts in zip(prompts, hidden, pooled, strict=True)}
 
 
 def encode_examples(
-    pipeline: StableDiffusionPipeline, instance: Scan, classes: Scan | None, args: Namespace, progress: bool
-) -> tuple[list[Example], list[Example]]:
-    """Instance and class examples, encoded by the autoencoder in float32."""
-    sources = [(instance, args.instance_prompt, 1.0, "instance latents")]
-    if classes:
-        sources.append((classes, args.class_prompt, args.prior_loss_weight, "class latents"))
-    prompts = [picture.caption or prompt for found, prompt, _, _ in sources for picture in found.pictures]
-    texts = prepare_texts(pipeline, prompts, args)
+    pipeline: DiffusionPipeline, plan: Plan, concepts: list[Concept], args: Namespace, progress: bool
+) -> tuple[list[Example], dict[int, list[Example]], Text]:
+    """Instance examples, as often as a pass shows them; class examples by concept; the empty prompt.
+
+    The autoencoder encodes in float32.
+    """
+    texts = prepare_texts(pipeline, plan.skeleton.family, ["", *prompts_of(concepts)], args)
     views = Views(
-        resolution=args.resolution,
+        buckets=plan.buckets,
         interpolation=Image.Resampling[args.image_interpolation_mode.upper()],
         center_crop=args.center_crop,
         crops=args.crops_per_image,
         flip=args.random_flip,
         seed=args.seed,
+        vae_scale_factor=plan.skeleton.vae_scale_factor,
+        alpha_mask=args.alpha_mask,
     )
+    common = {"texts": texts, "batch_size": args.sample_batch_size, "threads": args.dataloader_num_workers}
     dtype = pipeline.vae.dtype
-    pipeline.vae.float()
-    examples = [
-        encode_pictures(
+    if dtype != torch.float32:
+        pipeline.vae.float()
+    instances, classes, encoded = [], {}, {}
+    for number, concept in enumerate(concepts):
+        named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
+        examples = encode_pictures(
             pipeline.vae,
-            found.pictures,
+            concept.instance.pictures,
             views,
-            prompt=prompt,
-            texts=texts,
-            loss_weight=weight,
-            batch_size=args.sample_batch_size,
-            threads=args.dataloader_num_workers,
-            progress=title if progress else None,
+            prompt=concept.instance_prompt,
+            concept=number,
+            progress=f"instance latents{named}" if progress else None,
+            **common,
         )
-        for found, prompt, weight, title in sources
+        instances += examples * concept.repeats
+        if concept.classes is not None:
+            source = (concept.classes.folder, concept.class_prompt, len(concept.classes.pictures))
+            if source not in encoded:
+                encoded[source] = encode_pictures(
+                    pipeline.vae,
+                    concept.classes.pictures,
+                    replace(views, alpha_mask=False),
+                    prompt=concept.class_prompt,
+                    loss_weight=args.prior_loss_weight,
+                    progress=f"class latents{named}" if progress else None,
+                    **common,
+                )
+            classes[number] = encoded[source]
+    if dtype != torch.float32:
+        pipeline.vae.to(dtype)
+    return instances, classes, texts[""]
+
+
+def prompts_of(concepts: list[Concept]) -> list[str]:
+    return [
+        picture.caption or prompt
+        for concept in concepts
+        for found, prompt in ((concept.instance, concept.instance_prompt), (concept.classes, concept.class_prompt))
+        if found is not None
+        for picture in found.pictures
     ]
-    pipeline.vae.to(dtype)
-    return examples[0], examples[1] if classes else []

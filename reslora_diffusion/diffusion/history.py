@@ -14,6 +14,7 @@ from torch import Tensor
 
 FILE = "metrics.jsonl"
 SMOOTHING = 0.95
+SHOWN = 100  # rows that the smoothed loss looks back on
 
 
 class NonFiniteLoss(RuntimeError):
@@ -30,47 +31,69 @@ class History:
     """Appends rows to a run's metrics.
 
     Args:
+        run: folder; None to write nothing, for processes other than the main one.
         first_step: of this process; rows of later steps, from an interrupted run, are dropped.
         every: steps between two looks at the losses.
+        overflows: whether gradients may be infinite: with fp16, whose loss scale is found by trying.
     """
 
-    def __init__(self, run: Path, first_step: int, every: int = 1) -> None:
-        self.rows = [row for row in read_history(run) if row["step"] <= first_step]
-        self.path, self.every = Path(run) / FILE, every
+    def __init__(self, run: Path | None, first_step: int = 0, every: int = 1, overflows: bool = False) -> None:
+        self.every, self.overflows = every, overflows
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
-        self.smoothed: float | None = None
-        self.path.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
+        self.rows: list[dict[str, Any]] = []
+        self.path = None if run is None else Path(run) / FILE
+        if self.path is not None and first_step:
+            self.rows = [row for row in read_history(run) if row["step"] <= first_step]
+        if self.path is not None:
+            self.path.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
 
-    def add_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> list[dict[str, Any]]:
-        """Keep a training step; returns the rows that became readable, if it was time to look."""
+    @property
+    def smoothed(self) -> float | None:
+        """The training loss of late."""
+        losses = [row["loss"] for row in self.rows[-SHOWN:] if "loss" in row]
+        return smooth(losses)[-1] if losses else None
+
+    def add_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         self.pending.append((step, lr, loss.detach(), grad_norm.detach()))
-        return self.flush() if len(self.pending) >= self.every else []
+
+    def is_due(self) -> bool:
+        """Whether it is time to look at the losses."""
+        return len(self.pending) >= self.every
 
     def flush(self) -> list[dict[str, Any]]:
-        """Read the pending losses and write their rows.
+        """Read the pending losses and write their rows, up to the first that is not finite.
 
         Raises:
-            NonFiniteLoss: one of them is not finite.
+            NonFiniteLoss: there is one.
         """
         if not self.pending:
             return []
         steps, lrs, losses, norms = zip(*self.pending, strict=True)
         self.pending = []
-        losses = torch.stack(losses).tolist()
-        norms = torch.stack(norms).tolist()
-        rows = []
-        for step, lr, loss, norm in zip(steps, lrs, losses, norms, strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(f"the loss of step {step} is {loss}")
-            self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
-            rows.append({"step": step, "loss": loss, "grad_norm": norm, "lr": lr})
-        self.write(rows)
+        rows = [
+            {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
+            for step, lr, loss, norm in zip(
+                steps, lrs, torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True
+            )
+        ]
+        broken = [n for n, row in enumerate(rows) if not self.is_finite(row)]
+        good = rows[: broken[0]] if broken else rows
+        self.write([row | {"grad_norm": row["grad_norm"] if math.isfinite(row["grad_norm"]) else None} for row in good])
+        if broken:
+            row = rows[broken[0]]
+            raise NonFiniteLoss(
+                f"step {row['step']}: the loss is {row['loss']}, its gradient's norm {row['grad_norm']}"
+            )
         return rows
+
+    def is_finite(self, row: dict[str, Any]) -> bool:
+        return math.isfinite(row["loss"]) and (self.overflows or math.isfinite(row["grad_norm"]))
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows += rows
-        with self.path.open("a") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.writelines(f"{json.dumps(row)}\n" for row in rows)
 
 
 def smooth(values: Sequence[float], keep: float = SMOOTHING) -> list[float]:

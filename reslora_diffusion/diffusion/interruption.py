@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -26,8 +27,9 @@ class Interruption:
         self.received = False
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
+        heard = threading.current_thread() is threading.main_thread()  # Python gives signals to no other
+        self.before = {number: signal.getsignal(number) for number in SIGNALS if heard}
+        for number in self.before:
             signal.signal(number, self._receive)
         return self
 
@@ -38,7 +40,9 @@ class Interruption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)\n".encode())
+        os.write(
+            2, f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)\n".encode()
+        )
         self.__exit__(None, None, None)
 
     def requested(self) -> bool:

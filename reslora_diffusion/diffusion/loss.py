@@ -3,24 +3,30 @@
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                  noisy_latents
     target = eps                                                   prediction_type "epsilon"
            = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0               prediction_type "v_prediction"
-    loss_i = w_i lambda(t_i) mean((model_pred_i - target_i)^2)     w_i = prior_loss_weight for class pictures, else 1
+    loss_i = w_i lambda(t_i) mean(rho(model_pred_i - target_i))    w_i = prior_loss_weight for class pictures, else 1
     loss   = sum_i loss_i / number of instance pictures
 
 so the class pictures add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
-(arXiv 2208.12242, eq. 2). lambda is 1, or min-SNR (arXiv 2303.09556): min(snr, gamma) / snr for epsilon,
-min(snr, gamma) / (snr + 1) for v_prediction, with snr = abar_t / (1 - abar_t).
+(arXiv 2208.12242, eq. 2). With a mask the mean is the mask's.
+
+    rho      e^2 (l2); 2c (sqrt(e^2 + c^2) - c) (huber); 2 (sqrt(e^2 + c^2) - c) (smooth_l1), where c may depend on t
+    lambda   with snr = abar_t / (1 - abar_t):     epsilon             v_prediction
+             min-SNR (arXiv 2303.09556)            min(snr, g) / snr   min(snr, g) / (snr + 1)
+             debiased (arXiv 2310.08442)           1 / sqrt(snr)       1 / (snr + 1)
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from .families import Family, Texts
 from .sampling import Batch
-from .text import encode
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+LARGEST_SNR = 1000.0  # of the debiased weighting, which would all but ignore what is nearly clean
 
 
 def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
@@ -30,13 +36,72 @@ def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
     return batch.noise
 
 
-def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """lambda(t) [B]; where snr is 0 the limits: 1 for epsilon, 0 for v_prediction."""
+def snr(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio [B]."""
     alpha_bar = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
-    if scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    return gamma / snr.clamp(min=gamma)
+    return alpha_bar / (1 - alpha_bar)
+
+
+def min_snr_weights(ratio: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """lambda [B]; where snr is 0 the limits: 1 for epsilon, 0 for v_prediction."""
+    if prediction_type == "v_prediction":
+        return ratio.clamp(max=gamma) / (ratio + 1)
+    return gamma / ratio.clamp(min=gamma)
+
+
+def debiased_weights(ratio: Tensor, prediction_type: str) -> Tensor:
+    """lambda [B]. For epsilon it grows without bound as snr falls to 0: such a model cannot be trained there anyway."""
+    if prediction_type == "v_prediction":
+        return 1 / (ratio + 1)
+    return ratio.clamp(1 / LARGEST_SNR, LARGEST_SNR).rsqrt()
+
+
+def huber_c_of(schedule: str, c: float, ratio: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
+    """c(t) [B]: `c` for "constant"; falling from 1 to `c` with t for "exponential"; by the noise level for "snr"."""
+    if schedule == "exponential":
+        return torch.exp(math.log(c) * timesteps / num_train_timesteps)
+    if schedule == "snr":
+        sigma = ratio.rsqrt()
+        return (1 - c) / (1 + sigma).square() + c
+    return torch.full_like(ratio, c)
+
+
+def pointwise(error: Tensor, loss_type: str, c: Tensor) -> Tensor:
+    """rho(error), elementwise; `c` broadcasts."""
+    if loss_type == "huber":
+        return 2 * c * ((error.square() + c.square()).sqrt() - c)
+    if loss_type == "smooth_l1":
+        return 2 * ((error.square() + c.square()).sqrt() - c)
+    return error.square()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss; the names are those of the options."""
+
+    snr_gamma: float | None = None
+    debiased_estimation_loss: bool = False
+    loss_type: str = "l2"
+    huber_c: float = 0.1
+    huber_schedule: str = "snr"
+
+    def losses(self, model_pred: Tensor, batch: Batch, scheduler: DDPMScheduler) -> Tensor:
+        """loss_i without w_i [B], in float32."""
+        error = model_pred.float() - target_of(scheduler, batch)
+        ratio, kind = snr(scheduler, batch.timesteps), scheduler.config.prediction_type
+        steps = scheduler.config.num_train_timesteps
+        c = huber_c_of(self.huber_schedule, self.huber_c, ratio, batch.timesteps, steps)
+        values = pointwise(error, self.loss_type, c[:, None, None, None])
+        if batch.masks is None:
+            losses = values.flatten(1).mean(1)
+        else:
+            counted = batch.masks.flatten(1).sum(1) * values.shape[1]
+            losses = (values * batch.masks).flatten(1).sum(1) / counted.clamp(min=1e-6)
+        if self.snr_gamma is not None:
+            losses = losses * min_snr_weights(ratio, self.snr_gamma, kind)
+        if self.debiased_estimation_loss:
+            losses = losses * debiased_weights(ratio, kind)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -44,34 +109,32 @@ class Denoiser:
     """The models of a training step, and the loss they are trained on.
 
     Args:
-        text_encoder: if it is trained: batches then hold token ids, else hidden states.
+        text_encoders: if they are trained: batches then hold token ids, else hidden states.
         dtype: of the frozen base.
     """
 
+    family: Family
     unet: nn.Module
-    text_encoder: nn.Module | None
+    text_encoders: tuple[nn.Module, ...]
     scheduler: DDPMScheduler
     dtype: torch.dtype
-    snr_gamma: float | None = None
+    objective: Objective
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Hidden states of each example's prompt [B, L, D]; each distinct prompt is encoded once."""
-        texts = batch.texts if self.text_encoder is None else encode(self.text_encoder, batch.texts)
-        return texts.to(self.dtype)[batch.prompt_index]
+    def condition(self, batch: Batch) -> dict[str, Any]:
+        """What the UNet is told of each example; each distinct prompt is encoded once."""
+        texts = self.family.encode(self.text_encoders, batch.texts.hidden) if self.text_encoders else batch.texts
+        each = [None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts]
+        return self.family.condition(Texts(*each), batch.time_ids.to(self.dtype))
 
     def predict(self, batch: Batch) -> Tensor:
         """The UNet's prediction [B, C, h, w]."""
         noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
-        return self.unet(noisy_latents, batch.timesteps, self.hidden_states(batch), return_dict=False)[0]
+        return self.unet(noisy_latents, batch.timesteps, **self.condition(batch), return_dict=False)[0]
 
     def losses(self, batch: Batch) -> Tensor:
         """loss_i without w_i [B], in float32."""
-        error = self.predict(batch).float() - target_of(self.scheduler, batch)
-        losses = error.square().flatten(1).mean(1)
-        if self.snr_gamma is not None:
-            losses = losses * min_snr_weights(self.scheduler, batch.timesteps, self.snr_gamma)
-        return losses
+        return self.objective.losses(self.predict(batch), batch, self.scheduler)
 
     def loss(self, batch: Batch, instances: int) -> Tensor:
-        """The scalar to minimise."""
+        """What a batch adds to the scalar to minimise."""
         return (batch.weights * self.losses(batch)).sum() / instances

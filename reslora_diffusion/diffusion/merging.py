@@ -12,8 +12,9 @@ from .adapters import Adapters, Forward
 from .loss import Denoiser
 from .randomness import Stream, seed_of
 from .sampling import Batch, Sampler
-from .text import encode
 from .validation import fixed_noise_loss
+
+VALIDATION_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MergeReport:
             f"fixed-noise loss: base {self.loss_base:.5f}, trained {self.loss_trained:.5f}, "
             f"as exported {self.loss_merged:.5f} (merge gap {self.gap:+.1e})"
         ]
-        if self.output_errors:
+        if any(self.output_errors.values()):
             worst = max(self.output_errors, key=self.output_errors.__getitem__)
             mean = sum(self.output_errors.values()) / len(self.output_errors)
             lines.append(
@@ -51,36 +52,41 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Batches apart from training: to fit the merge on, and to measure on. Functions of the run's seed."""
+    """Batches apart from training: this process's share to fit the merge on, and all to measure on. Functions of the
+    run's seed: N processes fit on what one process with a batch N times as large fits on."""
 
     calibration: Sequence[Batch]
     validation: Sequence[Batch]
 
     @classmethod
-    def of(cls, sampler: Sampler, args: Namespace, batches: int = 4) -> "Evaluation":
+    def of(cls, sampler: Sampler, args: Namespace, process: int = 0, processes: int = 1) -> "Evaluation":
         size = args.train_batch_size
         fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
-        measured = replace(sampler, seed=seed_of(sampler.seed, Stream.VALIDATION), classes=())
+        measured = replace(sampler, seed=seed_of(sampler.seed, Stream.VALIDATION), classes={}, caption_dropout=0.0)
+        turns = [n * processes + process for n in range(args.calibration_batches)]
+        whole = size * processes
         return cls(
-            calibration=[fitted.batch(n * size, size) for n in range(args.calibration_batches)],
-            validation=[measured.spread(n * size, size, batches * size) for n in range(batches)],
+            calibration=[batch for turn in turns for batch in fitted.batches(turn * size, size)],
+            validation=[
+                batch
+                for n in range(VALIDATION_BATCHES)
+                for batch in measured.spread(n * whole, whole, VALIDATION_BATCHES * whole)
+            ],
         )
 
 
 def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
     """A training-style forward of each component."""
-    return {
-        "unet": lambda model, batch: denoiser.predict(batch),
-        "text_encoder": lambda model, batch: encode(model, batch.texts),
+    encode = denoiser.family.encode
+    texts = {
+        name: lambda model, batch: encode(denoiser.text_encoders, batch.texts.hidden)
+        for name in denoiser.family.text_encoders
     }
+    return {"unet": lambda model, batch: denoiser.predict(batch), **texts}
 
 
-def merge_report(
-    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float
-) -> MergeReport:
-    """Calibrate, and compare what was trained with what will be exported."""
-    forwards = forwards_of(denoiser)
-    adapters.calibrate(evaluation.calibration, forwards)
+def merge_report(adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float) -> MergeReport:
+    """Compare what was trained with what will be exported; calibrate first. Every process must call this."""
     with adapters.evaluation():
         trained = fixed_noise_loss(denoiser, evaluation.validation)
         with adapters.merged():
@@ -92,5 +98,5 @@ def merge_report(
         loss_base=loss_base,
         loss_trained=trained,
         loss_merged=merged,
-        output_errors=adapters.output_errors(evaluation.validation, forwards),
+        output_errors=adapters.output_errors(evaluation.validation, forwards_of(denoiser)),
     )

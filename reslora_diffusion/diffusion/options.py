@@ -6,23 +6,14 @@ Nothing here imports torch, so `--help` and a bad command line answer at once. O
 """
 
 import argparse
-import json
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from .concepts import parse_file
 from .problems import BadInput
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": json.loads,
-    ".toml": tomllib.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-}
 SWITCH = argparse.BooleanOptionalAction  # --flag, --no-flag, so that the command line can win over a file
 NOT_SUPPORTED = {
     "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",
@@ -35,10 +26,29 @@ def int_or_all(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
+def setting(text: str) -> tuple[str, str]:
+    """`name=value`."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted name=value")
+    return name, value
+
+
+def numbered(kind: type) -> Callable[[str], tuple[str, Any]]:
+    """Of `name=number`."""
+
+    def parse(text: str) -> tuple[str, Any]:
+        name, value = setting(text)
+        return name, kind(value)
+
+    parse.__name__ = f"name={kind.__name__}"  # argparse prints it
+    return parse
+
+
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     """By name, default and meaning as in diffusers' script."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x or 2.x pipeline")
+    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x, 2.x or XL pipeline")
     add("--revision", help="of the model on the hub")
     add("--variant", help="of the weight files, such as fp16")
     add("--tokenizer_name", help="folder or hub name, if the tokenizer is not the pipeline's")
@@ -46,7 +56,9 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--enable_xformers_memory_efficient_attention", action=SWITCH, default=False)
 
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="pictures of the subject; captions from <picture>.txt or metadata.jsonl beside them")
+    add(
+        "--instance_data_dir", help="pictures of the subject; captions from <picture>.txt or metadata.jsonl beside them"
+    )
     add("--instance_prompt", help="the prompt of pictures without a caption of their own")
     add("--with_prior_preservation", action=SWITCH, default=False, help="also train on pictures of the class")
     add("--class_data_dir", help="pictures of the class; those that are missing are made there")
@@ -57,7 +69,6 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--sample_batch_size", type=int, default=4, help="class pictures made at once")
     add("--resolution", type=int, default=512, help="side of the squares that are trained on, in pixels")
     add("--center_crop", action=SWITCH, default=False, help="instead of random crops")
-    add("--image_interpolation_mode", default="lanczos", help="bilinear, bicubic, box, hamming, lanczos or nearest")
     add("--dataloader_num_workers", type=int, default=0, help="threads that decode pictures while latents are cached")
 
     add = parser.add_argument_group("adapter").add_argument
@@ -77,7 +88,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr_warmup_steps", type=int, default=500)
     add("--lr_num_cycles", type=int, default=1)
     add("--lr_power", type=float, default=1.0)
-    add("--use_8bit_adam", action=SWITCH, default=False)
+    add("--use_8bit_adam", action=SWITCH, default=False, help="the same as --optimizer adamw8bit")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
@@ -109,25 +120,66 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_our_flags(parser: argparse.ArgumentParser) -> None:
+    """Names of diffusers' sibling scripts or of kohya's where they have one."""
     add = parser.add_argument_group("ResLoRA").add_argument
     add("--method", default="reslora", help="reslora, or lora: PEFT's own LoRA through the same loop")
     add("--shortcut", help="input, block, middle or none")
     add("--num_previous", type=int_or_all, help="earlier layers of a chain that a shortcut reaches back to, or all")
     add("--merge_method", help="least_squares, paper_input, paper_weight or drop")
     add("--calibration_batches", type=int, default=16, help="training batches the merge is fitted on")
+    add("--handover", type=float, help="share of the steps after which the shortcut is folded into plain LoRA; 0.85")
+    add("--compare", nargs="+", help="train each of lora, reslora-input, reslora-block, ... on the same draws")
+
+    add = parser.add_argument_group("more on adapters").add_argument
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
     add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")
     add("--target_modules", nargs="+", default=["to_k", "to_q", "to_v", "to_out.0"], help="of the UNet, as in PEFT")
     add("--text_encoder_target_modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "out_proj"])
+    add("--rank_pattern", nargs="+", type=numbered(int), default=[], help="regex=rank of some layers, as in PEFT")
+    add(
+        "--alpha_pattern",
+        nargs="+",
+        type=numbered(float),
+        default=[],
+        help="regex=lora_alpha of some layers, as in PEFT",
+    )
+    add(
+        "--lr_pattern",
+        nargs="+",
+        type=numbered(float),
+        default=[],
+        help="regex=factor on the learning rate of some layers",
+    )
+    add("--scale_weight_norms", type=float, help="largest norm of a layer's update; 1.0 is usual")
+    add("--use_ema", action=SWITCH, default=False, help="validate and export a moving average of the adapter")
+    add("--ema_decay", type=float, default=0.99)
 
-    add = parser.add_argument_group("more training").add_argument
-    add("--text_encoder_lr", type=float, help="learning rate of the text encoder (default: --learning_rate)")
-    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
-    add("--noise_offset", type=float, default=0.0, help="noise shared by the pixels of a channel; 0.05 is usual")
+    add = parser.add_argument_group("more on data").add_argument
+    add("--concepts", type=Path, help="yaml, json or toml list of concepts, each with data folders and prompts")
+    add("--repeats", type=int, default=1, help="times that a pass over the data shows each instance picture")
+    add("--image_interpolation_mode", default="lanczos", help="bilinear, bicubic, box, hamming, lanczos or nearest")
     add("--random_flip", action=SWITCH, default=False)
-    add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that is not square")
+    add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that has room for them")
+    add("--aspect_ratio_buckets", help="auto, or 'height,width;height,width': train each picture in its own shape")
+    add("--caption_dropout_rate", type=float, default=0.0, help="share of draws that see the empty prompt")
+    add("--mask_data_dir", help="grey masks with the stems of the instance pictures: what the loss counts")
+    add("--alpha_mask", action=SWITCH, default=False, help="the loss counts what is opaque in a picture")
 
-    add = parser.add_argument_group("more output").add_argument
+    add = parser.add_argument_group("more on training").add_argument
+    add("--optimizer", default="adamw", help="adamw8bit, adafactor, prodigy, or the name of any optimizer of torch")
+    add("--optimizer_args", nargs="+", type=setting, default=[], help="name=value, for the optimizer")
+    add("--text_encoder_lr", type=float, help="learning rate of the text encoder (default: --learning_rate)")
+    add("--loraplus_lr_ratio", type=float, help="factor on the learning rate of lora_B; 16 is usual")
+    add("--prediction_type", help="epsilon or v_prediction (default: the model's own)")
+    add("--rescale_betas_zero_snr", action=SWITCH, help="(default: the model's own)")
+    add("--loss_type", default="l2", help="l2, huber or smooth_l1")
+    add("--huber_c", type=float, default=0.1, help="error from which huber and smooth_l1 grow linearly")
+    add("--huber_schedule", default="snr", help="constant, exponential or snr: how huber_c depends on the timestep")
+    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
+    add("--debiased_estimation_loss", action=SWITCH, default=False, help="debiased weighting of the loss")
+    add("--noise_offset", type=float, default=0.0, help="noise shared by the pixels of a channel; 0.05 is usual")
+
+    add = parser.add_argument_group("more on output").add_argument
     add("--config", type=Path, help="yaml, json or toml file of these options by name; the command line wins")
     add("--dry_run", action=SWITCH, default=False, help="say what would be trained on, and stop")
     add("--validation_steps", type=int, help="validate every N steps; overrides --validation_epochs")
@@ -147,7 +199,7 @@ class Formatter(argparse.HelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False, argparse.SUPPRESS)
+        silent = action.default in (None, False, argparse.SUPPRESS, [])
         return action.help if silent else f"{action.help or ''} (default: %(default)s)"
 
 
@@ -165,14 +217,7 @@ def build_parser() -> Parser:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The mapping in a configuration file."""
-    if path.suffix.lower() not in PARSERS:
-        raise BadInput([f"--config {path}: wanted a file named {', '.join(PARSERS)}"])
-    try:
-        config = PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput([f"--config {path}: {error.strerror}"]) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadInput([f"--config {path} does not parse: {error}"]) from error
+    config = parse_file("--config", path)
     if not isinstance(config, dict):
         raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
     return config
@@ -184,8 +229,10 @@ def as_words(config: dict[str, Any]) -> list[str]:
     for name, value in config.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            words += [f"--{name}", *(f"{key}={inner}" for key, inner in value.items())] if value else []
         elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             words.append(f"--{name}={value}")
     return words

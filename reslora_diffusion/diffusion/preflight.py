@@ -1,14 +1,20 @@
 """What a run is about to do, printed before it does it; `--dry_run` stops after this."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 
+from .buckets import nearest
 from .checks import Plan
+from .concepts import Concept
 from .data import Scan
 from .problems import listing
 
+BYTES = {"fp16": 2, "bf16": 2}
+ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
-def describe(found: Scan, title: str, resolution: int) -> Iterator[str]:
+
+def describe(found: Scan, title: str, plan: Plan) -> Iterator[str]:
     """Lines on one folder of pictures."""
     captions = len(found.pictures) - len(found.uncaptioned)
     yield f"{title}: {len(found.pictures)} pictures in {found.folder}, {captions} with captions of their own"
@@ -16,24 +22,69 @@ def describe(found: Scan, title: str, resolution: int) -> Iterator[str]:
         yield f"  skipped: {listing(f'{name} ({reason})' for name, reason in found.skipped.items())}"
     for names in found.duplicates:
         yield f"  identical: {listing(names)}"
-    if small := found.smaller_than(resolution):
-        yield f"  smaller than {resolution} pixels, enlarged: {listing(small)}"
+    boxes = [nearest(picture.size, plan.buckets) for picture in found.pictures]
+    small = [
+        picture.path.name
+        for picture, box in zip(found.pictures, boxes, strict=True)
+        if any(have < wanted for have, wanted in zip(picture.size, box, strict=True))
+    ]
+    if small:
+        yield f"  smaller than they are trained at, enlarged: {listing(small)}"
+    if len(plan.buckets) > 1:
+        counts = Counter(f"{width}x{height}" for width, height in boxes)
+        yield f"  sizes: {listing((f'{count} of {size}' for size, count in counts.most_common()), 10)}"
+    if masked := sum(picture.mask is not None for picture in found.pictures):
+        yield f"  masks: {masked}"
+
+
+def cut_off(concept: Concept, plan: Plan, length: int | None) -> Iterator[str]:
+    """Prompts that the text encoders will not see the end of."""
+    prompts = [concept.instance_prompt, *(picture.caption for picture in concept.instance.pictures)]
+    prompts += [concept.class_prompt] if concept.classes else []
+    for prompt in filter(None, dict.fromkeys(prompts)):
+        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer in plan.skeleton.tokenizers)
+        if lost:
+            yield f"  {lost} tokens cut off the end of {prompt[:60]!r}"
+
+
+def tokens_cut_off(tokenizer, prompt: str, length: int | None = None) -> int:
+    seen = length or tokenizer.model_max_length
+    return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - seen)
+
+
+def memory(plan: Plan, args: Namespace) -> str:
+    """What weights and optimizer take; activations depend on the device's kernels."""
+    skeleton, each = plan.skeleton, BYTES.get(args.mixed_precision, 4)
+    parts = [skeleton.unet, *(skeleton.text_encoders.values() if args.train_text_encoder else ())]
+    base = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    trained = skeleton.adapter_size(args)
+    return (
+        f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
+        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top"
+    )
 
 
 def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:
     """Lines on the whole run."""
-    lines = list(describe(plan.instance, "instance", args.resolution))
-    if plan.class_pictures:
-        lines += describe(plan.class_pictures, "class", args.resolution)
-        missing = args.num_class_images - len(plan.class_pictures.pictures)
-        lines += [f"  {missing} more will be made from {args.class_prompt!r}"] if missing > 0 else []
-    else:
+    lines = [f"{args.pretrained_model_name_or_path}: {plan.skeleton.family.title}"]
+    for concept in plan.concepts:
+        lines += describe(concept.instance, "instance", plan)
+        if concept.repeats > 1:
+            lines.append(f"  each {concept.repeats} times a pass")
+        lines += cut_off(concept, plan, args.tokenizer_max_length)
+        if concept.classes:
+            lines += describe(concept.classes, "class", plan)
+            missing = concept.num_class_images - len(concept.classes.pictures)
+            lines += [f"  {missing} more will be made from {concept.class_prompt!r}"] if missing > 0 else []
+    if not args.with_prior_preservation:
         unused = [f"--{name}" for name in ("class_data_dir", "class_prompt") if getattr(args, name)]
         lines += [f"not used without --with_prior_preservation: {listing(unused)}"] if unused else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * processes
-    joined = f", with as many class pictures (weight {args.prior_loss_weight})" if plan.class_pictures else ""
+    classes = any(concept.classes for concept in plan.concepts)
+    joined = f", with as many class pictures (weight {args.prior_loss_weight})" if classes else ""
     lines.append(
         f"{plan.max_train_steps} steps of {batch} pictures{joined}: "
-        f"{plan.max_train_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}"
+        f"{plan.max_train_steps / plan.steps_per_epoch:.1f} passes of {plan.steps_per_epoch} steps"
     )
+    lines.append(memory(plan, args))
     return lines

@@ -1,8 +1,12 @@
-"""One way to say that the input is bad: every problem in one message, exit code 2."""
+"""One way to say that the input is bad (every problem in one message, exit code 2) and one for a run that cannot go on."""
 
-from collections.abc import Iterable
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 EXIT_CODE = 2
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class BadInput(ValueError):
@@ -15,6 +19,10 @@ class BadInput(ValueError):
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
 
+class Stopped(RuntimeError):
+    """Training cannot go on; says what is kept."""
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise `BadInput` if there is any problem."""
     if problems := list(problems):
@@ -25,3 +33,22 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = [str(name) for name in names]
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def run_program(program: Callable[[], object]) -> int:
+    """The exit code of a program: 0; 2 for bad input, 1 for a run that had to stop, both said in plain words."""
+    try:
+        program()
+    except BadInput as error:
+        code, message = EXIT_CODE, str(error)
+    except Stopped as error:
+        code, message = 1, f"stopped: {error}"
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        code, message = 1, f"stopped: {error}"
+    else:
+        return 0
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of several processes, one says what all of them found
+        print(message, file=sys.stderr)
+    return code

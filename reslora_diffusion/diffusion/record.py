@@ -2,24 +2,32 @@
 
 import json
 import platform
+import secrets
 import sys
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from .checkpoints import stored_facts
 from .models import base_model_name
 from .problems import listing, refuse
 
 FILE = "run.json"
 PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
 SECRET = ("hub_token",)
+PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern", "optimizer_args")
 # What a checkpoint depends on: a run that continues from one must agree on these.
 BINDING = (
-    "pretrained_model_name_or_path seed method shortcut num_previous rank lora_alpha use_rslora lora_dropout "
-    "target_modules train_text_encoder text_encoder_target_modules train_batch_size gradient_accumulation_steps "
-    "instance_prompt class_prompt with_prior_preservation prior_loss_weight resolution snr_gamma noise_offset "
-    "random_flip center_crop crops_per_image"
+    "pretrained_model_name_or_path seed method shortcut num_previous handover rank lora_alpha use_rslora lora_dropout "
+    "target_modules train_text_encoder text_encoder_target_modules rank_pattern alpha_pattern train_batch_size "
+    "gradient_accumulation_steps instance_prompt class_prompt with_prior_preservation prior_loss_weight resolution "
+    "aspect_ratio_buckets snr_gamma debiased_estimation_loss loss_type huber_c huber_schedule noise_offset "
+    "caption_dropout_rate prediction_type rescale_betas_zero_snr random_flip center_crop crops_per_image repeats "
+    "mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
 ).split()
 
 
@@ -35,14 +43,31 @@ def versions() -> dict[str, str]:
 
 def options(args: Namespace) -> dict[str, Any]:
     """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
-    hidden = (*SECRET, "unknown", "config", "dry_run")
+    hidden = (*SECRET, "unknown", "config", "dry_run", "local_rank")
     values = {name: value for name, value in vars(args).items() if name not in hidden}
+    values |= {name: dict(values[name]) for name in PATTERNS}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def trackable(args: Namespace) -> dict[str, Any]:
+    """Options as trackers take them."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
+
+
+def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: Accelerator) -> int:
+    """The seed given, else the checkpoint's, else one drawn for all processes."""
+    if args.seed is not None:
+        return args.seed
+    if checkpoint is not None:
+        return stored_facts(checkpoint)["options"]["seed"]
+    drawn = [secrets.randbelow(2**32)]
+    return broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
 
 
 def write_record(args: Namespace, facts: dict[str, Any]) -> None:
     """Write `run.json`: command, options, versions and what the caller found out."""
-    record = {"command": sys.argv, "options": options(args), "versions": versions(), **facts}
+    command = [word if word != args.hub_token else "..." for word in sys.argv if not word.startswith("--hub_token=")]
+    record = {"command": command, "options": options(args), "versions": versions(), **facts}
     write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
 
 

@@ -1,34 +1,44 @@
-"""A run: everything a training loop holds, and what happens around its steps (save, restore, validate, export)."""
+"""A run: everything a training loop holds, and what happens around its steps (save, restore, validate, export).
+
+Methods are called by every process alike; only the main one writes. What is random or scheduled is a function of
+(options, step), so a checkpoint holds tensors, the optimizer's moments and a step, and nothing else.
+"""
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora
 
 from .adapters import Adapters
-from .checkpoints import STATE_FOLDER, step_of, write_checkpoint
+from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
+from .ema import Ema
 from .history import History, NonFiniteLoss, plot_losses
 from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .models import base_model_name
-from .problems import refuse
+from .optimizers import DECIDED, make_lr_scheduler
+from .problems import Stopped, listing, refuse
+from .randomness import Stream, seed_of
 from .record import model_card, options, refuse_other_run, versions, write_text
 from .sampling import Batch, Sampler
 from .validation import SHEET, Painter, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
-PICTURE_TRACKERS = ("tensorboard", "wandb")
+PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 @dataclass
@@ -44,99 +54,198 @@ class Run:
     evaluation: Evaluation
     painter: Painter
     optimizer: torch.optim.Optimizer
-    lr_scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     history: History
+    ema: Ema | None
     loss_base: float
+    lr_scheduler: LRScheduler = field(init=False)
+    handed_over: bool = field(init=False, default=False)
+    saved_step: int | None = field(init=False, default=None)
+    seen: dict[str, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.collect_tensors()
+        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+
+    def collect_tensors(self) -> None:
+        self.tensors = self.adapters.tensors()
+        self.parameters = list(self.tensors.values())
 
     @property
     def output(self) -> Path:
         return Path(self.args.output_dir)
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.adapters.tensors().values())
-
-    def batch(self, step: int, micro: int) -> Batch:
-        """What this process sees in micro-step `micro` of step `step`, both from 0."""
+    def batches(self, step: int, micro: int) -> list[Batch]:
+        """What this process sees in micro-step `micro` of step `step`, both from 0; dropout is seeded accordingly."""
         size, processes = self.args.train_batch_size, self.accelerator.num_processes
         turn = (step * self.args.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
-        return self.sampler.batch(turn * size, size)
+        torch.manual_seed(seed_of(self.args.seed, Stream.DROPOUT, turn))
+        return self.sampler.batches(turn * size, size)
+
+    def log(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Keep what was measured, and look at it when it is time; raises `Stopped` if a loss is not finite."""
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.history.add_step(step, loss, grad_norm, lr)
+        if self.history.is_due():
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Write what was measured up to now."""
+        try:
+            rows = self.history.flush()
+        except NonFiniteLoss as error:
+            self.give_up(step, error)
+        for row in rows:
+            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def give_up(self, step: int, error: NonFiniteLoss) -> NoReturn:
+        """Keep what there is: the step in question changed nothing (`GradScaler.step`). No checkpoint is removed."""
+        try:
+            self.save(step, limit=None)
+            kept = f"checkpoint-{step} holds the state that the adapters had, without that step"
+        except Stopped as reason:
+            kept = str(reason)
+        there = listing(path.name for path in checkpoints_in(self.output)) or "no checkpoint"
+        raise Stopped(f"{error}; {kept}. In {self.output}: {there}. A lower --learning_rate may help") from error
+
+    # ------------------------------------------------------------------------------------------ handover
+
+    def is_handover_step(self, step: int) -> bool:
+        return self.args.handover is not None and step == max(1, round(self.args.handover * self.plan.max_train_steps))
+
+    def hand_over(self) -> None:
+        """Fold the shortcuts into plain LoRA; what is trained from here on is what will be exported."""
+        self.calibrate()
+        self.adapters.hand_over(self.optimizer)
+        self.after_handover()
+
+    def after_handover(self) -> None:
+        self.handed_over = True
+        self.collect_tensors()
+        if self.ema is not None:
+            self.ema.start(self.tensors)
 
     # ------------------------------------------------------------------------------------------ save and restore
 
-    def save(self, step: int) -> Path:
-        """Write `checkpoint-<step>`, with the LoRA as it is now.
+    def save(self, step: int, limit: int | None = None) -> None:
+        """Write `checkpoint-<step>`, with the LoRA as it is now; keep the last `limit` checkpoints.
 
         Raises:
-            NonFiniteLoss: the adapters are broken; earlier checkpoints stay.
+            Stopped: the adapters are broken, or cannot be written; earlier checkpoints stay.
         """
-        if not all(value.isfinite().all() for value in self.adapters.tensors().values()):
-            raise NonFiniteLoss(f"the adapters of step {step} are not finite, and are not saved")
-        folder = self.output / f"checkpoint-{step}"
-        if self.accelerator.is_main_process:
-            write_checkpoint(self.output, step, lambda fresh: self.write(fresh, step), self.args.checkpoints_total_limit)
+        self.flush(step)
+        if self.saved_step == step:
+            return
+        tensors = {name: value.detach().clone() for name, value in self.tensors.items()}
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise Stopped(f"the adapters of step {step} are not finite, and are not saved")
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": value for name, value in self.ema.average.items()}
+        with self.averaged():
+            self.calibrate()
+            if self.accelerator.is_main_process:
+                try:
+                    write_checkpoint(self.output, step, lambda fresh: self.write(fresh, step, tensors), limit)
+                except (OSError, SafetensorError) as error:
+                    raise Stopped(f"checkpoint-{step} cannot be written: {error}") from error
         self.accelerator.wait_for_everyone()
-        return folder
+        self.saved_step = step
 
-    def write(self, folder: Path, step: int) -> None:
+    def write(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
         facts = {
             "step": step,
+            "handed_over": self.handed_over,
             "options": options(self.args),
             "versions": versions(),
-            "lr_scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
             "scaler": self.scaler.state_dict(),
         }
         owner = nn.ModuleDict(self.adapters.models)
-        save_training_state(
-            folder / STATE_FOLDER, self.adapters.tensors(), model=owner, optimizer=self.optimizer, facts=facts
-        )
+        save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
         if self.adapters.health_problem() is None:
-            self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser))
-            self.export(folder, step)
+            try:
+                self.export(folder, step)
+            except ValueError as error:  # such as a number too large for fp16: the state is worth keeping all the same
+                self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
 
     def restore(self, folder: Path) -> int:
         """Inverse of `save`; returns the step."""
-        _, facts = load_training_state(folder / STATE_FOLDER)
+        facts = stored_facts(folder)
         refuse_other_run(self.args, facts["options"], folder)
+        if facts["handed_over"]:
+            self.adapters.become_handed_over(self.optimizer)
+            self.after_handover()
+        decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
         owner = nn.ModuleDict(self.adapters.models)
-        tensors, facts = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
-        self.adapters.load(tensors)
-        self.lr_scheduler.load_state_dict(facts["lr_scheduler"])
+        tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
+        averages = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
+        self.adapters.load({name: value for name, value in tensors.items() if not name.startswith("ema.")})
+        if self.ema is not None:
+            self.ema.start({name: averages[name].to(value.device) for name, value in self.ema.average.items()})
+        for group, own in zip(self.optimizer.param_groups, decided, strict=True):
+            group.update(own)
+        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+        fast_forward(self.lr_scheduler, facts["step"])
         self.scaler.load_state_dict(facts["scaler"])
-        return step_of(folder) if folder.name.startswith("checkpoint-") else facts["step"]
+        self.saved_step = facts["step"]
+        return facts["step"]
 
     # ------------------------------------------------------------------------------------------ look
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside, the adapters hold their moving average if there is one: what is shown and exported."""
+        return self.ema.in_place_of(self.tensors) if self.ema is not None else nullcontext()
+
+    def calibrate(self) -> None:
+        self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser))
 
     def is_validation_step(self, step: int) -> bool:
         every = self.args.validation_steps or self.args.validation_epochs * self.plan.steps_per_epoch
         return step % every == 0 or step == self.plan.max_train_steps
 
     def validate(self, step: int) -> None:
-        """Fixed-noise loss, and pictures if there is a prompt, on the main process."""
-        if not self.accelerator.is_main_process:
-            return
+        """Loss on fixed noise; with a prompt also the loss as merged, and pictures painted by what would be exported."""
+        self.flush(step)
+        with self.averaged():
+            if self.painter.paints:
+                self.calibrate()
+            if self.accelerator.is_main_process:
+                self.look(step)
+
+    def look(self, step: int) -> None:
         with self.adapters.evaluation():
-            loss = fixed_noise_loss(self.denoiser, self.evaluation.validation)
-        self.history.write([{"step": step, "validation_loss": loss}])
-        self.accelerator.log({"validation_loss": loss}, step=step)
-        if self.painter.prompts and self.painter.num_images:
-            self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser))
+            values = {"validation_loss": fixed_noise_loss(self.denoiser, self.evaluation.validation)}
+            if self.painter.paints:
+                with self.adapters.merged():
+                    merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
+                values |= {"merge_gap": merged - values["validation_loss"]}
+        self.seen = values
+        self.history.write([{"step": step, **values}])
+        self.accelerator.log(values, step=step)
+        if self.painter.paints:
             images = self.painter.paint(self.adapters, step)
             for tracker in self.accelerator.trackers:
                 if tracker.name in PICTURE_TRACKERS:
-                    tracker.log_images({"validation": images}, step=step)
+                    pixels = np.stack([np.asarray(image) for image in images])
+                    tracker.log_images({"validation": pixels}, step=step, **PICTURE_TRACKERS[tracker.name])
         plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+
+    def shown(self) -> dict[str, str]:
+        """What a progress bar says."""
+        smoothed = self.history.smoothed
+        loss = {} if smoothed is None else {"loss": f"{smoothed:.4f}"}
+        return loss | {
+            name: f"{value:+.0e}" if name == "merge_gap" else f"{value:.4f}" for name, value in self.seen.items()
+        }
 
     # ------------------------------------------------------------------------------------------ finish
 
     def export(self, folder: Path, step: int, report: MergeReport | None = None) -> ExportReport:
         """Write the plain LoRA of now; calibrate first."""
-        merging = self.adapters.merging()
         facts = {
             "method": self.args.method,
-            **merging,
+            **self.adapters.merging(),
             "num_previous": self.args.num_previous,
+            "handover": self.args.handover,
             "base_model": base_model_name(self.args),
             "trigger_words": self.args.instance_prompt,
             "steps": step,
@@ -147,13 +256,18 @@ class Run:
         name = self.args.export_name or self.output.resolve().name
         return export_lora(folder, self.adapters.factors(), name=name, facts=stated)
 
-    def finish(self, step: int) -> tuple[MergeReport, ExportReport]:
-        """Measure the merge, export, and write the files that show the run."""
+    def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
+        """Measure the merge, export, and write the files that show the run; processes but the main one get no report
+        of the export."""
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
-        merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base)
+        with self.averaged():
+            self.calibrate()
+            merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base)
+            if not self.accelerator.is_main_process:
+                return merged, None
+            exported = self.export(self.output, step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
-        exported = self.export(self.output, step, merged)
         plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
         write_text(self.output / "README.md", model_card(self.args, str(merged).splitlines(), pictures))
@@ -170,6 +284,10 @@ class Run:
         return str(repo)
 
 
-def shown(facts: dict[str, Any]) -> dict[str, Any]:
-    """Options as trackers take them."""
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in facts.items()}
+def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
+    """Put a fresh schedule where it is after `step` steps."""
+    lr_scheduler.load_state_dict({"last_epoch": step, "_step_count": step + 1})
+    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(step)
+    lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]

@@ -1,34 +1,73 @@
 """What each step of a run sees: batches as a pure function of (seed, step).
 
     example   the (step * global_batch + i)-th element of endless shuffled passes over the instance pictures;
-              with prior preservation a class picture, shuffled by itself, joins each of them
+              with prior preservation a class picture of the same concept, shuffled by itself, joins each of them
     view      which crop and flip
     noise     of the autoencoder's posterior, of the forward process, and the timestep t ~ U{0..T-1}
+    text      the example's, or the empty prompt's with probability caption_dropout
+
+Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
+differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .cache import Example
+from .cache import Example, Text
+from .families import Texts
 from .randomness import Stream, generator, shuffled
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Instance examples, then as many class examples. Shapes: latents, noise [B, C, h, w]; timesteps, weights [B].
+    """Examples of one size. Shapes: latents, noise [B, C, h, w]; timesteps, weights [B]; time_ids [B, 6].
 
-    `texts` [P, ...] holds each distinct prompt once; `prompt_index` [B] says whose is whose.
+    `texts` holds each distinct prompt once, hidden states [P, L, D] or token ids [P, E, L]; `prompt_index` [B] says
+    whose is whose. `masks` [B, 1, h, w], if any example has one.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    texts: Tensor
+    texts: Texts
     prompt_index: Tensor
     weights: Tensor
+    time_ids: Tensor
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One example with what was drawn for it."""
+
+    example: Example
+    latents: Tensor
+    noise: Tensor
+    timestep: int
+    view: int
+    text: Text
+    prompt: str
+
+
+@lru_cache(maxsize=8)
+def chunks(seed: int, epoch: int, sizes: tuple[int, ...], count: int) -> list[list[int]]:
+    """A shuffled pass over examples, `sizes[i]` being the size class of example i, in chunks of `count` of one size.
+
+    The last chunk of a size is filled up with its first examples.
+    """
+    source = generator(seed, Stream.INSTANCE_ORDER, epoch)
+    order = torch.randperm(len(sizes), generator=source).tolist()
+    cut = []
+    for size in dict.fromkeys(sizes):
+        members = [place for place in order if sizes[place] == size]
+        total = -(-len(members) // count) * count
+        filled = [members[n % len(members)] for n in range(total)]
+        cut += [filled[n : n + count] for n in range(0, total, count)]
+    return [cut[place] for place in torch.randperm(len(cut), generator=source).tolist()]
 
 
 @dataclass(frozen=True)
@@ -36,64 +75,103 @@ class Sampler:
     """Draws batches.
 
     Args:
-        classes: class examples; none without prior preservation.
-        scaling_factor: of the autoencoder.
+        instances: an example as often as a pass shall show it.
+        classes: class examples by concept; none without prior preservation.
+        scaling_factor, shift_factor: of the autoencoder.
         num_train_timesteps: T.
+        empty: text of the empty prompt, for caption_dropout.
         noise_offset: standard deviation of the noise that the pixels of a channel share.
     """
 
     instances: Sequence[Example]
-    classes: Sequence[Example]
+    classes: dict[int, Sequence[Example]]
     seed: int
     scaling_factor: float
     num_train_timesteps: int
+    empty: Text | None = None
+    caption_dropout: float = 0.0
     noise_offset: float = 0.0
+    sizes: tuple[int, ...] = field(init=False)
 
-    def batch(self, first: int, count: int) -> Batch:
-        """The `count` draws of the run from number `first` on."""
-        numbers = range(first, first + count)
-        picked = [
-            (self.instances[shuffled(self.seed, Stream.INSTANCE_ORDER, n, len(self.instances))], n, Stream.INSTANCE_NOISE)
-            for n in numbers
-        ]
-        if self.classes:
-            picked += [
-                (self.classes[shuffled(self.seed, Stream.CLASS_ORDER, n, len(self.classes))], n, Stream.CLASS_NOISE)
-                for n in numbers
+    def __post_init__(self) -> None:
+        known = {shape: number for number, shape in enumerate(dict.fromkeys(e.shape for e in self.instances))}
+        object.__setattr__(self, "sizes", tuple(known[example.shape] for example in self.instances))
+
+    def order(self, first: int, count: int) -> list[Example]:
+        """Examples of `count` draws of the run from number `first` on."""
+        if len(set(self.sizes)) == 1:
+            places = [
+                shuffled(self.seed, Stream.INSTANCE_ORDER, n, len(self.instances)) for n in range(first, first + count)
             ]
-        return self.collate([self.draw(example, stream, n) for example, n, stream in picked])
+        else:
+            turn, per_pass = first // count, len(chunks(self.seed, 0, self.sizes, count))
+            places = chunks(self.seed, turn // per_pass, self.sizes, count)[turn % per_pass]
+        return [self.instances[place] for place in places]
 
-    def spread(self, first: int, count: int, total: int) -> Batch:
+    def batches(self, first: int, count: int) -> list[Batch]:
+        """The `count` draws of the run from number `first`, a multiple of `count`, on."""
+        drawn = []
+        for n, example in enumerate(self.order(first, count), first):
+            drawn.append(self.draw(example, Stream.INSTANCE_NOISE, n))
+        for n, draw in enumerate(drawn.copy(), first):
+            if pictures := self.classes.get(draw.example.concept):
+                example = pictures[shuffled(self.seed, Stream.CLASS_ORDER, n, len(pictures))]
+                drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
+        return by_size(drawn)
+
+    def spread(self, first: int, count: int, total: int) -> list[Batch]:
         """Instance draws with timesteps spread evenly over 0..T-1 as the number goes from 0 to `total`."""
         drawn = []
         for n in range(first, first + count):
-            example, latents, noise, _ = self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n)
-            drawn.append((example, latents, noise, int((n + 0.5) / total * self.num_train_timesteps)))
-        return self.collate(drawn)
+            timestep = int((n + 0.5) / total * self.num_train_timesteps)
+            drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
+        return by_size(drawn)
 
-    def draw(self, example: Example, stream: Stream, number: int) -> tuple[Example, Tensor, Tensor, int]:
-        """One example with its latents, noise and timestep."""
-        source, shape = generator(self.seed, stream, number), example.mean.shape[1:]
+    def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
+        """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
+        source = generator(self.seed, stream, number)
         view = int(torch.randint(len(example.mean), (), generator=source))
-        timestep = int(torch.randint(self.num_train_timesteps, (), generator=source))
-        posterior_noise, noise = torch.randn(2, *shape, generator=source)
+        drawn_timestep = int(torch.randint(self.num_train_timesteps, (), generator=source))
+        posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
         if self.noise_offset:
-            noise = noise + self.noise_offset * torch.randn(shape[0], 1, 1, generator=source)
-        latents = self.scaling_factor * example.latents(view, posterior_noise.to(example.mean.device))
-        return example, latents, noise, timestep
-
-    @staticmethod
-    def collate(drawn: Sequence[tuple[Example, Tensor, Tensor, int]]) -> Batch:
-        examples, latents, noise, timesteps = zip(*drawn, strict=True)
-        texts = {example.prompt: example.text for example in examples}
-        places = {prompt: place for place, prompt in enumerate(texts)}
-        latents = torch.stack(latents)
-        device = latents.device
-        return Batch(
-            latents=latents,
-            noise=torch.stack(noise).to(device),
-            timesteps=torch.tensor(timesteps, device=device),
-            texts=torch.stack(list(texts.values())),
-            prompt_index=torch.tensor([places[example.prompt] for example in examples], device=device),
-            weights=torch.tensor([example.loss_weight for example in examples], device=device),
+            noise = noise + self.noise_offset * torch.randn(example.shape[0], 1, 1, generator=source)
+        dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
+        return Draw(
+            example,
+            latents=self.scaling_factor * example.latents(view, posterior_noise.to(example.mean.device)),
+            noise=noise,
+            timestep=drawn_timestep if timestep is None else timestep,
+            view=view,
+            text=self.empty if dropped else example.text,
+            prompt="" if dropped else example.prompt,
         )
+
+
+def by_size(drawn: Sequence[Draw]) -> list[Batch]:
+    """Batches of draws of equal size, in the order in which the sizes come."""
+    groups: dict[torch.Size, list[Draw]] = {}
+    for draw in drawn:
+        groups.setdefault(draw.example.shape, []).append(draw)
+    return [collate(group) for group in groups.values()]
+
+
+def collate(drawn: Sequence[Draw]) -> Batch:
+    texts = {draw.prompt: draw.text for draw in drawn}
+    places = {prompt: place for place, prompt in enumerate(texts)}
+    values, pooled = zip(*texts.values(), strict=True)
+    latents = torch.stack([draw.latents for draw in drawn])
+    device = latents.device
+    masks = None
+    if any(draw.example.mask is not None for draw in drawn):
+        whole = torch.ones(1, *latents.shape[2:], device=device)
+        masks = torch.stack([whole if d.example.mask is None else d.example.mask[d.view] for d in drawn])
+    return Batch(
+        latents=latents,
+        noise=torch.stack([draw.noise for draw in drawn]).to(device),
+        timesteps=torch.tensor([draw.timestep for draw in drawn], device=device),
+        texts=Texts(torch.stack(values), None if pooled[0] is None else torch.stack(pooled)),
+        prompt_index=torch.tensor([places[draw.prompt] for draw in drawn], device=device),
+        weights=torch.tensor([draw.example.loss_weight for draw in drawn], device=device),
+        time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),
+        masks=masks,
+    )

@@ -4,20 +4,21 @@ Pictures are painted inside `Adapters.merged()`, by the live models and the base
 exported, and there is no second copy of the model.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from .adapters import Adapters
+from .families import Family, Texts
 from .loss import Denoiser
 from .randomness import Stream, generator
 from .sampling import Batch
-from .text import encode_prompts
+from .sheet import contact_sheet
 
 SAMPLES = "samples"
 SHEET = "samples.png"
@@ -31,9 +32,10 @@ def fixed_noise_loss(denoiser: Denoiser, batches: Sequence[Batch]) -> float:
 
 @dataclass
 class Painter:
-    """Paints the validation prompts. With a frozen text encoder they are encoded once, and it can be released."""
+    """Paints the validation prompts. With frozen text encoders they are encoded once, and those can be released."""
 
-    pipeline: StableDiffusionPipeline
+    pipeline: DiffusionPipeline
+    family: Family
     prompts: list[str]
     num_images: int
     resolution: int
@@ -42,29 +44,36 @@ class Painter:
     guidance_scale: float
     text_is_frozen: bool
     folder: Path
-    embedded: dict[str, Tensor] = field(default_factory=dict)
+    max_length: int | None = None
+    texts: Texts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.prompts and self.text_is_frozen:
-            texts = ["", *self.prompts]
-            hidden = encode_prompts(self.pipeline.tokenizer, self.pipeline.text_encoder, texts)
-            self.embedded = dict(zip(texts, hidden, strict=True))
+        if self.paints and self.text_is_frozen:
+            self.texts = self.encode()
 
-    def conditions(self, prompt: str) -> dict[str, str | Tensor]:
-        if not self.text_is_frozen:
-            return {"prompt": prompt}
-        return {"prompt_embeds": self.embedded[prompt][None], "negative_prompt_embeds": self.embedded[""][None]}
+    @property
+    def paints(self) -> bool:
+        return bool(self.prompts) and self.num_images > 0
+
+    @torch.no_grad()
+    def encode(self) -> Texts:
+        """The empty prompt and the validation prompts, as the text encoders see them now."""
+        ids = self.family.tokenize(self.family.tokenizers_of(self.pipeline), ["", *self.prompts], self.max_length)
+        return self.family.encode(self.family.text_encoders_of(self.pipeline), ids.to(self.pipeline.unet.device))
 
     def paint(self, adapters: Adapters, step: int) -> list[Image.Image]:
         """Pictures of every prompt, in order; also written to `samples/`, and the sheet of all steps made anew."""
-        device = self.pipeline.unet.device
-        self.pipeline.vae.to(device)
+        self.pipeline.vae.to(self.pipeline.unet.device)
         images = []
         with adapters.evaluation(), adapters.merged():
-            for prompt in self.prompts:
+            texts = self.texts or self.encode()
+            negative, *prompts = [
+                Texts(*(None if p is None else p[n, None] for p in texts)) for n in range(len(texts[0]))
+            ]
+            for prompt in prompts:
                 for n in range(self.num_images):
                     images += self.pipeline(
-                        **self.conditions(prompt),
+                        **self.family.painting(self.pipeline, prompt, negative),
                         height=self.resolution,
                         width=self.resolution,
                         num_inference_steps=self.num_inference_steps,
@@ -79,43 +88,22 @@ class Painter:
         self.write_sheet()
         return images
 
+    def forget_after(self, step: int) -> None:
+        """Remove pictures of later steps, which an earlier or interrupted run left behind."""
+        for folder in (self.folder / SAMPLES).glob("step-*"):
+            if int(folder.name[5:]) > step or step == 0:
+                shutil.rmtree(folder)
+
     def write_sheet(self) -> None:
         """A column for each step, a row for each picture."""
         steps = sorted((self.folder / SAMPLES).glob("step-*"))
         names = [f"{p}-{n}.png" for p in range(len(self.prompts)) for n in range(self.num_images)]
-        columns = {f"step {int(step.name[5:])}": [Image.open(step / name) for name in names] for step in steps}
+        columns = {
+            f"step {int(step.name[5:])}": [Image.open(step / name) for name in names]
+            for step in steps
+            if all((step / name).is_file() for name in names)
+        }
         rows = [prompt for prompt in self.prompts for _ in range(self.num_images)]
-        sheet = contact_sheet(columns, rows)
         fresh = self.folder / f".{SHEET}"
-        sheet.save(fresh, format="PNG")
+        contact_sheet(columns, rows).save(fresh, format="PNG")
         fresh.replace(self.folder / SHEET)
-
-
-def contact_sheet(columns: dict[str, list[Image.Image]], rows: list[str], side: int = 160) -> Image.Image:
-    """Labelled pictures; equal row labels in a row are written once."""
-    margin, head, font = 8, 28, ImageFont.load_default(14)
-    left = 190
-    sheet = Image.new("RGB", (left + len(columns) * (side + margin), head + len(rows) * (side + margin)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, label in enumerate(rows):
-        if y == 0 or rows[y - 1] != label:
-            lines = "\n".join(wrapped(label, left - 2 * margin, font))
-            draw.multiline_text((margin, head + y * (side + margin)), lines, fill="black", font=font)
-    for x, (label, images) in enumerate(columns.items()):
-        corner = left + x * (side + margin)
-        draw.text((corner, margin), label, fill="black", font=font)
-        for y, image in enumerate(images):
-            sheet.paste(image.convert("RGB").resize((side, side)), (corner, head + y * (side + margin)))
-    return sheet
-
-
-def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels, broken between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

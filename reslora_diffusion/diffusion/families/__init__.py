@@ -1,0 +1,11 @@
+"""What differs between families of models, one small module each. Everything else is the same code for all of them."""
+
+from .base import Family, Texts
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_xl import StableDiffusionXL
+
+FAMILIES: dict[str, Family] = {
+    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL())
+}
+
+__all__ = ["FAMILIES", "Family", "Texts"]

@@ -1,0 +1,25 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last hidden states the UNet attends to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from .base import Family, Texts
+
+
+class StableDiffusion(Family):
+    title = "Stable Diffusion 1.x or 2.x"
+    pipeline_class = StableDiffusionPipeline
+    text_encoders = ("text_encoder",)
+    tokenizers = ("tokenizer",)
+
+    def encode(self, text_encoders: Sequence[nn.Module], ids: Tensor) -> Texts:
+        return Texts(text_encoders[0](ids[:, 0], return_dict=False)[0])
+
+    def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
+        return {"encoder_hidden_states": texts.hidden}
+
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+        return {"prompt_embeds": texts.hidden, "negative_prompt_embeds": negative.hidden}

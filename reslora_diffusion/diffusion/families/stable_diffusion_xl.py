@@ -1,0 +1,45 @@
+"""Stable Diffusion XL: two CLIP text encoders, side by side.
+
+    hidden = [second to last hidden states of encoder 1, of encoder 2]       [P, L, D1 + D2]
+    pooled = projected end-of-text state of encoder 2                        [P, D2]
+
+The UNet is also told the size that the picture had, where it was cropped, and the size that it is trained at.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from .base import Family, Texts
+
+
+class StableDiffusionXL(Family):
+    title = "Stable Diffusion XL"
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+    tokenizers = ("tokenizer", "tokenizer_2")
+
+    def encode(self, text_encoders: Sequence[nn.Module], ids: Tensor) -> Texts:
+        outputs = [
+            encoder(ids[:, place], output_hidden_states=True, return_dict=True)
+            for place, encoder in enumerate(text_encoders)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Texts(hidden, outputs[-1].text_embeds)
+
+    def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
+        extra = {"text_embeds": texts.pooled, "time_ids": time_ids}
+        return {"encoder_hidden_states": texts.hidden, "added_cond_kwargs": extra}
+
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+        if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself treats a prompt not given
+            negative = Texts(torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
+        return {
+            "prompt_embeds": texts.hidden,
+            "pooled_prompt_embeds": texts.pooled,
+            "negative_prompt_embeds": negative.hidden,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }

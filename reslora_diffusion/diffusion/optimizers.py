@@ -1,0 +1,137 @@
+"""The optimizer by name, and its parameter groups.
+
+group      one component, one factor (lora_A, lora_B), one factor on the learning rate
+lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXiv 2402.12354), times `--lr_pattern`
+"""
+
+import ast
+import inspect
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from .skeleton import matches
+
+# What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
+DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
+
+def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    """Optimizers of torch by lower-case name."""
+    found = {name.lower(): kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if issubclass(kind, torch.optim.Optimizer) and name not in ("optimizer", "sparseadam", "lbfgs")
+    }
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Raises `KeyError` if there is no such optimizer."""
+    name = name.lower()
+    if name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit
+    if name == "adafactor":  # with an external learning rate, as diffusion trainers use it
+        from transformers.optimization import Adafactor
+
+        return Adafactor
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy
+    return optimizer_classes()[name]
+
+
+def name_of(args: Namespace) -> str:
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer
+
+
+def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, Any]:
+    """Keyword arguments: those of Adam where the optimizer knows them, then `--optimizer_args`."""
+    known = inspect.signature(kind).parameters
+    chosen: dict[str, Any] = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+        "fused": True,  # one kernel for all tensors, and a step with non-finite gradients is skipped on the device
+        "relative_step": False,
+        "scale_parameter": False,
+    }
+    if isinstance(known["eps"].default if "eps" in known else None, tuple):
+        del chosen["eps"]  # Adafactor's are two of another meaning
+    chosen = {name: value for name, value in chosen.items() if name in known}
+    if kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Adam", "AdamW", "SGD", "Adagrad"):
+        chosen.pop("fused", None)
+    return chosen | {name: literal(value) for name, value in args.optimizer_args}
+
+
+def literal(text: str) -> Any:
+    """A Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def optimizer_problems(args: Namespace) -> list[str]:
+    """An unknown optimizer, and settings that it does not take. Optional packages are checked elsewhere."""
+    try:
+        kind = optimizer_class(name_of(args))
+    except ImportError:
+        return []
+    except KeyError:
+        wanted = ", ".join(sorted({*optimizer_classes(), "adamw8bit", "adafactor", "prodigy"}))
+        return [f"--optimizer: got {args.optimizer!r}, wanted {wanted}"]
+    known = set(inspect.signature(kind).parameters) - {"params", "self"}
+    unknown = [name for name, _ in args.optimizer_args if name not in known]
+    problems = [
+        f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
+    ]
+    if not problems:
+        try:
+            kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **settings(kind, args))
+        except (ValueError, TypeError, RuntimeError) as error:
+            problems.append(f"--optimizer {args.optimizer}: {error}")
+    return problems
+
+
+def parameter_groups(
+    components: Mapping[str, Mapping[str, nn.Parameter]], args: Namespace, processes: int
+) -> list[dict[str, Any]]:
+    """Groups of equal learning rate. `components`: parameters by component and name."""
+    scale = args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
+    groups: dict[tuple, dict[str, Any]] = {}
+    for component, parameters in components.items():
+        base = args.learning_rate if component == "unet" else args.text_encoder_lr or args.learning_rate
+        for name, parameter in parameters.items():
+            layer, _, factor = name.partition(".lora_")
+            pattern = next((f for regex, f in args.lr_pattern if matches(regex, layer)), 1.0)
+            lr = base * scale * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
+            group = groups.setdefault((component, lr), {"params": [], "lr": lr})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(
+    components: Mapping[str, Mapping[str, nn.Parameter]], args: Namespace, processes: int = 1
+) -> torch.optim.Optimizer:
+    kind = optimizer_class(name_of(args))
+    return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **settings(kind, args))
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, max_train_steps: int) -> LRScheduler:
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )

@@ -1,0 +1,188 @@
+"""A pipeline without its weights: components on the meta device, made from their configurations.
+
+It answers what can be wrong with a run before gigabytes are loaded: which family this is, whether every target module
+matches something, whether a rank fits, what grid the resolution must be on, and what the parts weigh. Of a model on the
+hub only the configuration files are fetched.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+)
+
+from reslora_diffusion.core.config import ResLoraConfig
+
+from .families import FAMILIES, Family
+from .problems import BadInput, listing
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+TEXT_ENCODERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Components by name, and what configurations say of the rest."""
+
+    family: Family
+    unet: nn.Module
+    text_encoders: dict[str, nn.Module]
+    tokenizers: list[PreTrainedTokenizerBase]
+    latent_channels: int
+    vae_scale_factor: int
+    prediction_type: str
+    max_length: int
+
+    @property
+    def grid(self) -> int:
+        """Pixels that one cell of the UNet's coarsest feature map covers."""
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def adapted(self, args: Namespace) -> dict[str, tuple[nn.Module, LoraConfig]]:
+        """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
+        targets = {"unet": (self.unet, args.target_modules)}
+        if args.train_text_encoder:
+            targets |= {name: (model, args.text_encoder_target_modules) for name, model in self.text_encoders.items()}
+        return {name: (model, lora_config(args, names)) for name, (model, names) in targets.items()}
+
+    def adapter_size(self, args: Namespace) -> int:
+        """How many parameters are trained."""
+        return sum(
+            rank_of(config, name) * sum(module.weight.shape)
+            for model, config in self.adapted(args).values()
+            for name, module in model.named_modules()
+            if name and check_target_module_exists(config, name)
+        )
+
+
+def load_skeleton(args: Namespace) -> Skeleton:
+    """Read the configurations of `--pretrained_model_name_or_path`.
+
+    Raises:
+        BadInput: they cannot be read, or are not of a family that is trained here.
+    """
+    name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    try:
+        index = DiffusionPipeline.load_config(name, **where)
+        kind = index.get("_class_name")
+        if kind not in FAMILIES:
+            wanted = ", ".join(f"{family.title} ({kind})" for kind, family in FAMILIES.items())
+            raise BadInput([f"--pretrained_model_name_or_path: {name} is a {kind}; wanted {wanted}"])
+        family = FAMILIES[kind]
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet", **where))
+            configs = {
+                part: CLIPTextConfig.from_pretrained(name, subfolder=part, **where) for part in family.text_encoders
+            }
+            encoders = {part: TEXT_ENCODERS[index[part][1]](config) for part, config in configs.items()}
+        tokenizers = [AutoTokenizer.from_pretrained(name, subfolder=part, **where) for part in family.tokenizers]
+        if args.tokenizer_name:
+            tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = f"lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        raise BadInput([f"--pretrained_model_name_or_path: {name} cannot be loaded: {reason}"]) from error
+    return Skeleton(
+        family,
+        unet,
+        encoders,
+        tokenizers,
+        latent_channels=vae["latent_channels"],
+        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        prediction_type=args.prediction_type or scheduler.get("prediction_type", "epsilon"),
+        max_length=min(config.max_position_embeddings for config in configs.values()),
+    )
+
+
+def first_sentence(error: Exception) -> str:
+    return (
+        re.split(r"(?<=[.!])\s", str(error).strip().splitlines()[0])[0] if str(error).strip() else type(error).__name__
+    )
+
+
+def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
+    """PEFT's configuration of either method. Options that were not given keep the configuration's own defaults."""
+    common: dict[str, Any] = {
+        "r": args.rank,
+        "lora_alpha": args.lora_alpha or args.rank,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
+        "rank_pattern": dict(args.rank_pattern),
+        "alpha_pattern": dict(args.alpha_pattern),
+        "init_lora_weights": "gaussian",
+        "target_modules": target_modules,
+    }
+    if args.method == "lora":
+        return LoraConfig(**common)
+    given = {name: getattr(args, name) for name in ("shortcut", "merge_method") if getattr(args, name) is not None}
+    if args.num_previous is not None:
+        given["num_previous"] = None if args.num_previous == "all" else args.num_previous
+    return ResLoraConfig(**common, **given)
+
+
+def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
+    """What does not fit this model."""
+    name, channels = args.pretrained_model_name_or_path, skeleton.unet.config.in_channels
+    if channels != skeleton.latent_channels:
+        yield (
+            f"{name}: the UNet takes {channels} channels and latents have {skeleton.latent_channels}; "
+            "wanted a text-to-image model"
+        )
+    if skeleton.prediction_type not in PREDICTION_TYPES:
+        yield f"{name} predicts {skeleton.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
+    if args.resolution % skeleton.vae_scale_factor or args.resolution < skeleton.grid:
+        yield (
+            f"--resolution: got {args.resolution}, wanted a multiple of {skeleton.vae_scale_factor} that is at least "
+            f"{skeleton.grid} for this model"
+        )
+    if args.tokenizer_max_length and args.tokenizer_max_length > skeleton.max_length:
+        yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {skeleton.max_length}"
+    try:
+        for component, (model, config) in skeleton.adapted(args).items():
+            yield from target_problems(model, component, config)
+    except ValueError as error:
+        yield from (line.strip(" -") for line in str(error).splitlines() if line.startswith("  -"))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """As PEFT matches the patterns of ranks and alphas."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    return next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.r)
+
+
+def target_problems(model: nn.Module, component: str, config: LoraConfig) -> Iterator[str]:
+    """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
+    layers = {name: module for name, module in model.named_modules() if name}
+    for target in sorted(config.target_modules):
+        if not any(check_target_module_exists(LoraConfig(target_modules=[target]), name) for name in layers):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name, m in layers.items() if isinstance(m, nn.Linear)})
+            yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
+    adapted = {name: module for name, module in layers.items() if check_target_module_exists(config, name)}
+    if odd := [f"{name} ({type(m).__name__})" for name, m in adapted.items() if not isinstance(m, nn.Linear)]:
+        yield f"target modules of the {component} that are no linear layers: {listing(odd)}"
+    narrow = []
+    for name, module in adapted.items():
+        rank = rank_of(config, name)
+        if isinstance(module, nn.Linear) and rank > min(module.weight.shape):
+            narrow.append(f"{name} {tuple(module.weight.shape)} of rank {rank}")
+    if narrow:
+        yield f"--rank is larger than layers of the {component}: {listing(narrow)}"
