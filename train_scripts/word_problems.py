@@ -85,9 +85,11 @@ PRETRAINING = [
 
 
 class Story(NamedTuple):
-    """A held-out story and the questions it can be asked: (question, formula, SVAMP's `Type`)."""
+    """A held-out story, a formula that must come out if it is to make sense, and the questions it can be asked:
+    (question, formula, SVAMP's `Type`)."""
 
     body: str
+    sense: Formula
     questions: list[tuple[str, Formula, str]]
 
 
@@ -95,6 +97,7 @@ SUM, DIFFERENCE, PRODUCT, QUOTIENT = "Addition", "Subtraction", "Multiplication"
 HELD_OUT = [
     Story(
         "A farmer keeps {a} hens and {b} ducks in {c} sheds.",
+        ("-", "b", "c"),
         [
             ("How many birds does the farmer keep in total?", ADD, SUM),
             ("By how much does the number of hens exceed the number of ducks?", SUBTRACT, DIFFERENCE),
@@ -103,6 +106,7 @@ HELD_OUT = [
     ),
     Story(
         "During the school trip {name} took {a} photos while {other} took {b} photos. They later printed {c} of them.",
+        ("-", ADD, "c"),
         [
             ("How many photos were taken altogether?", ADD, SUM),
             ("How many fewer photos did {other} take than {name}?", SUBTRACT, DIFFERENCE),
@@ -111,6 +115,7 @@ HELD_OUT = [
     ),
     Story(
         "A bus was carrying {a} passengers. At the next stop {b} passengers got off and {c} got on.",
+        SUBTRACT,
         [
             ("How many passengers are on the bus now?", ("+", SUBTRACT, "c"), SUM),
             ("How many passengers stayed seated at that stop?", SUBTRACT, DIFFERENCE),
@@ -119,14 +124,16 @@ HELD_OUT = [
     ),
     Story(
         "{name} ordered {c} pizzas, each cut into {a} slices, for {b} guests.",
+        ("-", "b", "c"),
         [
             ("How many slices were served?", ("*", "c", "a"), PRODUCT),
             ("How many more slices are on one pizza than there are pizzas?", ("-", "a", "c"), DIFFERENCE),
-            ("How many people ate if {name} ate as well and {c} guests brought nobody?", ("+", "b", "1"), SUM),
+            ("How many people ate, if {name} ate with the guests?", ("+", "b", "1"), SUM),
         ],
     ),
     Story(
         "The library lent {a} novels and {b} comics last week. This week it lent {c} novels.",
+        ("-", "a", "c"),
         [
             ("How many items were lent last week?", ADD, SUM),
             ("How many more novels were lent last week than this week?", ("-", "a", "c"), DIFFERENCE),
@@ -135,6 +142,7 @@ HELD_OUT = [
     ),
     Story(
         "A ticket costs {c} dollars. {name} paid for {b} tickets with {a} dollars saved from last summer.",
+        ("-", "a", "c"),
         [
             ("What was the price of the tickets altogether?", ("*", "c", "b"), PRODUCT),
             ("How many tickets could {name} afford with the savings?", ("/", "a", "c"), QUOTIENT),
@@ -143,6 +151,7 @@ HELD_OUT = [
     ),
     Story(
         "{name} planted {a} tulips and {b} roses, of which {c} roses withered.",
+        ("-", "b", "c"),
         [
             ("How many roses survived?", ("-", "b", "c"), DIFFERENCE),
             ("How many plants did {name} plant at first?", ADD, SUM),
@@ -151,6 +160,7 @@ HELD_OUT = [
     ),
     Story(
         "In a tournament {name} scored {a} points in {c} games, and {other} scored {b} points.",
+        ("-", "a", "c"),
         [
             ("How many points per game did {name} score on average?", ("/", "a", "c"), QUOTIENT),
             ("By how many points did {name} beat {other}?", SUBTRACT, DIFFERENCE),
@@ -188,12 +198,13 @@ def leaves(formula: Formula) -> set[str]:
     return {formula} if isinstance(formula, str) else leaves(formula[1]) | leaves(formula[2])
 
 
-def draw_numbers(formula: Formula, rng: random.Random) -> dict[str, int]:
-    """Numbers that make the formula a whole number, small and large ones about equally often; those the formula does
-    not need look like the others."""
+def draw_numbers(formula: Formula, rng: random.Random, sense: Formula = "a") -> dict[str, int]:
+    """Numbers that make both formulas whole numbers, small and large ones about equally often; those that are not
+    needed look like the others."""
     while True:
         numbers = {name: rng.randint(2, rng.choice((12, 60, 99))) for name in ("a", "b", "c")}
-        if value(formula, numbers) is not None and len(set(numbers.values())) == 3:
+        whole = value(formula, numbers) is not None and value(sense, numbers) is not None
+        if whole and len(set(numbers.values())) == 3:
             return numbers
 
 
@@ -230,7 +241,7 @@ def held_out_split(split: str, seed: int = 0) -> list[dict]:
         while len(problems) < count:
             story = rng.choice(HELD_OUT)
             question, formula, kind = rng.choice(story.questions)
-            numbers, chosen = draw_numbers(formula, rng), words(rng)
+            numbers, chosen = draw_numbers(formula, rng, story.sense), words(rng)
             body = story.body.format(**numbers, **chosen)
             question = question.format(**numbers, **chosen)
             if (key := f"{body} {question}") in seen:

@@ -52,8 +52,11 @@ def option_problems(options: ModelOptions, task_type: TaskType) -> list[str]:
         problems.append("--model_name_or_path: got nothing, wanted a folder or a hub name")
     if options.method not in ("lora", "reslora"):
         problems.append(f"--method: got {options.method!r}, wanted lora or reslora")
-    if options.dtype not in DTYPES:
-        problems.append(f"--dtype: got {options.dtype!r}, wanted {', '.join(DTYPES)}")
+    problems += [
+        f"--{name}: got {getattr(options, name)!r}, wanted {', '.join(DTYPES)}"
+        for name in ("dtype", "export_dtype")
+        if getattr(options, name) not in DTYPES
+    ]
     if options.method == "lora":
         given = [f"--{n}" for n in ("shortcut", "num_previous", "merge_method") if getattr(options, n) is not None]
         problems += [f"{flag}: does nothing with --method lora" for flag in given]
@@ -120,6 +123,18 @@ def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: 
         if narrow:
             problems.append(f"--rank: got {options.rank}, larger than {listing(narrow)}")
     return problems
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens the model has positions for, if it is bounded."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def length_problems(config: PreTrainedConfig, max_length: int | None) -> list[str]:
+    context = context_length(config)
+    if max_length is None or context is None or max_length <= context:
+        return []
+    return [f"--max_length: got {max_length}, wanted at most {context}, the model's context"]
 
 
 def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:

@@ -37,10 +37,12 @@ class ModelOptions:
     num_previous: str | None = option(None, "Earlier layers that a shortcut reaches back to, or all.")
     merge_method: str | None = option(None, "least_squares, paper_input, paper_weight or drop.")
     calibration_batches: int = option(16, "Training batches that a merge is fitted on.")
+    handover_at: float | None = option(None, "Fold input or middle into plain LoRA after this share of the steps.")
     rank: int = option(4, "Rank of the adapter.")
     lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")
     use_rslora: bool = option(False, "Scaling is lora_alpha / sqrt(rank).")
+    export_dtype: str = option("float16", "Precision of the exported LoRA: float32, bfloat16 or float16.")
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of adapted layers, or all-linear (default: PEFT's for the model, mostly q and v)."},
@@ -60,7 +62,7 @@ class LlmOptions(ModelOptions):
     validation_fraction: float = option(0.1, "Share of train that chooses the best step, if no split is for that.")
     max_train_examples: int | None = option(None, "Train on a random choice of so many rows.")
     max_eval_examples: int | None = option(None, "Validate and test on a random choice of so many rows.")
-    max_length: int = option(1024, "Most tokens of an example, or of a packed sequence.")
+    max_length: int | None = option(None, "Most tokens of an example or a packed sequence (default: 1024 or context).")
     drop_long: bool = option(False, "Train without the examples that are longer, instead of stopping.")
     packing: bool = option(False, "Several examples in one sequence, none of which sees another.")
     max_new_tokens: int = option(256, "Most tokens of a generated answer.")

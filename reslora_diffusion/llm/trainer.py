@@ -1,0 +1,148 @@
+"""A Trainer that judges what would be exported.
+
+At every evaluation the shortcuts are merged (`calibrate`, `merged_forward`), so the loss, the answers and the choice of
+the best step are those of the plain LoRA that will be written, not of a model that nobody can load.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from reslora_diffusion import ResLoraConfig, Shortcut, calibrate, get_controller, handover, merged_forward
+
+from .generation import Generations, Question, evaluate
+
+Batch = dict[str, Tensor]
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch, loss included if it has labels."""
+    device = next(model.parameters()).device
+    return model(**{name: value.to(device) for name, value in batch.items()})
+
+
+def shortcut_of(model: nn.Module) -> str | None:
+    """The shortcut the adapter computes with now; None for plain LoRA."""
+    return str(get_controller(model).config.shortcut) if is_reslora(model) else None
+
+
+def is_reslora(model: nn.Module) -> bool:
+    return isinstance(model.peft_config["default"], ResLoraConfig)
+
+
+@contextmanager
+def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+    """Inside, the model computes as the LoRA that would be exported now; `batches` are what merging is fitted on."""
+    if is_reslora(model):
+        calibrate(model, batches, run_model)
+    with merged_forward(model) if is_reslora(model) else nullcontext():
+        yield
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Questions to be answered by generation, and how."""
+
+    questions: Sequence[Question]
+    read: Callable[[str], str | None]
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    batch_size: int
+    num_beams: int = 1
+
+    def ask(self, model: nn.Module, accelerator: Accelerator) -> Generations:
+        """Every process asks its part of the questions; all get all answers.
+
+        All processes ask equally many, some of them again: with sharded weights nobody may stop before the others.
+        """
+        count = len(self.questions)
+        padded = [*self.questions, *[self.questions[-1]] * (-count % accelerator.num_processes)]
+        with accelerator.split_between_processes(padded) as questions:
+            found = evaluate(
+                model,
+                self.tokenizer,
+                questions,
+                self.read,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                num_beams=self.num_beams,
+            )
+        return Generations(*(gather_object(part)[:count] for part in (found.responses, found.answers, found.wanted)))
+
+
+class ExportedTrainer(Trainer):
+    """`transformers.Trainer`, evaluating what would be exported, with exact match of generated answers if asked.
+
+    Args:
+        calibration: batches that merging is fitted on.
+        quiz: validation questions; their share of right answers joins the metrics as `exact_match`.
+    """
+
+    def __init__(self, *args: Any, calibration: Sequence[Batch], quiz: Quiz | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calibration, self.quiz = calibration, quiz
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        model = self.accelerator.unwrap_model(self.model)
+        with as_exported(model, self.calibration):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.quiz is not None:
+                answered = self.quiz.ask(model, self.accelerator)
+                output.metrics[f"{metric_key_prefix}_exact_match"] = answered.exact_match
+        return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_shortcut(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        restore_shortcut(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+class Handover(TrainerCallback):
+    """Folds the shortcut into plain LoRA after a share of the steps, so that the rest trains what is exported."""
+
+    def __init__(self, share: float, calibration: Sequence[Batch]) -> None:
+        self.share, self.calibration = share, calibration
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step == round(self.share * state.max_steps):
+            model = getattr(model, "module", model)
+            calibrate(model, self.calibration, run_model)
+            handover(model)
+
+
+def restore_shortcut(model: nn.Module, checkpoint: str) -> None:
+    """Compute as the checkpoint did: one from after a handover is plain LoRA, one from before has its shortcut."""
+    stored = Path(checkpoint, "adapter_config.json")
+    if is_reslora(model) and stored.is_file():
+        controller = get_controller(model)
+        controller.config.shortcut = Shortcut(json.loads(stored.read_text())["shortcut"])
+        controller.link()
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def calibration_batches(
+    examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], batch_size: int, count: int, seed: int
+) -> list[Batch]:
+    """The same random batches of training examples at every evaluation."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][:count]
+    return [collate([examples[i] for i in part]) for part in chosen]
+
+
+def batches_of(examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], batch_size: int) -> list[Batch]:
+    return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]

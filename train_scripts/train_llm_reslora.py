@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""Fine-tune a causal language model with LoRA or ResLoRA, judge it by the answers it generates, export a plain LoRA.
+
+    accelerate launch train_scripts/train_llm_reslora.py --config train_scripts/configs/gsm8k_llama2_7b.yaml
+
+    # Your own data: one JSON object per line, {"prompt": ..., "response": ...} or {"messages": [...]}
+    accelerate launch train_scripts/train_llm_reslora.py --model_name_or_path Qwen/Qwen3-0.6B --dtype bfloat16 \\
+        --dataset_name my_data.jsonl --shortcut block --rank 8 --packing true --output_dir my-lora
+
+    # The embedded model, on two CPU cores, in two minutes:
+    python train_scripts/train_llm_reslora.py --model_name_or_path assets/tiny-llm --task svamp \\
+        --dataset_name assets/tiny-llm/word_problems --learning_rate 3e-3 --max_new_tokens 40 --output_dir tiny-lora
+
+What comes out, in --output_dir:
+
+    adapter_config.json, adapter_model.safetensors   a plain LoRA for PEFT and vLLM, which need nothing of ours
+    export_report.json                               what was proved about it
+    results.json                                     exact match on the test rows: base, as trained, as exported
+    predictions.jsonl                                every test answer of the exported LoRA
+    history.json, run.json                           losses and evaluations; command, options, versions
+    checkpoint-N/                                    PEFT's folder with the shortcut, and the Trainer's state
+
+Every evaluation is of the merged LoRA; the best step is chosen on validation rows; test rows are used once, at the end.
+`--resume_from_checkpoint latest` continues. All options of `transformers.TrainingArguments` apply (`--help`).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import TaskType
+from transformers import set_seed
+
+from reslora_diffusion import calibrate, explain, merge_report
+from reslora_diffusion.export import export_peft
+from reslora_diffusion.llm import data as llm_data
+from reslora_diffusion.llm import models
+from reslora_diffusion.llm.checks import checkpoint_of, training_problems
+from reslora_diffusion.llm.encoding import Collator, pack
+from reslora_diffusion.llm.options import LlmOptions, parse
+from reslora_diffusion.llm.problems import EXIT_CODE, BadInput, refuse
+from reslora_diffusion.llm.results import history, plain_factors, record, trained_parameters, write_json
+from reslora_diffusion.llm.trainer import (
+    ExportedTrainer,
+    Handover,
+    Quiz,
+    as_exported,
+    batches_of,
+    calibration_batches,
+    is_reslora,
+    run_model,
+    shortcut_of,
+)
+
+TASK = TaskType.CAUSAL_LM
+DEFAULTS = {
+    "output_dir": "reslora-llm",
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.06,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "logging_steps": 10,
+    "remove_unused_columns": False,
+    "report_to": ["none"],
+    "seed": 0,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, judge, export, and return the output folder.
+
+    Raises:
+        BadInput: every problem with the options, the data or the model.
+    """
+    options, training = parse(LlmOptions, argv, DEFAULTS)
+    refuse(
+        models.option_problems(options, TASK) + llm_data.option_problems(options) + training_problems(training, options)
+    )
+    config = models.load_config(options, TASK)
+    refuse(models.target_problems(config, options, TASK) + models.length_problems(config, options.max_length))
+    tokenizer = models.load_tokenizer(options)
+    options.max_length = options.max_length or min(1024, models.context_length(config) or 1024)
+    data = llm_data.prepare(options, tokenizer, training.seed)
+    checkpoint = checkpoint_of(training, options)
+
+    set_seed(training.seed)
+    model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
+    collate = Collator(tokenizer.pad_token_id)
+    calibration = calibration_batches(
+        data.train, collate, training.per_device_train_batch_size, options.calibration_batches, training.seed
+    )
+    quiz = None
+    if data.read is not None:
+        quiz = Quiz(
+            data.validation_questions,
+            data.read,
+            tokenizer,
+            options.max_new_tokens,
+            training.per_device_eval_batch_size,
+            options.num_beams,
+        )
+        training.metric_for_best_model = training.metric_for_best_model or "exact_match"
+    trainer = ExportedTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=pack(data.train, options.max_length) if options.packing else data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+        calibration=calibration,
+        quiz=quiz,
+    )
+    output, main_process = Path(training.output_dir), trainer.is_world_process_zero()
+    facts = {
+        "trained_parameters": trained_parameters(model),
+        "examples": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)},
+        "chains": explain(model).to_dict() if is_reslora(model) else None,
+        "notes": data.notes,
+    }
+    if main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "run.json", record(options, training, **facts))
+        print("\n".join([str(explain(model))] if is_reslora(model) else [], *data.notes))
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    results = judge(trainer, options, data, quiz)
+    if main_process:
+        report = export_peft(
+            output,
+            plain_factors(model),
+            base_model=options.model_name_or_path,
+            task_type=TASK.value,
+            dtype=models.DTYPES[options.export_dtype],
+            facts={"method": options.method, "shortcut": results["shortcut"]},
+            model=model,
+        )
+        write_json(output / "results.json", results)
+        write_json(output / "history.json", history(trainer))
+        print(report)
+        print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
+        if options.save_merged_model:
+            model.merge_and_unload().save_pretrained(output / "merged")
+            tokenizer.save_pretrained(output / "merged")
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data, quiz: Quiz | None) -> dict[str, Any]:
+    """What merging cost on validation rows, and exact match on test rows; leaves the adapter calibrated."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    results: dict[str, Any] = {"best_step": trainer.state.best_global_step, "best_metric": trainer.state.best_metric}
+    results["method"], results["shortcut"] = options.method, shortcut_of(model)
+    if is_reslora(model):
+        calibrate(model, trainer.calibration, run_model)
+        held_out = batches_of(data.validation, trainer.data_collator, trainer.args.per_device_eval_batch_size)
+        merging = merge_report(model, held_out, run_model, lambda model, batch: run_model(model, batch).loss.item())
+        results["merging"] = merging.to_dict()
+        trainer.accelerator.print(merging)
+    results["test"] = {}
+    if quiz is None or not data.test_questions:
+        return results
+    test = replace(quiz, questions=data.test_questions, read=data.test_read)
+    with model.disable_adapter():
+        answered = {"base": test.ask(model, trainer.accelerator)} if options.eval_base else {}
+    if is_reslora(model):
+        answered["as trained"] = test.ask(model, trainer.accelerator)
+    with as_exported(model, trainer.calibration):
+        answered["as exported"] = test.ask(model, trainer.accelerator)
+    if trainer.is_world_process_zero():
+        answered["as exported"].write(Path(trainer.args.output_dir, "predictions.jsonl"))
+    results["test"] = {name: str(found) for name, found in answered.items()}
+    results["exact_match"] = {name: found.exact_match for name, found in answered.items()}
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
