@@ -1,14 +1,16 @@
 """The comparison app: base, LoRA and ResLoRA side by side, on one pipeline and the same noise.
 
-python -m app                      # the embedded pipeline, with the demo's results when they are there
+reslora-compare                    # the embedded pipeline, with the demo's results when they are there
 
 request.py     what is asked: prompts x seeds in rows, adapters x strengths in columns; checked before anything runs
 adapters.py    LoRA files on one pipeline, switched by name and read back
 compare.py     compare(request) -> an iterator of pictures
-measures.py    figures about those pictures, each with n and an interval
+measures.py    figures about those pictures, each with n and an interval; learned.py: with a CLIP and a DINO
 votes.py       blind pairs, and the statistics of votes
-runs.py        what training runs left behind: adapters, losses, samples
+runs.py        what training runs left behind: adapters, losses, samples; charts.py: their curves
 training.py    the training script in a process of its own
 output.py      sheet, ZIP, report
+views.py       HTML from plain values; run_views.py: that of runs
+sessions.py    what is remembered of each visitor; studio.py: what all of them share
 page.py        the only floor that knows gradio: build_demo(), one file for each tab in tabs/
 """

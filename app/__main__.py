@@ -1,73 +1,121 @@
 """Open the comparison in a browser.
 
-    python -m app                                       # the embedded pipeline and what `make demo` trained
-    python -m app --base path/to/pipeline --runs runs   # a pipeline of your own, and the runs to choose adapters from
-    python -m app --server_name 0.0.0.0 --auth me:secret
+    reslora-compare                                     # the embedded pipeline and what `make demo` trained
+    reslora-compare --base path/to/pipeline --runs runs # a pipeline of your own, and the runs to choose adapters from
+    reslora-compare --server_name 0.0.0.0 --auth me:secret
 
-It listens on this machine alone unless told otherwise, and fetches nothing.
+It listens on this machine alone unless told otherwise, and fetches nothing. `python -m app` is the same.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = Path("assets") / "sticker-sd"
+SUBJECTS = Path("assets") / "subjects"
+PROMPT = "a sticker of sks animal on a blue background"
+ALONE = ("127.0.0.1", "localhost", "::1")
+
+
+def beside(relative: Path) -> Path:
+    """Something of the source: from the folder the command is given in, or from where this package lies."""
+    return next((root / relative for root in (Path.cwd(), ROOT) if (root / relative).exists()), ROOT / relative)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="reslora-compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", type=Path, default=ROOT / "assets" / "sticker-sd", help="folder of a pipeline")
-    parser.add_argument("--runs", type=Path, nargs="*", default=[Path("demo"), Path("runs")],
-                        help="folders of training runs: the only ones that are read")  # fmt: skip
-    parser.add_argument(
-        "--prompt", default="a sticker of sks animal on a blue background", help="of the first pictures"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--server_name", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--server_port", type=int, default=7860)
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these before anything is shown")
-    parser.add_argument(
-        "--share", action="store_true", help="publish through Gradio's relay; anybody with the link may look"
-    )
-    parser.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
+    add = parser.add_argument
+    add("--base", default=beside(EMBEDDED), help="folder of a pipeline, or its hub name if it is in the local cache")
+    add("--runs", type=Path, nargs="+", help="folders of training runs, the only ones read (default: demo and runs)")
+    add("--train_dir", type=Path, default=Path("runs", "from-page"), help="for runs started from the page")
+    add("--prompt", default=PROMPT, help="of the first pictures")
+    add("--device", default="cpu")
+    add("--server_name", default="127.0.0.1", help="address to listen on")
+    add("--server_port", type=int, help="(default: the first that is free from 7860 on)")
+    add("--auth", metavar="USER:PASSWORD", help="ask for these before anything is shown")
+    add("--share", action="store_true", help="publish through Gradio's relay; anybody with the link may look and train")
+    add("--inbrowser", action="store_true", help="open the page in a browser")
     args = parser.parse_args(argv)
-    problems = []
-    if not (args.base / "model_index.json").is_file():
-        problems.append(f"--base {args.base} holds no pipeline (no model_index.json)")
+    problems = base_problems(Path(args.base))
+    problems += [f"--runs {folder} is no folder" for folder in args.runs or () if not folder.is_dir()]
     if args.auth is not None and not all(args.auth.partition(":")):
         problems.append("--auth is a user and a password with a colon between them")
-    if not 0 <= args.server_port < 65536:
-        problems.append(f"--server_port lies between 0 and 65535; got {args.server_port}")
+    if args.server_port is not None and not 0 < args.server_port < 65536:
+        problems.append(f"--server_port lies between 1 and 65535; got {args.server_port}")
     if problems:
         parser.error("; ".join(problems))
     return args
+
+
+def base_problems(base: Path) -> list[str]:
+    """What can be said of a base before it is loaded; a hub name has to wait for that."""
+    if (base / "model_index.json").is_file():
+        return []
+    if not base.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
+        return []
+    return [f"--base {base} holds no pipeline (no model_index.json)"]
+
+
+def warnings(args: argparse.Namespace) -> list[str]:
+    """What somebody should know before others can look."""
+    found = []
+    if args.share:
+        found.append("--share: everything here passes through a relay, to anybody who has the link.")
+    if args.auth is None and (args.share or args.server_name not in ALONE):
+        found.append(
+            "Others can reach this page, paint and train on this machine, and no password is asked for; "
+            "--auth USER:PASSWORD asks."
+        )
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     # Read by gradio and the hub when they are imported, hence before the imports below.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError:
+        sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
     from .serve import launch, open_studio
 
-    if args.share:
-        print("--share: everything here passes through a relay, to anybody who has the link.", file=sys.stderr)
-    if args.auth is None and (args.share or args.server_name not in ("127.0.0.1", "localhost")):
-        print("Others can reach this page, and no password is asked for; --auth USER:PASSWORD asks.", file=sys.stderr)
-    runs = tuple(folder.resolve() for folder in args.runs if folder.is_dir())
+    for warning in warnings(args):
+        print(warning, file=sys.stderr)
+    base = Path(args.base).resolve() if Path(args.base).exists() else args.base
+    runs = tuple(folder.resolve() for folder in args.runs or (Path("demo"), Path("runs")))
     with tempfile.TemporaryDirectory(prefix="reslora-compare-") as folder:
-        studio = open_studio(args.base, runs, Path(folder).resolve(), args.prompt, args.device)
-        launch(
-            studio,
-            server_name=args.server_name,
-            server_port=args.server_port,
-            auth=tuple(args.auth.split(":", 1)) if args.auth else None,
-            share=args.share,
-            inbrowser=args.inbrowser,
-        )
+        print(f"Loading {base} ...", flush=True)
+        try:
+            studio = open_studio(
+                base,
+                runs,
+                Path(folder).resolve(),
+                args.prompt,
+                train_dir=args.train_dir.resolve(),
+                subjects_dir=beside(SUBJECTS),
+                device=args.device,
+            )
+        except OSError as problem:
+            sys.exit(f"--base {base} cannot be loaded: {str(problem).splitlines()[0]}")
+        try:
+            launch(
+                studio,
+                server_name=args.server_name,
+                server_port=args.server_port,
+                auth=tuple(args.auth.split(":", 1)) if args.auth else None,
+                share=args.share,
+                inbrowser=args.inbrowser,
+            )
+        except OSError as problem:
+            sys.exit(str(problem).splitlines()[0])
+        finally:
+            studio.trainer.close()
 
 
 if __name__ == "__main__":

@@ -7,45 +7,37 @@ is an error, not a picture. Likewise for loading: what the layers hold is compar
 Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first.
 """
 
-import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from reslora_diffusion.core.functional import LoraFactors
 from torch import nn
 
+from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export.base import base_problems
-from reslora_diffusion.export.factors import delta_norm, rank_of, relative_error
-from reslora_diffusion.export.geometry import Family, family_of
+from reslora_diffusion.export.factors import relative_error
+from reslora_diffusion.export.geometry import Family
+from reslora_diffusion.export.inspection import Inspection, inspect_lora
 from reslora_diffusion.export.keys import flat_path
-from reslora_diffusion.export.reader import LoraFile, locate, read_lora
+from reslora_diffusion.export.reader import LoraFile, read_lora
 
-from .request import Adapter, Column, joined, shortened
+from .request import Adapter, Column, Limits, joined, shortened
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MAX_LOADED = 16  # adapters kept in memory; beyond it the one unused for longest goes
 MAX_BYTES = 2 * 2**30
+MAX_LABEL = Limits().label_characters
 STRENGTH_TOLERANCE = 1e-6
 LOADING_TOLERANCE = 2e-2  # of a module's difference: room for a pipeline in bfloat16, none for a module left out
 
 
 @dataclass(frozen=True)
 class FileCard:
-    """What a LoRA file says about itself, and whether it fits the loaded base."""
+    """What `reslora inspect` knows of a file, and what keeps it from the loaded base."""
 
     adapter: Adapter
-    size_bytes: int
-    dialect: str
-    family: str
-    modules: dict[str, int]
-    ranks: dict[int, int]
-    alphas: list[float]
-    dtypes: list[str]
-    largest: list[tuple[str, float]]
-    metadata: dict[str, str]
+    inspection: Inspection
     mismatches: list[str]
 
     @property
@@ -69,10 +61,13 @@ class AdapterShelf:
         Raises:
             ValueError: it is no LoRA file, with everything that is wrong with it.
         """
-        path = locate(path)
+        if not path.is_file():
+            raise ValueError(f"{path.name} is no file")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{path.name} has {size / 2**30:.1f} GiB; LoRA files of at most 2 GiB are read")
-        return make_card(read_lora(path), Adapter(label or default_label(path), str(path), sha256(path)), self.models)
+        inspection = inspect_lora(path)
+        adapter = Adapter((label or default_label(path))[-MAX_LABEL:], str(path), inspection.sha256[0])
+        return FileCard(adapter, inspection, mismatches(inspection, read_lora(path), self.models))
 
     def load(self, adapter: Adapter) -> str:
         """Bring a file into the pipeline unless it is there; returns its name."""
@@ -158,32 +153,14 @@ class AdapterShelf:
         return {name: max(values) for name, values in strengths.items()}
 
 
-def make_card(lora: LoraFile, adapter: Adapter, models: dict[str, nn.Module]) -> FileCard:
-    modules = {(c, p): f for c, paths in lora.components.items() for p, f in paths.items()}
-    family = family_of(lora.components)
-    norms = sorted(((f"{c}.{p}", delta_norm(f)) for (c, p), f in modules.items()), key=lambda row: -row[1])
-    mismatches = base_problems(lora.components, models)
+def mismatches(inspection: Inspection, lora: LoraFile, models: dict[str, nn.Module]) -> list[str]:
+    """What keeps a file from working on these models; first of all, which family it is for."""
+    found = base_problems(lora.components, models)
     if foreign := lora.components.keys() - models.keys():
-        mismatches.append(f"the base has no {', '.join(sorted(foreign))}")
-    if not all(f.lora_A.isfinite().all() and f.lora_B.isfinite().all() for f in modules.values()):
-        mismatches.append("it holds numbers that are not finite")
-    elif not norms[0][1]:
-        mismatches.append("it changes nothing: every difference in it is zero")
-    if mismatches and family not in (Family.CUSTOM, Family.OTHER):
-        mismatches.insert(0, f"this file is for {family}")
-    return FileCard(
-        adapter=adapter,
-        size_bytes=lora.path.stat().st_size,
-        dialect=str(lora.dialect),
-        family=str(family),
-        modules={component: len(paths) for component, paths in lora.components.items()},
-        ranks=dict(sorted(Counter(rank_of(f) for f in modules.values()).items())),
-        alphas=sorted({round(f.scaling * rank_of(f), 6) for f in modules.values()}),
-        dtypes=sorted(lora.dtypes),
-        largest=norms[:5],
-        metadata={key: shortened(value, 200) for key, value in sorted(lora.metadata.items())},
-        mismatches=mismatches,
-    )
+        found.append(f"the base has no {', '.join(sorted(foreign))}")
+    if found and inspection.family not in (Family.CUSTOM, Family.OTHER):
+        found.insert(0, f"this file is for {inspection.family}")
+    return found + inspection.problems
 
 
 def default_label(path: Path) -> str:
@@ -195,8 +172,3 @@ def default_label(path: Path) -> str:
 def adapter_name(adapter: Adapter) -> str:
     """Goes by content: two files never share it, whatever they are called, and one file is never loaded twice."""
     return f"lora_{adapter.sha256[:16]}"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

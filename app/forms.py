@@ -1,9 +1,10 @@
-"""What people type, read into a `CompareRequest`; and back, so that a settings file fills the page."""
+"""What people type, read into requests; and back, so that a settings file fills the page."""
 
 import re
 from collections.abc import Mapping
 
 from .request import Adapter, CompareRequest, Limits, Scheduler, checked, joined, shortened
+from .training import Method, TrainRequest
 
 SWEEP = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5"
 MAX_SEEDS = 10_000  # a range is not spelled out beyond what any limit would allow
@@ -106,4 +107,42 @@ def fields_of(request: CompareRequest) -> tuple:
         request.num_inference_steps,
         request.guidance_scale,
         str(request.scheduler),
+    )
+
+
+def read_train_request(
+    prompt: str,
+    method: str,
+    steps: float | None,
+    samples_of: str,
+    rank: float,
+    learning_rate: float | None,
+    batch_size: float,
+    train_text_encoder: bool,
+    class_prompt: str,
+    class_images: float,
+    seed: float | None,
+    name: str,
+) -> TrainRequest:
+    """The train tab's fields, in their order; what they hold is checked when the training is started.
+
+    Raises:
+        ValueError: a number was left empty.
+    """
+    numbers = {"the number of steps": steps, "the learning rate": learning_rate, "the seed": seed}
+    if empty := [label for label, value in numbers.items() if value is None]:
+        raise ValueError(joined("Nothing was started", [f"{label} is empty" for label in empty]))
+    return TrainRequest(
+        instance_prompt=prompt.strip(),
+        method=Method(method),
+        max_train_steps=int(steps),
+        rank=int(rank),
+        learning_rate=float(learning_rate),
+        train_batch_size=int(batch_size),
+        train_text_encoder=train_text_encoder,
+        validation_prompt=tuple(line.strip() for line in samples_of.splitlines() if line.strip()),
+        class_prompt=class_prompt.strip(),
+        num_class_images=int(class_images),
+        seed=int(seed),
+        name=name.strip(),
     )

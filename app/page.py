@@ -7,6 +7,8 @@ from .studio import Studio
 from .tabs.compare import compare_tab
 from .tabs.files import files_tab
 from .tabs.measures import measures_tab
+from .tabs.race import race_tab
+from .tabs.train import train_tab
 from .tabs.vote import vote_tab
 
 IDLE_FILES_SECONDS = 24 * 3600
@@ -19,16 +21,20 @@ def build_demo(studio: Studio) -> gr.Blocks:
         fill_width=True,
         delete_cache=(IDLE_FILES_SECONDS, IDLE_FILES_SECONDS),
     ) as demo:
-        gr.HTML(views.header(studio.base_name))
+        gr.HTML(views.header(studio.base_name), padding=False)
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
-                compare_tab(studio, demo)
+                adapters = compare_tab(studio, demo)
+            with gr.Tab("Race", id="race") as tab:
+                race_tab(studio, tab)
             with gr.Tab("Blind vote", id="vote") as tab:
                 vote_tab(studio, tab)
             with gr.Tab("Measures", id="measures"):
                 measures_tab(studio)
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
+            with gr.Tab("Train", id="train"):
+                train_tab(studio, demo, adapters)
 
         def leave(request: gr.Request) -> None:
             studio.sessions.close(request.session_hash)

@@ -9,6 +9,7 @@ at once, as one ValueError, before a picture is painted.
 """
 
 import itertools
+import json
 import math
 import string
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 
 FORMAT_VERSION = 1
 ADAPTER_NAMES = {"label", "file", "sha256"}
+MAX_SETTINGS_BYTES = 2**20
 
 
 class Scheduler(StrEnum):
@@ -254,6 +256,27 @@ def settings_problems(data: object) -> list[str]:
         f"{name} is not {words}" for name, (fits, words) in wanted.items() if name in data and not fits(data[name])
     ]
     return found
+
+
+def read_settings(path: Path) -> object:
+    """What a file of settings holds; whether that is a request is for `from_dict` to say.
+
+    Raises:
+        ValueError: it is no JSON, or cannot be a settings file.
+    """
+    if path.stat().st_size > MAX_SETTINGS_BYTES:
+        raise ValueError(f"This is not a settings file: it has more than {MAX_SETTINGS_BYTES >> 20} MiB")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError("This is not a settings file: it is no JSON") from None
+
+
+def digests_in(data: object) -> set[str]:
+    """sha256 of the adapters that settings name, as far as they are sound."""
+    adapters = data.get("adapters") if isinstance(data, dict) else None
+    rows = [row for row in adapters if isinstance(row, dict)] if isinstance(adapters, list) else []
+    return {row["sha256"] for row in rows if isinstance(row.get("sha256"), str)}
 
 
 def shortened(text: str, length: int = 60) -> str:

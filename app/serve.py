@@ -6,23 +6,68 @@ import gradio as gr
 
 from .compare import Comparer, load_pipeline
 from .page import build_demo
+from .pictures import pictures_in
+from .runs import find_runs, read_object
 from .sessions import Sessions
-from .studio import Studio, adapters_in
+from .studio import Studio, first_adapters
 from .style import CSS, HEAD, THEME
+from .training import Trainer
 
 MAX_UPLOAD = "2gb"
 QUEUE_SIZE = 32
 
 
 def open_studio(
-    base: Path, runs: tuple[Path, ...], folder: Path, prompt: str, device: str = "cpu", first_steps: int = 25
+    base: str | Path,
+    runs: tuple[Path, ...],
+    folder: Path,
+    prompt: str,
+    *,
+    train_dir: Path,
+    subjects_dir: Path | None = None,
+    device: str = "cpu",
+    first_steps: int = 25,
 ) -> Studio:
-    """Load the pipeline, find the adapters of the runs, and paint what visitors see first. `folder` is for pictures."""
-    comparer = Comparer(load_pipeline(base, device))
+    """Load the pipeline, find the adapters of the runs, and paint what visitors see first.
+
+    Args:
+        base: folder of a pipeline, or its hub name where it is in the local cache.
+        folder: for the visitors' pictures.
+        train_dir: for trainings started from the page; outside of `folder`, of which files are served.
+        subjects_dir: folders of pictures to train and to measure on, one for each subject.
+    """
+    pipe = load_pipeline(base, device)
+    comparer = Comparer(pipe)
     comparer.warm_up()
-    studio = Studio(comparer, Sessions(folder, adapters_in(runs, comparer.shelf)), base.name, runs)
+    if not any(train_dir.is_relative_to(root) for root in runs):
+        runs = (*runs, train_dir)
+    subjects = subjects_in(subjects_dir) if subjects_dir else {}
+    studio = Studio(
+        comparer,
+        Sessions(folder, first_adapters(runs, comparer.shelf)),
+        Trainer(train_dir, str(base), pipe.unet.config.sample_size * pipe.vae_scale_factor),
+        Path(base).name,
+        runs,
+        subjects,
+        first_subject(runs, subjects),
+    )
     studio.paint_first(prompt, first_steps)
     return studio
+
+
+def subjects_in(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and pictures_in(path)) if folder.is_dir() else []
+    return {path.name.replace("_", " "): path for path in found}
+
+
+def first_subject(runs: tuple[Path, ...], subjects: dict[str, Path]) -> str | None:
+    """The subject that the first run was taught, as far as it came with the pipeline; otherwise the first there is."""
+    for folder in find_runs(runs).values():
+        options = read_object(folder / "run.json").get("options")
+        taught = options.get("instance_data_dir") if isinstance(options, dict) else None
+        if taught is not None:
+            return next((name for name, path in subjects.items() if path == Path(str(taught)).resolve()), None)
+    return next(iter(subjects), None)
 
 
 def launch(studio: Studio, **options) -> gr.Blocks:

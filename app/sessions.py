@@ -16,9 +16,12 @@ from PIL import Image
 from .compare import Cell
 from .output import png
 from .request import Adapter, CompareRequest
+from .runs import Run
 from .votes import Ballot
 
 MAX_SESSIONS = 64
+MAX_THUMBNAILS = 600  # files kept of samples of runs
+THUMBNAIL_SIDE = 384
 
 
 @dataclass
@@ -30,6 +33,9 @@ class Session:
     ballot: Ballot | None = None
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
+    race: list[Run] = field(default_factory=list)
+    thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
+    training_seen: tuple | None = None  # what the page last showed of a training
 
     def begin(self, request: CompareRequest) -> threading.Event:
         """Start a comparison: forget the last one's pictures, and stop it if it still runs."""
@@ -40,7 +46,7 @@ class Session:
 
     def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
         self.request, self.cells, self.addresses = request, [], {}
-        for file in self.folder.glob("*.png"):
+        for file in self.folder.glob("pictures/*.png"):
             file.unlink()
         for cell in cells:
             self.add(cell)
@@ -49,11 +55,28 @@ class Session:
         self.cells.append(cell)
         self.addresses[id(cell)] = self.address(cell.image)
 
-    def address(self, image: Image.Image) -> str:
+    def address(self, image: Image.Image, folder: str = "pictures") -> str:
         """A new file of the picture, under a name that says nothing."""
-        path = self.folder / f"{secrets.token_hex(12)}.png"
+        path = self.folder / folder / f"{secrets.token_hex(12)}.png"
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(png(image))
         return f"/gradio_api/file={path}"
+
+    def thumbnail(self, path: Path) -> str | None:
+        """A small copy of a picture of a run; None while it cannot be read, such as half-way through its writing."""
+        try:
+            key = (path, path.stat().st_mtime_ns)
+            if key not in self.thumbnails:
+                with Image.open(path) as image:
+                    small = image.convert("RGB")
+                small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                if len(self.thumbnails) >= MAX_THUMBNAILS:
+                    oldest = self.thumbnails.pop(next(iter(self.thumbnails)))
+                    Path(oldest.partition("=")[2]).unlink(missing_ok=True)
+                self.thumbnails[key] = self.address(small, "samples")
+        except (OSError, Image.DecompressionBombError):
+            return None
+        return self.thumbnails[key]
 
     def add_adapter(self, adapter: Adapter) -> Adapter:
         """Take a file in; one whose label is taken by another file gets a number."""

@@ -1,25 +1,34 @@
-"""Everything the tabs share: the pipeline, the visitors, the folders that may be read."""
+"""Everything the tabs share: the pipeline, the visitors, the trainer, the folders that may be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+
+from reslora_diffusion.export.inspection import sha256
 
 from .adapters import AdapterShelf
 from .compare import Cell, Comparer
 from .request import Adapter, CompareRequest
+from .runs import find_adapters, find_runs, is_checkpoint, siblings
 from .sessions import Sessions
+from .training import Trainer
 
 HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that paint, in one queue for all visitors
 LIGHT = {"concurrency_limit": 16, "show_progress": "hidden"}
 PRIVATE = {"api_visibility": "private"}
 FIRST_SEEDS = (0, 1)
+FIRST_ADAPTERS = 8  # of runs, offered without being asked for
 
 
 @dataclass
 class Studio:
     comparer: Comparer
     sessions: Sessions
+    trainer: Trainer
     base_name: str
     runs: tuple[Path, ...] = ()
+    subjects: dict[str, Path] = field(default_factory=dict)  # folders of pictures that come with the pipeline
+    first_subject: str | None = None  # the one that the first adapters were taught
     first_request: CompareRequest | None = None
     first_cells: tuple[Cell, ...] = ()
 
@@ -32,14 +41,34 @@ class Studio:
         )
         self.first_cells = tuple(self.comparer.compare(self.first_request))
 
+    def run_folders(self) -> dict[str, Path]:
+        return find_runs(self.runs)
 
-def adapters_in(folders: tuple[Path, ...], shelf: AdapterShelf) -> list[Adapter]:
-    """LoRA files of training runs that fit the loaded base, in the order of their paths."""
-    files = sorted(file for folder in folders for file in folder.rglob("pytorch_lora_weights.safetensors"))
-    found = []
-    for file in files:
+    def first_race(self) -> list[str]:
+        return siblings(self.run_folders())
+
+    def adapter_files(self) -> dict[str, Path]:
+        return find_adapters(self.runs)
+
+    def adapters_by_content(self, digests: set[str]) -> list[Adapter]:
+        """Adapters of runs whose sha256 is asked for."""
+        found = {digest_of(path, path.stat().st_mtime_ns): (name, path) for name, path in self.adapter_files().items()}
+        return [Adapter(found[d][0], str(found[d][1]), d) for d in digests & found.keys()]
+
+
+@lru_cache(maxsize=4096)
+def digest_of(path: Path, written: int) -> str:
+    return sha256(path)
+
+
+def first_adapters(folders: tuple[Path, ...], shelf: AdapterShelf) -> list[Adapter]:
+    """Adapters of whole runs that fit the loaded base, in the order of the folders."""
+    found: list[Adapter] = []
+    for label, file in find_adapters(folders).items():
+        if is_checkpoint(file) or len(found) == FIRST_ADAPTERS:
+            break
         try:
-            card = shelf.card(file)
+            card = shelf.card(file, label)
         except ValueError as problem:
             print(f"left out: {problem}")
             continue

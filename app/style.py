@@ -34,38 +34,55 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
-.gradio-container .main { padding-inline: clamp(8px, 2.5vw, 32px) !important; }
-.masthead h1 { font-size: 1.6rem; font-weight: 700; margin: .25rem 0; }
-.masthead p { margin: 0; max-width: 60rem; color: var(--body-text-color-subdued); }
-.masthead .base { font-size: .9rem; margin-top: .25rem; overflow-wrap: anywhere; }
+.gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container .main { padding-inline: clamp(10px, 2.5vw, 32px) !important; width: 100%; }
+.gradio-container { --faint: color-mix(in srgb, var(--body-text-color) 5%, transparent);
+  --card: var(--block-background-fill); --line: var(--border-color-primary); }
+.masthead { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; justify-content: space-between;
+  padding: 6px 2px 2px; }
+.masthead h1 { font-size: 1.55rem; font-weight: 750; letter-spacing: -.01em; margin: 0; }
+.masthead h1 span { color: var(--primary-600); }
+.masthead p { margin: 0; color: var(--body-text-color-subdued); }
+.masthead .lead { flex-basis: 100%; max-width: 62rem; }
+.masthead .base { font-size: .85rem; padding: 2px 12px; border: 1px solid var(--line); border-radius: 999px;
+  background: var(--card); overflow-wrap: anywhere; }
+.html-container { padding: 0 !important; }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+footer { opacity: .7; } footer .divider { display: none; }
 
-.message { padding: .6rem .8rem; border-radius: 8px; border-left: 4px solid var(--primary-600);
-  background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+.message { padding: .6rem .9rem; border-radius: 8px; border: 1px solid var(--line); border-left: 4px solid
+  var(--primary-600); background: var(--card); overflow-wrap: anywhere; }
 .message ul { margin: .25rem 0 0 1.2rem; list-style: disc; }
-.message.bad { border-color: #dc2626; }
-.message.warn { border-color: #d97706; }
-.message.good { border-color: #16a34a; }
-.message.bad::before { content: "✕ "; }
-.message.warn::before { content: "! "; }
-.message.good::before { content: "✓ "; }
+.message.bad { border-left-color: #dc2626; }
+.message.warn { border-left-color: #d97706; }
+.message.good { border-left-color: #16a34a; }
+.message.bad::before { content: "✕ "; color: #dc2626; font-weight: 700; }
+.message.warn::before { content: "! "; color: #d97706; font-weight: 700; }
+.message.good::before { content: "✓ "; color: #16a34a; font-weight: 700; }
 
+.tools { gap: 10px !important; }
+.tools button { min-height: 34px; }
+.beside { align-self: end; }
 .grid, .scroll { overflow-x: auto; contain: inline-size; } /* wide tables scroll; they never widen the page */
-.grid table { border-collapse: separate !important; border-spacing: 10px; border: 0 !important; }
+.grid { --side: clamp(128px, calc((100cqi - 190px) / var(--columns, 3) - 14px), 256px); border-radius: 10px;
+  border: 1px solid var(--line); background: var(--card); padding: 4px; }
+#grid, #race_samples, #train_samples { container-type: inline-size; }
+.grid table { border-collapse: separate !important; border-spacing: 10px; border: 0 !important; margin: 0; }
+.grid :is(thead, tbody, tr) { border: 0 !important; background: none !important; }
 .grid th, .grid td { border: 0 !important; padding: 0 !important; text-align: left; vertical-align: top; }
-.grid thead th { vertical-align: bottom; font-weight: 600; max-width: 176px; overflow-wrap: anywhere; }
-.grid tbody th { position: sticky; left: 0; z-index: 1; background: var(--body-background-fill);
-  min-width: 120px; max-width: 220px; font-weight: 500; overflow-wrap: anywhere; }
+.grid thead th { vertical-align: bottom; font-weight: 650; max-width: var(--side); overflow-wrap: anywhere; }
+.grid tbody th { position: sticky; left: 0; z-index: 1; background: var(--card);
+  min-width: 110px; max-width: 180px; font-weight: 500; overflow-wrap: anywhere; }
 .grid th small { display: block; color: var(--body-text-color-subdued); font-weight: 400; }
-.cell { display: block; width: 176px; aspect-ratio: 1; padding: 0; border-radius: 10px; overflow: hidden;
-  border: 2px solid var(--border-color-primary); background: var(--background-fill-secondary); }
+.cell { display: block; width: var(--side); aspect-ratio: 1; padding: 0; border-radius: 10px; overflow: hidden;
+  border: 1px solid var(--line); background: var(--faint); }
 .cell img { width: 100%; height: 100%; margin: 0; object-fit: contain; image-rendering: pixelated; }
-.cell.pending { border-style: dashed; }
-button.cell { cursor: zoom-in; }
-button.cell:hover { border-color: var(--primary-500); }
-:is(button.cell, .turn, .grid, .scroll):focus-visible { outline: 3px solid var(--primary-500); outline-offset: 2px; }
-.held { display: block; font-size: .75rem; color: var(--body-text-color-subdued); max-width: 176px;
+.cell.pending { border-style: dashed; border-width: 2px; }
+button.cell { cursor: zoom-in; transition: box-shadow .15s; }
+button.cell:hover { box-shadow: 0 0 0 3px var(--primary-500); }
+:is(button.cell, .turn, .grid, .scroll, summary):focus-visible { outline: 3px solid var(--primary-500);
+  outline-offset: 2px; }
+.held { display: block; font-size: .75rem; color: var(--body-text-color-subdued); max-width: var(--side);
   overflow-wrap: anywhere; margin-top: 3px; }
 
 .flip { position: relative; width: min(100%, 512px); aspect-ratio: 1; margin: 0 auto; }
@@ -77,30 +94,55 @@ button.cell:hover { border-color: var(--primary-500); }
 .flip .back, .flip.turned .front { visibility: hidden; }
 .flip.turned .back { visibility: visible; }
 .turn { display: block; margin: .75rem auto 0; padding: .5rem 1.25rem; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill); }
-kbd { font-size: .75rem; border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 0 4px; }
+  border: 1px solid var(--line); background: var(--button-secondary-background-fill); }
+kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
 #slider img, #difference img { image-rendering: pixelated; }
 #slider, #difference { max-width: 560px; margin: 0 auto; }
 
-.facts { border-collapse: collapse; border: 0 !important; width: 100%; margin: .5rem 0; font-size: .9rem; }
-.facts caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-.facts :is(th, td) { text-align: left; padding: .3rem .6rem !important; border: 0 !important; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; }
-.facts :is(thead, tbody, tr) { border: 0 !important; }
-.facts :is(th, td) { min-width: 6.5rem; }
+.halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
+.halves > * { min-width: 0; }
+.facts { border-collapse: collapse; border: 0 !important; width: 100%; margin: 0; font-size: .9rem; }
+.scroll { border: 1px solid var(--line); border-radius: 10px; background: var(--card); padding: 6px 8px;
+  margin: 0 0 14px; }
+.facts caption { text-align: left; font-weight: 650; padding: .35rem .5rem; caption-side: top; }
+.facts :is(th, td) { text-align: left; padding: .35rem .5rem !important; border: 0 !important; vertical-align: top;
+  overflow-wrap: anywhere; }
+.facts tbody :is(th, td) { border-top: 1px solid var(--line) !important; }
+.facts :is(thead, tbody, tr) { border: 0 !important; background: none !important; }
+.facts thead th { font-weight: 600; color: var(--body-text-color-subdued); }
 .facts td { font-variant-numeric: tabular-nums; }
-.facts th[scope=row] { font-weight: 500; min-width: 6rem; }
-.file { padding: .5rem 0 1rem; }
-.file h3 { font-size: 1.1rem; font-weight: 700; margin: .25rem 0; }
+.facts th[scope=row] { font-weight: 500; min-width: 5.5rem; }
+.facts.many :is(th, td) { min-width: 5.4rem; overflow-wrap: break-word; }
+.file h3 { font-size: 1.15rem; font-weight: 700; margin: .25rem 0 .5rem; overflow-wrap: anywhere; }
+.file .message { margin-bottom: 14px; }
+.file summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem; }
 
-.ballot { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; max-width: 640px; margin: 0 auto; }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 20px; list-style: none; padding: 0; margin: 0 0 10px; }
+.legend li { display: flex; align-items: center; gap: 8px; margin: 0; }
+.legend svg { width: 36px; height: 8px; flex: none; }
+.legend small, .chart small { color: var(--body-text-color-subdued); }
+.chart { margin: 0; padding: 10px 12px 4px; border: 1px solid var(--line); border-radius: 10px;
+  background: var(--card); }
+.chart > svg { width: 100%; height: auto; display: block; color: var(--body-text-color); }
+.chart .empty { color: var(--body-text-color-subdued); padding: 2rem 0; text-align: center; }
+.progress { display: grid; gap: 6px; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); }
+.progress progress { width: 100%; height: 10px; accent-color: var(--primary-600); }
+.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; font-family: var(--font-mono); margin: 0; }
+
+.ballot { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; max-width: 720px; margin: 0 auto; }
 .ballot img { width: 100%; aspect-ratio: 1; margin: 0; object-fit: contain; image-rendering: pixelated;
-  border-radius: 10px; border: 2px solid var(--border-color-primary); }
-.ballot p { grid-column: 1 / -1; margin: 0; text-align: center; font-size: 1.05rem; overflow-wrap: anywhere; }
-@media (max-width: 480px) {
+  border-radius: 10px; border: 1px solid var(--line); background: var(--faint); }
+.ballot p { grid-column: 1 / -1; margin: 0; text-align: center; font-size: 1.1rem; overflow-wrap: anywhere; }
+.verdicts { max-width: 720px; margin: 0 auto; gap: 8px !important; }
+@media (max-width: 700px) {
+  .tab-container button { padding: 0 6px !important; font-size: .84rem !important; }
+  .grid { --side: 128px; }
   .grid table { border-spacing: 6px; }
   .grid tbody th { min-width: 84px; max-width: 96px; font-size: .85rem; }
-  .cell, .held { width: 128px; }
+  .tab-body > .results { order: -1; } /* the first screen shows pictures */
+  .verdicts { flex-wrap: nowrap !important; }
+  .verdicts button { padding-inline: 4px; font-size: .85rem; }
 }
 """
 

@@ -1,14 +1,16 @@
 """HTML of the page, from plain values; every word that came from outside is escaped here and nowhere else."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .adapters import FileCard
 from .measures import Figure
 from .output import by_place, difference
-from .request import Column, CompareRequest
+from .request import Column, CompareRequest, shortened
 from .sessions import Session
 from .votes import Ballot, Tally, conclusion, tallies, tally
+
+STRONGEST = 5  # modules of a file card
 
 
 def escaped(value: object) -> str:
@@ -22,10 +24,10 @@ def plain(problem: object) -> str:
 
 def header(base_name: str) -> str:
     return (
-        '<header class="masthead"><h1>ResLoRA, side by side</h1>'
-        "<p>Base, LoRA and ResLoRA paint from the same noise with the same settings. What differs is the adapter, and "
-        f"each picture says which one its layers held.</p>"
-        f"<p class='base'>Base: <b>{escaped(base_name)}</b></p></header>"
+        '<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>'
+        f'<p class="base">base: <b>{escaped(base_name)}</b></p>'
+        '<p class="lead">Base, LoRA and ResLoRA paint from the same noise with the same settings. What differs is the '
+        "adapter, and each picture says which one its layers held.</p></header>"
     )
 
 
@@ -70,7 +72,8 @@ def grid(session: Session, selected: tuple[int, int] | None = None) -> str:
         for i, row in enumerate(rows)
     )
     return (
-        f'<div class="grid" tabindex="0" role="region" aria-label="Comparison grid"><table><thead><tr>'
+        f'<div class="grid" style="--columns: {len(request.columns)}" tabindex="0" role="region" '
+        f'aria-label="Comparison grid"><table><thead><tr>'
         f'<th scope="col"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -94,42 +97,57 @@ def difference_note(a, b) -> str:
     )
 
 
-def table(head: Iterable[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
+def table(head: Sequence[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
     """A plain table; the first cell of a row is its header."""
     lines = []
     for first, *rest in rows:
         lines.append(f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(v)}</td>" for v in rest)}</tr>')
-    label = escaped(caption or "table")
+    many = " many" if len(head) > 3 else ""
+    label, named = escaped(caption or "table"), "".join(f"<th scope=col>{escaped(v)}</th>" for v in head)
+    heading = f"<thead><tr>{named}</tr></thead>" if any(head) else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="facts">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="facts{many}">'
         f"{f'<caption>{escaped(caption)}</caption>' if caption else ''}"
-        f"<thead><tr>{''.join(f'<th scope=col>{escaped(v)}</th>' for v in head)}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"{heading}<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
 def file_card(card: FileCard) -> str:
-    """What a LoRA file says about itself."""
+    """What a LoRA file says about itself, and whether it fits."""
+    facts, label = card.inspection, escaped(card.adapter.label)
     state = (
         message("Fits the loaded base.", "good")
         if card.fits
         else message("\n".join(["Does not fit the loaded base:", *card.mismatches]), "bad")
     )
-    facts = [
-        ("for", card.family),
-        ("layout", card.dialect),
-        ("modules", ", ".join(f"{component} {count}" for component, count in card.modules.items())),
-        ("rank", ", ".join(f"{rank} ({count} modules)" for rank, count in card.ranks.items())),
-        ("alpha", ", ".join(f"{alpha:g}" for alpha in card.alphas)),
-        ("numbers", ", ".join(card.dtypes)),
-        ("size", f"{card.size_bytes / 1024:,.0f} KiB"),
+    alphas = sorted({m.alpha for m in facts.modules if m.alpha is not None})
+    about = [
+        ("for", facts.family),
+        ("keys", facts.dialect),
+        ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "not stated: the rank"),
+        ("stored as", ", ".join(facts.dtypes)),
+        ("norm", f"{facts.norm:.3g}"),
+        ("rank needed", f"{facts.rank_needed} for at most 5 % error in any module"),
+        ("size", f"{facts.size_bytes / 1024:,.0f} KiB"),
         ("sha256", card.adapter.sha256),
     ]
-    largest = [(name, f"{norm:.3g}") for name, norm in card.largest]
+    parts = []
+    for component in facts.components:
+        modules = facts.of(component)
+        ranks = ", ".join(map(str, sorted({m.rank for m in modules})))
+        parts.append((component, len(modules), ranks, f"{sum(m.norm**2 for m in modules) ** 0.5:.3g}"))
+    strongest = sorted(facts.modules, key=lambda m: -m.norm)[:STRONGEST]
+    modules = [(f"{m.component}.{m.path}", f"{m.norm:.3g}") for m in strongest]
+    header = [(key, shortened(value, 200)) for key, value in sorted(facts.metadata.items())]
+    said = [(name, shortened(value, 200)) for name, value in facts.facts.items()]
+    left = table(("", ""), about, "The file") + (table(("", ""), said, "Its training, by its header") if said else "")
+    right = table(("component", "modules", "rank", "norm"), parts, "Components")
+    right += table(("module", "norm"), modules, "Strongest modules")
+    whole = f"<details><summary>Whole header</summary>{table(('key', 'value'), header)}</details>" if header else ""
+    notes = "".join(message(note) for note in facts.notes)
     return (
-        f'<article class="file"><h3>{escaped(card.adapter.label)}</h3>{state}{table(("", "file"), facts)}'
-        f"{table(('module', 'norm of the difference'), largest, 'Largest changes')}"
-        f"{table(('header', 'value'), card.metadata.items(), 'Header of the file') if card.metadata else ''}</article>"
+        f'<article class="file"><h3>{label}</h3>{state}{notes}'
+        f'<div class="halves"><div>{left}</div><div>{right}</div></div>{whole}</article>'
     )
 
 

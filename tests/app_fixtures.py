@@ -1,80 +1,41 @@
-"""A tiny Stable Diffusion pipeline and LoRA files for it, both random, from configuration alone."""
+"""A tiny Stable Diffusion pipeline, LoRA files for it and training runs, random, from configuration alone."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from PIL import Image
+
+from reslora_diffusion.diffusion.history import History
+from reslora_diffusion.diffusion.merging import MergeReport
+from tiny import tiny_pipeline
 
 TARGETS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "v_proj"]}
-MAX_TOKENS = 32
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [f"{byte}</w>" for byte in alphabet] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
-
-
-def make_pipeline(folder: Path, width: int = 32) -> StableDiffusionPipeline:
-    """64 x 64 pictures from 32 x 32 latents."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    end = tokenizer.eos_token_id
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(width, 2 * width),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=64,
-    )
-    scheduler = DDIMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae, text_encoder.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
-    )
+def make_pipeline(folder: Path, wide: bool = False) -> StableDiffusionPipeline:
+    """The pipeline in `folder`, made there if it is not yet; a wide one is another model family to every LoRA."""
+    if not (folder / "model_index.json").is_file():
+        pipe = tiny_pipeline(folder)
+        if wide:
+            pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, block_out_channels=(32, 64)).eval()
+            pipe.save_pretrained(folder)
+    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def make_lora_file(
-    folder: Path, pipe_folder: Path, seed: int, rank: int = 2, width: int = 32, parts: tuple[str, ...] = tuple(TARGETS)
+    folder: Path,
+    pipe_folder: Path,
+    seed: int,
+    rank: int = 2,
+    wide: bool = False,
+    parts: tuple[str, ...] = tuple(TARGETS),
 ) -> Path:
     """A diffusers LoRA file with random, non-zero factors."""
-    pipe = make_pipeline(pipe_folder, width)
+    pipe = make_pipeline(base, wide)
     torch.manual_seed(seed)
     layers = {}
     for part in parts:
@@ -86,3 +47,27 @@ def make_lora_file(
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder / "pytorch_lora_weights.safetensors"
+
+
+def make_run(folder: Path, method: str, shortcut: str | None = None, steps: int = 40, seed: int = 0) -> Path:
+    """What the trainer leaves behind, by the trainer's own writers where they need no model."""
+    source = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = History(folder, 0, every=1)
+    for step in range(1, steps + 1):
+        loss = 0.1 + 0.3 / step + source.gamma(2, 0.01)
+        history.add_step(step, torch.tensor(loss), torch.tensor(1.0), 1e-3)
+        history.flush()
+        if step % 10 == 0:
+            history.write([{"step": step, "validation_loss": 0.1 + 0.3 / step}])
+    trained = 0.1 + 0.3 / steps
+    report = MergeReport(shortcut or "none", "least_squares", 0.5, trained, trained + 0.01, {"unet.a": 0.02})
+    (folder / "merge_report.json").write_text(json.dumps(report.to_dict()))
+    options = {"method": method, "shortcut": shortcut, "validation_prompt": ["a cat", "a dog"]}
+    (folder / "run.json").write_text(json.dumps({"options": options}))
+    for step in range(0, steps + 1, 10):
+        place = folder / "samples" / f"step-{step:06d}"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("0-0.png", "0-1.png", "1-0.png", "1-1.png"):
+            Image.fromarray(source.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(place / name)
+    return folder

@@ -25,17 +25,19 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    make_pipeline(folder / "pipe").save_pretrained(folder / "base")
+    make_pipeline(folder / "base")
     for seed, name in enumerate(("lora", "reslora")):
-        make_lora_file(folder / "runs" / name, folder / "pipe", seed)
-    make_lora_file(folder / "foreign", folder / "wide", 0, width=64)
+        make_lora_file(folder / "runs" / name, folder / "base", seed)
+    make_lora_file(folder / "foreign", folder / "wide", 0, wide=True)
     (folder / "broken.safetensors").write_bytes(b"\x80\x04a pickle")
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(folder):
-    studio = open_studio(folder / "base", (folder / "runs",), folder / "pictures", "a cat", first_steps=2)
+    studio = open_studio(
+        folder / "base", (folder / "runs",), folder / "pictures", "a cat", train_dir=folder / "trained", first_steps=2
+    )
     demo = launch(studio, prevent_thread_lock=True, quiet=True)
     yield demo.local_url
     demo.close()

@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 def files(folder) -> dict[str, Path]:
     parts = {"one": ("unet", "text_encoder"), "two": ("unet",)}
     return {
-        name: make_lora_file(folder / name, folder / "pipe", seed, parts=parts[name]) for seed, name in enumerate(parts)
+        name: make_lora_file(folder / name, folder / "base", seed, parts=parts[name]) for seed, name in enumerate(parts)
     }
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_changed_is_not_painted_under_its_old_name(comparer, adapter
 
 
 def test_a_foreign_file_says_what_it_is_for(comparer, folder):
-    path = make_lora_file(folder / "wide", folder / "wide_pipe", 0, width=64)
+    path = make_lora_file(folder / "wide", folder / "wide_pipe", 0, wide=True)
     card = comparer.shelf.card(path)
     assert not card.fits
     assert "other shapes" in " ".join(card.mismatches)

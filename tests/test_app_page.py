@@ -195,12 +195,14 @@ def test_a_ballot_gives_no_side_away(tmp_path):
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    make_pipeline(folder / "pipe").save_pretrained(folder / "base")
+    make_pipeline(folder / "base")
     for seed, name in enumerate(("lora", "reslora")):
-        make_lora_file(folder / "runs" / name, folder / "pipe", seed)
-    make_lora_file(folder / "runs" / "foreign", folder / "wide", 0, width=64)
-    (folder / "secret.txt").write_text("secret")
-    return open_studio(folder / "base", (folder / "runs",), folder / "pictures", "a cat", first_steps=2)
+        make_lora_file(folder / "runs" / name, folder / "base", seed)
+    make_lora_file(folder / "runs" / "foreign", folder / "wide", 0, wide=True)
+    (folder / "secret.txt").write_text("hidden words")
+    return open_studio(
+        folder / "base", (folder / "runs",), folder / "pictures", "a cat", train_dir=folder / "trained", first_steps=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -277,14 +279,14 @@ def test_nothing_else_is_served(address, studio):
     for path in (secret, "/etc/passwd", studio.sessions.root / ".." / "secret.txt"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
     page = httpx.get(address).text
-    assert "secret" not in page
+    assert "hidden words" not in page
 
 
 def test_the_command_refuses_before_it_loads(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse_args(["--base", str(tmp_path), "--auth", "nobody", "--server_port", "99999"])
+        parse_args(["--base", str(tmp_path), "--auth", "nobody", "--server_port", "99999", "--runs", "/no/such"])
     message = capsys.readouterr().err
-    for words in ("no model_index.json", "a user and a password", "between 0 and 65535"):
+    for words in ("no model_index.json", "a user and a password", "between 1 and 65535", "no folder"):
         assert words in message
 
 
@@ -294,7 +296,7 @@ def test_the_command_refuses_before_it_loads(tmp_path, capsys):
 )
 def test_the_command_warns_when_others_can_look(studio, monkeypatch, capsys, options, warned):
     served = {}
-    monkeypatch.setattr("app.serve.open_studio", lambda *_: studio)
+    monkeypatch.setattr("app.serve.open_studio", lambda *_, **__: studio)
     monkeypatch.setattr("app.serve.launch", lambda _, **given: served.update(given))
     main(["--base", str(studio.sessions.root.parent / "base"), *options])
     words = capsys.readouterr().err

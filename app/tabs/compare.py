@@ -1,6 +1,5 @@
 """Compare: what to paint on the left, the pictures on the right, as a grid or pair by pair."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import gradio as gr
 from app import views
 from app.forms import SWEEP, fields_of, read_request
 from app.output import enlarged, heat_map, png, report, settings_json, sheet, write_zip
-from app.request import CompareRequest, Scheduler
+from app.request import CompareRequest, Scheduler, digests_in, read_settings
 from app.sessions import Session
 from app.studio import HEAVY, LIGHT, PRIVATE, Studio
 
@@ -23,16 +22,22 @@ FLIP_CLICKS = """element.addEventListener('click', (event) => {
   if (event.target.closest('.turn, .flip')) element.querySelector('.flip').classList.toggle('turned');
 });"""
 
+# On a narrow screen the pictures stand above the button.
+SHOW_STATUS = """() => {
+  if (window.innerWidth < 700) document.getElementById('status').scrollIntoView({behavior: 'smooth'});
+}"""
 
-def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
+
+def compare_tab(studio: Studio, demo: gr.Blocks) -> gr.CheckboxGroup:
+    """Returns the adapters' control, which a training adds to."""
     comparer, limits = studio.comparer, studio.comparer.limits
 
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=300):
+    with gr.Row(equal_height=False, elem_classes="tab-body"):
+        with gr.Column(scale=4, min_width=300, elem_classes="controls"):
             prompts = gr.Textbox(
                 label="Prompts",
                 info="One to a line. {words} in braces are filled from below.",
-                lines=3,
+                lines=2,
                 max_lines=12,
                 elem_id="prompts",
             )
@@ -49,43 +54,52 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
                 label="Adapters",
                 info="Each gets a column for every strength.",
                 choices=[adapter.label for adapter in studio.sessions.adapters],
+                elem_id="adapters",
             )
-            files = gr.UploadButton(
-                "Add adapter files (.safetensors)", file_count="multiple", size="sm", elem_id="adapter_files"
+            more = gr.Dropdown(
+                label="Add from runs",
+                info="Adapters of runs and their checkpoints.",
+                choices=[],
+                value=None,
+                elem_id="adapters_of_runs",
             )
             strengths = gr.Textbox(
                 label="Strengths", info=f"Of every adapter, between 0 and {limits.strength:g}.", elem_id="strengths"
             )
-            sweep = gr.Button("Sweep 0 to 1.5", size="sm", elem_id="sweep")
             include_base = gr.Checkbox(label="Base column, without an adapter", value=True)
+            with gr.Row(elem_classes="tools"):
+                files = gr.UploadButton(
+                    "Add files (.safetensors)", file_count="multiple", size="sm", min_width=120, elem_id="adapter_files"
+                )
+                sweep = gr.Button("Sweep 0 to 1.5", size="sm", min_width=110, elem_id="sweep")
             with gr.Accordion("Sampling", open=False):
                 negative = gr.Textbox(label="Negative prompt", lines=1, value="")
                 steps = gr.Slider(1, limits.steps, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(0, limits.guidance, step=0.5, label="Guidance")
                 scheduler = gr.Dropdown(list(Scheduler), label="Scheduler")
-            expected = gr.HTML(elem_id="expected")
-            with gr.Row():
+            expected = gr.HTML(elem_id="expected", padding=False)
+            with gr.Row(elem_classes="tools"):
                 run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
             settings_file = gr.UploadButton("Open settings (.json)", size="sm", elem_id="settings_file")
-        with gr.Column(scale=9, min_width=320):
-            status = gr.HTML(elem_id="status", min_height=56)
-            view = gr.Radio(VIEWS, value="Grid", label="View", elem_id="view")
+        with gr.Column(scale=9, min_width=320, elem_classes="results"):
+            status = gr.HTML(elem_id="status", min_height=48, padding=False)
+            view = gr.Radio(VIEWS, value="Grid", label="View", elem_id="view", elem_classes="views")
             with gr.Row(visible=False) as pickers:
                 row = gr.Dropdown(label="Prompt and seed", choices=[], scale=2, min_width=160, elem_id="pair_row")
                 left = gr.Dropdown(label="Left", choices=[], min_width=120, elem_id="pair_left")
                 right = gr.Dropdown(label="Right", choices=[], min_width=120, elem_id="pair_right")
-            grid = gr.HTML(js_on_load=GRID_CLICKS, elem_id="grid")
+            grid = gr.HTML(js_on_load=GRID_CLICKS, elem_id="grid", padding=False)
             slider = gr.ImageSlider(
                 label="Drag to compare", type="pil", format="png", visible=False, elem_id="slider", max_height=560
             )
-            flip = gr.HTML(js_on_load=FLIP_CLICKS, visible=False, elem_id="flip")
+            flip = gr.HTML(js_on_load=FLIP_CLICKS, visible=False, elem_id="flip", padding=False)
             with gr.Column(visible=False, elem_id="difference") as difference:
-                note = gr.HTML()
+                note = gr.HTML(padding=False)
                 heat = gr.Image(
                     label="Difference", format="png", interactive=False, height=460, buttons=["download", "fullscreen"]
                 )
-            with gr.Row():
+            with gr.Row(elem_classes="tools"):
                 out = [
                     gr.DownloadButton(name, size="sm", interactive=False, min_width=110, elem_id=f"download_{key}")
                     for key, name in (("sheet", "Sheet .png"), ("zip", "All .zip"), ("report", "Report .html"),
@@ -177,18 +191,30 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
         chosen = event.column
         return "Slider", event.row, 0, chosen if chosen else columns - 1
 
-    def add_files(paths: list[str] | None, chosen: list[str], request: gr.Request) -> dict:
-        session, problems = session_of(request), []
-        for path in paths or []:
+    def add_files(paths: list[str] | None, chosen: list[str], request: gr.Request) -> gr.CheckboxGroup:
+        return added({Path(path).name: Path(path) for path in paths or []}, None, chosen, session_of(request))
+
+    def add_of_runs(label: str | None, chosen: list[str], request: gr.Request) -> list:
+        files = studio.adapter_files()
+        if label is None:
+            return [gr.skip()] * 2
+        if label not in files:
+            raise gr.Error(views.plain(f"There is no adapter {label} any more."))
+        return [added({label: files[label]}, label, chosen, session_of(request)), None]
+
+    def added(paths: dict[str, Path], label: str | None, chosen: list[str], session: Session) -> gr.CheckboxGroup:
+        """The files that fit join the adapters; the others are named with the reason."""
+        problems = []
+        for name, path in paths.items():
             try:
-                card = comparer.shelf.card(Path(path))
+                card = comparer.shelf.card(path, label)
             except ValueError as problem:
-                problems.append(str(problem).replace(str(Path(path)), Path(path).name))
+                problems.append(str(problem).replace(str(path), name))
                 continue
             if card.fits:
                 chosen = [*chosen, session.add_adapter(card.adapter).label]
             else:
-                problems.append("\n".join([f"{Path(path).name} does not fit the loaded base:", *card.mismatches]))
+                problems.append("\n".join([f"{name} does not fit the loaded base:", *card.mismatches]))
         if problems:
             gr.Warning(views.plain("\n".join(problems)), duration=None, title="Not added")
         return gr.CheckboxGroup(choices=list(session.adapters), value=list(dict.fromkeys(chosen)))
@@ -198,9 +224,10 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
             return [gr.skip()] * len(fields)
         session = session_of(request)
         try:
-            data = json.loads(Path(path).read_bytes())
-            asked = CompareRequest.from_dict(data, session.paths)
-        except ValueError as problem:  # also what json raises for bytes that are no JSON
+            data = read_settings(Path(path))
+            at_hand = {a.sha256: a.path for a in studio.adapters_by_content(digests_in(data))} | session.paths
+            asked = CompareRequest.from_dict(data, at_hand)
+        except ValueError as problem:
             raise gr.Error(views.plain(problem), duration=None, title="These settings cannot be opened") from None
         renamed = [session.add_adapter(adapter).label for adapter in asked.adapters]
         values = list(fields_of(asked))
@@ -212,7 +239,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
         session.show(asked, studio.first_cells)
         values = list(fields_of(asked))
         values[3] = gr.CheckboxGroup(choices=list(session.adapters), value=values[3])
-        return [*values, views.grid(session), finished(session, len(studio.first_cells)), *downloads(session)]
+        of_runs = gr.Dropdown(choices=list(studio.adapter_files()), value=None)
+        done = finished(session, len(studio.first_cells))
+        return [*values, of_runs, views.grid(session), done, *downloads(session)]
 
     def halt(request: gr.Request) -> None:
         session_of(request).cancel.set()
@@ -230,16 +259,19 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> None:
     )
     painting.then(choices, None, pair, **LIGHT, **PRIVATE)
     run.click(lambda: "Grid", None, view, **LIGHT, **PRIVATE)
+    run.click(None, js=SHOW_STATUS, **PRIVATE)
     stop.click(halt, None, None, **LIGHT, **PRIVATE)
     shown = [pickers, grid, slider, flip, difference, note, heat]
     changes = [view.change, *(p.change for p in pair)]
     gr.on(changes, show, [view, *pair], shown, trigger_mode="always_last", **LIGHT, **PRIVATE)
     grid.click(look_closer, None, [view, *pair], **LIGHT, **PRIVATE)
     files.upload(add_files, [files, adapters], adapters, **LIGHT, **PRIVATE)
+    more.input(add_of_runs, [more, adapters], [adapters, more], **LIGHT, **PRIVATE)
     settings_file.upload(open_settings, settings_file, fields, **LIGHT, **PRIVATE)
-    demo.load(arrive, None, [*fields, grid, status, *out], **LIGHT, **PRIVATE).then(
+    demo.load(arrive, None, [*fields, more, grid, status, *out], **LIGHT, **PRIVATE).then(
         choices, None, pair, **LIGHT, **PRIVATE
     )
+    return adapters
 
 
 def finished(session: Session, count: int) -> str:

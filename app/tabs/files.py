@@ -11,8 +11,10 @@ from app.studio import LIGHT, PRIVATE, Studio
 def files_tab(studio: Studio, tab: gr.Tab) -> None:
     with gr.Row():
         chosen = gr.Dropdown(label="Adapter", choices=[], scale=3, min_width=200, elem_id="card_adapter")
-        other = gr.UploadButton("Look at a file (.safetensors)", size="sm", scale=1, elem_id="card_file")
-    card = gr.HTML(elem_id="card")
+        other = gr.UploadButton(
+            "Look at a file (.safetensors)", size="sm", scale=1, elem_id="card_file", elem_classes="beside"
+        )
+    card = gr.HTML(elem_id="card", padding=False)
 
     def choices(request: gr.Request) -> gr.Dropdown:
         labels = list(studio.sessions.of(request.session_hash).adapters)

@@ -1,16 +1,14 @@
 """Measures: figures about the pictures of the Compare tab."""
 
-from pathlib import Path
-
 import gradio as gr
-from PIL import Image, UnidentifiedImageError
 
 from app import learned, views
 from app.measures import measure
+from app.pictures import pictures_in, read_pictures
 from app.studio import HEAVY, LIGHT, PRIVATE, Studio
 
 MAX_REFERENCES = 32
-MAX_SIDE = 1024
+OWN = "pictures of my own"
 EXPLANATION = (
     "Subject likeness compares cut-out figures with your reference pictures, and background obeyed the border's colour "
     "with the prompt's: small measures for stickers that work offline and are no CLIP. Drift is the pixel difference "
@@ -20,11 +18,23 @@ EXPLANATION = (
 
 
 def measures_tab(studio: Studio) -> None:
-    gr.HTML(views.message(EXPLANATION))
+    gr.HTML(views.message(EXPLANATION), padding=False)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
+            subject = gr.Dropdown(
+                label="The subject looks like",
+                choices=[OWN, *studio.subjects],
+                value=studio.first_subject or OWN,
+                elem_id="measure_subject",
+                visible=bool(studio.subjects),
+            )
             references = gr.File(
-                label="Reference pictures of the subject", file_count="multiple", height=160, elem_id="references"
+                label="Reference pictures of the subject",
+                file_count="multiple",
+                file_types=["image"],
+                height=150,
+                visible=studio.first_subject is None,
+                elem_id="references",
             )
             word = gr.Textbox(label="Subject's word", value="sks", info="Prompts without it are the unrelated ones.")
             with gr.Accordion("CLIP and DINO, if you have them", open=False):
@@ -34,14 +44,17 @@ def measures_tab(studio: Studio) -> None:
                 dino = gr.Textbox(label="DINO", value="", info="Such as facebook/dino-vits16.")
             run = gr.Button("Measure", variant="primary", elem_id="measure")
         with gr.Column(scale=3, min_width=320):
-            result = gr.HTML(elem_id="measures", min_height=64)
+            result = gr.HTML(elem_id="measures", min_height=64, padding=False)
 
-    def take(paths: list[str] | None, subject_word: str, clip_name: str, dino_name: str, request: gr.Request) -> str:
+    def take(
+        chosen: str, paths: list[str] | None, subject_word: str, clip_name: str, dino_name: str, request: gr.Request
+    ) -> str:
         session = studio.sessions.of(request.session_hash)
         if not session.cells:
             raise gr.Error("Compare something first: the measures are of the pictures of the Compare tab.")
         try:
-            pictures = read_pictures(paths or [])
+            files = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
+            pictures = read_pictures(files, MAX_REFERENCES)
             values = measure(session.request, session.cells, pictures, subject_word.strip())
             models = learned.load(clip_name, dino_name)
             values |= learned.learned_measures(session.request, session.cells, pictures, *models)
@@ -49,28 +62,6 @@ def measures_tab(studio: Studio) -> None:
             raise gr.Error(views.plain(problem), duration=None) from None
         return views.measures(session.request, values)
 
-    run.click(take, [references, word, clip, dino], result, **HEAVY, **PRIVATE)
+    run.click(take, [subject, references, word, clip, dino], result, **HEAVY, **PRIVATE)
+    subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, references, **LIGHT, **PRIVATE)
     references.clear(lambda: "", None, result, **LIGHT, **PRIVATE)
-
-
-def read_pictures(paths: list[str]) -> list[Image.Image]:
-    """Pictures as people upload them, at most `MAX_SIDE` wide.
-
-    Raises:
-        ValueError: there are too many, or some are no pictures.
-    """
-    if len(paths) > MAX_REFERENCES:
-        raise ValueError(f"{len(paths)} reference pictures; at most {MAX_REFERENCES} are read")
-    pictures, broken = [], []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            broken.append(Path(path).name)
-            continue
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        pictures.append(picture)
-    if broken:
-        raise ValueError(f"no pictures: {', '.join(broken)}")
-    return pictures

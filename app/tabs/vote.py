@@ -17,22 +17,24 @@ INTRODUCTION = (
 
 
 def vote_tab(studio: Studio, tab: gr.Tab) -> None:
-    gr.HTML(views.message(INTRODUCTION))
+    gr.HTML(views.message(INTRODUCTION), padding=False)
     with gr.Row():
         first = gr.Dropdown(label="One column", choices=[], min_width=140, elem_id="vote_first")
         second = gr.Dropdown(label="The other", choices=[], min_width=140, elem_id="vote_second")
-        begin = gr.Button("Begin a round", variant="primary", min_width=140, elem_id="vote_begin")
-    pair = gr.HTML(elem_id="vote_pair", min_height=64)
-    with gr.Row():
+        begin = gr.Button(
+            "Begin a round", variant="primary", min_width=140, elem_id="vote_begin", elem_classes="beside"
+        )
+    pair = gr.HTML(elem_id="vote_pair", min_height=64, padding=False)
+    with gr.Row(elem_classes="verdicts"):
         buttons = {
             choice: gr.Button(f"{name}  ({KEYS[choice]})", interactive=False, elem_id=IDS[choice], min_width=70)
             for choice, name in NAMES.items()
         }
-    with gr.Row():
+    with gr.Row(elem_classes="tools"):
         back = gr.Button("Take the last vote back", size="sm", interactive=False, min_width=140)
         reveal = gr.Button("Show the result", size="sm", interactive=False, elem_id="vote_reveal", min_width=140)
         out = gr.DownloadButton("Votes .csv", size="sm", interactive=False, elem_id="download_votes", min_width=110)
-    result = gr.HTML(elem_id="vote_result")
+    result = gr.HTML(elem_id="vote_result", padding=False)
 
     controls = [*buttons.values(), back]
     outputs = [pair, *controls, reveal]

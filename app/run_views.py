@@ -1,0 +1,131 @@
+"""HTML of training runs: their curves, their merge, their samples. Words from outside go through `views.escaped`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .charts import colour_of, dash_of, loss_chart, validation_chart
+from .runs import Run
+from .views import escaped, message, table
+
+NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
+
+
+def legend(runs: Sequence[Run]) -> str:
+    """Which line is whose; a dash as well as a colour."""
+    items = "".join(
+        f'<li><svg viewBox="0 0 36 8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" stroke="{colour_of(n)}" '
+        f'stroke-width="3" stroke-dasharray="{dash_of(n)}"/></svg><b>{escaped(run.label)}</b> '
+        f"<small>{escaped(run.method)}</small></li>"
+        for n, run in enumerate(runs)
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def chart(title: str, note: str, drawing: str, runs: Sequence[Run]) -> str:
+    names = ", ".join(run.label for run in runs)
+    body = drawing or '<p class="empty">Nothing was measured yet.</p>'
+    return (
+        f'<figure class="chart" role="group" aria-label="{escaped(f"{title} of {names}")}">'
+        f"<figcaption><b>{escaped(title)}</b> <small>{escaped(note)}</small></figcaption>{body}</figure>"
+    )
+
+
+def curves(runs: Sequence[Run], keep: float) -> str:
+    """Both charts under one legend."""
+    if not runs:
+        return NOTHING
+    loss = chart("Training loss", "faint: every step, bold: smoothed", loss_chart(runs, keep), runs)
+    fixed = chart("Fixed-noise validation loss", "◇ as exported", validation_chart(runs), runs)
+    return f'{legend(runs)}<div class="halves">{loss}{fixed}</div>'
+
+
+def merges(runs: Sequence[Run]) -> str:
+    """What taking the shortcuts out cost each run."""
+    if not runs:
+        return ""
+    head = ("run", "steps", "base", "as trained", "as exported", "merge gap", "largest layer error")
+    lines = []
+    for run in runs:
+        if run.merge is None:
+            lines.append((run.label, run.last_step, *["not yet"] * 4, ""))
+            continue
+        m = run.merge
+        worst = f"{max(m.layer_errors.values()):.1%}" if m.layer_errors else ""
+        losses = [f"{loss:.5f}" for loss in (m.base, m.trained, m.exported)]
+        lines.append((run.label, run.last_step, *losses, f"{m.gap:+.1e}", worst))
+    return table(head, lines, "Loss on fixed noise, and the merge gap: as exported less as trained")
+
+
+def samples(runs: Sequence[Run], step: int, address: Callable[[Path], str | None]) -> str:
+    """A column for each run, with its newest samples up to `step`."""
+    columns = [(run, run.step_shown(step)) for run in runs]
+    return sample_table(columns, [(run.label, said(shown)) for run, shown in columns], address)
+
+
+def sample_history(run: Run, address: Callable[[Path], str | None]) -> str:
+    """A column for each step of one run, the newest first."""
+    steps = sorted(run.samples, reverse=True)
+    return sample_table([(run, step) for step in steps], [(said(step), "") for step in steps], address)
+
+
+def said(step: int | None) -> str:
+    return "none yet" if step is None else f"step {step}"
+
+
+def sample_table(
+    columns: Sequence[tuple[Run, int | None]],
+    heads: Sequence[tuple[str, str]],
+    address: Callable[[Path], str | None],
+) -> str:
+    """Rows are the pictures of each prompt. `address` gives nothing for a picture that cannot be read."""
+    files = {name for run, _ in columns for pictures in run.samples.values() for name in pictures}
+    if not files:
+        return message("There are no samples; prompts for samples make some.") if columns else ""
+
+    def td(run: Run, step: int | None, name: str) -> str:
+        path = run.samples.get(step, {}).get(name) if step is not None else None
+        source = address(path) if path else None
+        if source is None:
+            return '<td><div class="cell pending" role="img" aria-label="no sample"></div></td>'
+        alt = escaped(f"{run.label}, step {step}: {sample_title(run, name)}")
+        return f'<td><div class="cell"><img src="{source}" alt="{alt}"></div></td>'
+
+    head = "".join(f'<th scope="col">{escaped(name)}<small>{escaped(note)}</small></th>' for name, note in heads)
+    body = "".join(
+        f'<tr><th scope="row"><span>{escaped(sample_title(columns[0][0], name))}</span>'
+        f"<small>picture {sample_order(name)[1] + 1}</small></th>"
+        f"{''.join(td(run, step, name) for run, step in columns)}</tr>"
+        for name in sorted(files, key=sample_order)
+    )
+    return (
+        f'<div class="grid" style="--columns: {len(columns)}" tabindex="0" role="region" aria-label="Samples">'
+        f'<table><thead><tr><th scope="col"><span class="sr">prompt</span></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def sample_order(name: str) -> tuple[int, int]:
+    """
+    >>> sample_order("2-10.png")
+    (2, 10)
+    """
+    prompt, number = name.removesuffix(".png").split("-")
+    return int(prompt), int(number)
+
+
+def sample_title(run: Run, name: str) -> str:
+    prompt = sample_order(name)[0]
+    return run.prompts[prompt] if prompt < len(run.prompts) else f"prompt {prompt + 1}"
+
+
+def progress(done: int, total: int, text: str) -> str:
+    share = min(1.0, done / total) if total else 0.0
+    return (
+        f'<div class="progress"><progress max="1" value="{share:.4f}" aria-label="{escaped(text)}"></progress>'
+        f"<span>{escaped(text)}</span></div>"
+    )
+
+
+def log(lines: Sequence[str]) -> str:
+    """The end of what the script printed."""
+    return f'<pre class="log">{escaped(chr(10).join(lines))}</pre>'

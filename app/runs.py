@@ -1,0 +1,191 @@
+"""What training runs left behind: adapters to compare, and the course of training to look at.
+
+    <run>/pytorch_lora_weights.safetensors    the adapter; checkpoint-N/ holds those of earlier steps
+    <run>/metrics.jsonl                       a row for each step: loss, or validation_loss on noise that never changes
+    <run>/merge_report.json                   that loss of the base, as trained, and as exported; the merge gap
+    <run>/run.json                            the options
+    <run>/samples/step-N/<prompt>-<n>.png     validation pictures
+
+A run is found below one of the folders given at the start and goes by its label; no path comes from the page. A run may
+be under way: files may be missing, and the last row may be half written.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reslora_diffusion.diffusion.history import smooth
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+METRICS = "metrics.jsonl"
+MAX_BYTES = 2**26  # of a metrics file: a million steps
+MAX_POINTS = 800  # of a curve: more than that and a line is no clearer
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class MergeLosses:
+    """Losses on one fixed noise; `gap` is what the shortcut's removal costs."""
+
+    base: float
+    trained: float
+    exported: float
+    layer_errors: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        return self.exported - self.trained
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder shows it now."""
+
+    label: str
+    method: str
+    losses: Points
+    validation: Points
+    merge: MergeLosses | None
+    prompts: tuple[str, ...]
+    samples: dict[int, dict[str, Path]]  # by step, then by file name
+
+    @property
+    def last_step(self) -> int:
+        return max([step for step, _ in (*self.losses, *self.validation)], default=0)
+
+    def smoothed(self, keep: float) -> Points:
+        steps, values = [step for step, _ in self.losses], [loss for _, loss in self.losses]
+        return list(zip(steps, smooth(values, keep), strict=True))
+
+    def step_shown(self, step: int) -> int | None:
+        """The newest step with samples that is not after `step`."""
+        return max((s for s in self.samples if s <= step), default=None)
+
+
+def contained(root: Path, pattern: str) -> list[Path]:
+    """Files below a folder that do not lead out of it."""
+    found = (path for path in root.rglob(pattern) if path.is_file())
+    return sorted(path for path in found if path.resolve().is_relative_to(root.resolve()))
+
+
+def labelled(roots: tuple[Path, ...], pattern: str) -> dict[str, Path]:
+    """Files by the path of their folder below its root; with the root's name where two would be called the same."""
+    found: dict[str, Path] = {}
+    for root in roots:
+        for path in contained(root, pattern):
+            label = path.parent.relative_to(root).as_posix() if path.parent != root else root.name
+            found[f"{root.name}/{label}" if label in found else label] = path
+    return found
+
+
+def find_runs(roots: tuple[Path, ...]) -> dict[str, Path]:
+    """Folder of every run by its label, in the order of the roots."""
+    return {label: path.parent for label, path in labelled(roots, METRICS).items()}
+
+
+def find_adapters(roots: tuple[Path, ...]) -> dict[str, Path]:
+    """Every adapter file by its run's label; those of whole runs before those of checkpoints."""
+    return dict(sorted(labelled(roots, ADAPTER).items(), key=lambda item: is_checkpoint(item[1])))
+
+
+def is_checkpoint(adapter: Path) -> bool:
+    return adapter.parent.name.startswith("checkpoint-")
+
+
+def siblings(runs: dict[str, Path]) -> list[str]:
+    """Labels of the first race: the runs that share the first run's parent."""
+    first = next(iter(runs.values()), None)
+    return [label for label, folder in runs.items() if folder.parent == first.parent] if first else []
+
+
+def read_run(label: str, folder: Path) -> Run:
+    """
+    Raises:
+        ValueError: a file of the run does not hold what it should.
+    """
+    rows = read_rows(folder / METRICS)
+    options = read_object(folder / "run.json").get("options")
+    options = options if isinstance(options, dict) else {}
+    prompts = options.get("validation_prompt") or ()
+    method, shortcut = options.get("method"), options.get("shortcut")
+    return Run(
+        label=label,
+        method=" ".join(str(word) for word in (method, shortcut) if word) or "not said",
+        losses=points(rows, "loss"),
+        validation=points(rows, "validation_loss"),
+        merge=read_merge(folder / "merge_report.json"),
+        prompts=tuple(map(str, [prompts] if isinstance(prompts, str) else prompts)),
+        samples=find_samples(folder),
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.parent.name}/{path.name} has more than {MAX_BYTES >> 20} MiB")
+    rows, lines = [], path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break  # the trainer is writing it
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path.parent.name}/{path.name}, line {number} is no row with a step")
+        rows.append(row)
+    return rows
+
+
+def points(rows: list[dict[str, Any]], name: str) -> Points:
+    """(step, value) where the value is a finite number."""
+    return [(row["step"], float(row[name])) for row in rows if is_number(row.get(name))]
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path.parent.name}/{path.name} is no JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.parent.name}/{path.name} holds no object")
+    return found
+
+
+def read_merge(path: Path) -> MergeLosses | None:
+    found = read_object(path)
+    if not found:
+        return None
+    losses = [found.get(name) for name in ("loss_base", "loss_trained", "loss_merged")]
+    if not all(map(is_number, losses)):
+        raise ValueError(f"{path.parent.name}/{path.name} lacks loss_base, loss_trained or loss_merged")
+    errors = found.get("output_errors")
+    errors = errors if isinstance(errors, dict) else {}
+    return MergeLosses(*losses, {str(k): float(v) for k, v in errors.items() if is_number(v)})
+
+
+def find_samples(folder: Path) -> dict[int, dict[str, Path]]:
+    found: dict[int, dict[str, Path]] = {}
+    for path in contained(folder, "samples/step-*/*.png"):
+        step = re.fullmatch(r"step-(\d+)", path.parent.name)
+        if step and re.fullmatch(r"\d+-\d+\.png", path.name):
+            found.setdefault(int(step[1]), {})[path.name] = path
+    return dict(sorted(found.items()))
+
+
+def thinned(curve: Points) -> Points:
+    """Every n-th point and the last, so that at most `MAX_POINTS` or so are drawn."""
+    stride = -(-len(curve) // MAX_POINTS) or 1
+    return [*curve[:-1:stride], curve[-1]] if curve else []

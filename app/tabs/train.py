@@ -1,0 +1,208 @@
+"""Train: pictures and a prompt in, a run of the training script out, watched while it goes."""
+
+import secrets
+from pathlib import Path
+
+import gradio as gr
+
+from app import run_views, views
+from app.forms import read_train_request
+from app.pictures import pictures_in, read_pictures
+from app.runs import read_run
+from app.sessions import Session
+from app.studio import LIGHT, PRIVATE, Studio
+from app.training import CONFIG, Method, Training
+
+SECONDS_BETWEEN_LOOKS = 2
+SMOOTHING = 0.95
+OWN = "pictures of my own"
+INTRODUCTION = (
+    "Teaches the loaded base a subject from a few pictures, with the script of the command line and a configuration "
+    "file that it takes too. The adapter joins the Compare tab when it is done."
+)
+NO_SCRIPT = (
+    "Training needs train_scripts/ of the source, which is not beside this installation. Clone the project and start "
+    "the page there by python -m app."
+)
+
+
+def train_tab(studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup) -> None:
+    trainer, limits = studio.trainer, studio.trainer.limits
+    owner = gr.BrowserState("", storage_key="reslora-trainings")
+    timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
+
+    gr.HTML(views.message(INTRODUCTION) if trainer.available else views.message(NO_SCRIPT, "warn"), padding=False)
+    with gr.Row(equal_height=False, elem_classes="tab-body"):
+        with gr.Column(scale=4, min_width=300):
+            subject = gr.Dropdown(
+                label="Pictures of the subject",
+                choices=[OWN, *studio.subjects],
+                value=studio.first_subject or OWN,
+                visible=bool(studio.subjects),
+                elem_id="train_subject",
+            )
+            files = gr.File(
+                label="My pictures",
+                file_count="multiple",
+                file_types=["image"],
+                height=150,
+                visible=studio.first_subject is None,
+                elem_id="train_files",
+            )
+            prompt = gr.Textbox(
+                label="Their prompt",
+                info="A rare word for the subject, and what it is a kind of.",
+                value="a sticker of sks animal",
+                elem_id="train_prompt",
+            )
+            method = gr.Radio(list(Method), value=Method.INPUT, label="Method", elem_id="train_method")
+            steps = gr.Number(400, label="Steps", precision=0, minimum=1, elem_id="train_steps")
+            samples_of = gr.Textbox(
+                label="Prompts for samples",
+                info=f"One to a line, at most {limits.validation_prompts}; painted as training goes.",
+                value="a sticker of sks animal on a blue background",
+                lines=2,
+                elem_id="train_samples_of",
+            )
+            with gr.Accordion("More", open=False):
+                rank = gr.Slider(1, limits.rank, value=8, step=1, label="Rank")
+                rate = gr.Number(1e-3, label="Learning rate", minimum=0, maximum=1)
+                batch = gr.Slider(1, limits.batch_size, value=4, step=1, label="Pictures in a step")
+                text_encoder = gr.Checkbox(True, label="Train the text encoder too")
+                class_prompt = gr.Textbox(
+                    label="Prompt of the class",
+                    info="Such as: a sticker of animal. The base paints pictures of it to train on as well, so that "
+                    "the class stays what it was.",
+                    value="",
+                )
+                class_images = gr.Slider(1, limits.class_pictures, value=40, step=1, label="Pictures of the class")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                name = gr.Textbox(label="Name of the run", info="From the prompt and the method if empty.", value="")
+            with gr.Row(elem_classes="tools"):
+                start = gr.Button(
+                    "Train", variant="primary", interactive=trainer.available, min_width=120, elem_id="train_start"
+                )
+                stop = gr.Button("Stop", variant="stop", interactive=False, min_width=80, elem_id="train_stop")
+            config = gr.DownloadButton(
+                "Configuration .yaml", size="sm", interactive=False, elem_id="download_config", min_width=110
+            )
+        with gr.Column(scale=9, min_width=320):
+            status = gr.HTML(
+                views.message("No training of yours yet."), elem_id="train_status", padding=False, min_height=48
+            )
+            curves = gr.HTML(elem_id="train_curves", padding=False)
+            pictures = gr.HTML(elem_id="train_samples", padding=False)
+            with gr.Accordion("What the script says", open=False):
+                log = gr.HTML(elem_id="train_log", padding=False)
+
+    fields = [
+        prompt,
+        method,
+        steps,
+        samples_of,
+        rank,
+        rate,
+        batch,
+        text_encoder,
+        class_prompt,
+        class_images,
+        seed,
+        name,
+    ]
+    shown = [status, curves, pictures, log, start, stop, config, timer, adapters]
+
+    def session_of(request: gr.Request) -> Session:
+        return studio.sessions.of(request.session_hash)
+
+    def begin(
+        request: gr.Request, key: str, chosen: str, paths: list[str] | None, chosen_adapters: list[str], *values
+    ) -> list:
+        try:
+            sources = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
+            asked = read_train_request(*values)
+            training = trainer.start(asked, read_pictures(sources, limits.pictures), key)
+        except ValueError as problem:
+            raise gr.Error(views.plain(problem), duration=None) from None
+        session = session_of(request)
+        session.training_seen = None
+        return look(session, training, chosen_adapters)
+
+    def watch(key: str, chosen_adapters: list[str], request: gr.Request) -> list:
+        training = trainer.of(key)
+        if training is None:
+            return [gr.skip()] * (len(shown) - 2) + [gr.Timer(active=False), gr.skip()]
+        return look(session_of(request), training, chosen_adapters)
+
+    def arrive(key: str, chosen_adapters: list[str], request: gr.Request) -> list:
+        """A reload finds its training again."""
+        return [key or secrets.token_hex(16), *watch(key, chosen_adapters, request)]
+
+    def halt(key: str) -> None:
+        if training := trainer.of(key):
+            training.stop()
+
+    def look(session: Session, training: Training, chosen_adapters: list[str]) -> list:
+        running = training.running
+        try:
+            run = read_run(training.folder.name, training.folder)
+        except ValueError as problem:
+            raise gr.Error(views.plain(problem), duration=None) from None
+        seen = (training.folder, len(run.losses), len(run.validation), len(run.samples), running)
+        news = seen != session.training_seen
+        session.training_seen = seen
+        return [
+            status_of(training),
+            run_views.curves([run], SMOOTHING) if news and (run.losses or run.validation) else gr.skip(),
+            run_views.sample_history(run, session.thumbnail) if news and run.samples else gr.skip(),
+            run_views.log(training.log()),
+            gr.Button(interactive=not running),
+            gr.Button("Stop at once" if training.stopped else "Stop", interactive=running),
+            gr.DownloadButton(value=str(take_away(session, training)), interactive=True),
+            gr.Timer(active=running),
+            gr.skip() if running else offered(session, training, chosen_adapters),
+        ]
+
+    def take_away(session: Session, training: Training) -> Path:
+        """A copy of the configuration where the page may serve it from."""
+        path = session.folder / CONFIG
+        path.write_bytes((training.folder / CONFIG).read_bytes())
+        return path
+
+    def offered(session: Session, training: Training, chosen_adapters: list[str]):
+        """What was trained joins the adapters to compare."""
+        file = training.adapter()
+        if file is None:
+            return gr.skip()
+        try:
+            card = studio.comparer.shelf.card(file, training.folder.name)
+        except ValueError as problem:
+            gr.Warning(views.plain(problem), duration=None)
+            return gr.skip()
+        if not card.fits:
+            gr.Warning(views.plain("\n".join(card.mismatches)), duration=None)
+            return gr.skip()
+        label = session.add_adapter(card.adapter).label
+        return gr.CheckboxGroup(choices=list(session.adapters), value=list(dict.fromkeys([*chosen_adapters, label])))
+
+    start.click(begin, [owner, subject, files, adapters, *fields], shown, **LIGHT, **PRIVATE)
+    stop.click(halt, owner, None, **LIGHT, **PRIVATE)
+    timer.tick(watch, [owner, adapters], shown, **LIGHT, **PRIVATE)
+    subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, files, **LIGHT, **PRIVATE)
+    demo.load(arrive, [owner, adapters], [owner, *shown], **LIGHT, **PRIVATE)
+
+
+def status_of(training: Training) -> str:
+    """Where a training stands, in a line and a bar."""
+    step, total, name = training.step(), training.request.max_train_steps, training.folder.name
+    if training.running:
+        left = training.seconds_left(step)
+        text = f"step {step} of {total}" if step else "getting ready"
+        text += f", about {views.duration(left)} left" if left is not None else ""
+        text += "; finishing this step and saving" if training.stopped else ""
+        return run_views.progress(step, total, f"{name}: {text}")
+    if training.failed:
+        return views.message("\n".join([f"{name} ended with an error:", *training.log()]), "bad")
+    if training.stopped:
+        kept = "its last checkpoint is among the adapters" if training.adapter() else "before anything was saved"
+        return views.message(f"{name} was stopped at step {step} of {total}; {kept}.", "warn")
+    return views.message(f"{name}: {step} steps done. It is among the adapters of the Compare tab.", "good")

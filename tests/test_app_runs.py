@@ -1,0 +1,192 @@
+"""What training runs left behind: found, read while they are written, drawn, and refused when broken."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from app import run_views
+from app.charts import loss_chart, validation_chart
+from app.runs import (
+    MAX_POINTS,
+    METRICS,
+    find_adapters,
+    find_runs,
+    labelled,
+    read_run,
+    siblings,
+    thinned,
+)
+from app.serve import first_subject, subjects_in
+from app.sessions import MAX_THUMBNAILS, Sessions
+from app_fixtures import make_run
+
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def race(tmp_path):
+    """demo/lora, demo/reslora, and runs/other."""
+    make_run(tmp_path / "demo" / "lora", "lora")
+    make_run(tmp_path / "demo" / "reslora", "reslora", "input", seed=1)
+    make_run(tmp_path / "runs" / "other", "lora", seed=2)
+    return tmp_path
+
+
+def test_runs_are_found_below_their_roots_and_nowhere_else(race):
+    roots = (race / "demo", race / "runs", race / "absent")
+    runs = find_runs(roots)
+    assert list(runs) == ["lora", "reslora", "other"]
+    assert siblings(runs) == ["lora", "reslora"]
+    outside = make_run(race / "secret", "lora")
+    (race / "runs" / "way-out").symlink_to(outside)
+    (race / "runs" / "other" / METRICS).unlink()
+    (race / "runs" / "other" / METRICS).symlink_to(outside / METRICS)
+    assert list(find_runs(roots)) == ["lora", "reslora"]
+
+
+def test_two_runs_of_one_name_get_two_labels(race):
+    make_run(race / "runs" / "lora", "lora")
+    assert list(find_runs((race / "demo", race / "runs"))) == ["lora", "reslora", "runs/lora", "other"]
+    assert list(labelled((race / "demo" / "lora",), METRICS)) == ["lora"]
+
+
+def test_adapters_of_checkpoints_come_last(race):
+    for place in ("checkpoint-20", "."):
+        (race / "demo" / "lora" / place).mkdir(exist_ok=True)
+        (race / "demo" / "lora" / place / "pytorch_lora_weights.safetensors").touch()
+    (race / "runs" / "other" / "pytorch_lora_weights.safetensors").touch()
+    assert list(find_adapters((race / "demo", race / "runs"))) == ["lora", "other", "lora/checkpoint-20"]
+
+
+def test_a_run_is_read_as_the_trainer_wrote_it(race):
+    run = read_run("reslora", race / "demo" / "reslora")
+    assert run.method == "reslora input"
+    assert [step for step, _ in run.losses] == list(range(1, 41))
+    assert run.validation == [(step, 0.1 + 0.3 / step) for step in (10, 20, 30, 40)]
+    assert run.merge.gap == pytest.approx(0.01)
+    assert list(run.samples) == [0, 10, 20, 30, 40]
+    assert (run.step_shown(25), run.step_shown(-1)) == (20, None)
+    assert run.smoothed(0.0) == run.losses
+
+
+def test_smoothing_is_the_moving_average_without_bias(race):
+    run, keep = read_run("lora", race / "demo" / "lora"), 0.9
+    for n, (_, smoothed) in enumerate(run.smoothed(keep), start=1):
+        weights = [keep ** (n - 1 - i) for i in range(n)]
+        expected = sum(w * loss for w, (_, loss) in zip(weights, run.losses, strict=False)) / sum(weights)
+        assert smoothed == pytest.approx(expected)
+
+
+def test_a_run_under_way_is_read_as_far_as_it_is(race):
+    folder = race / "demo" / "lora"
+    for name in ("merge_report.json", "run.json"):
+        (folder / name).unlink()
+    with (folder / METRICS).open("a") as file:
+        file.write('{"step": 41, "lo')
+    (folder / "samples" / "step-000040" / "1-1.png").write_bytes(b"half a picture")
+    run = read_run("lora", folder)
+    assert (run.last_step, run.merge, run.method) == (40, None, "not said")
+    session = Sessions(race / "pictures").of("a")
+    table = run_views.samples([run], 40, session.thumbnail)
+    assert table.count("<img") == 3
+    assert table.count("no sample") == 1
+    assert "not yet" in run_views.merges([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (METRICS, "{}\n{}", "line 1 is no row"),
+        (METRICS, '{"step": 1, "loss": 2}\nnonsense\n', "line 2 is no row"),
+        (METRICS, '{"step": true}\n', "line 1 is no row"),
+        ("merge_report.json", '{"loss_base": "low"}', "lacks loss_base"),
+        ("merge_report.json", "[1]", "no object"),
+        ("run.json", "{", "no JSON"),
+    ],
+)
+def test_broken_files_of_a_run_are_named(race, name, content, words):
+    (race / "demo" / "lora" / name).write_text(content)
+    with pytest.raises(ValueError, match=f"lora/{name}.*{words}"):
+        read_run("lora", race / "demo" / "lora")
+
+
+def test_what_is_not_finite_is_not_drawn(race):
+    with (race / "demo" / "lora" / METRICS).open("a") as file:
+        file.write('{"step": 41, "loss": NaN}\n{"step": 42, "loss": "high"}\n')
+    assert read_run("lora", race / "demo" / "lora").last_step == 40
+
+
+def test_long_curves_are_thinned_and_keep_their_ends():
+    curve = [(step, 1.0) for step in range(100_000)]
+    short = thinned(curve)
+    assert len(short) <= MAX_POINTS + 1
+    assert (short[0], short[-1]) == (curve[0], curve[-1])
+    assert thinned([]) == []
+
+
+# ------------------------------------------------------------------------------------------------------ looks
+
+
+def test_charts_hold_a_line_for_every_run_and_take_the_pages_ink(race):
+    runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
+    for drawing in (loss_chart(runs, 0.9), validation_chart(runs)):
+        assert drawing.startswith("<svg")
+        assert "currentColor" in drawing
+        assert "#0d9488" in drawing
+        assert "#ea580c" in drawing
+    empty = read_run("none", race)
+    assert loss_chart([empty], 0.9) == validation_chart([empty]) == ""
+    assert "Nothing was measured" in run_views.curves([empty], 0.9)
+
+
+def test_words_of_runs_are_escaped(race):
+    folder = race / "demo" / "lora"
+    options = {"method": NASTY, "validation_prompt": [NASTY, NASTY]}
+    (folder / "run.json").write_text(json.dumps({"options": options}))
+    run = read_run(NASTY, folder)
+    texts = [run_views.legend([run]), run_views.curves([run], 0.9), run_views.merges([run]), run_views.log([NASTY])]
+    texts += [run_views.samples([run], 40, lambda _: "/x"), run_views.sample_history(run, lambda _: "/x")]
+    texts.append(run_views.progress(1, 2, NASTY))
+    for text in texts:
+        assert NASTY not in text
+        assert "onerror=alert(1)" in text
+
+
+def test_samples_of_one_step_stand_beside_each_other(race):
+    runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
+    table = run_views.samples(runs, 25, lambda path: f"/{path.parent.name}/{path.name}")
+    assert table.count("/step-000020/") == 8
+    assert table.index("a cat") < table.index("a dog")
+    assert "step 20" in table
+    history = run_views.sample_history(runs[0], lambda path: f"/{path.parent.name}/{path.name}")
+    assert history.index("step 40") < history.index("step 0<")
+
+
+def test_thumbnails_are_small_copies_made_once_and_bounded(race, monkeypatch):
+    session = Sessions(race / "pictures").of("a")
+    large = race / "large.png"
+    Image.new("RGB", (2000, 1000)).save(large)
+    address = session.thumbnail(large)
+    assert session.thumbnail(large) == address
+    with Image.open(address.partition("=")[2]) as small:
+        assert small.size == (384, 192)
+    assert session.thumbnail(race / "absent.png") is None
+    assert MAX_THUMBNAILS > 100
+    monkeypatch.setattr("app.sessions.MAX_THUMBNAILS", 1)
+    session.thumbnail(race / "demo" / "lora" / "samples" / "step-000000" / "0-0.png")
+    assert len(list((session.folder / "samples").iterdir())) == 1
+
+
+def test_the_first_subject_is_the_one_that_was_taught(race):
+    for name in ("sun_hat", "teapot"):
+        (race / "subjects" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(race / "subjects" / name / "0.png")
+    subjects = subjects_in(race / "subjects")
+    assert list(subjects) == ["sun hat", "teapot"]
+    options = {"instance_data_dir": str(race / "subjects" / "teapot")}
+    (race / "demo" / "lora" / "run.json").write_text(json.dumps({"options": options}))
+    assert first_subject((race / "demo",), subjects) == "teapot"
+    assert first_subject((race / "absent",), subjects) == "sun hat"
+    assert first_subject((race / "absent",), {}) is None
+    assert subjects_in(race / "absent") == {}

@@ -1,0 +1,206 @@
+"""Training from the page: what is asked becomes a configuration file, a process, and an adapter to compare."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.forms import read_train_request
+from app.pictures import MAX_SIDE, pictures_in, read_pictures
+from app.runs import read_run
+from app.tabs.train import status_of
+from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
+from app_fixtures import make_pipeline
+from reslora_diffusion.diffusion.checks import check
+from reslora_diffusion.diffusion.options import known_flags, parse
+
+# Behaves as the script does towards its caller: rows, a bar, an end on SIGTERM after the step under way.
+STAND_IN = """
+import json, signal, sys, time, yaml
+from pathlib import Path
+options = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+folder, told = Path(options["output_dir"]), []
+if options["learning_rate"] > 0.5:
+    sys.exit("the loss of step 1 is nan")
+signal.signal(signal.SIGTERM, lambda *_: told.append(1) or signal.signal(signal.SIGTERM, signal.SIG_DFL))
+for step in range(1, options["max_train_steps"] + 1):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "loss": 1 / step}) + "\\n")
+    print(f"\\rtraining: {step}", end="", flush=True)
+    time.sleep(0.02)
+    if told:
+        break
+print("\\nsaved")
+"""
+PICTURE = Image.new("RGB", (64, 64), "teal")
+ASKED = TrainRequest("a photo of sks cat", max_train_steps=5, validation_prompt=("a cat", "a dog"))
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STAND_IN)
+    trainer = Trainer(tmp_path / "trained", "base", 64, script)
+    yield trainer
+    trainer.close()
+
+
+def wait(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_option_is_one_of_the_scripts(method, tmp_path):
+    asked = dataclasses.replace(ASKED, method=method, class_prompt="a photo of a cat")
+    options = options_of(asked, "base", 64, tmp_path)
+    assert {f"--{name}" for name in options} <= set(known_flags())
+    assert options["method"] == ("lora" if method is Method.LORA else "reslora")
+    assert ("shortcut" in options) == (method is not Method.LORA)
+    assert options["with_prior_preservation"] is True
+
+
+def test_class_pictures_and_samples_only_where_asked_for(tmp_path):
+    options = options_of(dataclasses.replace(ASKED, validation_prompt=()), "base", 64, tmp_path)
+    assert not {"class_prompt", "with_prior_preservation", "validation_prompt"} & options.keys()
+
+
+def test_everything_wrong_is_said_at_once(trainer):
+    bad = TrainRequest(
+        "", max_train_steps=0, rank=999, learning_rate=0.0, train_batch_size=0, seed=-1, class_prompt="x" * 999
+    )
+    with pytest.raises(ValueError, match="Nothing was started") as caught:
+        trainer.start(bad, [], "me")
+    for words in ("0 pictures", "no prompt", "steps", "rank", "batch size", "learning rate", "999 characters", "seed"):
+        assert words in str(caught.value)
+    assert not trainer.root.exists()
+    assert request_problems(ASKED, 1, trainer.limits) == []
+
+
+def test_the_tabs_fields_are_read_and_empty_numbers_named():
+    fields = [" a cat ", "ResLoRA, block", 5, "one\n\n two ", 4, 1e-4, 2, False, "", 9, 3, " My Run "]
+    asked = read_train_request(*fields)
+    assert (asked.instance_prompt, asked.method, asked.validation_prompt) == ("a cat", Method.BLOCK, ("one", "two"))
+    fields[2] = fields[5] = fields[10] = None
+    with pytest.raises(ValueError, match=r"(?s)steps is empty.*learning rate is empty.*seed is empty"):
+        read_train_request(*fields)
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "C:\\x", "a" * 500, "..", "☃"])
+def test_no_name_leads_out_of_the_folder(trainer, name):
+    folder = trainer.new_folder(dataclasses.replace(ASKED, name=name))
+    assert folder.parent == trainer.root
+    assert slug(folder.name) == folder.name
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_are_upright_small_and_white_behind(tmp_path):
+    turned = Image.new("RGB", (20, 10))
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4000, 2000)).save(tmp_path / "large.png")
+    clear, large, upright = read_pictures(pictures_in(tmp_path), 3)
+    assert upright.size == (10, 20)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert large.size == (MAX_SIDE, MAX_SIDE // 2)
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x80\x04 pickle")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"no pictures: a\.png$"):
+        read_pictures(pictures_in(tmp_path), 3)
+    with pytest.raises(ValueError, match="at most 1"):
+        read_pictures(pictures_in(tmp_path), 1)
+
+
+# ---------------------------------------------------------------------------------------------------- process
+
+
+def test_a_training_runs_to_its_end_and_can_be_read(trainer):
+    training = trainer.start(ASKED, [PICTURE] * 3, "me")
+    assert len(pictures_in(training.folder / "pictures")) == 3
+    assert trainer.of("me") is training
+    assert trainer.of("somebody else") is trainer.of("") is None
+    training.process.wait(60)
+    assert not training.failed
+    assert training.step() == 5
+    assert "5 steps done" in status_of(training)
+    assert training.log() == ["training: 5", "saved"]
+    assert read_run("x", training.folder).last_step == 5
+    assert trainer.start(ASKED, [PICTURE], "me").folder.name == f"{training.folder.name}-2"
+
+
+def test_one_at_a_time_and_stopped_on_request(trainer):
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    wait(lambda: training.step() > 3)
+    assert "step" in status_of(training)
+    with pytest.raises(ValueError, match="one at a time"):
+        trainer.start(ASKED, [PICTURE], "you")
+    assert training.seconds_left(training.step() + 1) > 0
+    training.stop()
+    training.process.wait(60)
+    assert training.log()[-1] == "saved"
+    assert not training.failed
+    assert "was stopped at step" in status_of(training)
+
+
+def test_the_servers_end_ends_the_training(trainer):
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    wait(lambda: training.step() > 0)
+    trainer.close()
+    assert not training.running
+    assert training.log()[-1] == "saved"
+
+
+def test_a_failure_shows_what_the_script_said(trainer):
+    training = trainer.start(dataclasses.replace(ASKED, learning_rate=0.9), [PICTURE], "me")
+    training.process.wait(60)
+    assert training.failed
+    assert "the loss of step 1 is nan" in status_of(training)
+    assert len(training.log()) <= LOG_LINES
+    assert training.adapter() is None
+
+
+# ------------------------------------------------------------------------------------------------- the script
+
+
+def test_the_script_takes_the_configuration(trainer, tmp_path):
+    make_pipeline(tmp_path / "base")
+    trainer.base = str(tmp_path / "base")
+    training = trainer.start(dataclasses.replace(ASKED, method=Method.BLOCK), [PICTURE] * 2, "me")
+    args = parse(["--config", str(training.folder / CONFIG)])
+    assert (args.shortcut, args.validation_prompt, args.unknown) == ("block", ["a cat", "a dog"], [])
+    assert check(args).max_train_steps == 5
+
+
+@pytest.mark.slow
+def test_a_real_training_ends_in_an_adapter_that_fits(tmp_path):
+    from app.compare import Comparer, load_pipeline
+
+    make_pipeline(tmp_path / "base")
+    trainer = Trainer(tmp_path / "trained", str(tmp_path / "base"), 64)
+    training = trainer.start(
+        dataclasses.replace(ASKED, max_train_steps=4, validation_prompt=("a cat",)), [PICTURE], "me"
+    )
+    training.process.wait(300)
+    assert not training.failed, "\n".join(training.log())
+    run = read_run("real", training.folder)
+    assert len(run.losses) == 4
+    assert run.validation
+    assert set(run.samples[4]) == {"0-0.png", "0-1.png"}
+    assert run.prompts == ("a cat",)
+    assert run.merge is not None
+    card = Comparer(load_pipeline(tmp_path / "base")).shelf.card(Path(training.adapter()))
+    assert card.fits, card.mismatches
+    assert (training.folder / CONFIG).is_file()
