@@ -28,7 +28,7 @@ def make_pipeline(folder: Path, wide: bool = False) -> StableDiffusionPipeline:
 
 def make_lora_file(
     folder: Path,
-    pipe_folder: Path,
+    base: Path,
     seed: int,
     rank: int = 2,
     wide: bool = False,
