@@ -1,7 +1,12 @@
 """From a trained adapter to files that provably load elsewhere, and tools for LoRA files of any origin.
 
-    export_lora     merged factors -> pytorch_lora_weights.safetensors and kohya/<name>.safetensors, proved
-    read_lora       any LoRA file -> {component: {module path: LoraFactors}}
+    export_lora, write_lora_file    factors -> files for diffusers, ComfyUI, A1111, kohya, proved by their loaders
+    export_peft                     factors -> a folder for PEFT and vLLM, proved by PEFT
+    export_trained                  a run or checkpoint -> the same, at another rank, precision or name
+    read_lora, read_trained         any LoRA file, or a training run's LoRA -> {component: {path: LoraFactors}}
+    inspect_lora, verify_lora       what a file is; whether it loads, and fits a base
+    resize, combine, convert        LoRA files -> a LoRA file
+    fuse, extract                   LoRA + base -> model; model - base -> LoRA
 
 >>> from reslora_diffusion.export import export_lora, read_lora
 >>> print(export_lora("out", {"unet": merged_factors(unet)}))
@@ -16,11 +21,25 @@ from typing import Any
 HOMES = {
     "CheckFailed": "limits",
     "ExportReport": "report",
+    "ExtractReport": "extraction",
+    "FuseReport": "fusing",
     "Inspection": "inspection",
     "LoraFile": "reader",
+    "Verification": "verify",
+    "combine": "tools",
+    "convert": "tools",
     "export_lora": "lora",
+    "export_peft": "peft_folder",
+    "export_peft_components": "peft_folder",
+    "export_trained": "trained",
+    "extract": "extraction",
+    "fuse": "fusing",
     "inspect_lora": "inspection",
     "read_lora": "reader",
+    "read_trained": "trained",
+    "resize": "tools",
+    "save_merged": "trained",
+    "verify_lora": "verify",
     "write_lora_file": "lora",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605

@@ -1,11 +1,19 @@
 """What of a LoRA fits a base model: names and shapes, whichever CLIP layout the model has."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from .factors import Components
+from .geometry import Family, family_of
 from .keys import flat_path, listing
+
+if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
+    from torch import nn
+
+    from .factors import Components
 
 
 def base_layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
@@ -14,19 +22,53 @@ def base_layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
     return getattr(module, "base_layer", module)
 
 
+def is_transposed(layer: nn.Module | None) -> bool:
+    """Whether its weight is [in, out], as in GPT-2's `Conv1D`."""
+    return type(layer).__name__ == "Conv1D"
+
+
 def base_problems(components: Components, models: Mapping[str, nn.Module]) -> list[str]:
     """Modules that the base does not have, or has in another shape."""
     absent, unlike = [], []
     for component, model in models.items():
         modules = dict(model.named_modules())
         for path, f in components.get(component, {}).items():
-            weight = getattr(base_layer(modules, path), "weight", None)
+            layer = base_layer(modules, path)
+            weight = getattr(layer, "weight", None)
             wanted = [f.lora_B.shape[0], *f.lora_A.shape[1:]]
             if weight is None:
                 absent.append(f"{component}.{path}")
-            elif list(weight.shape) != wanted:
-                unlike.append(f"{component}.{path} {list(weight.shape)}, the LoRA's {wanted}")
+            elif (shape := list(weight.T.shape if is_transposed(layer) else weight.shape)) != wanted:
+                unlike.append(f"{component}.{path} {shape}, the LoRA's {wanted}")
     problems = [f"the base lacks {len(absent)} of the modules: {listing(absent)}"] if absent else []
     if unlike:
         problems.append(f"{len(unlike)} modules have other shapes in the base: {listing(unlike)}")
     return problems
+
+
+def misfits(components: Components, models: Mapping[str, nn.Module], name: str) -> list[str]:
+    """Why a LoRA is not for the base called `name`, and what it is for if that can be told."""
+    problems = base_problems(components, models)
+    if foreign := sorted(components.keys() - models.keys()):
+        problems.append(f"the base has no {', '.join(foreign)}; it has {', '.join(sorted(models)) or 'none of them'}")
+    family = family_of(components)
+    if problems and family not in (Family.CUSTOM, Family.OTHER):
+        problems.insert(0, f"the LoRA is for {family}, and {name} is not")
+    return problems
+
+
+def check_base_name(name: str) -> list[str]:
+    """Why `name` can be no folder and no hub name of a model, before anything is loaded or asked for."""
+    path = Path(name)
+    if path.is_dir():
+        if any((path / index).is_file() for index in ("model_index.json", "config.json")):
+            return []
+        return [f"{name} holds neither model_index.json nor config.json: no diffusers pipeline, no transformers model"]
+    if path.is_file():
+        return [
+            f"{name} is a single file; wanted the folder or hub name of a pipeline "
+            "(StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) makes one)"
+        ]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
+        return []
+    return [f"{name} does not exist"]

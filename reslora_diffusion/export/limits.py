@@ -1,9 +1,20 @@
-"""Thresholds that several modules state."""
+"""Thresholds, choices and the one kind of failure that several modules share. Nothing here waits for torch."""
+
+from typing import Literal
 
 LOSSY_ERROR = 0.05  # of a module's norm: a cut that loses more must be asked for
 LARGEST_EXPORT = 8 * 2**30  # bytes of one file; the largest LoRAs in use have one
-EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 1, 2
+Rank = int | Literal["full", "auto"]
 
 
 class CheckFailed(ValueError):
     """The input was sound, but what came of it did not pass: a failed proof, or a loss that nobody allowed."""
+
+
+def parse_rank(text: str) -> Rank:
+    """`full`, `auto` or a positive number, as typed on a command line."""
+    if text in ("full", "auto"):
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ValueError(f"rank must be 'full', 'auto' or a positive number, got {text!r}")

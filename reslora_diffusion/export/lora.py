@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .base import base_problems
@@ -28,12 +27,12 @@ from .factors import Components, delta_norm, rank_of
 from .geometry import family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
 from .keys import KOHYA_COMPONENTS, Dialect, Naming, classic_path, listing
-from .limits import LARGEST_EXPORT
+from .limits import LARGEST_EXPORT, Rank
 from .proof import errors_against, health_problems, prove
-from .ranks import Rank, at_rank, smallest_rank
+from .ranks import at_rank, smallest_rank
 from .reader import read_lora
 from .report import ExportReport, loader_versions
-from .writer import diffusers_tensors, kohya_header, kohya_tensors, reslora_header, uniform
+from .writer import diffusers_tensors, kohya_header, kohya_tensors, reslora_header, save_tensors, uniform
 
 REPORT_FILE = "export_report.json"
 
@@ -135,11 +134,11 @@ def write_proved(
         for path in placed.values():
             path.parent.mkdir(exist_ok=True)
         if path := placed.get(Dialect.DIFFUSERS):
-            save_file(diffusers_tensors(stored), path, metadata=reslora_header(facts))
+            save_tensors(diffusers_tensors(stored), path, metadata=reslora_header(facts))
         if path := placed.get(Dialect.KOHYA):
             tensors = kohya_tensors(stored, naming)
             header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)
-            save_file(tensors, path, metadata=header)
+            save_tensors(tensors, path, metadata=header)
         checks = prove(placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models)
         written = read_lora(next(iter(placed.values()))).components
         report = ExportReport(

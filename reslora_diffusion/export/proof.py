@@ -22,7 +22,7 @@ from torch import nn
 from .factors import Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_names
 from .header import open_safetensors
-from .keys import Naming, from_kohya, listing, to_kohya
+from .keys import Naming, from_kohya, listing
 from .limits import CheckFailed
 from .reader import read_lora
 
@@ -38,6 +38,10 @@ class LoaderCheck:
     matched: int
     expected: int
     largest_relative_error: float | None  # None where only names were compared
+
+    @property
+    def error(self) -> str:
+        return "names only" if self.largest_relative_error is None else f"{self.largest_relative_error:.1e}"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -100,19 +104,19 @@ def compare(loader: str, file: str, got: Components, wanted: Components, toleran
     return LoaderCheck(loader, file, matched, len(errors), max(errors))
 
 
-def check_names(path: Path, wanted: Components, family: Family, naming: Naming) -> list[LoaderCheck]:
+def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCheck]:
     """The names in a kohya file, looked up in ComfyUI's and A1111's maps of the base."""
     if family not in GEOMETRIES:
         return []
     comfyui, a1111 = comfyui_names(family), a1111_modules(family)
     with open_safetensors(path) as file:
         names = {key.partition(".")[0] for key in file.keys()}
-    intended = {to_kohya(c, p, naming): (c, p) for c, modules in wanted.items() for p in modules}
-    in_comfyui = sum(name in comfyui and comfyui[name] == intended.get(name) for name in names)
-    in_a1111 = sum(a1111_module(name, family) in a1111 and from_kohya(name) == intended.get(name) for name in names)
+    modules = {(c, path) for c, paths in wanted.items() for path in paths}
+    in_comfyui = {comfyui[name] for name in names if name in comfyui} & modules
+    in_a1111 = {from_kohya(name) for name in names if a1111_module(name, family) in a1111} & modules
     return [
-        LoaderCheck("ComfyUI's names", path.name, in_comfyui, len(intended), None),
-        LoaderCheck("A1111's and Forge's names", path.name, in_a1111, len(intended), None),
+        LoaderCheck("ComfyUI's names", path.name, len(in_comfyui), len(modules), None),
+        LoaderCheck("A1111's and Forge's names", path.name, len(in_a1111), len(modules), None),
     ]
 
 
@@ -170,7 +174,7 @@ def prove(
     checks, problems = diffusers_checks(files, wanted, tolerance, naming, models)
     if kohya_file:
         checks.append(compare("kohya's rules", kohya_file.name, read_lora(kohya_file).components, wanted, tolerance))
-        checks += check_names(kohya_file, wanted, family, naming)
+        checks += check_names(kohya_file, wanted, family)
     problems += [problem for check in checks if (problem := misread(check, tolerance))]
     if diffusers_file and (differs := flat_layout_differs(diffusers_file)):
         problems.append(f"the classic and flat text-encoder keys of {diffusers_file.name} differ: {listing(differs)}")

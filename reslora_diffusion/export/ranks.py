@@ -7,23 +7,11 @@
 A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut must be asked for with `allow_lossy`.
 """
 
-from typing import Literal
-
 from .factors import Components, Loss, common_rank, singular_values, truncated
-from .limits import LOSSY_ERROR, CheckFailed
+from .limits import LOSSY_ERROR, CheckFailed, Rank
 from .progress import progress
 
-Rank = int | Literal["full", "auto"]
 Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was lost
-
-
-def parse_rank(text: str) -> Rank:
-    """`full`, `auto` or a positive number, as typed on a command line."""
-    if text in ("full", "auto"):
-        return text
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise ValueError(f"rank must be 'full', 'auto' or a positive number, got {text!r}")
 
 
 def smallest_rank(components: Components, largest_error: float = LOSSY_ERROR) -> int:

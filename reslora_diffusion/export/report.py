@@ -1,6 +1,6 @@
 """What an export proved, as data (`export_report.json`) and as a short table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class ExportReport:
     checks: list[LoaderCheck]
     versions: dict[str, str]
     facts: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def energy_kept(self) -> float:
@@ -72,20 +73,13 @@ class ExportReport:
             "largest_relative_error": self.largest_error,
             "loaders": [check.to_dict() for check in self.checks],
             "versions": self.versions,
+            "notes": self.notes,
             "facts": self.facts,
             "modules": modules,
         }
 
     def __str__(self) -> str:
-        rows = [
-            (
-                check.loader,
-                check.file,
-                f"{check.matched}/{check.expected}",
-                "names" if check.largest_relative_error is None else f"{check.largest_relative_error:.1e}",
-            )
-            for check in self.checks
-        ]
+        rows = [(check.loader, check.file, f"{check.matched}/{check.expected}", check.error) for check in self.checks]
         return "\n".join(
             [
                 f"{len(self.losses)} modules of {self.family}, rank {self.rank}, {self.dtype}: "
@@ -93,6 +87,7 @@ class ExportReport:
                 *self.truncation(),
                 *table(("read by", "file", "modules", "largest error"), rows),
                 *(f"wrote {path}" for path in self.files.values()),
+                *self.notes,
             ]
         )
 
@@ -106,7 +101,7 @@ class ExportReport:
                 if self.rank_needed < self.rank
                 else f"no smaller rank would keep every module within {LOSSY_ERROR:.0%}"
             )
-            return [f"rank {self.rank} holds the block shortcut exactly, so 'full' is its default; {fewer}"]
+            return [f"a block shortcut merges exactly at full rank, here {self.rank}, hence the default; {fewer}"]
         worst = sorted(self.losses.items(), key=lambda item: -item[1].relative_error)
         shown = ", ".join(f"{c}.{path} {loss.relative_error:.1e}" for (c, path), loss in worst[:SHOWN])
         return [f"cut to rank {self.rank} ({self.asked_rank}): energy kept {self.energy_kept:.4%}; most lost: {shown}"]

@@ -32,6 +32,7 @@ from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from .base import check_base_name, misfits
 from .factors import Components
 from .keys import CLIP_COMPONENTS, LAYERS_PER_BLOCK, Naming, classic_path, listing
 
@@ -97,6 +98,20 @@ def base_models(name: str, wanted: Iterable[str]) -> Models:
             config = AutoConfig.from_pretrained(name, subfolder=component)
             with torch.device("meta"):
                 models[component] = hollow(cls(config))
+    return models
+
+
+def fitting_models(components: Components, name: str) -> Models:
+    """The hollow models of a base that a LoRA is for.
+
+    Raises:
+        ValueError: there is no such base, or the LoRA is for another; with what it is for.
+    """
+    problems = check_base_name(name)
+    models = {} if problems else base_models(name, components)
+    problems += misfits(components, models, name) if not problems else []
+    if problems:
+        raise ValueError("\n".join([f"the LoRA does not fit {name}:", *(f"  - {p}" for p in problems)]))
     return models
 
 
@@ -180,6 +195,9 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors]) -> nn.Modu
         projection_dim=1,
         vocab_size=8,
         max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
     )
     with torch.device("meta"):
         return hollow((CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection)(config))

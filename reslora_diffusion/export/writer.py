@@ -12,13 +12,15 @@ same way; so scaling is folded into the factors, in float32, and smaller modules
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .factors import Components, folded, padded
@@ -90,6 +92,14 @@ def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
             tensors[f"{name}.lora_up.weight"] = factors.lora_B
             tensors[f"{name}.alpha"] = torch.tensor(float(factors.lora_A.shape[0]))
     return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """`safetensors.torch.save_file`, readable by whom the user's umask allows: the library lets nobody else read."""
+    save_file(tensors, path, metadata=metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:

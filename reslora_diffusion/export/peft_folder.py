@@ -1,0 +1,223 @@
+"""`export_peft`: factors to a folder that PEFT and vLLM load as a plain LoRA, proved by PEFT itself.
+
+    out/
+      adapter_config.json          peft_type LORA; one rank r, lora_alpha = r, so scaling is 1 for every module
+      adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r]
+      export_report.json
+
+The configuration holds only fields that every PEFT knows: it is strict about the others. A diffusion model's parts are
+models of their own to PEFT and get a folder each (`export_peft_components`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from reslora_diffusion.core.functional import LoraFactors
+
+from .base import base_layer, base_problems, is_transposed
+from .factors import Components, delta_norm, rank_of
+from .geometry import family_of
+from .header import PEFT_CONFIG, PEFT_FILE
+from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, listing, peft_keys
+from .limits import CheckFailed, Rank
+from .lora import REPORT_FILE, fresh_folder, size_problem
+from .proof import TOLERANCE, compare, errors_against, health_problems, misread
+from .ranks import at_rank
+from .reader import read_lora
+from .report import ExportReport, loader_versions
+from .writer import reslora_header, save_tensors, uniform
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank accepts
+MODEL = "model"
+
+
+def export_peft(
+    output_dir: str | os.PathLike,
+    factors: Mapping[str, LoraFactors],
+    *,
+    base_model: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    dtype: torch.dtype = torch.float16,
+    rank: Rank = "full",
+    allow_lossy: bool = False,
+    facts: Mapping[str, object] | None = None,
+    model: nn.Module | None = None,
+    component: str = MODEL,
+) -> ExportReport:
+    """Write and prove a PEFT adapter folder.
+
+    Args:
+        output_dir: where the files go; what is there is replaced only after the proof.
+        factors: `merged_factors(model)`: module path -> factors.
+        base_model: name or folder of the base, for `adapter_config.json`.
+        task_type: PEFT's: "CAUSAL_LM", "SEQ_CLS", ..., or None.
+        dtype, rank, allow_lossy, facts: as in `export_lora`.
+        model: the base; names and shapes are checked against it, and `target_modules` shortens to what it allows.
+        component: "model", or what part of a diffusion pipeline this is.
+
+    >>> report = export_peft("out", merged_factors(llm), base_model="meta-llama/...", model=llm)
+    >>> print(report)   # with the --max-lora-rank that vLLM needs
+
+    Raises:
+        ValueError: the factors cannot be exported.
+        CheckFailed: a ValueError too; the rank loses too much, or the written folder failed its proof.
+    """
+    output_dir, facts = Path(output_dir), dict(facts or {})
+    if base_model:
+        facts.setdefault("base_model", base_model)
+    modules = {classic_path(component, path.removeprefix(PEFT_PREFIX)): f for path, f in factors.items()}
+    components = {component: modules} if modules else {}
+    models = {component: unwrapped(model)} if model is not None else {}
+    problems = health_problems(components) + base_problems(components, models)
+    if problems:
+        raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
+    cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
+    if problem := size_problem(output_dir, cut, file_rank, dtype):
+        raise ValueError(f"this LoRA cannot be exported: {problem}")
+    stored = uniform(cut, file_rank, dtype)[component]
+    config = adapter_config(component, modules, file_rank, base_model, task_type, models.get(component))
+    with fresh_folder(output_dir) as fresh:
+        save_tensors(peft_tensors(component, stored), fresh / PEFT_FILE, metadata=reslora_header(facts))
+        (fresh / PEFT_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        checks = prove_peft(fresh, component, cut[component], dtype, models.get(component))
+        paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
+        report = ExportReport(
+            files={kind: output_dir / path for kind, path in paths.items()},
+            sha256={kind: hashlib.sha256((fresh / path).read_bytes()).hexdigest() for kind, path in paths.items()},
+            family="a language model" if component == MODEL else str(family_of(components)),
+            dtype=str(dtype).removeprefix("torch."),
+            rank=file_rank,
+            asked_rank=rank,
+            rank_needed=None,
+            losses=losses,
+            errors=errors_against(read_lora(fresh).components, components),
+            norms={(component, path): delta_norm(f) for path, f in modules.items()},
+            ranks={(component, path): rank_of(f) for path, f in modules.items()},
+            checks=checks,
+            versions=loader_versions(),
+            facts={key: str(value) for key, value in facts.items()},
+            notes=[vllm_note(file_rank)] if component == MODEL else [],
+        )
+        (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+        for path in (*paths.values(), Path(REPORT_FILE)):
+            os.replace(fresh / path, output_dir / path)
+    return report
+
+
+def export_peft_components(
+    output_dir: str | os.PathLike,
+    components: Components,
+    *,
+    models: Mapping[str, nn.Module] | None = None,
+    **settings,
+) -> list[ExportReport]:
+    """One folder for a language model, or a folder for each part of a diffusion model: `out/unet`, ...
+
+    >>> export_peft_components("out", read_lora("my_lora.safetensors").components)
+    >>> PeftModel.from_pretrained(pipe.unet, "out/unet")
+    """
+    models = models or {}
+    if components.keys() == {MODEL}:
+        return [export_peft(output_dir, components[MODEL], model=models.get(MODEL), **settings)]
+    settings = {"task_type": None} | settings
+    return [
+        export_peft(Path(output_dir, component), modules, component=component, model=models.get(component), **settings)
+        for component, modules in components.items()
+    ]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The base under PEFT's and torch.compile's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def vllm_note(rank: int) -> str:
+    """What to start vLLM with."""
+    needed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if needed is None:
+        return f"vLLM serves ranks of at most {VLLM_RANKS[-1]}, this one has {rank}: export at a smaller rank"
+    return f"vLLM: --enable-lora --max-lora-rank {needed}"
+
+
+def peft_tensors(component: str, modules: Mapping[str, LoraFactors]) -> dict[str, torch.Tensor]:
+    """Tensors of `adapter_model.safetensors`; CLIP's keys in both layouts, of which PEFT takes the one that fits."""
+    tensors = {}
+    for path, f in modules.items():
+        for layout in sorted({path, flat_path(path)} if component == "text_encoder" else {path}):
+            key_A, key_B = peft_keys(layout)
+            tensors[key_A], tensors[key_B] = f.lora_A.clone(), f.lora_B.clone()
+    return tensors
+
+
+def adapter_config(
+    component: str,
+    modules: Mapping[str, LoraFactors],
+    rank: int,
+    base_model: str | None,
+    task_type: str | None,
+    model: nn.Module | None,
+) -> dict:
+    """`adapter_config.json`."""
+    found = dict(model.named_modules()) if model is not None else {}
+    transposed = {is_transposed(base_layer(found, path)) for path in modules}
+    if len(transposed) > 1:
+        raise ValueError("this LoRA cannot be exported: PEFT has one fan_in_fan_out for Conv1D and Linear together")
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": target_modules(component, list(modules), found),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed == {True},
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def target_modules(component: str, paths: list[str], found: Mapping[str, nn.Module]) -> list[str]:
+    """Last names, where a base is at hand and has no other modules that are called so; else whole paths."""
+    if component in CLIP_COMPONENTS:
+        paths = [flat_path(path) for path in paths]  # the end of the name in either layout
+    leaves = {path.rpartition(".")[2] for path in paths}
+    called_so = {name for name in found if name.rpartition(".")[2] in leaves and not name.endswith(".base_layer")}
+    if found and {flat_path(name) if component in CLIP_COMPONENTS else name for name in called_so} == set(paths):
+        return sorted(leaves)
+    return sorted(paths)
+
+
+def prove_peft(
+    folder: Path, component: str, wanted: Mapping[str, LoraFactors], dtype: torch.dtype, model: nn.Module | None
+) -> list:
+    """Load the folder by PEFT into a hollow model, and compare.
+
+    Raises:
+        CheckFailed: it does not mean what it should.
+    """
+    from peft import __version__
+
+    from .standins import like, load_peft, stand_ins
+
+    tolerance = TOLERANCE[dtype]
+    hollow = like(model) if model is not None else stand_ins({component: dict(wanted)})[component]
+    try:
+        got = {component: load_peft(folder, hollow, component)}
+    except ValueError as error:
+        raise CheckFailed(f"the export failed its proof; nothing was replaced:\n  - {error}") from error
+    check = compare(f"PEFT {__version__}", PEFT_FILE, got, {component: dict(wanted)}, tolerance)
+    problems = [problem] if (problem := misread(check, tolerance)) else []
+    problems += health_problems(got)
+    if problems:
+        raise CheckFailed(f"the export failed its proof; nothing was replaced: {listing(problems)}")
+    return [check]

@@ -1,0 +1,226 @@
+"""LoRA files to LoRA files: resize, combine, convert. Any dialect is read; what is written is proved as an export is.
+
+    resize     every module cut to its N largest singular values
+    combine    sum_k w_k delta_k, exactly by concatenation, or cut to a rank
+    convert    the same LoRA for another program
+
+A target that ends in `.safetensors` is one file; any other is a folder with everything that applies: both files of
+`export_lora`, or PEFT's folder for what only PEFT can hold.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .factors import Components, concatenated
+from .geometry import GEOMETRIES, family_of
+from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
+from .keys import COMPONENTS, KOHYA_COMPONENTS, Dialect, listing
+from .limits import Rank
+from .lora import export_lora, write_lora_file
+from .peft_folder import export_peft_components
+from .reader import LoraFile, read_lora
+from .report import ExportReport
+from .writer import carried_facts
+
+STORABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def resize(
+    source: str | Path,
+    output: str | Path,
+    rank: Rank,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_lossy: bool = False,
+) -> list[ExportReport]:
+    """Write a LoRA at another rank, in the dialect it came in where `output` is one file.
+
+    >>> resize("big.safetensors", "small.safetensors", 8, allow_lossy=True)
+
+    Raises:
+        ValueError: the file cannot be used.
+        CheckFailed: a ValueError too; the rank loses too much, or the result failed its proof.
+    """
+    lora = read_lora(source)
+    dialect = lora.dialect
+    return save_lora(
+        output,
+        lora.components,
+        dialect,
+        sources=[source],
+        dtype=dtype or kept_dtype(lora),
+        rank=rank,
+        allow_lossy=allow_lossy,
+        facts=carried_facts(lora.metadata),
+    )
+
+
+def convert(
+    source: str | Path, output: str | Path, to: Dialect | str, *, dtype: torch.dtype | None = None
+) -> list[ExportReport]:
+    """Write the same LoRA for another program.
+
+    >>> convert("from_civitai.safetensors", "out", "diffusers")   # out/pytorch_lora_weights.safetensors
+    >>> convert("out", "for_comfyui.safetensors", "kohya")
+    >>> convert("out", "adapters", "peft")                        # adapters/unet, adapters/text_encoder
+
+    Raises:
+        ValueError: the file cannot be used, or the other program has no name for its modules.
+        CheckFailed: a ValueError too; the result failed its proof.
+    """
+    lora, to = read_lora(source), Dialect(to)
+    facts = carried_facts(lora.metadata)
+    settings = {"dtype": dtype or kept_dtype(lora), "facts": facts}
+    if to is Dialect.PEFT or Path(output).suffix == ".safetensors":
+        return save_lora(output, lora.components, to, sources=[source], **settings)
+    refuse_overwriting(output, [source])
+    return [export_lora(output, lora.components, name=file_name(output), formats=(to,), **settings)]
+
+
+def combine(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    rank: Rank = "full",
+    dtype: torch.dtype | None = None,
+    allow_lossy: bool = False,
+) -> list[ExportReport]:
+    """Write the weighted sum of several LoRAs; exact unless `rank` cuts it.
+
+    >>> combine(["subject.safetensors", "style.safetensors"], "both", [1.0, 0.6])
+
+    Raises:
+        ValueError: a file cannot be used, or they are not for one base.
+        CheckFailed: a ValueError too; the rank loses too much, or the result failed its proof.
+    """
+    weights = list(weights) if weights else [1.0] * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(f"got {len(weights)} weights for {len(sources)} files; wanted one for each, or none")
+    loras = [read_lora(source) for source in sources]
+    problems = unlike_problems(loras)
+    if problems:
+        raise ValueError("\n".join(["these files cannot be combined:", *(f"  - {p}" for p in problems)]))
+    dialects = {lora.dialect for lora in loras}
+    dtypes = [kept_dtype(lora) for lora in loras]
+    return save_lora(
+        output,
+        weighted_sum([lora.components for lora in loras], weights),
+        loras[0].dialect if len(dialects) == 1 else Dialect.DIFFUSERS,
+        sources=sources,
+        dtype=dtype or (dtypes[0] if len(set(dtypes)) == 1 else torch.float32),
+        rank=rank,
+        allow_lossy=allow_lossy,
+        facts=combined_facts(loras, weights),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- combining
+
+
+def weighted_sum(terms: Sequence[Components], weights: Sequence[float]) -> Components:
+    """Module by module; one that a term lacks counts as zero there."""
+    total: Components = {}
+    names = dict.fromkeys((c, path) for components in terms for c, modules in components.items() for path in modules)
+    for component, path in names:
+        having = [
+            (components[component][path], weight)
+            for components, weight in zip(terms, weights, strict=True)
+            if path in components.get(component, {})
+        ]
+        summed = concatenated(*zip(*having, strict=True))
+        single = summed._replace(lora_A=summed.lora_A.float(), lora_B=summed.lora_B.float())
+        total.setdefault(component, {})[path] = single
+    return total
+
+
+def unlike_problems(loras: Sequence[LoraFile]) -> list[str]:
+    """Why files are not for one base."""
+    families = {str(lora.path): family_of(lora.components) for lora in loras}
+    known = {family for family in families.values() if family in GEOMETRIES}
+    problems = []
+    if len(known) > 1:
+        problems.append("; ".join(f"{path} is for {family}" for path, family in families.items()))
+    shapes: dict[tuple[str, str], tuple[list[int], Path]] = {}
+    unlike = []
+    for lora in loras:
+        for component, modules in lora.components.items():
+            for path, f in modules.items():
+                shape = [f.lora_B.shape[0], *f.lora_A.shape[1:]]
+                first, where = shapes.setdefault((component, path), (shape, lora.path))
+                if shape != first:
+                    unlike.append(f"{component}.{path} is {first} in {where.name} and {shape} in {lora.path.name}")
+    if unlike:
+        problems.append(f"{len(unlike)} modules have different shapes: {listing(unlike, 2)}")
+    return problems
+
+
+def combined_facts(loras: Sequence[LoraFile], weights: Sequence[float]) -> dict[str, str]:
+    """The base if the headers agree on it, all trigger words, and what was combined."""
+    stated = [carried_facts(lora.metadata) for lora in loras]
+    facts = {}
+    for key in ("base_model", "prediction_type", "resolution"):
+        if len(values := {headers.get(key) for headers in stated}) == 1 and None not in values:
+            facts[key] = values.pop()
+    if triggers := dict.fromkeys(headers["trigger_words"] for headers in stated if headers.get("trigger_words")):
+        facts["trigger_words"] = ", ".join(triggers)
+    terms = " + ".join(f"{weight:g} x {lora.path.name}" for lora, weight in zip(loras, weights, strict=True))
+    return facts | {"combined_from": terms}
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+
+def save_lora(
+    output: str | Path,
+    components: Components,
+    dialect: Dialect,
+    *,
+    sources: Sequence[str | Path] = (),
+    facts: Mapping[str, object],
+    name: str | None = None,
+    models: Mapping[str, nn.Module] | None = None,
+    **settings,
+) -> list[ExportReport]:
+    """One file in `dialect`, or a folder, whose kohya file has a `name`; never over one of the `sources`."""
+    settings |= {"facts": facts, "models": models}
+    refuse_overwriting(output, sources)
+    if Path(output).suffix == ".safetensors":
+        if dialect is Dialect.PEFT:
+            raise ValueError(f"{output} is a file; PEFT keeps its configuration beside the weights and wants a folder")
+        return [write_lora_file(output, components, dialect, **settings)]
+    if dialect is Dialect.PEFT or not components.keys() <= set(KOHYA_COMPONENTS):
+        return export_peft_components(output, components, base_model=facts.get("base_model"), **settings)
+    return [export_lora(output, components, name=name or file_name(output), **settings)]
+
+
+def refuse_overwriting(output: str | Path, sources: Sequence[str | Path]) -> None:
+    """Raise ValueError if writing `output` would replace a file that is being read."""
+    output = Path(output)
+    targets = [output] if output.suffix == ".safetensors" else [output / DIFFUSERS_FILE, output / PEFT_FILE]
+    targets += [output / component / PEFT_FILE for component in COMPONENTS]
+    targets += [output / KOHYA_FOLDER / f"{file_name(output)}.safetensors"]
+    written = {target.resolve() for target in targets}
+    if own := [str(path) for source in sources for path, _ in parts(Path(source)) if path.resolve() in written]:
+        raise ValueError(f"writing {output} would replace {listing(own)}, which is being read; choose another output")
+    if output.suffix == ".safetensors" and output.is_dir():
+        raise ValueError(f"{output} is a folder, wanted a file name")
+    if output.suffix != ".safetensors" and output.is_file():
+        raise ValueError(f"{output} is a file; wanted a folder, or a name that ends in .safetensors")
+
+
+def file_name(output: str | Path) -> str:
+    """A name for the kohya file from the name of its folder."""
+    return re.sub(r"[^\w.+-]+", "-", Path(output).resolve().name).strip("-.+_") or "lora"
+
+
+def kept_dtype(lora: LoraFile) -> torch.dtype:
+    """The precision a file already has; the finest of several."""
+    held = {getattr(torch, name) for name in lora.dtypes}
+    if len(held) == 1 and held <= set(STORABLE):
+        return held.pop()
+    return torch.float16 if all(dtype.itemsize == 1 for dtype in held) else torch.float32

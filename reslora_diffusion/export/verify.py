@@ -1,0 +1,183 @@
+"""Does a LoRA do what it says, in the programs that load it? Any file, not only ours.
+
+structure     keys, partners, ranks (`header`); numbers finite and not all zero
+base          every module is in the base, in its shape; without a base, only what the file itself tells
+loaders       diffusers or PEFT load the file into a model without memory, and hold in every layer what it says
+names         of a kohya file, in ComfyUI's and A1111's maps of the released bases
+twins         the files of one export mean the same, and are those that its report describes
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .base import check_base_name, misfits
+from .factors import Components
+from .geometry import family_of
+from .header import DIFFUSERS_FILE, KOHYA_FOLDER, LARGEST_CONFIG, PEFT_FILE, unusable
+from .inspection import sha256
+from .keys import KOHYA_COMPONENTS, Dialect, Naming, listing
+from .lora import REPORT_FILE
+from .proof import (
+    TOLERANCE,
+    LoaderCheck,
+    check_names,
+    compare,
+    diffusers_checks,
+    errors_against,
+    health_problems,
+    misread,
+)
+from .reader import LoraFile, read_lora
+from .tables import table
+
+EXACT = TOLERANCE[torch.float32]  # a loader's reading of a file against ours: the same bits
+
+
+@dataclass
+class Verification:
+    """What was checked, and every problem found."""
+
+    files: list[Path]
+    family: str
+    base: str | None
+    modules: int
+    checks: list[LoaderCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"files": [str(path) for path in self.files], "passed": self.passed}
+
+    def __str__(self) -> str:
+        rows = [(check.loader, check.file, f"{check.matched}/{check.expected}", check.error) for check in self.checks]
+        against = f" against {self.base}" if self.base else ""
+        return "\n".join(
+            [
+                f"{self.modules} modules of {self.family}{against}",
+                *table(("read by", "file", "modules", "largest error"), rows),
+                *(f"note: {note}" for note in self.notes),
+                *(f"PROBLEM: {problem}" for problem in self.problems),
+                "verified" if self.passed else "NOT verified",
+            ]
+        )
+
+
+def verify_lora(source: str | Path, base: str | None = None) -> Verification:
+    """Check a LoRA file or folder, and against a base if there is one.
+
+    Args:
+        source: a file, an export folder (both of its files are checked), a PEFT folder.
+        base: folder or hub name of a diffusers pipeline or transformers model; only its configurations are read.
+
+    >>> result = verify_lora("my_lora.safetensors", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    >>> print(result); result.passed
+
+    Raises:
+        ValueError: there is no LoRA in `source`, or no such base.
+    """
+    from .standins import base_models
+
+    if base and (problems := check_base_name(base)):
+        raise unusable(base, problems)
+    loras = [read_lora(path) for path in files_of(Path(source))]
+    first = loras[0]
+    components = first.components
+    models = base_models(base, components) if base else {}
+    result = Verification(
+        files=[lora.path for lora in loras],
+        family=str(family_of(components)),
+        base=base,
+        modules=sum(map(len, components.values())),
+        problems=health_problems(components),
+    )
+    if base:
+        result.problems += misfits(components, models, base)
+    for lora in loras:
+        if base and result.problems:
+            break  # loading into the wrong base would only repeat it
+        checks, problems = loader_checks(lora, models)
+        result.checks += checks
+        result.problems += problems
+        result.problems += [problem for check in checks if (problem := misread(check, EXACT))]
+    result.problems += twin_problems(loras)
+    result.problems += report_problems(Path(source), result.files)
+    if first.dialect is not Dialect.PEFT and not components.keys() <= set(KOHYA_COMPONENTS):
+        result.notes.append(f"the loader of {listing(components)} was not tried; only Stable Diffusion's are")
+    return result
+
+
+def files_of(source: Path) -> Iterable[Path]:
+    """The file, or each of the files of one export."""
+    if source.is_dir() and (source / DIFFUSERS_FILE).is_file():
+        return [source / DIFFUSERS_FILE, *sorted((source / KOHYA_FOLDER).glob("*.safetensors"))]
+    return [source]
+
+
+def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[str]]:
+    """The loaders of one file."""
+    components = lora.components
+    if lora.dialect is Dialect.PEFT:
+        return peft_checks(lora, models)
+    if not components.keys() <= set(KOHYA_COMPONENTS):
+        return [], []
+    family = family_of(components)
+    naming = Naming.SDXL if "text_encoder_2" in components else family.naming
+    checks, problems = diffusers_checks([lora.path], components, EXACT, naming, models)
+    if lora.dialect is Dialect.KOHYA:
+        checks += check_names(lora.path, components, family)
+    return checks, problems
+
+
+def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[str]]:
+    """PEFT's own loading of each folder."""
+    from peft import __version__
+
+    from .standins import like, load_peft, stand_ins
+
+    checks, problems = [], []
+    for component, modules in lora.components.items():
+        model = like(models[component]) if component in models else stand_ins({component: modules})[component]
+        folder = lora.path.parent
+        if len(lora.components) > 1:
+            folder = folder.parent / component
+        wanted: Components = {component: modules}
+        try:
+            got = {component: load_peft(folder, model, component)}
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        checks.append(compare(f"PEFT {__version__}", f"{folder.name}/{PEFT_FILE}", got, wanted, EXACT))
+    return checks, problems
+
+
+def twin_problems(loras: list[LoraFile]) -> list[str]:
+    """Files of one export that do not mean the same."""
+    first, *others = loras
+    problems = []
+    for other in others:
+        errors = errors_against(other.components, first.components)
+        if unlike := [f"{c}.{path}" for (c, path), error in errors.items() if error > EXACT]:
+            problems.append(f"{other.path.name} differs from {first.path.name} in {listing(unlike)}")
+    return problems
+
+
+def report_problems(folder: Path, files: list[Path]) -> list[str]:
+    """Files that are not those an export's report describes."""
+    report = folder / REPORT_FILE
+    if not report.is_file() or report.stat().st_size > 16 * LARGEST_CONFIG:
+        return []
+    try:
+        recorded = {entry["sha256"] for entry in json.loads(report.read_text(encoding="utf-8"))["files"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{REPORT_FILE} is not a report of an export"]
+    return [
+        f"{path.name} is not the file that {REPORT_FILE} describes" for path in files if sha256(path) not in recorded
+    ]
