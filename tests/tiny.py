@@ -7,7 +7,11 @@
 Real classes, 340,000 parameters, some ten milliseconds a step. Nothing is downloaded.
 """
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -96,6 +100,15 @@ def tiny_scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
+
+
+@functools.cache
+def tiny_pipeline_folder() -> Path:
+    """The saved pipeline of seed 0, made once in a process and removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-sd-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tiny_pipeline(folder)
+    return folder
 
 
 def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:

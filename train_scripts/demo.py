@@ -1,32 +1,44 @@
+#!/usr/bin/env python
 """The whole job in one command: teach the embedded pipeline a subject by LoRA and by ResLoRA, and look at both.
 
     python train_scripts/demo.py                      # four to five minutes on two CPU cores
-    python train_scripts/demo.py --max_train_steps 20 # the same road in one minute, too short to learn anything
+    python train_scripts/demo.py --max_train_steps 20 # the same road in a minute, too short to learn anything
 
 Three processes that share nothing but files:
 
     train_dreambooth_reslora.py --method lora      ->  demo/lora/pytorch_lora_weights.safetensors
     train_dreambooth_reslora.py --method reslora   ->  demo/reslora/pytorch_lora_weights.safetensors
-    this one, with plain diffusers                 ->  demo/contact_sheet.png, demo/loss.png, demo/demo.json
+    paint.py, plain diffusers                      ->  demo/pictures/
 
-Both runs see the same pictures, noise and timesteps in the same order and start from the same seed. One subject, one
-seed and one learning rate show that the machinery works; they do not show that one method is better than the other.
+and from those demo/contact_sheet.png, demo/loss.png and demo/demo.json. Both runs see the same pictures, noise and
+timesteps in the same order and start from the same seed. One subject, one seed and one learning rate show that the
+machinery works; they do not show that one method is better than the other.
 """
 
 import argparse
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from reslora_diffusion.diffusion.data import open_upright, scan
+from reslora_diffusion.diffusion.sheet import contact_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
 BACKGROUNDS = ("blue", "yellow", "pink")
-PLACEHOLDER = "sks"
+SEEDS = (0, 1)
+TRAINING_PICTURES = "training pictures"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", type=Path, default=ROOT / "assets" / "sticker-sd")
     parser.add_argument("--instance_data_dir", type=Path, default=ROOT / "assets" / "subjects" / "octopus")
@@ -36,34 +48,114 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--shortcut", default="input", choices=("input", "block", "middle"))
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def train(args: argparse.Namespace, method: str) -> Path:
-    """One DreamBooth run in a process of its own; returns its output folder."""
-    folder = args.output_dir / method
-    command = [sys.executable, ROOT / "train_scripts" / "train_dreambooth_reslora.py", f"--method={method}"]
-    command += [f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}"]
-    command += [f"--instance_data_dir={args.instance_data_dir}"]
-    command += [f"--instance_prompt=a sticker of {PLACEHOLDER} {args.class_noun}"]
-    command += ["--with_prior_preservation", f"--class_prompt=a sticker of {args.class_noun}"]
-    command += [f"--class_data_dir={args.output_dir / 'class_images'}", "--num_class_images=40"]
-    command += [f"--output_dir={folder}", f"--rank={args.rank}", f"--learning_rate={args.learning_rate}"]
-    command += ["--train_text_encoder", "--train_batch_size=4", f"--max_train_steps={args.max_train_steps}"]
-    command += [f"--resolution={64}", f"--seed={args.seed}", "--report_to=none"]
-    command += [f"--shortcut={args.shortcut}"] if method == "reslora" else []
-    print(f"\n--- {method}: {args.max_train_steps} steps", flush=True)
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    return folder
+def call(script: str, words: list[object]) -> None:
+    """Run a script beside this one in a process of its own; leave with its exit code if it fails."""
+    command = [sys.executable, ROOT / "train_scripts" / script, *words]
+    done = subprocess.run([str(word) for word in command], env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
-def main() -> None:
-    args = parse_args()
+def train(args: argparse.Namespace, method: str) -> float:
+    """One DreamBooth run; returns its seconds."""
+    folder, steps, started = args.output_dir / method, args.max_train_steps, time.monotonic()
+    if (folder / "run.json").is_file():
+        shutil.rmtree(folder)
+    words = [f"--method={method}", f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}"]
+    words += [f"--instance_data_dir={args.instance_data_dir}", f"--instance_prompt={instance_prompt(args)}"]
+    words += ["--with_prior_preservation", f"--class_prompt=a sticker of {article(args.class_noun)}"]
+    words += [f"--class_data_dir={args.output_dir / 'class_images'}", f"--num_class_images={min(40, 2 * steps)}"]
+    words += [f"--output_dir={folder}", f"--rank={args.rank}", f"--learning_rate={args.learning_rate}"]
+    words += ["--train_text_encoder", "--train_batch_size=4", f"--max_train_steps={steps}", "--resolution=64"]
+    words += [f"--guidance_scale={args.guidance_scale}", f"--seed={args.seed}", "--report_to=none"]
+    words += [f"--validation_steps={max(1, steps // 8)}", f"--checkpointing_steps={steps + 1}"]
+    words += [f"--shortcut={args.shortcut}"] if method == "reslora" else []
+    print(f"\n--- {method}: {steps} steps", flush=True)
+    call("train_dreambooth_reslora.py", words)
+    return round(time.monotonic() - started, 1)
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def instance_prompt(args: argparse.Namespace) -> str:
+    return f"a sticker of sks {args.class_noun}"
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    return [f"{instance_prompt(args)} on a {colour} background" for colour in BACKGROUNDS]
+
+
+def paint(args: argparse.Namespace) -> float:
+    """Every prompt from every seed, by the base and with each exported file; returns its seconds."""
     started = time.monotonic()
-    runs = {method: train(args, method) for method in ("lora", "reslora")}
-    print(runs, time.monotonic() - started)
+    shutil.rmtree(args.output_dir / "pictures", ignore_errors=True)
+    words = [f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}", "--prompt", *prompts(args)]
+    words += ["--seed", *SEEDS, f"--guidance_scale={args.guidance_scale}", "--resolution=64"]
+    words += ["--lora", *(f"{label}={args.output_dir / method}" for label, method in RUNS.items())]
+    print("\n--- painting with the exported files", flush=True)
+    call("paint.py", [*words, f"--output_dir={args.output_dir / 'pictures'}"])
+    return round(time.monotonic() - started, 1)
+
+
+def draw_sheet(args: argparse.Namespace) -> Path:
+    """Rows: prompt and seed. Columns: the training pictures, then base, LoRA, ResLoRA."""
+    rows = [prompt for prompt in prompts(args) for _ in SEEDS]
+    names = [f"{n}-{seed}.png" for n in range(len(BACKGROUNDS)) for seed in SEEDS]
+    subject = [open_upright(picture.path) for picture in scan(args.instance_data_dir).pictures]
+    columns = {TRAINING_PICTURES: subject[: len(rows)]}
+    for label in ("base", *RUNS):
+        columns[label] = [Image.open(args.output_dir / "pictures" / label / name) for name in names]
+    path = args.output_dir / "contact_sheet.png"
+    contact_sheet(columns, rows).save(path)
+    return path
+
+
+def draw_losses(args: argparse.Namespace) -> Path:
+    from reslora_diffusion.diffusion.history import plot_losses, read_history
+
+    path = args.output_dir / "loss.png"
+    plot_losses({label: read_history(args.output_dir / method) for label, method in RUNS.items()}, path)
+    return path
+
+
+def write_figures(args: argparse.Namespace, seconds: dict[str, float]) -> Path:
+    """Every setting and figure of the demo and of both runs."""
+    figures: dict[str, Any] = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "prompts": prompts(args),
+        "seeds": SEEDS,
+        "seconds": seconds,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "runs": {},
+    }
+    for label, method in RUNS.items():
+        folder = args.output_dir / method
+        parts = {
+            name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "merge_report", "export_report")
+        }
+        del parts["merge_report"]["output_errors"], parts["export_report"]["modules"]
+        figures["runs"][label] = {"weights": str(folder / "pytorch_lora_weights.safetensors"), **parts}
+    path = args.output_dir / "demo.json"
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    return path
+
+
+def main(args: argparse.Namespace) -> None:
+    seconds = {method: train(args, method) for method in RUNS.values()}
+    seconds["painting"] = paint(args)
+    sheet, losses, figures = draw_sheet(args), draw_losses(args), write_figures(args, seconds)
+    weights = " and ".join(str(args.output_dir / method) for method in RUNS.values())
+    print(f"\n{sheet}: {instance_prompt(args)!r} by the base, LoRA and ResLoRA, painted by plain diffusers")
+    print(f"{losses}: the loss of both runs, on the same pictures, noise and timesteps")
+    print(f"{figures}: every setting and figure; the LoRA files are in {weights}")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

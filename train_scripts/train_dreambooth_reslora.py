@@ -36,10 +36,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reslora_diffusion.diffusion.checks import Plan, check
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.diffusion.preflight import preflight
-from reslora_diffusion.diffusion.problems import run_program
+from reslora_diffusion.diffusion.problems import Interrupted, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -47,7 +45,8 @@ for library in ("TRANSFORMERS", "DIFFUSERS"):
 # Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
 UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
+    from reslora_diffusion.diffusion.checks import Plan
     from reslora_diffusion.diffusion.run import Run
 
 
@@ -105,7 +104,7 @@ def train(run: "Run", step: int) -> int:
     return step
 
 
-def prepare(args: Namespace, plan: Plan) -> tuple["Run", int]:
+def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     """From options to a `Run` and the number of steps it has behind it."""
     import torch
     from accelerate import Accelerator
@@ -120,6 +119,7 @@ def prepare(args: Namespace, plan: Plan) -> tuple["Run", int]:
     from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
     from reslora_diffusion.diffusion.optimizers import make_optimizer
+    from reslora_diffusion.diffusion.preflight import preflight
     from reslora_diffusion.diffusion.record import resolve_seed, trackable, write_record
     from reslora_diffusion.diffusion.run import Run
     from reslora_diffusion.diffusion.sampling import Sampler
@@ -219,27 +219,35 @@ def main(args: Namespace) -> Path:
 
     Raises:
         BadInput: every problem with the options, the folders or the model.
+        Interrupted: it was told to stop, and has saved.
         Stopped: training went wrong; says what is kept.
     """
+    if args.compare:
+        from reslora_diffusion.diffusion.race import race
+
+        return race(args, main)
+    from reslora_diffusion.diffusion.checks import check
+    from reslora_diffusion.diffusion.preflight import preflight
+
     plan = check(args)
     if args.dry_run:
         print("\n".join(preflight(plan, args)))
         return Path(args.output_dir)
     run, first_step = prepare(args, plan)
     started = time.monotonic()
-    step = train(run, first_step)
-    say = run.accelerator.print
+    try:
+        step = train(run, first_step)
+    finally:
+        run.close()
     if step < plan.max_train_steps:
-        say(f"stopped after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
-    else:
-        merged, exported = run.finish(step)
-        say(merged)
-        say(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
-        if exported:
-            print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
-            if args.push_to_hub:
-                print(f"pushed to {run.push_to_hub()}")
-    run.accelerator.end_training()
+        raise Interrupted(f"after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
+    merged, exported = run.finish(step)
+    if exported:
+        print(merged)
+        print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
+        print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
+        if args.push_to_hub:
+            print(f"pushed to {run.push_to_hub()}")
     return run.output
 
 

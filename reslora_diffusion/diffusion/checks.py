@@ -7,23 +7,23 @@ what the run will be trained on.
 import difflib
 import math
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint
 from .concepts import Concept, concepts_of
+from .optimizers import optimizer_problems
 from .options import NOT_SUPPORTED, known_flags
 from .problems import BadInput, listing, refuse
-
-if TYPE_CHECKING:
-    from .skeleton import Skeleton
+from .record import differences
+from .skeleton import Skeleton, load_skeleton, skeleton_problems
 
 CHOICES = {
     "method": ("lora", "reslora"),
@@ -71,7 +71,7 @@ class Plan:
     buckets: list[Size]
     max_train_steps: int
     steps_per_epoch: int
-    skeleton: "Skeleton"
+    skeleton: Skeleton
 
 
 def check(args: Namespace) -> Plan:
@@ -90,6 +90,7 @@ def check(args: Namespace) -> Plan:
             buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, skeleton.grid)
     except BadInput as error:
         problems += error.problems
+    problems += optimizer_problems(args)
     refuse(dict.fromkeys(problems))
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -99,7 +100,7 @@ def check(args: Namespace) -> Plan:
     return Plan(concepts, buckets, steps, per_epoch, skeleton)
 
 
-def look_at_model(args: Namespace) -> "Skeleton | None":
+def look_at_model(args: Namespace) -> Skeleton | None:
     """The model's shapes; raises `BadInput` with what does not fit them."""
     name = args.pretrained_model_name_or_path
     if not name:
@@ -109,8 +110,6 @@ def look_at_model(args: Namespace) -> "Skeleton | None":
         refuse([f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"])
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         refuse([f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"])
-    from .skeleton import load_skeleton, skeleton_problems  # takes seconds: torch, diffusers, transformers
-
     skeleton = load_skeleton(args)
     refuse(skeleton_problems(skeleton, args))
     return skeleton
@@ -143,6 +142,8 @@ def bad_values(args: Namespace) -> Iterator[str]:
         yield f"--num_previous: got {args.num_previous}, wanted 0 or more, or all"
     if args.resolution >= 1 and args.resolution % 8:
         yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
+    if args.export_name and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.export_name):
+        yield f"--export_name: got {args.export_name!r}, wanted letters, digits and . _ + -"
     for name, reason in NOT_SUPPORTED.items():
         if given[name] is not None:
             yield f"--{name} is not supported, because {reason}"
@@ -194,14 +195,17 @@ def bad_output(args: Namespace) -> Iterator[str]:
     if output.exists() and not output.is_dir():
         yield f"--output_dir: {output} is a file, wanted a folder"
         return
-    if args.resume_from_checkpoint not in (None, "latest"):
-        if find_checkpoint(output, args.resume_from_checkpoint) is None:
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
+        if checkpoint:
+            yield from differences(args, checkpoint)
+        elif args.resume_from_checkpoint != "latest":
             there = listing(path.name for path in checkpoints_in(output)) or "none"
             yield (
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint} is no complete checkpoint, neither as it "
                 f"stands nor in {output}; there: {there}"
             )
-    elif args.resume_from_checkpoint is None and (old := checkpoints_in(output)) and not args.dry_run:
+    elif (old := checkpoints_in(output)) and not args.dry_run:
         yield (
             f"--output_dir: {output} holds {listing(path.name for path in old)} of an earlier run; wanted another "
             "folder, or --resume_from_checkpoint latest to continue it"

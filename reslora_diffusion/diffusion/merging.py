@@ -85,16 +85,17 @@ def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
     return {"unet": lambda model, batch: denoiser.predict(batch), **texts}
 
 
-def merge_report(adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float) -> MergeReport:
+def merge_report(
+    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float, shortcut: str, merge_method: str
+) -> MergeReport:
     """Compare what was trained with what will be exported; calibrate first. Every process must call this."""
     with adapters.evaluation():
         trained = fixed_noise_loss(denoiser, evaluation.validation)
         with adapters.merged():
             merged = fixed_noise_loss(denoiser, evaluation.validation)
-    method = adapters.merging()
     return MergeReport(
-        shortcut=method["shortcut"],
-        merge_method=method["merge_method"],
+        shortcut=shortcut,
+        merge_method=merge_method,
         loss_base=loss_base,
         loss_trained=trained,
         loss_merged=merged,

@@ -72,8 +72,9 @@ def prepare_models(
         for name, model in trained.items():
             if name == "unet":
                 model.enable_gradient_checkpointing()
-            else:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:  # transformers 5 renamed it
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 

@@ -53,7 +53,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="of the weight files, such as fp16")
     add("--tokenizer_name", help="folder or hub name, if the tokenizer is not the pipeline's")
     add("--tokenizer_max_length", type=int, help="tokens of a prompt (default: the tokenizer's own)")
-    add("--enable_xformers_memory_efficient_attention", action=SWITCH, default=False)
+    add("--enable_xformers_memory_efficient_attention", action=SWITCH, default=False, help="needs xformers")
 
     add = parser.add_argument_group("data").add_argument
     add(
@@ -62,9 +62,9 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--instance_prompt", help="the prompt of pictures without a caption of their own")
     add("--with_prior_preservation", action=SWITCH, default=False, help="also train on pictures of the class")
     add("--class_data_dir", help="pictures of the class; those that are missing are made there")
-    add("--class_prompt")
-    add("--num_class_images", type=int, default=100)
-    add("--prior_loss_weight", type=float, default=1.0)
+    add("--class_prompt", help="the prompt of class pictures without a caption, and what missing ones are made from")
+    add("--num_class_images", type=int, default=100, help="wanted in all; missing ones are made")
+    add("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures in the loss")
     add("--prior_generation_precision", help="no, fp32, fp16 or bf16 (default: fp16 on a GPU, else fp32)")
     add("--sample_batch_size", type=int, default=4, help="class pictures made at once")
     add("--resolution", type=int, default=512, help="side of the squares that are trained on, in pixels")
@@ -72,47 +72,51 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0, help="threads that decode pictures while latents are cached")
 
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=int, default=4)
-    add("--lora_dropout", type=float, default=0.0)
-    add("--train_text_encoder", action=SWITCH, default=False)
+    add("--rank", type=int, default=4, help="of the adapters")
+    add("--lora_dropout", type=float, default=0.0, help="on the input of lora_A")
+    add("--train_text_encoder", action=SWITCH, default=False, help="adapters on the text encoder too")
     add("--pre_compute_text_embeddings", action=SWITCH, default=False, help="done whenever the text encoder is frozen")
 
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=int, default=4, help="of each process; as many class pictures join them")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--num_train_epochs", type=int, default=1)
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches to an optimizer step")
+    add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
-    add("--learning_rate", type=float, default=5e-4)
+    add("--learning_rate", type=float, default=5e-4, help="of the UNet")
     add("--scale_lr", action=SWITCH, default=False, help="times batch size, accumulation and processes")
-    add("--lr_scheduler", default="constant")
-    add("--lr_warmup_steps", type=int, default=500)
-    add("--lr_num_cycles", type=int, default=1)
-    add("--lr_power", type=float, default=1.0)
+    add(
+        "--lr_scheduler",
+        default="constant",
+        help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial",
+    )
+    add("--lr_warmup_steps", type=int, default=500, help="of schedules that warm up")
+    add("--lr_num_cycles", type=int, default=1, help="of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="of polynomial")
     add("--use_8bit_adam", action=SWITCH, default=False, help="the same as --optimizer adamw8bit")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=1e-2)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--gradient_checkpointing", action=SWITCH, default=False)
+    add("--adam_beta1", type=float, default=0.9, help="of optimizers that have it")
+    add("--adam_beta2", type=float, default=0.999, help="of optimizers that have it")
+    add("--adam_weight_decay", type=float, default=1e-2, help="of optimizers that have it")
+    add("--adam_epsilon", type=float, default=1e-8, help="of optimizers that have it")
+    add("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to it")
+    add("--gradient_checkpointing", action=SWITCH, default=False, help="less memory for a third more time")
     add("--mixed_precision", help="no, fp16 or bf16: precision of the frozen base; adapters are always float32")
-    add("--allow_tf32", action=SWITCH, default=False)
+    add("--allow_tf32", action=SWITCH, default=False, help="faster float32 on NVIDIA GPUs since Ampere")
     add("--seed", type=int, help="drawn and recorded if not given")
     add("--local_rank", type=int, default=-1, help="set by launchers")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="lora-dreambooth-model")
-    add("--checkpointing_steps", type=int, default=500)
-    add("--checkpoints_total_limit", type=int)
+    add("--output_dir", default="lora-dreambooth-model", help="where everything goes; see the top of the script")
+    add("--checkpointing_steps", type=int, default=500, help="steps from checkpoint to checkpoint")
+    add("--checkpoints_total_limit", type=int, help="older checkpoints are removed")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
     add("--validation_prompt", nargs="+", help="one or more prompts to paint at the start, on schedule and at the end")
     add("--num_validation_images", type=int, default=4, help="pictures for each prompt")
-    add("--validation_epochs", type=int, default=50)
+    add("--validation_epochs", type=int, default=50, help="passes from validation to validation")
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none")
     add("--logging_dir", default="logs", help="inside --output_dir")
-    add("--push_to_hub", action=SWITCH, default=False)
-    add("--hub_token")
-    add("--hub_model_id")
+    add("--push_to_hub", action=SWITCH, default=False, help="upload the exported files at the end")
+    add("--hub_token", help="better log in by `hf auth login`")
+    add("--hub_model_id", help="(default: name of --output_dir)")
 
     group = parser.add_argument_group("not supported (for DeepFloyd IF)")
     for name, reason in NOT_SUPPORTED.items():
@@ -134,7 +138,12 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
     add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")
     add("--target_modules", nargs="+", default=["to_k", "to_q", "to_v", "to_out.0"], help="of the UNet, as in PEFT")
-    add("--text_encoder_target_modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "out_proj"])
+    add(
+        "--text_encoder_target_modules",
+        nargs="+",
+        default=["q_proj", "k_proj", "v_proj", "out_proj"],
+        help="of the text encoder, as in PEFT",
+    )
     add("--rank_pattern", nargs="+", type=numbered(int), default=[], help="regex=rank of some layers, as in PEFT")
     add(
         "--alpha_pattern",
@@ -152,13 +161,13 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--scale_weight_norms", type=float, help="largest norm of a layer's update; 1.0 is usual")
     add("--use_ema", action=SWITCH, default=False, help="validate and export a moving average of the adapter")
-    add("--ema_decay", type=float, default=0.99)
+    add("--ema_decay", type=float, default=0.99, help="of the moving average")
 
     add = parser.add_argument_group("more on data").add_argument
     add("--concepts", type=Path, help="yaml, json or toml list of concepts, each with data folders and prompts")
     add("--repeats", type=int, default=1, help="times that a pass over the data shows each instance picture")
     add("--image_interpolation_mode", default="lanczos", help="bilinear, bicubic, box, hamming, lanczos or nearest")
-    add("--random_flip", action=SWITCH, default=False)
+    add("--random_flip", action=SWITCH, default=False, help="every picture also mirrored")
     add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that has room for them")
     add("--aspect_ratio_buckets", help="auto, or 'height,width;height,width': train each picture in its own shape")
     add("--caption_dropout_rate", type=float, default=0.0, help="share of draws that see the empty prompt")

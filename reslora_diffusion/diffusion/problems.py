@@ -1,4 +1,4 @@
-"""One way to say that the input is bad (every problem in one message, exit code 2) and one for a run that cannot go on."""
+"""One way to say that the input is bad: every problem in one message, exit code 2. One for a run that cannot go on."""
 
 import errno
 import os
@@ -23,6 +23,10 @@ class Stopped(RuntimeError):
     """Training cannot go on; says what is kept."""
 
 
+class Interrupted(Exception):
+    """A signal stopped training between two steps; says how to continue."""
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise `BadInput` if there is any problem."""
     if problems := list(problems):
@@ -36,9 +40,12 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
 
 
 def run_program(program: Callable[[], object]) -> int:
-    """The exit code of a program: 0; 2 for bad input, 1 for a run that had to stop, both said in plain words."""
+    """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop; all
+    said in plain words."""
     try:
         program()
+    except Interrupted as error:
+        code, message = 0, f"stopped {error}"
     except BadInput as error:
         code, message = EXIT_CODE, str(error)
     except Stopped as error:

@@ -2,19 +2,21 @@
 
 import json
 import platform
+import re
 import secrets
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from .checkpoints import stored_facts
 from .models import base_model_name
-from .problems import listing, refuse
+from .problems import listing
 
 FILE = "run.json"
 PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
@@ -54,7 +56,7 @@ def trackable(args: Namespace) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
 
 
-def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: Accelerator) -> int:
+def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: Accelerator | PartialState) -> int:
     """The seed given, else the checkpoint's, else one drawn for all processes."""
     if args.seed is not None:
         return args.seed
@@ -77,14 +79,18 @@ def write_text(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def refuse_other_run(args: Namespace, stored: dict[str, Any], folder: Path) -> None:
-    """Raise `BadInput` if a checkpoint belongs to another configuration."""
-    own = options(args)
-    refuse(
-        f"{folder} was trained with --{name} {stored.get(name)!r}, got {own[name]!r}; wanted the same"
-        for name in BINDING
-        if stored.get(name) != own[name]
-    )
+def differences(args: Namespace, checkpoint: Path) -> Iterator[str]:
+    """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
+    own, stored = options(args), stored_facts(checkpoint)["options"]
+    for name in BINDING:
+        if stored.get(name) != own[name] and not (name == "seed" and args.seed is None):
+            yield f"{checkpoint} was trained with --{name} {stored.get(name)!r}, got {own[name]!r}; wanted the same"
+
+
+def export_name(args: Namespace) -> str:
+    """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
+    folder = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(args.output_dir).resolve().name)
+    return args.export_name or folder.strip("-_.+") or "lora"
 
 
 def model_card(args: Namespace, lines: list[str], pictures: list[str]) -> str:

@@ -9,7 +9,7 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from .models import base_model_name
 from .optimizers import DECIDED, make_lr_scheduler
 from .problems import Stopped, listing, refuse
 from .randomness import Stream, seed_of
-from .record import model_card, options, refuse_other_run, versions, write_text
+from .record import export_name, model_card, options, versions, write_text
 from .sampling import Batch, Sampler
 from .validation import SHEET, Painter, fixed_noise_loss
 
@@ -64,6 +64,7 @@ class Run:
     seen: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.method = self.adapters.merging()  # as trained: after a handover the adapters are plain LoRA
         self.collect_tensors()
         self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
 
@@ -170,7 +171,6 @@ class Run:
     def restore(self, folder: Path) -> int:
         """Inverse of `save`; returns the step."""
         facts = stored_facts(folder)
-        refuse_other_run(self.args, facts["options"], folder)
         if facts["handed_over"]:
             self.adapters.become_handed_over(self.optimizer)
             self.after_handover()
@@ -203,7 +203,7 @@ class Run:
         return step % every == 0 or step == self.plan.max_train_steps
 
     def validate(self, step: int) -> None:
-        """Loss on fixed noise; with a prompt also the loss as merged, and pictures painted by what would be exported."""
+        """Loss on fixed noise; with a prompt also the loss as merged, and pictures by what would be exported."""
         self.flush(step)
         with self.averaged():
             if self.painter.paints:
@@ -243,7 +243,7 @@ class Run:
         """Write the plain LoRA of now; calibrate first."""
         facts = {
             "method": self.args.method,
-            **self.adapters.merging(),
+            **self.method,
             "num_previous": self.args.num_previous,
             "handover": self.args.handover,
             "base_model": base_model_name(self.args),
@@ -253,8 +253,7 @@ class Run:
             "merge_gap": report.gap if report else None,
         }
         stated = {key: str(value) for key, value in facts.items() if value is not None}
-        name = self.args.export_name or self.output.resolve().name
-        return export_lora(folder, self.adapters.factors(), name=name, facts=stated)
+        return export_lora(folder, self.adapters.factors(), name=export_name(self.args), facts=stated)
 
     def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
         """Measure the merge, export, and write the files that show the run; processes but the main one get no report
@@ -263,7 +262,7 @@ class Run:
         refuse([f"nothing was exported: {problem}"] if problem else [])
         with self.averaged():
             self.calibrate()
-            merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base)
+            merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
             exported = self.export(self.output, step, merged)
@@ -272,6 +271,11 @@ class Run:
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
         write_text(self.output / "README.md", model_card(self.args, str(merged).splitlines(), pictures))
         return merged, exported
+
+    def close(self) -> None:
+        """Let the trackers write what they hold."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def push_to_hub(self) -> str:
         """Upload the exported files, not the checkpoints; returns the address."""

@@ -29,6 +29,7 @@ from reslora_diffusion.core.config import ResLoraConfig
 from .families import FAMILIES, Family
 from .problems import BadInput, listing
 
+CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TEXT_ENCODERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
 
@@ -153,11 +154,14 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
         )
     if args.tokenizer_max_length and args.tokenizer_max_length > skeleton.max_length:
         yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {skeleton.max_length}"
+    plain = Namespace(**vars(args) | {"method": "lora", "rank": max(1, args.rank)})
+    for component, (model, config) in skeleton.adapted(plain).items():
+        yield from target_problems(model, component, config)
     try:
-        for component, (model, config) in skeleton.adapted(args).items():
-            yield from target_problems(model, component, config)
+        skeleton.adapted(args)
     except ValueError as error:
-        yield from (line.strip(" -") for line in str(error).splitlines() if line.startswith("  -"))
+        faults = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+        yield from (fault for fault in faults if not fault.startswith(CHECKED_BEFORE))
 
 
 def matches(pattern: str, name: str) -> bool:

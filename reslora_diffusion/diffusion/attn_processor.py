@@ -1,0 +1,89 @@
+"""ResLoRA inside diffusers' attention: the projections of one attention that read the same x share one down-projection.
+
+    self-attention     [A_q; A_k; A_v] x           one product of rank 3 r instead of three of rank r
+    cross-attention    [A_k; A_v] prompt
+    joint attention    [A_q; A_k; A_v] x and [A_add_q; A_add_k; A_add_v] prompt       (SD3, Flux)
+
+`ResLoRAAttnProcessor` wraps whatever processor an attention has. It owns no weights: it computes bottlenecks ahead, the
+adapted layers pick them up when the wrapped processor calls them, and a layer that is called with something else
+computes its own. So swapping processors (slicing, xFormers, IP-Adapter) can lose speed, never training, and outputs and
+gradients are those of the layers by themselves. What it saves is launches, so it pays on a GPU.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from reslora_diffusion import get_controller
+from reslora_diffusion.core.attach import DEFAULT_ADAPTER
+from reslora_diffusion.core.controller import Controller
+
+OWN = ("to_q", "to_k", "to_v")
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class ResLoRAAttnProcessor:
+    """Prepares the bottlenecks of one attention, then runs the processor it wraps. Made by `wrap_processor`."""
+
+    def __init__(self, inner: Any, controller: Controller, name: str) -> None:
+        self.inner, self.controller, self.name = inner, controller, name
+
+    def prepare(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> None:
+        joint = getattr(attn, "add_k_proj", None) is not None
+        context = hidden_states if joint or encoder_hidden_states is None else encoder_hidden_states
+        if context is hidden_states:
+            self.prepare_group(OWN, hidden_states)
+        else:
+            self.prepare_group(OWN[1:], context)
+        if joint and encoder_hidden_states is not None:
+            self.prepare_group(ADDED, encoder_hidden_states)
+
+    def prepare_group(self, leaves: tuple[str, ...], x: Tensor) -> None:
+        self.controller.prepare([f"{self.name}.{leaf}" for leaf in leaves], x)
+
+
+def wrap_processor(inner: Any, controller: Controller, name: str) -> ResLoRAAttnProcessor:
+    """A `ResLoRAAttnProcessor` whose `__call__` has the signature of `inner`'s.
+
+    diffusers drops every keyword that it does not find in the signature of a processor, so the wrapper must show the
+    signature of what it wraps.
+    """
+
+    def call(self: ResLoRAAttnProcessor, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.prepare(attn, hidden_states, args[0] if args else kwargs.get("encoder_hidden_states"))
+        return self.inner(attn, hidden_states, *args, **kwargs)
+
+    def reduce(self: ResLoRAAttnProcessor) -> tuple:
+        return wrap_processor, (self.inner, self.controller, self.name)
+
+    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+    kind = type("ResLoRAAttnProcessor", (ResLoRAAttnProcessor,), {"__call__": call, "__reduce__": reduce})
+    return kind(inner, controller, name)
+
+
+def set_attn_processors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> list[str]:
+    """Wrap the processor of every attention of `model` that the adapter is on; returns their names.
+
+    >>> unet.add_adapter(ResLoraConfig(...))
+    >>> if unet.device.type == "cuda":  # on a CPU, slicing the stacked product costs more than it saves
+    ...     set_attn_processors(unet)
+    """
+    controller = get_controller(model, adapter_name)
+    wrapped = []
+    for name, module in model.named_modules():
+        adapted = any(f"{name}.{leaf}" in controller.layers for leaf in OWN + ADDED)
+        if adapted and hasattr(module, "set_processor"):
+            current = module.processor
+            inner = current.inner if isinstance(current, ResLoRAAttnProcessor) else current
+            module.set_processor(wrap_processor(inner, controller, name))
+            wrapped.append(name)
+    return wrapped
+
+
+def unset_attn_processors(model: nn.Module) -> None:
+    """Inverse of `set_attn_processors`."""
+    for module in model.modules():
+        current = getattr(module, "processor", None)
+        if isinstance(current, ResLoRAAttnProcessor):
+            module.set_processor(current.inner)

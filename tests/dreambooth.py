@@ -1,0 +1,63 @@
+"""What tests of the DreamBooth trainer share: its script as a module, and options for a short run."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from tiny import tiny_pipeline_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBJECTS = ROOT / "assets" / "subjects"
+SCRIPT = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
+PROMPT = "a sticker of sks animal"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import train_dreambooth_reslora as script  # noqa: E402
+
+DEFAULTS = {
+    "resolution": 64,
+    "instance_data_dir": SUBJECTS / "octopus",
+    "instance_prompt": PROMPT,
+    "train_batch_size": 2,
+    "max_train_steps": 3,
+    "calibration_batches": 2,
+    "learning_rate": 0.01,
+    "seed": 0,
+    "report_to": "none",
+    "num_inference_steps": 2,
+}
+
+
+def words(output_dir: Path, **options: object) -> list[str]:
+    """The command line of a run on the tiny pipeline: `name=None` leaves an option out, a list is several words."""
+    merged = {"pretrained_model_name_or_path": tiny_pipeline_folder(), "output_dir": output_dir} | DEFAULTS | options
+    line = []
+    for name, value in merged.items():
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            line += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            line += [f"--{name}", str(value)]
+    return line
+
+
+def arguments(output_dir: Path, **options: object) -> Namespace:
+    return script.parse_args(words(output_dir, **options))
+
+
+def train(output_dir: Path, **options: object) -> Path:
+    """A run in this process."""
+    return script.main(arguments(output_dir, **options))
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def call(output_dir: Path, *prefix: str, **options: object) -> subprocess.CompletedProcess:
+    """A run in a process of its own, by `python script` unless `prefix` says otherwise."""
+    command = [*(prefix or (sys.executable,)), str(SCRIPT), *words(output_dir, **options)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)

@@ -1,0 +1,246 @@
+"""Bad input: every problem in one message that says what was got and wanted, before weights are read."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from dreambooth import SUBJECTS, arguments, call, train
+from reslora_diffusion.diffusion.problems import BadInput
+from tiny import tiny_pipeline_folder
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory):
+    """The tiny pipeline's configuration and tokenizer: whoever loads it fails."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    shutil.copytree(tiny_pipeline_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def refused(tmp_path, without_weights):
+    """Run with these options; returns what was said, after making sure that nothing was written."""
+
+    def run(**options) -> str:
+        output = tmp_path / "out"
+        options = {"pretrained_model_name_or_path": without_weights} | options
+        with pytest.raises(BadInput) as error:
+            train(output, **options)
+        assert not output.exists()
+        return str(error.value)
+
+    return run
+
+
+def pictures(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copy(SUBJECTS / "octopus" / "0.png", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "--rank: got 0, wanted 1 or more"),
+        ({"rank": 17}, "--rank is larger than layers of the unet: down_blocks.0"),
+        ({"rank_pattern": ["attn1.to_q=40"]}, "attn1.to_q (16, 16) of rank 40"),
+        ({"rank": 33, "train_text_encoder": True, "target_modules": ["to_q"]}, "layers of the text_encoder"),
+        ({"shortcut": "sideways"}, "--shortcut: got 'sideways', wanted none, input, block, middle"),
+        ({"shortcut": "input", "num_previous": 3}, "num_previous: got 3, wanted 1 or 0"),
+        ({"merge_method": "guess"}, "--merge_method: got 'guess', wanted least_squares"),
+        ({"target_modules": ["to_qq"]}, "target module 'to_qq' matches nothing in the unet; it has"),
+        ({"target_modules": ["conv_in"]}, "no linear layers: conv_in (Conv2d)"),
+        ({"instance_data_dir": "/nowhere/at/all"}, "/nowhere/at/all is missing; wanted pictures"),
+        ({"with_prior_preservation": True}, "--with_prior_preservation needs --class_data_dir"),
+        (
+            {"with_prior_preservation": True, "class_data_dir": "classes-not-there"},
+            "--with_prior_preservation needs --class_prompt",
+        ),
+        ({"instance_prompt": None}, "--instance_prompt is required: 0.png"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "checkpoint-9 is no complete checkpoint"),
+        ({"resolution": 60}, "--resolution: got 60, wanted a multiple of 8"),
+        ({"resolution": 8}, "wanted a multiple of 8 that is at least 16"),
+        ({"learning_rate": 0}, "--learning_rate: got 0.0, wanted a number above 0"),
+        ({"learning_rate": "nan"}, "--learning_rate: got nan"),
+        ({"snr_gamma": 5, "debiased_estimation_loss": True}, "both weight the loss"),
+        ({"method": "lora", "shortcut": "block"}, "--shortcut is used only with --method reslora"),
+        ({"text_encoder_lr": 1e-4}, "--text_encoder_lr is used only with --train_text_encoder"),
+        ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "the embeddings change"),
+        ({"class_labels_conditioning": "timesteps"}, "not supported, because only DeepFloyd"),
+        ({"optimizer": "adam2000"}, "--optimizer: got 'adam2000', wanted"),
+        ({"optimizer_args": ["speed=9"]}, "AdamW has no 'speed'"),
+        ({"optimizer": "prodigy"}, "needs the package prodigyopt"),
+        ({"lr_scheduler": "slow"}, "--lr_scheduler: got 'slow'"),
+        ({"tokenizer_max_length": 77}, "--tokenizer_max_length: got 77, wanted at most 32"),
+        ({"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets: got '64x64'"),
+        ({"aspect_ratio_buckets": "60,68"}, "wanted multiples of 8"),
+        ({"handover": 1.5}, "--handover: got 1.5"),
+        (
+            {"pretrained_model_name_or_path": "/nowhere/model"},
+            "/nowhere/model is missing; wanted a folder",
+        ),
+        ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
+        ({"pretrained_model_name_or_path": SUBJECTS}, "has no model_index.json; wanted a diffusers pipeline"),
+        ({"export_name": "a/b"}, "--export_name: got 'a/b'"),
+        ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, reslora"),
+        ({"compare": ["lora"]}, "wanted two contenders or more"),
+        ({"compare": ["lora", "reslora:seed=3"]}, "sets --seed=3, which all contenders share"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_problem_is_named(refused, options, said):
+    assert said in refused(**options)
+
+
+def test_all_problems_come_in_one_message(refused, tmp_path):
+    message = refused(
+        rank=0,
+        shortcut="sideways",
+        target_modules=["nothing"],
+        instance_data_dir=tmp_path / "missing",
+        resolution=60,
+        with_prior_preservation=True,
+        resume_from_checkpoint="checkpoint-1",
+    )
+    assert message.startswith("9 problems:") or message.startswith("8 problems:")
+    for part in ("--rank", "--shortcut", "'nothing'", "missing", "--resolution", "--class_data_dir", "checkpoint-1"):
+        assert part in message
+
+
+def test_a_folder_that_is_empty(refused, tmp_path):
+    assert "holds nothing; wanted pictures" in refused(instance_data_dir=pictures(tmp_path / "empty"))
+
+
+def test_a_folder_of_stray_files_only(refused, tmp_path):
+    folder = pictures(tmp_path / "stray")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "notes.md").write_text("hello")
+    assert "holds only .DS_Store, notes.md; wanted pictures" in refused(instance_data_dir=folder)
+
+
+def test_a_folder_that_is_a_file(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file is not a folder" in refused(instance_data_dir=tmp_path / "file")
+
+
+def test_pictures_that_do_not_decode(refused, tmp_path):
+    folder = pictures(tmp_path / "broken", "good.png")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "half.png").write_bytes((SUBJECTS / "octopus" / "0.png").read_bytes()[:200])
+    message = refused(instance_data_dir=folder)
+    assert "2 unreadable pictures" in message
+    assert "text.jpg" in message
+    assert "half.png" in message
+
+
+def test_captions_of_pictures_that_are_not_there(refused, tmp_path):
+    folder = pictures(tmp_path / "captions", "a.png")
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").write_text("b")
+    (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "c"}\n{"file_name": "a.png"}\n')
+    message = refused(instance_data_dir=folder)
+    assert "captions without a picture: b.txt" in message
+    assert "names pictures that are not there: c.png" in message
+    assert "line 2: got" in message
+
+
+def test_a_caption_that_is_not_text(refused, tmp_path):
+    folder = pictures(tmp_path / "latin", "a.png")
+    (folder / "a.txt").write_bytes("Käse".encode("latin-1"))
+    assert "a.txt is not text in UTF-8" in refused(instance_data_dir=folder)
+
+
+def test_a_mask_of_another_size(refused, tmp_path):
+    folder, masks = pictures(tmp_path / "subject", "a.png", "b.png"), tmp_path / "masks"
+    masks.mkdir()
+    Image.new("L", (64, 64)).save(masks / "a.png")
+    Image.new("L", (32, 64)).save(masks / "b.png")
+    Image.new("L", (64, 64)).save(masks / "z.png")
+    message = refused(instance_data_dir=folder, mask_data_dir=masks)
+    assert "b.png is (32, 64), b.png is (64, 64)" in message
+    assert "masks of pictures that are not there: z" in message
+
+
+def test_a_concepts_file_with_faults(refused, tmp_path):
+    path = tmp_path / "concepts.json"
+    path.write_text(json.dumps([{"instance_prompt": "x", "reapets": 2}, {"instance_data_dir": "y", "repeats": 0}]))
+    message = refused(instance_data_dir=None, concepts=path)
+    assert "concept 1: unknown key 'reapets'" in message
+    assert "concept 1: instance_data_dir is missing" in message
+    assert "concept 2: repeats is 0" in message
+
+
+def test_a_model_of_another_family(refused, tmp_path, without_weights):
+    folder = shutil.copytree(without_weights, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "IFPipeline"}))
+    said = refused(pretrained_model_name_or_path=folder)
+    assert "is a IFPipeline; wanted Stable Diffusion 1.x or 2.x" in said
+
+
+def test_an_inpainting_model(refused, tmp_path, without_weights):
+    folder = shutil.copytree(without_weights, tmp_path / "inpainting")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 33}))
+    assert "takes 33 channels and latents have 16" in refused(pretrained_model_name_or_path=folder)
+
+
+def test_an_output_folder_that_is_a_file_or_holds_another_run(tmp_path, without_weights):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file, wanted a folder"):
+        train(tmp_path / "file", pretrained_model_name_or_path=without_weights)
+    train(tmp_path / "run", max_train_steps=1, checkpointing_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match="holds checkpoint-1 of an earlier run; wanted another folder, or --resume"):
+        train(tmp_path / "run")
+    with pytest.raises(BadInput, match="was trained with --rank 4, got 2; wanted the same"):
+        train(tmp_path / "run", rank=2, resume_from_checkpoint="latest")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_the_exit_code_is_2_and_the_message_is_all_there_is(tmp_path, without_weights):
+    done = call(tmp_path / "out", rank=0, pretrained_model_name_or_path=without_weights)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["1 problem:", "  - --rank: got 0, wanted 1 or more"]
+
+
+def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weights, capsys):
+    folder = pictures(tmp_path / "subject", "a.png", "b.png")
+    Image.new("RGB", (100, 40)).save(folder / "small.png")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "a.txt").write_text("a photo of a dog " * 20)
+    train(
+        tmp_path / "out",
+        instance_data_dir=folder,
+        pretrained_model_name_or_path=without_weights,
+        dry_run=True,
+        aspect_ratio_buckets="auto",
+        max_train_steps=40,
+        repeats=2,
+    )
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for line in (
+        "3 pictures",
+        "1 with captions of their own",
+        "skipped: .DS_Store (hidden)",
+        "identical: a.png, b.png",
+        "enlarged: small.png",
+        "sizes: 2 of 64x64, 1 of 80x48",
+        "tokens cut off the end of 'a photo of a dog",
+        "40 steps of 2 pictures: 13.3 passes of 3 steps",
+        "trained parameters",
+    ):
+        assert line in said, said
+
+
+def test_arguments_are_not_changed_by_checking(tmp_path):
+    from reslora_diffusion.diffusion.checks import check
+
+    args = arguments(tmp_path / "out")
+    before = dict(vars(args))
+    check(args)
+    assert vars(args) == before
