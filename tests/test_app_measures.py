@@ -18,7 +18,7 @@ from app.compare import Cell
 from app.learned import learned_measures, load
 from app.measures import asked_background, background, cut_out, diversities, figure, likeness, measure
 from app.request import Adapter, Column, CompareRequest
-from app_fixtures import make_tokenizer
+from tiny import tiny_tokenizer
 
 ADAPTER = Adapter("one", "p", "a")
 
@@ -122,7 +122,7 @@ def test_dreambooths_measures_are_mean_cosines():
 
 
 def test_clip_and_dino_are_opened_from_folders(tmp_path):
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
     end = tokenizer.eos_token_id
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": end, "pad_token_id": end}
