@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: each picture is trained at the size whose shape is nearest to its own.
 
-A bucket is (width, height). "auto" makes all sizes of at most resolution^2 pixels between 1:2 and 2:1 whose sides are
+A bucket is (width, height). "auto" makes all sizes of at most resolution^2 pixels between 2:5 and 5:2 whose sides are
 multiples of `step`, the coarsest grid of the UNet in pixels.
 """
 
@@ -14,9 +14,9 @@ Size = tuple[int, int]
 def auto_buckets(resolution: int, step: int) -> list[Size]:
     """Square first, then by width. Every width has the largest height that fits."""
     buckets = {(resolution, resolution)}
-    for width in range(step, 2 * resolution + 1, step):
+    for width in range(step, 2 * resolution, step):
         height = resolution**2 // width // step * step
-        if height and 0.5 <= width / height <= 2:
+        if height and 0.4 <= width / height <= 2.5:
             buckets |= {(width, height), (height, width)}
     return sorted(buckets, key=lambda size: (size[0] != size[1], size))
 

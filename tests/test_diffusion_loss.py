@@ -1,0 +1,147 @@
+"""Losses against their formulas, written again in float64 from the papers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from reslora_diffusion.diffusion.families import Texts
+from reslora_diffusion.diffusion.loss import Objective, snr, target_of
+from reslora_diffusion.diffusion.sampling import Batch
+
+TIMESTEPS = (0, 3, 250, 700, 999)
+
+
+def make_scheduler(prediction_type="epsilon", zero_snr=False) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+    )
+
+
+def make_batch(masks=None) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, len(TIMESTEPS), 3, 4, 6, generator=source)
+    return Batch(
+        latents=latents,
+        noise=noise,
+        timesteps=torch.tensor(TIMESTEPS),
+        texts=Texts(torch.zeros(1, 1, 1)),
+        prompt_index=torch.zeros(len(TIMESTEPS), dtype=torch.long),
+        weights=torch.ones(len(TIMESTEPS)),
+        time_ids=torch.zeros(len(TIMESTEPS), 6),
+        masks=masks,
+    )
+
+
+def alpha_bars(zero_snr: bool) -> np.ndarray:
+    """Scaled-linear schedule; with zero terminal SNR as in arXiv 2305.08891, algorithm 1."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    root = np.sqrt(np.cumprod(1 - betas))
+    if zero_snr:
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root[list(TIMESTEPS)] ** 2
+
+
+def reference(prediction: torch.Tensor, batch: Batch, kind: str, zero_snr: bool, rho, weight) -> np.ndarray:
+    x0, eps, out = (value.double().numpy() for value in (batch.latents, batch.noise, prediction))
+    losses = []
+    for n, alpha_bar in enumerate(alpha_bars(zero_snr)):
+        target = eps[n] if kind == "epsilon" else math.sqrt(alpha_bar) * eps[n] - math.sqrt(1 - alpha_bar) * x0[n]
+        mask = 1.0 if batch.masks is None else np.broadcast_to(batch.masks[n].double().numpy(), x0[n].shape)
+        mean = np.average(rho(out[n] - target, alpha_bar, TIMESTEPS[n]), weights=np.broadcast_to(mask, x0[n].shape))
+        losses.append(weight(alpha_bar) * mean)
+    return np.array(losses)
+
+
+def squared(error, alpha_bar, t):
+    return error**2
+
+
+def ratio(alpha_bar):
+    return alpha_bar / (1 - alpha_bar)
+
+
+WEIGHTS = {
+    ("epsilon", "snr_gamma"): lambda a: min(ratio(a), 5.0) / ratio(a),
+    ("v_prediction", "snr_gamma"): lambda a: min(ratio(a), 5.0) / (ratio(a) + 1),
+    ("epsilon", "debiased_estimation_loss"): lambda a: 1 / math.sqrt(min(ratio(a), 1000)),
+    ("v_prediction", "debiased_estimation_loss"): lambda a: 1 / (ratio(a) + 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_plain_loss(kind, zero_snr):
+    batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    losses = Objective().losses(prediction, batch, make_scheduler(kind, zero_snr))
+    expected = reference(prediction, batch, kind, zero_snr, squared, lambda a: 1.0)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), WEIGHTS)
+def test_weightings(kind, name):
+    batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    objective = Objective(**{name: 5.0 if name == "snr_gamma" else True})
+    losses = objective.losses(prediction, batch, make_scheduler(kind))
+    expected = reference(prediction, batch, kind, False, squared, WEIGHTS[kind, name])
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-4)
+
+
+def test_weightings_stay_finite_where_nothing_but_noise_is_left():
+    batch = make_batch()
+    for kind, gamma, debiased in [
+        ("epsilon", 5.0, False),
+        ("v_prediction", 5.0, False),
+        ("epsilon", None, True),
+        ("v_prediction", None, True),
+    ]:
+        scheduler = make_scheduler(kind, zero_snr=True)
+        losses = Objective(snr_gamma=gamma, debiased_estimation_loss=debiased).losses(batch.noise * 2, batch, scheduler)
+        assert losses.isfinite().all()
+    assert snr(make_scheduler(zero_snr=True), torch.tensor([999])) == 0
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_robust_losses(loss_type, schedule):
+    batch, prediction = make_batch(), 3 * torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+
+    def c_of(alpha_bar, t):
+        if schedule == "exponential":
+            return math.exp(-(-math.log(0.1) / 1000) * t)
+        sigma = math.sqrt((1 - alpha_bar) / alpha_bar)
+        return 0.1 if schedule == "constant" else (1 - 0.1) / (1 + sigma) ** 2 + 0.1
+
+    def rho(error, alpha_bar, t):
+        c = c_of(alpha_bar, t)
+        return 2 * (c if loss_type == "huber" else 1) * (np.sqrt(error**2 + c**2) - c)
+
+    objective = Objective(loss_type=loss_type, huber_schedule=schedule)
+    losses = objective.losses(prediction, batch, make_scheduler())
+    expected = reference(prediction, batch, "epsilon", False, rho, lambda a: 1.0)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-3)
+
+
+def test_a_masked_loss_is_the_mean_over_the_mask():
+    masks = torch.rand(5, 1, 4, 6, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    batch, prediction = make_batch(masks), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    losses = Objective().losses(prediction, batch, make_scheduler())
+    expected = reference(prediction, batch, "epsilon", False, squared, lambda a: 1.0)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+    outside = prediction + 100 * (masks == 0)
+    torch.testing.assert_close(Objective().losses(outside, batch, make_scheduler()), losses)
+    nothing = Objective().losses(prediction, make_batch(torch.zeros(5, 1, 4, 6)), make_scheduler())
+    assert nothing.eq(0).all()
+
+
+def test_the_target_is_what_a_perfect_model_predicts():
+    batch = make_batch()
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = make_scheduler(kind)
+        assert Objective().losses(target_of(scheduler, batch), batch, scheduler).eq(0).all()

@@ -1,0 +1,180 @@
+"""Batches as a function of (seed, step): the same for every method, for every split over processes, and after a resume."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth import SUBJECTS
+from reslora_diffusion.diffusion.cache import Example, Text, Views, encode_pictures
+from reslora_diffusion.diffusion.data import look_at, scan
+from reslora_diffusion.diffusion.sampling import Batch, Sampler, chunks
+from tiny import tiny_vae
+
+
+def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
+    source = torch.Generator().manual_seed(number)
+    return Example(
+        name=f"{number}",
+        prompt=f"prompt {number % 3}",
+        mean=torch.randn(views, *shape, generator=source),
+        logvar=torch.randn(views, *shape, generator=source) - 2,
+        text=Text(torch.full((5, 6), float(number % 3))),
+        loss_weight=1.0,
+        time_ids=torch.full((views, 6), float(number)),
+        **options,
+    )
+
+
+def make_sampler(count=5, classes=0, **options) -> Sampler:
+    return Sampler(
+        [make_example(n) for n in range(count)],
+        {0: [replace(make_example(100 + n), loss_weight=0.5) for n in range(classes)]} if classes else {},
+        **{"seed": 7, "scaling_factor": 0.5, "num_train_timesteps": 1000} | options,
+    )
+
+
+def assert_equal(first: Batch, second: Batch) -> None:
+    for name in ("latents", "noise", "timesteps", "weights", "time_ids"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.texts.hidden[first.prompt_index], second.texts.hidden[second.prompt_index])
+
+
+def test_batches_are_a_function_of_seed_and_number():
+    (first,), (again,), (other,) = (make_sampler(seed=seed).batches(8, 4) for seed in (7, 7, 8))
+    assert_equal(first, again)
+    assert not torch.equal(first.noise, other.noise)
+    (next_one,) = make_sampler().batches(12, 4)
+    assert not torch.equal(first.timesteps, next_one.timesteps)
+
+
+def test_a_batch_is_what_two_halves_are_together():
+    sampler = make_sampler(classes=3)
+    (whole,) = sampler.batches(8, 4)
+    (one,), (two,) = sampler.batches(8, 2), sampler.batches(10, 2)
+    order = [0, 1, 4, 5]  # instances first, then as many class pictures
+    for name in ("latents", "noise", "timesteps", "weights"):
+        value = getattr(whole, name)
+        assert torch.equal(value[order], getattr(one, name)), name
+        assert torch.equal(value[[2, 3, 6, 7]], getattr(two, name)), name
+
+
+def test_every_pass_shows_every_picture_once():
+    sampler = make_sampler(count=6)
+    shown = [example.name for turn in range(6) for example in sampler.order(turn * 2, 2)]
+    assert sorted(shown[:6]) == sorted(shown[6:]) == [str(n) for n in range(6)]
+
+
+def test_latents_are_drawn_anew_from_the_posterior():
+    example = make_example(0, views=1)
+    sampler = Sampler([example], {}, seed=0, scaling_factor=0.5, num_train_timesteps=10)
+    drawn = torch.cat([sampler.batches(n * 64, 64)[0].latents for n in range(32)]) / 0.5
+    torch.testing.assert_close(drawn.mean(0), example.mean[0], atol=0.15, rtol=0)
+    torch.testing.assert_close(drawn.std(0), torch.exp(example.logvar[0] / 2), atol=0.1, rtol=0.1)
+
+
+def test_class_pictures_join_with_their_weight_and_of_their_concept():
+    examples = [make_example(0, concept=0), make_example(1, concept=1)]
+    classes = {1: [replace(make_example(50), loss_weight=0.25, prompt="class")]}
+    sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    (batch,) = sampler.batches(0, 2)
+    assert batch.weights.tolist() == [1.0, 1.0, 0.25]
+
+
+def test_noise_offset_moves_whole_channels():
+    plain, moved = (make_sampler(noise_offset=offset).batches(0, 4)[0].noise for offset in (0.0, 0.3))
+    difference = moved - plain
+    assert difference.flatten(2).std(2).max() < 1e-6
+    assert difference.abs().max() > 0.05
+
+
+def test_caption_dropout_replaces_the_share_of_prompts_and_nothing_else():
+    plain = make_sampler()
+    dropping = make_sampler(caption_dropout=0.25, empty=Text(torch.full((5, 6), -1.0)))
+    (first,), (second,) = plain.batches(0, 400), dropping.batches(0, 400)
+    assert torch.equal(first.noise, second.noise)
+    assert torch.equal(first.latents, second.latents)
+    dropped = (second.texts.hidden[second.prompt_index] == -1).flatten(1).all(1)
+    assert 0.15 < dropped.float().mean() < 0.35
+    kept = ~dropped
+    texts = [batch.texts.hidden[batch.prompt_index][kept] for batch in (first, second)]
+    assert torch.equal(*texts)
+
+
+def test_masks_follow_the_view_and_are_whole_where_there_is_none():
+    masked = make_example(0, mask=torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.5)]))
+    sampler = Sampler([masked, make_example(1)], {}, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    (batch,) = sampler.batches(0, 64)
+    for draw, mask in zip(batch.latents, batch.masks, strict=True):
+        value = mask.unique().item()
+        distance = [(draw - mean).abs().mean() for mean in (*masked.mean, *sampler.instances[1].mean)]
+        assert value == [0.0, 0.5, 1.0, 1.0][int(torch.stack(distance).argmin())]
+    assert make_sampler().batches(0, 4)[0].masks is None
+
+
+# ------------------------------------------------------------------------------------------------ several sizes
+
+
+def test_examples_of_several_sizes_come_in_batches_of_one_size():
+    examples = [make_example(n, shape=(4, 8, 8) if n % 3 else (4, 6, 10)) for n in range(9)]
+    sampler = Sampler(examples, {}, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    seen = []
+    for turn in range(5):  # one pass: 6 of one size and 3 of the other, in twos
+        (batch,) = sampler.batches(turn * 2, 2)
+        assert len(batch.latents) == 2
+        seen += [example.name for example in sampler.order(turn * 2, 2)]
+    assert set(seen) == {str(n) for n in range(9)}
+    assert len(seen) == 10
+
+
+def test_class_pictures_of_another_size_are_a_batch_of_their_own():
+    classes = {0: [make_example(50, shape=(4, 6, 10))]}
+    sampler = replace(make_sampler(), classes=classes)
+    instance, of_class = sampler.batches(0, 4)
+    assert instance.latents.shape == (4, 4, 8, 8)
+    assert of_class.latents.shape == (4, 4, 6, 10)
+
+
+def test_chunks_differ_from_pass_to_pass_and_are_of_one_size():
+    sizes = (0, 0, 1, 0, 1, 2, 0)
+    passes = [chunks(3, epoch, sizes, 2) for epoch in range(4)]
+    assert len({str(one) for one in passes}) > 1
+    for one in passes:
+        assert all(len({sizes[place] for place in chunk}) == 1 for chunk in one)
+        assert {place for chunk in one for place in chunk} == set(range(7))
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+def test_the_cache_holds_the_posterior_and_pairs_each_picture_with_its_own_prompt(tmp_path):
+    torch.manual_seed(0)
+    vae = tiny_vae()
+    pictures = [
+        replace(picture, caption=f"number {n}") for n, picture in enumerate(scan(SUBJECTS / "octopus").pictures)
+    ]
+    pictures[2] = replace(pictures[2], caption=None)
+    texts = {f"number {n}": Text(torch.tensor([n])) for n in range(5)} | {"fallback": Text(torch.tensor([9]))}
+    views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True, seed=0)
+    examples = encode_pictures(vae, pictures, views, prompt="fallback", texts=texts, threads=3)
+    assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
+    assert [example.text.value.item() for example in examples] == [0, 1, 9, 3, 4]
+    for number, example in enumerate(examples):
+        pixels = torch.from_numpy(views.of(number, look_at(SUBJECTS / "octopus" / f"{number}.png")).pixels)
+        with torch.no_grad():
+            expected = vae.encode(pixels).latent_dist
+        torch.testing.assert_close(example.mean, expected.mean)
+        torch.testing.assert_close(example.logvar, expected.logvar)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
+    torch.manual_seed(0)
+    vae, pictures = tiny_vae(), scan(SUBJECTS / "cake").pictures
+    views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True, seed=0)
+    texts = {"p": Text(torch.zeros(1))}
+    one = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=batch_size)
+    two = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=2)
+    for first, second in zip(one, two, strict=True):
+        torch.testing.assert_close(first.mean, second.mean)
