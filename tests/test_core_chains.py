@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from models import build, inputs, output, randomise
 from torch import nn
 
+from models import build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, explain, get_controller
 from reslora_diffusion.core.chains import Site, build_chains, windows
 from reslora_diffusion.core.config import Shortcut

@@ -1,13 +1,13 @@
-"""Outputs and gradients of every shortcut against the naive float64 reference, on a UNet, a CLIP encoder and a Llama."""
+"""Outputs and gradients of every shortcut against the naive float64 reference: a UNet, a CLIP encoder, a Llama."""
 
 import copy
 
 import pytest
 import torch
-from models import TARGETS, build, inputs, output, randomise
-from reference import adapt_naively
 from torch import nn
 
+from models import TARGETS, build, inputs, output, randomise
+from reference import adapt_naively
 from reslora_diffusion import ResLoraConfig, attach, get_controller
 from reslora_diffusion.core.functional import concatenated, down_sum, up_add
 

@@ -38,7 +38,7 @@ from reslora_diffusion.export import export_peft
 from reslora_diffusion.llm import data as llm_data
 from reslora_diffusion.llm import models
 from reslora_diffusion.llm.checks import checkpoint_of, training_problems
-from reslora_diffusion.llm.encoding import Collator, pack
+from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
 from reslora_diffusion.llm.options import LlmOptions, parse
 from reslora_diffusion.llm.problems import EXIT_CODE, BadInput, refuse
 from reslora_diffusion.llm.results import history, plain_factors, record, trained_parameters, write_json
@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(training.seed)
     model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
     collate = Collator(tokenizer.pad_token_id)
+    if options.packing:
+        refuse(filter(None, [packing_problem(model, collate, data.train)]))
     calibration = calibration_batches(
         data.train, collate, training.per_device_train_batch_size, options.calibration_batches, training.seed
     )

@@ -8,15 +8,16 @@ start from. With a chat template every turn of the assistant is learned; without
 conversation is one prompt and one response.
 
 `pack` puts several examples into one sequence. Positions start anew with each, from which transformers builds a mask
-that lets no example see another; shortcuts add up values of one token only, so they need no mask.
+that lets no example see another (not all of its models do, hence `packing_problem`); shortcuts add up values of one
+token only, so they need no mask.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .problems import BadInput, listing
@@ -160,13 +161,14 @@ def pack(examples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
 class Collator:
     """A batch from examples, or from lists of them (packed): input_ids, labels and, padded on the right, the rest.
 
-    Unpacked: attention_mask [B, T]. Packed: position_ids [B, T] that start at 0 with each example, and no mask.
+    Unpacked: attention_mask [B, T]. Packed: position_ids [B, T] that start at 0 with each example, no mask and no
+    cache, beside which transformers does not look at positions.
     """
 
     pad_token_id: int
     multiple_of: int = 8
 
-    def __call__(self, items: Sequence[Encoded | list[Encoded]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Encoded | list[Encoded]]) -> dict[str, Any]:
         packed = isinstance(items[0], list)
         rows = [item if packed else [item] for item in items]
         longest = max(sum(len(example["input_ids"]) for example in row) for row in rows)
@@ -182,7 +184,28 @@ class Collator:
             batch["attention_mask"].append([1] * len(ids) + [0] * rest)
             batch["position_ids"].append(positions + list(range(rest)))
         del batch["attention_mask" if packed else "position_ids"]
-        return {name: torch.tensor(values) for name, values in batch.items()}
+        tensors = {name: torch.tensor(values) for name, values in batch.items()}
+        return tensors | {"use_cache": False} if packed else tensors
+
+
+@torch.no_grad()
+def packing_problem(model: nn.Module, collate: Collator, examples: Sequence[Encoded]) -> str | None:
+    """Whether the model lets packed examples see each other: a short one's logits, alone and behind another."""
+    first, second = sorted(examples, key=lambda example: len(example["input_ids"]))[:2]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    def logits(items: list) -> Tensor:
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate(items).items() if k != "labels"}
+        return model(**batch).logits[0].float()
+
+    alone = logits([second])[: len(second["input_ids"])]
+    behind = logits([[first, second]])[len(first["input_ids"]) :][: len(second["input_ids"])]
+    model.train(was_training)
+    if (behind - alone).norm() < 0.02 * alone.norm():
+        return None
+    return f"--packing: {type(model).__name__} lets the examples of a pack see each other; wanted --packing false"
 
 
 def first_unlearned(labels: list[int]) -> list[int]:

@@ -112,7 +112,7 @@ def gsm8k_response(row: Row) -> str:
     """The worked solution without its calculator notes, on one line."""
     steps, _, answer = row["answer"].rpartition("####")
     text = " ".join(re.sub(r"<<[^>]*>>", "", steps).split())
-    return f"{text} {ANSWER} {answer.strip()}."
+    return f"{text} {ANSWER} {normalized(answer)}."
 
 
 def svamp_response(row: Row) -> str:

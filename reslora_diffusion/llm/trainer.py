@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -22,13 +22,13 @@ from reslora_diffusion import ResLoraConfig, Shortcut, calibrate, get_controller
 
 from .generation import Generations, Question, evaluate
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch, loss included if it has labels."""
     device = next(model.parameters()).device
-    return model(**{name: value.to(device) for name, value in batch.items()})
+    return model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
 
 
 def shortcut_of(model: nn.Module) -> str | None:
