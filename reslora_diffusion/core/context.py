@@ -111,6 +111,11 @@ class ForwardContext:
         if self.scope is not None:
             self.scope.drop(key)
 
+    def retract(self, key: str) -> None:
+        """Inverse of `put`."""
+        self.drop(key)
+        self.written.discard(key)
+
     def segment(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Contexts of a checkpointed segment's first and second run."""
         first = FirstRun(self)

@@ -27,6 +27,10 @@ from .config import ResLoraConfig, Shortcut
 from .context import OUTSIDE, ForwardContext
 from .functional import LoraFactors, concatenated, down, down_sum, up_add
 
+FUSED = (
+    "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
+    "unfuse_qkv_projections(), or merge the adapter first (fuse_lora)"
+)
 DATA_PARALLEL = (
     "torch.nn.DataParallel runs its replicas in threads that share one ResLoRA context; use DistributedDataParallel "
     "(accelerate launch, torchrun)"
@@ -72,7 +76,10 @@ class Controller:
         self.calibrated_at: dict[str, int] = {}
         self.corrections_while_merged: dict[str, Tensor] = {}
         self.skipped: dict[str, int] = {}
+        self.ready: dict[str, tuple[Tensor, Tensor]] = {}  # (x, bottleneck) of layers that `prepare` has computed
         self.root_name, self.root = find_root(model, list(layers))
+        parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in layers}
+        self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
         self.link()
         self.hooks = [
             self.root.register_forward_pre_hook(self.open),
@@ -107,6 +114,8 @@ class Controller:
 
     def open(self, root: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the root."""
+        if any(map(is_fused, self.fusible)) and not self.is_idle():
+            raise RuntimeError(FUSED)
         if self.shortcut is Shortcut.NONE:
             return
         if getattr(root, "_is_replica", False):
@@ -119,6 +128,7 @@ class Controller:
     def close(self, root: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of the root; runs after an exception too."""
         self.context.close()
+        self.ready.clear()
         if self.is_gone():
             self.remove_hooks()
 
@@ -138,6 +148,12 @@ class Controller:
         except AttributeError:
             return True
 
+    def is_idle(self) -> bool:
+        """Whether the layers compute without this adapter: merged, disabled, not active, or gone."""
+        layer = next(iter(self.layers.values()))
+        active = self.adapter_name in layer.active_adapters and not layer.disable_adapters and not layer.merged
+        return not active or self.is_gone()
+
     def remove_hooks(self) -> None:
         """Inverse of what the constructor hung on the model."""
         for hook in self.hooks:
@@ -155,6 +171,12 @@ class Controller:
             plain = self.merged[adapter]
             A, B = plain.lora_A.to(x.dtype), plain.lora_B.to(x.dtype)
             return up_add(result, down(dropout(x), A), B, scaling)
+        if adapter in self.ready:
+            prepared_for, z = self.ready.pop(adapter)
+            if prepared_for is x:
+                self.let_go(self.read_by(site))
+                return up_add(result, z, layer.lora_B[name].weight.to(x.dtype), scaling)
+            self.context.retract(adapter)
         A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
         if self.shortcut is Shortcut.BLOCK:
             earlier = [self.factors(other) for other in self.windows[adapter]]
@@ -167,9 +189,34 @@ class Controller:
             z = down(dropout(x), A)
         return up_add(result, z, B, scaling)
 
+    def prepare(self, names: list[str], x: Tensor) -> None:
+        """Compute the bottlenecks of several layers that are about to read the same `x` [..., in] in one product.
+
+        Does nothing where they have no product in common: block shortcuts, dropout, another adapter's layers.
+        """
+        if self.shortcut is Shortcut.BLOCK or self.observer is not None or self.merged is not None or self.is_idle():
+            return
+        sites = [self.sites[name] for name in names if name in self.sites]
+        layers = [self.layers[site.name] for site in sites]
+        dropouts = [layer.lora_dropout[self.adapter_name] for layer in layers]
+        if len(sites) < 2 or any(d.training and not isinstance(d, nn.Identity) for d in dropouts):
+            return
+        factors: list[Any] = [layer.lora_A[self.adapter_name] for layer in layers]
+        stacked = torch.cat([factor.weight for factor in factors]).to(x.dtype)
+        parts = down(x, stacked).split([len(factor.weight) for factor in factors], dim=-1)
+        for site, factor, z in zip(sites, factors, parts, strict=True):
+            if self.shortcut is Shortcut.INPUT:
+                previous = self.read(site, self.read_by(site), x.shape)
+                self.publish(site, x)
+                z = z + down(previous[0][1].to(x.dtype), factor.weight.to(x.dtype)) if previous else 2 * z
+            elif self.shortcut is Shortcut.MIDDLE:
+                z = self.middle_sum(site, z)
+            self.ready[site.name] = x, z
+
     def input_bottleneck(self, site: Site, x: Tensor, lora_A: Tensor, dropout: nn.Module) -> Tensor:
         """A D(x + x') [..., r]."""
-        previous = self.read(site, self.windows[site.name][:1], x.shape)
+        previous = self.read(site, self.read_by(site), x.shape)
+        self.let_go(self.read_by(site))
         self.publish(site, x)
         other = previous[0][1].to(x.dtype) if previous else x
         if self.observer is not None:
@@ -182,14 +229,17 @@ class Controller:
 
     def middle_bottleneck(self, site: Site, x: Tensor, z: Tensor) -> Tensor:
         """z_n + z_{n-1} + ... [..., r], given z_n."""
-        window = self.windows[site.name]
-        running_sum = self.config.num_previous is None
-        previous = self.read(site, window[:1] if running_sum else window, z.shape)
+        total = self.middle_sum(site, z, x)
+        self.let_go(self.read_by(site))
+        return total
+
+    def middle_sum(self, site: Site, z: Tensor, x: Tensor | None = None) -> Tensor:
+        previous = self.read(site, self.read_by(site), z.shape)
         total = z
         for _, earlier in previous:
             total = total + earlier.to(z.dtype)
-        self.publish(site, total if running_sum else z)
-        if self.observer is not None:
+        self.publish(site, total if self.config.num_previous is None else z)
+        if self.observer is not None and x is not None:
             self.observer.see(site, x, previous)
         return total
 
@@ -203,10 +253,19 @@ class Controller:
                 self.skip(site, name, shape, value)
                 break
             found.append((name, value))
-        for name in names:
-            if self.readers[name] == 1:  # its only reader was here: it need not live as long as the forward
-                self.context.drop(name)
         return found
+
+    def read_by(self, site: Site) -> tuple[str, ...]:
+        """Names of the published values that a layer takes in, nearest first."""
+        window = self.windows[site.name]
+        running_sum = self.shortcut is Shortcut.MIDDLE and self.config.num_previous is None
+        return window[:1] if running_sum else window
+
+    def let_go(self, names: tuple[str, ...]) -> None:
+        """Forget values whose only reader has read them: they need not live as long as the forward."""
+        for name in names:
+            if self.readers[name] == 1:
+                self.context.drop(name)
 
     def publish(self, site: Site, value: Tensor) -> None:
         if self.readers[site.name]:
@@ -228,6 +287,13 @@ class Controller:
                 stacklevel=2,
             )
         self.skipped[site.name] = self.skipped.get(site.name, 0) + 1
+
+
+def is_fused(attention: Any) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` is in force; on older attentions undoing it leaves the flag."""
+    if not attention.fused_projections:
+        return False
+    return hasattr(attention, "unfuse_projections") or "Fused" in type(attention.processor).__name__
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:

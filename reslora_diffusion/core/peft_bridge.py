@@ -122,7 +122,6 @@ class ResLoraModel(LoraModel):
         stored = {k: v for k, v in state_dict.items() if k.endswith(f".{CALIBRATION_KEY}")}
         rest = {k: v for k, v in state_dict.items() if k not in stored}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        refuse_other_shapes(model, remapped)
         controller = find_controller(model, adapter_name)
         if controller is not None and stored:
             names = {name: site for site in controller.layers for name in (site, f"base_model.model.{site}")}
@@ -153,19 +152,6 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
         f"Target modules {targets} not found in the base model ({type(model).__name__}): no module has such a name; "
         f"{offered}. Please check the target modules and try again."
     )
-
-
-def refuse_other_shapes(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Raise `ValueError` naming every tensor whose shape is not the model's."""
-    own = model.state_dict()
-    prefix = "base_model.model."
-    unlike = []
-    for key, value in state_dict.items():
-        mine = own.get(key, own.get(key.removeprefix(prefix), own.get(prefix + key)))
-        if mine is not None and mine.shape != value.shape:
-            unlike.append(f"  - {key}: got {list(value.shape)}, wanted {list(mine.shape)}")
-    if unlike:
-        raise ValueError("\n".join([f"size mismatch of {len(unlike)} adapter tensors:", *unlike]))
 
 
 def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> Controller:

@@ -1,0 +1,103 @@
+"""Two gloo processes give the gradients of one process with both batches: DDP, and FSDP2 with every layer sharded."""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by itself
+from models import inputs, output  # noqa: E402
+from reslora_diffusion import calibrate, get_controller, merged_factors  # noqa: E402
+from test_core_shortcuts import adapted  # noqa: E402
+
+CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None)]
+
+
+def mean_loss(out: torch.Tensor) -> torch.Tensor:
+    return out.square().mean()
+
+
+def expected(shortcut: str, num_previous: int | None) -> dict[str, torch.Tensor]:
+    """Gradients of the mean over both processes' batches."""
+    model = adapted("llama", shortcut, num_previous)
+    (sum(mean_loss(output("llama", model, inputs("llama", seed=rank))) for rank in range(2)) / 2).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by_ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def by_fsdp(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def check(rank: int, port: int, wrap: str, checkpointing: bool) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    torch.set_num_threads(1)
+    assert dist.get_world_size() == 2
+    for shortcut, num_previous in CASES:
+        wanted = expected(shortcut, num_previous)
+        model = adapted("llama", shortcut, num_previous)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        wrapped = {"ddp": by_ddp, "fsdp": by_fsdp}[wrap](model)
+        mean_loss(output("llama", wrapped, inputs("llama", seed=rank))).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                error = (gradient - wanted[name]).abs().max()
+                assert error < 1e-12, f"{wrap}, {shortcut}, m={num_previous}, {name}: {error:.1e}"
+        assert get_controller(model).skipped == {}
+    dist.destroy_process_group()
+
+
+def calibrate_apart(rank: int, port: int, results: dict) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    model = adapted("llama", "middle", 1)
+    calibrate(model, [inputs("llama", seed=n) for n in (rank, rank + 2)], lambda m, batch: m(*batch))
+    results[rank] = {name: factors.lora_A.detach() for name, factors in merged_factors(model).items()}
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_processes_are_one(wrap: str, checkpointing: bool) -> None:
+    mp.spawn(check, args=(free_port(), wrap, checkpointing), nprocs=2)
+
+
+@pytest.mark.slow
+def test_statistics_of_several_processes_add_up() -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(calibrate_apart, args=(free_port(), results), nprocs=2)
+        apart = dict(results)
+    model = adapted("llama", "middle", 1)
+    calibrate(model, [inputs("llama", seed=n) for n in range(4)], lambda m, batch: m(*batch))
+    for name, factors in merged_factors(model).items():
+        for rank in range(2):
+            assert torch.allclose(apart[rank][name], factors.lora_A, atol=1e-12)

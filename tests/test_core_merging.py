@@ -1,0 +1,280 @@
+"""Merges against their formulas written out in float64, and what they lose; handover in the middle of training."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
+from reslora_diffusion import (
+    ResLoraConfig,
+    attach,
+    calibrate,
+    get_controller,
+    handover,
+    merge_report,
+    merged_factors,
+    merged_forward,
+    relative_output_errors,
+)
+from reslora_diffusion.core import merging
+from reslora_diffusion.core.merging import RIDGE, least_squares_correction
+
+BATCHES = [inputs("llama", batch=4, seed=n) for n in range(6)]
+HELD_OUT = [inputs("llama", batch=4, seed=n) for n in range(100, 103)]
+
+
+def forward(model: nn.Module, batch: tuple) -> torch.Tensor:
+    return model(*batch)[0]
+
+
+def adapted(shortcut: str, method: str = "least_squares", num_previous: int | None = 1, **options: object) -> nn.Module:
+    model = build("llama")
+    attach(
+        model,
+        ResLoraConfig(
+            r=3,
+            lora_alpha=6,
+            target_modules=LLAMA_TARGETS,
+            shortcut=shortcut,
+            num_previous=num_previous,
+            merge_method=method,
+            **options,
+        ),
+    )
+    model.double().eval()
+    randomise(model, size=0.15)
+    return model
+
+
+def recorded(model: nn.Module, batches: list) -> dict[str, list[torch.Tensor]]:
+    """Inputs of every adapted layer, [T, in] per batch."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in get_controller(model).layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].flatten(0, 1)))
+        for name, layer in get_controller(model).layers.items()
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            forward(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def neighbour(name: str, back: int = 1) -> str:
+    layer = int(name.split(".")[2])
+    return name.replace(f"layers.{layer}.", f"layers.{layer - back}.")
+
+
+@pytest.mark.parametrize(("shortcut", "num_previous"), [("input", 1), ("middle", 1), ("middle", 2), ("middle", None)])
+def test_least_squares_is_the_regression_it_says(shortcut: str, num_previous: int | None) -> None:
+    model = adapted(shortcut, num_previous=num_previous)
+    controller, x = get_controller(model), recorded(model, BATCHES)
+    calibrate(model, BATCHES, forward)
+    merged = merged_factors(model)
+    for name in controller.layers:
+        A, _ = controller.factors(name)
+        now = torch.cat(x[name])
+        depth = int(name.split(".")[2])
+        if depth == 0:
+            assert torch.allclose(merged[name].lora_A, 2 * A if shortcut == "input" else A)
+            continue
+        reach = min(depth, num_previous or depth)
+        before = [torch.cat(x[neighbour(name, back)]) for back in range(1, reach + 1)]
+        down = [A if shortcut == "input" else controller.factors(neighbour(name, b))[0] for b in range(1, reach + 1)]
+        target = sum(b @ a.T for b, a in zip(before, down, strict=True))
+        guess = sum((b * now).sum() / (now * now).sum() * a for b, a in zip(before, down, strict=True))
+        ridge = RIDGE * now.square().sum() / now.shape[1]
+        # ridge regression of what is left of the target, as an ordinary least-squares problem with extra rows
+        rows = torch.cat([now, ridge.sqrt() * torch.eye(now.shape[1], dtype=now.dtype)])
+        rest = torch.cat([target - now @ guess.T, torch.zeros(now.shape[1], len(A), dtype=now.dtype)])
+        wanted = A + guess + torch.linalg.lstsq(rows, rest).solution.T
+        assert torch.allclose(merged[name].lora_A, wanted, rtol=1e-6, atol=1e-8), name
+        assert torch.equal(merged[name].lora_B, controller.factors(name)[1])
+
+
+def test_paper_input_is_a_ratio_of_norms() -> None:
+    for shortcut in ("input", "middle"):
+        model = adapted(shortcut, "paper_input", 1)
+        controller, x = get_controller(model), recorded(model, BATCHES)
+        calibrate(model, BATCHES, forward)
+        name = "model.layers.2.mlp.up_proj"
+        A, before = controller.factors(name)[0], neighbour(name)
+
+        def size(name: str, shortcut: str = shortcut, x: dict = x, controller=controller) -> torch.Tensor:
+            lora_A = controller.factors(name)[0]
+            values = [v if shortcut == "input" else v @ lora_A.T for v in x[name]]
+            return torch.stack([v.norm() for v in values]).mean()
+
+        ratio = size(before) / size(name)
+        assert torch.allclose(merged_factors(model)[name].lora_A, (1 + ratio) * A, rtol=1e-6)
+
+
+def test_paper_weight_uses_merged_weights_in_order() -> None:
+    model = adapted("input", "paper_weight")
+    controller = get_controller(model)
+    merged = merged_factors(model)
+    norms = []
+    for layer in range(4):
+        name = f"model.layers.{layer}.self_attn.v_proj"
+        A, B = controller.factors(name)
+        ratio = norms[layer - 2] / norms[layer - 1] if layer >= 2 else 1.0
+        assert torch.allclose(merged[name].lora_A, (1 + ratio) * A)
+        W = build("llama").get_submodule(name).weight
+        norms.append((W + 2.0 * (1 + ratio) * B @ A).norm())
+
+
+def test_drop_is_the_plain_factors() -> None:
+    model = adapted("middle", "drop")
+    for name, factors in merged_factors(model).items():
+        assert torch.equal(factors.lora_A, get_controller(model).factors(name)[0])
+
+
+@pytest.mark.parametrize("num_previous", [1, 2, None])
+def test_block_is_concatenated_exactly(num_previous: int | None) -> None:
+    model = adapted("block", num_previous=num_previous)
+    factors = merged_factors(model)
+    ranks = [len(factors[f"model.layers.{n}.self_attn.q_proj"].lora_A) for n in range(4)]
+    assert ranks == [3 * (1 + min(n, num_previous if num_previous is not None else n)) for n in range(4)]
+    args = HELD_OUT[0]
+    with merged_forward(model):
+        assert torch.allclose(forward(model, args), forward(model, args))
+        exported = forward(model, args)
+    assert torch.allclose(exported, forward(model, args), atol=1e-12)
+    assert relative_output_errors(model, HELD_OUT, forward) == dict.fromkeys(factors, 0.0)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_least_squares_loses_less_than_the_paper(shortcut: str) -> None:
+    errors = {}
+    for method in ("least_squares", "paper_input", "paper_weight", "drop"):
+        model = adapted(shortcut, method)
+        calibrate(model, BATCHES, forward)
+        each = relative_output_errors(model, HELD_OUT, forward)
+        errors[method] = sum(each.values()) / len(each)
+    assert errors["least_squares"] < 0.8 * min(errors["paper_input"], errors["paper_weight"], errors["drop"])
+
+
+def test_output_error_is_that_of_the_layers_outputs() -> None:
+    model = adapted("input")
+    calibrate(model, BATCHES, forward)
+    name = "model.layers.3.mlp.down_proj"
+    controller, x = get_controller(model), recorded(model, HELD_OUT)
+    A, B = controller.factors(name)
+    merged = merged_factors(model)[name]
+    now, before = torch.cat(x[name]), torch.cat(x[neighbour(name)])
+    trained = (now + before) @ A.T @ B.T
+    exported = now @ merged.lora_A.T @ merged.lora_B.T
+    wanted = ((trained - exported).norm() / trained.norm()).item()
+    assert relative_output_errors(model, HELD_OUT, forward)[name] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("shortcut", "num_previous"), [("input", 1), ("middle", 1), ("middle", None)])
+def test_layers_that_read_the_same_tensor_merge_exactly(shortcut: str, num_previous: int | None) -> None:
+    """Cross-attention k and v of all depths read the prompt: exact on prompts that calibration never saw, too."""
+    model = build("unet")
+    config = ResLoraConfig(r=3, target_modules=UNET_TARGETS, shortcut=shortcut, num_previous=num_previous)
+    attach(model, config)
+    model.double()
+    randomise(model)
+
+    def run(model: nn.Module, batch: tuple) -> torch.Tensor:
+        return output("unet", model, batch)
+
+    calibrate(model, [inputs("unet", batch=1)], run)
+    errors = relative_output_errors(model, [inputs("unet", seed=9)], run)
+    prompt = [name for name in errors if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert len(prompt) == 14
+    assert max(errors[name] for name in prompt) < 1e-6
+    assert max(errors.values()) > 1e-3
+    report = merge_report(model, [inputs("unet", seed=9)], run, lambda m, b: run(m, b).square().mean())
+    assert set(prompt) <= set(report.exact)
+    assert report.to_dict()["gap"] == report.loss_merged - report.loss_trained
+    assert "layers merge exactly" in str(report)
+
+
+def test_statistics_in_several_passes_are_the_same() -> None:
+    whole, bounded = adapted("middle"), adapted("middle")
+    calibrate(whole, BATCHES, forward)
+    calibrate(bounded, BATCHES, forward, statistics_bytes=4 * 16**2 * 3)
+    for name, factors in merged_factors(whole).items():
+        assert torch.allclose(factors.lora_A, merged_factors(bounded)[name].lora_A)
+    with pytest.raises(ValueError, match=r"passes over the batches .*got generator.*wanted a list"):
+        calibrate(bounded, (batch for batch in BATCHES), forward, statistics_bytes=1)
+
+
+def test_projections_of_one_tensor_share_their_moments() -> None:
+    model = adapted("input")
+    controller = get_controller(model)
+    moments = merging.Moments(controller, set(controller.sites))
+    merging.observe(controller, moments, model, BATCHES[:2], forward)
+    q, k, v = (f"model.layers.2.self_attn.{p}_proj" for p in "qkv")
+    assert moments.leader[q] == moments.leader[k] == moments.leader[v] == q
+    assert len(moments.second) == 4 * 4  # per layer: qkv, o, gate and up, down
+
+
+def test_calibration_leaves_the_model_as_it_was() -> None:
+    model = adapted("input").train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    calibrate(model, BATCHES[:1], forward)
+    assert [module.training for module in model.modules()] == modes
+    assert get_controller(model).observer is None
+    with pytest.raises(ValueError, match="got no batches"):
+        calibrate(model, [], forward)
+
+
+def test_a_layer_that_reads_only_zeros() -> None:
+    guess = torch.ones(2, 4)
+    assert torch.equal(least_squares_correction(guess, torch.zeros(4, 4), torch.zeros(2, 4)), guess.double())
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle", "block", "none"])
+def test_handover_computes_what_was_exported_and_trains_on(shortcut: str) -> None:
+    model = adapted(shortcut, num_previous=1)
+    calibrate(model, BATCHES, forward)
+    args = HELD_OUT[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    forward(model, args).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    calibrate(model, BATCHES, forward)
+    with merged_forward(model):
+        exported = forward(model, args)
+    moments = {id(p): copy.deepcopy(state) for p, state in optimizer.state.items()}
+    handover(model, optimizer=optimizer)
+    assert torch.allclose(forward(model, args), exported, atol=1e-12)
+    assert get_controller(model).explain().links == 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in trained}
+    for parameter in trained:
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+        if shortcut != "block":
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[id(parameter)]["exp_avg"])
+    before = [p.detach().clone() for p in trained]
+    for _ in range(2):
+        forward(model, args).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((p - b).abs().max() > 0 for p, b in zip(trained, before, strict=True))
+    after = forward(model, args)
+    with merged_forward(model):
+        assert torch.allclose(forward(model, args), after, atol=1e-12)
+    report = merge_report(model, HELD_OUT, forward, lambda m, b: forward(m, b).square().mean())
+    assert report.gap == pytest.approx(0, abs=1e-12)
+
+
+def test_handover_of_block_is_saved_and_loaded(tmp_path) -> None:
+    from peft import PeftModel, get_peft_model
+
+    model = get_peft_model(build("llama"), ResLoraConfig(r=3, target_modules=LLAMA_TARGETS, shortcut="block"))
+    model.double().eval()
+    randomise(model)
+    before = forward(model, HELD_OUT[0])
+    handover(model)
+    assert torch.allclose(forward(model, HELD_OUT[0]), before, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path).double()
+    assert torch.allclose(forward(loaded, HELD_OUT[0]), before, atol=1e-12)
