@@ -71,6 +71,9 @@ def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer 
     for name, (lora_A, lora_B) in fresh.items():
         layer = controller.layers[name]
         layer.lora_A[adapter], layer.lora_B[adapter] = lora_A, lora_B
+        if optimizer is not None:  # only now: a block's moments go into those of every block that reaches it
+            for module in old[name]:
+                optimizer.state.pop(module.weight, None)
 
 
 def move_state(optimizer: torch.optim.Optimizer, old: list[Any], new: Any, dim: int) -> None:
