@@ -1,7 +1,11 @@
 """Tiny language models built from configuration, and ResLoRA on them written naively with forward hooks."""
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from peft import get_peft_model
@@ -30,6 +34,7 @@ from transformers import (
 
 from reslora_diffusion import ResLoraConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, LAYERS = 64, 3
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -84,6 +89,14 @@ OTHERS = {
 }
 MODELS = DECODERS | OTHERS
 SHORTCUTS = ("input", "block", "middle")
+
+
+def load_script(name: str) -> ModuleType:
+    """A program of `train_scripts` as a module; programs import their neighbours by bare names."""
+    folder = str(ROOT / "train_scripts")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def build(name: str) -> PreTrainedModel:

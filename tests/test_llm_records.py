@@ -60,8 +60,12 @@ def test_what_datasets_knows_is_read_by_its_name(tmp_path):
     rows = read_rows(str(tmp_path), "train")
     assert list(rows) == [{"prompt": "a", "response": "b"}]
     assert read_rows(str(tmp_path), "test") is None
-    with pytest.raises(BadInput, match="no/such-data-set"):
-        read_rows("no/such-data-set")
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_elsewhere(tmp_path):
+    for source in ("data.jsonl", "./data", str(tmp_path / "data")):
+        with pytest.raises(BadInput, match="no such file"):
+            read_rows(source)
 
 
 @pytest.mark.parametrize(

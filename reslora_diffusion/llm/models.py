@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,8 +79,11 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
     Raises:
         BadInput: there is no such model, or it does not serve the task.
     """
+    name = str(options.model_name_or_path)
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
+        raise BadInput([f"--model_name_or_path {name}: there is no such folder"])
     try:
-        config = AutoConfig.from_pretrained(options.model_name_or_path, revision=options.model_revision, **kwargs)
+        config = AutoConfig.from_pretrained(name, revision=options.model_revision, **kwargs)
     except (OSError, ValueError) as error:
         raise BadInput([f"--model_name_or_path {options.model_name_or_path}: {first_line(error)}"]) from error
     known = AUTO[task_type]._model_mapping.keys()

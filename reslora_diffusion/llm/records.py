@@ -67,9 +67,11 @@ def read_rows(
     path = Path(source)
     if path.is_file():
         return read_json_lines(path) if split == "train" else None
-    if path.is_dir() and list(path.glob("*.jsonl")):
+    if path.is_dir() and any(path.glob("*.jsonl")):
         file = path / f"{split}.jsonl"
         return read_json_lines(file) if file.is_file() else None
+    if not path.exists() and (path.suffix == ".jsonl" or path.is_absolute() or source.startswith(".")):
+        raise BadInput([f"{source}: there is no such file, and no such folder with .jsonl files"])
     try:
         import datasets
     except ImportError as error:

@@ -1,0 +1,269 @@
+"""train_llm_reslora.py from end to end on a tiny model: what it writes, how it resumes, what it refuses."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from llm_tiny import load_script
+from reslora_diffusion.llm.generation import generate
+from reslora_diffusion.llm.problems import BadInput
+
+script = load_script("train_llm_reslora")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
+
+
+def sums(count: int, seed: int) -> list[dict]:
+    rng = random.Random(seed)
+    pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(count)]
+    return [
+        {"Body": f"Mia has {a} hats.", "Question": f"And {b} more?", "Equation": f"( {a} + {b} )", "Answer": str(a + b)}
+        for a, b in pairs
+    ]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A tiny Llama with its tokenizer, a task in SVAMP's columns, and conversations."""
+    root = tmp_path_factory.mktemp("llm")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["Mia has hats. The answer is"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(wrapped),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    for part in (model, wrapped):
+        part.save_pretrained(root / "model")
+    for split, count in (("train", 24), ("validation", 6), ("test", 7)):
+        write_lines(root / "task" / f"{split}.jsonl", sums(count, seed=len(split)))
+    write_lines(root / "talks" / "train.jsonl", [{"prompt": f"say {i}", "response": f"{i} it is"} for i in range(20)])
+    return {name: root / name for name in ("model", "task", "talks")}
+
+
+def words(folders: dict[str, Path], output: Path, **options) -> list[str]:
+    defaults = {
+        "model_name_or_path": folders["model"],
+        "dataset_name": folders["task"],
+        "task": "svamp",
+        "output_dir": output,
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "max_new_tokens": 4,
+        "rank": 2,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "export_dtype": "float32",
+    }
+    given = {name: value for name, value in (defaults | options).items() if value is not None}
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def run(folders: dict[str, Path], output: Path, **options) -> Path:
+    return script.main(words(folders, output, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora"},
+        {"shortcut": "input"},
+        {"shortcut": "block", "num_previous": 2},
+        {"shortcut": "middle", "num_previous": "all", "packing": True, "max_length": 100},
+    ],
+)
+def test_a_run_leaves_a_plain_lora_and_its_records(folders, tmp_path, options):
+    output = run(folders, tmp_path / "out", **options)
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == (6 if options.get("shortcut") == "block" else 2)
+    assert not config.keys() & {"shortcut", "num_previous", "merge_method"}
+    results = json.loads((output / "results.json").read_text())
+    trained = set() if options.get("method") == "lora" else {"as trained"}
+    assert results["exact_match"].keys() == {"base", "as exported"} | trained
+    record = json.loads((output / "run.json").read_text())
+    assert record["examples"] == {"train": 24, "validation": 6, "test": 7}
+    assert record["options"]["task"] == "svamp"
+    history = json.loads((output / "history.json").read_text())
+    assert [row["step"] for row in history if "eval_exact_match" in row] == [2, 4]
+    assert len((output / "predictions.jsonl").read_text().splitlines()) == 7
+    if trained:
+        assert results["merging"]["loss_merged"] == pytest.approx(results["merging"]["loss_trained"], abs=0.2)
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["model"]), output).eval()
+    with torch.no_grad():
+        ids = torch.tensor([[1, 50, 51, 52]])
+        moved = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - moved).abs().max() > 1e-3
+
+
+def test_the_exported_file_gives_the_recorded_answers(folders, tmp_path):
+    output = run(folders, tmp_path / "out", shortcut="middle", num_previous=2)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["model"]), output)
+    tokenizer = AutoTokenizer.from_pretrained(folders["model"])
+    task = script.llm_data.TASKS["svamp"]
+    rows = [json.loads(line) for line in (folders["task"] / "test.jsonl").read_text().splitlines()]
+    prompts = [tokenizer(f"{task.ask(row)}\n").input_ids for row in rows]
+    expected = [json.loads(line)["response"] for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert generate(model, tokenizer, prompts, max_new_tokens=4) == expected
+
+
+def test_a_stopped_run_continues_to_the_same_end(folders, tmp_path):
+    options = {"shortcut": "middle", "lora_dropout": 0.1, "load_best_model_at_end": False}
+    whole = run(folders, tmp_path / "whole", **options)
+    run(folders, tmp_path / "parts", **options)
+    (tmp_path / "parts" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    again = run(folders, tmp_path / "again", **options, resume_from_checkpoint=tmp_path / "checkpoint-2")
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    assert len(json.loads((again / "history.json").read_text())) == len(
+        json.loads((whole / "history.json").read_text())
+    )
+
+
+def test_handover_exports_exactly_what_was_trained(folders, tmp_path):
+    options = {"shortcut": "input", "handover_at": 0.5, "load_best_model_at_end": False}
+    output = run(folders, tmp_path / "out", **options)
+    results = json.loads((output / "results.json").read_text())
+    assert results["shortcut"] == "none"
+    assert results["merging"]["gap"] == pytest.approx(0, abs=1e-6)
+    assert json.loads((output / "checkpoint-4" / "adapter_config.json").read_text())["shortcut"] == "none"
+    resumed = run(folders, tmp_path / "more", **options, resume_from_checkpoint=output / "checkpoint-4", max_steps=6)
+    assert json.loads((resumed / "results.json").read_text())["shortcut"] == "none"
+
+
+def test_conversations_without_a_task_and_a_merged_model(folders, tmp_path):
+    output = run(
+        folders, tmp_path / "out", task=None, dataset_name=folders["talks"], shortcut="block", save_merged_model=True
+    )
+    results = json.loads((output / "results.json").read_text())
+    assert results["test"] == {}
+    assert results["best_metric"] > 0
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["model"]), output)
+    ids = torch.tensor([[1, 50, 51, 52]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(output / "merged")("a").input_ids
+
+
+def test_options_from_a_file_and_the_command_line_wins(folders, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 3\nshortcut: block\ntarget_modules: [q_proj, up_proj]\n")
+    output = script.main([*words(folders, tmp_path / "out", max_steps=2, warmup_steps=0), f"--config={file}"])
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 4  # --rank=2 and one predecessor
+    assert json.loads((output / "run.json").read_text())["options"]["target_modules"] == ["q_proj", "up_proj"]
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def problems(folders, tmp_path, **options) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        run(folders, tmp_path / "out", **options)
+    return caught.value.problems
+
+
+def test_all_option_faults_come_together(folders, tmp_path):
+    found = problems(
+        folders, tmp_path, shortcut="sideways", task="sums", dtype="int4", max_length=0, prompt_template="no", rank=0
+    )
+    for part in ("sideways", "--task: got 'sums'", "--dtype: got 'int4'", "--max_length", "{prompt}", "r: got 0"):
+        assert any(part in problem for problem in found), part
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": "qq_proj"}, "'qq_proj' matches nothing; the model has down_proj"),
+        ({"rank": 33}, None),
+        ({"method": "lora", "shortcut": "block"}, "--shortcut: does nothing with --method lora"),
+        ({"max_length": 500}, "wanted at most 128, the model's context"),
+        ({"max_length": 20}, "more tokens than --max_length 20"),
+        ({"dataset_name": "no-such-folder/data.jsonl"}, "no such file"),
+        ({"task": None}, "no 'prompt' in row"),
+        ({"model_name_or_path": "/no-such-folder"}, "no such folder"),
+        ({"shortcut": "block", "handover_at": 0.5}, "--handover_at: does nothing here"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint there"),
+        ({"optim": "no_such_optimizer"}, "no_such_optimizer"),
+        ({"shortcutt": "block"}, "did you mean --shortcut"),
+        (
+            {"shortcut": "middle", "activation_checkpointing_kwargs": '{"use_reentrant": true}'},
+            "wanted use_reentrant=false",
+        ),
+    ],
+)
+def test_one_clear_error(folders, tmp_path, options, message):
+    if message is None:
+        options, message = options | {"target_modules": "k_proj"}, "--rank: got 33, larger than"
+    assert any(message in problem for problem in problems(folders, tmp_path, **options))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("kind", "config"), [("an encoder-decoder", T5Config()), ("", BertConfig(is_decoder=False))])
+def test_models_of_another_task_are_refused_before_their_weights_are_read(folders, tmp_path, kind, config):
+    config.save_pretrained(tmp_path / "model")
+    if kind:
+        found = problems(folders, tmp_path, model_name_or_path=tmp_path / "model")
+        assert any(kind in problem and "wanted a causal language model" in problem for problem in found)
+
+
+def test_bad_lines_are_shown_by_number(folders, tmp_path):
+    write_lines(tmp_path / "data" / "train.jsonl", [{"prompt": "a", "response": "b"}])
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write('\n{"prompt": "c"\n')
+    found = problems(folders, tmp_path, task=None, dataset_name=tmp_path / "data")
+    assert any("train.jsonl line 2: the line is empty" in problem for problem in found)
+    assert any("train.jsonl line 3: not JSON" in problem for problem in found)
+
+
+def test_an_earlier_run_is_not_overwritten(folders, tmp_path):
+    run(folders, tmp_path / "out", max_steps=2)
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert any("holds checkpoints of an earlier run" in problem for problem in problems(folders, tmp_path))
+    other = problems(folders, tmp_path, resume_from_checkpoint="latest", rank=4)
+    assert any("was trained with r 2, got 4" in problem for problem in other)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
