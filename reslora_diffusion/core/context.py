@@ -71,17 +71,20 @@ class ForwardContext:
         self.scope: Scope | None = None
         self.written: set[str] = set()
         self.with_grad = False
+        self.outer: list[tuple[Scope | None, set[str], bool]] = []
 
     def __deepcopy__(self, memo: dict) -> "ForwardContext":
         return ForwardContext()
 
     def open(self) -> None:
-        self.scope, self.written = Scope(), set()
-        self.with_grad = torch.is_grad_enabled()
+        """Begin a forward; one that began before and is not over waits."""
+        self.outer.append((self.scope, self.written, self.with_grad))
+        self.scope, self.written, self.with_grad = Scope(), set(), torch.is_grad_enabled()
 
     def close(self) -> None:
-        self.scope = None
-        self.written = set()
+        """Inverse of `open`."""
+        if self.outer:
+            self.scope, self.written, self.with_grad = self.outer.pop()
 
     def put(self, key: str, value: Tensor) -> None:
         """Publish a value of this forward.

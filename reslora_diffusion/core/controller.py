@@ -81,10 +81,11 @@ class Controller:
         parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in layers}
         self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
         self.link()
-        self.hooks = [
-            self.root.register_forward_pre_hook(self.open),
-            self.root.register_forward_hook(self.close, always_call=True),
-        ]
+        self.roots = self.roots_of_chains(model)
+        self.hooks: list[Any] = []
+        for root in self.roots.values():
+            self.hooks.append(root.register_forward_pre_hook(self.open))
+            self.hooks.append(root.register_forward_hook(self.close, always_call=True))
 
     def link(self) -> None:
         """Build the chains of the configuration as it is now."""
@@ -98,6 +99,14 @@ class Controller:
                 later = len(chain.sites) - 1 - place
                 running_sum = shortcut is Shortcut.MIDDLE and self.config.num_previous is None
                 self.readers[site.name] = min(later, 1 if running_sum else self.config.num_previous or later)
+
+    def roots_of_chains(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The outermost of the modules that run whole chains: one for a UNet, two for an encoder and its decoder."""
+        names = [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]
+        if self.shortcut not in (Shortcut.INPUT, Shortcut.MIDDLE) or not names:
+            return {self.root_name: self.root}
+        found = dict(find_root(model, chain) for chain in names)
+        return {n: r for n, r in found.items() if not any(o != n and is_inside(n, o) for o in found)}
 
     # ------------------------------------------------------------------------------------------- explain
 
@@ -159,7 +168,8 @@ class Controller:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        uncover_checkpointing(self.root, self)
+        for root in self.roots.values():
+            uncover_checkpointing(root, self)
 
     # ------------------------------------------------------------------------------------------- forward of a layer
 
@@ -274,8 +284,8 @@ class Controller:
 
     def require_root(self, site: Site) -> None:
         if self.context.scope is None:
-            root = self.root_name or type(self.root).__name__
-            raise RuntimeError(OUTSIDE.format(layer=site.name, shortcut=str(self.shortcut), root=root))
+            roots = " or ".join(name or type(root).__name__ for name, root in self.roots.items())
+            raise RuntimeError(OUTSIDE.format(layer=site.name, shortcut=str(self.shortcut), root=roots))
 
     def skip(self, site: Site, name: str, shape: torch.Size, value: Tensor | None) -> None:
         """Count a link that could not be used, and warn of the first."""
@@ -298,6 +308,10 @@ def is_fused(attention: Any) -> bool:
 
 def layer_shape(layer: Any) -> tuple[int, int]:
     return layer.in_features, layer.out_features
+
+
+def is_inside(name: str, ancestor: str) -> bool:
+    return not ancestor or name.startswith(f"{ancestor}.")
 
 
 def find_root(model: nn.Module, names: list[str]) -> tuple[str, nn.Module]:

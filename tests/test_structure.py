@@ -1,0 +1,89 @@
+"""The house's floors: a file imports only from its own floor or a lower one, and the ecosystem only where it belongs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "reslora_diffusion"
+FILES = sorted(
+    p for folder in ("reslora_diffusion", "app", "train_scripts", "benchmarks") for p in ROOT.glob(f"{folder}/**/*.py")
+)
+# What each floor may use of the others, and which libraries are its own business.
+MAY_IMPORT = {
+    "core": {"core"},
+    "methods": {"core", "methods"},
+    "export": {"core", "export"},
+    "diffusion": {"core", "methods", "export", "diffusion"},
+    "llm": {"core", "methods", "export", "llm"},
+}
+KEPT_OUT = {
+    "core": {"diffusers", "transformers", "accelerate", "gradio", "typer"},
+    "methods": {"diffusers", "transformers", "gradio", "typer"},
+    "export": {"gradio"},
+    "llm": {"diffusers", "gradio"},
+    "diffusion": {"gradio"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute dotted names of everything a file imports, at the top or inside functions."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            names |= {module} | ({f"{module}.{alias.name}" for alias in node.names} if not node.module else set())
+    return names
+
+
+@pytest.mark.parametrize("floor", MAY_IMPORT)
+def test_imports_go_down(floor: str) -> None:
+    for path in sorted((PACKAGE / floor).glob("**/*.py")):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "reslora_diffusion" and len(parts) > 1 and parts[1] in MAY_IMPORT:
+                assert parts[1] in MAY_IMPORT[floor], f"{path.relative_to(ROOT)} imports {name}"
+            assert parts[0] not in {"app", "train_scripts", "tests"}, f"{path.relative_to(ROOT)} imports {name}"
+            assert parts[0] not in KEPT_OUT[floor], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_comparing_knows_no_gradio() -> None:
+    """The page is a view: what it shows is made by modules that could as well serve a command line."""
+    for name in ("compare", "request", "measures", "votes", "adapters"):
+        assert not any(module.split(".")[0] == "gradio" for module in imported(ROOT / "app" / f"{name}.py")), name
+
+
+def test_private_parts_of_peft_stand_in_one_file() -> None:
+    private = re.compile(r"\.(lora_variant|_cast_input_dtype|_remap_adapter_state_dict_for_load)\b")
+    for path in PACKAGE.glob("**/*.py"):
+        if path.name not in ("peft_bridge.py", "controller.py"):
+            assert not private.search(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_open_with_what_they_are(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if tree.body:
+        assert ast.get_docstring(tree), "the first screen of a module states its idea"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, reslora_diffusion; assert not {'torch', 'peft', 'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_resolve() -> None:
+    import reslora_diffusion
+
+    for name in reslora_diffusion.__all__:
+        assert getattr(reslora_diffusion, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = reslora_diffusion.nonsense
