@@ -29,10 +29,6 @@ class Family(StrEnum):
     CUSTOM = "a custom Stable Diffusion geometry"
     OTHER = "no Stable Diffusion"
 
-    @property
-    def naming(self) -> Naming:
-        return Naming.SDXL if self is Family.SDXL else Naming.SD
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -78,6 +74,13 @@ def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
         if fits and second and cross <= {geometry.cross_attention_dim} and clip <= {text_width}:
             return family
     return Family.CUSTOM
+
+
+def naming_of(components: Components) -> Naming:
+    """How a kohya file names these modules."""
+    if family_of(components) is Family.SDXL:
+        return Naming.SDXL
+    return Naming.TWO_ENCODERS if "text_encoder_2" in components else Naming.SD
 
 
 def module_paths(geometry: Geometry) -> dict[str, set[str]]:

@@ -32,10 +32,12 @@ class Dialect(StrEnum):
 
 
 class Naming(StrEnum):
-    """The two ways in which kohya's trainer names modules: one for SD 1.x and 2.x, one for SDXL."""
+    """The ways to name modules in a kohya file: for SD 1.x and 2.x; for SDXL, by Stability's block numbers; for other
+    geometries with two text encoders, whose blocks Stability's numbers do not fit, by diffusers' names."""
 
     SD = "sd"
     SDXL = "sdxl"
+    TWO_ENCODERS = "two encoders"
 
 
 # ---------------------------------------------------------------------------------------------- CLIP layouts
@@ -61,9 +63,11 @@ def diffusers_keys(component: str, path: str) -> tuple[str, str]:
 
 # ----------------------------------------------------------------------------------------------------- kohya
 
+TWO = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 KOHYA_PREFIXES = {
     Naming.SD: {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    Naming.SDXL: {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    Naming.SDXL: TWO,
+    Naming.TWO_ENCODERS: TWO,
 }
 # Path segments that contain an underscore themselves: what must not be split when a kohya name is read back.
 SEGMENTS = """

@@ -24,7 +24,7 @@ from torch import nn
 
 from .base import base_problems
 from .factors import Components, delta_norm, rank_of
-from .geometry import family_of
+from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
 from .keys import KOHYA_COMPONENTS, Dialect, Naming, classic_path, listing
 from .limits import LARGEST_EXPORT, Rank
@@ -63,7 +63,7 @@ def export_lora(
             trigger_words, ... Keys that start with `ss_` or `modelspec.` are written as they are.
         models: the base modules by component; names and shapes are then checked against them, and the loaders load
             into their architecture.
-        naming: of the kohya file; found from the components if not given (SDXL if there is a second text encoder).
+        naming: of the kohya file; found from the components if not given.
         formats: which of the two files.
 
     >>> report = export_lora("out", {"unet": merged_factors(unet)}, facts={"base_model": "runwayml/..."})
@@ -124,7 +124,7 @@ def write_proved(
     if problems:
         raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
     family = family_of(components)
-    naming = naming or (Naming.SDXL if "text_encoder_2" in components else family.naming)
+    naming = naming or naming_of(components)
     cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
     if problem := size_problem(folder, cut, file_rank, dtype, len(files)):
         raise ValueError(f"this LoRA cannot be exported: {problem}")

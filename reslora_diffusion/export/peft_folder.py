@@ -27,7 +27,7 @@ from .header import PEFT_CONFIG, PEFT_FILE
 from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, listing, peft_keys
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, fresh_folder, size_problem
-from .proof import TOLERANCE, compare, errors_against, health_problems, misread
+from .proof import TOLERANCE, compare, errors_against, health_problems, misreading
 from .ranks import at_rank
 from .reader import read_lora
 from .report import ExportReport, loader_versions
@@ -216,7 +216,7 @@ def prove_peft(
     except ValueError as error:
         raise CheckFailed(f"the export failed its proof; nothing was replaced:\n  - {error}") from error
     check = compare(f"PEFT {__version__}", PEFT_FILE, got, {component: dict(wanted)}, tolerance)
-    problems = [problem] if (problem := misread(check, tolerance)) else []
+    problems = [problem] if (problem := misreading(check, tolerance)) else []
     problems += health_problems(got)
     if problems:
         raise CheckFailed(f"the export failed its proof; nothing was replaced: {listing(problems)}")

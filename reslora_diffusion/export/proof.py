@@ -13,7 +13,7 @@ may cost is `TOLERANCE`; a missing, extra or misread module is an infinite error
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class LoaderCheck:
     matched: int
     expected: int
     largest_relative_error: float | None  # None where only names were compared
+    misread: list[str] = field(default_factory=list)
 
     @property
     def error(self) -> str:
@@ -87,8 +88,9 @@ def flat_layout_differs(path: Path) -> list[str]:
 
 
 def errors_against(got: Components, wanted: Components) -> dict[tuple[str, str], float]:
-    """Relative error of every module in either."""
-    names = {(c, p) for parts in (got, wanted) for c, modules in parts.items() for p in modules}
+    """Relative error of every module in either; one that only `got` has, and that does nothing, is not counted."""
+    extra = {(c, p) for c, modules in got.items() for p, f in modules.items() if f.lora_A.any() and f.lora_B.any()}
+    names = {(c, p) for c, modules in wanted.items() for p in modules} | extra
     errors = {}
     for component, path in sorted(names):
         read, reference = got.get(component, {}).get(path), wanted.get(component, {}).get(path)
@@ -99,9 +101,9 @@ def errors_against(got: Components, wanted: Components) -> dict[tuple[str, str],
 
 def compare(loader: str, file: str, got: Components, wanted: Components, tolerance: float) -> LoaderCheck:
     """One loader's reading of one file against what was to be written."""
-    errors = errors_against(got, wanted).values()
-    matched = sum(error <= tolerance for error in errors)
-    return LoaderCheck(loader, file, matched, len(errors), max(errors))
+    errors = errors_against(got, wanted)
+    misread = [f"{component}.{path}" for (component, path), error in errors.items() if not error <= tolerance]
+    return LoaderCheck(loader, file, len(errors) - len(misread), len(errors), max(errors.values()), misread)
 
 
 def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCheck]:
@@ -115,8 +117,10 @@ def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCh
     in_comfyui = {comfyui[name] for name in names if name in comfyui} & modules
     in_a1111 = {from_kohya(name) for name in names if a1111_module(name, family) in a1111} & modules
     return [
-        LoaderCheck("ComfyUI's names", path.name, len(in_comfyui), len(modules), None),
-        LoaderCheck("A1111's and Forge's names", path.name, len(in_a1111), len(modules), None),
+        LoaderCheck(
+            f"{program}'s names", path.name, len(known), len(modules), None, sorted(map(".".join, modules - known))
+        )
+        for program, known in (("ComfyUI", in_comfyui), ("A1111 and Forge", in_a1111))
     ]
 
 
@@ -146,13 +150,14 @@ def diffusers_checks(
     return checks, problems
 
 
-def misread(check: LoaderCheck, tolerance: float) -> str | None:
+def misreading(check: LoaderCheck, tolerance: float) -> str | None:
     """What a check found wrong."""
     if check.matched == check.expected:
         return None
     error = check.largest_relative_error
     off = "" if error is None else f", largest relative error {error:.1e}, allowed {tolerance:.0e}"
-    return f"{check.loader} reads {check.matched} of {check.expected} modules of {check.file}{off}"
+    count = f"{check.matched} of {check.expected} modules"
+    return f"{check.loader} reads {count} of {check.file}{off}; not {listing(check.misread)}"
 
 
 def prove(
@@ -175,7 +180,7 @@ def prove(
     if kohya_file:
         checks.append(compare("kohya's rules", kohya_file.name, read_lora(kohya_file).components, wanted, tolerance))
         checks += check_names(kohya_file, wanted, family)
-    problems += [problem for check in checks if (problem := misread(check, tolerance))]
+    problems += [problem for check in checks if (problem := misreading(check, tolerance))]
     if diffusers_file and (differs := flat_layout_differs(diffusers_file)):
         problems.append(f"the classic and flat text-encoder keys of {diffusers_file.name} differ: {listing(differs)}")
     if problems:

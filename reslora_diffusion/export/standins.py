@@ -254,7 +254,7 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
     Raises:
         ValueError: the loader refuses the file.
     """
-    mixin = StableDiffusionXLLoraLoaderMixin if naming is Naming.SDXL else StableDiffusionLoraLoaderMixin
+    mixin = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
 
     class Pipeline(DiffusionPipeline, mixin):
         def __init__(self, unet, text_encoder, text_encoder_2=None):

@@ -16,10 +16,10 @@ import torch
 
 from .base import check_base_name, misfits
 from .factors import Components
-from .geometry import family_of
+from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, LARGEST_CONFIG, PEFT_FILE, unusable
 from .inspection import sha256
-from .keys import KOHYA_COMPONENTS, Dialect, Naming, listing
+from .keys import KOHYA_COMPONENTS, Dialect, listing
 from .lora import REPORT_FILE
 from .proof import (
     TOLERANCE,
@@ -29,7 +29,7 @@ from .proof import (
     diffusers_checks,
     errors_against,
     health_problems,
-    misread,
+    misreading,
 )
 from .reader import LoraFile, read_lora
 from .tables import table
@@ -106,7 +106,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         checks, problems = loader_checks(lora, models)
         result.checks += checks
         result.problems += problems
-        result.problems += [problem for check in checks if (problem := misread(check, EXACT))]
+        result.problems += [problem for check in checks if (problem := misreading(check, EXACT))]
     result.problems += twin_problems(loras)
     result.problems += report_problems(Path(source), result.files)
     if first.dialect is not Dialect.PEFT and not components.keys() <= set(KOHYA_COMPONENTS):
@@ -129,8 +129,7 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
     if not components.keys() <= set(KOHYA_COMPONENTS):
         return [], []
     family = family_of(components)
-    naming = Naming.SDXL if "text_encoder_2" in components else family.naming
-    checks, problems = diffusers_checks([lora.path], components, EXACT, naming, models)
+    checks, problems = diffusers_checks([lora.path], components, EXACT, naming_of(components), models)
     if lora.dialect is Dialect.KOHYA:
         checks += check_names(lora.path, components, family)
     return checks, problems

@@ -23,9 +23,11 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from reslora_diffusion.core.functional import LoraFactors
+
 from .factors import Components, folded, padded
 from .geometry import Family
-from .keys import Naming, diffusers_keys, flat_path, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, to_kohya
 
 ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -73,7 +75,7 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
     """Tensors of `pytorch_lora_weights.safetensors`."""
     tensors = {}
     for component, modules in components.items():
-        for path, factors in modules.items():
+        for path, factors in recognisable(component, modules, Dialect.DIFFUSERS).items():
             # SDXL's second encoder kept `text_model.` in transformers 5, so the flat layout is nobody's there
             layouts = {path, flat_path(path)} if component == "text_encoder" else {path}
             for layout in sorted(layouts):
@@ -86,12 +88,37 @@ def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
     """Tensors of the kohya file: up, down and one alpha, equal to the rank."""
     tensors = {}
     for component, modules in components.items():
-        for path, factors in modules.items():
+        for path, factors in recognisable(component, modules, Dialect.KOHYA).items():
             name = to_kohya(component, path, naming)
             tensors[f"{name}.lora_down.weight"] = factors.lora_A
             tensors[f"{name}.lora_up.weight"] = factors.lora_B
             tensors[f"{name}.alpha"] = torch.tensor(float(factors.lora_A.shape[0]))
     return tensors
+
+
+def out_projection(modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """A LoRA of zeros for the `out_proj` of one layer of a CLIP text encoder."""
+    path, f = next(iter(modules.items()))
+    width = f.lora_B.shape[0] if path.endswith("fc2") else f.lora_A.shape[1]
+    A, B = f.lora_A.new_zeros(len(f.lora_A), width), f.lora_A.new_zeros(width, len(f.lora_A))
+    layer = path.rpartition(".self_attn." if ".self_attn." in path else ".mlp.")[0]
+    return {f"{layer}.self_attn.out_proj": LoraFactors(A, B, 1.0)}
+
+
+def recognisable(component: str, modules: Mapping[str, LoraFactors], dialect: Dialect) -> dict[str, LoraFactors]:
+    """The same LoRA, with a module of zeros where diffusers would not recognise its text encoder otherwise.
+
+    By the names of some modules its loader tells apart the dialects of text encoders, not by all: of a kohya file
+    with attention but no `out_proj` it drops q, k and v; a file in its own dialect without attention it refuses.
+    """
+    attention = [path for path in modules if ".self_attn." in path]
+    if dialect is Dialect.KOHYA:
+        strange = attention and not any(path.endswith("out_proj") for path in attention)
+    else:
+        strange = not attention
+    if component not in CLIP_COMPONENTS or not strange:
+        return dict(modules)
+    return {**modules, **out_projection(modules)}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
