@@ -6,11 +6,16 @@ as GLUE defines them, in float64. The first metric of a task chooses its best st
 validation split, the only labelled one that is left, is what is reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from .options import GlueOptions
+from .problems import BadInput, listing, refuse
+from .records import Row, carve, choose, column_problems, read_rows
 
 SOURCE = "nyu-mll/glue"
 Metric = Callable[[NDArray, NDArray], float]
@@ -84,3 +89,80 @@ def measure(task: GlueTask, logits: NDArray, labels: NDArray) -> dict[str, float
     """The task's metrics from logits [N, num_labels] and labels [N]."""
     predicted = logits.reshape(len(labels)) if task.num_labels == 1 else logits.argmax(-1)
     return {name: METRICS[name](predicted, labels) for name in task.metrics}
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class GlueData:
+    """Encoded rows: to train on, to choose the best step by, and to report on, by split."""
+
+    train: list[dict]
+    validation: list[dict]
+    reported: dict[str, list[dict]]
+
+
+def task_problems(options: GlueOptions) -> list[str]:
+    """Faults that need no file to be opened."""
+    problems = []
+    if options.task_name not in GLUE:
+        problems.append(f"--task_name: got {options.task_name!r}, wanted {', '.join(GLUE)}")
+    if not 0 < options.validation_fraction < 1:
+        problems.append(f"--validation_fraction: got {options.validation_fraction}, wanted more than 0 and less than 1")
+    for name in ("max_length", "max_train_examples", "max_validation_examples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name}: got {value}, wanted 1 or more")
+    return problems
+
+
+def prepare(options: GlueOptions, tokenizer: PreTrainedTokenizerBase, seed: int) -> GlueData:
+    """Read, check and encode.
+
+    Raises:
+        BadInput: splits that are missing, columns that are missing, labels that are none of the task's.
+    """
+    task = GLUE[str(options.task_name)]
+    subset = options.task_name if options.dataset_name == SOURCE else None
+    splits = {name: read_rows(options.dataset_name, name, subset) for name in ("train", *task.reported)}
+    refuse(f"{options.dataset_name}: has no split {name!r}" for name, rows in splits.items() if rows is None)
+    found: dict[str, Sequence[Row]] = {name: rows for name, rows in splits.items() if rows is not None}
+    problems = [problem for name, rows in found.items() for problem in row_problems(task, rows, name)]
+    if not problems and len(found["train"]) < 2:
+        problems.append(f"train: got {len(found['train'])} rows, wanted at least one to train on and one to choose by")
+    if problems:
+        raise BadInput(problems)
+    train, validation = carve(found["train"], options.validation_fraction, seed, options.max_validation_examples)
+
+    def encoded(rows: Sequence[Row]) -> list[dict]:
+        return [encode_row(task, row, tokenizer, options.max_length) for row in rows]
+
+    reported = {name: encoded(found[name]) for name in task.reported}
+    return GlueData(encoded(choose(train, options.max_train_examples, seed)), encoded(validation), reported)
+
+
+def row_problems(task: GlueTask, rows: Sequence[Row], where: str) -> list[str]:
+    problems = column_problems(rows, (*task.columns, "label"), where)
+    if problems:
+        return problems
+    if not len(rows):
+        return [f"{where}: there are no rows"]
+    labels = [row["label"] for row in rows]
+    wanted = "a number from 0 to 5" if task.num_labels == 1 else f"a number from 0 to {task.num_labels - 1}"
+    bad = [n for n, label in enumerate(labels, 1) if not is_label(task, label)]
+    if not bad:
+        return []
+    return [f"{where}: label {labels[bad[0] - 1]!r} in row {bad[0]} (rows {listing(bad)}), wanted {wanted}"]
+
+
+def is_label(task: GlueTask, label: object) -> bool:
+    if task.num_labels == 1:
+        return isinstance(label, int | float) and 0 <= label <= 5
+    return isinstance(label, int) and 0 <= label < task.num_labels
+
+
+def encode_row(task: GlueTask, row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+    texts = [row[column] for column in task.columns]
+    label = float(row["label"]) if task.num_labels == 1 else int(row["label"])
+    return dict(tokenizer(*texts, truncation=True, max_length=max_length)) | {"labels": label}

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .glue import GLUE, SOURCE
 from .problems import BadInput
 from .tasks import TASKS
 
@@ -75,8 +74,8 @@ class LlmOptions(ModelOptions):
 class GlueOptions(ModelOptions):
     """Which GLUE task a sequence classifier is tuned on."""
 
-    task_name: str | None = option(None, f"{', '.join(GLUE)}.")
-    dataset_name: str = option(SOURCE, "A folder with train.jsonl and validation.jsonl, or a `datasets` name.")
+    task_name: str | None = option(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
+    dataset_name: str = option("nyu-mll/glue", "A folder with train.jsonl and validation.jsonl, or a `datasets` name.")
     validation_fraction: float = option(0.1, "Share of train that chooses the best step.")
     max_validation_examples: int = option(1000, "But at most so many rows.")
     max_train_examples: int | None = option(None, "Train on a random choice of so many rows.")

@@ -1,22 +1,28 @@
 """What a run leaves: the plain factors, and the records beside them."""
 
+import hashlib
 import json
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from reslora_diffusion import LoraFactors, merged_factors
+from reslora_diffusion.export import ExportReport, export_peft
 
 from .options import ModelOptions
 from .trainer import is_reslora
 
+WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
 
 
@@ -68,3 +74,31 @@ def heads(model: nn.Module) -> dict[str, Tensor]:
             if key == "default":
                 found |= {f"{name}.{part}": tensor for part, tensor in value.state_dict().items()}
     return found
+
+
+def export_with_heads(output: Path, model: nn.Module, **settings: Any) -> ExportReport:
+    """`export_peft`, and in the same file the modules that were trained beside the adapter, in their own precision:
+    `PeftModel.from_pretrained` finds them by the configuration's `modules_to_save`."""
+    output.mkdir(parents=True, exist_ok=True)
+    fresh = output / ".with-heads"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        report = export_peft(fresh, plain_factors(model), model=model, **settings)
+        trained = heads(model)
+        tensors = load_file(fresh / WEIGHTS)
+        tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in trained.items()}
+        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((fresh / CONFIG).read_text())
+        config["modules_to_save"] = sorted({name.partition(".")[0] for name in trained}) or None
+        write_json(fresh / CONFIG, config)
+        proof = json.loads((fresh / PROOF).read_text())
+        for kind, path in (("peft", WEIGHTS), ("config", CONFIG)):
+            digest = hashlib.sha256((fresh / path).read_bytes()).hexdigest()
+            proof["files"][kind] = {"path": str(output / path), "sha256": digest}
+        write_json(fresh / PROOF, proof)
+        for path in (WEIGHTS, CONFIG, PROOF):
+            os.replace(fresh / path, output / path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    files = {"peft": output / WEIGHTS, "config": output / CONFIG}
+    return replace(report, files=files, sha256={kind: facts["sha256"] for kind, facts in proof["files"].items()})

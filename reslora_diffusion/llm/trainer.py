@@ -86,7 +86,11 @@ class ExportedTrainer(Trainer):
     Args:
         calibration: batches that merging is fitted on.
         quiz: validation questions; their share of right answers joins the metrics as `exact_match`.
+
+    `merged` may be set to False, to evaluate the shortcuts as they were trained.
     """
+
+    merged = True
 
     def __init__(self, *args: Any, calibration: Sequence[Batch], quiz: Quiz | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +98,7 @@ class ExportedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
-        with as_exported(model, self.calibration):
+        with as_exported(model, self.calibration) if self.merged else nullcontext():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             if self.quiz is not None:
                 answered = self.quiz.ask(model, self.accelerator)

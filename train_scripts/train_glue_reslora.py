@@ -1,0 +1,158 @@
+#!/usr/bin/env python
+"""Fine-tune a classifier on one of the nine GLUE tasks with LoRA or ResLoRA, export a plain LoRA with its head.
+
+    accelerate launch train_scripts/train_glue_reslora.py --config train_scripts/configs/glue_roberta_large.yaml \\
+        --task_name mrpc --output_dir mrpc-reslora
+
+    # Your own rows in a task's columns: folder with train.jsonl and validation.jsonl, "label" a number
+    python train_scripts/train_glue_reslora.py --model_name_or_path FacebookAI/roberta-base --task_name rte \\
+        --dataset_name my_folder --shortcut middle --num_previous 4 --output_dir my-rte
+
+What comes out, in --output_dir:
+
+    adapter_config.json, adapter_model.safetensors   a plain LoRA and the classifier's head, for PEFT alone
+    export_report.json                               what was proved about it
+    results.json                                     the task's metrics: as trained, and of the exported file reloaded
+    history.json, run.json                           losses and evaluations; command, options, versions
+    checkpoint-N/                                    PEFT's folder with the shortcut, and the Trainer's state
+
+GLUE's test labels are hidden, so its validation split is what is reported. The best step is therefore chosen on rows
+set apart from train, by the task's first metric, of the merged LoRA.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel, TaskType
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, set_seed
+
+from reslora_diffusion import calibrate, explain, merge_report
+from reslora_diffusion.llm import models
+from reslora_diffusion.llm.checks import checkpoint_of, training_problems
+from reslora_diffusion.llm.glue import GLUE, measure, prepare, task_problems
+from reslora_diffusion.llm.options import GlueOptions, parse
+from reslora_diffusion.llm.problems import EXIT_CODE, BadInput, refuse
+from reslora_diffusion.llm.results import export_with_heads, history, record, trained_parameters, write_json
+from reslora_diffusion.llm.trainer import (
+    ExportedTrainer,
+    Handover,
+    batches_of,
+    calibration_batches,
+    is_reslora,
+    run_model,
+    shortcut_of,
+)
+
+TASK = TaskType.SEQ_CLS
+DEFAULTS = {
+    "output_dir": "reslora-glue",
+    "learning_rate": 3e-4,
+    "warmup_steps": 0.06,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "logging_steps": 10,
+    "remove_unused_columns": False,
+    "report_to": ["none"],
+    "seed": 0,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, judge, export, and return the output folder.
+
+    Raises:
+        BadInput: every problem with the options, the data or the model.
+    """
+    options, training = parse(GlueOptions, argv, DEFAULTS)
+    refuse(models.option_problems(options, TASK) + task_problems(options) + training_problems(training, options))
+    task = GLUE[options.task_name]
+    config = models.load_config(options, TASK, num_labels=task.num_labels)
+    refuse(models.target_problems(config, options, TASK) + models.length_problems(config, options.max_length))
+    tokenizer = models.load_tokenizer(options)
+    data = prepare(options, tokenizer, training.seed)
+    checkpoint = checkpoint_of(training, options)
+
+    set_seed(training.seed)
+    config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    calibration = calibration_batches(
+        data.train, collate, training.per_device_train_batch_size, options.calibration_batches, training.seed
+    )
+    training.metric_for_best_model = training.metric_for_best_model or task.metrics[0]
+
+    def metrics(found: EvalPrediction) -> dict[str, float]:
+        return measure(task, found.predictions, found.label_ids)
+
+    trainer = ExportedTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+        callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+        calibration=calibration,
+    )
+    output, main_process = Path(training.output_dir), trainer.is_world_process_zero()
+    counts = {"train": len(data.train), "validation": len(data.validation)}
+    if main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        facts = {"trained_parameters": trained_parameters(model), "examples": counts}
+        facts["chains"] = explain(model).to_dict() if is_reslora(model) else None
+        write_json(output / "run.json", record(options, training, **facts))
+        print(explain(model) if is_reslora(model) else f"LoRA, {facts['trained_parameters']} parameters")
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    results = {"task": options.task_name, "method": options.method, "shortcut": shortcut_of(model)}
+    results |= {"best_step": trainer.state.best_global_step, "best_metric": trainer.state.best_metric}
+    if is_reslora(model):
+        calibrate(model, calibration, run_model)
+        held_out = batches_of(data.validation, collate, training.per_device_eval_batch_size)
+        merging = merge_report(model, held_out, run_model, lambda model, batch: run_model(model, batch).loss.item())
+        results["merging"] = merging.to_dict()
+        trainer.accelerator.print(merging)
+        trainer.merged = False
+        results["as trained"] = {
+            name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
+        }
+    if main_process:
+        report = export_with_heads(
+            output,
+            model,
+            base_model=options.model_name_or_path,
+            task_type=TASK.value,
+            dtype=models.DTYPES[options.export_dtype],
+            facts={"method": options.method, "shortcut": results["shortcut"]},
+        )
+        print(report)
+    trainer.accelerator.wait_for_everyone()
+
+    reloaded = PeftModel.from_pretrained(models.load_model(options, config, TASK), output)
+    settings = replace(training, eval_strategy="no", load_best_model_at_end=False, metric_for_best_model=None)
+    judge = Trainer(reloaded, settings, data_collator=collate, processing_class=tokenizer, compute_metrics=metrics)
+    results["as exported"] = {name: task_metrics(judge, rows, task.metrics) for name, rows in data.reported.items()}
+    if main_process:
+        write_json(output / "results.json", results)
+        write_json(output / "history.json", history(trainer))
+        print(f"{options.task_name}, best step {results['best_step']}, the exported file: {results['as exported']}")
+    return output
+
+
+def task_metrics(trainer: Trainer, rows: Sequence, names: Sequence[str]) -> dict[str, float]:
+    found = trainer.evaluate(rows)
+    return {name: found[f"eval_{name}"] for name in names}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
