@@ -278,3 +278,32 @@ def test_handover_of_block_is_saved_and_loaded(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path).double()
     assert torch.allclose(forward(loaded, HELD_OUT[0]), before, atol=1e-12)
+
+
+def test_convolutions_are_part_of_the_merged_adapter() -> None:
+    model = build("unet")
+    attach(model, ResLoraConfig(r=2, lora_alpha=4, target_modules=[*UNET_TARGETS, "conv1"], shortcut="block"))
+    model.double()
+    randomise(model)
+    args = inputs("unet")
+    trained, factors = output("unet", model, args), merged_factors(model)
+    convolutions = [name for name in factors if name.endswith("conv1")]
+    assert convolutions
+    by_hand = build("unet")
+    for name, f in factors.items():
+        delta = (
+            torch.einsum("or...,rikl->oikl", f.lora_B[..., 0, 0], f.lora_A)
+            if f.lora_A.ndim == 4
+            else f.lora_B @ f.lora_A
+        )
+        by_hand.get_submodule(name).weight.data += f.scaling * delta
+    assert torch.allclose(output("unet", by_hand, args), trained, atol=1e-11)
+
+
+def test_adapters_without_a_linear_layer_are_plain_lora() -> None:
+    from peft import get_peft_model
+
+    with pytest.warns(UserWarning, match="this is plain LoRA"):
+        model = get_peft_model(build("unet"), ResLoraConfig(r=2, target_modules=["conv1"], shortcut="block"))
+    with pytest.raises(ValueError, match="no ResLoRA adapter"):
+        merged_factors(model)

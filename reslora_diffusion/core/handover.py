@@ -34,8 +34,9 @@ def handover(
     if controller.shortcut is Shortcut.BLOCK:
         concatenate_blocks(controller, optimizer)
     else:
-        for name, factors in merged_factors(model, adapter_name).items():
-            controller.factors(name)[0].copy_(factors.lora_A)
+        factors = merged_factors(model, adapter_name)
+        for name in controller.sites:
+            controller.factors(name)[0].copy_(factors[name].lora_A)
     controller.config.shortcut = Shortcut.NONE
     controller.calibration = {}
     controller.calibrated_at = {}

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .attach import DEFAULT_ADAPTER, get_controller
@@ -254,15 +255,32 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
     """
     controller = get_controller(model, adapter_name)
     corrections = corrections_of(controller)
-    return {name: plain_factors(controller, site, corrections[name]) for name, site in controller.sites.items()}
+    factors = {name: plain_factors(controller, site, corrections[name]) for name, site in controller.sites.items()}
+    return factors | convolution_factors(model, adapter_name)
+
+
+def convolution_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:
+    """Factors of adapted convolutions, which no shortcut joins; refuses embeddings, which have no such factors."""
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter_name in layer.lora_embedding_A:
+            raise ValueError(f"{name} is an adapted embedding, which is no LoRA of a linear layer; merge_and_unload it")
+        factors: Any = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
+        if factors is not None and factors.weight.ndim > 2:
+            up: Any = layer.lora_B[adapter_name]
+            scaling = layer.scaling[adapter_name]
+            found[name] = LoraFactors(factors.weight.detach(), up.weight.detach(), scaling)
+    return found
 
 
 @contextmanager
 def merged_forward(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Iterator[None]:
     """Inside, the model computes as the exported LoRA will, without touching a weight."""
     controller = get_controller(model, adapter_name)
-    before = controller.merged
-    controller.merged = merged_factors(model, adapter_name)
+    before, corrections = controller.merged, corrections_of(controller)
+    controller.merged = {n: plain_factors(controller, site, corrections[n]) for n, site in controller.sites.items()}
     try:
         yield
     finally:

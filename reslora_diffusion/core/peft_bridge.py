@@ -10,6 +10,7 @@ A process without this package does not know the type RESLORA and says so, rathe
 """
 
 import difflib
+import warnings
 from typing import Any
 
 import torch
@@ -154,8 +155,11 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
     )
 
 
-def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> Controller:
-    """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller."""
+def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
+    """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller.
+
+    Convolutions and embeddings stay PEFT's plain LoRA; an adapter of nothing else has no controller.
+    """
     layers: dict[str, LoraLayer] = {}
     names: dict[int, list[str]] = {}
     silent = []
@@ -163,7 +167,7 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> Contr
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
             continue
         if not isinstance(layer.lora_A[adapter_name], nn.Linear):
-            continue  # convolutions and embeddings: PEFT's plain LoRA
+            continue
         if type(layer).__module__.rpartition(".")[2] in WITHOUT_VARIANTS:
             silent.append(f"{name} ({type(layer).__name__})")
         names.setdefault(id(layer), []).append(name)
@@ -174,13 +178,14 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> Contr
             "use LoraConfig, or a base quantised by bitsandbytes, GPTQ, HQQ or torchao"
         )
     if not layers:
-        raise ValueError("no linear layer is adapted: shortcuts join linear layers; use LoraConfig for others")
+        if config.effective_shortcut is not Shortcut.NONE:
+            warnings.warn("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA", stacklevel=3)
+        return
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
     controller = Controller(model, adapter_name, config, layers, unlinked)
     for name, layer in layers.items():
         layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
         layer._cast_input_dtype = KeepInputDtype(layer)  # type: ignore[method-assign, assignment]
-    return controller
 
 
 def find_controller(model: nn.Module, adapter_name: str) -> Controller | None:
