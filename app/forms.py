@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from .request import Adapter, CompareRequest, Limits, Scheduler, checked, joined, shortened
+from .request import Adapter, CompareRequest, Limits, Scheduler, joined, problems, shortened
 from .training import Method, TrainRequest
 
 SWEEP = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5"
@@ -68,7 +68,8 @@ def read_request(
     Raises:
         ValueError: everything that is wrong with them.
     """
-    values, problems = {}, []
+    values = {"placeholders": {}, "seeds": (0,), "strengths": (1.0,)}  # stand in for what cannot be read
+    found, unread = [], []
     for name, read, text in (
         ("placeholders", read_placeholders, placeholders),
         ("seeds", read_seeds, seeds),
@@ -77,13 +78,12 @@ def read_request(
         try:
             values[name] = read(text)
         except ValueError as error:
-            problems.append(str(error))
-    problems += [f"the adapter {shortened(label)} is not here any more" for label in labels if label not in adapters]
-    if problems:
-        raise ValueError(joined("Nothing was painted", problems))
+            unread.append(name)
+            found.append(str(error))
+    found += [f"the adapter {shortened(label)} is not here any more" for label in labels if label not in adapters]
     request = CompareRequest(
         prompts=tuple(line.strip() for line in prompts.splitlines() if line.strip()),
-        adapters=tuple(adapters[label] for label in labels),
+        adapters=tuple(adapters[label] for label in labels if label in adapters),
         include_base=include_base,
         negative_prompt=negative_prompt.strip(),
         num_inference_steps=int(num_inference_steps),
@@ -91,7 +91,11 @@ def read_request(
         scheduler=Scheduler(scheduler),
         **values,
     )
-    return checked(request, limits)
+    if "placeholders" not in unread:
+        found += problems(request, limits)
+    if found:
+        raise ValueError(joined("Nothing was painted", found))
+    return request
 
 
 def fields_of(request: CompareRequest) -> tuple:

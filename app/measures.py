@@ -10,7 +10,8 @@ to 16 x 16 and centred: a small measure for stickers, blind to place and size, t
 photographs it means little. Differences are of pixels: mean |a - b| over the range of a channel. With a CLIP and a DINO
 at hand, `learned_measures` computes DreamBooth's instead.
 
-Intervals are bootstraps over rows, over prompts for diversity: pictures of one prompt are not independent.
+Intervals are bootstraps over rows, over prompts for diversity: pictures of one prompt are not independent. Wilson's
+serves the share. A single value has none.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from PIL import Image, ImageColor
 from .compare import Cell
 from .output import by_place, difference
 from .request import Column, CompareRequest
+from .votes import wilson_interval
 
 BOOTSTRAPS = 1000
 FIGURE_DISTANCE = 0.14  # in RGB: further from the border's colour is figure
@@ -42,6 +44,8 @@ class Figure:
     n: int
 
     def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:.3f}, n = 1"
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f}), n = {self.n}"
 
 
@@ -52,6 +56,11 @@ def figure(values: Iterable[float], seed: int = 0) -> Figure | None:
         return None
     means = x[np.random.default_rng(seed).integers(x.size, size=(BOOTSTRAPS, x.size))].mean(axis=1)
     return Figure(x.mean(), *np.quantile(means, (0.025, 0.975)), x.size)
+
+
+def proportion(hits: Sequence[bool]) -> Figure | None:
+    """A share with Wilson's interval: a bootstrap of nothing but hits would have no width."""
+    return Figure(sum(hits) / len(hits), *wilson_interval(sum(hits), len(hits)), len(hits)) if hits else None
 
 
 # ---------------------------------------------------------------------------------------------- small measures
@@ -115,7 +124,7 @@ def measure(
         unrelated = [c for c in own if not names_subject(c.row.prompt) and (c.row, Column()) in painted]
         drift = [difference(c.image, painted[c.row, Column()].image).mean() for c in unrelated]
         measures["subject likeness"][column] = figure(subject)
-        measures["background obeyed"][column] = figure(obeyed)
+        measures["background obeyed"][column] = proportion(obeyed)
         measures["drift from the base"][column] = figure(drift) if column.adapter else None
         measures["diversity"][column] = figure(diversities(own))
     return dict(measures)

@@ -8,7 +8,7 @@ from .tabs.compare import compare_tab
 from .tabs.files import files_tab
 from .tabs.measures import measures_tab
 from .tabs.race import race_tab
-from .tabs.train import train_tab
+from .tabs.train import train_tab, train_watch
 from .tabs.vote import vote_tab
 
 IDLE_FILES_SECONDS = 24 * 3600
@@ -22,6 +22,7 @@ def build_demo(studio: Studio) -> gr.Blocks:
         delete_cache=(IDLE_FILES_SECONDS, IDLE_FILES_SECONDS),
     ) as demo:
         gr.HTML(views.header(studio.base_name), padding=False)
+        watch = train_watch()
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
                 adapters = compare_tab(studio, demo)
@@ -34,7 +35,7 @@ def build_demo(studio: Studio) -> gr.Blocks:
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
             with gr.Tab("Train", id="train"):
-                train_tab(studio, demo, adapters)
+                train_tab(studio, demo, adapters, *watch)
 
         def leave(request: gr.Request) -> None:
             studio.sessions.close(request.session_hash)

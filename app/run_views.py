@@ -5,7 +5,8 @@ from pathlib import Path
 
 from .charts import colour_of, dash_of, loss_chart, validation_chart
 from .runs import Run
-from .views import escaped, message, table
+from .training import Training
+from .views import duration, escaped, message, table
 
 NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
 
@@ -129,3 +130,20 @@ def progress(done: int, total: int, text: str) -> str:
 def log(lines: Sequence[str]) -> str:
     """The end of what the script printed."""
     return f'<pre class="log">{escaped(chr(10).join(lines))}</pre>'
+
+
+def training_status(training: Training) -> str:
+    """Where a training stands, in a line and a bar."""
+    step, total, name = training.step(), training.request.max_train_steps, training.folder.name
+    if training.running:
+        left = training.seconds_left(step)
+        text = f"step {step} of {total}" if step else "getting ready"
+        text += f", about {duration(left)} left" if left is not None else ""
+        text += "; finishing this step and saving" if training.stopped else ""
+        return progress(step, total, f"{name}: {text}")
+    if training.failed:
+        return message("\n".join([f"{name} ended with an error:", *training.log()]), "bad")
+    if training.stopped:
+        kept = "its last checkpoint is among the adapters" if training.adapter() else "before anything was saved"
+        return message(f"{name} was stopped at step {step} of {total}; {kept}.", "warn")
+    return message(f"{name}: {step} steps done. It is among the adapters of the Compare tab.", "good")

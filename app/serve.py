@@ -6,10 +6,8 @@ import gradio as gr
 
 from .compare import Comparer, load_pipeline
 from .page import build_demo
-from .pictures import pictures_in
-from .runs import find_runs, read_object
 from .sessions import Sessions
-from .studio import Studio, first_adapters
+from .studio import Studio, first_adapters, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
 from .training import Trainer
 
@@ -53,21 +51,6 @@ def open_studio(
     )
     studio.paint_first(prompt, first_steps)
     return studio
-
-
-def subjects_in(folder: Path) -> dict[str, Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and pictures_in(path)) if folder.is_dir() else []
-    return {path.name.replace("_", " "): path for path in found}
-
-
-def first_subject(runs: tuple[Path, ...], subjects: dict[str, Path]) -> str | None:
-    """The subject that the first run was taught, as far as it came with the pipeline; otherwise the first there is."""
-    for folder in find_runs(runs).values():
-        options = read_object(folder / "run.json").get("options")
-        taught = options.get("instance_data_dir") if isinstance(options, dict) else None
-        if taught is not None:
-            return next((name for name, path in subjects.items() if path == Path(str(taught)).resolve()), None)
-    return next(iter(subjects), None)
 
 
 def launch(studio: Studio, **options) -> gr.Blocks:

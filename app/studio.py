@@ -8,8 +8,9 @@ from reslora_diffusion.export.inspection import sha256
 
 from .adapters import AdapterShelf
 from .compare import Cell, Comparer
+from .pictures import pictures_in
 from .request import Adapter, CompareRequest
-from .runs import find_adapters, find_runs, is_checkpoint, siblings
+from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
 from .sessions import Sessions
 from .training import Trainer
 
@@ -77,3 +78,18 @@ def first_adapters(folders: tuple[Path, ...], shelf: AdapterShelf) -> list[Adapt
         else:
             print(f"left out, for another base: {file}")
     return found
+
+
+def subjects_in(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and pictures_in(path)) if folder.is_dir() else []
+    return {path.name.replace("_", " "): path for path in found}
+
+
+def first_subject(runs: tuple[Path, ...], subjects: dict[str, Path]) -> str | None:
+    """The subject that the first run was taught, as far as it came with the pipeline; otherwise the first there is."""
+    for folder in find_runs(runs).values():
+        options = read_object(folder / "run.json").get("options")
+        taught = options.get("instance_data_dir") if isinstance(options, dict) else None
+        if taught is not None:
+            return next((name for name, path in subjects.items() if path == Path(str(taught)).resolve()), None)
+    return next(iter(subjects), None)

@@ -28,8 +28,8 @@ THEME = gr.themes.Base(
     block_title_text_weight="600",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
-    button_primary_background_fill_dark="*primary_600",
-    button_primary_background_fill_hover_dark="*primary_500",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
     button_primary_text_color="white",
 )
 
@@ -41,7 +41,8 @@ CSS = """
 .masthead { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; justify-content: space-between;
   padding: 6px 2px 2px; }
 .masthead h1 { font-size: 1.55rem; font-weight: 750; letter-spacing: -.01em; margin: 0; }
-.masthead h1 span { color: var(--primary-600); }
+.masthead h1 span, .tab-container button.selected { color: var(--primary-700) !important; }
+.dark :is(.masthead h1 span, .tab-container button.selected) { color: var(--primary-400) !important; }
 .masthead p { margin: 0; color: var(--body-text-color-subdued); }
 .masthead .lead { flex-basis: 100%; max-width: 62rem; }
 .masthead .base { font-size: .85rem; padding: 2px 12px; border: 1px solid var(--line); border-radius: 999px;
@@ -111,6 +112,8 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .facts :is(thead, tbody, tr) { border: 0 !important; background: none !important; }
 .facts thead th { font-weight: 600; color: var(--body-text-color-subdued); }
 .facts td { font-variant-numeric: tabular-nums; }
+.facts td.short { white-space: nowrap; }
+.message + .scroll { margin-top: 14px; }
 .facts th[scope=row] { font-weight: 500; min-width: 5.5rem; }
 .facts.many :is(th, td) { min-width: 5.4rem; overflow-wrap: break-word; }
 .file h3 { font-size: 1.15rem; font-weight: 700; margin: .25rem 0 .5rem; overflow-wrap: anywhere; }

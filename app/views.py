@@ -97,11 +97,18 @@ def difference_note(a, b) -> str:
     )
 
 
+SHORT = 14  # characters of a cell that stay on one line
+
+
+def td(value: object) -> str:
+    return f"<td{' class=short' if len(str(value)) <= SHORT else ''}>{escaped(value)}</td>"
+
+
 def table(head: Sequence[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
     """A plain table; the first cell of a row is its header."""
     lines = []
     for first, *rest in rows:
-        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(v)}</td>" for v in rest)}</tr>')
+        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{"".join(map(td, rest))}</tr>')
     many = " many" if len(head) > 3 else ""
     label, named = escaped(caption or "table"), "".join(f"<th scope=col>{escaped(v)}</th>" for v in head)
     heading = f"<thead><tr>{named}</tr></thead>" if any(head) else ""

@@ -16,7 +16,7 @@ from transformers import (
 
 from app.compare import Cell
 from app.learned import learned_measures, load
-from app.measures import asked_background, background, cut_out, diversities, figure, likeness, measure
+from app.measures import asked_background, background, cut_out, diversities, figure, likeness, measure, proportion
 from app.request import Adapter, Column, CompareRequest
 from tiny import tiny_tokenizer
 
@@ -62,6 +62,14 @@ def test_figure_is_a_mean_inside_its_interval_which_shrinks_with_n():
     assert few.low < 0.5 < few.high
     assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 1000**0.5, rel=0.15)
     assert figure([]) is None
+    assert str(figure([0.5])) == "0.500, n = 1"
+
+
+def test_a_share_of_all_or_none_still_has_an_interval():
+    every = proportion([True] * 4)
+    assert (every.mean, every.high, every.n) == (1, 1, 4)
+    assert 0.3 < every.low < 0.6
+    assert proportion([]) is None
 
 
 def cells_of(request: CompareRequest, shift: int) -> list[Cell]:

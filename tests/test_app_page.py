@@ -6,11 +6,14 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-from gradio_client import Client
 from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[app]'")
+
+import httpx
+from gradio_client import Client
 
 from app import views
 from app.__main__ import main, parse_args
@@ -72,6 +75,9 @@ def test_what_cannot_be_read_is_said(read, text):
 def test_all_fields_are_read_before_anything_is_said():
     fields = ["a", "?", "x", ["gone"], "y", True, "", 5, 4, "DDIM"]
     with pytest.raises(ValueError, match=r"(?s)placeholder.*seeds.*strengths.*gone is not here"):
+        read_request(*fields, adapters=ADAPTERS, limits=Limits())
+    fields = ["a {b}", "", "x", [], "1", True, "", 999, 4, "DDIM"]
+    with pytest.raises(ValueError, match=r"(?s)seeds are.*nothing fills \{b\}.*steps lie"):
         read_request(*fields, adapters=ADAPTERS, limits=Limits())
 
 

@@ -17,8 +17,8 @@ from app.runs import (
     siblings,
     thinned,
 )
-from app.serve import first_subject, subjects_in
 from app.sessions import MAX_THUMBNAILS, Sessions
+from app.studio import first_subject, subjects_in
 from app_fixtures import make_run
 
 NASTY = "<img src=x onerror=alert(1)>"

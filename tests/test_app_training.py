@@ -9,8 +9,8 @@ from PIL import Image
 
 from app.forms import read_train_request
 from app.pictures import MAX_SIDE, pictures_in, read_pictures
+from app.run_views import training_status
 from app.runs import read_run
-from app.tabs.train import status_of
 from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
 from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.checks import check
@@ -135,7 +135,7 @@ def test_a_training_runs_to_its_end_and_can_be_read(trainer):
     training.process.wait(60)
     assert not training.failed
     assert training.step() == 5
-    assert "5 steps done" in status_of(training)
+    assert "5 steps done" in training_status(training)
     assert training.log() == ["training: 5", "saved"]
     assert read_run("x", training.folder).last_step == 5
     assert trainer.start(ASKED, [PICTURE], "me").folder.name == f"{training.folder.name}-2"
@@ -144,7 +144,7 @@ def test_a_training_runs_to_its_end_and_can_be_read(trainer):
 def test_one_at_a_time_and_stopped_on_request(trainer):
     training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
     wait(lambda: training.step() > 3)
-    assert "step" in status_of(training)
+    assert "step" in training_status(training)
     with pytest.raises(ValueError, match="one at a time"):
         trainer.start(ASKED, [PICTURE], "you")
     assert training.seconds_left(training.step() + 1) > 0
@@ -152,7 +152,7 @@ def test_one_at_a_time_and_stopped_on_request(trainer):
     training.process.wait(60)
     assert training.log()[-1] == "saved"
     assert not training.failed
-    assert "was stopped at step" in status_of(training)
+    assert "was stopped at step" in training_status(training)
 
 
 def test_the_servers_end_ends_the_training(trainer):
@@ -167,7 +167,7 @@ def test_a_failure_shows_what_the_script_said(trainer):
     training = trainer.start(dataclasses.replace(ASKED, learning_rate=0.9), [PICTURE], "me")
     training.process.wait(60)
     assert training.failed
-    assert "the loss of step 1 is nan" in status_of(training)
+    assert "the loss of step 1 is nan" in training_status(training)
     assert len(training.log()) <= LOG_LINES
     assert training.adapter() is None
 

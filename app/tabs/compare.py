@@ -24,7 +24,7 @@ FLIP_CLICKS = """element.addEventListener('click', (event) => {
 
 # On a narrow screen the pictures stand above the button.
 SHOW_STATUS = """() => {
-  if (window.innerWidth < 700) document.getElementById('status').scrollIntoView({behavior: 'smooth'});
+  if (window.innerWidth < 700) document.getElementById('status').scrollIntoView();
 }"""
 
 

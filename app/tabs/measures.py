@@ -13,7 +13,7 @@ EXPLANATION = (
     "Subject likeness compares cut-out figures with your reference pictures, and background obeyed the border's colour "
     "with the prompt's: small measures for stickers that work offline and are no CLIP. Drift is the pixel difference "
     "from the base on prompts without the subject's word, diversity the difference between seeds of one prompt. Each "
-    "is a mean, its 95 % bootstrap interval, and n."
+    "is a mean, its 95 % interval, and n."
 )
 
 

@@ -26,10 +26,15 @@ NO_SCRIPT = (
 )
 
 
-def train_tab(studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup) -> None:
+def train_watch() -> tuple[gr.BrowserState, gr.Timer]:
+    """Who the browser is, and when it looks. Outside of the tabs, whose insides are made when they are first shown."""
+    return gr.BrowserState("", storage_key="reslora-trainings"), gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
+
+
+def train_tab(
+    studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup, owner: gr.BrowserState, timer: gr.Timer
+) -> None:
     trainer, limits = studio.trainer, studio.trainer.limits
-    owner = gr.BrowserState("", storage_key="reslora-trainings")
-    timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
 
     gr.HTML(views.message(INTRODUCTION) if trainer.available else views.message(NO_SCRIPT, "warn"), padding=False)
     with gr.Row(equal_height=False, elem_classes="tab-body"):
@@ -151,7 +156,7 @@ def train_tab(studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup) -> No
         news = seen != session.training_seen
         session.training_seen = seen
         return [
-            status_of(training),
+            run_views.training_status(training),
             run_views.curves([run], SMOOTHING) if news and (run.losses or run.validation) else gr.skip(),
             run_views.sample_history(run, session.thumbnail) if news and run.samples else gr.skip(),
             run_views.log(training.log()),
@@ -189,20 +194,3 @@ def train_tab(studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup) -> No
     timer.tick(watch, [owner, adapters], shown, **LIGHT, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, files, **LIGHT, **PRIVATE)
     demo.load(arrive, [owner, adapters], [owner, *shown], **LIGHT, **PRIVATE)
-
-
-def status_of(training: Training) -> str:
-    """Where a training stands, in a line and a bar."""
-    step, total, name = training.step(), training.request.max_train_steps, training.folder.name
-    if training.running:
-        left = training.seconds_left(step)
-        text = f"step {step} of {total}" if step else "getting ready"
-        text += f", about {views.duration(left)} left" if left is not None else ""
-        text += "; finishing this step and saving" if training.stopped else ""
-        return run_views.progress(step, total, f"{name}: {text}")
-    if training.failed:
-        return views.message("\n".join([f"{name} ended with an error:", *training.log()]), "bad")
-    if training.stopped:
-        kept = "its last checkpoint is among the adapters" if training.adapter() else "before anything was saved"
-        return views.message(f"{name} was stopped at step {step} of {total}; {kept}.", "warn")
-    return views.message(f"{name}: {step} steps done. It is among the adapters of the Compare tab.", "good")
