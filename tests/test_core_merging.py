@@ -205,6 +205,29 @@ def test_statistics_in_several_passes_are_the_same() -> None:
         calibrate(bounded, (batch for batch in BATCHES), forward, statistics_bytes=1)
 
 
+@pytest.mark.parametrize("method", ["least_squares", "paper_input"])
+def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(merging, "RESUME_EVERY", 2)
+    whole, cut = adapted("input", method), adapted("input", method)
+    calibrate(whole, BATCHES, forward)
+    ran: list[int] = []
+
+    def dying(model: nn.Module, batch: tuple) -> None:
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(1)
+        forward(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(cut, BATCHES, dying, resume_file=tmp_path / "sums.safetensors")
+    ran = []
+    calibrate(cut, BATCHES, dying, resume_file=tmp_path / "sums.safetensors")
+    assert len(ran) == 2
+    for name, factors in merged_factors(whole).items():
+        assert torch.allclose(factors.lora_A, merged_factors(cut)[name].lora_A, atol=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["sums-0-0.safetensors"]
+
+
 def test_projections_of_one_tensor_share_their_moments() -> None:
     model = adapted("input")
     controller = get_controller(model)

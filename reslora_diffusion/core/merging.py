@@ -16,9 +16,11 @@
 A_k is A_n for `input`, where A_n reads x_{n-1} too, and A_{n-k} for `middle`. S, P, a, f: `core.statistics`.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +32,10 @@ from .chains import Site
 from .config import MergeMethod, Shortcut
 from .controller import Controller, Forward
 from .functional import LoraFactors, concatenated
-from .statistics import Moments, Norms, OutputErrors
+from .statistics import Moments, Norms, OutputErrors, load_statistics, save_statistics
 
 RIDGE = 1e-3
+RESUME_EVERY = 16  # batches between two writes of a resume file
 STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers take more passes over the batches
 
 # ------------------------------------------------------------------------------------------------ corrections
@@ -124,21 +127,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def observe(controller: Controller, observer: Any, model: nn.Module, batches: Iterable[Any], forward: Forward) -> int:
-    """Run batches while `observer` sees what flows through the shortcuts; returns how many there were."""
+def observe(
+    controller: Controller,
+    observer: Any,
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    resume_file: Path | None = None,
+) -> int:
+    """Run batches while `observer` sees what flows through the shortcuts; returns how many there were.
+
+    With `resume_file`, sums are put down there as they grow, and batches that are in it already are not run again.
+    """
+    done = load_statistics(resume_file, observer, controller_device(controller)) if resume_file else 0
     count = 0
     controller.observer = observer
     try:
         with evaluating(model):
             for batch in batches:
+                count += 1
+                if count <= done:
+                    continue
                 observer.start_batch()
                 forward(model, batch)
-                count += 1
+                if resume_file and count % RESUME_EVERY == 0:
+                    save_statistics(resume_file, observer, count)
     finally:
         controller.observer = None
         observer.start_batch()
+    if resume_file and count > done:
+        save_statistics(resume_file, observer, count)
     observer.all_reduce()
     return count
+
+
+def controller_device(controller: Controller) -> torch.device:
+    return controller.factors(next(iter(controller.layers)))[0].device
 
 
 def passes(controller: Controller, limit: int) -> list[set[str]]:
@@ -162,6 +186,7 @@ def calibrate(
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     statistics_bytes: int = STATISTICS_BYTES,
+    resume_file: str | os.PathLike | None = None,
 ) -> None:
     """Find C for every layer of `model`, from batches like those it was trained on; C replaces an earlier one.
 
@@ -172,6 +197,8 @@ def calibrate(
             layers, and must then be a sequence.
         forward: runs the model on a batch, as in training; what it returns is not used.
         statistics_bytes: bound on the memory of second moments.
+        resume_file: where sums are kept, one file for each process and group of layers, so that a calibration that was
+            cut off, or is given more batches, goes on. It belongs to one adapter as it is: remove it when that changes.
 
     Raises:
         ValueError: there are no batches, or they can be read only once where that is not enough.
@@ -188,20 +215,29 @@ def calibrate(
             f"{type(batches).__name__}, which can be read once; wanted a list"
         )
     corrections: dict[str, Tensor] = {}
-    for group in groups:
+    for number, group in enumerate(groups):
+        file = numbered(resume_file, number) if resume_file else None
         if controller.config.merge_method == MergeMethod.LEAST_SQUARES:
             moments = Moments(controller, group)
-            count = observe(controller, moments, model, batches, forward)
+            count = observe(controller, moments, model, batches, forward, file)
             found = {name: least_squares(controller, controller.sites[name], moments) for name in group}
         else:
             norms = Norms(controller)
-            count = observe(controller, norms, model, batches, forward)
+            count = observe(controller, norms, model, batches, forward, file)
             found = {name: paper_input(controller, controller.sites[name], norms) for name in group}
         if count == 0:
             raise ValueError("calibrate: got no batches")
         corrections |= {name: correction.to(controller.factors(name)[0]) for name, correction in found.items()}
     controller.calibration = corrections
     controller.calibrated_at = {name: controller.factors(name)[0]._version for name in corrections}
+
+
+def numbered(file: str | os.PathLike, group: int) -> Path:
+    """`sums.safetensors` -> `sums-<process>-<group>.safetensors`."""
+    path = Path(file)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    process = torch.distributed.get_rank() if distributed else 0
+    return path.with_name(f"{path.stem}-{process}-{group}.safetensors")
 
 
 # --------------------------------------------------------------------------------------------- merged factors

@@ -12,10 +12,16 @@ S is kept once for the projections that read the same x, sums are in float32 or 
 processes add theirs up.
 """
 
+import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .chains import Site
@@ -33,6 +39,33 @@ def all_reduce(values: list[Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for value in values:
             torch.distributed.all_reduce(value)
+
+
+class Statistics(Protocol):
+    """An observer whose sums can be put down and taken up again."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def facts(self) -> dict[str, Any]: ...
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None: ...
+
+
+def save_statistics(path: Path, statistics: Statistics, batches: int) -> None:
+    """Write the sums over the first `batches` batches; an earlier file stays until this one is whole."""
+    facts = {"batches": batches, **statistics.facts()}
+    fresh = path.with_name(f".{path.name}")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in statistics.tensors().items()}
+    save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
+    os.replace(fresh, path)
+
+
+def load_statistics(path: Path, statistics: Statistics, device: torch.device) -> int:
+    """Inverse of `save_statistics`; returns the number of batches, 0 if there is no file."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        facts = json.loads(file.metadata()["facts"])
+        statistics.restore({name: file.get_tensor(name) for name in file.keys()}, facts)
+    return int(facts["batches"])
 
 
 @dataclass
@@ -88,6 +121,23 @@ class Moments:
     def second_of(self, name: str) -> Tensor:
         return self.second[self.leader[name]]
 
+    def tensors(self) -> dict[str, Tensor]:
+        inner = {f"inner/{name}/{k}": v for name, found in self.inner.items() for k, v in found.items()}
+        second = {f"second/{name}": v for name, v in self.second.items()}
+        return second | {f"cross/{name}": v for name, v in self.cross.items()} | inner
+
+    def facts(self) -> dict[str, Any]:
+        return {"leader": self.leader}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.leader = facts["leader"]
+        for key, value in tensors.items():
+            kind, name, *rest = key.split("/")
+            if kind == "inner":
+                self.inner[name][rest[0]] = value
+            else:
+                (self.second if kind == "second" else self.cross)[name] = value
+
     def all_reduce(self) -> None:
         all_reduce([*self.second.values(), *self.cross.values(), *(v for d in self.inner.values() for v in d.values())])
 
@@ -112,6 +162,15 @@ class Norms:
 
     def mean(self, name: str) -> float:
         return (self.total[name] / self.count[name]).item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.total
+
+    def facts(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.total, self.count = dict(tensors), facts["count"]
 
     def all_reduce(self) -> None:
         """A ratio of sums over processes is the ratio of their means: every process saw as many forwards."""
