@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_factors import ATTENTION, CLIP, largest_error, loaded_deltas, random_factors, wanted_deltas
+from reslora_diffusion import ResLoraConfig, attach, merged_factors
 from reslora_diffusion.export import CheckFailed, export_lora, read_lora, write_lora_file
 from reslora_diffusion.export.factors import padded
 from tiny import tiny_pipeline_folder
@@ -68,6 +69,26 @@ def test_it_loads_into_the_other_pipelines(out, components, kind):
     pipe = kind.from_pipe(fresh_pipeline())
     pipe.load_lora_weights(out)
     check_pipe(pipe, components)
+
+
+def test_a_block_shortcut_leaves_the_trainer_whole(tmp_path):
+    """Attached by the core, exported, loaded by plain diffusers: the same numbers, at rank (num_previous + 1) r."""
+    trained, plain = fresh_pipeline().unet, fresh_pipeline()
+    attach(trained, ResLoraConfig(r=2, lora_alpha=3, target_modules=list(ATTENTION), shortcut="block", num_previous=2))
+    torch.manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    inputs = torch.randn(2, 16, 8, 8), torch.tensor([500, 20]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        base, wanted = plain.unet(*inputs).sample, trained(*inputs).sample
+        facts = {"shortcut": "block", "num_previous": 2}
+        report = export_lora(tmp_path, {"unet": merged_factors(trained)}, dtype=torch.float32, facts=facts)
+        assert report.rank == 6
+        plain.load_lora_weights(tmp_path)
+        got = plain.unet(*inputs).sample
+    assert (wanted - base).abs().max() > 0.1
+    assert torch.allclose(got, wanted, atol=1e-4)
 
 
 def test_pictures_are_those_of_the_merged_weights(out, components):

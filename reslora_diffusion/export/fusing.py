@@ -158,7 +158,7 @@ def load_whole(base: str, dtype: torch.dtype | None, variant: str | None) -> tup
         return model, {MODEL: model}
     folder = base if Path(base).is_dir() else DiffusionPipeline.download(base, variant=variant)
     dtype = dtype or stored_dtype(Path(folder))
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
     return pipeline, {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 

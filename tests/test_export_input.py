@@ -1,0 +1,342 @@
+"""Files that cannot be used, one by one: a single message that names every problem, and nothing written."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_factors import ATTENTION, CLIP, random_factors
+from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.export import export_lora, fuse, inspect_lora, read_lora, resize, verify_lora, write_lora_file
+from reslora_diffusion.export.limits import LARGEST_EXPORT
+from reslora_diffusion.export.tools import combine
+from tiny import tiny_pipeline_folder, tiny_text_encoder, tiny_tokenizer, tiny_unet
+
+PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KOHYA = f"lora_unet_{PATH.replace('.', '_')}"
+
+
+def pair(rank=2, width=8, out=8) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(rank, width), torch.ones(out, rank)
+
+
+def diffusers_pair(path=PATH, **sizes) -> dict[str, torch.Tensor]:
+    A, B = pair(**sizes)
+    return {f"unet.{path}.lora_A.weight": A, f"unet.{path}.lora_B.weight": B}
+
+
+def refusal(path) -> str:
+    """The message, the same from every reader."""
+    messages = set()
+    for read in (read_lora, inspect_lora):
+        with pytest.raises(ValueError, match=r".+") as caught:
+            read(path)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    return messages.pop()
+
+
+def saved(tmp_path, tensors, metadata=None, name="x.safetensors"):
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / name, metadata=metadata)
+    return tmp_path / name
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors", "x.pt", "x.ckpt"])
+def test_a_pickle_is_never_opened(tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({"lora": Bomb()}))
+    assert "is a pickle" in refusal(path)
+    torch.save({"x": torch.zeros(1)}, path)
+    assert "is a pickle" in refusal(path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_truncated_file(tmp_path):
+    path = saved(tmp_path, diffusers_pair())
+    whole = path.read_bytes()
+    for cut in (len(whole) - 1, len(whole) // 2, 9, 4, 0):
+        path.write_bytes(whole[:cut])
+        message = refusal(path)
+        assert "truncated" in message or "cut off" in message
+        assert f"({cut} bytes)" in message
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path):
+    """The size is compared with the file before anything is reserved."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{" + b" " * 64)
+    assert "is not a safetensors file, or its header is cut off" in refusal(path)
+    header = json.dumps({"a.lora_A.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    assert "damaged or truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"hello, this is a text file", b"\x89PNG\r\n\x1a\n" + bytes(64), bytes(100)])
+def test_what_is_no_safetensors(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert "is not a safetensors file" in refusal(path)
+
+
+def test_a_missing_file_and_a_folder_without_one(tmp_path):
+    assert refusal(tmp_path / "no.safetensors").endswith("does not exist")
+    assert "holds 0 .safetensors files" in refusal(tmp_path)
+    for name in ("a", "b"):
+        saved(tmp_path, diffusers_pair(), name=f"{name}.safetensors")
+    assert "holds 2 .safetensors files; wanted pytorch_lora_weights.safetensors" in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- the keys
+
+
+def test_foreign_tensors_are_named_with_what_they_are_for(tmp_path):
+    checkpoint = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}
+    message = refusal(saved(tmp_path, checkpoint))
+    assert "1 of 1 keys are no LoRA of Stable Diffusion; they are those of a whole checkpoint, no LoRA" in message
+    flux = {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(2, 2)}
+    message = refusal(saved(tmp_path, flux, {"modelspec.architecture": "flux-1-dev/lora"}))
+    assert "they are those of FLUX" in message
+    assert "its header says it is for flux-1-dev/lora" in message
+    assert "keys are no LoRA" in refusal(saved(tmp_path, {"weight": torch.zeros(2)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (f"{KOHYA}.dora_scale", "DoRA"),
+        (f"unet.{PATH}.lora_magnitude_vector", "DoRA"),
+        (f"{KOHYA}.hada_w1_a", "LoHa"),
+        (f"{KOHYA}.lokr_w1", "LoKr"),
+        (f"{KOHYA}.lora_mid.weight", "LoCon with a middle tensor"),
+        (f"{KOHYA}.diff", "full weight differences"),
+        ("base_model.model.lm_head.modules_to_save.weight", "trained biases or whole modules"),
+    ],
+)
+def test_other_kinds_of_adapter_are_refused_by_name(tmp_path, key, kind):
+    assert f"holds {kind}" in refusal(saved(tmp_path, diffusers_pair() | {key: torch.zeros(2, 2)}))
+
+
+def test_every_problem_is_in_one_message(tmp_path):
+    A, B = pair()
+    tensors = diffusers_pair() | {
+        f"{KOHYA}.lora_down.weight": A,  # another style, without its partner
+        "unet.conv_in.lora_A.weight": torch.ones(3, 4),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2),  # ranks 3 and 2
+        "unet.conv_out.lora_A.weight": A,  # no lora_B
+        "text_encoder.encoder.layers.0.mlp.fc1.lora_B.weight": B,  # no lora_A
+        "something.else": A,
+    }
+    message = refusal(saved(tmp_path, tensors))
+    for part in (
+        "mixes key styles (diffusers: ",
+        "kohya: lora_unet_mid_block",
+        "ranks disagree in 1 modules: unet.conv_in: lora_A [3, 4], lora_B [8, 2]",
+        "lora_B is missing for 1 modules: unet.conv_out",
+        "lora_A is missing for 1 modules: text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "1 of 8 keys are no LoRA of Stable Diffusion: something.else",
+    ):
+        assert part in message
+    assert message.count("\n  - ") == 5
+
+
+def test_alphas_and_types(tmp_path):
+    A, B = pair()
+    kohya = {f"{KOHYA}.lora_down.weight": A, f"{KOHYA}.lora_up.weight": B}
+    assert "alpha is not a single number" in refusal(saved(tmp_path, kohya | {f"{KOHYA}.alpha": torch.ones(3)}))
+    lonely = {"lora_unet_conv_in.alpha": torch.tensor(1.0)}
+    assert "alpha without lora_A and lora_B: unet.conv_in" in refusal(saved(tmp_path, kohya | lonely))
+    whole = {name: tensor.int() for name, tensor in diffusers_pair().items()}
+    assert "are I32, not floating-point" in refusal(saved(tmp_path, whole))
+    empty = {name: tensor[:0] if "lora_A" in name else tensor[:, :0] for name, tensor in diffusers_pair().items()}
+    assert "ranks disagree" in refusal(saved(tmp_path, empty))
+
+
+def test_two_clip_layouts_that_contradict_each_other(tmp_path):
+    A, B = pair()
+    tensors = {}
+    for number, layer in enumerate(("encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1")):
+        tensors |= {f"text_encoder.{layer}.lora_A.weight": A + number, f"text_encoder.{layer}.lora_B.weight": B + 0}
+    with pytest.raises(ValueError, match="1 modules are given twice, with different values"):
+        read_lora(saved(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("value", ["{", "[1, 2]", '{"unet.lora_alpha": "much"}'])
+def test_broken_metadata(tmp_path, value):
+    path = saved(tmp_path, diffusers_pair(), {"lora_adapter_metadata": value})
+    assert "cannot be used" in refusal(path) or "states no alpha" in refusal(path)
+
+
+def test_peft_folders(tmp_path):
+    A, B = pair()
+    path = "base_model.model.layers.0.q_proj"
+    tensors = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+    saved(tmp_path, tensors, name="adapter_model.safetensors")
+    assert "there is none beside it" in refusal(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    for content, message in {
+        "nonsense": "adapter_config.json is not JSON",
+        '{"peft_type": "IA3"}': "is IA3 by its adapter_config.json; wanted plain LORA",
+        '{"peft_type": "LORA", "use_dora": true}': "is DoRA",
+        '{"peft_type": "RESLORA", "shortcut": "block"}': "is an unmerged ResLoRA",
+        " " * 2_000_000: "more than any configuration",
+    }.items():
+        config.write_text(content)
+        assert message in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_nothing_is_written_for_numbers_that_are_no_use(tmp_path):
+    unet = random_factors(tiny_unet(), ATTENTION, 0)
+    first, *_ = unet
+    A, B, scaling = unet[first]
+    broken = {
+        "hold NaN or infinity": {"unet": unet | {first: LoraFactors(A * float("nan"), B, scaling)}},
+        "hold NaN or infinity: unet.": {"unet": unet | {first: LoraFactors(A, B, float("inf"))}},
+        "are zero: the adapter changes nothing": {
+            "unet": {p: f._replace(lora_B=f.lora_B * 0) for p, f in unet.items()}
+        },
+        "of text_encoder are zero: it was never trained": {
+            "unet": unet,
+            "text_encoder": {"encoder.layers.0.mlp.fc1": LoraFactors(torch.ones(2, 8), torch.zeros(8, 2), 1.0)},
+        },
+        "there are no modules": {"unet": {}},
+        "wanted some of unet, text_encoder, text_encoder_2": {"vae": unet},
+        "disagree in unet.": {"unet": {first: LoraFactors(A, B[:, :-1], scaling)}},
+    }
+    for message, components in broken.items():
+        with pytest.raises(ValueError, match=r"this LoRA cannot be exported:") as caught:
+            export_lora(tmp_path / "out", components)
+        assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_good_export_survives_a_bad_one(tmp_path):
+    unet = random_factors(tiny_unet(), ATTENTION, 0)
+    export_lora(tmp_path, {"unet": unet}, name="x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    worse = {path: f._replace(lora_A=f.lora_A * float("nan")) for path, f in unet.items()}
+    with pytest.raises(ValueError, match="NaN"):
+        export_lora(tmp_path, {"unet": worse}, name="x")
+    with pytest.raises(ValueError, match="float16; write float32 or bfloat16"):
+        export_lora(tmp_path, {"unet": {path: f._replace(scaling=1e12) for path, f in unet.items()}}, name="x")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_failed_proof_replaces_nothing(tmp_path, monkeypatch):
+    from reslora_diffusion.export import CheckFailed, lora
+
+    unet = {"unet": random_factors(tiny_unet(), ATTENTION, 0)}
+    export_lora(tmp_path, unet, name="x")
+    before = (tmp_path / "kohya" / "x.safetensors").read_bytes()
+
+    def half_written(components, naming):
+        tensors = right(components, naming)
+        return {name: tensor for name, tensor in tensors.items() if "attn2" not in name}
+
+    right = lora.kohya_tensors
+    monkeypatch.setattr(lora, "kohya_tensors", half_written)
+    with pytest.raises(CheckFailed, match=r"nothing was replaced:\n  - diffusers .* reads 28 of 56 modules"):
+        export_lora(tmp_path, unet, name="x")
+    assert (tmp_path / "kohya" / "x.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "export_report.json",
+        "kohya",
+        "pytorch_lora_weights.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "/etc/x", "a\nb"])
+def test_names_are_no_paths(tmp_path, name):
+    with pytest.raises(ValueError, match="is not a file name"):
+        export_lora(tmp_path / "out", {"unet": random_factors(tiny_unet(), ("to_q",), 0)}, name=name)
+
+
+def test_names_in_headers_never_become_paths(tmp_path):
+    header = {"ss_output_name": "../../evil", "modelspec.title": "/etc/passwd", "reslora.base_model": "../x"}
+    source = saved(tmp_path, diffusers_pair(), header)
+    resize(source, tmp_path / "inside" / "out", 2)
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p != source)
+    assert found == [
+        "inside/out/export_report.json",
+        "inside/out/kohya/out.safetensors",
+        "inside/out/pytorch_lora_weights.safetensors",
+    ]
+
+
+def test_terminals_are_safe_from_headers(tmp_path):
+    text = str(inspect_lora(saved(tmp_path, diffusers_pair(), {"modelspec.title": "\x1b[2Jgone\r\n" + "x" * 10_000})))
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) < 400
+
+
+def test_a_small_file_cannot_ask_for_huge_ones(tmp_path):
+    """One module of a huge rank would pad all others to it."""
+    tensors = diffusers_pair("conv_out", rank=20_000, width=1, out=1)
+    for number in range(400):
+        tensors |= diffusers_pair(f"down_blocks.0.resnets.{number}.conv1", rank=1, width=320, out=320)
+    source = saved(tmp_path, tensors)
+    assert source.stat().st_size < LARGEST_EXPORT / 1000
+    with pytest.raises(ValueError, match=r"every module at rank 20000 makes .* GiB, more than 8"):
+        resize(source, tmp_path / "out", "full")
+
+
+def test_inputs_are_never_outputs(tmp_path):
+    source = tmp_path / "x.safetensors"
+    write_lora_file(source, {"unet": random_factors(tiny_unet(), ATTENTION, 0)}, "kohya")
+    with pytest.raises(ValueError, match="would replace .*which is being read"):
+        resize(source, source, 2, allow_lossy=True)
+    export_lora(tmp_path / "out", read_lora(source).components, name="out")
+    with pytest.raises(ValueError, match="would replace .*which is being read"):
+        combine([tmp_path / "out", source], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; wanted a folder"):
+        resize(source, tmp_path / "file", 2)
+
+
+# ------------------------------------------------------------------------------------------------------- the base
+
+
+def test_a_lora_for_another_base_says_what_it_is_for(tmp_path):
+    """Full-width SD 1.x factors against the tiny base, in every tool that takes a base."""
+    wide = LoraFactors(torch.ones(1, 768), torch.ones(320, 1), 1.0)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    source = tmp_path / "sd1.safetensors"
+    write_lora_file(source, {"unet": {path: wide}}, "kohya")
+    base = str(tiny_pipeline_folder())
+    result = verify_lora(source, base)
+    assert not result.passed
+    for text in ("\n".join(result.problems), str(pytest.raises(ValueError, fuse, source, base, tmp_path / "f").value)):
+        assert f"the LoRA is for Stable Diffusion 1.x, and {base} is not" in text
+        assert "have other shapes in the base" in text
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_base_without_the_text_encoder_a_lora_has(tmp_path):
+    encoder = tiny_text_encoder(tiny_tokenizer(tmp_path / "tokenizer"))
+    factors = {"text_encoder_2": random_factors(encoder, CLIP, 0), "unet": random_factors(tiny_unet(), ATTENTION, 1)}
+    export_lora(tmp_path / "xl", factors)
+    result = verify_lora(tmp_path / "xl", str(tiny_pipeline_folder()))
+    assert any("the base has no text_encoder_2" in problem for problem in result.problems)
+
+
+@pytest.mark.parametrize("base", ["/no/such/place", "./no", "a/b/c", "with space"])
+def test_a_base_that_cannot_be(tmp_path, base):
+    source = tmp_path / "x.safetensors"
+    write_lora_file(source, {"unet": random_factors(tiny_unet(), ("to_q",), 0)}, "kohya")
+    with pytest.raises(ValueError, match="does not exist"):
+        verify_lora(source, base)
+    with pytest.raises(ValueError, match="is a single file; wanted the folder"):
+        verify_lora(source, str(source))
+    with pytest.raises(ValueError, match="holds neither model_index.json nor config.json"):
+        verify_lora(source, str(tmp_path))
