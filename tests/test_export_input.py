@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_factors import ATTENTION, CLIP, random_factors
+from reslora_diffusion import ResLoraConfig
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import export_lora, fuse, inspect_lora, read_lora, resize, verify_lora, write_lora_file
 from reslora_diffusion.export.limits import LARGEST_EXPORT
@@ -173,6 +174,14 @@ def test_two_clip_layouts_that_contradict_each_other(tmp_path):
 def test_broken_metadata(tmp_path, value):
     path = saved(tmp_path, diffusers_pair(), {"lora_adapter_metadata": value})
     assert "cannot be used" in refusal(path) or "states no alpha" in refusal(path)
+
+
+def test_an_unmerged_reslora_is_not_taken_for_a_lora(tmp_path):
+    """As `unet.save_lora_adapter` writes it: the shortcut stands in the configuration alone."""
+    unet = tiny_unet()
+    unet.add_adapter(ResLoraConfig(r=2, target_modules=["to_q"], shortcut="input"))
+    unet.save_lora_adapter(tmp_path, adapter_name="default")
+    assert "is an unmerged ResLoRA" in refusal(tmp_path)
 
 
 def test_peft_folders(tmp_path):

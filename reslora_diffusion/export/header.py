@@ -24,6 +24,7 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FOLDER = "kohya"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+UNMERGED = "is an unmerged ResLoRA; merge it (merged_factors), or take its run's export"
 LARGEST_CONFIG = 2**20  # bytes; real ones have a few thousand
 
 
@@ -284,7 +285,7 @@ def peft_config_beside(path: Path) -> dict:
     config = json_object(file.read_text(encoding="utf-8", errors="replace"), PEFT_CONFIG)
     kind = config.get("peft_type")
     if kind == "RESLORA" and config.get("shortcut") != "none":
-        raise ValueError("is an unmerged ResLoRA; merge it (merged_factors), or take its run's export")
+        raise ValueError(UNMERGED)
     if kind not in ("LORA", "RESLORA") or config.get("use_dora"):
         raise ValueError(f"is {'DoRA' if config.get('use_dora') else kind} by its {PEFT_CONFIG}; wanted plain LORA")
     return config
@@ -299,6 +300,8 @@ def embedded_configs(metadata: dict[str, str]) -> dict[str, dict]:
             configs[component][entry] = value
         else:  # as `unet.save_lora_adapter` writes it
             configs[""][name] = value
+    if any(config.get("shortcut", "none") != "none" for config in configs.values()):
+        raise ValueError(UNMERGED)
     return dict(configs)
 
 

@@ -84,12 +84,18 @@ class ExportReport:
             [
                 f"{len(self.losses)} modules of {self.family}, rank {self.rank}, {self.dtype}: "
                 f"largest relative error {self.largest_error:.1e}",
+                *self.merging(),
                 *self.truncation(),
                 *table(("read by", "file", "modules", "largest error"), rows),
                 *(f"wrote {path}" for path in self.files.values()),
                 *self.notes,
             ]
         )
+
+    def merging(self) -> list[str]:
+        """A line about what merging a shortcut cost, where the training measured it."""
+        method, gap = self.facts.get("merge_method"), self.facts.get("merge_gap")
+        return [f"{self.facts.get('shortcut')} shortcut merged by {method}: loss changed by {gap}"] if gap else []
 
     def truncation(self) -> list[str]:
         """Lines about the rank: what a cut cost, or why there was none."""
