@@ -323,10 +323,48 @@ def test_convolutions_are_part_of_the_merged_adapter() -> None:
     assert torch.allclose(output("unet", by_hand, args), trained, atol=1e-11)
 
 
-def test_adapters_without_a_linear_layer_are_plain_lora() -> None:
+def test_adapters_without_a_linear_layer_are_plain_lora(caplog: pytest.LogCaptureFixture) -> None:
     from peft import get_peft_model
 
-    with pytest.warns(UserWarning, match="this is plain LoRA"):
-        model = get_peft_model(build("unet"), ResLoraConfig(r=2, target_modules=["conv1"], shortcut="block"))
+    model = get_peft_model(build("unet"), ResLoraConfig(r=2, target_modules=["conv1"], shortcut="block"))
+    assert "this is plain LoRA" in caplog.text
     with pytest.raises(ValueError, match="no ResLoRA adapter"):
         merged_factors(model)
+
+
+def test_torchs_own_attention_stays_plain_lora() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.attention(x, x, x)[0]
+            return self.layers[1](self.layers[0](x))
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    x = torch.randn(2, 3, 8)
+    base = model(x)
+    attach(model, ResLoraConfig(r=2, target_modules=r"attention|layers\.\d", shortcut="middle"))
+    randomise(model)
+    assert list(get_controller(model).layers) == ["layers.0", "layers.1"]
+    assert (model(x) - base).abs().max() > 1e-3
+
+
+def test_adapters_are_merged_one_after_the_other() -> None:
+    from peft import get_peft_model
+
+    config = ResLoraConfig(r=2, target_modules=LLAMA_TARGETS, shortcut="middle", merge_method="paper_weight")
+    model = get_peft_model(build("llama"), config)
+    model.add_adapter("second", copy.deepcopy(config))
+    model.double().eval()
+    randomise(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.merge_adapter(["default"])
+    once = forward(model, HELD_OUT[0])
+    model.merge_adapter(["second"])
+    assert (forward(model, HELD_OUT[0]) - once).abs().max() > 1e-4
+    model.unmerge_adapter()
+    assert all(torch.allclose(p, b, atol=1e-12) for p, b in zip(model.parameters(), before, strict=True))

@@ -278,7 +278,7 @@ def plain_factors(controller: Controller, site: Site, correction: Tensor) -> Lor
 
 def merged_factors_of(controller: Controller, site: Site) -> LoraFactors:
     """The plain LoRA of one layer, while others may be merged already: no C may depend on their merged weights."""
-    if not any(layer.merged for layer in controller.layers.values()):
+    if not any(controller.adapter_name in layer.merged_adapters for layer in controller.layers.values()):
         controller.corrections_while_merged = corrections_of(controller)
     return plain_factors(controller, site, controller.corrections_while_merged[site.name])
 

@@ -10,14 +10,14 @@ A process without this package does not know the type RESLORA and says so, rathe
 """
 
 import difflib
-import warnings
+import logging
 from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraVariant, MultiheadAttention
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from .config import PeftType, ResLoraConfig, Shortcut
 from .controller import Controller
 from .functional import delta_weight
 
+LOGGER = logging.getLogger(__name__)
 WITHOUT_VARIANTS = ("aqlm", "awq", "eetq", "inc", "te", "tp_layer")  # layers of PEFT that never ask for one
 CALIBRATION_KEY = "lora_A_calibration"  # beside `lora_A.weight`: what merging adds to A, and to what
 
@@ -158,15 +159,19 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
 def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
     """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller.
 
-    Convolutions and embeddings stay PEFT's plain LoRA; an adapter of nothing else has no controller.
+    Convolutions, embeddings and `nn.MultiheadAttention` stay PEFT's plain LoRA; an adapter of nothing else has no
+    controller.
     """
     layers: dict[str, LoraLayer] = {}
     names: dict[int, list[str]] = {}
     silent = []
+    by_merging: list[str] = []  # torch's own attention computes from merged weights, its output projection included
     for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, MultiheadAttention):
+            by_merging.append(f"{name}.")
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
             continue
-        if not isinstance(layer.lora_A[adapter_name], nn.Linear):
+        if not isinstance(layer.lora_A[adapter_name], nn.Linear) or f"{name}.".startswith(tuple(by_merging)):
             continue
         if type(layer).__module__.rpartition(".")[2] in WITHOUT_VARIANTS:
             silent.append(f"{name} ({type(layer).__name__})")
@@ -179,7 +184,7 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
         )
     if not layers:
         if config.effective_shortcut is not Shortcut.NONE:
-            warnings.warn("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA", stacklevel=3)
+            LOGGER.warning("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA")
         return
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
     controller = Controller(model, adapter_name, config, layers, unlinked)
