@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("assets") / "sticker-sd"
 SUBJECTS = Path("assets") / "subjects"
-PROMPT = "a sticker of sks animal on a blue background"
 ALONE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base", default=beside(EMBEDDED), help="folder of a pipeline, or its hub name if it is in the local cache")
     add("--runs", type=Path, nargs="+", help="folders of training runs, the only ones read (default: demo and runs)")
     add("--train_dir", type=Path, default=Path("runs", "from-page"), help="for runs started from the page")
-    add("--prompt", default=PROMPT, help="of the first pictures")
+    add("--prompt", help="of the first pictures (default: what the first adapters were taught)")
     add("--device", default="cpu")
     add("--server_name", default="127.0.0.1", help="address to listen on")
     add("--server_port", type=int, help="(default: the first that is free from 7860 on)")
@@ -59,7 +58,7 @@ def base_problems(base: Path) -> list[str]:
         return []
     if not base.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
         return []
-    return [f"--base {base} holds no pipeline (no model_index.json)"]
+    return [f"--base {base} holds no pipeline (no model_index.json); give the folder of a Stable Diffusion pipeline"]
 
 
 def warnings(args: argparse.Namespace) -> list[str]:
@@ -80,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     # Read by gradio and the hub when they are imported, hence before the imports below.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError:
+        from gradio import Blocks  # noqa: F401
+    except ImportError:
         sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
     from .serve import launch, open_studio
 

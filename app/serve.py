@@ -7,7 +7,7 @@ import gradio as gr
 from .compare import Comparer, load_pipeline
 from .page import build_demo
 from .sessions import Sessions
-from .studio import Studio, first_adapters, first_subject, subjects_in
+from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
 from .training import Trainer
 
@@ -19,7 +19,7 @@ def open_studio(
     base: str | Path,
     runs: tuple[Path, ...],
     folder: Path,
-    prompt: str,
+    prompt: str | None = None,
     *,
     train_dir: Path,
     subjects_dir: Path | None = None,
@@ -31,6 +31,7 @@ def open_studio(
     Args:
         base: folder of a pipeline, or its hub name where it is in the local cache.
         folder: for the visitors' pictures.
+        prompt: of the first pictures; if not given, the one that the first adapters were taught.
         train_dir: for trainings started from the page; outside of `folder`, of which files are served.
         subjects_dir: folders of pictures to train and to measure on, one for each subject.
     """
@@ -40,6 +41,7 @@ def open_studio(
     if not any(train_dir.is_relative_to(root) for root in runs):
         runs = (*runs, train_dir)
     subjects = subjects_in(subjects_dir) if subjects_dir else {}
+    options = first_options(runs)
     studio = Studio(
         comparer,
         Sessions(folder, first_adapters(runs, comparer.shelf)),
@@ -47,9 +49,9 @@ def open_studio(
         Path(base).name,
         runs,
         subjects,
-        first_subject(runs, subjects),
+        first_subject(options, subjects),
     )
-    studio.paint_first(prompt, first_steps)
+    studio.paint_first(prompt or first_prompt(options), first_steps)
     return studio
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from reslora_diffusion.export.inspection import sha256
 
@@ -18,6 +19,7 @@ HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that pa
 LIGHT = {"concurrency_limit": 16, "show_progress": "hidden"}
 PRIVATE = {"api_visibility": "private"}
 FIRST_SEEDS = (0, 1)
+PROMPT = "a sticker of sks animal on a blue background"  # of the embedded pipeline
 FIRST_ADAPTERS = 8  # of runs, offered without being asked for
 
 
@@ -41,6 +43,10 @@ class Studio:
             prompts=(prompt,), seeds=FIRST_SEEDS, adapters=adapters, num_inference_steps=num_inference_steps
         )
         self.first_cells = tuple(self.comparer.compare(self.first_request))
+
+    @property
+    def first_prompt(self) -> str:
+        return self.first_request.prompts[0] if self.first_request else PROMPT
 
     def run_folders(self) -> dict[str, Path]:
         return find_runs(self.runs)
@@ -85,11 +91,24 @@ def subjects_in(folder: Path) -> dict[str, Path]:
     return {path.name.replace("_", " "): path for path in found}
 
 
-def first_subject(runs: tuple[Path, ...], subjects: dict[str, Path]) -> str | None:
-    """The subject that the first run was taught, as far as it came with the pipeline; otherwise the first there is."""
+def first_options(runs: tuple[Path, ...]) -> dict[str, Any]:
+    """The options of the first run, whose adapters the page shows first."""
     for folder in find_runs(runs).values():
         options = read_object(folder / "run.json").get("options")
-        taught = options.get("instance_data_dir") if isinstance(options, dict) else None
-        if taught is not None:
-            return next((name for name, path in subjects.items() if path == Path(str(taught)).resolve()), None)
+        if isinstance(options, dict):
+            return options
+    return {}
+
+
+def first_prompt(options: dict[str, Any]) -> str:
+    """One that the first adapters were taught, on a background of its own where it is the demo's."""
+    taught = options.get("instance_prompt")
+    return taught if isinstance(taught, str) and taught and not PROMPT.startswith(taught) else PROMPT
+
+
+def first_subject(options: dict[str, Any], subjects: dict[str, Path]) -> str | None:
+    """The subject that was taught, as far as it came with the pipeline; if nothing was taught, the first there is."""
+    taught = options.get("instance_data_dir")
+    if isinstance(taught, str):
+        return next((name for name, path in subjects.items() if path == Path(taught).resolve()), None)
     return next(iter(subjects), None)

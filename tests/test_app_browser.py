@@ -86,7 +86,7 @@ def visit(browser, address):
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: faults.append(f"dialog: {dialog.message}") or dialog.dismiss())
-        ours = (address, "data:", "blob:")
+        ours = (address, "data:", "blob:", "file:")
         page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(ours) else None)
         page.goto(address)
         arrived(page)
@@ -187,7 +187,7 @@ def test_words_stand_out_from_what_is_behind_them(visit, scheme):
 # ---------------------------------------------------------------------------------------------------- compare
 
 
-def test_paint_look_flip_and_take_away(visit, tmp_path):
+def test_paint_look_flip_and_take_away(visit, address, tmp_path):
     page = visit()
     set_steps(page, 2)
     fill(page, "prompts", "a {x} <img src=x onerror=alert(1)>")
@@ -218,8 +218,11 @@ def test_paint_look_flip_and_take_away(visit, tmp_path):
 
     with zipfile.ZipFile(downloaded(page, "#download_zip", tmp_path / "all.zip")) as archive:
         archive.extract("settings.json", tmp_path)
+        archive.extract("report.html", tmp_path)
         assert len(archive.namelist()) == 13
-    page.reload()
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("[...document.images].map((image) => image.naturalWidth)") == [64] * 10
+    page.goto(address)
     arrived(page)
     upload(page, "#settings_file", tmp_path / "settings.json")
     expect(page.locator("#placeholders :is(textarea, input)")).to_have_value("x = cat, dog")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[app]'")
 
@@ -17,6 +18,7 @@ from gradio_client import Client
 
 from app import views
 from app.__main__ import main, parse_args
+from app.adapters import AdapterShelf
 from app.compare import Cell
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths
 from app.output import difference, enlarged, heat_map, png, report, sheet, write_zip
@@ -184,6 +186,18 @@ def test_the_page_escapes_what_people_write(tmp_path):
     assert html.escape("<b>bold</b>") in texts[1]
 
 
+def test_words_in_a_files_header_are_escaped(tmp_path):
+    make_pipeline(tmp_path / "base")
+    path = make_lora_file(tmp_path / "lora", tmp_path / "base", 0)
+    header = {"ss_output_name": NASTY, "reslora.trigger_words": NASTY, NASTY: NASTY}
+    save_file(load_file(path), path, header)
+    text = views.file_card(AdapterShelf(make_pipeline(tmp_path / "base")).card(path, "<b>bold</b>"))
+    assert "Fits the loaded base" in text
+    assert "trigger words" in text
+    for words in ("<script", "<img src=x", "<b>bold"):
+        assert words not in text
+
+
 def test_a_ballot_gives_no_side_away(tmp_path):
     session = Sessions(tmp_path).of("a")
     request, cells = comparison()
@@ -286,6 +300,28 @@ def test_nothing_else_is_served(address, studio):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
     page = httpx.get(address).text
     assert "hidden words" not in page
+
+
+def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
+    """Events that the page keeps to itself can still be sent by hand: a file that nobody uploaded is refused."""
+    config = httpx.get(f"{address}config").json()
+    labels = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
+    hidden = studio.sessions.root.parent / "secret.txt"
+    tried = 0
+    for event in config["dependencies"]:
+        kinds = [labels.get(number) for number in event["inputs"]]
+        if not {"adapter_files", "settings_file", "card_file"} & set(kinds):
+            continue
+        file = {"path": str(hidden), "meta": {"_type": "gradio.FileData"}}
+        data = [[file] if kind == "adapter_files" else file if kind else [] for kind in kinds]
+        asked = {"fn_index": event["id"], "session_hash": "me", "data": data}
+        answer = httpx.post(f"{address}gradio_api/queue/join", json=asked)
+        if answer.status_code == 200:
+            stream = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "me"}, timeout=30).text
+            assert '"success": false' in stream or '"success":false' in stream
+            assert "hidden words" not in stream
+        tried += 1
+    assert tried == 3
 
 
 def test_the_command_refuses_before_it_loads(tmp_path, capsys):

@@ -18,7 +18,7 @@ from app.runs import (
     thinned,
 )
 from app.sessions import MAX_THUMBNAILS, Sessions
-from app.studio import first_subject, subjects_in
+from app.studio import PROMPT, first_options, first_prompt, first_subject, subjects_in
 from app_fixtures import make_run
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -186,7 +186,15 @@ def test_the_first_subject_is_the_one_that_was_taught(race):
     assert list(subjects) == ["sun hat", "teapot"]
     options = {"instance_data_dir": str(race / "subjects" / "teapot")}
     (race / "demo" / "lora" / "run.json").write_text(json.dumps({"options": options}))
-    assert first_subject((race / "demo",), subjects) == "teapot"
-    assert first_subject((race / "absent",), subjects) == "sun hat"
-    assert first_subject((race / "absent",), {}) is None
+    assert first_subject(first_options((race / "demo",)), subjects) == "teapot"
+    assert first_subject({}, subjects) == "sun hat"
+    assert first_subject({"instance_data_dir": "/elsewhere"}, subjects) is None
+    assert first_subject({}, {}) is None
     assert subjects_in(race / "absent") == {}
+
+
+def test_the_first_prompt_is_what_was_taught(race):
+    assert first_prompt(first_options((race / "absent",))) == PROMPT
+    assert first_prompt({"instance_prompt": "a sticker of sks animal"}) == PROMPT
+    assert first_prompt({"instance_prompt": "a photo of sks dog"}) == "a photo of sks dog"
+    assert first_prompt({"instance_prompt": None}) == PROMPT

@@ -57,7 +57,7 @@ def train_tab(
             prompt = gr.Textbox(
                 label="Their prompt",
                 info="A rare word for the subject, and what it is a kind of.",
-                value="a sticker of sks animal",
+                value=studio.first_prompt.partition(" on a ")[0],
                 elem_id="train_prompt",
             )
             method = gr.Radio(list(Method), value=Method.INPUT, label="Method", elem_id="train_method")
@@ -65,7 +65,7 @@ def train_tab(
             samples_of = gr.Textbox(
                 label="Prompts for samples",
                 info=f"One to a line, at most {limits.validation_prompts}; painted as training goes.",
-                value="a sticker of sks animal on a blue background",
+                value=studio.first_prompt,
                 lines=2,
                 elem_id="train_samples_of",
             )
