@@ -1,0 +1,223 @@
+#!/usr/bin/env python
+"""What merging loses, on really trained small models: every shortcut, every merge, several seeds.
+
+    python benchmarks/merge.py                    # the embedded pipeline: about ten minutes on two CPU cores
+    python benchmarks/merge.py --model llm        # the embedded language model
+    python benchmarks/merge.py --steps 20 --seeds 0 --output /tmp/merge.json    # a smoke run
+
+For each seed an adapter is trained with `input` and with `middle`; then its held-out loss is measured unmerged and as a
+plain LoRA by each merge method (gap = merged - unmerged), all fitted on the same calibration batches. A second adapter
+is handed over at 85 % and trained to the same budget: its gap is zero, so its loss is what counts. Plain LoRA of the
+same budget is the yardstick. One learning rate and alpha for all: this compares merges, not methods.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reslora_diffusion import ResLoraConfig, attach, calibrate, get_controller, handover, merged_forward
+from reslora_diffusion.core.config import MergeMethod
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDOVER = 0.85
+CALIBRATION_SEED, HELD_OUT_SEED = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A frozen model and what it is tuned on: `batch(seed, index)` draws, `loss(model, batch)` is to be minimised."""
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[int, int], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    target_modules: Sequence[str]
+    learning_rate: float
+
+
+def sticker_bench() -> Bench:
+    """DreamBooth's denoising loss on all held-out subjects of the embedded pipeline, UNet only."""
+    import numpy as np
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from PIL import Image
+
+    folder = ROOT / "assets" / "sticker-sd"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    latents, texts = [], []
+    with torch.no_grad():
+        for number, subject in enumerate(sorted((ROOT / "assets" / "subjects").iterdir())):
+            pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(subject.glob("*.png"))]
+            pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents.append(pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor)
+            words = pipeline.tokenizer(f"a sticker of thing {number}", padding="max_length", return_tensors="pt")
+            texts.append(pipeline.text_encoder(words.input_ids)[0].expand(len(pixels), -1, -1))
+    latent, text = torch.cat(latents), torch.cat(texts)
+
+    def batch(seed: int, index: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(1_000_003 * seed + index)
+        rows = torch.randint(len(latent), (8,), generator=g)
+        noise = torch.randn(8, *latent.shape[1:], generator=g)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (8,), generator=g)
+        noisy = scheduler.add_noise(latent[rows], noise, timesteps)
+        return noisy, timesteps, text[rows], scheduler.get_velocity(latent[rows], noise, timesteps)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        noisy, timesteps, hidden, target = batch
+        return nn.functional.mse_loss(model(noisy, timesteps, hidden, return_dict=False)[0], target)
+
+    def make() -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+
+    return Bench(make, batch, loss, ["to_q", "to_k", "to_v", "to_out.0"], learning_rate=1e-3)
+
+
+def llm_bench() -> Bench:
+    """Next-token loss of the embedded language model on word problems of templates that it never saw."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sys.path.insert(0, str(ROOT / "train_scripts"))
+    from word_problems import held_out_split
+
+    folder = ROOT / "assets" / "tiny-llm"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problems = {
+        split: [
+            tokenizer(f"{p['Body']} {p['Question']} {p['Equation']}. The answer is {p['Answer']}.").input_ids
+            for p in held_out_split(split)
+        ]
+        for split in ("train", "test")
+    }
+
+    def batch(seed: int, index: int) -> dict[str, Tensor]:
+        rows = problems["test" if seed == HELD_OUT_SEED else "train"]
+        g = torch.Generator().manual_seed(1_000_003 * seed + index)
+        chosen = [rows[row] for row in torch.randint(len(rows), (16,), generator=g).tolist()]
+        width = max(map(len, chosen))
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in chosen])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return Bench(
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        batch,
+        lambda model, batch: model(**batch).loss,
+        targets,
+        learning_rate=2e-3,
+    )
+
+
+def train(bench: Bench, shortcut: str, seed: int, steps: int, rank: int, fold_at: int | None = None) -> nn.Module:
+    """An adapted model after `steps` AdamW steps; equal seeds see equal batches."""
+    torch.manual_seed(seed)
+    model = bench.make().requires_grad_(False)
+    num_previous = 1 if shortcut == "input" else None
+    config = ResLoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(bench.target_modules), shortcut=shortcut, num_previous=num_previous
+    )
+    attach(model, config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=bench.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for step in tqdm(range(steps), desc=f"seed {seed}, {shortcut}", leave=False):
+        if step == fold_at:
+            calibrate(model, calibration_of(bench, seed), bench.loss)
+            handover(model, optimizer=optimizer)
+        bench.loss(model, bench.batch(seed, step)).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def calibration_of(bench: Bench, seed: int) -> list[Any]:
+    return [bench.batch(CALIBRATION_SEED + seed, n) for n in range(16)]
+
+
+@torch.no_grad()
+def held_out(bench: Bench, model: nn.Module) -> float:
+    return statistics.fmean(bench.loss(model, bench.batch(HELD_OUT_SEED, n)).item() for n in range(24))
+
+
+def measure(bench: Bench, seed: int, steps: int, rank: int) -> dict[str, dict[str, float]]:
+    """Held-out losses of one seed: {shortcut: {unmerged, each merge method, handover}}, and plain LoRA's."""
+    losses = {"none": {"unmerged": held_out(bench, train(bench, "none", seed, steps, rank))}}
+    for shortcut in ("input", "middle"):
+        model = train(bench, shortcut, seed, steps, rank)
+        row = losses[shortcut] = {"unmerged": held_out(bench, model)}
+        for method in MergeMethod:
+            get_controller(model).config.merge_method = method
+            calibrate(model, calibration_of(bench, seed), bench.loss)
+            with merged_forward(model):
+                row[str(method)] = held_out(bench, model)
+        folded = train(bench, shortcut, seed, steps, rank, fold_at=round(HANDOVER * steps))
+        row["handover"] = held_out(bench, folded)
+    return losses
+
+
+def table(results: list[dict[str, dict[str, float]]]) -> list[str]:
+    lines = [f"{'shortcut':9} {'merge':14} {'held-out loss':>22} {'gap':>22}"]
+    for shortcut, row in results[0].items():
+        for name in row:
+            losses = [result[shortcut][name] for result in results]
+            gaps = [result[shortcut][name] - result[shortcut]["unmerged"] for result in results]
+            lines.append(
+                f"{shortcut:9} {name:14} {spread(losses):>22} {spread(gaps) if name != 'unmerged' else '':>22}"
+            )
+    for shortcut in ("input", "middle"):
+        rows = [result[shortcut] for result in results]
+        ours, paper = (statistics.fmean(r[m] - r["unmerged"] for r in rows) for m in ("least_squares", "paper_input"))
+        lines.append(f"{shortcut}: least squares keeps {ours / paper:.2f} of the gap of the paper's merge by inputs")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):+.5f} +- {statistics.stdev(values) if len(values) > 1 else 0:.5f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("sticker", "llm"), default="sticker")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/merge-<model>.json")
+    args = parser.parse_args()
+    bench = sticker_bench() if args.model == "sticker" else llm_bench()
+    started = time.monotonic()
+    results = [measure(bench, seed, args.steps, args.rank) for seed in args.seeds]
+    print("\n".join(table(results)))
+    output = args.output or ROOT / "benchmarks" / "results" / f"merge-{args.model}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "model": args.model,
+        "steps": args.steps,
+        "rank": args.rank,
+        "learning_rate": bench.learning_rate,
+        "seconds": round(time.monotonic() - started),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "seeds": dict(zip(map(str, args.seeds), results, strict=True)),
+    }
+    output.write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
