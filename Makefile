@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test test-slow lint check format clean
+.PHONY: demo demo-llm test test-slow lint check format clean
 
 demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
 	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
+
+demo-llm: $(VENV)/installed  ## the same for a small language model
+	$(BIN)/python train_scripts/demo_llm.py $(DEMO_ARGS)
 
 test: $(VENV)/installed  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -27,9 +30,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) build dist *.egg-info demo demo-llm
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[app,dev]' --constraint constraints.txt
 	touch $@
