@@ -266,6 +266,19 @@ def test_one_file_of_any_name(tmp_path, components):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["diffusers.safetensors", "kohya.safetensors"]
 
 
+def test_parameters_are_taken_as_they_come(tmp_path, components):
+    """In the graph, in half precision, not contiguous: as a training loop holds them."""
+    taken = {
+        path: f._replace(lora_A=f.lora_A.bfloat16().T.contiguous().T.requires_grad_(), lora_B=f.lora_B.bfloat16())
+        for path, f in components["unet"].items()
+        if f.lora_A.ndim == 2
+    }
+    report = export_lora(tmp_path, {"unet": taken}, dtype=torch.float32)
+    assert report.largest_error < 1e-6
+    with pytest.raises(ValueError, match="formats: got .'peft'., wanted 'diffusers', 'kohya' or both"):
+        export_lora(tmp_path, {"unet": taken}, formats=["peft"])
+
+
 def test_files_are_readable_as_the_umask_allows(out):
     plain = out / "plain"
     plain.touch()

@@ -311,6 +311,16 @@ def test_verify_notices_a_file_that_was_changed(tmp_path, components):
     assert "x.safetensors is not the file that export_report.json describes" in problems
 
 
+def test_verify_leaves_older_exports_beside_it_alone(tmp_path, components):
+    export_lora(tmp_path, {"unet": components["unet"]}, name="old")
+    export_lora(tmp_path, components, name="new")
+    result = verify_lora(tmp_path)
+    assert result.passed
+    assert result.notes == ["old.safetensors is of another export than export_report.json, and was not looked at"]
+    report = json.loads((tmp_path / "export_report.json").read_text())
+    assert report["files"]["kohya"]["path"] == "kohya/new.safetensors"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_inspect_measures_without_torch_what_torch_measures(tmp_path, components, dtype):
     path = tmp_path / "x.safetensors"

@@ -40,6 +40,11 @@ def with_matrices(like: LoraFactors, A: Tensor, B: Tensor) -> LoraFactors:
     return LoraFactors(A.float().contiguous(), B.float().contiguous(), 1.0)
 
 
+def on_cpu(factors: LoraFactors) -> LoraFactors:
+    """Off the device they were trained on and out of its graph; float64 is not everywhere."""
+    return LoraFactors(factors.lora_A.detach().cpu(), factors.lora_B.detach().cpu(), float(factors.scaling))
+
+
 def rank_of(factors: LoraFactors) -> int:
     return factors.lora_A.shape[0]
 

@@ -17,6 +17,7 @@ from .geometry import GEOMETRIES, Family, family_of_widths
 from .header import Header, open_safetensors, read_headers
 from .keys import COMPONENTS, Dialect, listing
 from .limits import LOSSY_ERROR
+from .progress import progress
 from .tables import printable, table
 
 LARGEST = 5  # modules shown by norm
@@ -192,7 +193,7 @@ def inspect_lora(source: str | Path) -> Inspection:
 def module_facts(header: Header) -> Iterator[ModuleFacts]:
     """One module after the other, in the order of the file."""
     with Arrays(header) as array:
-        for (component, path), names in header.modules().items():
+        for (component, path), names in progress(list(header.modules().items()), "measuring"):
             A, B = array(names["A"]), array(names["B"])
             rank, alpha = A.shape[0], float(array(names["alpha"]).item()) if "alpha" in names else None
             scaling = header.scaling(component, path, rank, alpha)

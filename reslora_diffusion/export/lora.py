@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .base import base_problems
-from .factors import Components, delta_norm, rank_of
+from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
 from .keys import KOHYA_COMPONENTS, Dialect, Naming, classic_path, listing
@@ -73,6 +73,8 @@ def export_lora(
         ValueError: the factors cannot be exported.
         CheckFailed: a ValueError too; the rank loses too much, or a written file failed its proof.
     """
+    if not formats or not set(formats) <= {"diffusers", "kohya"}:
+        raise ValueError(f"formats: got {list(formats)}, wanted 'diffusers', 'kohya' or both")
     homes = {Dialect.DIFFUSERS: Path(DIFFUSERS_FILE), Dialect.KOHYA: Path(KOHYA_FOLDER, f"{name}.safetensors")}
     files = {Dialect(kind): homes[Dialect(kind)] for kind in formats}
     return write_proved(
@@ -117,7 +119,9 @@ def write_proved(
     save_report: bool,
 ) -> ExportReport:
     """Both of the above: `files` gives each dialect its place inside `folder`."""
-    components = {c: {classic_path(c, path): f for path, f in modules.items()} for c, modules in components.items()}
+    components = {
+        c: {classic_path(c, path): on_cpu(f) for path, f in modules.items()} for c, modules in components.items()
+    }
     components = {c: modules for c, modules in components.items() if modules}
     problems = input_problems(components, name, files) + health_problems(components)
     problems += base_problems(components, models)
@@ -142,6 +146,7 @@ def write_proved(
         checks = prove(placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models)
         written = read_lora(next(iter(placed.values()))).components
         report = ExportReport(
+            folder=folder,
             files={str(dialect): folder / path for dialect, path in files.items()},
             sha256={str(dialect): hashlib.sha256(path.read_bytes()).hexdigest() for dialect, path in placed.items()},
             family=str(family),

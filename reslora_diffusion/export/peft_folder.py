@@ -21,7 +21,7 @@ from torch import nn
 from reslora_diffusion.core.functional import LoraFactors
 
 from .base import base_layer, base_problems, is_transposed
-from .factors import Components, delta_norm, rank_of
+from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
 from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, listing, peft_keys
@@ -71,7 +71,7 @@ def export_peft(
     output_dir, facts = Path(output_dir), dict(facts or {})
     if base_model:
         facts.setdefault("base_model", base_model)
-    modules = {classic_path(component, path.removeprefix(PEFT_PREFIX)): f for path, f in factors.items()}
+    modules = {classic_path(component, path.removeprefix(PEFT_PREFIX)): on_cpu(f) for path, f in factors.items()}
     components = {component: modules} if modules else {}
     models = {component: unwrapped(model)} if model is not None else {}
     problems = health_problems(components) + base_problems(components, models)
@@ -88,6 +88,7 @@ def export_peft(
         checks = prove_peft(fresh, component, cut[component], dtype, models.get(component))
         paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
         report = ExportReport(
+            folder=output_dir,
             files={kind: output_dir / path for kind, path in paths.items()},
             sha256={kind: hashlib.sha256((fresh / path).read_bytes()).hexdigest() for kind, path in paths.items()},
             family="a language model" if component == MODEL else str(family_of(components)),

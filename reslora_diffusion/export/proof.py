@@ -24,6 +24,7 @@ from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_n
 from .header import open_safetensors
 from .keys import Naming, from_kohya, listing
 from .limits import CheckFailed
+from .progress import progress
 from .reader import read_lora
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -92,7 +93,7 @@ def errors_against(got: Components, wanted: Components) -> dict[tuple[str, str],
     extra = {(c, p) for c, modules in got.items() for p, f in modules.items() if f.lora_A.any() and f.lora_B.any()}
     names = {(c, p) for c, modules in wanted.items() for p in modules} | extra
     errors = {}
-    for component, path in sorted(names):
+    for component, path in progress(sorted(names), "comparing"):
         read, reference = got.get(component, {}).get(path), wanted.get(component, {}).get(path)
         present = read is not None and reference is not None
         errors[component, path] = relative_error(read, reference) if present else float("inf")
@@ -137,7 +138,7 @@ def diffusers_checks(
     from .standins import like, load_diffusers, stand_ins
 
     checks, problems = [], []
-    for file in files:
+    for file in progress(files, "loading by diffusers"):
         absent = {component: modules for component, modules in wanted.items() if component not in models}
         fresh = {component: like(models[component]) for component in wanted if component in models}
         try:

@@ -24,6 +24,7 @@ class ExportReport:
     `errors` compares what loaders read from the files with the exact merge, so it holds truncation and rounding both.
     """
 
+    folder: Path
     files: dict[str, Path]
     sha256: dict[str, str]
     family: str
@@ -62,7 +63,10 @@ class ExportReport:
             for (component, path), loss in self.losses.items()
         }
         return {
-            "files": {kind: {"path": str(path), "sha256": self.sha256[kind]} for kind, path in self.files.items()},
+            "files": {
+                kind: {"path": path.relative_to(self.folder).as_posix(), "sha256": self.sha256[kind]}
+                for kind, path in self.files.items()
+            },
             "family": self.family,
             "dtype": self.dtype,
             "rank": self.rank,

@@ -43,16 +43,16 @@ def save_merged(folder: str | os.PathLike, components: Components, facts: Mappin
 
     >>> save_merged("run/checkpoint-100/state", {"unet": merged_factors(unet)})
     """
-    from .factors import folded
+    from .factors import folded, on_cpu
     from .writer import reslora_header, save_tensors
 
     path = Path(folder) / MERGED_FILE
     tensors = {}
     for component, modules in components.items():
         for name, factors in modules.items():
-            exact = folded(factors)
+            exact = folded(on_cpu(factors))
             key_A, key_B = diffusers_keys(component, classic_path(component, name))
-            tensors[key_A], tensors[key_B] = exact.lora_A.cpu(), exact.lora_B.cpu()
+            tensors[key_A], tensors[key_B] = exact.lora_A, exact.lora_B
     fresh = path.with_name(f".{path.name}")
     save_tensors(tensors, fresh, metadata=reslora_header(facts or {}))
     os.replace(fresh, path)

@@ -8,7 +8,7 @@ twins         the files of one export mean the same, and are those that its repo
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from .base import check_base_name, misfits
 from .factors import Components
 from .geometry import family_of, naming_of
-from .header import DIFFUSERS_FILE, KOHYA_FOLDER, LARGEST_CONFIG, PEFT_FILE, unusable
+from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, unusable
 from .inspection import sha256
 from .keys import KOHYA_COMPONENTS, Dialect, listing
 from .lora import REPORT_FILE
@@ -34,6 +34,7 @@ from .proof import (
 from .reader import LoraFile, read_lora
 from .tables import table
 
+LARGEST_REPORT = 2**24  # bytes; the report of SDXL has half a million
 EXACT = TOLERANCE[torch.float32]  # a loader's reading of a file against ours: the same bits
 
 
@@ -87,7 +88,10 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
 
     if base and (problems := check_base_name(base)):
         raise unusable(base, problems)
-    loras = [read_lora(path) for path in files_of(Path(source))]
+    source = Path(source)
+    recorded, problems = recorded_hashes(source)
+    files, others = files_of(source, recorded)
+    loras = [read_lora(path) for path in files]
     first = loras[0]
     components = first.components
     models = base_models(base, components) if base else {}
@@ -96,7 +100,8 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         family=str(family_of(components)),
         base=base,
         modules=sum(map(len, components.values())),
-        problems=health_problems(components),
+        problems=problems + health_problems(components),
+        notes=[f"{path.name} is of another export than {REPORT_FILE}, and was not looked at" for path in others],
     )
     if base:
         result.problems += misfits(components, models, base)
@@ -108,17 +113,37 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         result.problems += problems
         result.problems += [problem for check in checks if (problem := misreading(check, EXACT))]
     result.problems += twin_problems(loras)
-    result.problems += report_problems(Path(source), result.files)
+    result.problems += [
+        f"{path.name} is not the file that {REPORT_FILE} describes"
+        for path in files
+        if path.name in recorded and sha256(path) != recorded[path.name]
+    ]
     if first.dialect is not Dialect.PEFT and not components.keys() <= set(KOHYA_COMPONENTS):
         result.notes.append(f"the loader of {listing(components)} was not tried; only Stable Diffusion's are")
     return result
 
 
-def files_of(source: Path) -> Iterable[Path]:
-    """The file, or each of the files of one export."""
-    if source.is_dir() and (source / DIFFUSERS_FILE).is_file():
-        return [source / DIFFUSERS_FILE, *sorted((source / KOHYA_FOLDER).glob("*.safetensors"))]
-    return [source]
+def files_of(source: Path, recorded: Mapping[str, str]) -> tuple[list[Path], list[Path]]:
+    """The file, or the files of one export; and those beside them that its report does not know."""
+    if not (source.is_dir() and (source / DIFFUSERS_FILE).is_file()):
+        return [source], []
+    kohya = sorted((source / KOHYA_FOLDER).glob("*.safetensors"))
+    strange = [path for path in kohya if recorded and path.name not in recorded]
+    return [source / DIFFUSERS_FILE, *(path for path in kohya if path not in strange)], strange
+
+
+def recorded_hashes(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """File name -> sha256 by the report of an export, if there is one; and what is wrong with it."""
+    report = folder / REPORT_FILE
+    if not report.is_file():
+        return {}, []
+    try:
+        if report.stat().st_size > LARGEST_REPORT:
+            raise ValueError
+        files = json.loads(report.read_text(encoding="utf-8"))["files"].values()
+        return {Path(entry["path"]).name: entry["sha256"] for entry in files}, []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, [f"{REPORT_FILE} is not a report of an export"]
 
 
 def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[str]]:
@@ -166,17 +191,3 @@ def twin_problems(loras: list[LoraFile]) -> list[str]:
         if unlike := [f"{c}.{path}" for (c, path), error in errors.items() if error > EXACT]:
             problems.append(f"{other.path.name} differs from {first.path.name} in {listing(unlike)}")
     return problems
-
-
-def report_problems(folder: Path, files: list[Path]) -> list[str]:
-    """Files that are not those an export's report describes."""
-    report = folder / REPORT_FILE
-    if not report.is_file() or report.stat().st_size > 16 * LARGEST_CONFIG:
-        return []
-    try:
-        recorded = {entry["sha256"] for entry in json.loads(report.read_text(encoding="utf-8"))["files"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{REPORT_FILE} is not a report of an export"]
-    return [
-        f"{path.name} is not the file that {REPORT_FILE} describes" for path in files if sha256(path) not in recorded
-    ]

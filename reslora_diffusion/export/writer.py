@@ -27,7 +27,8 @@ from reslora_diffusion.core.functional import LoraFactors
 
 from .factors import Components, folded, padded
 from .geometry import Family
-from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, listing, to_kohya
+from .progress import progress
 
 ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -56,18 +57,17 @@ def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components
     Raises:
         ValueError: a number does not fit `dtype`.
     """
-    stored: Components = {}
+    stored: Components = {component: {} for component in components}
+    todo = [(c, path, factors) for c, modules in components.items() for path, factors in modules.items()]
     too_large = []
-    for component, modules in components.items():
-        stored[component] = {}
-        for path, factors in modules.items():
-            exact = padded(folded(factors), rank)
-            cast = exact._replace(lora_A=exact.lora_A.to(dtype), lora_B=exact.lora_B.to(dtype))
-            if not (cast.lora_A.isfinite().all() and cast.lora_B.isfinite().all()):
-                too_large.append(f"{component}.{path}")
-            stored[component][path] = cast
+    for component, path, factors in progress(todo, "folding"):
+        exact = padded(folded(factors), rank)
+        cast = exact._replace(lora_A=exact.lora_A.to(dtype), lora_B=exact.lora_B.to(dtype))
+        if not (cast.lora_A.isfinite().all() and cast.lora_B.isfinite().all()):
+            too_large.append(f"{component}.{path}")
+        stored[component][path] = cast
     if too_large:
-        raise ValueError(f"{too_large[0]} and {len(too_large) - 1} more overflow {dtype}; write float32 or bfloat16")
+        raise ValueError(f"{listing(too_large, 1)} overflow {dtype}; write float32 or bfloat16")
     return stored
 
 
