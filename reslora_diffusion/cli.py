@@ -343,7 +343,7 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.simplefilter("ignore")
     app()
 
 

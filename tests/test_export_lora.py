@@ -251,6 +251,15 @@ def test_ranks(tmp_path, components):
     assert "energy kept" in str(report)
 
 
+def test_full_rank_is_no_more_than_the_matrices_can_have(tmp_path):
+    factors = random_factors(fresh_pipeline().unet, ("to_q",), 0, (70,))
+    report = export_lora(tmp_path, {"unet": factors}, dtype=torch.float32)
+    assert report.rank == 32
+    assert report.largest_error < 1e-6
+    got = read_lora(tmp_path).components["unet"]
+    assert largest_error(wanted_deltas(got), wanted_deltas(factors)) < 1e-6
+
+
 def test_a_block_export_says_why_it_is_at_full_rank(tmp_path, components):
     report = export_lora(tmp_path, {"unet": components["unet"]}, facts={"shortcut": "block"})
     assert "block shortcut merges exactly at full rank, here 4" in str(report)

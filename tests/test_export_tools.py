@@ -71,6 +71,17 @@ def check(source, components, tolerance=1e-6):
         assert largest_error(got, wanted_deltas(factors)) < tolerance
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 20), (7, 3, 20), (5, 5, 2), (1, 1, 30_000)])
+def test_ranks_beyond_the_matrix_cost_no_more_than_the_file(tmp_path, shape):
+    out, width, rank = shape
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(rank, width, generator=generator), torch.randn(out, rank, generator=generator)
+    factors = LoraFactors(A, B, 0.5)
+    save_file({"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B / 2}, tmp_path / "x.safetensors")
+    assert delta_norm(factors) == pytest.approx(dense(factors).norm().item())
+    assert inspect_lora(tmp_path / "x.safetensors").norm == pytest.approx(dense(factors).norm().item())
+
+
 def test_norms_and_errors_need_no_dense_matrix(components):
     for factors in components["unet"].values():
         assert delta_norm(factors) == pytest.approx(dense(factors).norm().item(), rel=1e-9)
@@ -360,6 +371,7 @@ def test_inspect_says_what_it_is_and_what_is_wrong(tmp_path, source, components)
     found = inspect_lora(tmp_path / "nan.safetensors")
     assert not found.healthy
     assert "1 of" in found.problems[0]
+    json.dumps(found.to_dict(), allow_nan=False)
     zeros = {name: t * 0 if "lora_up" in name else t for name, t in tensors.items()}
     save_file(zeros, tmp_path / "zero.safetensors")
     assert "the file changes nothing" in inspect_lora(tmp_path / "zero.safetensors").problems[0]

@@ -57,6 +57,8 @@ def common_rank(components: Components) -> int:
 def delta_norm(factors: LoraFactors) -> float:
     """Frobenius norm of delta_weight."""
     A, B = matrices(factors)
+    if len(A) > min(A.shape[1], len(B)):  # more rank than the matrix can have: it is smaller than the Gram matrices
+        return (B @ A).norm().item()
     return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt().item()
 
 

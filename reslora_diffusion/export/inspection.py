@@ -6,6 +6,7 @@ eigenvalues of G_B^(1/2) G_A G_B^(1/2). Their sum is the squared norm, and they 
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -112,15 +113,15 @@ class Inspection:
             "components": {component: len(self.of(component)) for component in self.components},
             "ranks": dict(sorted(Counter(m.rank for m in self.modules).items())),
             "rank_needed": self.rank_needed,
-            "alphas": sorted({m.alpha for m in self.modules if m.alpha is not None}),
+            "alphas": sorted({m.alpha for m in self.modules if m.alpha is not None and m.finite}),
             "dtypes": self.dtypes,
-            "norm": self.norm,
+            "norm": stated(self.norm),
             "healthy": self.healthy,
             "problems": self.problems,
             "notes": self.notes,
             "facts": self.facts,
             "metadata": self.metadata,
-            "modules": [asdict(m) for m in self.modules],
+            "modules": [{name: stated(value) for name, value in asdict(m).items()} for m in self.modules],
         }
 
     def __str__(self) -> str:
@@ -157,6 +158,11 @@ class Inspection:
         lines += ["", *(f"note: {note}" for note in self.notes)]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["healthy: every number finite, not all zero"]
         return "\n".join(lines)
+
+
+def stated(value: object) -> object:
+    """A value as JSON has it, which knows no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect_lora(source: str | Path) -> Inspection:
@@ -245,6 +251,9 @@ class Arrays:
 
 def energy_spectrum(A: np.ndarray, B: np.ndarray) -> np.ndarray:
     """Squared singular values of B A, largest first."""
+    if len(A) > min(A.shape[1], len(B)):  # more rank than the matrix can have: it is the smaller of the two
+        D = B @ A if A.shape[1] >= len(B) else (B @ A).T
+        return np.linalg.eigvalsh(D @ D.T)[::-1].clip(min=0)
     values, vectors = np.linalg.eigh(B.T @ B)
     half = vectors * np.sqrt(values.clip(min=0))
     return np.linalg.eigvalsh(half.T @ (A @ A.T) @ half)[::-1].clip(min=0)

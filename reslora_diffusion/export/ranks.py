@@ -1,13 +1,16 @@
 """The rank of an export: `full`, a number, or `auto`.
 
-    full   every module exactly; the file's rank is that of its largest module ((m + 1) r for a block shortcut)
+    full   every module exactly; the file's rank is that of its largest module ((m + 1) r for a block shortcut, unless
+           the matrices are smaller)
     N      every module cut to its N largest singular values, padded where it has fewer
     auto   the smallest rank at which no module loses more than `LOSSY_ERROR`
 
 A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut must be asked for with `allow_lossy`.
 """
 
-from .factors import Components, Loss, common_rank, singular_values, truncated
+from reslora_diffusion.core.functional import LoraFactors
+
+from .factors import Components, Loss, common_rank, rank_of, singular_values, truncated
 from .limits import LOSSY_ERROR, CheckFailed, Rank
 from .progress import progress
 
@@ -25,6 +28,12 @@ def smallest_rank(components: Components, largest_error: float = LOSSY_ERROR) ->
     return needed
 
 
+def at_most_its_own(factors: LoraFactors) -> LoraFactors:
+    """The same delta_weight without the rank that a matrix of its shape cannot have."""
+    limit = min(factors.lora_A[0].numel(), len(factors.lora_B))
+    return truncated(factors, limit)[0] if rank_of(factors) > limit else factors
+
+
 def at_rank(components: Components, rank: Rank, *, allow_lossy: bool = False) -> tuple[Components, int, Losses]:
     """Cut every module to the rank asked for: `(components, rank of the file, losses)`.
 
@@ -33,7 +42,8 @@ def at_rank(components: Components, rank: Rank, *, allow_lossy: bool = False) ->
     """
     exact = {(c, path): Loss(0.0, 1.0) for c, modules in components.items() for path in modules}
     if rank == "full":
-        return components, common_rank(components), exact
+        whole = {c: {path: at_most_its_own(f) for path, f in modules.items()} for c, modules in components.items()}
+        return whole, common_rank(whole), exact
     if rank == "auto":
         rank = smallest_rank(components)
     cut: Components = {component: {} for component in components}

@@ -140,7 +140,8 @@ def transformers_config(name: str):
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name} is neither a diffusers pipeline nor a transformers model: {reason}") from None
+        where = "" if Path(name).is_dir() else "is no folder here and "
+        raise ValueError(f"{name} {where}is neither a diffusers pipeline nor a transformers model: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ stand-ins
