@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step): the same for every method, for every split over processes, and after a resume."""
+"""Batches as a function of (seed, step): the same for every method, every split over processes, and after a resume."""
 
 from dataclasses import replace
 

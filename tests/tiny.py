@@ -12,12 +12,20 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RESOLUTION = 64
 MAX_TOKENS = 32
@@ -102,15 +110,6 @@ def tiny_scheduler() -> DDIMScheduler:
     )
 
 
-@functools.cache
-def tiny_pipeline_folder() -> Path:
-    """The saved pipeline of seed 0, made once in a process and removed at its end."""
-    folder = Path(tempfile.mkdtemp(prefix="tiny-sd-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    tiny_pipeline(folder)
-    return folder
-
-
 def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
     """Build the pipeline and save it to `folder`; equal seeds give equal weights."""
     folder = Path(folder)
@@ -130,3 +129,50 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_pipeline_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
+    """The same in the shape of Stable Diffusion XL: two text encoders, a pooled vector, time ids, an Euler sampler."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizers = [tiny_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        second = CLIPTextModelWithProjection(tiny_text_encoder(tokenizers[1]).config).eval()
+        unet = UNet2DConditionModel(
+            **dict(tiny_unet().config)
+            | {
+                "cross_attention_dim": 64,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 32,
+                "transformer_layers_per_block": (1, 2),
+            }
+        ).eval()
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_text_encoder(tokenizers[0]),
+            text_encoder_2=second,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            ),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@functools.cache
+def saved(build: Callable[[Path], object]) -> Path:
+    """Where `build` has saved its pipeline of seed 0: made once in a process, and removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix=build.__name__))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(folder)
+    return folder
+
+
+def tiny_pipeline_folder() -> Path:
+    return saved(tiny_pipeline)

@@ -56,10 +56,6 @@ class Example:
         """Of the latents."""
         return self.mean.shape[1:]
 
-    def latents(self, view: int, noise: Tensor) -> Tensor:
-        """A sample of the unscaled latent distribution [C, h, w]."""
-        return self.mean[view] + torch.exp(0.5 * self.logvar[view]) * noise
-
 
 class Seen(NamedTuple):
     """Views of a picture: pixels [views, 3, H, W] in -1..1, mask [views, 1, h, w] in 0..1, time_ids [views, 6]."""

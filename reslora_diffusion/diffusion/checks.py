@@ -31,6 +31,7 @@ CHOICES = {
     "merge_method": (None, "least_squares", "paper_input", "paper_weight", "drop"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "prior_generation_precision": (None, "no", "fp32", "fp16", "bf16"),
+    "save_precision": ("fp32", "fp16", "bf16"),
     "prediction_type": (None, "epsilon", "v_prediction"),
     "loss_type": ("l2", "huber", "smooth_l1"),
     "huber_schedule": ("constant", "exponential", "snr"),

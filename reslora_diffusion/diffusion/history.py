@@ -109,8 +109,8 @@ def plot_losses(histories: Mapping[str, Sequence[dict[str, Any]]], path: Path) -
     """Loss of each run over its steps, smoothed, and its fixed-noise validation loss, in one plot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.add_axes((0.09, 0.12, 0.89, 0.85))
     for number, (name, rows) in enumerate(histories.items()):
         trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         checked = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
@@ -121,7 +121,7 @@ def plot_losses(histories: Mapping[str, Sequence[dict[str, Any]]], path: Path) -
             axes.plot(steps, smooth(losses), color=color, label=f"{name}, training (smoothed)")
         if checked:
             axes.plot(*zip(*checked, strict=True), color=color, marker="o", ls="--", label=f"{name}, fixed noise")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
     fresh = path.with_name(f".{path.name}")

@@ -194,6 +194,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--validation_steps", type=int, help="validate every N steps; overrides --validation_epochs")
     add("--num_inference_steps", type=int, default=25, help="of validation and class pictures")
     add("--guidance_scale", type=float, default=7.5, help="of validation and class pictures")
+    add("--save_precision", default="fp16", help="of the exported files: fp32, fp16 or bf16")
     add("--export_name", help="of the file for ComfyUI and A1111 (default: name of --output_dir)")
 
 

@@ -6,6 +6,7 @@ Methods are called by every process alike; only the main one writes. What is ran
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from .ema import Ema
 from .history import History, NonFiniteLoss, plot_losses
 from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
-from .models import base_model_name
+from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, make_lr_scheduler
 from .problems import Stopped, listing, refuse
 from .randomness import Stream, seed_of
@@ -137,35 +138,48 @@ class Run:
         self.flush(step)
         if self.saved_step == step:
             return
-        tensors = {name: value.detach().clone() for name, value in self.tensors.items()}
+        tensors = self.trained()
         if not all(value.isfinite().all() for value in tensors.values()):
             raise Stopped(f"the adapters of step {step} are not finite, and are not saved")
-        if self.ema is not None:
-            tensors |= {f"ema.{name}": value for name, value in self.ema.average.items()}
         with self.averaged():
             self.calibrate()
             if self.accelerator.is_main_process:
-                try:
-                    write_checkpoint(self.output, step, lambda fresh: self.write(fresh, step, tensors), limit)
-                except (OSError, SafetensorError) as error:
-                    raise Stopped(f"checkpoint-{step} cannot be written: {error}") from error
+                self.write_checkpoint(step, lambda folder: self.write_lora(folder, step), tensors, limit)
         self.accelerator.wait_for_everyone()
         self.saved_step = step
 
-    def write(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-        facts = {
-            "step": step,
-            "handed_over": self.handed_over,
-            "options": options(self.args),
-            "versions": versions(),
-            "scaler": self.scaler.state_dict(),
-        }
-        owner = nn.ModuleDict(self.adapters.models)
-        save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
+    def trained(self) -> dict[str, Tensor]:
+        """A copy of all that training has made, the optimizer's moments apart."""
+        average = self.ema.average if self.ema is not None else {}
+        tensors = {**self.tensors, **{f"ema.{name}": value for name, value in average.items()}}
+        return {name: value.detach().clone() for name, value in tensors.items()}
+
+    def write_checkpoint(
+        self, step: int, more: Callable[[Path], None], tensors: dict[str, Tensor], limit: int | None = None
+    ) -> None:
+        def write(folder: Path) -> None:
+            owner = nn.ModuleDict(self.adapters.models)
+            facts = {
+                "step": step,
+                "handed_over": self.handed_over,
+                "options": options(self.args),
+                "versions": versions(),
+                "scaler": self.scaler.state_dict(),
+            }
+            save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
+            more(folder)
+
+        try:
+            write_checkpoint(self.output, step, write, limit)
+        except (OSError, SafetensorError) as error:
+            raise Stopped(f"checkpoint-{step} cannot be written: {error}") from error
+
+    def write_lora(self, folder: Path, step: int) -> None:
+        """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
         if self.adapters.health_problem() is None:
             try:
                 self.export(folder, step)
-            except ValueError as error:  # such as a number too large for fp16: the state is worth keeping all the same
+            except ValueError as error:
                 self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
 
     def restore(self, folder: Path) -> int:
@@ -253,19 +267,30 @@ class Run:
             "merge_gap": report.gap if report else None,
         }
         stated = {key: str(value) for key, value in facts.items() if value is not None}
-        return export_lora(folder, self.adapters.factors(), name=export_name(self.args), facts=stated)
+        return export_lora(
+            folder,
+            self.adapters.factors(),
+            name=export_name(self.args),
+            dtype=DTYPES[self.args.save_precision],
+            facts=stated,
+        )
 
     def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
         """Measure the merge, export, and write the files that show the run; processes but the main one get no report
         of the export."""
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
+        tensors = self.trained()
         with self.averaged():
             self.calibrate()
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
-            exported = self.export(self.output, step, merged)
+            try:
+                exported = self.export(self.output, step, merged)
+            except ValueError as error:
+                self.write_checkpoint(step, lambda folder: None, tensors)
+                raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
         plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
@@ -290,7 +315,7 @@ class Run:
 
 def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
     """Put a fresh schedule where it is after `step` steps."""
-    lr_scheduler.load_state_dict({"last_epoch": step, "_step_count": step + 1})
+    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
     rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
     for group, base, factor in rates:
         group["lr"] = base * factor(step)

@@ -45,7 +45,7 @@ class Draw:
     """One example with what was drawn for it."""
 
     example: Example
-    latents: Tensor
+    posterior_noise: Tensor
     noise: Tensor
     timestep: int
     view: int
@@ -77,7 +77,7 @@ class Sampler:
     Args:
         instances: an example as often as a pass shall show it.
         classes: class examples by concept; none without prior preservation.
-        scaling_factor, shift_factor: of the autoencoder.
+        scaling_factor: of the autoencoder.
         num_train_timesteps: T.
         empty: text of the empty prompt, for caption_dropout.
         noise_offset: standard deviation of the noise that the pixels of a channel share.
@@ -117,7 +117,7 @@ class Sampler:
             if pictures := self.classes.get(draw.example.concept):
                 example = pictures[shuffled(self.seed, Stream.CLASS_ORDER, n, len(pictures))]
                 drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
-        return by_size(drawn)
+        return by_size(drawn, self.scaling_factor)
 
     def spread(self, first: int, count: int, total: int) -> list[Batch]:
         """Instance draws with timesteps spread evenly over 0..T-1 as the number goes from 0 to `total`."""
@@ -125,7 +125,7 @@ class Sampler:
         for n in range(first, first + count):
             timestep = int((n + 0.5) / total * self.num_train_timesteps)
             drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
-        return by_size(drawn)
+        return by_size(drawn, self.scaling_factor)
 
     def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
         """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
@@ -138,7 +138,7 @@ class Sampler:
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
         return Draw(
             example,
-            latents=self.scaling_factor * example.latents(view, posterior_noise.to(example.mean.device)),
+            posterior_noise=posterior_noise,
             noise=noise,
             timestep=drawn_timestep if timestep is None else timestep,
             view=view,
@@ -147,31 +147,37 @@ class Sampler:
         )
 
 
-def by_size(drawn: Sequence[Draw]) -> list[Batch]:
+def by_size(drawn: Sequence[Draw], scaling_factor: float) -> list[Batch]:
     """Batches of draws of equal size, in the order in which the sizes come."""
     groups: dict[torch.Size, list[Draw]] = {}
     for draw in drawn:
         groups.setdefault(draw.example.shape, []).append(draw)
-    return [collate(group) for group in groups.values()]
+    return [collate(group, scaling_factor) for group in groups.values()]
 
 
-def collate(drawn: Sequence[Draw]) -> Batch:
+def collate(drawn: Sequence[Draw], scaling_factor: float) -> Batch:
     texts = {draw.prompt: draw.text for draw in drawn}
     places = {prompt: place for place, prompt in enumerate(texts)}
     values, pooled = zip(*texts.values(), strict=True)
-    latents = torch.stack([draw.latents for draw in drawn])
-    device = latents.device
+    mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))
+    device = mean.device
+    posterior_noise = to_device(torch.stack([draw.posterior_noise for draw in drawn]), device)
     masks = None
     if any(draw.example.mask is not None for draw in drawn):
-        whole = torch.ones(1, *latents.shape[2:], device=device)
+        whole = torch.ones(1, *mean.shape[2:], device=device)
         masks = torch.stack([whole if d.example.mask is None else d.example.mask[d.view] for d in drawn])
     return Batch(
-        latents=latents,
-        noise=torch.stack([draw.noise for draw in drawn]).to(device),
-        timesteps=torch.tensor([draw.timestep for draw in drawn], device=device),
+        latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise),
+        noise=to_device(torch.stack([draw.noise for draw in drawn]), device),
+        timesteps=to_device(torch.tensor([draw.timestep for draw in drawn]), device),
         texts=Texts(torch.stack(values), None if pooled[0] is None else torch.stack(pooled)),
-        prompt_index=torch.tensor([places[draw.prompt] for draw in drawn], device=device),
-        weights=torch.tensor([draw.example.loss_weight for draw in drawn], device=device),
+        prompt_index=to_device(torch.tensor([places[draw.prompt] for draw in drawn]), device),
+        weights=to_device(torch.tensor([draw.example.loss_weight for draw in drawn]), device),
         time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),
         masks=masks,
     )
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device to be done with earlier steps."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

@@ -1,0 +1,399 @@
+"""Whole runs of the DreamBooth script on the tiny pipeline, in this process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth import PROMPT, SUBJECTS, train
+from reslora_diffusion.diffusion.problems import Stopped
+from reslora_diffusion.diffusion.randomness import Stream, generator
+from tiny import tiny_pipeline_folder
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METHODS = {
+    "lora": {"method": "lora"},
+    "none": {"shortcut": "none"},
+    "input": {"shortcut": "input"},
+    "block": {"shortcut": "block", "num_previous": 2},
+    "middle": {"shortcut": "middle", "num_previous": "all"},
+}
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in rows(folder) if "loss" in row]
+
+
+def report(folder) -> dict:
+    return json.loads((folder / "merge_report.json").read_text())
+
+
+def state(checkpoint) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "state" / "state.safetensors")
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run of each method: UNet and text encoder, prior preservation, validation pictures."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(name):
+        if not (folder / name / WEIGHTS).is_file():
+            train(
+                folder / name,
+                max_train_steps=4,
+                train_text_encoder=True,
+                with_prior_preservation=True,
+                class_data_dir=folder / "classes",
+                class_prompt="a sticker of an animal",
+                num_class_images=3,
+                validation_prompt=[PROMPT, f"{PROMPT} on a blue background"],
+                num_validation_images=1,
+                validation_steps=2,
+                checkpointing_steps=2,
+                report_to="tensorboard",
+                **METHODS[name],
+            )
+        return folder / name
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(runs, method):
+    folder = runs(method)
+    for name in (
+        WEIGHTS,
+        f"kohya/{method}.safetensors",
+        "merge_report.json",
+        "export_report.json",
+        "run.json",
+        "loss.png",
+        "samples.png",
+        "README.md",
+        "checkpoint-2/state/state.safetensors",
+        f"checkpoint-4/{WEIGHTS}",
+    ):
+        assert (folder / name).is_file(), name
+    assert not list(folder.rglob(".*"))
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+    assert len(list((folder.parent / "classes").iterdir())) == 3
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 2, 3, 4, 4]
+    assert [sorted(p.name for p in step.iterdir()) for step in sorted((folder / "samples").iterdir())] == [
+        ["0-0.png", "1-0.png"]
+    ] * 3
+    record = json.loads((folder / "run.json").read_text())
+    assert record["options"]["seed"] == 0
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    keys = load_file(folder / WEIGHTS).keys()
+    assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
+    card = (folder / "README.md").read_text()
+    assert "![samples.png](samples.png)" in card
+    assert str(tiny_pipeline_folder()) not in card
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_and_the_report_says_what_merging_cost(runs, method):
+    found = report(runs(method))
+    assert found["loss_trained"] < found["loss_base"]
+    assert found["gap"] == pytest.approx(found["loss_merged"] - found["loss_trained"])
+    if method in ("lora", "none", "block"):
+        assert abs(found["gap"]) < 1e-6
+        assert not any(found["output_errors"].values())
+    else:
+        assert any(error > 1e-3 for error in found["output_errors"].values())
+        assert found["shortcut"] == method
+        assert found["merge_method"] == "least_squares"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_exported_file_paints_in_plain_diffusers_what_validation_showed(runs, method):
+    folder = runs(method)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint() -> np.ndarray:
+        image = pipe(
+            PROMPT, num_inference_steps=2, guidance_scale=7.5, generator=generator(0, Stream.VALIDATION, 0)
+        ).images[0]
+        return np.asarray(image).astype(int)
+
+    base = paint()
+    pipe.load_lora_weights(folder)
+    exported = paint()
+    shown = {
+        step: np.asarray(Image.open(folder / "samples" / f"step-{step:06d}" / "0-0.png")).astype(int) for step in (0, 4)
+    }
+    np.testing.assert_array_equal(base, shown[0])
+    assert np.abs(exported - base).max() > 10
+    assert np.abs(exported - shown[4]).max() <= 3  # the file holds half precision
+
+
+def test_methods_see_the_same_draws_from_the_same_start(runs):
+    first = {method: losses(runs(method)) for method in METHODS}
+    assert all(values[0] == pytest.approx(first["lora"][0], rel=1e-6) for values in first.values())
+    assert first["none"] == pytest.approx(first["lora"], rel=1e-4)
+    assert len({round(values[-1], 6) for values in (first["lora"], first["input"], first["block"])}) == 3
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+EVERYTHING = {
+    "max_train_steps": 6,
+    "checkpointing_steps": 2,
+    "train_text_encoder": True,
+    "lora_dropout": 0.3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "use_ema": True,
+    "caption_dropout_rate": 0.3,
+    "random_flip": True,
+    "noise_offset": 0.1,
+    "gradient_accumulation_steps": 2,
+    "train_batch_size": 1,
+    "validation_steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora"},
+        {"shortcut": "middle", "handover": 0.34},
+        {"shortcut": "block", "handover": 0.67},
+        {"shortcut": "input", "optimizer": "adafactor"},
+    ],
+    ids=["lora", "middle handed over before", "block handed over after", "input adafactor"],
+)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, options):
+    whole = train(tmp_path / "whole", **EVERYTHING, **options)
+    half = train(tmp_path / "half", **EVERYTHING, **options)
+    for folder in (half / "checkpoint-6", half / "checkpoint-4"):
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        folder.rmdir()
+    for path in (half / WEIGHTS, half / "merge_report.json"):
+        path.unlink()
+    train(tmp_path / "half", **EVERYTHING, **options, resume_from_checkpoint="latest")
+    assert_same(state(whole / "checkpoint-6"), state(half / "checkpoint-6"))
+    assert_same(load_file(whole / WEIGHTS), load_file(half / WEIGHTS))
+    assert rows(whole) == rows(half)
+    assert report(whole) == report(half)
+
+
+def test_a_seed_that_was_drawn_is_kept_when_resuming(tmp_path):
+    folder = train(tmp_path / "run", seed=None, checkpointing_steps=2)
+    drawn = json.loads((folder / "run.json").read_text())["options"]["seed"]
+    train(folder, seed=None, resume_from_checkpoint="checkpoint-2", max_train_steps=4)
+    assert json.loads((folder / "run.json").read_text())["options"]["seed"] == drawn
+    assert [row["step"] for row in rows(folder) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_another_learning_rate_may_be_taken_up_when_resuming(tmp_path):
+    folder = train(tmp_path / "run", checkpointing_steps=2)
+    train(folder, resume_from_checkpoint="checkpoint-2", learning_rate=1e-4)
+    assert [row["lr"] for row in rows(folder) if "loss" in row] == [0.01, 0.01, 1e-4]
+
+
+def test_resuming_a_finished_run_only_exports_again(tmp_path):
+    folder = train(tmp_path / "run", checkpointing_steps=3)
+    before = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    train(folder, checkpointing_steps=3, resume_from_checkpoint="latest")
+    assert_same(before, load_file(folder / WEIGHTS))
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    folder = train(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+# ------------------------------------------------------------------------------------------------ equivalences
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    options = {"shortcut": "input", "train_text_encoder": True, "checkpointing_steps": 3}
+    one = train(tmp_path / "one", train_batch_size=4, **options)
+    two = train(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **options)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+    first, second = state(one / "checkpoint-3"), state(two / "checkpoint-3")
+    moved = [name for name in first if "lora_B" in name and not name.startswith("optimizer")]
+    for name in moved:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, shortcut):
+    options = {"shortcut": shortcut, "train_text_encoder": True, "max_train_steps": 2, "checkpointing_steps": 2}
+    plain = train(tmp_path / "plain", **options)
+    saving = train(tmp_path / "saving", gradient_checkpointing=True, **options)
+    assert losses(plain) == pytest.approx(losses(saving), rel=1e-5)
+    first, second = state(plain / "checkpoint-2"), state(saving / "checkpoint-2")
+    for name in first:
+        if name.startswith("optimizer.state") and name.endswith("exp_avg"):
+            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_of_the_base_alone(tmp_path, precision):
+    folder = train(
+        tmp_path / "run", mixed_precision=precision, train_text_encoder=True, checkpointing_steps=3, learning_rate=1e-3
+    )
+    tensors = state(folder / "checkpoint-3")
+    assert {value.dtype for name, value in tensors.items() if "lora_" in name} == {torch.float32}
+    full = train(tmp_path / "full", train_text_encoder=True, learning_rate=1e-3)
+    assert losses(folder) == pytest.approx(losses(full), rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_after_a_handover_what_is_exported_is_what_was_trained(tmp_path):
+    folder = train(tmp_path / "run", shortcut="middle", handover=0.5, max_train_steps=4, learning_rate=0.02)
+    assert abs(report(folder)["gap"]) < 1e-6
+    assert report(folder)["shortcut"] == "middle"
+
+
+def test_the_moving_average_is_exported(tmp_path):
+    options = {"method": "lora", "checkpointing_steps": 3}
+    plain = train(tmp_path / "plain", **options)
+    averaged = train(tmp_path / "averaged", use_ema=True, **options)
+    live, with_ema = state(plain / "checkpoint-3"), state(averaged / "checkpoint-3")
+    assert all(torch.equal(with_ema[name], live[name]) for name in live)  # training itself is the same
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def delta(tensors, prefix="", suffix=".weight") -> torch.Tensor:
+        A, B = (tensors[f"{prefix}{layer}.{factor}{suffix}"].float() for factor in ("lora_A", "lora_B"))
+        return B @ A
+
+    average = delta(with_ema, "ema.", ".default.weight")
+    assert not torch.allclose(average, delta(live, suffix=".default.weight"), rtol=0.1)
+    torch.testing.assert_close(delta(load_file(averaged / WEIGHTS)), average, rtol=5e-3, atol=1e-5)
+
+
+def test_the_norm_of_every_update_is_bounded(tmp_path):
+    folder = train(tmp_path / "run", method="lora", scale_weight_norms=0.01, learning_rate=0.1, lora_alpha=8)
+    tensors = load_file(folder / WEIGHTS)
+    norms = [
+        (tensors[name.replace("lora_A", "lora_B")].float() @ value.float()).norm().item()
+        for name, value in tensors.items()
+        if "lora_A" in name
+    ]
+    assert max(norms) == pytest.approx(0.01, rel=0.01)
+
+
+def test_ranks_may_differ_by_layer(tmp_path):
+    ranks = ["attn1.to_q=2", "attn2.to_v=6"]
+    folder = train(tmp_path / "run", shortcut="block", rank_pattern=ranks, checkpointing_steps=3)
+    ranks = {
+        name.split("blocks.0.")[-1]: value.shape[0]
+        for name, value in state(folder / "checkpoint-3").items()
+        if "lora_A" in name and not name.startswith("optimizer")
+    }
+    assert ranks["attn1.to_q.lora_A.default.weight"] == 2
+    assert ranks["attn2.to_v.lora_A.default.weight"] == 6
+    assert ranks["attn1.to_k.lora_A.default.weight"] == 4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adafactor", "NAdam", "lion8bit"])
+def test_optimizers_by_name(tmp_path, optimizer):
+    if optimizer == "lion8bit":
+        with pytest.raises(ValueError, match="--optimizer: got 'lion8bit', wanted"):
+            train(tmp_path / "run", optimizer=optimizer)
+        return
+    folder = train(tmp_path / "run", optimizer=optimizer, learning_rate=0.05, max_train_steps=2)
+    assert report(folder)["loss_trained"] != report(folder)["loss_base"]
+
+
+def test_concepts_shapes_masks_and_losses_in_one_run(tmp_path):
+    (tmp_path / "wide").mkdir()
+    for number in range(3):
+        picture = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(tmp_path / "wide" / f"{number}.png")
+    concepts = [
+        {"instance_data_dir": str(SUBJECTS / "octopus"), "instance_prompt": "sks octopus", "repeats": 2},
+        {
+            "instance_data_dir": str(tmp_path / "wide"),
+            "instance_prompt": "ohwx cake",
+            "class_data_dir": str(SUBJECTS / "teapot"),
+            "class_prompt": "a thing",
+            "num_class_images": 2,
+        },
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    folder = train(
+        tmp_path / "run",
+        instance_data_dir=None,
+        instance_prompt=None,
+        concepts=tmp_path / "concepts.json",
+        with_prior_preservation=True,
+        aspect_ratio_buckets="auto",
+        alpha_mask=True,
+        random_flip=True,
+        snr_gamma=5.0,
+        loss_type="huber",
+        loraplus_lr_ratio=4.0,
+        lr_pattern=["attn2=0.1"],
+        max_train_steps=7,
+    )
+    assert all(np.isfinite(losses(folder)))
+    assert report(folder)["loss_trained"] < report(folder)["loss_base"]
+
+
+def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_path):
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    Image.open(SUBJECTS / "cake" / "0.png").save(classes / "mine.png")
+    (classes / ".DS_Store").write_bytes(b"\0")
+    options = {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": "food", "max_train_steps": 1}
+    train(tmp_path / "one", num_class_images=3, **options)
+    made = sorted(path.name for path in classes.glob("0*.png"))
+    assert len(made) == 2
+    train(tmp_path / "two", num_class_images=3, **options)
+    assert sorted(path.name for path in classes.glob("0*.png")) == made
+
+
+# ------------------------------------------------------------------------------------------------ when it goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    folder = tmp_path / "run"
+    train(folder, checkpointing_steps=2, max_train_steps=2)
+    exported, good = (folder / WEIGHTS).read_bytes(), state(folder / "checkpoint-2")
+    with pytest.raises(Stopped, match=r"step \d+: the loss is (nan|inf)"):
+        train(
+            folder,
+            resume_from_checkpoint="latest",
+            max_train_steps=30,
+            checkpointing_steps=2,
+            checkpoints_total_limit=1,
+            learning_rate=1e25,
+        )
+    assert (folder / WEIGHTS).read_bytes() == exported
+    assert all(np.isfinite(losses(folder)))
+    kept = sorted(folder.glob("checkpoint-*"))
+    assert kept
+    for checkpoint in kept:
+        assert all(value.isfinite().all() for name, value in state(checkpoint).items() if "lora_" in name)
+    assert good
+
+
+def test_adapters_that_learned_nothing_are_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="every lora_B is zero"):
+        train(tmp_path / "run", lr_scheduler="constant_with_warmup", max_train_steps=1, optimizer="sgd")
+    assert not (tmp_path / "run" / WEIGHTS).exists()
