@@ -38,9 +38,6 @@ class Commands(TyperGroup):
             typer.echo(f"reslora: {error}", err=True)
             raise typer.Exit(BAD_INPUT) from error
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
-        return list(self.commands)
-
 
 app = typer.Typer(
     cls=Commands,

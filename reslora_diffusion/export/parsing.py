@@ -1,0 +1,145 @@
+"""What the names of a LoRA file's tensors say, and what is wrong with them: pure functions of names and shapes.
+
+parse_key             one name, of any dialect and age -> dialect, component, module path, part
+parse_all             all of a file -> keys, and problems: other kinds of adapter, other models, unknown names
+structure_problems    mixed dialects, missing partners, ranks that disagree
+"""
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya, listing
+
+
+class Key(NamedTuple):
+    """What a tensor's name says."""
+
+    dialect: Dialect
+    component: str
+    path: str
+    part: str  # "A", "B", "alpha"
+
+
+SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
+NOT_PLAIN = {
+    r"dora_scale$|lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.lora_mid\.": "LoCon with a middle tensor (CP decomposition)",
+    r"\.lora_embedding_[AB]": "an embedding LoRA",
+    r"\.diff(_b)?$|\.[wb]_norm$": "full weight differences",
+    r"\.modules_to_save\.|lora_B(\.\w+)?\.bias$": "trained biases or whole modules",
+    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
+}
+FOREIGN = {
+    r"double_blocks|single_blocks|single_transformer_blocks": "FLUX",
+    r"joint_blocks|lora_te3_": "Stable Diffusion 3",
+    r"^lora_prior_|prior_unet": "Stable Cascade",
+    r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.": "a whole checkpoint, no LoRA",
+}
+KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(down|up)\.weight|(alpha))")
+DOTTED_KEY = re.compile(
+    r"(?P<path>.+?)(?:\.processor)?(?:"
+    r"\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"  # PEFT, with or without the adapter's name
+    r"|\.lora(?:_linear_layer)?\.(?P<linear>down|up)\.weight"  # diffusers before PEFT
+    r"|\.to_(?P<proj>q|k|v|out)_lora\.(?P<processor>down|up)\.weight"  # attention processors of 2023
+    r"|\.(?P<alpha>alpha))"
+)
+UNET_ROOTS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+CLIP_ROOTS = ("text_model.encoder.layers.", "encoder.layers.")
+
+
+def parse_key(key: str, folder_component: str | None = None) -> Key:
+    """What a key says, whatever its dialect; `folder_component` settles what PEFT keys are for.
+
+    Raises:
+        ValueError: it names nothing we know.
+    """
+    if match := KOHYA_KEY.fullmatch(key):
+        component, path = from_kohya(match[1])
+        return Key(Dialect.KOHYA, component, path, SIDES[match[2]] if match[2] else "alpha")
+    match = DOTTED_KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key} is not a LoRA key of diffusers, kohya or PEFT")
+    dialect, path = Dialect.DIFFUSERS, match["path"]
+    if path.startswith(PEFT_PREFIX):
+        dialect, path = Dialect.PEFT, path.removeprefix(PEFT_PREFIX)
+    component, dot, rest = path.partition(".")
+    if dialect is Dialect.DIFFUSERS and dot and component in COMPONENTS:
+        path = rest
+    elif dialect is Dialect.PEFT and folder_component:
+        component = folder_component
+    elif path.startswith(UNET_ROOTS):
+        component = "unet"
+    elif dialect is Dialect.PEFT:
+        component = "text_encoder" if path.startswith(CLIP_ROOTS) else "model"
+    else:
+        raise ValueError(f"{key} starts with none of {', '.join(COMPONENTS)}")
+    path = classic_path(component, path)
+    if proj := match["proj"]:
+        clip = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+        unet = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+        path = f"{path}.{(unet if component in ('unet', 'transformer') else clip)[proj]}"
+    side = match["peft"] or match["linear"] or match["processor"]
+    return Key(dialect, component, path, SIDES[side] if side else "alpha")
+
+
+def parse_all(names: list[str], folder_component: str | None = None) -> tuple[dict[str, Key], list[str]]:
+    """Every key parsed, and what cannot be: `(keys, problems)`."""
+    parsed, strange, problems = {}, [], []
+    kinds = defaultdict(list)
+    for name in names:
+        kind = next((kind for pattern, kind in NOT_PLAIN.items() if re.search(pattern, name)), None)
+        if kind:
+            kinds[kind].append(name)
+            continue
+        try:
+            parsed[name] = parse_key(name, folder_component)
+        except ValueError:
+            strange.append(name)
+    problems += [f"holds {kind}, not plain LoRA: {listing(keys)}" for kind, keys in kinds.items()]
+    if strange:
+        is_for = next((kind for pattern, kind in FOREIGN.items() if any(re.search(pattern, k) for k in strange)), None)
+        meant = f"; they are those of {is_for}" if is_for else ""
+        problems.append(
+            f"{len(strange)} of {len(names)} keys are no LoRA of Stable Diffusion{meant}: {listing(strange)}"
+        )
+    if not names:
+        problems.append("holds no tensors")
+    return parsed, problems
+
+
+def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Mixed dialects, missing partners, ranks that disagree; found from names and shapes alone."""
+    problems = []
+    dialects = {d: [name for name, key in keys.items() if key.dialect is d] for d in Dialect}
+    present = {d: names for d, names in dialects.items() if names}
+    if len(present) > 1:
+        styles = "; ".join(f"{d}: {listing(names, 2)}" for d, names in present.items())
+        problems.append(f"mixes key styles ({styles}); loaders would read only one of them")
+    sides = defaultdict(dict)
+    for name, key in keys.items():
+        sides[key.component, key.path].setdefault(key.part, shapes[name])
+    for want, other in (("A", "B"), ("B", "A")):
+        lonely = [f"{c}.{path}" for (c, path), side in sides.items() if other in side and want not in side]
+        if lonely:
+            problems.append(f"lora_{want} is missing for {len(lonely)} modules: {listing(lonely)}")
+    orphans = [f"{c}.{path}" for (c, path), side in sides.items() if side.keys() == {"alpha"}]
+    if orphans:
+        problems.append(f"alpha without lora_A and lora_B: {listing(orphans)}")
+    unlike, vectors = [], []
+    for (component, path), side in sides.items():
+        A, B = side.get("A"), side.get("B")
+        if A is not None and B is not None:
+            alike = len(A) == len(B) and len(A) in (2, 4) and A[0] == B[1] and set(B[2:]) <= {1}
+            if not alike or 0 in (*A, *B):
+                unlike.append(f"{component}.{path}: lora_A {list(A)}, lora_B {list(B)}")
+        if math.prod(side.get("alpha", ())) != 1:
+            vectors.append(f"{component}.{path}")
+    if unlike:
+        problems.append(f"ranks disagree in {len(unlike)} modules: {listing(unlike)}")
+    if vectors:
+        problems.append(f"alpha is not a single number in {len(vectors)} modules: {listing(vectors)}")
+    return problems
