@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,20 @@ from PIL import Image
 
 from app.adapters import AdapterShelf
 from app.compare import Comparer
-from app.request import Adapter, Column, CompareRequest, Limits, Scheduler, checked, filled, picture_count
+from app.request import (
+    Adapter,
+    Column,
+    CompareRequest,
+    Limits,
+    Scheduler,
+    checked,
+    digests_in,
+    filled,
+    picture_count,
+    read_settings,
+)
 from app_fixtures import make_lora_file, make_pipeline
+from reslora_diffusion.diffusion.race import app_settings
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -255,3 +268,34 @@ def test_foreign_settings_are_refused(change, words):
         CompareRequest.from_dict(request().to_dict() | change, {})
     with pytest.raises(ValueError, match="no object"):
         CompareRequest.from_dict([], {})
+
+
+def test_the_trainers_races_open_as_settings(files, adapters):
+    """`--compare` ends in a comparison.json, whose adapters are found by their content."""
+    asked = Namespace(
+        validation_prompt=["a cat", "a dog"], num_validation_images=2, num_inference_steps=9, guidance_scale=3.0
+    )
+    data = app_settings({name: path.parent for name, path in files.items()}, asked)
+    assert digests_in(data) == {adapter.sha256 for adapter in adapters}
+    opened = CompareRequest.from_dict(json.loads(json.dumps(data)), {a.sha256: a.path for a in adapters})
+    assert opened.adapters == tuple(adapters)
+    assert (opened.prompts, opened.seeds, opened.num_inference_steps) == (("a cat", "a dog"), (0, 1), 9)
+    assert checked(opened, Limits()) is opened
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"{'a': 1}"])
+def test_files_that_are_no_settings_are_refused(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match="not a settings file"):
+        read_settings(tmp_path / "settings.json")
+
+
+def test_large_files_are_not_read_as_settings(tmp_path):
+    (tmp_path / "settings.json").write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(ValueError, match="more than 1 MiB"):
+        read_settings(tmp_path / "settings.json")
+
+
+@pytest.mark.parametrize("data", [None, [], {"adapters": 1}, {"adapters": [1, {"sha256": 2}]}])
+def test_settings_without_adapters_ask_for_none(data):
+    assert digests_in(data) == set()
