@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/tiny-llm"), help="checkpoints")
     parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny-llm"), help="the finished model")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2100, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help=f"sequences of {SEQUENCE_LENGTH} tokens")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--problems", type=int, default=500, help="problems per evaluation")

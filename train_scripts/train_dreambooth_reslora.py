@@ -119,7 +119,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
     from reslora_diffusion.diffusion.optimizers import make_optimizer
-    from reslora_diffusion.diffusion.preflight import preflight
+    from reslora_diffusion.diffusion.preflight import expectation, preflight
     from reslora_diffusion.diffusion.record import resolve_seed, trackable, write_record
     from reslora_diffusion.diffusion.run import Run
     from reslora_diffusion.diffusion.sampling import Sampler
@@ -192,7 +192,11 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
     evaluation = Evaluation.of(sampler, args, accelerator.process_index, accelerator.num_processes)
     with adapters.evaluation():
+        fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
+        started = time.monotonic()
         loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
+        seconds = time.monotonic() - started
+    accelerator.print(expectation(plan, args, seconds, sum(len(batch.latents) for batch in evaluation.validation)))
     fp16, gpu = dtype is torch.float16, accelerator.device.type != "cpu"
     run = Run(
         args,

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     calibration = calibration_batches(
-        data.train, collate, training.per_device_train_batch_size, options.calibration_batches, training.seed
+        data.train, DataCollatorWithPadding(tokenizer), training, options.calibration_examples
     )
     training.metric_for_best_model = training.metric_for_best_model or task.metrics[0]
 

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if options.packing:
         refuse(filter(None, [packing_problem(model, collate, data.train)]))
     calibration = calibration_batches(
-        data.train, collate, training.per_device_train_batch_size, options.calibration_batches, training.seed
+        data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
     )
     quiz = None
     if data.read is not None:

@@ -64,8 +64,8 @@ def option_problems(options: ModelOptions, task_type: TaskType) -> list[str]:
     reach = options.num_previous
     if reach is not None and reach != "all" and not reach.isdecimal():
         return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
-    if options.calibration_batches < 1:
-        problems.append(f"--calibration_batches: got {options.calibration_batches}, wanted 1 or more")
+    if options.calibration_examples < 1:
+        problems.append(f"--calibration_examples: got {options.calibration_examples}, wanted 1 or more")
     try:
         adapter_config(options, task_type)
     except ValueError as error:

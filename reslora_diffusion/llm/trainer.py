@@ -140,12 +140,14 @@ def restore_shortcut(model: nn.Module, checkpoint: str) -> None:
 
 
 def calibration_batches(
-    examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], batch_size: int, count: int, seed: int
+    examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], training: TrainingArguments, count: int
 ) -> list[Batch]:
-    """The same random batches of training examples at every evaluation."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][:count]
-    return [collate([examples[i] for i in part]) for part in chosen]
+    """This process's part of the random training examples that every calibration uses, each a batch of its own: the
+    second moments must not see padding. `calibrate` sums over processes."""
+    generator = torch.Generator().manual_seed(training.seed)
+    count = max(1, min(count, len(examples)) // training.world_size) * training.world_size
+    order = torch.randperm(len(examples), generator=generator).repeat(training.world_size)[:count].tolist()
+    return [collate([examples[i]]) for i in order[training.process_index :: training.world_size]]
 
 
 def batches_of(examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], batch_size: int) -> list[Batch]:
