@@ -4,7 +4,7 @@
     python train_scripts/demo_llm.py                      # about four minutes on two CPU cores
     python train_scripts/demo_llm.py --num_train_epochs 1 # the same road in two minutes, too short to learn much
 
-Four processes that share nothing but files:
+Processes that share nothing but files; the two runs side by side, each on half of the cores:
 
     train_llm_reslora.py --method lora      ->  demo/llm/lora/adapter_model.safetensors
     train_llm_reslora.py --method reslora   ->  demo/llm/reslora/adapter_model.safetensors
@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def call(script: str, words: list[object]) -> float:
-    """Run a script beside this one in a process of its own, and return its seconds; leave with its exit code if it
-    fails."""
-    started = time.monotonic()
-    command = [sys.executable, ROOT / "train_scripts" / script, *words]
-    done = subprocess.run([str(word) for word in command], env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        sys.exit(done.returncode)
-    return round(time.monotonic() - started, 1)
+def start(script: str, words: list[object], share: int = 1) -> subprocess.Popen:
+    """Run a script beside this one in a process of its own, on one of `share` parts of the cores."""
+    command = [sys.executable, "-u", ROOT / "train_scripts" / script, *words]
+    threads = str(max(1, (os.cpu_count() or 1) // share))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [str(word) for word in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
-def train(args: argparse.Namespace, method: str) -> float:
+def follow(processes: dict[str, subprocess.Popen]) -> None:
+    """Print what the processes say, line by line under their names; leave with the exit code of one that fails."""
+
+    def show(label: str, process: subprocess.Popen) -> None:
+        for line in process.stdout or ():
+            print(f"{label:8}| {line}", end="", flush=True)
+
+    readers = [threading.Thread(target=show, args=item) for item in processes.items()]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    if codes := [code for process in processes.values() if (code := process.wait())]:
+        sys.exit(codes[0])
+
+
+def train(args: argparse.Namespace, method: str) -> subprocess.Popen:
     folder = args.output_dir / method
     if (folder / "run.json").is_file():
         shutil.rmtree(folder)
@@ -69,27 +85,40 @@ def train(args: argparse.Namespace, method: str) -> float:
     words += [f"--dataset_name={args.dataset_name}", f"--output_dir={folder}", f"--seed={args.seed}"]
     words += [f"--rank={args.rank}", "--target_modules=all-linear", f"--learning_rate={args.learning_rate}"]
     words += [f"--num_train_epochs={args.num_train_epochs}", "--per_device_train_batch_size=16"]
-    words += ["--per_device_eval_batch_size=125", "--max_new_tokens=40", "--export_dtype=float32"]
+    words += [
+        "--per_device_eval_batch_size=125",
+        "--max_new_tokens=40",
+        "--export_dtype=float32",
+        "--disable_tqdm=true",
+    ]
     words += ["--dataloader_pin_memory=false", f"--eval_base={method == 'lora'}"]
     if method == "reslora":
         words += [f"--shortcut={args.shortcut}", f"--num_previous={args.num_previous}"]
-    print(f"\n--- {method}: {args.num_train_epochs} epochs", flush=True)
-    return call("train_llm_reslora.py", words)
+    return start("train_llm_reslora.py", words, share=len(RUNS))
 
 
-def reload(args: argparse.Namespace, method: str) -> tuple[Generations, int, float]:
-    """`(answers of plain PEFT with the exported folder, how many of them are the run's own, seconds)`."""
-    folder = args.output_dir / method
+def write_questions(args: argparse.Namespace) -> list[dict]:
+    """The test problems without their answers, for a program that does not know the task; returns the rows."""
     rows = read_json_lines(args.dataset_name / "test.jsonl")
-    questions = args.output_dir / "questions.jsonl"
-    questions.write_text("".join(f"{json.dumps({'messages': TASK.messages(row)[:1]})}\n" for row in rows))
-    words = [f"--model_name_or_path={args.model_name_or_path}", f"--adapter={folder}", f"--questions={questions}"]
-    seconds = call("answer_with_peft.py", [*words, f"--output={folder / 'reloaded.jsonl'}"])
+    lines = [json.dumps({"messages": TASK.messages(row)[:1]}) for row in rows]
+    (args.output_dir / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return rows
+
+
+def reload(args: argparse.Namespace, method: str) -> subprocess.Popen:
+    """Plain PEFT answers the questions with the exported folder."""
+    folder = args.output_dir / method
+    words = [f"--model_name_or_path={args.model_name_or_path}", f"--adapter={folder}"]
+    words += [f"--questions={args.output_dir / 'questions.jsonl'}", f"--output={folder / 'reloaded.jsonl'}"]
+    return start("answer_with_peft.py", words, share=len(RUNS))
+
+
+def answers(folder: Path, rows: list[dict]) -> tuple[Generations, int]:
+    """`(what plain PEFT answered, how many responses are the same as the run's own)`."""
     responses = [row["response"] for row in read_json_lines(folder / "reloaded.jsonl")]
     recorded = [row["response"] for row in read_json_lines(folder / "predictions.jsonl")]
     same = sum(a == b for a, b in zip(responses, recorded, strict=True))
-    found = Generations(responses, [TASK.read(text) for text in responses], [TASK.answer(row) for row in rows])
-    return found, same, seconds
+    return Generations(responses, [TASK.read(text) for text in responses], [TASK.answer(row) for row in rows]), same
 
 
 def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
@@ -130,20 +159,21 @@ def main(argv: list[str] | None = None) -> None:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "runs": {},
     }
+    rows = write_questions(args)
+    follow({label: train(args, method) for label, method in RUNS.items()})
+    follow({label: reload(args, method) for label, method in RUNS.items()})
     for label, method in RUNS.items():
-        seconds = train(args, method)
-        found, same, reload_seconds = reload(args, method)
         folder = args.output_dir / method
+        found, same = answers(folder, rows)
         results = json.loads((folder / "results.json").read_text())
         figures["runs"][label] = {
             "exact_match": found.exact_match,
             "text": str(found),
-            "same_responses_after_reload": f"{same} of {len(found.wanted)}",
+            "same_responses_after_reload": f"{same} of {len(rows)}",
             "as_trained": results["exact_match"].get("as trained"),
             "best_step": results["best_step"],
             "exported_rank": json.loads((folder / "adapter_config.json").read_text())["r"],
             "trained_parameters": json.loads((folder / "run.json").read_text())["trained_parameters"],
-            "seconds": {"train": seconds, "reload": reload_seconds},
         }
         figures.setdefault("base_exact_match", results["exact_match"].get("base"))
     figures["seconds"] = round(time.monotonic() - started, 1)
