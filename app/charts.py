@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .runs import Points, Run, thinned
 
@@ -94,6 +95,7 @@ def drawn(figure: Figure, axes: Axes, runs: Sequence[Run]) -> str:
     axes.set_xlim(0, max(1, *(run.last_step for run in runs)) * 1.03)
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     axes.set_xlabel("step")
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):

@@ -130,7 +130,11 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .chart .empty { color: var(--body-text-color-subdued); padding: 2rem 0; text-align: center; }
 .progress { display: grid; gap: 6px; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); }
-.progress progress { width: 100%; height: 10px; accent-color: var(--primary-600); }
+.progress progress { width: 100%; height: 10px; appearance: none; border: 0; border-radius: 5px; overflow: hidden;
+  background: var(--faint); }
+.progress progress::-webkit-progress-bar { background: var(--faint); }
+.progress progress::-webkit-progress-value { background: var(--primary-600); }
+.progress progress::-moz-progress-bar { background: var(--primary-600); }
 .log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; font-family: var(--font-mono); margin: 0; }
 
 .ballot { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; max-width: 720px; margin: 0 auto; }

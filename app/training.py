@@ -173,6 +173,7 @@ class Training:
         """The last lines; a progress bar counts as one, however often it was drawn."""
         path = self.folder / LOG
         text = path.read_bytes()[-16_384:].decode(errors="replace") if path.is_file() else ""
+        text = text.replace(f"{self.folder.parent}{os.sep}", "")
         lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
         return [line for line in lines if line][-LOG_LINES:]
 
@@ -244,7 +245,8 @@ class Trainer:
         return path
 
     def new_folder(self, request: TrainRequest) -> Path:
-        wanted = slug(request.name) or slug(f"{request.instance_prompt} {request.method}")
+        subject = re.sub(r"^an? \w+ of (an? )?", "", request.instance_prompt)
+        wanted = slug(request.name) or slug(f"{subject} {request.method}")
         for number in range(1, 10_000):
             folder = self.root / (wanted if number == 1 else f"{wanted}-{number}")
             if not folder.exists():

@@ -138,7 +138,8 @@ def test_a_training_runs_to_its_end_and_can_be_read(trainer):
     assert "5 steps done" in training_status(training)
     assert training.log() == ["training: 5", "saved"]
     assert read_run("x", training.folder).last_step == 5
-    assert trainer.start(ASKED, [PICTURE], "me").folder.name == f"{training.folder.name}-2"
+    assert training.folder.name == "sks-cat-reslora-input"
+    assert trainer.start(ASKED, [PICTURE], "me").folder.name == "sks-cat-reslora-input-2"
 
 
 def test_one_at_a_time_and_stopped_on_request(trainer):
