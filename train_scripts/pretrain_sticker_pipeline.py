@@ -18,20 +18,17 @@ A smoke run of everything on a CPU, in about a minute:
 
 import argparse
 import json
-import platform
 import random
 import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -49,14 +46,12 @@ from sticker_data import (
     subjects,
     to_array,
 )
-from sticker_judge import ceiling, judge_background, judge_subject
+from sticker_evaluation import evaluate, paint_sheet
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "evaluate")
 LATENT_CHANNELS = 16
 MAX_TOKENS = 32
 EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance needs
-INFERENCE_STEPS = 25
-GUIDANCE = 4.0
 CATEGORY_SHARE = 0.1  # "a sticker of an animal": what prior preservation's class prompts need
 
 
@@ -299,67 +294,6 @@ def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: P
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
-def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch_size: int = 32) -> list:
-    """One picture per prompt, each from its own seed, 25 steps, guidance 4."""
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        pictures += pipeline(
-            prompts[part], num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE, generator=generators
-        ).images
-    return pictures
-
-
-def paint_sheet(pipeline: StableDiffusionPipeline, file: Path, rows: int) -> None:
-    """A look at what the pipeline knows: every eighth subject (or as many as fit), one background per column."""
-    colours = list(BACKGROUNDS)
-    chosen = [subjects()[i * len(subjects()) // (rows * len(colours))] for i in range(rows * len(colours))]
-    prompts = [caption(s.name, colours[i % len(colours)]) for i, s in enumerate(chosen)]
-    pictures = paint(pipeline, prompts, list(range(len(prompts))))
-    cell = RESOLUTION + 2
-    sheet = Image.new("RGB", (len(colours) * cell, rows * cell), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % len(colours) * cell, i // len(colours) * cell))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(args: argparse.Namespace) -> dict:
-    """Paint every subject on two backgrounds and let the judge count; write figures and contact sheet."""
-    pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir).to(args.device)
-    colours = list(BACKGROUNDS)
-    wanted = [(s.name, colours[(i + k) % len(colours)]) for i, s in enumerate(subjects()) for k in (0, 3)]
-    started = time.monotonic()
-    pictures = paint(pipeline, [caption(name, colour) for name, colour in wanted], list(range(len(wanted))))
-    seconds = time.monotonic() - started
-    judged = [(judge_subject(picture), judge_background(picture)) for picture in pictures]
-    pairs = list(zip(wanted, judged, strict=True))
-    figures = {
-        "pictures": len(wanted),
-        "right_subject": sum(want[0] == got[0] for want, got in pairs) / len(wanted),
-        "right_background": sum(want[1] == got[1] for want, got in pairs) / len(wanted),
-        "judge_ceiling": ceiling(),
-        "num_inference_steps": INFERENCE_STEPS,
-        "guidance_scale": GUIDANCE,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "seconds": round(seconds, 1),
-        "misjudged": [f"{' on '.join(want)} -> {' on '.join(got)}" for want, got in pairs if want != got],
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    (args.output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    paint_sheet(pipeline, args.output_dir / "contact_sheet.png", rows=12)
-    return figures
-
-
 # ---------------------------------------------------------------------------------------------- the one loop
 
 
@@ -434,7 +368,7 @@ def main() -> None:
     if "unet" in stages and not (args.output_dir / "model_index.json").exists():
         train_unet(args, CLIPTokenizer.from_pretrained(tokenizer_folder), vae, latents)
     if "evaluate" in stages:
-        print(json.dumps(evaluate(args), indent=2))
+        print(json.dumps(evaluate(args.output_dir, args.device), indent=2))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 The glyphs come from the Noto Color Emoji font (Debian: fonts-noto-color-emoji), a bitmap font whose only
 size is 109; their names come from `unicodedata`. Every picture the shipped pipeline has seen, and every
-picture of a DreamBooth subject in `assets/subjects/`, is made by this file. Run as a program, it draws `assets/subjects/`.
+picture of a DreamBooth subject in `assets/subjects/`, is made by this file, which as a program draws the latter.
 """
 
 import functools

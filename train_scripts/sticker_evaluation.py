@@ -1,0 +1,80 @@
+"""What the sticker pipeline can paint: a sheet to look at, and figures by a judge that knows no network.
+
+paint         one picture per prompt, each from its own seed, 25 steps, guidance 4
+paint_sheet   pictures of subjects in rows, one background per column
+evaluate      96 subjects x 2 backgrounds, judged by `sticker_judge`; writes `evaluation.json` beside the pipeline
+"""
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from sticker_data import BACKGROUNDS, RESOLUTION, caption, subjects
+from sticker_judge import ceiling, judge_background, judge_subject
+
+INFERENCE_STEPS = 25
+GUIDANCE = 4.0
+
+
+def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch_size: int = 32) -> list:
+    """One picture per prompt, each from its own seed, 25 steps, guidance 4."""
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        pictures += pipeline(
+            prompts[part], num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE, generator=generators
+        ).images
+    return pictures
+
+
+def paint_sheet(pipeline: StableDiffusionPipeline, file: Path, rows: int) -> None:
+    """A look at what the pipeline knows: every eighth subject (or as many as fit), one background per column."""
+    colours = list(BACKGROUNDS)
+    chosen = [subjects()[i * len(subjects()) // (rows * len(colours))] for i in range(rows * len(colours))]
+    prompts = [caption(s.name, colours[i % len(colours)]) for i, s in enumerate(chosen)]
+    pictures = paint(pipeline, prompts, list(range(len(prompts))))
+    cell = RESOLUTION + 2
+    sheet = Image.new("RGB", (len(colours) * cell, rows * cell), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % len(colours) * cell, i // len(colours) * cell))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+
+
+def evaluate(folder: Path, device: str) -> dict:
+    """Paint every subject on two backgrounds and let the judge count; write figures and contact sheet."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)
+    colours = list(BACKGROUNDS)
+    wanted = [(s.name, colours[(i + k) % len(colours)]) for i, s in enumerate(subjects()) for k in (0, 3)]
+    started = time.monotonic()
+    pictures = paint(pipeline, [caption(name, colour) for name, colour in wanted], list(range(len(wanted))))
+    seconds = time.monotonic() - started
+    judged = [(judge_subject(picture), judge_background(picture)) for picture in pictures]
+    pairs = list(zip(wanted, judged, strict=True))
+    figures = {
+        "pictures": len(wanted),
+        "right_subject": sum(want[0] == got[0] for want, got in pairs) / len(wanted),
+        "right_background": sum(want[1] == got[1] for want, got in pairs) / len(wanted),
+        "judge_ceiling": ceiling(),
+        "num_inference_steps": INFERENCE_STEPS,
+        "guidance_scale": GUIDANCE,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "seconds": round(seconds, 1),
+        "misjudged": [f"{' on '.join(want)} -> {' on '.join(got)}" for want, got in pairs if want != got],
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    paint_sheet(pipeline, folder / "contact_sheet.png", rows=12)
+    return figures
