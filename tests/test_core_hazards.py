@@ -266,7 +266,7 @@ def test_compiles_whole_without_breaks(name: str, shortcut: str, num_previous: i
     loss_of(output(name, model, args)).backward()
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert (gradients[key] - parameter.grad).abs().max() < 1e-11
+            assert (gradients[key] - parameter.grad).abs().max() < 1e-11 * parameter.grad.abs().max().clamp_min(1)
     dynamo.reset()
 
 

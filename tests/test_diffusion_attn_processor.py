@@ -114,12 +114,13 @@ def test_it_really_prepares() -> None:
     model, calls = adapted_unet("middle"), []
     set_attn_processors(model)
     controller = get_controller(model)
-    original = controller.prepare
-    controller.prepare = lambda names, x: (original(names, x), calls.append((names, set(controller.ready))))
+    fusion = controller.fusion
+    original = fusion.prepare
+    fusion.prepare = lambda c, names, x: (original(c, names, x), calls.append((names, set(fusion.ready))))
     output("unet", model, inputs("unet"))
     assert calls
     assert all(set(names) == ready for names, ready in calls)
-    assert controller.ready == {}
+    assert fusion.ready == {}
 
 
 def test_it_owns_no_weights_and_swapping_loses_nothing() -> None:

@@ -25,6 +25,7 @@ from .chains import Explanation, Site, build_chains, find_sites, windows
 from .checkpointing import cover_checkpointing, uncover_checkpointing
 from .config import ResLoraConfig, Shortcut
 from .context import OUTSIDE, ForwardContext
+from .fast_forward import Fusion, carried_key
 from .functional import LoraFactors, concatenated, down, down_sum, up_add
 
 FUSED = (
@@ -76,7 +77,7 @@ class Controller:
         self.calibrated_at: dict[str, int] = {}
         self.corrections_while_merged: dict[str, Tensor] = {}
         self.skipped: dict[str, int] = {}
-        self.ready: dict[str, tuple[Tensor, Tensor]] = {}  # (x, bottleneck) of layers that `prepare` has computed
+        self.fusion = Fusion()
         self.root_name, self.root = find_root(model, list(layers))
         parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in layers}
         self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
@@ -91,8 +92,11 @@ class Controller:
         """Build the chains of the configuration as it is now."""
         shortcut = self.config.effective_shortcut
         self.shortcut = shortcut
+        dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
+        self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)
         self.windows = windows(self.chains, self.config.num_previous)
+        self.followers = {a.name: b.name for c in self.chains for a, b in zip(c.sites, c.sites[1:], strict=False)}
         self.readers: dict[str, int] = dict.fromkeys(self.sites, 0)
         for chain in self.chains if shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) else ():
             for place, site in enumerate(chain.sites):
@@ -125,6 +129,7 @@ class Controller:
         """Forward pre-hook of the root."""
         if any(map(is_fused, self.fusible)) and not self.is_idle():
             raise RuntimeError(FUSED)
+        self.fusion.open(self)
         if self.shortcut is Shortcut.NONE:
             return
         if getattr(root, "_is_replica", False):
@@ -137,7 +142,7 @@ class Controller:
     def close(self, root: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of the root; runs after an exception too."""
         self.context.close()
-        self.ready.clear()
+        self.fusion.close()
         if self.is_gone():
             self.remove_hooks()
 
@@ -181,12 +186,6 @@ class Controller:
             plain = self.merged[adapter]
             A, B = plain.lora_A.to(x.dtype), plain.lora_B.to(x.dtype)
             return up_add(result, down(dropout(x), A), B, scaling)
-        if adapter in self.ready:
-            prepared_for, z = self.ready.pop(adapter)
-            if prepared_for is x:
-                self.let_go(self.read_by(site))
-                return up_add(result, z, layer.lora_B[name].weight.to(x.dtype), scaling)
-            self.context.retract(adapter)
         A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
         if self.shortcut is Shortcut.BLOCK:
             earlier = [self.factors(other) for other in self.windows[adapter]]
@@ -199,57 +198,44 @@ class Controller:
             z = down(dropout(x), A)
         return up_add(result, z, B, scaling)
 
-    def prepare(self, names: list[str], x: Tensor) -> None:
-        """Compute the bottlenecks of several layers that are about to read the same `x` [..., in] in one product.
-
-        Does nothing where they have no product in common: block shortcuts, dropout, another adapter's layers.
-        """
-        if self.shortcut is Shortcut.BLOCK or self.observer is not None or self.merged is not None or self.is_idle():
-            return
-        sites = [self.sites[name] for name in names if name in self.sites]
-        layers = [self.layers[site.name] for site in sites]
-        dropouts = [layer.lora_dropout[self.adapter_name] for layer in layers]
-        if len(sites) < 2 or any(d.training and not isinstance(d, nn.Identity) for d in dropouts):
-            return
-        factors: list[Any] = [layer.lora_A[self.adapter_name] for layer in layers]
-        stacked = torch.cat([factor.weight for factor in factors]).to(x.dtype)
-        parts = down(x, stacked).split([len(factor.weight) for factor in factors], dim=-1)
-        for site, factor, z in zip(sites, factors, parts, strict=True):
-            if self.shortcut is Shortcut.INPUT:
-                previous = self.read(site, self.read_by(site), x.shape)
-                self.publish(site, x)
-                z = z + down(previous[0][1].to(x.dtype), factor.weight.to(x.dtype)) if previous else 2 * z
-            elif self.shortcut is Shortcut.MIDDLE:
-                z = self.middle_sum(site, z)
-            self.ready[site.name] = x, z
-
     def input_bottleneck(self, site: Site, x: Tensor, lora_A: Tensor, dropout: nn.Module) -> Tensor:
         """A D(x + x') [..., r]."""
-        previous = self.read(site, self.read_by(site), x.shape)
-        self.let_go(self.read_by(site))
+        carried, previous = self.read_input(site, x)
+        self.let_go(site)
         self.publish(site, x)
-        other = previous[0][1].to(x.dtype) if previous else x
+        other = x if previous is None else previous.to(x.dtype)
         if self.observer is not None:
             self.observer.see(site, x, [(site.name, other)])
-        if not previous:
+        if carried is not None:
+            return down(x, lora_A) + carried.to(x.dtype)
+        if previous is None:
             return 2 * down(dropout(x), lora_A)
         if isinstance(dropout, nn.Identity) or not dropout.training:
             return down_sum(x, other, lora_A)
         return down(dropout(x + other), lora_A)
 
+    def read_input(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`(A x', x')` of the layer before: one of the two, as that layer chose, or neither for a first layer."""
+        names = self.read_by(site)
+        carried = self.context.get(carried_key(names[0])) if names else None
+        if carried is None:
+            previous = self.read(site, names, x.shape)
+            return None, previous[0][1] if previous else None
+        self.require_root(site)
+        if carried.shape[:-1] != x.shape[:-1]:
+            self.skip(site, names[0], x.shape, torch.Size((*carried.shape[:-1], site.in_features)))
+            return None, None
+        return carried, None
+
     def middle_bottleneck(self, site: Site, x: Tensor, z: Tensor) -> Tensor:
         """z_n + z_{n-1} + ... [..., r], given z_n."""
-        total = self.middle_sum(site, z, x)
-        self.let_go(self.read_by(site))
-        return total
-
-    def middle_sum(self, site: Site, z: Tensor, x: Tensor | None = None) -> Tensor:
         previous = self.read(site, self.read_by(site), z.shape)
+        self.let_go(site)
         total = z
         for _, earlier in previous:
             total = total + earlier.to(z.dtype)
         self.publish(site, total if self.config.num_previous is None else z)
-        if self.observer is not None and x is not None:
+        if self.observer is not None:
             self.observer.see(site, x, previous)
         return total
 
@@ -260,7 +246,7 @@ class Controller:
             self.require_root(site)
             value = self.context.get(name)
             if value is None or value.shape != shape:
-                self.skip(site, name, shape, value)
+                self.skip(site, name, shape, None if value is None else value.shape)
                 break
             found.append((name, value))
         return found
@@ -271,26 +257,32 @@ class Controller:
         running_sum = self.shortcut is Shortcut.MIDDLE and self.config.num_previous is None
         return window[:1] if running_sum else window
 
-    def let_go(self, names: tuple[str, ...]) -> None:
-        """Forget values whose only reader has read them: they need not live as long as the forward."""
-        for name in names:
+    def let_go(self, site: Site) -> None:
+        """Forget values that `site` was the only one to read: they need not live as long as the forward."""
+        for name in self.read_by(site):
             if self.readers[name] == 1:
                 self.context.drop(name)
+                self.context.drop(carried_key(name))
 
-    def publish(self, site: Site, value: Tensor) -> None:
+    def publish(self, site: Site, value: Tensor, key: str | None = None) -> None:
         if self.readers[site.name]:
             self.require_root(site)
-            self.context.put(site.name, value)
+            self.context.put(key or site.name, value)
+
+    def retract(self, site: Site) -> None:
+        """Inverse of `publish`."""
+        self.context.retract(site.name)
+        self.context.retract(carried_key(site.name))
 
     def require_root(self, site: Site) -> None:
         if self.context.scope is None:
             roots = " or ".join(name or type(root).__name__ for name, root in self.roots.items())
             raise RuntimeError(OUTSIDE.format(layer=site.name, shortcut=str(self.shortcut), root=roots))
 
-    def skip(self, site: Site, name: str, shape: torch.Size, value: Tensor | None) -> None:
+    def skip(self, site: Site, name: str, shape: torch.Size, found: torch.Size | None) -> None:
         """Count a link that could not be used, and warn of the first."""
         if not self.skipped:
-            got = "did not run before it" if value is None else f"has shape {tuple(value.shape)}"
+            got = "did not run before it" if found is None else f"has shape {tuple(found)}"
             warnings.warn(
                 f"the shortcut into {site.name} is skipped: {name} {got}, wanted {tuple(shape)}. The layer is treated "
                 "as the first of a chain; further ones are counted in `get_controller(model).skipped`",

@@ -82,6 +82,24 @@ class KeepInputDtype:
         return type(self.layer)._cast_input_dtype(self.layer, x, dtype)
 
 
+class FastForward:
+    """In place of a layer's `forward`: the fused form where that is possible (`core.fast_forward`), or PEFT's own."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self.layer
+        if not (torch.compiler.is_compiling() or args or kwargs):
+            active = layer.active_adapters
+            variant = layer.lora_variant.get(active[0]) if len(active) == 1 else None
+            if isinstance(variant, ResLoraVariant):
+                output = variant.controller.fusion.forward(variant.controller, variant.site, layer, x)
+                if output is not None:
+                    return output
+        return type(layer).forward(layer, x, *args, **kwargs)
+
+
 class ResLoraModel(LoraModel):
     """PEFT's LoRA model whose layers compute with shortcuts."""
 
@@ -191,6 +209,8 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
     for name, layer in layers.items():
         layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
         layer._cast_input_dtype = KeepInputDtype(layer)  # type: ignore[method-assign, assignment]
+        if type(layer).__name__ == "Linear":
+            layer.forward = FastForward(layer)  # type: ignore[attr-defined]
 
 
 def find_controller(model: nn.Module, adapter_name: str) -> Controller | None:

@@ -7,12 +7,16 @@
 `ResLoRAAttnProcessor` wraps whatever processor an attention has. It owns no weights: it computes bottlenecks ahead, the
 adapted layers pick them up when the wrapped processor calls them, and a layer that is called with something else
 computes its own. So swapping processors (slicing, xFormers, IP-Adapter) can lose speed, never training, and outputs and
-gradients are those of the layers by themselves. What it saves is launches, so it pays on a GPU.
+gradients are those of the layers by themselves. What it saves is launches, so it pays on a GPU; for the same reason a
+division by a `rescale_output_factor` of 1 is left out.
 """
 
 import inspect
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reslora_diffusion import get_controller
@@ -40,7 +44,31 @@ class ResLoRAAttnProcessor:
             self.prepare_group(ADDED, encoder_hidden_states)
 
     def prepare_group(self, leaves: tuple[str, ...], x: Tensor) -> None:
-        self.controller.prepare([f"{self.name}.{leaf}" for leaf in leaves], x)
+        names = [f"{self.name}.{leaf}" for leaf in leaves]
+        self.controller.fusion.prepare(self.controller, names, x)
+
+
+class One:
+    """Divides a tensor without touching it."""
+
+    def __rtruediv__(self, other: Tensor) -> Tensor:
+        return other
+
+
+class WithoutDivisionByOne(AbstractContextManager):
+    """Inside, `tensor / module.<name>` launches nothing if the attribute is 1."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module, self.name = module, name
+        self.factor = getattr(module, name, None)
+
+    def __enter__(self) -> None:
+        if self.factor == 1:
+            setattr(self.module, self.name, One())
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.factor == 1:
+            setattr(self.module, self.name, self.factor)
 
 
 def wrap_processor(inner: Any, controller: Controller, name: str) -> ResLoRAAttnProcessor:
@@ -51,8 +79,11 @@ def wrap_processor(inner: Any, controller: Controller, name: str) -> ResLoRAAttn
     """
 
     def call(self: ResLoRAAttnProcessor, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler does better with the layers by themselves
+            return self.inner(attn, hidden_states, *args, **kwargs)
         self.prepare(attn, hidden_states, args[0] if args else kwargs.get("encoder_hidden_states"))
-        return self.inner(attn, hidden_states, *args, **kwargs)
+        with WithoutDivisionByOne(attn, "rescale_output_factor"):
+            return self.inner(attn, hidden_states, *args, **kwargs)
 
     def reduce(self: ResLoRAAttnProcessor) -> tuple:
         return wrap_processor, (self.inner, self.controller, self.name)
@@ -87,3 +118,4 @@ def unset_attn_processors(model: nn.Module) -> None:
         current = getattr(module, "processor", None)
         if isinstance(current, ResLoRAAttnProcessor):
             module.set_processor(current.inner)
+            current.controller.fusion.groups.clear()
