@@ -14,6 +14,8 @@ SCRIPT = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
 PROMPT = "a sticker of sks animal"
 sys.path.insert(0, str(SCRIPT.parent))
 
+import demo  # noqa: E402, F401
+import paint  # noqa: E402, F401
 import train_dreambooth_reslora as script  # noqa: E402
 
 DEFAULTS = {

@@ -56,7 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def call(script: str, words: list[object]) -> None:
     """Run a script beside this one in a process of its own; leave with its exit code if it fails."""
     command = [sys.executable, ROOT / "train_scripts" / script, *words]
-    done = subprocess.run([str(word) for word in command], env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([str(word) for word in command], env=os.environ | quiet)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -106,7 +107,7 @@ def paint(args: argparse.Namespace) -> float:
 
 def draw_sheet(args: argparse.Namespace) -> Path:
     """Rows: prompt and seed. Columns: the training pictures, then base, LoRA, ResLoRA."""
-    rows = [prompt for prompt in prompts(args) for _ in SEEDS]
+    rows = [f"{prompt}, seed {seed}" for prompt in prompts(args) for seed in SEEDS]
     names = [f"{n}-{seed}.png" for n in range(len(BACKGROUNDS)) for seed in SEEDS]
     subject = [open_upright(picture.path) for picture in scan(args.instance_data_dir).pictures]
     columns = {TRAINING_PICTURES: subject[: len(rows)]}

@@ -12,6 +12,7 @@ starts from the same noise.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -42,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
+    # PEFT warns of a second adapter, which is what is wanted here.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     for label, path in args.lora.items():
         pipe.load_lora_weights(path, adapter_name=label)
 

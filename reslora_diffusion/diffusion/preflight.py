@@ -11,6 +11,7 @@ from .data import Scan
 from .problems import listing
 
 BYTES = {"fp16": 2, "bf16": 2}
+BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
@@ -62,6 +63,14 @@ def memory(plan: Plan, args: Namespace) -> str:
         f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
         f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top"
     )
+
+
+def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int) -> str:
+    """How long training will take, from the seconds that so many pictures took forwards."""
+    pictures = args.train_batch_size * args.gradient_accumulation_steps
+    pictures *= 2 if any(concept.classes for concept in plan.concepts) else 1
+    step = seconds / forwards * pictures * (1 + BACKWARD + args.gradient_checkpointing)
+    return f"expected: {step:.2g} s a step, {step * plan.max_train_steps / 60:.2g} minutes without validation"
 
 
 def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:
