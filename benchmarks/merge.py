@@ -105,7 +105,7 @@ def llm_bench() -> Bench:
     def batch(seed: int, index: int) -> dict[str, Tensor]:
         rows = problems["test" if seed == HELD_OUT_SEED else "train"]
         g = torch.Generator().manual_seed(1_000_003 * seed + index)
-        chosen = [rows[row] for row in torch.randint(len(rows), (16,), generator=g).tolist()]
+        chosen = [rows[row] for row in torch.randint(len(rows), (8,), generator=g).tolist()]
         width = max(map(len, chosen))
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in chosen])

@@ -82,7 +82,7 @@ class FusedLinears(torch.autograd.Function):
             y.addmm_(total[:, at : at + rank], up.T, alpha=scaling)  # type: ignore[union-attr]
             outputs.append(y.view(*lead, -1))
             at += rank
-        ctx.save_for_backward(x, D, total, *U, *W)
+        ctx.save_for_backward(x, D, total, *U, *W, *carried)
         ctx.publishes, ctx.scalings, ctx.ranks, ctx.later = publishes, scalings, ranks, later
         ctx.set_materialize_grads(False)
         if publishes is Publishes.NOTHING:
@@ -94,8 +94,11 @@ class FusedLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         x, D, total, *rest = ctx.saved_tensors
         count, ranks, scalings = len(ctx.scalings), ctx.ranks, ctx.scalings
-        U, W = rest[:count], rest[count:]
+        U, W, carried = (rest[at : at + count] for at in range(0, 3 * count, count))
         rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # for a second derivative, which a value from inside forward would cut off
+            carry, total = bundle(carried, ranks, rows), rows @ D[: sum(ranks)].T
+            total = total if carry is None else total + carry
         g = [None if each is None else each.reshape(len(rows), -1) for each in gradients[:count]]
         handed = gradients[count:]
         t = t_c = up_gradients(g, U, scalings, ranks, rows, handed if ctx.publishes is Publishes.SUM else ())
@@ -119,9 +122,10 @@ class FusedLinears(torch.autograd.Function):
                 g, total.split(ranks, dim=1), scalings, ctx.needs_input_grad[6 : 6 + count], strict=True
             )
         ]
-        dc: Sequence[Tensor | None] = [None] * count
-        if any(ctx.needs_input_grad[6 + 3 * count :]):
-            dc = [part.unflatten(0, x.shape[:-1]) for part in t_c.split(ranks, dim=1)]
+        dc = [
+            part.unflatten(0, x.shape[:-1]) if needed else None
+            for part, needed in zip(t_c.split(ranks, dim=1), ctx.needs_input_grad[6 + 3 * count :], strict=True)
+        ]
         none = [None] * count
         return None, None, None, None, dx, dD, *dU, *none, *none, *dc
 
