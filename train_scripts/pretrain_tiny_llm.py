@@ -277,7 +277,7 @@ def readme(args: argparse.Namespace, figures: dict) -> str:
     size = (args.output_dir / "model.safetensors").stat().st_size / 1e6
     known, new = (figures["exact_match"][name]["text"] for name in ("like_pretraining", "held_out_test"))
     command = f"python train_scripts/pretrain_tiny_llm.py --steps {args.steps} --batch_size {args.batch_size}"
-    millions = figures["parameters"] / 1e6
+    millions, counts = figures["parameters"] / 1e6, SPLITS
     batch = f"{args.batch_size} sequences of {SEQUENCE_LENGTH} tokens"
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     return f"""# tiny-llm
@@ -299,9 +299,9 @@ library.
 | exact match on the held-out task below, untrained | {new} |
 | versions | {versions} |
 
-`word_problems/` is a fine-tuning task of which pretraining saw no sentence, in SVAMP's columns: {SPLITS["train"]}
-problems to train on, {SPLITS["validation"]} to choose a step by, {SPLITS["test"]} to report on. Each story is asked in
-several ways and holds a number that is not needed. `make demo-llm` fine-tunes on it with LoRA and ResLoRA.
+`word_problems/` is a fine-tuning task of which pretraining saw no sentence, in SVAMP's columns: {counts["train"]} problems
+to train on, {counts["validation"]} to choose a step by, {counts["test"]} to report on. Each story is asked in several ways
+and holds a number that is not needed. `make demo-llm` fine-tunes on it with LoRA and ResLoRA.
 
 It knows nothing but small sums, and is licensed as this repository is.
 """

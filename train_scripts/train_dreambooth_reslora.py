@@ -116,6 +116,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
     from reslora_diffusion.diffusion.history import History
+    from reslora_diffusion.diffusion.hub import create_repository
     from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
     from reslora_diffusion.diffusion.optimizers import make_optimizer
@@ -138,11 +139,15 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     args.seed = resolve_seed(args, checkpoint, accelerator)
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
+    if args.push_to_hub and accelerator.is_main_process:
+        create_repository(args)  # better to learn now than in the end that it cannot be written to
+
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)
     pipeline = models.load_pipeline(args, dtype)
     scheduler = models.training_scheduler(pipeline, args)
     adapters = add_adapters(pipeline, plan.skeleton, args)
+    accelerator.print("\n".join(adapters.links()))
     models.prepare_models(pipeline, adapters.models, args, accelerator.device)
     instances, classes, empty = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
     sampler = Sampler(
@@ -251,7 +256,9 @@ def main(args: Namespace) -> Path:
         print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
         print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
         if args.push_to_hub:
-            print(f"pushed to {run.push_to_hub()}")
+            from reslora_diffusion.diffusion.hub import upload
+
+            print(f"pushed to {upload(args)}")
     return run.output
 
 

@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     output, main_process = Path(training.output_dir), trainer.is_world_process_zero()
     facts = {
         "trained_parameters": trained_parameters(model),
+        "processes": f"{trainer.accelerator.num_processes}, {trainer.accelerator.distributed_type}",
         "examples": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)},
         "chains": explain(model).to_dict() if is_reslora(model) else None,
         "notes": data.notes,
