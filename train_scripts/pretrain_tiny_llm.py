@@ -277,7 +277,7 @@ def readme(args: argparse.Namespace, figures: dict) -> str:
     size = (args.output_dir / "model.safetensors").stat().st_size / 1e6
     known, new = (figures["exact_match"][name]["text"] for name in ("like_pretraining", "held_out_test"))
     command = f"python train_scripts/pretrain_tiny_llm.py --steps {args.steps} --batch_size {args.batch_size}"
-    millions, counts = figures["parameters"] / 1e6, SPLITS
+    millions, rows = figures["parameters"] / 1e6, list(SPLITS.values())
     batch = f"{args.batch_size} sequences of {SEQUENCE_LENGTH} tokens"
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     return f"""# tiny-llm
@@ -299,8 +299,8 @@ library.
 | exact match on the held-out task below, untrained | {new} |
 | versions | {versions} |
 
-`word_problems/` is a fine-tuning task of which pretraining saw no sentence, in SVAMP's columns: {counts["train"]} problems
-to train on, {counts["validation"]} to choose a step by, {counts["test"]} to report on. Each story is asked in several ways
+`word_problems/` is a fine-tuning task of which pretraining saw no sentence, in SVAMP's columns: {rows[0]} problems
+to train on, {rows[1]} to choose a step by, {rows[2]} to report on. Each story is asked in several ways
 and holds a number that is not needed. `make demo-llm` fine-tunes on it with LoRA and ResLoRA.
 
 It knows nothing but small sums, and is licensed as this repository is.
