@@ -207,6 +207,15 @@ def test_the_exit_code_is_2_and_the_message_is_all_there_is(tmp_path, without_we
     assert done.stderr.strip().splitlines() == ["1 problem:", "  - --rank: got 0, wanted 1 or more"]
 
 
+def test_a_repository_that_cannot_be_reached(refused, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "--push_to_hub: nobody/nothing cannot be written to" in refused(
+        push_to_hub=True, hub_model_id="nobody/nothing"
+    )
+
+
 def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weights, capsys):
     folder = pictures(tmp_path / "subject", "a.png", "b.png")
     Image.new("RGB", (100, 40)).save(folder / "small.png")

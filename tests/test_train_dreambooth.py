@@ -248,6 +248,25 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, shortcut):
             torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
+def test_fused_attention_and_frugal_layers_change_nothing(tmp_path, shortcut):
+    options = {
+        "shortcut": shortcut,
+        "num_previous": 1,
+        "handover": 0.67,
+        "gradient_checkpointing": shortcut == "middle",
+    }
+    options |= {"validation_prompt": [PROMPT], "num_validation_images": 1}
+    plain = train(tmp_path / "plain", **options, fused_attention=False, frugal_layers=False)
+    fast = train(tmp_path / "fast", **options, fused_attention=True, frugal_layers=True)
+    assert losses(plain) == pytest.approx(losses(fast), rel=1e-5)
+    assert report(plain)["loss_merged"] == pytest.approx(report(fast)["loss_merged"], rel=1e-4)
+    shown = [
+        np.asarray(Image.open(folder / "samples" / "step-000003" / "0-0.png")).astype(int) for folder in (plain, fast)
+    ]
+    assert np.abs(shown[0] - shown[1]).max() <= 2
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_of_the_base_alone(tmp_path, precision):
     folder = train(

@@ -21,6 +21,7 @@ from reslora_diffusion import (
     MergeMethod,
     attach,
     calibrate,
+    explain,
     get_controller,
     handover,
     merged_factors,
@@ -149,6 +150,12 @@ class Adapters:
             return {"shortcut": "none", "merge_method": "none"}
         config = get_controller(self.models["unet"], ADAPTER).config
         return {"shortcut": str(config.shortcut), "merge_method": str(config.merge_method)}
+
+    def links(self) -> list[str]:
+        """A line on each component's shortcuts."""
+        if not self.residual:
+            return []
+        return [f"{name}: {str(explain(model, ADAPTER)).splitlines()[0]}" for name, model in self.models.items()]
 
     def hand_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Fold the shortcuts into plain LoRA and train on from there; calibrate first."""

@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 from transformers import AutoTokenizer
 
+from .attn_processor import set_attn_processors
+from .frozen import save_memory
 from .problems import BadInput
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -68,6 +70,11 @@ def prepare_models(
     pipeline.to(device)
     if args.enable_xformers_memory_efficient_attention:
         pipeline.unet.enable_xformers_memory_efficient_attention()
+    on_gpu = device.type == "cuda"
+    if args.method == "reslora" and (on_gpu if args.fused_attention is None else args.fused_attention):
+        set_attn_processors(pipeline.unet)
+    if on_gpu if args.frugal_layers is None else args.frugal_layers:
+        save_memory(pipeline.unet)
     if args.gradient_checkpointing:
         for name, model in trained.items():
             if name == "unet":

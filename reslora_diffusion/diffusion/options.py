@@ -163,6 +163,10 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--use_ema", action=SWITCH, default=False, help="validate and export a moving average of the adapter")
     add("--ema_decay", type=float, default=0.99, help="of the moving average")
 
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--fused_attention", action=SWITCH, help="q, k and v of an attention share a product (default: on a GPU)")
+    add("--frugal_layers", action=SWITCH, help="frozen layers keep less for backward (default: on a GPU)")
+
     add = parser.add_argument_group("more on data").add_argument
     add("--concepts", type=Path, help="yaml, json or toml list of concepts, each with data folders and prompts")
     add("--repeats", type=int, default=1, help="times that a pass over the data shows each instance picture")

@@ -302,16 +302,6 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def push_to_hub(self) -> str:
-        """Upload the exported files, not the checkpoints; returns the address."""
-        from huggingface_hub import create_repo, upload_folder
-
-        name = self.args.hub_model_id or self.output.resolve().name
-        repo = create_repo(name, exist_ok=True, token=self.args.hub_token)
-        ignored = ["checkpoint-*", ".*", f"{self.args.logging_dir}/*"]
-        upload_folder(repo_id=repo.repo_id, folder_path=self.output, token=self.args.hub_token, ignore_patterns=ignored)
-        return str(repo)
-
 
 def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
     """Put a fresh schedule where it is after `step` steps."""

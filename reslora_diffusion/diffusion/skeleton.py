@@ -21,6 +21,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -31,6 +32,7 @@ from .problems import BadInput, listing
 
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+TOKENIZERS = {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer}
 TEXT_ENCODERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
 
 
@@ -89,7 +91,9 @@ def load_skeleton(args: Namespace) -> Skeleton:
                 part: CLIPTextConfig.from_pretrained(name, subfolder=part, **where) for part in family.text_encoders
             }
             encoders = {part: TEXT_ENCODERS[index[part][1]](config) for part, config in configs.items()}
-        tokenizers = [AutoTokenizer.from_pretrained(name, subfolder=part, **where) for part in family.tokenizers]
+        tokenizers = [
+            TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where) for part in family.tokenizers
+        ]
         if args.tokenizer_name:
             tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
