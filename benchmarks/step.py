@@ -47,7 +47,7 @@ def prepare(variant: str, of: Subject, batch: int, device: torch.device, dtype: 
     with device:
         model: nn.Module = of.make()
     model.train().requires_grad_(False)
-    model.to(dtype)
+    nn.Module.to(model, dtype)
     chosen.adapt(model, of.targets, device.type == "cuda")
     inputs = of.inputs(batch, device, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,209 @@
+"""docs/performance.md, and the table of the README, from the result files: no number in them is typed by hand.
+
+    python -m benchmarks.report [--check]
+
+The README's table stands between `<!-- performance -->` and `<!-- /performance -->`; without these lines it is left
+alone. `--check` writes nothing and fails if a file is not what its results make of it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .results import FOLDER
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+MARKS = ("<!-- performance -->", "<!-- /performance -->")
+NAMES = {
+    "floor": "frozen model, no adapter",
+    "peft": "**PEFT LoRA**",
+    "peft again": "PEFT LoRA, again (noise)",
+    "peft_bf16_autocast": "PEFT LoRA, bf16 autocast",
+    "peft_fp32": "PEFT LoRA, fp32 adapters",
+    "peft_autocast": "PEFT LoRA, fp32 adapters, autocast",
+    "kohya": "LoRA in the manner of kohya",
+    "paper_input": "ResLoRA `input`, as the paper has it",
+    "paper_block": "ResLoRA `block`, as the paper has it",
+    "paper_middle": "ResLoRA `middle`, as the paper has it",
+    "lora": "ours, LoRA",
+    **{kind: f"ours, `{kind}`" for kind in ("input", "block", "middle")},
+    "lora_frozen": "ours, LoRA, `save_memory`",
+    **{f"{kind}_frozen": f"ours, `{kind}`, `save_memory`" for kind in ("input", "block", "middle")},
+}
+KINDS = ("counting", "step", "run", "startup")
+OURS = ("lora", "input", "block", "middle")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(machine: dict[str, Any]) -> str:
+    """One line on the machine and the versions."""
+    device = f"{machine['device']} (CUDA {machine['cuda']}), " if "device" in machine else ""
+    libraries = ", ".join(f"{name} {machine[name]}" for name in ("torch", "diffusers", "peft", "transformers"))
+    return (
+        f"{device}{machine['processor']}, {machine['cores']} cores, load {machine['load']}; Python "
+        f"{machine['python']}, {libraries}; {machine['date']}."
+    )
+
+
+def verdict(value: float, limit: float) -> str:
+    return f"{value:.2f} {'(met)' if value <= limit else '**(missed)**'}"
+
+
+def counting_section(content: dict[str, Any]) -> str:
+    parts = ["## Operations, traffic and memory of a step, counted\n"]
+    parts.append(
+        "One forward and backward, bf16 base, rank 16 on `to_q`, `to_k`, `to_v`, `to_out.0`; counted on the `meta` "
+        "device with the operations of a GPU (`python -m benchmarks.counting`), so the same on every machine. "
+        "Operations are about kernel launches; traffic is what they read and write; peak is of activations. In "
+        "brackets: times PEFT's. `peft_*` and kohya rows are how common scripts run LoRA. No time was measured here."
+    )
+    for case, found in content["results"].items():
+        peft = found["peft"]
+        rows = [
+            [
+                NAMES[name],
+                f"{values['operations']} ({values['operations'] / peft['operations']:.2f})",
+                *(f"{values[key]:.2f} ({values[key] / peft[key]:.2f})" for key in ("bytes", "saved", "peak")),
+            ]
+            for name, values in found.items()
+        ]
+        parts.append(f"### {case}\n\n{markdown(['', 'operations', 'traffic, GB', 'saved, GB', 'peak, GB'], rows)}")
+        floor = found["floor"]
+        goals = []
+        for name in OURS:
+            left = (found[name]["bytes"] - floor["bytes"]) / (peft["bytes"] - floor["bytes"])
+            memory = found[f"{name}_frozen"]["peak"] / peft["peak"]
+            goals.append([NAMES[name], verdict(left, 0.45), verdict(memory, 0.75)])
+        head = ["", "share of PEFT's traffic overhead (aim 0.45)", "peak with `save_memory` (aim 0.75 x PEFT)"]
+        parts.append(markdown(head, goals))
+    return "\n\n".join([*parts, where(content["machine"])])
+
+
+def step_section(content: dict[str, Any], picture: str) -> str:
+    kind = "CUDA" if "device" in content["machine"] else "CPU"
+    parts = [f"## Time of a step, {kind}\n"]
+    parts.append(
+        f"`python -m benchmarks.step`: all variants in one process, in turn; {content['clock']}. The ratio is the "
+        "median over rounds, with its quartiles; overhead is the share of PEFT's overhead over the frozen model that "
+        "is left. Aim: at most 1.00 x PEFT for every shortcut."
+    )
+    for case, found in content["results"].items():
+        rows = [
+            [
+                NAMES[name],
+                f"{1000 * values['seconds'][1]:.2f}",
+                f"{values['ratio'][1]:.3f}",
+                f"{values['ratio'][0]:.3f} to {values['ratio'][2]:.3f}",
+                f"{values['overhead']:.2f}",
+                *([f"{values['peak']:.2f}"] if "peak" in values else []),
+            ]
+            for name, values in found.items()
+        ]
+        head = ["", "ms", "x PEFT", "quartiles", "overhead"]
+        head += ["peak, GB"] if any("peak" in values for values in found.values()) else []
+        missed = [NAMES[name] for name in OURS if name in found and found[name]["ratio"][1] > 1]
+        outcome = f"Missed by {', '.join(missed)}." if missed else "The aim is met."
+        parts.append(f"### {case}\n\n{markdown(head, rows)}\n\n{outcome}")
+    return "\n\n".join([*parts, f"![times relative to PEFT]({picture})", where(content["machine"])])
+
+
+def startup_section(content: dict[str, Any]) -> str:
+    rows = [
+        [f"`{name}`", f"{values['seconds']:.2f}", verdict(values["processor_seconds"], content["aim"])]
+        for name, values in content["results"].items()
+    ]
+    head = ["", "seconds", f"processor seconds (aim {content['aim']})"]
+    return f"## How soon commands answer\n\n{markdown(head, rows)}\n\n{where(content['machine'])}"
+
+
+def run_section(content: dict[str, Any]) -> str:
+    found, clock = content["results"], content["clock"]
+    theirs = found.get("diffusers")
+    rows = [
+        [
+            name,
+            f"{values[clock]:.1f}",
+            f"{values[f'{clock}_per_step']:.3f}",
+            f"{values[f'{clock}_besides']:.1f}",
+            f"{values[clock] / theirs[clock]:.2f}" if theirs else "",
+            "; ".join(f"{phase} {seconds:.1f} s" for phase, seconds in values.get("phases", {}).items()),
+        ]
+        for name, values in found.items()
+    ]
+    head = ["", "whole run", "per step", "besides steps", "x diffusers", "parts, by the clock"]
+    return (
+        f"## A whole DreamBooth run\n\n{content['steps']} steps at batch {content['batch_size']}, "
+        f"{content['resolution']} px; {'processor seconds' if clock == 'processor' else 'seconds'}.\n\n"
+        f"{markdown(head, rows)}\n\n{where(content['machine'])}"
+    )
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """The README's table."""
+    rows = []
+    for stem, content in results.items():
+        if content["kind"] == "step":
+            for case, found in content["results"].items():
+                cells = [f"{found[n]['ratio'][1]:.2f}" if n in found else "" for n in ("floor", *OURS)]
+                rows.append([f"time, {case} ({stem.removeprefix('step-').upper()})", *cells])
+        elif content["kind"] == "counting":
+            for case, found in content["results"].items():
+                for key, label in (("operations", "operations"), ("bytes", "memory traffic"), ("peak", "peak memory")):
+                    cells = [f"{found[name][key] / found['peft'][key]:.2f}" for name in ("floor", *OURS)]
+                    rows.append([f"{label}, {case}", *cells])
+                cells = [f"{found[f'{name}_frozen']['peak'] / found['peft']['peak']:.2f}" for name in OURS]
+                rows.append([f"peak memory with `save_memory`, {case}", "", *cells])
+    head = ["one training step, x PEFT LoRA", "frozen model", "our LoRA", "`input`", "`block`", "`middle`"]
+    note = (
+        "Counts are exact; times with machines, versions and spread are in [docs/performance.md](docs/performance.md)."
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def document(results: dict[str, dict[str, Any]]) -> str:
+    make = {"counting": counting_section, "startup": startup_section, "run": run_section}
+    parts = ["# Performance", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`."]
+    measured = [content["machine"] for content in results.values() if content["kind"] == "step"]
+    if not any("device" in machine for machine in measured):
+        parts.append("No time on a GPU has been measured yet: `python -m benchmarks.step` does so where there is one.")
+    for stem, content in results.items():
+        if content["kind"] == "step":
+            picture = os.path.relpath(FOLDER / f"{stem}.png", DOCUMENT.parent)
+            parts.append(step_section(content, picture))
+        else:
+            parts.append(make[content["kind"]](content))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    args = parser.parse_args()
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    results = {stem: content for stem, content in found.items() if content.get("kind") in KINDS}
+    wanted = {DOCUMENT: document(results)}
+    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+    if all(mark in text for mark in MARKS):
+        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+        wanted[README] = f"{before}{MARKS[0]}\n{summary(results)}\n{MARKS[1]}{after}"
+    stale = [p for p, content in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != content]
+    if args.check:
+        sys.exit("".join(f"{path.relative_to(ROOT)} is not what its results make of it\n" for path in stale) or None)
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(wanted[path], encoding="utf-8")
+        temporary.replace(path)
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
