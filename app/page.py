@@ -25,7 +25,7 @@ def build_demo(studio: Studio) -> gr.Blocks:
         watch = train_watch()
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
-                adapters = compare_tab(studio, demo)
+                adapters, arrival = compare_tab(studio, demo)
             with gr.Tab("Race", id="race") as tab:
                 race_tab(studio, tab)
             with gr.Tab("Blind vote", id="vote") as tab:
@@ -35,7 +35,7 @@ def build_demo(studio: Studio) -> gr.Blocks:
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
             with gr.Tab("Train", id="train"):
-                train_tab(studio, demo, adapters, *watch)
+                train_tab(studio, adapters, arrival, *watch)
 
         def leave(request: gr.Request) -> None:
             studio.sessions.close(request.session_hash)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+from gradio.events import Dependency
 
 from app import views
 from app.forms import SWEEP, fields_of, read_request
@@ -28,8 +29,8 @@ SHOW_STATUS = """() => {
 }"""
 
 
-def compare_tab(studio: Studio, demo: gr.Blocks) -> gr.CheckboxGroup:
-    """Returns the adapters' control, which a training adds to."""
+def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Dependency]:
+    """Returns the adapters' control, which a training adds to, and the event that fills it when somebody comes."""
     comparer, limits = studio.comparer, studio.comparer.limits
 
     with gr.Row(equal_height=False, elem_classes="tab-body"):
@@ -268,10 +269,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> gr.CheckboxGroup:
     files.upload(add_files, [files, adapters], adapters, **LIGHT, **PRIVATE)
     more.input(add_of_runs, [more, adapters], [adapters, more], **LIGHT, **PRIVATE)
     settings_file.upload(open_settings, settings_file, fields, **LIGHT, **PRIVATE)
-    demo.load(arrive, None, [*fields, more, grid, status, *out], **LIGHT, **PRIVATE).then(
-        choices, None, pair, **LIGHT, **PRIVATE
-    )
-    return adapters
+    arrival = demo.load(arrive, None, [*fields, more, grid, status, *out], **LIGHT, **PRIVATE)
+    arrival.then(choices, None, pair, **LIGHT, **PRIVATE)
+    return adapters, arrival
 
 
 def finished(session: Session, count: int) -> str:

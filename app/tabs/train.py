@@ -4,6 +4,7 @@ import secrets
 from pathlib import Path
 
 import gradio as gr
+from gradio.events import Dependency
 
 from app import run_views, views
 from app.forms import read_train_request
@@ -32,8 +33,9 @@ def train_watch() -> tuple[gr.BrowserState, gr.Timer]:
 
 
 def train_tab(
-    studio: Studio, demo: gr.Blocks, adapters: gr.CheckboxGroup, owner: gr.BrowserState, timer: gr.Timer
+    studio: Studio, adapters: gr.CheckboxGroup, arrival: Dependency, owner: gr.BrowserState, timer: gr.Timer
 ) -> None:
+    """`arrival` is the event that fills the Compare tab, whose `adapters` a training adds to."""
     trainer, limits = studio.trainer, studio.trainer.limits
 
     gr.HTML(views.message(INTRODUCTION) if trainer.available else views.message(NO_SCRIPT, "warn"), padding=False)
@@ -132,10 +134,13 @@ def train_tab(
         session.training_seen = None
         return look(session, training, chosen_adapters)
 
+    def nothing_new() -> list:
+        return [gr.Timer(active=False) if control is timer else gr.skip() for control in shown]
+
     def watch(key: str, chosen_adapters: list[str], request: gr.Request) -> list:
         training = trainer.of(key)
         if training is None:
-            return [gr.skip()] * (len(shown) - 2) + [gr.Timer(active=False), gr.skip()]
+            return nothing_new()
         return look(session_of(request), training, chosen_adapters)
 
     def arrive(key: str, chosen_adapters: list[str], request: gr.Request) -> list:
@@ -151,14 +156,14 @@ def train_tab(
         try:
             run = read_run(training.folder.name, training.folder)
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            return [views.message(str(problem), "bad"), *nothing_new()[1:]]
         seen = (training.folder, len(run.losses), len(run.validation), len(run.samples), running)
         news = seen != session.training_seen
         session.training_seen = seen
         return [
             run_views.training_status(training),
-            run_views.curves([run], SMOOTHING) if news and (run.losses or run.validation) else gr.skip(),
-            run_views.sample_history(run, session.thumbnail) if news and run.samples else gr.skip(),
+            run_views.curves([run], SMOOTHING) if news else gr.skip(),
+            run_views.sample_history(run, session.thumbnail) if news else gr.skip(),
             run_views.log(training.log()),
             gr.Button(interactive=not running),
             gr.Button("Stop at once" if training.stopped else "Stop", interactive=running),
@@ -193,4 +198,4 @@ def train_tab(
     stop.click(halt, owner, None, **LIGHT, **PRIVATE)
     timer.tick(watch, [owner, adapters], shown, **LIGHT, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, files, **LIGHT, **PRIVATE)
-    demo.load(arrive, [owner, adapters], [owner, *shown], **LIGHT, **PRIVATE)
+    arrival.then(arrive, [owner, adapters], [owner, *shown], **LIGHT, **PRIVATE)
