@@ -1,4 +1,4 @@
-"""The house's floors: a file imports only from its own floor or a lower one, and the ecosystem only where it belongs."""
+"""The floors of the house: a file imports only from its own floor or a lower one, the ecosystem where it belongs."""
 
 import ast
 import re

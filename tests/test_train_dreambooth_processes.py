@@ -176,7 +176,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut):
         if "lora_" in name and not name.startswith("optimizer"):
             torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
     exported = [load_file(folder / WEIGHTS) for folder in (tmp_path / "two", one)]
-    for name, value in exported[0].items():
+    for name in exported[0]:
         if name.endswith("lora_A.weight"):
             deltas = [tensors[name.replace("lora_A", "lora_B")].float() @ tensors[name].float() for tensors in exported]
             torch.testing.assert_close(*deltas, rtol=0.05, atol=1e-5 + 0.01 * deltas[1].abs().max().item())
