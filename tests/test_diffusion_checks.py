@@ -181,6 +181,14 @@ def test_a_model_of_another_family(refused, tmp_path, without_weights):
     assert "is a IFPipeline; wanted Stable Diffusion 1.x or 2.x" in said
 
 
+def test_an_autoencoder_of_another_family(refused, tmp_path, without_weights):
+    config = json.loads((without_weights / "vae" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
+    said = refused(pretrained_vae_model_name_or_path=tmp_path)
+    assert "has scaling_factor 0.13025" in said
+    assert "of another family" in said
+
+
 def test_an_inpainting_model(refused, tmp_path, without_weights):
     folder = shutil.copytree(without_weights, tmp_path / "inpainting")
     config = json.loads((folder / "unet" / "config.json").read_text())

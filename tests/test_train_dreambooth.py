@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dreambooth import PROMPT, SUBJECTS, train
 from reslora_diffusion.diffusion.problems import Stopped
 from reslora_diffusion.diffusion.randomness import Stream, generator
-from tiny import tiny_pipeline_folder
+from tiny import tiny_pipeline_folder, tiny_vae
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METHODS = {
@@ -279,6 +279,14 @@ def test_half_precision_is_of_the_base_alone(tmp_path, precision):
 
 
 # ------------------------------------------------------------------------------------------------ options
+
+
+def test_another_autoencoder_of_the_same_latents(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    other = train(tmp_path / "other", method="lora", pretrained_vae_model_name_or_path=tmp_path / "vae")
+    own = train(tmp_path / "own", method="lora")
+    assert losses(other)[0] != losses(own)[0]
 
 
 def test_after_a_handover_what_is_exported_is_what_was_trained(tmp_path):

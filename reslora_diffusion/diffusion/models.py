@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -35,6 +35,8 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         if args.tokenizer_name:
             given["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        if args.pretrained_vae_model_name_or_path:
+            given["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(
             name,
             dtype=dtype,

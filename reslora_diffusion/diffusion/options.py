@@ -134,6 +134,12 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--handover", type=float, help="share of the steps after which the shortcut is folded into plain LoRA; 0.85")
     add("--compare", nargs="+", help="train each of lora, reslora-input, reslora-block, ... on the same draws")
 
+    add = parser.add_argument_group("more on the model").add_argument
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="an autoencoder of the same latents, such as SDXL's for fp16",
+    )
+
     add = parser.add_argument_group("more on adapters").add_argument
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
     add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")

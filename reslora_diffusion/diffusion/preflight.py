@@ -4,6 +4,8 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 
+from transformers import PreTrainedTokenizerBase
+
 from .buckets import nearest
 from .checks import Plan
 from .concepts import Concept
@@ -48,7 +50,7 @@ def cut_off(concept: Concept, plan: Plan, length: int | None) -> Iterator[str]:
             yield f"  {lost} tokens cut off the end of {prompt[:60]!r}"
 
 
-def tokens_cut_off(tokenizer, prompt: str, length: int | None = None) -> int:
+def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int | None = None) -> int:
     seen = length or tokenizer.model_max_length
     return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - seen)
 

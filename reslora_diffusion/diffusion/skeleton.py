@@ -7,7 +7,7 @@ hub only the configuration files are fetched.
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from reslora_diffusion.core.config import ResLoraConfig
 from .families import FAMILIES, Family
 from .problems import BadInput, listing
 
+LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215}  # and what a configuration means that leaves it out
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TOKENIZERS = {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer}
@@ -44,10 +45,15 @@ class Skeleton:
     unet: nn.Module
     text_encoders: dict[str, nn.Module]
     tokenizers: list[PreTrainedTokenizerBase]
-    latent_channels: int
-    vae_scale_factor: int
+    vae: Mapping[str, Any]
+    other_vae: Mapping[str, Any] | None
     prediction_type: str
     max_length: int
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
     def grid(self) -> int:
@@ -97,6 +103,8 @@ def load_skeleton(args: Namespace) -> Skeleton:
         if args.tokenizer_name:
             tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
+        other = args.pretrained_vae_model_name_or_path
+        other_vae = AutoencoderKL.load_config(other) if other else None
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
     except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, BadInput):
@@ -108,8 +116,8 @@ def load_skeleton(args: Namespace) -> Skeleton:
         unet,
         encoders,
         tokenizers,
-        latent_channels=vae["latent_channels"],
-        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        vae,
+        other_vae,
         prediction_type=args.prediction_type or scheduler.get("prediction_type", "epsilon"),
         max_length=min(config.max_position_embeddings for config in configs.values()),
     )
@@ -144,11 +152,19 @@ def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
 def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
     """What does not fit this model."""
     name, channels = args.pretrained_model_name_or_path, skeleton.unet.config.in_channels
-    if channels != skeleton.latent_channels:
+    latent_channels = skeleton.vae["latent_channels"]
+    if channels != latent_channels:
         yield (
-            f"{name}: the UNet takes {channels} channels and latents have {skeleton.latent_channels}; "
+            f"{name}: the UNet takes {channels} channels and latents have {latent_channels}; "
             "wanted a text-to-image model"
         )
+    for key in LATENT_SPACE if skeleton.other_vae else ():
+        own, other = (vae.get(key, LATENT_SPACE[key]) for vae in (skeleton.vae, skeleton.other_vae))
+        if own != other:
+            yield (
+                f"--pretrained_vae_model_name_or_path: {args.pretrained_vae_model_name_or_path} has {key} {other}, "
+                f"the {skeleton.family.title} model {name} has {own}: it is of another family"
+            )
     if skeleton.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {skeleton.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
     if args.resolution % skeleton.vae_scale_factor or args.resolution < skeleton.grid:
