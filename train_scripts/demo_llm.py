@@ -66,7 +66,8 @@ def follow(processes: dict[str, subprocess.Popen]) -> None:
 
     def show(label: str, process: subprocess.Popen) -> None:
         for line in process.stdout or ():
-            print(f"{label:8}| {line}", end="", flush=True)
+            if line.strip() and "Loading weights" not in line:
+                print(f"{label:8}| {line}", end="", flush=True)
 
     readers = [threading.Thread(target=show, args=item) for item in processes.items()]
     for reader in readers:
