@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
-from reslora_diffusion.export import ExportReport, export_lora
+from reslora_diffusion.export import ExportReport, export_lora, save_merged
 
 from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
@@ -39,6 +39,10 @@ from .validation import SHEET, Painter, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
+TOLD_IN_HEADERS = (
+    "learning_rate text_encoder_lr train_batch_size gradient_accumulation_steps lr_scheduler optimizer resolution "
+    "snr_gamma noise_offset mixed_precision"
+).split()
 PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
@@ -177,6 +181,7 @@ class Run:
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
         if self.adapters.health_problem() is None:
+            save_merged(folder / STATE_FOLDER, self.adapters.factors(), self.facts(step))
             try:
                 self.export(folder, step)
             except ValueError as error:
@@ -253,9 +258,11 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ finish
 
-    def export(self, folder: Path, step: int, report: MergeReport | None = None) -> ExportReport:
-        """Write the plain LoRA of now; calibrate first."""
+    def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
+        """What the headers of the LoRA's files say of its training; kohya's `ss_*` are made from the same names."""
+        args = {name: getattr(self.args, name) for name in TOLD_IN_HEADERS}
         facts = {
+            **args,
             "method": self.args.method,
             **self.method,
             "num_previous": self.args.num_previous,
@@ -266,13 +273,16 @@ class Run:
             "seed": self.args.seed,
             "merge_gap": report.gap if report else None,
         }
-        stated = {key: str(value) for key, value in facts.items() if value is not None}
+        return {key: str(value) for key, value in facts.items() if value is not None}
+
+    def export(self, folder: Path, step: int, report: MergeReport | None = None) -> ExportReport:
+        """Write the plain LoRA of now; calibrate first."""
         return export_lora(
             folder,
             self.adapters.factors(),
             name=export_name(self.args),
             dtype=DTYPES[self.args.save_precision],
-            facts=stated,
+            facts=self.facts(step, report),
         )
 
     def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
