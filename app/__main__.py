@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from warnings import filterwarnings
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("assets") / "sticker-sd"
@@ -76,8 +77,11 @@ def warnings(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Read by gradio and the hub when they are imported, hence before the imports below.
+    # Read by the libraries when they are imported, hence before the imports below.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    filterwarnings("ignore", "Already found a `peft_config`")  # several adapters on one model are what this is about
     try:
         from gradio import Blocks  # noqa: F401
     except ImportError:

@@ -118,6 +118,7 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .facts.many :is(th, td) { min-width: 5.4rem; overflow-wrap: break-word; }
 .file h3 { font-size: 1.15rem; font-weight: 700; margin: .25rem 0 .5rem; overflow-wrap: anywhere; }
 .file .message { margin-bottom: 14px; }
+.file details { margin-top: 8px; }
 .file summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem; }
 
 .legend { display: flex; flex-wrap: wrap; gap: 6px 20px; list-style: none; padding: 0; margin: 0 0 10px; }

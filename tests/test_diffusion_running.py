@@ -218,6 +218,7 @@ def test_exit_codes(capsys):
 
 
 def test_the_second_signal_acts_as_before():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have begun deaf to it
     with Interruption(Accelerator(cpu=True)) as interruption:
         assert not interruption.requested()
         signal.raise_signal(signal.SIGINT)
@@ -225,6 +226,7 @@ def test_the_second_signal_acts_as_before():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def test_training_may_run_in_a_thread_which_hears_no_signals():

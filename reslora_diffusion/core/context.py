@@ -95,7 +95,7 @@ class ForwardContext:
         scope = self.scope
         assert scope is not None
         if key in scope.values or (not isinstance(scope, RecomputedScope) and key in self.written):
-            raise RuntimeError(TIED.format(layer=key))
+            raise RuntimeError(TIED.format(layer=key.split()[0]))
         self.written.add(key)
         scope.put(key, value)
 
