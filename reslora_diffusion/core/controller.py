@@ -27,7 +27,6 @@ from .config import ResLoraConfig, Shortcut
 from .context import OUTSIDE, ForwardContext
 from .fast_forward import Fusion, carried_key
 from .functional import LoraFactors, concatenated, down, down_sum, up_add
-from .packing import weight_of
 
 FUSED = (
     "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
@@ -43,6 +42,16 @@ class Observer(Protocol):
     """Looks at what flows through the shortcuts; see `core.statistics`."""
 
     def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None: ...
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The whole weight of a factor, also where FSDP has left only a shard of it; its gradient is then averaged."""
+    weight: Any = module.weight
+    if hasattr(weight, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    return weight
 
 
 class Controller:
@@ -83,7 +92,6 @@ class Controller:
         """Build the chains of the configuration as it is now."""
         shortcut = self.config.effective_shortcut
         self.shortcut = shortcut
-        self.fusion.forget()
         dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)

@@ -11,24 +11,14 @@ rows of z (`middle`), or z_i (`middle` over all predecessors). Backward, with g_
 
 Nothing as wide as x is added up, stored or read twice: scaling and sums ride in matrix products (`addmm`), the frozen
 layer and what is added to it share one buffer in both directions, and only references to x, the factors and z are kept.
-Where x says how it can be made again from a tensor that is kept anyway (`can_be_remade`), not even x is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-REMAKE = "remade_from"  # attribute of a tensor: (function, source)
-
-
-def can_be_remade(x: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-    """`x`, with the note that it is `function(source)` and need not be kept."""
-    setattr(x, REMAKE, (function, source))
-    return x
 
 
 class Publishes(Enum):
@@ -79,36 +69,30 @@ class FusedLinears(torch.autograd.Function):
         U, W, bias, carried = (rest[at : at + count] for at in range(0, 4 * count, count))
         rows = x.reshape(-1, x.shape[-1])
         carry = bundle(carried, ranks, rows)
-        alone = count == 1
         if carry is not None and publishes is Publishes.SUM:
             published = total = torch.addmm(carry, rows, D.T)
         else:
-            published = total = z = F.linear(rows, D)
-            if publishes is Publishes.NEXT:
-                published, total = z[:, own:], z[:, :own]
+            z = rows @ D.T
+            published, total = (z[:, own:], z[:, :own]) if publishes is Publishes.NEXT else (z, z)
             if carry is not None:
                 total = total + carry if publishes is Publishes.OWN else total.add_(carry)
         outputs, at = [], 0
         for scaling, rank, up, weight, offset in zip(scalings, ranks, U, W, bias, strict=True):
-            y = F.linear(rows, weight, offset)  # type: ignore[arg-type]
-            y.addmm_(total if alone else total[:, at : at + rank], up.t(), alpha=scaling)  # type: ignore[union-attr]
+            y = rows @ weight.T if offset is None else torch.addmm(offset, rows, weight.T)  # type: ignore[union-attr]
+            y.addmm_(total[:, at : at + rank], up.T, alpha=scaling)  # type: ignore[union-attr]
             outputs.append(y.view(*lead, -1))
             at += rank
-        ctx.remake, kept = getattr(x, REMAKE, (None, x))
-        ctx.save_for_backward(kept, D, total, *U, *W, *carried)
+        ctx.save_for_backward(x, D, total, *U, *W, *carried)
         ctx.publishes, ctx.scalings, ctx.ranks, ctx.later = publishes, scalings, ranks, later
         ctx.set_materialize_grads(False)
         if publishes is Publishes.NOTHING:
             return tuple(outputs)
-        if alone:
-            return outputs[0], published.view(*lead, -1)
         sizes = later if publishes is Publishes.NEXT else ranks
         return *outputs, *(part.unflatten(0, lead) for part in published.split(sizes, dim=1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        kept, D, total, *rest = ctx.saved_tensors
-        x = kept if ctx.remake is None else ctx.remake(kept)
+        x, D, total, *rest = ctx.saved_tensors
         count, ranks, scalings = len(ctx.scalings), ctx.ranks, ctx.scalings
         U, W, carried = (rest[at : at + count] for at in range(0, 3 * count, count))
         rows = x.reshape(-1, x.shape[-1])
@@ -124,22 +108,23 @@ class FusedLinears(torch.autograd.Function):
         elif ctx.publishes is Publishes.OWN:
             own = bundle(handed, ranks, rows)
             t = t if own is None else t + own
-        wanted = ctx.needs_input_grad
+        wanted = dict(zip(("x", "D"), ctx.needs_input_grad[4:6], strict=True))
         dx = None
-        if wanted[4]:
+        if wanted["x"]:
             for each, weight in zip(g, W, strict=True):
                 if each is not None:
-                    dx = torch.mm(each, weight) if dx is None else dx.addmm_(each, weight)
-            dx = (torch.mm(t, D) if dx is None else dx.addmm_(t, D)).view(x.shape)
-        dD = torch.mm(t.t(), rows) if wanted[5] else None
-        zs, t_cs = ((total,), (t_c,)) if count == 1 else (total.split(ranks, dim=1), t_c.split(ranks, dim=1))
+                    dx = each @ weight if dx is None else dx.addmm_(each, weight)
+            dx = (t @ D if dx is None else dx.addmm_(t, D)).view_as(x)
+        dD = t.T @ rows if wanted["D"] else None
         dU = [
-            scaled_product(each.t(), z, scaling) if needed and each is not None else None
-            for each, z, scaling, needed in zip(g, zs, scalings, wanted[6 : 6 + count], strict=True)
+            scaled_product(each.T, z, scaling) if needed and each is not None else None
+            for each, z, scaling, needed in zip(
+                g, total.split(ranks, dim=1), scalings, ctx.needs_input_grad[6 : 6 + count], strict=True
+            )
         ]
         dc = [
-            part.view(*x.shape[:-1], -1) if needed else None
-            for part, needed in zip(t_cs, wanted[6 + 3 * count :], strict=True)
+            part.unflatten(0, x.shape[:-1]) if needed else None
+            for part, needed in zip(t_c.split(ranks, dim=1), ctx.needs_input_grad[6 + 3 * count :], strict=True)
         ]
         none = [None] * count
         return None, None, None, None, dx, dD, *dU, *none, *none, *dc
@@ -147,8 +132,6 @@ class FusedLinears(torch.autograd.Function):
 
 def bundle(parts: Sequence[Tensor | None], sizes: Sequence[int], rows: Tensor) -> Tensor | None:
     """[..., size_i] each, with zeros for what is not there, side by side: [T, sum]; None if nothing is there."""
-    if len(parts) == 1:
-        return None if parts[0] is None else parts[0].reshape(len(rows), sizes[0])
     if all(part is None for part in parts):
         return None
     flat = [
@@ -167,8 +150,6 @@ def up_gradients(
     added: Sequence[Tensor | None],
 ) -> Tensor:
     """t [T, sum of ranks]."""
-    if len(g) == 1 and g[0] is not None and not (added and added[0] is not None):
-        return scaled_product(g[0], U[0], scalings[0])
     differentiable = torch.is_grad_enabled()  # in a backward: of a second derivative, where `out=` may not be used
     t = None if differentiable or len(g) == 1 else rows.new_empty(len(rows), sum(ranks))
     parts: list[Tensor] = []
@@ -206,7 +187,6 @@ def fused_linears(
         carried: [..., r_i] each, or None.
     """
     ranks = tuple(up.shape[1] for up in U)
-    weights = [linear._parameters["weight"] for linear in linears]
-    biases = [linear._parameters["bias"] for linear in linears]
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     results = FusedLinears.apply(publishes, tuple(scalings), ranks, tuple(later), x, D, *U, *weights, *biases, *carried)
     return results[: len(U)], results[len(U) :]

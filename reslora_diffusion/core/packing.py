@@ -10,19 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The whole weight of a factor, also where FSDP has left only a shard of it; its gradient is then averaged."""
-    weight: Any = module._parameters["weight"]
-    if type(weight) is nn.Parameter:
-        return weight
-    if hasattr(weight, "full_tensor"):
-        from torch.distributed.tensor import Partial
-
-        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    return weight
+from torch import Tensor
 
 
 class Layout(NamedTuple):
@@ -90,6 +78,5 @@ def pack(layouts: Sequence[Layout], factors: Sequence[Tensor], dtype: torch.dtyp
 
 def concatenate(parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
     """One matrix of `pack` by itself."""
-    if len(parts) == 1:
-        return parts[0].to(dtype)
-    return torch.cat([part.to(dtype) for part in parts], dim=dim)
+    cast = [part.to(dtype) for part in parts]
+    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=dim)
