@@ -201,6 +201,8 @@ def why_plain(controller: "Controller", layer: Any, x: Tensor) -> str | None:
     weight = base.weight
     if controller.observer is not None or controller.merged is not None:
         return "calibrating or computing as merged"
+    if controller.fusion.sharded:
+        return "factors in shards"
     if layer.disable_adapters or layer.merged:
         return "disabled or merged"
     if not controller.dropless:
