@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The language model's whole job in one command: teach the embedded model new word problems by LoRA and by ResLoRA.
 
-    python train_scripts/demo_llm.py                      # about four minutes on two CPU cores
-    python train_scripts/demo_llm.py --num_train_epochs 1 # the same road in two minutes, too short to learn much
+    python train_scripts/demo_llm.py                      # three minutes on two CPU cores, five on busy ones
+    python train_scripts/demo_llm.py --num_train_epochs 1 # the same road, too short to learn much
 
 Processes that share nothing but files; the two runs side by side, each on half of the cores:
 
