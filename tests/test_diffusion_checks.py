@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dreambooth import SUBJECTS, arguments, call, train
-from reslora_diffusion.diffusion.problems import BadInput
+from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
 

@@ -7,8 +7,8 @@ import yaml
 
 from dreambooth import arguments, script
 from reslora_diffusion.diffusion.options import build_parser
-from reslora_diffusion.diffusion.problems import BadInput
 from reslora_diffusion.diffusion.record import options
+from reslora_diffusion.problems import BadInput
 
 # examples/dreambooth/train_dreambooth_lora.py of diffusers 0.40; flags that are off by default have False.
 DIFFUSERS = {

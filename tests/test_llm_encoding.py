@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_tiny import DECODERS, adapted, build
 from reslora_diffusion.llm.encoding import IGNORED, Collator, encode, encode_all, encode_prompt, pack, packing_problem
-from reslora_diffusion.llm.problems import BadInput
+from reslora_diffusion.problems import BadInput
 
 WORDS = "<pad> <s> </s> [UNK] user assistant system : a b c d e f g h".split()
 TEMPLATE = (

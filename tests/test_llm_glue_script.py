@@ -25,7 +25,7 @@ from reslora_diffusion.llm import data as llm_data
 from reslora_diffusion.llm import models as llm_models
 from reslora_diffusion.llm.glue import GLUE, task_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse
-from reslora_diffusion.llm.problems import BadInput
+from reslora_diffusion.problems import BadInput
 
 script = load_script("train_glue_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts

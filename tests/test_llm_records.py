@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from reslora_diffusion.llm.problems import BadInput
 from reslora_diffusion.llm.records import carve, choose, conversations, read_json_lines, read_rows
+from reslora_diffusion.problems import BadInput
 
 TALK = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
 

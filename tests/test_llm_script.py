@@ -21,7 +21,7 @@ from transformers import (
 
 from llm_tiny import load_script
 from reslora_diffusion.llm.generation import generate
-from reslora_diffusion.llm.problems import BadInput
+from reslora_diffusion.problems import BadInput
 
 script = load_script("train_llm_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts

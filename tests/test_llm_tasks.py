@@ -2,8 +2,8 @@
 
 import pytest
 
-from reslora_diffusion.llm.problems import BadInput
 from reslora_diffusion.llm.tasks import TASKS, normalized, read_choice, read_number, read_text, usable
+from reslora_diffusion.problems import BadInput
 
 ROWS = {
     "gsm8k": [

@@ -55,6 +55,12 @@ def test_imports_go_down(floor: str) -> None:
             assert parts[0] not in KEPT_OUT[floor], f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_the_ground_needs_nothing() -> None:
+    """What every floor stands on imports the standard library alone."""
+    for name in imported(PACKAGE / "problems.py"):
+        assert name.split(".")[0] in sys.stdlib_module_names, name
+
+
 def test_comparing_knows_no_gradio() -> None:
     """The page is a view: what it shows is made by modules that could as well serve a command line."""
     for name in ("compare", "request", "measures", "votes", "adapters"):

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, train
-from reslora_diffusion.diffusion.problems import Stopped
 from reslora_diffusion.diffusion.randomness import Stream, generator
+from reslora_diffusion.problems import Stopped
 from tiny import tiny_pipeline_folder, tiny_vae
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

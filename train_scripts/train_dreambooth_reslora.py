@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.diffusion.problems import Interrupted, run_program
+from reslora_diffusion.problems import Interrupted, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):

@@ -33,7 +33,6 @@ from reslora_diffusion.llm import models
 from reslora_diffusion.llm.checks import checkpoint_of, training_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, task_problems
 from reslora_diffusion.llm.options import GlueOptions, parse
-from reslora_diffusion.llm.problems import EXIT_CODE, BadInput, refuse
 from reslora_diffusion.llm.results import export_with_heads, history, record, trained_parameters, write_json
 from reslora_diffusion.llm.trainer import (
     ExportedTrainer,
@@ -44,6 +43,7 @@ from reslora_diffusion.llm.trainer import (
     run_model,
     shortcut_of,
 )
+from reslora_diffusion.problems import refuse, run_program
 
 TASK = TaskType.SEQ_CLS
 DEFAULTS = {
@@ -151,8 +151,4 @@ def task_metrics(trainer: Trainer, rows: Sequence, names: Sequence[str]) -> dict
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    sys.exit(run_program(main))

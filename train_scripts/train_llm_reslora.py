@@ -40,7 +40,6 @@ from reslora_diffusion.llm import models
 from reslora_diffusion.llm.checks import checkpoint_of, training_problems
 from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
 from reslora_diffusion.llm.options import LlmOptions, parse
-from reslora_diffusion.llm.problems import EXIT_CODE, BadInput, refuse
 from reslora_diffusion.llm.results import history, plain_factors, record, trained_parameters, write_json
 from reslora_diffusion.llm.trainer import (
     ExportedTrainer,
@@ -53,6 +52,7 @@ from reslora_diffusion.llm.trainer import (
     run_model,
     shortcut_of,
 )
+from reslora_diffusion.problems import refuse, run_program
 
 TASK = TaskType.CAUSAL_LM
 DEFAULTS = {
@@ -183,8 +183,4 @@ def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data, qu
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    sys.exit(run_program(main))

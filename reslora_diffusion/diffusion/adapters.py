@@ -29,7 +29,7 @@ from reslora_diffusion import (
     relative_output_errors,
 )
 
-from .problems import listing, refuse
+from ..problems import listing, refuse
 from .randomness import Stream, seed_of
 from .sampling import Batch
 from .skeleton import Skeleton

@@ -6,7 +6,7 @@ multiples of `step`, the coarsest grid of the UNet in pixels.
 
 import math
 
-from .problems import BadInput
+from ..problems import BadInput
 
 Size = tuple[int, int]
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint
 from .concepts import Concept, concepts_of
 from .optimizers import optimizer_problems
 from .options import NOT_SUPPORTED, known_flags
-from .problems import BadInput, listing, refuse
 from .record import differences
 from .skeleton import Skeleton, load_skeleton, skeleton_problems
 

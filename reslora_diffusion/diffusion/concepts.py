@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from ..problems import BadInput, listing
 from .data import Scan, scan
-from .problems import BadInput, listing
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     ".json": json.loads,

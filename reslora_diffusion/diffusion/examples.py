@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..problems import refuse
 from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
 from .concepts import Concept
@@ -16,7 +17,6 @@ from .data import scan
 from .families import Family
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
-from .problems import refuse
 
 
 def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerator: Accelerator) -> list[Concept]:

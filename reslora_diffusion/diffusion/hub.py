@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 
-from .problems import BadInput
+from ..problems import BadInput
 
 
 def create_repository(args: Namespace) -> str:

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..problems import BadInput
 from .attn_processor import set_attn_processors
 from .frozen import save_memory
-from .problems import BadInput
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

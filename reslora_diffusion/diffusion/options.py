@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..problems import BadInput
 from .concepts import parse_file
-from .problems import BadInput
 
 SWITCH = argparse.BooleanOptionalAction  # --flag, --no-flag, so that the command line can win over a file
 NOT_SUPPORTED = {

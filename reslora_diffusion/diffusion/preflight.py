@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
+from ..problems import listing
 from .buckets import nearest
 from .checks import Plan
 from .concepts import Concept
 from .data import Scan
-from .problems import listing
 
 BYTES = {"fp16": 2, "bf16": 2}
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base

@@ -24,11 +24,11 @@ from typing import Any
 from accelerate import PartialState
 from PIL import Image
 
+from ..problems import BadInput, refuse
 from .checkpoints import find_checkpoint
 from .checks import check
 from .history import plot_losses, read_history
 from .options import build_parser
-from .problems import BadInput, refuse
 from .record import resolve_seed, versions, write_text
 from .sheet import contact_sheet
 

@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..problems import listing
 from .checkpoints import stored_facts
 from .models import base_model_name
-from .problems import listing
 
 FILE = "run.json"
 PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")

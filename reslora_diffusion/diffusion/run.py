@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
 
+from ..problems import Stopped, listing, refuse
 from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
@@ -31,7 +32,6 @@ from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, make_lr_scheduler
-from .problems import Stopped, listing, refuse
 from .randomness import Stream, seed_of
 from .record import export_name, model_card, options, versions, write_text
 from .sampling import Batch, Sampler

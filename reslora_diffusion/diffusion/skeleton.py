@@ -27,8 +27,8 @@ from transformers import (
 
 from reslora_diffusion.core.config import ResLoraConfig
 
+from ..problems import BadInput, listing
 from .families import FAMILIES, Family
-from .problems import BadInput, listing
 
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215}  # and what a configuration means that leaves it out
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options

@@ -8,8 +8,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from reslora_diffusion import ResLoraConfig
 
+from ..problems import refuse
 from .options import ModelOptions
-from .problems import refuse
 
 
 def training_problems(training: TrainingArguments, options: ModelOptions) -> list[str]:

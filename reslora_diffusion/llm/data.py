@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..problems import BadInput, listing
 from .encoding import Encoded, encode_all, encode_prompt
 from .generation import Question
 from .options import LlmOptions
-from .problems import BadInput, listing
 from .records import Messages, Row, carve, choose, conversations, read_rows
 from .tasks import TASKS, Task, usable
 

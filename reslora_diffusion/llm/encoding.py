@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .problems import BadInput, listing
+from ..problems import BadInput, listing
 from .records import Messages
 
 IGNORED = -100

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ..problems import BadInput, listing, refuse
 from .options import GlueOptions
-from .problems import BadInput, listing, refuse
 from .records import Row, carve, choose, column_problems, read_rows
 
 SOURCE = "nyu-mll/glue"

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from reslora_diffusion import ResLoraConfig
 
+from ..problems import BadInput, listing
 from .options import ModelOptions
-from .problems import BadInput, listing
 
 AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
 PURPOSE = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}

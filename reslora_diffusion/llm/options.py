@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .problems import BadInput
+from ..problems import BadInput
 from .tasks import TASKS
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .problems import BadInput, listing
+from ..problems import BadInput, listing
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]

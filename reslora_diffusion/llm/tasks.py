@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .problems import listing, refuse
+from ..problems import listing, refuse
 from .records import Messages, Row, column_problems
 
 ANSWER = "The answer is"
