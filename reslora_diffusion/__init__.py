@@ -6,9 +6,11 @@
 >>> calibrate(unet, batches, lambda unet, batch: unet(**batch))
 >>> factors = merged_factors(unet)  # a plain LoRA, ready for `reslora_diffusion.export.export_lora`
 
-Names are resolved on first use, so that `import reslora_diffusion` and the command line answer at once.
+Names are resolved on first use, so that `import reslora_diffusion` and the command line answer at once. PEFT learns of
+`ResLoraConfig` with the first of them, or right here if it is imported already.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -19,17 +21,21 @@ HOMES = {
     "ResLoraConfig": "core.config",
     "Shortcut": "core.config",
     "attach": "core.attach",
-    "calibrate": "core.merging",
+    "calibrate": "core.calibration",
     "detach": "core.attach",
+    "distill": "core.distillation",
     "explain": "core.attach",
     "get_controller": "core.attach",
     "handover": "core.handover",
     "merge_report": "core.report",
     "merged_factors": "core.merging",
     "merged_forward": "core.merging",
-    "relative_output_errors": "core.merging",
+    "relative_output_errors": "core.calibration",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605
+
+if "peft" in sys.modules:  # so that `PeftModel.from_pretrained` of an unmerged adapter works
+    import_module(".core", __name__)
 
 
 def __getattr__(name: str) -> Any:

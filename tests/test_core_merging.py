@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from models import LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
@@ -11,6 +12,7 @@ from reslora_diffusion import (
     ResLoraConfig,
     attach,
     calibrate,
+    explain,
     get_controller,
     handover,
     merge_report,
@@ -18,8 +20,9 @@ from reslora_diffusion import (
     merged_forward,
     relative_output_errors,
 )
-from reslora_diffusion.core import merging
+from reslora_diffusion.core import calibration
 from reslora_diffusion.core.merging import RIDGE, least_squares_correction
+from reslora_diffusion.core.statistics import Moments
 
 BATCHES = [inputs("llama", batch=4, seed=n) for n in range(6)]
 HELD_OUT = [inputs("llama", batch=4, seed=n) for n in range(100, 103)]
@@ -207,7 +210,7 @@ def test_statistics_in_several_passes_are_the_same() -> None:
 
 @pytest.mark.parametrize("method", ["least_squares", "paper_input"])
 def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(merging, "RESUME_EVERY", 2)
+    monkeypatch.setattr(calibration, "RESUME_EVERY", 2)
     whole, cut = adapted("input", method), adapted("input", method)
     calibrate(whole, BATCHES, forward)
     ran: list[int] = []
@@ -231,8 +234,8 @@ def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypat
 def test_projections_of_one_tensor_share_their_moments() -> None:
     model = adapted("input")
     controller = get_controller(model)
-    moments = merging.Moments(controller, set(controller.sites))
-    merging.observe(controller, moments, model, BATCHES[:2], forward)
+    moments = Moments(controller, set(controller.sites))
+    calibration.observe(controller, moments, model, BATCHES[:2], forward)
     q, k, v = (f"model.layers.2.self_attn.{p}_proj" for p in "qkv")
     assert moments.leader[q] == moments.leader[k] == moments.leader[v] == q
     assert len(moments.second) == 4 * 4  # per layer: qkv, o, gate and up, down
@@ -324,8 +327,6 @@ def test_convolutions_are_part_of_the_merged_adapter() -> None:
 
 
 def test_adapters_without_a_linear_layer_are_plain_lora(caplog: pytest.LogCaptureFixture) -> None:
-    from peft import get_peft_model
-
     model = get_peft_model(build("unet"), ResLoraConfig(r=2, target_modules=["conv1"], shortcut="block"))
     assert "this is plain LoRA" in caplog.text
     with pytest.raises(ValueError, match="no ResLoRA adapter"):
@@ -345,17 +346,88 @@ def test_torchs_own_attention_stays_plain_lora() -> None:
 
     torch.manual_seed(0)
     model = Model().eval()
+    untouched = copy.deepcopy(model.state_dict())
     x = torch.randn(2, 3, 8)
     base = model(x)
     attach(model, ResLoraConfig(r=2, target_modules=r"attention|layers\.\d", shortcut="middle"))
     randomise(model)
     assert list(get_controller(model).layers) == ["layers.0", "layers.1"]
-    assert (model(x) - base).abs().max() > 1e-3
+    assert "plain LoRA, joined to nothing: 2 x torch.nn.MultiheadAttention" in str(explain(model))
+    trained = model(x)
+    assert (trained - base).abs().max() > 1e-3
+    calibrate(model, [x, x + 1], lambda model, x: model(x))
+    plain = Model().eval()
+    plain.load_state_dict(untouched)
+    load_as_plain_lora(plain, r"attention|layers\.\d", merged_factors(model))
+    with merged_forward(model):
+        assert torch.allclose(plain(x), model(x), atol=1e-6)
+
+
+def load_as_plain_lora(model: nn.Module, targets: str, factors: dict) -> None:
+    """By PEFT alone, module path by module path; every factor must find its place, and every place its factor."""
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=targets), model)
+    modules = dict(model.named_modules())
+    taken = {f"{name}.lora_{side}.default" for name in factors for side in "AB"}
+    assert taken == {name for name in modules if name.endswith((".lora_A.default", ".lora_B.default"))}
+    for name, f in factors.items():
+        modules[f"{name}.lora_A.default"].weight.data = f.lora_A.clone()
+        modules[f"{name}.lora_B.default"].weight.data = f.scaling * f.lora_B
+
+
+def test_adapters_that_are_no_factors_of_a_layer_are_named_not_dropped() -> None:
+    """Fused experts, by PEFT's target_parameters, and embeddings: trained, but no plain LoRA file can hold them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=3, **sizes)).eval()
+    ids = torch.arange(8).reshape(2, 4)
+    base = model(ids).logits
+    config = ResLoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj", "embed_tokens"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+        shortcut="block",
+    )
+    adapted_model = get_peft_model(model, config)
+    randomise(adapted_model)
+    trained = adapted_model(ids).logits
+    assert (trained - base).abs().max() > 1e-3
+    table = str(explain(adapted_model))
+    assert "joined to nothing: 2 x parameter 'gate_up_proj' (target_parameters)" in table
+    assert "joined to nothing: 1 x embedding" in table
+    with pytest.raises(
+        ValueError, match=r"merge_and_unload(?s:.*)embed_tokens: embedding(?s:.*)layers\.1\.mlp\.experts"
+    ):
+        merged_factors(adapted_model)
+    assert torch.allclose(adapted_model.merge_and_unload()(ids).logits, trained, atol=1e-5)
+
+
+def test_padding_does_not_count() -> None:
+    """Calibrated on padded batches with a mask as on the bare tokens."""
+
+    def padded(batch: tuple) -> tuple:
+        ids = torch.nn.functional.pad(batch[0], (0, 3), value=1)
+        return ids, (torch.arange(ids.shape[1]) < batch[0].shape[1]).expand_as(ids).long()
+
+    def masked_forward(model: nn.Module, batch: tuple) -> torch.Tensor:
+        return model(batch[0], attention_mask=batch[1])[0]
+
+    for shortcut in ("input", "middle"):
+        bare, masked, unmasked = (adapted(shortcut) for _ in range(3))
+        calibrate(bare, BATCHES, forward)
+        calibrate(masked, [padded(batch) for batch in BATCHES], masked_forward, mask=lambda batch: batch[1])
+        calibrate(unmasked, [padded(batch) for batch in BATCHES], masked_forward)
+        wanted, got, other = (merged_factors(model) for model in (bare, masked, unmasked))
+        assert all(torch.allclose(got[name].lora_A, f.lora_A, atol=1e-10) for name, f in wanted.items())
+        assert any((other[name].lora_A - f.lora_A).abs().max() > 1e-3 for name, f in wanted.items())
+        held_out = [padded(batch) for batch in HELD_OUT]
+        errors = relative_output_errors(masked, held_out, masked_forward, mask=lambda batch: batch[1])
+        bare_errors = relative_output_errors(bare, HELD_OUT, forward)
+        assert errors == pytest.approx(bare_errors, rel=1e-8)
 
 
 def test_adapters_are_merged_one_after_the_other() -> None:
-    from peft import get_peft_model
-
     config = ResLoraConfig(r=2, target_modules=LLAMA_TARGETS, shortcut="middle", merge_method="paper_weight")
     model = get_peft_model(build("llama"), config)
     model.add_adapter("second", copy.deepcopy(config))

@@ -269,6 +269,16 @@ def test_a_process_without_this_package_refuses_the_file(tmp_path) -> None:
     assert "RESLORA" in done.stderr
 
 
+def test_importing_the_package_after_peft_is_enough_to_load_the_file(tmp_path) -> None:
+    peft_llama("input").save_pretrained(tmp_path)
+    code = (
+        "import peft, reslora_diffusion\n"
+        f"print(type(peft.PeftConfig.from_pretrained({str(tmp_path)!r})).__name__, 'diffusers' in __import__('sys').modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["ResLoraConfig", "False"], done.stderr
+
+
 def test_loading_other_shapes_names_each_tensor(tmp_path) -> None:
     peft_llama("input").save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -15,8 +15,9 @@ mid, up. Tokens: equal widths do not mean equal resolutions; the resolution foll
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
@@ -54,6 +55,7 @@ class Explanation:
     shortcut: Shortcut
     num_previous: int | None
     chains: tuple[Chain, ...]
+    unjoined: dict[str, str] = field(default_factory=dict)  # layers of other kinds, adapted by plain LoRA: name -> kind
 
     @property
     def links(self) -> int:
@@ -71,6 +73,7 @@ class Explanation:
             "sites": self.sites,
             "links": self.links,
             "chains": [{"role": c.role, "sites": [asdict(site) for site in c.sites]} for c in self.chains],
+            "unjoined": self.unjoined,
         }
 
     def __str__(self) -> str:
@@ -94,7 +97,11 @@ class Explanation:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, *lines])
+        rest = [
+            f"plain LoRA, joined to nothing: {count} x {kind}"
+            for kind, count in Counter(self.unjoined.values()).items()
+        ]
+        return "\n".join([head, *lines, *rest])
 
 
 # ----------------------------------------------------------------------------------------------- roles and tokens

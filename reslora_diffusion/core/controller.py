@@ -15,7 +15,7 @@ Inside `merged_forward` it computes the plain LoRA that it will be exported as.
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -44,6 +44,14 @@ class Observer(Protocol):
     def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None: ...
 
 
+class Unjoined(NamedTuple):
+    """A layer that is adapted by plain LoRA beside the chains, such as a convolution."""
+
+    layer: LoraLayer
+    kind: str
+    has_factors: bool  # of a linear map or a convolution, as `LoraFactors` holds them
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The whole weight of a factor, also where FSDP has left only a shard of it; its gradient is then averaged."""
     weight: Any = module.weight
@@ -64,10 +72,12 @@ class Controller:
         config: ResLoraConfig,
         layers: dict[str, LoraLayer],
         unlinked: dict[str, str],
+        unjoined: dict[str, Unjoined],
     ) -> None:
         self.adapter_name = adapter_name
         self.config = config
         self.layers = layers
+        self.unjoined = unjoined
         shapes = {name: (*layer_shape(layer), layer.r[adapter_name]) for name, layer in layers.items()}
         self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
         self.context = ForwardContext()
@@ -116,7 +126,9 @@ class Controller:
 
     def explain(self) -> Explanation:
         """Which layers are joined."""
-        return Explanation(self.shortcut, self.config.num_previous, self.chains)
+        return Explanation(
+            self.shortcut, self.config.num_previous, self.chains, {n: u.kind for n, u in self.unjoined.items()}
+        )
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """`(lora_A, lora_B)` of one layer, as they are."""

@@ -15,7 +15,7 @@ from .attach import DEFAULT_ADAPTER, get_controller
 from .config import Shortcut
 from .controller import Controller
 from .functional import concatenated
-from .merging import merged_factors
+from .merging import joined_factors
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def handover(
     if controller.shortcut is Shortcut.BLOCK:
         concatenate_blocks(controller, optimizer)
     else:
-        factors = merged_factors(model, adapter_name)
+        factors = joined_factors(controller)
         for name in controller.sites:
             controller.factors(name)[0].copy_(factors[name].lora_A)
     controller.config.shortcut = Shortcut.NONE

@@ -16,27 +16,22 @@
 A_k is A_n for `input`, where A_n reads x_{n-1} too, and A_{n-k} for `middle`. S, P, a, f: `core.statistics`.
 """
 
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .attach import DEFAULT_ADAPTER, get_controller
 from .chains import Site
 from .config import MergeMethod, Shortcut
-from .controller import Controller, Forward
+from .controller import Controller, weight_of
 from .functional import LoraFactors, concatenated
-from .statistics import Moments, Norms, OutputErrors, load_statistics, save_statistics
+from .statistics import Moments, Norms
 
 RIDGE = 1e-3
-RESUME_EVERY = 16  # batches between two writes of a resume file
-STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers take more passes over the batches
 
 # ------------------------------------------------------------------------------------------------ corrections
 
@@ -103,143 +98,6 @@ def paper_weight(controller: Controller) -> dict[str, Tensor]:
     return corrections
 
 
-# ------------------------------------------------------------------------------------------------ calibration
-
-
-def needs_calibration(controller: Controller) -> bool:
-    """Whether merging depends on data."""
-    return controller.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) and controller.config.merge_method in (
-        MergeMethod.LEAST_SQUARES,
-        MergeMethod.PAPER_INPUT,
-    )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no gradients and no dropout; every module is put back as it was."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in trained:
-            module.training = True
-
-
-def observe(
-    controller: Controller,
-    observer: Any,
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward,
-    resume_file: Path | None = None,
-) -> int:
-    """Run batches while `observer` sees what flows through the shortcuts; returns how many there were.
-
-    With `resume_file`, sums are put down there as they grow, and batches that are in it already are not run again.
-    """
-    done = load_statistics(resume_file, observer, controller_device(controller)) if resume_file else 0
-    count = 0
-    controller.observer = observer
-    try:
-        with evaluating(model):
-            for batch in batches:
-                count += 1
-                if count <= done:
-                    continue
-                observer.start_batch()
-                forward(model, batch)
-                if resume_file and count % RESUME_EVERY == 0:
-                    save_statistics(resume_file, observer, count)
-    finally:
-        controller.observer = None
-        observer.start_batch()
-    if resume_file and count > done:
-        save_statistics(resume_file, observer, count)
-    observer.all_reduce()
-    return count
-
-
-def controller_device(controller: Controller) -> torch.device:
-    return controller.factors(next(iter(controller.layers)))[0].device
-
-
-def passes(controller: Controller, limit: int) -> list[set[str]]:
-    """Layers in groups whose second moments fit in `limit` bytes, whole chains' neighbours together."""
-    groups: list[set[str]] = [set()]
-    used = 0
-    for site in sorted(controller.sites.values(), key=lambda site: site.in_features):
-        size = 4 * site.in_features**2
-        if used + size > limit and groups[-1]:
-            groups.append(set())
-            used = 0
-        groups[-1].add(site.name)
-        used += size
-    return groups
-
-
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward,
-    adapter_name: str = DEFAULT_ADAPTER,
-    *,
-    statistics_bytes: int = STATISTICS_BYTES,
-    resume_file: str | os.PathLike | None = None,
-) -> None:
-    """Find C for every layer of `model`, from batches like those it was trained on; C replaces an earlier one.
-
-    Does nothing for shortcuts and methods that need no data. The model is run in evaluation mode, without gradients.
-
-    Args:
-        batches: what `forward` takes. Read once if the statistics fit in `statistics_bytes`, else once per group of
-            layers, and must then be a sequence.
-        forward: runs the model on a batch, as in training; what it returns is not used.
-        statistics_bytes: bound on the memory of second moments.
-        resume_file: where sums are kept, one file for each process and group of layers, so that a calibration that was
-            cut off, or is given more batches, goes on. It belongs to one adapter as it is: remove it when that changes.
-
-    Raises:
-        ValueError: there are no batches, or they can be read only once where that is not enough.
-    """
-    controller = get_controller(model, adapter_name)
-    if not needs_calibration(controller):
-        return
-    groups = passes(controller, statistics_bytes)
-    if controller.config.merge_method == MergeMethod.PAPER_INPUT:
-        groups = [set(controller.sites)]
-    if len(groups) > 1 and not isinstance(batches, Sequence):
-        raise ValueError(
-            f"the statistics take {len(groups)} passes over the batches (statistics_bytes={statistics_bytes}); got "
-            f"{type(batches).__name__}, which can be read once; wanted a list"
-        )
-    corrections: dict[str, Tensor] = {}
-    for number, group in enumerate(groups):
-        file = numbered(resume_file, number) if resume_file else None
-        if controller.config.merge_method == MergeMethod.LEAST_SQUARES:
-            moments = Moments(controller, group)
-            count = observe(controller, moments, model, batches, forward, file)
-            found = {name: least_squares(controller, controller.sites[name], moments) for name in group}
-        else:
-            norms = Norms(controller)
-            count = observe(controller, norms, model, batches, forward, file)
-            found = {name: paper_input(controller, controller.sites[name], norms) for name in group}
-        if count == 0:
-            raise ValueError("calibrate: got no batches")
-        corrections |= {name: correction.to(controller.factors(name)[0]) for name, correction in found.items()}
-    controller.calibration = corrections
-    controller.calibrated_at = {name: controller.factors(name)[0]._version for name in corrections}
-
-
-def numbered(file: str | os.PathLike, group: int) -> Path:
-    """`sums.safetensors` -> `sums-<process>-<group>.safetensors`."""
-    path = Path(file)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    process = torch.distributed.get_rank() if distributed else 0
-    return path.with_name(f"{path.stem}-{process}-{group}.safetensors")
-
-
 # --------------------------------------------------------------------------------------------- merged factors
 
 
@@ -287,53 +145,48 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
     """The plain LoRA that the adapter merges into, by module path: what `export_lora` writes.
 
     Raises:
-        ValueError: the method needs `calibrate` first.
+        ValueError: the method needs `calibrate` first, or the adapter is not only factors of linear layers.
     """
     controller = get_controller(model, adapter_name)
+    return joined_factors(controller) | unjoined_factors(controller)
+
+
+def joined_factors(controller: Controller) -> dict[str, LoraFactors]:
+    """The plain LoRA of the layers that shortcuts may join."""
     corrections = corrections_of(controller)
-    factors = {name: plain_factors(controller, site, corrections[name]) for name, site in controller.sites.items()}
-    return factors | convolution_factors(model, adapter_name)
+    return {name: plain_factors(controller, site, corrections[name]) for name, site in controller.sites.items()}
 
 
-def convolution_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:
-    """Factors of adapted convolutions, which no shortcut joins; refuses embeddings, which have no such factors."""
-    found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if adapter_name in layer.lora_embedding_A:
-            raise ValueError(f"{name} is an adapted embedding, which is no LoRA of a linear layer; merge_and_unload it")
-        factors: Any = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
-        if factors is not None and factors.weight.ndim > 2:
-            up: Any = layer.lora_B[adapter_name]
-            scaling = layer.scaling[adapter_name]
-            found[name] = LoraFactors(factors.weight.detach(), up.weight.detach(), scaling)
-    return found
+def unjoined_factors(controller: Controller) -> dict[str, LoraFactors]:
+    """The plain LoRA of the layers that no shortcut joins, such as convolutions.
+
+    Raises:
+        ValueError: a layer's adapter is not two factors of a linear map; all such layers are named.
+    """
+    adapter = controller.adapter_name
+    problems = [f"  - {name}: {other.kind}" for name, other in controller.unjoined.items() if not other.has_factors]
+    if problems:
+        raise ValueError(
+            f"adapter {adapter!r} has more than factors of linear layers and convolutions, so no plain LoRA file can "
+            "hold it; use merge_and_unload, or adapt other layers:\n" + "\n".join(problems)
+        )
+    return {
+        name: LoraFactors(
+            weight_of(layer.lora_A[adapter]).detach(),
+            weight_of(layer.lora_B[adapter]).detach(),
+            layer.scaling[adapter],
+        )
+        for name, (layer, *_) in controller.unjoined.items()
+    }
 
 
 @contextmanager
 def merged_forward(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Iterator[None]:
     """Inside, the model computes as the exported LoRA will, without touching a weight."""
     controller = get_controller(model, adapter_name)
-    before, corrections = controller.merged, corrections_of(controller)
-    controller.merged = {n: plain_factors(controller, site, corrections[n]) for n, site in controller.sites.items()}
+    before = controller.merged
+    controller.merged = joined_factors(controller)
     try:
         yield
     finally:
         controller.merged = before
-
-
-def relative_output_errors(
-    model: nn.Module, batches: Iterable[Any], forward: Forward, adapter_name: str = DEFAULT_ADAPTER
-) -> dict[str, float]:
-    """What merging changes in each layer's output, relative to all that the adapter adds to it.
-
-    sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) over `batches`, which calibration should not have seen. Zero
-    for shortcuts that merge exactly.
-    """
-    controller = get_controller(model, adapter_name)
-    if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK):
-        return dict.fromkeys(controller.sites, 0.0)
-    observer = OutputErrors(controller, corrections_of(controller))
-    observe(controller, observer, model, batches, forward)
-    return observer.relative()

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from .config import PeftType, ResLoraConfig, Shortcut
-from .controller import Controller
+from .controller import Controller, Unjoined
 from .functional import delta_weight
 
 LOGGER = logging.getLogger(__name__)
@@ -177,19 +177,21 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
 def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
     """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller.
 
-    Convolutions, embeddings and `nn.MultiheadAttention` stay PEFT's plain LoRA; an adapter of nothing else has no
-    controller.
+    Convolutions, embeddings, `nn.MultiheadAttention` and `target_parameters` (fused experts) stay PEFT's plain LoRA; an
+    adapter of nothing else has no controller.
     """
     layers: dict[str, LoraLayer] = {}
     names: dict[int, list[str]] = {}
     silent = []
+    unjoined: dict[str, Unjoined] = {}
     by_merging: list[str] = []  # torch's own attention computes from merged weights, its output projection included
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, MultiheadAttention):
             by_merging.append(f"{name}.")
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
+        if not isinstance(layer, LoraLayer) or adapter_name not in {*layer.lora_A, *layer.lora_embedding_A}:
             continue
-        if not isinstance(layer.lora_A[adapter_name], nn.Linear) or f"{name}.".startswith(tuple(by_merging)):
+        if other := beside_chains(layer, adapter_name, f"{name}.".startswith(tuple(by_merging))):
+            unjoined[name] = other
             continue
         if type(layer).__module__.rpartition(".")[2] in WITHOUT_VARIANTS:
             silent.append(f"{name} ({type(layer).__name__})")
@@ -205,12 +207,25 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
             LOGGER.warning("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA")
         return
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
-    controller = Controller(model, adapter_name, config, layers, unlinked)
+    controller = Controller(model, adapter_name, config, layers, unlinked, unjoined)
     for name, layer in layers.items():
         layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
         layer._cast_input_dtype = KeepInputDtype(layer)  # type: ignore[method-assign, assignment]
         if type(layer).__name__ == "Linear":
             layer.forward = FastForward(layer)  # type: ignore[attr-defined]
+
+
+def beside_chains(layer: Any, adapter_name: str, by_merging: bool) -> Unjoined | None:
+    """What an adapted layer is that no shortcut can join; None for a linear layer."""
+    if adapter_name in layer.lora_embedding_A:
+        return Unjoined(layer, "embedding", has_factors=False)
+    if isinstance(layer, ParamWrapper):
+        return Unjoined(layer, f"parameter {layer.parameter_name!r} (target_parameters)", has_factors=False)
+    if by_merging:
+        return Unjoined(layer, "torch.nn.MultiheadAttention", has_factors=True)
+    if not isinstance(layer.lora_A[adapter_name], nn.Linear):
+        return Unjoined(layer, type(layer.get_base_layer()).__name__, has_factors=True)
+    return None
 
 
 def find_controller(model: nn.Module, adapter_name: str) -> Controller | None:

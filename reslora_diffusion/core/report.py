@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from .attach import DEFAULT_ADAPTER, get_controller
+from .calibration import Mask, evaluating, relative_output_errors
 from .controller import Forward
-from .merging import evaluating, merged_forward, relative_output_errors
+from .merging import merged_forward
 
 EXACT = 1e-5  # relative output error below which a link is called exact
 
@@ -54,12 +55,15 @@ def merge_report(
     forward: Forward,
     loss: Callable[[nn.Module, Any], Any],
     adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    mask: Mask | None = None,
 ) -> MergeReport:
     """Compare the adapter as trained with the plain LoRA it merges into; `calibrate` first.
 
     Args:
         batches: held out, read several times.
         forward: runs the model on a batch.
+        mask: which tokens of a batch count in the layers' errors, as in `calibrate`.
         loss: of a batch, a float or a tensor of one number; averaged over batches.
     """
     controller = get_controller(model, adapter_name)
@@ -76,5 +80,5 @@ def merge_report(
         merge_method=str(controller.config.merge_method),
         loss_trained=trained,
         loss_merged=merged,
-        output_errors=relative_output_errors(model, batches, forward, adapter_name),
+        output_errors=relative_output_errors(model, batches, forward, adapter_name, mask=mask),
     )

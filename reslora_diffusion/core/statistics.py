@@ -41,6 +41,24 @@ def all_reduce(values: list[Tensor]) -> None:
             torch.distributed.all_reduce(value)
 
 
+@dataclass
+class Tokens:
+    """What all observers share: which tokens count."""
+
+    controller: Controller
+    mask: Tensor | None = field(default=None, kw_only=True)
+
+    def start_batch(self, mask: Tensor | None = None) -> None:
+        """Args: mask [...]: which tokens of the batch are real; sequences of another shape are not touched by it."""
+        self.mask = None if mask is None else mask.bool()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[..., d] -> [T, d], tokens that count, in float32 or better."""
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+            x = x[self.mask.to(x.device)]
+        return flat(x)
+
+
 class Statistics(Protocol):
     """An observer whose sums can be put down and taken up again."""
 
@@ -69,10 +87,9 @@ def load_statistics(path: Path, statistics: Statistics, device: torch.device) ->
 
 
 @dataclass
-class Moments:
+class Moments(Tokens):
     """An observer that sums S, P and a for `sites`."""
 
-    controller: Controller
     sites: set[str]
     second: dict[str, Tensor] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +98,8 @@ class Moments:
     seen: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
-    def start_batch(self) -> None:
+    def start_batch(self, mask: Tensor | None = None) -> None:
+        super().start_batch(mask)
         self.seen.clear()
         self.inputs.clear()
 
@@ -91,22 +109,22 @@ class Moments:
             self.inputs[site.name] = x
         if site.name not in self.sites or not previous:
             return
-        rows = flat(x)
+        rows = self.rows(x)
         self.add_second(site.name, x, rows)
         if middle:
-            bottleneck = sum((flat(z) for _, z in previous[1:]), flat(previous[0][1]))
+            bottleneck = sum((self.rows(z) for _, z in previous[1:]), self.rows(previous[0][1]))
             window = self.controller.windows[site.name]
             others = {name: self.inputs[name] for name in window if name in self.inputs}
         else:
             lora_A = self.controller.factors(site.name)[0].detach()
-            bottleneck = flat(previous[0][1]) @ lora_A.to(rows.dtype).T
+            bottleneck = self.rows(previous[0][1]) @ lora_A.to(rows.dtype).T
             others = {site.name: previous[0][1]}
         add(self.cross, site.name, bottleneck.T @ rows)
         inner = self.inner[site.name]
         add(inner, "", rows.square().sum())
         for name, other in others.items():
             if other.shape == x.shape:
-                add(inner, name, rows.square().sum() if other is x else (flat(other) * rows).sum())
+                add(inner, name, rows.square().sum() if other is x else (self.rows(other) * rows).sum())
 
     def add_second(self, name: str, x: Tensor, rows: Tensor) -> None:
         """Add x x^T to the sum of the first layer that read this very tensor; split sums whose layers part ways."""
@@ -143,18 +161,14 @@ class Moments:
 
 
 @dataclass
-class Norms:
+class Norms(Tokens):
     """An observer that averages f over forwards, for every layer."""
 
-    controller: Controller
     total: dict[str, Tensor] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)
 
-    def start_batch(self) -> None:
-        """Nothing is kept from batch to batch but the sums."""
-
     def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
-        rows = flat(x)
+        rows = self.rows(x)
         if self.controller.shortcut is Shortcut.MIDDLE:
             rows = rows @ self.controller.factors(site.name)[0].detach().to(rows.dtype).T
         add(self.total, site.name, rows.norm())
@@ -178,24 +192,20 @@ class Norms:
 
 
 @dataclass
-class OutputErrors:
+class OutputErrors(Tokens):
     """An observer of what merging changes: sum ||s B (t - C x)||^2 over sum ||s B (A x + t)||^2, for every layer."""
 
-    controller: Controller
     corrections: dict[str, Tensor]
     lost: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
 
-    def start_batch(self) -> None:
-        """Nothing is kept from batch to batch but the sums."""
-
     def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
-        rows = flat(x)
+        rows = self.rows(x)
         lora_A, lora_B = (factor.detach().to(rows.dtype) for factor in self.controller.factors(site.name))
         own = rows @ lora_A.T
         added = torch.zeros_like(own)
         for _, value in previous:
-            added += flat(value) @ lora_A.T if self.controller.shortcut is Shortcut.INPUT else flat(value)
+            added += self.rows(value) @ lora_A.T if self.controller.shortcut is Shortcut.INPUT else self.rows(value)
         gram = lora_B.T @ lora_B
         error, kept = added - rows @ self.corrections[site.name].to(rows).T, own + added
         add(self.lost, site.name, ((error @ gram) * error).sum())

@@ -1,0 +1,147 @@
+"""Refining a merge: the merged model is taught by the unmerged one, at equal rank and without labels.
+
+Least squares fits each layer by itself, on inputs as they are before merging. `distill` starts from its C and moves all
+of them together, with B fixed and therefore at the rank that they have:
+
+    min_C  E d( f(x; A + C),  f_shortcut(x) )          by Adam, with the step of a layer relative to rms(A + C)
+
+f is the model with the plain LoRA s B (A + C), f_shortcut the model as trained, d the mean squared error of their
+outputs or what is given (for a language model, a divergence of next-token distributions). A part of the batches is held
+out: if their distance has not become smaller, the C of least squares stays.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attach import DEFAULT_ADAPTER, get_controller
+from .calibration import evaluating
+from .config import MergeMethod, Shortcut
+from .controller import Controller
+from .merging import joined_factors
+from .statistics import all_reduce
+
+HELD_OUT = 8  # one batch of so many, and at least one, is not trained on
+Output = Callable[[nn.Module, Any], Tensor]
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class Distillation(NamedTuple):
+    """Mean distance between merged and unmerged model on held-out batches; `kept` is whether C was replaced."""
+
+    before: float
+    after: float
+    kept: bool
+
+
+def distill(
+    model: nn.Module,
+    batches: Sequence[Any],
+    output: Output,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    steps: int = 100,
+    learning_rate: float = 0.02,
+    distance: Distance = F.mse_loss,
+) -> Distillation:
+    """Refine what `calibrate` found, in place; nothing to do for shortcuts that merge exactly.
+
+    Args:
+        batches: what `output` takes, at least two; with several processes each has its own.
+        output: the tensor that the model gives on a batch, by which models are compared.
+        steps: of Adam, each on one batch; a step costs about one and a half of training.
+        learning_rate: of the first step, relative to the root mean square of a layer's A + C; decays to zero.
+        distance: of the merged model's output from the unmerged one's, a tensor of one number.
+
+    Raises:
+        ValueError: `calibrate` was not called, or there is no batch to hold out.
+    """
+    controller = get_controller(model, adapter_name)
+    if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK):
+        return Distillation(0.0, 0.0, False)
+    problems = []
+    if len(batches) < 2:
+        problems.append(f"got {len(batches)} batches, wanted at least 2: one is held out")
+    if controller.config.merge_method in (MergeMethod.DROP, MergeMethod.PAPER_WEIGHT):
+        problems.append(f"merge_method {controller.config.merge_method} keeps no correction that could be refined")
+    if problems:
+        raise ValueError("distill: " + "; ".join(problems))
+    held_out, train = list(batches[::HELD_OUT]), [b for n, b in enumerate(batches) if n % HELD_OUT]
+    student = {name: f._replace(lora_A=at_least_float32(f.lora_A)) for name, f in joined_factors(controller).items()}
+    with evaluating(model):
+        before = mean_distance(controller, student, model, held_out, output, distance)
+        with torch.enable_grad():
+            descend(controller, student, model, train, output, distance, steps, learning_rate, before)
+        after = mean_distance(controller, student, model, held_out, output, distance)
+    kept = after < before
+    if kept:
+        controller.calibration = {
+            name: f.lora_A.detach().to(controller.calibration[name]) - controller.factors(name)[0].detach()
+            for name, f in student.items()
+        }
+    return Distillation(before, after, kept)
+
+
+def descend(
+    controller: Controller,
+    student: dict,
+    model: nn.Module,
+    batches: Sequence[Any],
+    output: Output,
+    distance: Distance,
+    steps: int,
+    learning_rate: float,
+    scale: float,
+) -> None:
+    """Move every `lora_A` of `student`, in place; the distance is divided by `scale`, which half precision bears."""
+    leaves = [f.lora_A.requires_grad_() for f in student.values()]
+    groups = [{"params": [A], "lr": learning_rate * A.detach().square().mean().sqrt().item()} for A in leaves]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        gap(controller, student, model, batch, output, distance).div(scale or 1.0).backward()
+        average([A.grad for A in leaves if A.grad is not None])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    for A in leaves:
+        A.requires_grad_(False)
+
+
+def gap(
+    controller: Controller, student: dict, model: nn.Module, batch: Any, output: Output, distance: Distance
+) -> Tensor:
+    """d of one batch; gradients reach only the student's factors."""
+    with torch.no_grad():
+        target = output(model, batch)
+    before, controller.merged = controller.merged, student
+    try:
+        return distance(output(model, batch), target)
+    finally:
+        controller.merged = before
+
+
+def mean_distance(
+    controller: Controller, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
+) -> float:
+    values = torch.stack([gap(controller, student, model, batch, output, distance).detach() for batch in batches])
+    mean = values.float().mean()
+    average([mean])
+    return mean.item()
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """A copy."""
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
+def average(values: list[Tensor]) -> None:
+    """Mean over processes, in place."""
+    all_reduce(values)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in values:
+            value /= torch.distributed.get_world_size()
