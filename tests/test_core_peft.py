@@ -272,8 +272,9 @@ def test_a_process_without_this_package_refuses_the_file(tmp_path) -> None:
 def test_importing_the_package_after_peft_is_enough_to_load_the_file(tmp_path) -> None:
     peft_llama("input").save_pretrained(tmp_path)
     code = (
-        "import peft, reslora_diffusion\n"
-        f"print(type(peft.PeftConfig.from_pretrained({str(tmp_path)!r})).__name__, 'diffusers' in __import__('sys').modules)"
+        "import sys, peft, reslora_diffusion\n"
+        f"config = peft.PeftConfig.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(config).__name__, 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["ResLoraConfig", "False"], done.stderr
