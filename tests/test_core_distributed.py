@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by itself
 from models import inputs, output  # noqa: E402
-from reslora_diffusion import calibrate, get_controller, merged_factors  # noqa: E402
+from reslora_diffusion import calibrate, get_controller, handover, merged_factors  # noqa: E402
 from test_core_shortcuts import adapted  # noqa: E402
 
 CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None)]
@@ -79,6 +79,40 @@ def calibrate_apart(rank: int, port: int, results: dict) -> None:
     dist.destroy_process_group()
 
 
+def merge_everything(model: nn.Module, batches: list) -> dict[str, torch.Tensor]:
+    """What comes of a model by each way out: factors by two methods, outputs merged, unmerged and handed over."""
+    controller, found = get_controller(model), {}
+    for method in ("paper_weight", "least_squares"):
+        controller.config.merge_method = method
+        calibrate(model, batches, lambda m, batch: m(*batch))
+        found |= {f"{method} {name}": f.lora_A.detach().clone() for name, f in merged_factors(model).items()}
+    with torch.no_grad():
+        for layer in controller.layers.values():
+            layer.merge()
+        found["merged"] = output("llama", model, inputs("llama", seed=9)).clone()
+        for layer in controller.layers.values():
+            layer.unmerge()
+        found["unmerged"] = output("llama", model, inputs("llama", seed=9)).clone()
+        handover(model)
+        found["handed over"] = output("llama", model, inputs("llama", seed=9)).clone()
+    return found
+
+
+def merge_sharded(rank: int, port: int, results: dict) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    for shortcut, num_previous in (("input", 1), ("middle", None)):
+        model = by_fsdp(adapted("llama", shortcut, num_previous))
+        batches = [inputs("llama", seed=n) for n in (rank, rank + 2)]
+        results[rank, shortcut] = merge_everything(model, batches)
+    block = by_fsdp(adapted("llama", "block", 1))
+    try:
+        handover(block)
+    except RuntimeError as error:
+        results[rank, "block"] = str(error)
+    dist.destroy_process_group()
+
+
 def free_port() -> int:
     import socket
 
@@ -118,3 +152,20 @@ def test_statistics_of_several_processes_add_up() -> None:
     for name, factors in merged_factors(model).items():
         for rank in range(2):
             assert torch.allclose(apart[rank][name], factors.lora_A, atol=1e-12)
+
+
+def test_a_sharded_adapter_merges_as_a_whole_one() -> None:
+    with mp.Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(merge_sharded, args=(free_port(), shared), nprocs=2)
+        results = dict(shared)
+    for shortcut, num_previous in (("input", 1), ("middle", None)):
+        model = adapted("llama", shortcut, num_previous)
+        wanted = merge_everything(model, [inputs("llama", seed=n) for n in range(4)])
+        assert (wanted["merged"] - wanted["unmerged"]).abs().max() > 1e-6
+        for rank in range(2):
+            got = results[rank, shortcut]
+            assert got.keys() == wanted.keys()
+            errors = {name: (got[name] - value).abs().max().item() for name, value in wanted.items()}
+            assert max(errors.values()) < 1e-10, errors
+    assert all("makes wider factors" in results[rank, "block"] for rank in range(2))

@@ -87,16 +87,16 @@ def controller_device(controller: Controller) -> torch.device:
     return controller.factors(next(iter(controller.layers)))[0].device
 
 
-def passes(controller: Controller, limit: int) -> list[set[str]]:
-    """Layers in groups whose second moments fit in `limit` bytes, whole chains' neighbours together."""
-    groups: list[set[str]] = [set()]
+def passes(controller: Controller, limit: int) -> list[list[str]]:
+    """Layers in groups whose second moments fit in `limit` bytes; in one order everywhere, as factors are gathered."""
+    groups: list[list[str]] = [[]]
     used = 0
     for site in sorted(controller.sites.values(), key=lambda site: site.in_features):
         size = 4 * site.in_features**2
         if used + size > limit and groups[-1]:
-            groups.append(set())
+            groups.append([])
             used = 0
-        groups[-1].add(site.name)
+        groups[-1].append(site.name)
         used += size
     return groups
 
@@ -132,7 +132,7 @@ def calibrate(
         return
     groups = passes(controller, statistics_bytes)
     if controller.config.merge_method == MergeMethod.PAPER_INPUT:
-        groups = [set(controller.sites)]
+        groups = [list(controller.sites)]
     if len(groups) > 1 and not isinstance(batches, Sequence):
         raise ValueError(
             f"the statistics take {len(groups)} passes over the batches (statistics_bytes={statistics_bytes}); got "
@@ -142,7 +142,7 @@ def calibrate(
     for number, group in enumerate(groups):
         file = numbered(resume_file, number) if resume_file else None
         if controller.config.merge_method == MergeMethod.LEAST_SQUARES:
-            moments = Moments(controller, group)
+            moments = Moments(controller, set(group))
             count = observe(controller, moments, model, batches, forward, mask, file)
             found = {name: least_squares(controller, controller.sites[name], moments) for name in group}
         else:

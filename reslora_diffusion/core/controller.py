@@ -27,6 +27,7 @@ from .config import ResLoraConfig, Shortcut
 from .context import OUTSIDE, ForwardContext
 from .fast_forward import Fusion, carried_key
 from .functional import LoraFactors, concatenated, down, down_sum, up_add
+from .sharding import whole
 
 FUSED = (
     "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
@@ -50,16 +51,6 @@ class Unjoined(NamedTuple):
     layer: LoraLayer
     kind: str
     has_factors: bool  # of a linear map or a convolution, as `LoraFactors` holds them
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The whole weight of a factor, also where FSDP has left only a shard of it; its gradient is then averaged."""
-    weight: Any = module.weight
-    if hasattr(weight, "full_tensor"):
-        from torch.distributed.tensor import Partial
-
-        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    return weight
 
 
 class Controller:
@@ -131,9 +122,9 @@ class Controller:
         )
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`(lora_A, lora_B)` of one layer, as they are."""
-        layer = self.layers[name]
-        return weight_of(layer.lora_A[self.adapter_name]), weight_of(layer.lora_B[self.adapter_name])
+        """`(lora_A, lora_B)` of one layer, as they are; gathered where they are sharded."""
+        layer: Any = self.layers[name]
+        return whole(layer.lora_A[self.adapter_name].weight), whole(layer.lora_B[self.adapter_name].weight)
 
     # ------------------------------------------------------------------------------------------- the root's forward
 
@@ -198,7 +189,7 @@ class Controller:
             plain = self.merged[adapter]
             A, B = plain.lora_A.to(x.dtype), plain.lora_B.to(x.dtype)
             return up_add(result, down(dropout(x), A), B, scaling)
-        A, B = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+        A, B = (factor.to(x.dtype) for factor in self.factors(adapter))
         if self.shortcut is Shortcut.BLOCK:
             earlier = [self.factors(other) for other in self.windows[adapter]]
             A, B = concatenated([(A, B), *((a.to(x.dtype), b.to(x.dtype)) for a, b in earlier)])

@@ -16,6 +16,7 @@ from .config import Shortcut
 from .controller import Controller
 from .functional import concatenated
 from .merging import joined_factors
+from .sharding import is_sharded, placed_like
 
 
 @torch.no_grad()
@@ -29,14 +30,16 @@ def handover(
 
     Raises:
         ValueError: the merge method needs `calibrate` first.
+        RuntimeError: `block`, and FSDP has sharded its factors: a wider layer cannot take their place.
     """
     controller = get_controller(model, adapter_name)
     if controller.shortcut is Shortcut.BLOCK:
         concatenate_blocks(controller, optimizer)
     else:
         factors = joined_factors(controller)
-        for name in controller.sites:
-            controller.factors(name)[0].copy_(factors[name].lora_A)
+        for name, layer in controller.layers.items():
+            weight: Any = layer.lora_A[adapter_name].weight
+            weight.copy_(placed_like(factors[name].lora_A.to(weight.dtype), weight))
     controller.config.shortcut = Shortcut.NONE
     controller.calibration = {}
     controller.calibrated_at = {}
@@ -49,6 +52,11 @@ def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer 
     old: dict[str, tuple[Any, Any]] = {
         name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, layer in controller.layers.items()
     }
+    if any(is_sharded(module.weight) for modules in old.values() for module in modules):
+        raise RuntimeError(
+            "handover of 'block' makes wider factors, and FSDP has sharded those that are; hand over before sharding, "
+            "use DistributedDataParallel, or export without handover: block merges exactly"
+        )
     config, fresh = controller.config, {}
     for name, layer in controller.layers.items():
         window = [name, *controller.windows[name]]

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from .attach import DEFAULT_ADAPTER, get_controller
 from .chains import Site
 from .config import MergeMethod, Shortcut
-from .controller import Controller, weight_of
+from .controller import Controller
 from .functional import LoraFactors, concatenated
+from .sharding import whole
 from .statistics import Moments, Norms
 
 RIDGE = 1e-3
@@ -92,7 +93,7 @@ def paper_weight(controller: Controller) -> dict[str, Tensor]:
             corrections[site.name] = correction
             layer = controller.layers[site.name]
             base: Any = layer.get_base_layer()
-            W = base.weight.detach().to(A)
+            W = whole(base.weight.detach()).to(A)
             delta = layer.scaling[controller.adapter_name] * (B @ (A + correction))
             size.append((W + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)).norm().item())
     return corrections
@@ -172,8 +173,8 @@ def unjoined_factors(controller: Controller) -> dict[str, LoraFactors]:
         )
     return {
         name: LoraFactors(
-            weight_of(layer.lora_A[adapter]).detach(),
-            weight_of(layer.lora_B[adapter]).detach(),
+            whole(layer.lora_A[adapter].weight).detach(),
+            whole(layer.lora_B[adapter].weight).detach(),
             layer.scaling[adapter],
         )
         for name, (layer, *_) in controller.unjoined.items()

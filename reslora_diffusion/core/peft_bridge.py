@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .config import PeftType, ResLoraConfig, Shortcut
 from .controller import Controller, Unjoined
 from .functional import delta_weight
+from .sharding import placed_like
 
 LOGGER = logging.getLogger(__name__)
 WITHOUT_VARIANTS = ("aqlm", "awq", "eetq", "inc", "te", "tp_layer")  # layers of PEFT that never ask for one
@@ -49,24 +50,30 @@ class ResLoraVariant(LoraVariant):
     ) -> Tensor:
         return self.controller.forward(self.site, module, x, result)
 
-    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def delta(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """What merging adds to `orig_weight`, in its precision, orientation and placement."""
         from .merging import merged_factors_of
 
         factors = merged_factors_of(self.controller, self.site)
         factors = factors._replace(scaling=module.scaling[active_adapter])
         delta = delta_weight(factors).to(torch.promote_types(factors.lora_A.dtype, orig_weight.dtype))
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
-        self.merged_delta = delta.to(orig_weight.dtype)
+        return placed_like(delta.to(orig_weight.dtype), orig_weight)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        self.merged_delta = self.delta(module, active_adapter, orig_weight)
         return orig_weight + self.merged_delta
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+        """In place, as FSDP goes on gathering the storage that it knows."""
+        self.merged_delta = self.delta(module, active_adapter, orig_weight)
+        orig_weight.data.add_(self.merged_delta)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        """Inverse of `merge_safe`: takes away what was added, whatever the factors are by now."""
+        """Inverse of `merge_unsafe`: takes away what was added, whatever the factors are by now."""
         assert self.merged_delta is not None
         delta, self.merged_delta = self.merged_delta, None
-        return orig_weight.data - delta.to(orig_weight.device)
+        return orig_weight.data.sub_(delta.to(orig_weight.device))
 
 
 class KeepInputDtype:
