@@ -17,7 +17,6 @@ from torch import nn
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export.base import base_problems
 from reslora_diffusion.export.factors import relative_error
-from reslora_diffusion.export.geometry import Family
 from reslora_diffusion.export.inspection import Inspection, inspect_lora
 from reslora_diffusion.export.keys import flat_path
 from reslora_diffusion.export.reader import LoraFile, read_lora
@@ -158,7 +157,7 @@ def mismatches(inspection: Inspection, lora: LoraFile, models: dict[str, nn.Modu
     found = base_problems(lora.components, models)
     if foreign := lora.components.keys() - models.keys():
         found.append(f"the base has no {', '.join(sorted(foreign))}")
-    if found and inspection.family not in (Family.CUSTOM, Family.OTHER):
+    if found and inspection.family.is_named:
         found.insert(0, f"this file is for {inspection.family}")
     return found + inspection.problems
 

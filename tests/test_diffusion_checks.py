@@ -76,7 +76,7 @@ def pictures(folder, *names):
         ({"lr_scheduler": "slow"}, "--lr_scheduler: got 'slow'"),
         ({"tokenizer_max_length": 77}, "--tokenizer_max_length: got 77, wanted at most 32"),
         ({"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets: got '64x64'"),
-        ({"aspect_ratio_buckets": "60,68"}, "wanted multiples of 8"),
+        ({"aspect_ratio_buckets": "60,68"}, "wanted each side a multiple of 8"),
         ({"handover": 1.5}, "--handover: got 1.5"),
         (
             {"pretrained_model_name_or_path": "/nowhere/model"},

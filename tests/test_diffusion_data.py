@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dreambooth import SUBJECTS, arguments
-from reslora_diffusion.diffusion.buckets import auto_buckets, nearest, parse_buckets
+from reslora_diffusion.diffusion.buckets import Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.cache import Views
 from reslora_diffusion.diffusion.concepts import concepts_of
 from reslora_diffusion.diffusion.data import covering, crop_corners, look_at, open_mask, open_upright, scan
@@ -159,7 +159,7 @@ def test_automatic_buckets_are_on_the_grid_and_no_larger_than_the_square():
 
 
 def test_a_picture_goes_to_the_bucket_of_its_shape():
-    buckets = parse_buckets("512,512;448,576;576,448", 512, 64)
+    buckets = parse_buckets("512,512;448,576;576,448", 512, Grid(8, 64))
     assert nearest((1000, 1000), buckets) == (512, 512)
     assert nearest((4000, 3000), buckets) == (576, 448)  # written height,width
     assert nearest((300, 900), buckets) == (448, 576)

@@ -1,5 +1,9 @@
 """Model families: the conditions that training gives a UNet are those that the family's own pipeline gives it."""
 
+import json
+import shutil
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,32 +14,44 @@ from safetensors.torch import load_file
 from dreambooth import PROMPT, train
 from reslora_diffusion.diffusion.families import FAMILIES, Texts
 from reslora_diffusion.diffusion.randomness import Stream, generator
-from tiny import saved, tiny_pipeline, tiny_pipeline_xl
+from reslora_diffusion.export import verify_lora
+from reslora_diffusion.problems import BadInput
+from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_xl
 
-BUILDERS = {"StableDiffusionPipeline": tiny_pipeline, "StableDiffusionXLPipeline": tiny_pipeline_xl}
+BUILDERS = (tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_3_without_t5)
+LENGTHS = Namespace(tokenizer_max_length=None, max_sequence_length=24)
 PROMPTS = ["a sticker of an octopus", "a photo of a dog on a blue background"]
+
+
+def load(build) -> DiffusionPipeline:
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if build is tiny_pipeline_3_without_t5 else {}
+    pipeline = DiffusionPipeline.from_pretrained(saved(build), **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(params=BUILDERS)
 def family_and_pipeline(request):
-    pipeline = DiffusionPipeline.from_pretrained(saved(BUILDERS[request.param]))
-    pipeline.set_progress_bar_config(disable=True)
-    return FAMILIES[request.param], pipeline
+    pipeline = load(request.param)
+    return FAMILIES[type(pipeline).__name__], pipeline
+
+
+def of_t5(family) -> dict:
+    return {"max_sequence_length": LENGTHS.max_sequence_length} if family.fixed_encoder else {}
 
 
 def encode(family, pipeline, prompts) -> Texts:
     with torch.no_grad():
-        return family.encode(
-            family.text_encoders_of(pipeline), family.tokenize(family.tokenizers_of(pipeline), prompts, None)
-        )
+        return family.encode(family.text_encoders_of(pipeline), family.read(pipeline, prompts, LENGTHS))
 
 
 def test_texts_are_encoded_as_the_pipeline_does_it(family_and_pipeline):
     family, pipeline = family_and_pipeline
     ours = encode(family, pipeline, PROMPTS)
     with torch.no_grad():
+        twice = {"prompt_2": PROMPTS, "prompt_3": PROMPTS} if family.fixed_encoder else {}
         theirs = pipeline.encode_prompt(
-            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False, **twice, **of_t5(family)
         )
     torch.testing.assert_close(ours.hidden, theirs[0])
     if ours.pooled is not None:
@@ -46,51 +62,62 @@ def test_painting_from_texts_is_painting_from_prompts(family_and_pipeline):
     family, pipeline = family_and_pipeline
     texts, negative = encode(family, pipeline, PROMPTS[:1]), encode(family, pipeline, [""])
     common = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64, "output_type": "np"}
+    theirs_too = common | of_t5(family)
     ours = pipeline(
         **family.painting(pipeline, texts, negative), generator=torch.Generator().manual_seed(0), **common
     ).images
-    theirs = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **common).images
+    theirs = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **theirs_too).images
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_the_unet_is_told_what_the_pipeline_tells_it(family_and_pipeline, monkeypatch):
+def test_the_model_is_told_what_the_pipeline_tells_it(family_and_pipeline, monkeypatch):
     family, pipeline = family_and_pipeline
-    told = {}
-    forward = pipeline.unet.forward
+    model, told = family.denoiser_of(pipeline), {}
+    forward = model.forward
 
-    def spy(sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **kwargs):
-        told.update(encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
-        return forward(sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **kwargs)
+    def spy(*args, **kwargs):
+        told.update(kwargs)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline.unet, "forward", spy)
-    pipeline(PROMPTS[0], num_inference_steps=1, guidance_scale=0.0, height=64, width=64)
-    texts = encode(family, pipeline, PROMPTS[:1])
-    ours = family.condition(texts, torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]))
-    torch.testing.assert_close(ours["encoder_hidden_states"], told["encoder_hidden_states"])
-    for name, value in ours.get("added_cond_kwargs", {}).items():
-        torch.testing.assert_close(value, told["added_cond_kwargs"][name])
+    monkeypatch.setattr(model, "forward", spy)
+    settings = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 64, "width": 64}
+    pipeline(PROMPTS[0], **settings, **of_t5(family))
+    ours = family.condition(encode(family, pipeline, PROMPTS[:1]), torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]))
+    for name, value in (ours | ours.pop("added_cond_kwargs", {})).items():
+        torch.testing.assert_close(value, (told | (told.get("added_cond_kwargs") or {}))[name])
 
 
-@pytest.mark.parametrize("shortcut", ["block", "middle"])
-def test_stable_diffusion_xl_is_trained_by_the_same_script(tmp_path, shortcut):
+@pytest.mark.parametrize(
+    ("build", "shortcut"),
+    [(tiny_pipeline_xl, "block"), (tiny_pipeline_xl, "middle"), (tiny_pipeline_3, "block"), (tiny_pipeline_3, "input")],
+)
+def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
+    """What is painted while training is painted by a plain pipeline that loads the exported file."""
+    pipe = load(build)
+    family = FAMILIES[type(pipe).__name__]
     folder = train(
         tmp_path / "run",
-        pretrained_model_name_or_path=saved(tiny_pipeline_xl),
+        pretrained_model_name_or_path=saved(build),
         shortcut=shortcut,
         train_text_encoder=True,
+        with_prior_preservation=True,
+        class_data_dir=tmp_path / "classes",
+        class_prompt="a sticker",
+        num_class_images=2,
+        gradient_checkpointing=True,
         validation_prompt=[PROMPT],
         num_validation_images=1,
         validation_steps=3,
         learning_rate=0.02,
+        **of_t5(family),
     )
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
-    assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder", "text_encoder_2"}
-    pipe = DiffusionPipeline.from_pretrained(saved(tiny_pipeline_xl))
-    pipe.set_progress_bar_config(disable=True)
+    assert {key.split(".")[0] for key in keys} == {family.denoiser, "text_encoder", "text_encoder_2"}
+    assert (folder / "kohya").exists() == (family.denoiser == "unet")
 
     def paint() -> np.ndarray:
         settings = {"num_inference_steps": 2, "guidance_scale": 7.5, "height": 64, "width": 64}
-        image = pipe(PROMPT, generator=generator(0, Stream.VALIDATION, 0), **settings).images[0]
+        image = pipe(PROMPT, generator=generator(0, Stream.VALIDATION, 0), **settings, **of_t5(family)).images[0]
         return np.asarray(image).astype(int)
 
     base = paint()
@@ -100,9 +127,59 @@ def test_stable_diffusion_xl_is_trained_by_the_same_script(tmp_path, shortcut):
     np.testing.assert_array_equal(base, shown[0])
     assert np.abs(exported - base).max() > 10
     assert np.abs(exported - shown[1]).max() <= 4
+    assert verify_lora(folder, str(saved(build))).passed
 
 
-def test_stable_diffusion_xl_with_frozen_text_encoders(tmp_path):
-    folder = train(tmp_path / "run", pretrained_model_name_or_path=saved(tiny_pipeline_xl), random_flip=True)
+@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3_without_t5])
+def test_frozen_text_encoders(tmp_path, build):
+    folder = train(tmp_path / "run", pretrained_model_name_or_path=saved(build), random_flip=True)
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
-    assert {key.split(".")[0] for key in keys} == {"unet"}
+    assert {key.split(".")[0] for key in keys} == {FAMILIES[type(load(build)).__name__].denoiser}
+
+
+def test_stable_diffusion_3_resumes_bit_for_bit_over_a_handover_and_races(tmp_path):
+    options = {
+        "pretrained_model_name_or_path": saved(tiny_pipeline_3),
+        "skip_t5": True,
+        "shortcut": "middle",
+        "handover": 0.75,
+        "max_train_steps": 4,
+        "aspect_ratio_buckets": "64,64;48,80",
+        "validation_prompt": [PROMPT],
+        "num_validation_images": 1,
+    }
+    whole, parts = tmp_path / "race" / "reslora", tmp_path / "parts"
+    train(tmp_path / "race", compare=["lora", "reslora"], checkpointing_steps=2, **options)
+    assert json.loads((tmp_path / "race" / "race.json").read_text())["contenders"].keys() == {"lora", "reslora"}
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    train(parts, resume_from_checkpoint="latest", **options)
+    first, second = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_options_of_another_family_are_refused_in_one_message(tmp_path):
+    with pytest.raises(BadInput) as refusal:
+        train(
+            tmp_path / "run",
+            pretrained_model_name_or_path=saved(tiny_pipeline_3),
+            resolution=136,
+            snr_gamma=5.0,
+            prediction_type="epsilon",
+            target_modules=["to_q", "proj_in"],
+        )
+    assert len(refusal.value.problems) == 4
+    for words in (
+        "--resolution: got 136, wanted a multiple of 8 that is at least 8 and at most 128 for this model",
+        "--snr_gamma does not apply to Stable Diffusion 3: it belongs to diffusion",
+        "--prediction_type does not apply",
+        "target module 'proj_in' matches nothing in the transformer",
+    ):
+        assert words in str(refusal.value)
+    with pytest.raises(BadInput) as refusal:
+        train(tmp_path / "run", weighting_scheme="mode", logit_mean=0.0, precondition_outputs=0, max_sequence_length=99)
+    assert [problem.split()[0] for problem in refusal.value.problems] == [
+        "--weighting_scheme",
+        "--logit_mean",
+        "--precondition_outputs",
+        "--max_sequence_length",
+    ]

@@ -5,22 +5,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from reslora_diffusion.diffusion.families import Texts
-from reslora_diffusion.diffusion.loss import Objective, snr, target_of
+from reslora_diffusion.diffusion.loss import Objective
+from reslora_diffusion.diffusion.processes import Diffusion, FlowMatching
 from reslora_diffusion.diffusion.sampling import Batch
 
 TIMESTEPS = (0, 3, 250, 700, 999)
 
 
-def make_scheduler(prediction_type="epsilon", zero_snr=False) -> DDPMScheduler:
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_snr,
+def make_process(prediction_type="epsilon", zero_snr=False) -> Diffusion:
+    return Diffusion(
+        DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=zero_snr,
+        )
     )
 
 
@@ -79,7 +82,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_plain_loss(kind, zero_snr):
     batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    losses = Objective().losses(prediction, batch, make_scheduler(kind, zero_snr))
+    losses = Objective().losses(prediction, batch, make_process(kind, zero_snr))
     expected = reference(prediction, batch, kind, zero_snr, squared, lambda a: 1.0)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
 
@@ -88,7 +91,7 @@ def test_plain_loss(kind, zero_snr):
 def test_weightings(kind, name):
     batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     objective = Objective(**{name: 5.0 if name == "snr_gamma" else True})
-    losses = objective.losses(prediction, batch, make_scheduler(kind))
+    losses = objective.losses(prediction, batch, make_process(kind))
     expected = reference(prediction, batch, kind, False, squared, WEIGHTS[kind, name])
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-4)
 
@@ -101,10 +104,10 @@ def test_weightings_stay_finite_where_nothing_but_noise_is_left():
         ("epsilon", None, True),
         ("v_prediction", None, True),
     ]:
-        scheduler = make_scheduler(kind, zero_snr=True)
-        losses = Objective(snr_gamma=gamma, debiased_estimation_loss=debiased).losses(batch.noise * 2, batch, scheduler)
+        process = make_process(kind, zero_snr=True)
+        losses = Objective(snr_gamma=gamma, debiased_estimation_loss=debiased).losses(batch.noise * 2, batch, process)
         assert losses.isfinite().all()
-    assert snr(make_scheduler(zero_snr=True), torch.tensor([999])) == 0
+    assert make_process(zero_snr=True).snr(torch.tensor([999])) == 0
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
@@ -123,7 +126,7 @@ def test_robust_losses(loss_type, schedule):
         return 2 * (c if loss_type == "huber" else 1) * (np.sqrt(error**2 + c**2) - c)
 
     objective = Objective(loss_type=loss_type, huber_schedule=schedule)
-    losses = objective.losses(prediction, batch, make_scheduler())
+    losses = objective.losses(prediction, batch, make_process())
     expected = reference(prediction, batch, "epsilon", False, rho, lambda a: 1.0)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-3)
 
@@ -131,17 +134,72 @@ def test_robust_losses(loss_type, schedule):
 def test_a_masked_loss_is_the_mean_over_the_mask():
     masks = torch.rand(5, 1, 4, 6, generator=torch.Generator().manual_seed(2)).round(decimals=1)
     batch, prediction = make_batch(masks), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    losses = Objective().losses(prediction, batch, make_scheduler())
+    losses = Objective().losses(prediction, batch, make_process())
     expected = reference(prediction, batch, "epsilon", False, squared, lambda a: 1.0)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
     outside = prediction + 100 * (masks == 0)
-    torch.testing.assert_close(Objective().losses(outside, batch, make_scheduler()), losses)
-    nothing = Objective().losses(prediction, make_batch(torch.zeros(5, 1, 4, 6)), make_scheduler())
+    torch.testing.assert_close(Objective().losses(outside, batch, make_process()), losses)
+    nothing = Objective().losses(prediction, make_batch(torch.zeros(5, 1, 4, 6)), make_process())
     assert nothing.eq(0).all()
 
 
 def test_the_target_is_what_a_perfect_model_predicts():
     batch = make_batch()
-    for kind in ("epsilon", "v_prediction"):
-        scheduler = make_scheduler(kind)
-        assert Objective().losses(target_of(scheduler, batch), batch, scheduler).eq(0).all()
+    velocity = make_process("v_prediction")
+    target = velocity.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    assert Objective().losses(target, batch, velocity).eq(0).all()
+    assert Objective().losses(batch.noise, batch, make_process()).eq(0).all()
+    assert Objective().losses(batch.noise - batch.latents, batch, make_flow()).eq(0).all()
+
+
+def make_flow(**settings) -> FlowMatching:
+    return FlowMatching(FlowMatchEulerDiscreteScheduler(shift=3.0), **settings)
+
+
+def shifted_sigmas() -> np.ndarray:
+    """Of Stable Diffusion 3 (arXiv 2403.03206, eq. 23), from noise to data."""
+    plain = np.linspace(1000, 1, 1000)[list(TIMESTEPS)] / 1000
+    return 3 * plain / (1 + 2 * plain)
+
+
+def test_a_flow_leads_straight_from_the_latents_to_noise():
+    batch, flow = make_batch(), make_flow()
+    sigmas = shifted_sigmas()
+    np.testing.assert_allclose(flow.times(batch.timesteps).numpy(), 1000 * sigmas, rtol=1e-5)
+    np.testing.assert_allclose(flow.snr(batch.timesteps).numpy(), ((1 - sigmas) / sigmas) ** 2, rtol=1e-3, atol=1e-10)
+    x0, eps = batch.latents.double().numpy(), batch.noise.double().numpy()
+    expected = np.stack([(1 - s) * a + s * b for s, a, b in zip(sigmas, x0, eps, strict=True)])
+    np.testing.assert_allclose(
+        flow.add_noise(batch.latents, batch.noise, batch.timesteps).numpy(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("precondition", [True, False])
+def test_losses_of_a_flow(scheme, precondition):
+    """With preconditioned outputs, the loss is of the clean latents that the prediction implies."""
+    batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    losses = Objective().losses(
+        prediction, batch, make_flow(weighting_scheme=scheme, precondition_outputs=precondition)
+    )
+    x0, eps, out = (value.double().numpy() for value in (batch.latents, batch.noise, prediction))
+    expected = []
+    for n, s in enumerate(shifted_sigmas()):
+        noisy = (1 - s) * x0[n] + s * eps[n]
+        error = (noisy - s * out[n]) - x0[n] if precondition else out[n] - (eps[n] - x0[n])
+        weight = {"sigma_sqrt": s**-2, "cosmap": 2 / (math.pi * (1 - 2 * s + 2 * s * s))}.get(scheme, 1.0)
+        expected.append(weight * np.mean(error**2))
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-4)
+
+
+def test_timesteps_of_a_flow_are_drawn_by_its_weighting_scheme():
+    def draws(**settings) -> np.ndarray:
+        source, flow = torch.Generator().manual_seed(0), make_flow(**settings)
+        return np.array([flow.draw(source) for _ in range(4000)]) / 1000
+
+    plain, late, even = draws(), draws(logit_mean=1.0, logit_std=0.5), draws(weighting_scheme="cosmap")
+    logit = np.log(plain / (1 - plain))
+    np.testing.assert_allclose([logit.mean(), logit.std()], [0, 1], atol=0.05)
+    assert np.median(late) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.02)
+    np.testing.assert_allclose(np.quantile(even, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
+    assert draws(weighting_scheme="mode").max() < 1

@@ -4,13 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from dreambooth import SUBJECTS
-from reslora_diffusion.diffusion.cache import Example, Text, Views, encode_pictures
+from reslora_diffusion.diffusion.cache import Example, Views, encode_pictures
 from reslora_diffusion.diffusion.data import look_at, scan
+from reslora_diffusion.diffusion.families import Texts
+from reslora_diffusion.diffusion.processes import Diffusion
 from reslora_diffusion.diffusion.sampling import Batch, Sampler, chunks
 from tiny import tiny_vae
+
+PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
 
 
 def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
@@ -20,7 +25,7 @@ def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
         prompt=f"prompt {number % 3}",
         mean=torch.randn(views, *shape, generator=source),
         logvar=torch.randn(views, *shape, generator=source) - 2,
-        text=Text(torch.full((5, 6), float(number % 3))),
+        text=Texts(torch.full((5, 6), float(number % 3))),
         loss_weight=1.0,
         time_ids=torch.full((views, 6), float(number)),
         **options,
@@ -31,7 +36,7 @@ def make_sampler(count=5, classes=0, **options) -> Sampler:
     return Sampler(
         [make_example(n) for n in range(count)],
         {0: [replace(make_example(100 + n), loss_weight=0.5) for n in range(classes)]} if classes else {},
-        **{"seed": 7, "scaling_factor": 0.5, "num_train_timesteps": 1000} | options,
+        **{"seed": 7, "scaling_factor": 0.5, "process": Diffusion(DDPMScheduler())} | options,
     )
 
 
@@ -68,7 +73,7 @@ def test_every_pass_shows_every_picture_once():
 
 def test_latents_are_drawn_anew_from_the_posterior():
     example = make_example(0, views=1)
-    sampler = Sampler([example], {}, seed=0, scaling_factor=0.5, num_train_timesteps=10)
+    sampler = Sampler([example], {}, seed=0, scaling_factor=0.5, process=PROCESS)
     drawn = torch.cat([sampler.batches(n * 64, 64)[0].latents for n in range(32)]) / 0.5
     torch.testing.assert_close(drawn.mean(0), example.mean[0], atol=0.15, rtol=0)
     torch.testing.assert_close(drawn.std(0), torch.exp(example.logvar[0] / 2), atol=0.1, rtol=0.1)
@@ -77,7 +82,7 @@ def test_latents_are_drawn_anew_from_the_posterior():
 def test_class_pictures_join_with_their_weight_and_of_their_concept():
     examples = [make_example(0, concept=0), make_example(1, concept=1)]
     classes = {1: [replace(make_example(50), loss_weight=0.25, prompt="class")]}
-    sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, process=PROCESS)
     (batch,) = sampler.batches(0, 2)
     assert batch.weights.tolist() == [1.0, 1.0, 0.25]
 
@@ -91,7 +96,7 @@ def test_noise_offset_moves_whole_channels():
 
 def test_caption_dropout_replaces_the_share_of_prompts_and_nothing_else():
     plain = make_sampler()
-    dropping = make_sampler(caption_dropout=0.25, empty=Text(torch.full((5, 6), -1.0)))
+    dropping = make_sampler(caption_dropout=0.25, empty=Texts(torch.full((5, 6), -1.0)))
     (first,), (second,) = plain.batches(0, 400), dropping.batches(0, 400)
     assert torch.equal(first.noise, second.noise)
     assert torch.equal(first.latents, second.latents)
@@ -104,7 +109,7 @@ def test_caption_dropout_replaces_the_share_of_prompts_and_nothing_else():
 
 def test_masks_follow_the_view_and_are_whole_where_there_is_none():
     masked = make_example(0, mask=torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.5)]))
-    sampler = Sampler([masked, make_example(1)], {}, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    sampler = Sampler([masked, make_example(1)], {}, seed=0, scaling_factor=1.0, process=PROCESS)
     (batch,) = sampler.batches(0, 64)
     for draw, mask in zip(batch.latents, batch.masks, strict=True):
         value = mask.unique().item()
@@ -118,7 +123,7 @@ def test_masks_follow_the_view_and_are_whole_where_there_is_none():
 
 def test_examples_of_several_sizes_come_in_batches_of_one_size():
     examples = [make_example(n, shape=(4, 8, 8) if n % 3 else (4, 6, 10)) for n in range(9)]
-    sampler = Sampler(examples, {}, seed=0, scaling_factor=1.0, num_train_timesteps=10)
+    sampler = Sampler(examples, {}, seed=0, scaling_factor=1.0, process=PROCESS)
     seen = []
     for turn in range(5):  # one pass: 6 of one size and 3 of the other, in twos
         (batch,) = sampler.batches(turn * 2, 2)
@@ -155,11 +160,11 @@ def test_the_cache_holds_the_posterior_and_pairs_each_picture_with_its_own_promp
         replace(picture, caption=f"number {n}") for n, picture in enumerate(scan(SUBJECTS / "octopus").pictures)
     ]
     pictures[2] = replace(pictures[2], caption=None)
-    texts = {f"number {n}": Text(torch.tensor([n])) for n in range(5)} | {"fallback": Text(torch.tensor([9]))}
+    texts = {f"number {n}": Texts(torch.tensor([n])) for n in range(5)} | {"fallback": Texts(torch.tensor([9]))}
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True, seed=0)
     examples = encode_pictures(vae, pictures, views, prompt="fallback", texts=texts, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
-    assert [example.text.value.item() for example in examples] == [0, 1, 9, 3, 4]
+    assert [example.text.hidden.item() for example in examples] == [0, 1, 9, 3, 4]
     for number, example in enumerate(examples):
         pixels = torch.from_numpy(views.of(number, look_at(SUBJECTS / "octopus" / f"{number}.png")).pixels)
         with torch.no_grad():
@@ -173,7 +178,7 @@ def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     torch.manual_seed(0)
     vae, pictures = tiny_vae(), scan(SUBJECTS / "cake").pictures
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True, seed=0)
-    texts = {"p": Text(torch.zeros(1))}
+    texts = {"p": Texts(torch.zeros(1))}
     one = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=batch_size)
     two = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=2)
     for first, second in zip(one, two, strict=True):

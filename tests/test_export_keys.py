@@ -146,7 +146,8 @@ def test_families_are_told_apart_by_shape():
     assert family_of({"unet": {path: factors}}) is Family.SD1
     assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 1024))}}) is Family.SD2
     assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 32))}}) is Family.CUSTOM
-    assert family_of({"transformer": {path: factors}}) is Family.OTHER
+    assert family_of({"transformer": {path: factors}}) is Family.TRANSFORMER
+    assert family_of({"model": {path: factors}}) is Family.OTHER
     deep = "down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_q"
     assert family_of({"unet": {deep: factors}}) is Family.SDXL
 

@@ -20,12 +20,23 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 RESOLUTION = 64
 MAX_TOKENS = 32
@@ -83,7 +94,7 @@ def tiny_unet() -> UNet2DConditionModel:
     ).eval()
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**config: object) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -93,6 +104,7 @@ def tiny_vae() -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=RESOLUTION,
         scaling_factor=0.5,
+        **config,
     ).eval()
 
 
@@ -163,6 +175,77 @@ def tiny_pipeline_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_t5(folder: Path) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """T5's layout: pieces of words by their probability; padding, end and the unknown first."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    alphabet = sorted({letter for line in CORPUS for letter in line})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=100, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=64)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=40,
+        d_kv=10,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def tiny_pipeline_3(folder: Path, seed: int = 0, with_t5: bool = True) -> StableDiffusion3Pipeline:
+    """The same in the shape of Stable Diffusion 3.5: flow matching; a transformer of joint attention, the first blocks
+    with a second attention, whose last block drops the text; two CLIPs and T5, which may be left out."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizers = [tiny_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        encoders = [CLIPTextModelWithProjection(tiny_text_encoder(t).config).eval() for t in tokenizers]
+        text_encoder_3, tokenizer_3 = tiny_t5(folder / "tokenizer_3")
+        encoders[1] = CLIPTextModelWithProjection(
+            CLIPTextConfig(**encoders[1].config.to_dict() | {"hidden_size": 8, "num_hidden_layers": 3})
+        ).eval()
+        transformer = SD3Transformer2DModel(
+            sample_size=RESOLUTION // 8,
+            patch_size=1,
+            in_channels=16,
+            num_layers=4,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=40,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            out_channels=16,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        ).eval()
+        pipeline = StableDiffusion3Pipeline(
+            vae=tiny_vae(shift_factor=0.1),
+            text_encoder=encoders[0],
+            text_encoder_2=encoders[1],
+            text_encoder_3=text_encoder_3 if with_t5 else None,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            tokenizer_3=tokenizer_3 if with_t5 else None,
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_pipeline_3_without_t5(folder: Path) -> StableDiffusion3Pipeline:
+    return tiny_pipeline_3(folder, with_t5=False)
 
 
 @functools.cache

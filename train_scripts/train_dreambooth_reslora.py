@@ -145,7 +145,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)
     pipeline = models.load_pipeline(args, dtype)
-    scheduler = models.training_scheduler(pipeline, args)
+    process = family.process(pipeline, args)
     adapters = add_adapters(pipeline, plan.skeleton, args)
     accelerator.print("\n".join(adapters.links()))
     models.prepare_models(pipeline, adapters.models, args, accelerator.device)
@@ -155,16 +155,17 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         classes,
         seed=args.seed,
         scaling_factor=pipeline.vae.config.scaling_factor,
-        num_train_timesteps=scheduler.config.num_train_timesteps,
+        shift_factor=pipeline.vae.config.shift_factor or 0.0,
+        process=process,
         empty=empty,
         caption_dropout=args.caption_dropout_rate,
         noise_offset=args.noise_offset,
     )
     denoiser = Denoiser(
         family,
-        pipeline.unet,
+        family.denoiser_of(pipeline),
         tuple(family.text_encoders_of(pipeline)) if args.train_text_encoder else (),
-        scheduler,
+        process,
         dtype,
         Objective(
             snr_gamma=args.snr_gamma,
@@ -185,7 +186,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         guidance_scale=args.guidance_scale,
         text_is_frozen=not args.train_text_encoder,
         folder=output,
-        max_length=args.tokenizer_max_length,
+        tokens=family.read(pipeline, ["", *args.validation_prompt], args) if args.validation_prompt else None,
     )
     models.release(pipeline, adapters.models, painter.paints)
 

@@ -1,4 +1,4 @@
-"""The adapters of one run, on the UNet and perhaps the text encoders, LoRA and ResLoRA alike.
+"""The adapters of one run, on the denoiser and perhaps the text encoders, LoRA and ResLoRA alike.
 
 What differs between the two methods is here and nowhere else: a LoRA's factors are its weights, a ResLoRA's are merged
 from its chain (`merged_factors`), which may need calibration; a LoRA computes as it will be exported, a ResLoRA does
@@ -59,7 +59,7 @@ def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: Namespac
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapted models by component: "unet", and the text encoders if they are trained."""
+    """Adapted models by component: the denoiser, then the text encoders if they are trained."""
 
     models: dict[str, nn.Module]
     residual: bool
@@ -108,12 +108,12 @@ class Adapters:
     def calibrate(self, batches: list[Batch], forwards: dict[str, Forward]) -> None:
         """Gather what the merge method needs, over all processes: each must call this, with its share of the batches.
 
-        Text encoders come first: the UNet is then calibrated on the hidden states that they will give it when merged.
+        Text encoders come first: the denoiser is then calibrated on the states that they will give it when merged.
         """
         if not self.residual:
             return
         with self.evaluation(), ExitStack() as merged:
-            for component in sorted(self.models):
+            for component in reversed(self.models):
                 calibrate(self.models[component], batches, forwards[component], ADAPTER)
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
@@ -148,7 +148,7 @@ class Adapters:
         """Names of the shortcut and of the merge method in use."""
         if not self.residual:
             return {"shortcut": "none", "merge_method": "none"}
-        config = get_controller(self.models["unet"], ADAPTER).config
+        config = get_controller(next(iter(self.models.values())), ADAPTER).config
         return {"shortcut": str(config.shortcut), "merge_method": str(config.merge_method)}
 
     def links(self) -> list[str]:

@@ -4,9 +4,9 @@ An `Example` holds a picture's latent distribution and its prompt in one record:
 What is kept of the autoencoder is the distribution, mean and log-variance of each view (crop, flip), not one sample
 of it: every step draws anew,
 
-    latents = scaling_factor * (mean + exp(logvar / 2) * noise)
+    latents = scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor)
 
-The text is kept as hidden states while the text encoder is frozen, else as token ids. Equal prompts share one tensor.
+The text is kept encoded while the text encoder is frozen, else as tokens. Equal prompts share one tensor.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,14 +24,10 @@ from tqdm import tqdm
 
 from .buckets import Size, nearest
 from .data import Picture, covering, crop_corners, open_mask, open_upright
+from .families import Texts, Tokens
 from .randomness import Stream, generator
 
-
-class Text(NamedTuple):
-    """What a training step needs of a prompt: hidden states [L, D] and pooled [D2], or token ids [E, L]."""
-
-    value: Tensor
-    pooled: Tensor | None = None
+Text = Texts | Tokens  # of one prompt, so without the first dimension
 
 
 @dataclass(frozen=True)

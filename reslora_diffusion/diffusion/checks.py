@@ -34,6 +34,8 @@ CHOICES = {
     "save_precision": ("fp32", "fp16", "bf16"),
     "prediction_type": (None, "epsilon", "v_prediction"),
     "loss_type": ("l2", "huber", "smooth_l1"),
+    "weighting_scheme": (None, "sigma_sqrt", "logit_normal", "mode", "cosmap"),
+    "precondition_outputs": (None, 0, 1),
     "huber_schedule": ("constant", "exponential", "snr"),
     "image_interpolation_mode": tuple(mode.name.lower() for mode in Image.Resampling),
     "report_to": ("tensorboard", "wandb", "comet_ml", "all", "none"),
@@ -49,11 +51,11 @@ CHOICES = {
 AT_LEAST_ONE = (
     "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
     "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length repeats"
+    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length max_sequence_length repeats"
 ).split()
 POSITIVE = (
     "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power loraplus_lr_ratio "
-    "scale_weight_norms huber_c handover"
+    "scale_weight_norms huber_c handover logit_std"
 ).split()
 NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
@@ -127,7 +129,7 @@ def bad_values(args: Namespace) -> Iterator[str]:
     given = vars(args)
     for name, choices in CHOICES.items():
         if given[name] not in choices:
-            yield f"--{name}: got {given[name]!r}, wanted {', '.join(filter(None, choices))}"
+            yield f"--{name}: got {given[name]!r}, wanted {', '.join(str(c) for c in choices if c is not None)}"
     rules = (
         (AT_LEAST_ONE, lambda v: v >= 1, "1 or more"),
         (POSITIVE, lambda v: v > 0, "a number above 0"),

@@ -14,7 +14,7 @@ from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
 from .concepts import Concept
 from .data import scan
-from .families import Family
+from .families import Family, Texts, Tokens
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
 
@@ -60,15 +60,13 @@ def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) ->
 
 @torch.no_grad()
 def prepare_texts(pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace) -> dict[str, Text]:
-    """What a training step needs of each prompt: token ids if the text encoders are trained, else encoded."""
+    """What a training step needs of each prompt: tokens if the text encoders are trained, else texts."""
     prompts = list(dict.fromkeys(prompts))
-    encoders = family.text_encoders_of(pipeline)
-    ids = family.tokenize(family.tokenizers_of(pipeline), prompts, args.tokenizer_max_length).to(encoders[0].device)
-    if args.train_text_encoder:
-        return {prompt: Text(part) for prompt, part in zip(prompts, ids, strict=True)}
-    hidden, pooled = family.encode(encoders, ids)
-    pooled = [None] * len(prompts) if pooled is None else pooled
-    return {prompt: Text(*parts) for prompt, *parts in zip(prompts, hidden, pooled, strict=True)}
+    found: Tokens | Texts = family.read(pipeline, prompts, args)
+    if not args.train_text_encoder:
+        found = family.encode(family.text_encoders_of(pipeline), found)
+    rows = ([None] * len(prompts) if part is None else part for part in found)
+    return {prompt: type(found)(*parts) for prompt, *parts in zip(prompts, *rows, strict=True)}
 
 
 def encode_examples(

@@ -1,18 +1,18 @@
 """The denoising loss of DreamBooth, per example.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                  noisy_latents
-    target = eps                                                   prediction_type "epsilon"
-           = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0               prediction_type "v_prediction"
-    loss_i = w_i lambda(t_i) mean(rho(model_pred_i - target_i))    w_i = prior_loss_weight for class pictures, else 1
+    loss_i = w_i lambda(t_i) mean(rho(error_i))    w_i = prior_loss_weight for class pictures, else 1
     loss   = sum_i loss_i / number of instance pictures
 
-so the class pictures add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
+where `processes` says what x_t is and what the error of a prediction,
+
+so that the class pictures add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
 (arXiv 2208.12242, eq. 2). With a mask the mean is the mask's.
 
     rho      e^2 (l2); 2c (sqrt(e^2 + c^2) - c) (huber); 2 (sqrt(e^2 + c^2) - c) (smooth_l1), where c may depend on t
     lambda   with snr = abar_t / (1 - abar_t):     epsilon             v_prediction
              min-SNR (arXiv 2303.09556)            min(snr, g) / snr   min(snr, g) / (snr + 1)
              debiased (arXiv 2310.08442)           1 / sqrt(snr)       1 / (snr + 1)
+             of a flow                             its own, by `weighting_scheme`
 """
 
 import math
@@ -20,26 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from .families import Family, Texts
+from .processes import Process
 from .sampling import Batch
 
 LARGEST_SNR = 1000.0  # of the debiased weighting, which would all but ignore what is nearly clean
-
-
-def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
-    """What the model should predict [B, C, h, w]."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    return batch.noise
-
-
-def snr(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """Signal-to-noise ratio [B]."""
-    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
-    return alpha_bar / (1 - alpha_bar)
 
 
 def min_snr_weights(ratio: Tensor, gamma: float, prediction_type: str) -> Tensor:
@@ -56,10 +43,10 @@ def debiased_weights(ratio: Tensor, prediction_type: str) -> Tensor:
     return ratio.clamp(1 / LARGEST_SNR, LARGEST_SNR).rsqrt()
 
 
-def huber_c_of(schedule: str, c: float, ratio: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
+def huber_c_of(schedule: str, c: float, ratio: Tensor, times: Tensor, num_train_timesteps: int) -> Tensor:
     """c(t) [B]: `c` for "constant"; falling from 1 to `c` with t for "exponential"; by the noise level for "snr"."""
     if schedule == "exponential":
-        return torch.exp(math.log(c) * timesteps / num_train_timesteps)
+        return torch.exp(math.log(c) * times / num_train_timesteps)
     if schedule == "snr":
         sigma = ratio.rsqrt()
         return (1 - c) / (1 + sigma).square() + c
@@ -85,18 +72,20 @@ class Objective:
     huber_c: float = 0.1
     huber_schedule: str = "snr"
 
-    def losses(self, model_pred: Tensor, batch: Batch, scheduler: DDPMScheduler) -> Tensor:
+    def losses(self, model_pred: Tensor, batch: Batch, process: Process) -> Tensor:
         """loss_i without w_i [B], in float32."""
-        error = model_pred.float() - target_of(scheduler, batch)
-        ratio, kind = snr(scheduler, batch.timesteps), scheduler.config.prediction_type
-        steps = scheduler.config.num_train_timesteps
-        c = huber_c_of(self.huber_schedule, self.huber_c, ratio, batch.timesteps, steps)
+        error = process.error(model_pred, batch.latents, batch.noise, batch.timesteps)
+        ratio, kind = process.snr(batch.timesteps), process.prediction_type
+        times, steps = process.times(batch.timesteps), process.num_train_timesteps
+        c = huber_c_of(self.huber_schedule, self.huber_c, ratio, times, steps)
         values = pointwise(error, self.loss_type, c[:, None, None, None])
         if batch.masks is None:
             losses = values.flatten(1).mean(1)
         else:
             counted = batch.masks.flatten(1).sum(1) * values.shape[1]
             losses = (values * batch.masks).flatten(1).sum(1) / counted.clamp(min=1e-6)
+        if (own := process.weights(batch.timesteps)) is not None:
+            losses = losses * own
         if self.snr_gamma is not None:
             losses = losses * min_snr_weights(ratio, self.snr_gamma, kind)
         if self.debiased_estimation_loss:
@@ -109,31 +98,36 @@ class Denoiser:
     """The models of a training step, and the loss they are trained on.
 
     Args:
-        text_encoders: if they are trained: batches then hold token ids, else hidden states.
+        text_encoders: if they are trained: batches then hold tokens, else texts.
         dtype: of the frozen base.
     """
 
     family: Family
-    unet: nn.Module
+    model: nn.Module
     text_encoders: tuple[nn.Module, ...]
-    scheduler: DDPMScheduler
+    process: Process
     dtype: torch.dtype
     objective: Objective
 
+    def encode(self, batch: Batch) -> Texts:
+        """By the text encoders that are trained."""
+        return self.family.encode(self.text_encoders, batch.texts)
+
     def condition(self, batch: Batch) -> dict[str, Any]:
-        """What the UNet is told of each example; each distinct prompt is encoded once."""
-        texts = self.family.encode(self.text_encoders, batch.texts.hidden) if self.text_encoders else batch.texts
+        """What the model is told of each example; each distinct prompt is encoded once."""
+        texts = self.encode(batch) if self.text_encoders else batch.texts
         each = [None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts]
         return self.family.condition(Texts(*each), batch.time_ids.to(self.dtype))
 
     def predict(self, batch: Batch) -> Tensor:
-        """The UNet's prediction [B, C, h, w]."""
-        noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
-        return self.unet(noisy_latents, batch.timesteps, **self.condition(batch), return_dict=False)[0]
+        """The model's prediction [B, C, h, w]."""
+        noisy_latents = self.process.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
+        times = self.process.times(batch.timesteps)
+        return self.model(noisy_latents, timestep=times, **self.condition(batch), return_dict=False)[0]
 
     def losses(self, batch: Batch) -> Tensor:
         """loss_i without w_i [B], in float32."""
-        return self.objective.losses(self.predict(batch), batch, self.scheduler)
+        return self.objective.losses(self.predict(batch), batch, self.process)
 
     def loss(self, batch: Batch, instances: int) -> Tensor:
         """What a batch adds to the scalar to minimise."""

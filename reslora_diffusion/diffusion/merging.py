@@ -77,12 +77,9 @@ class Evaluation:
 
 def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
     """A training-style forward of each component."""
-    encode = denoiser.family.encode
-    texts = {
-        name: lambda model, batch: encode(denoiser.text_encoders, batch.texts.hidden)
-        for name in denoiser.family.text_encoders
-    }
-    return {"unet": lambda model, batch: denoiser.predict(batch), **texts}
+    family = denoiser.family
+    texts = dict.fromkeys(family.text_encoders, lambda model, batch: denoiser.encode(batch))
+    return {family.denoiser: lambda model, batch: denoiser.predict(batch), **texts}
 
 
 def merge_report(

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -15,6 +15,7 @@ from ..problems import BadInput
 from .attn_processor import set_attn_processors
 from .frozen import save_memory
 
+OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -35,6 +36,10 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         if args.tokenizer_name:
             given["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        index = DiffusionPipeline.load_config(name, revision=args.revision)
+        if index["_class_name"] == "StableDiffusionPipeline":
+            given |= {"safety_checker": None, "requires_safety_checker": False}
+        given |= {part: None for part in OF_T5 if part in index and (args.skip_t5 or index[part][0] is None)}
         if args.pretrained_vae_model_name_or_path:
             given["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(
@@ -42,8 +47,6 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
             dtype=dtype,
             revision=args.revision,
             variant=args.variant,
-            safety_checker=None,
-            requires_safety_checker=False,
             **given,
         )
     except (OSError, ValueError) as error:
@@ -52,34 +55,22 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     return pipeline
 
 
-def training_scheduler(pipeline: DiffusionPipeline, args: Namespace) -> DDPMScheduler:
-    """The forward process of the base; prediction type and zero-terminal SNR are the base's own if not given.
-
-    The pipeline then paints by the same process.
-    """
-    given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given:
-        spacing = {"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {}
-        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **given, **spacing)
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
-
-
 def prepare_models(
     pipeline: DiffusionPipeline, trained: dict[str, nn.Module], args: Namespace, device: torch.device
 ) -> None:
     """Move to the device, and set the switches that leave the numbers alone."""
     pipeline.to(device)
+    denoiser = next(iter(trained.values()))
     if args.enable_xformers_memory_efficient_attention:
-        pipeline.unet.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
     on_gpu = device.type == "cuda"
     if args.method == "reslora" and (on_gpu if args.fused_attention is None else args.fused_attention):
-        set_attn_processors(pipeline.unet)
+        set_attn_processors(denoiser)
     if on_gpu if args.frugal_layers is None else args.frugal_layers:
-        save_memory(pipeline.unet)
+        save_memory(denoiser)
     if args.gradient_checkpointing:
-        for name, model in trained.items():
-            if name == "unet":
+        for model in trained.values():
+            if isinstance(model, ModelMixin):
                 model.enable_gradient_checkpointing()
             else:  # transformers 5 renamed it
                 enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -90,7 +81,7 @@ def prepare_models(
 
 def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: bool) -> None:
     """Let go of what only encoded: frozen text encoders, and the autoencoder unless pictures will be painted."""
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
         if name not in trained and getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
     if paints:

@@ -109,7 +109,7 @@ def parameter_groups(
     scale = args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
     groups: dict[tuple, dict[str, Any]] = {}
     for component, parameters in components.items():
-        base = args.learning_rate if component == "unet" else args.text_encoder_lr or args.learning_rate
+        base = (args.text_encoder_lr if component.startswith("text_encoder") else None) or args.learning_rate
         for name, parameter in parameters.items():
             layer, _, factor = name.partition(".lora_")
             pattern = next((f for regex, f in args.lr_pattern if matches(regex, layer)), 1.0)

@@ -48,7 +48,7 @@ def numbered(kind: type) -> Callable[[str], tuple[str, Any]]:
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     """By name, default and meaning as in diffusers' script."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x, 2.x or XL pipeline")
+    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x, 2.x, XL or 3 pipeline")
     add("--revision", help="of the model on the hub")
     add("--variant", help="of the weight files, such as fp16")
     add("--tokenizer_name", help="folder or hub name, if the tokenizer is not the pipeline's")
@@ -139,11 +139,15 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
         "--pretrained_vae_model_name_or_path",
         help="an autoencoder of the same latents, such as SDXL's for fp16",
     )
+    add(
+        "--skip_t5", action=SWITCH, default=False, help="SD3: without the largest text encoder, T5, which may be absent"
+    )
+    add("--max_sequence_length", type=int, help="SD3: tokens of a prompt that T5 is given (default: 77)")
 
     add = parser.add_argument_group("more on adapters").add_argument
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
     add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")
-    add("--target_modules", nargs="+", default=["to_k", "to_q", "to_v", "to_out.0"], help="of the UNet, as in PEFT")
+    add("--target_modules", nargs="+", help="of the UNet or transformer, as in PEFT (default: attention's projections)")
     add(
         "--text_encoder_target_modules",
         nargs="+",
@@ -194,6 +198,11 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--loss_type", default="l2", help="l2, huber or smooth_l1")
     add("--huber_c", type=float, default=0.1, help="error from which huber and smooth_l1 grow linearly")
     add("--huber_schedule", default="snr", help="constant, exponential or snr: how huber_c depends on the timestep")
+    add("--weighting_scheme", help="SD3: sigma_sqrt, logit_normal, mode or cosmap (default: logit_normal)")
+    add("--logit_mean", type=float, help="SD3: of logit_normal (default: 0)")
+    add("--logit_std", type=float, help="SD3: of logit_normal (default: 1)")
+    add("--mode_scale", type=float, help="SD3: of mode (default: 1.29)")
+    add("--precondition_outputs", type=int, help="SD3: 1: the loss is of x_0; 0: of the velocity (default: 1)")
     add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
     add("--debiased_estimation_loss", action=SWITCH, default=False, help="debiased weighting of the loss")
     add("--noise_offset", type=float, default=0.0, help="noise shared by the pixels of a channel; 0.05 is usual")

@@ -40,25 +40,24 @@ def describe(found: Scan, title: str, plan: Plan) -> Iterator[str]:
         yield f"  masks: {masked}"
 
 
-def cut_off(concept: Concept, plan: Plan, length: int | None) -> Iterator[str]:
+def cut_off(concept: Concept, plan: Plan) -> Iterator[str]:
     """Prompts that the text encoders will not see the end of."""
     prompts = [concept.instance_prompt, *(picture.caption for picture in concept.instance.pictures)]
     prompts += [concept.class_prompt] if concept.classes else []
     for prompt in filter(None, dict.fromkeys(prompts)):
-        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer in plan.skeleton.tokenizers)
+        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer, length in plan.skeleton.windows)
         if lost:
             yield f"  {lost} tokens cut off the end of {prompt[:60]!r}"
 
 
-def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int | None = None) -> int:
-    seen = length or tokenizer.model_max_length
-    return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - seen)
+def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> int:
+    return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - length)
 
 
 def memory(plan: Plan, args: Namespace) -> str:
     """What weights and optimizer take; activations depend on the device's kernels."""
     skeleton, each = plan.skeleton, BYTES.get(args.mixed_precision, 4)
-    parts = [skeleton.unet, *(skeleton.text_encoders.values() if args.train_text_encoder else ())]
+    parts = [skeleton.denoiser, *(skeleton.text_encoders.values() if args.train_text_encoder else ())]
     base = sum(parameter.numel() for part in parts for parameter in part.parameters())
     trained = skeleton.adapter_size(args)
     return (
@@ -82,7 +81,7 @@ def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:
         lines += describe(concept.instance, "instance", plan)
         if concept.repeats > 1:
             lines.append(f"  each {concept.repeats} times a pass")
-        lines += cut_off(concept, plan, args.tokenizer_max_length)
+        lines += cut_off(concept, plan)
         if concept.classes:
             lines += describe(concept.classes, "class", plan)
             missing = concept.num_class_images - len(concept.classes.pictures)

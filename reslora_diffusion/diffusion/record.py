@@ -28,6 +28,7 @@ BINDING = (
     "target_modules train_text_encoder text_encoder_target_modules rank_pattern alpha_pattern train_batch_size "
     "gradient_accumulation_steps instance_prompt class_prompt with_prior_preservation prior_loss_weight resolution "
     "aspect_ratio_buckets snr_gamma debiased_estimation_loss loss_type huber_c huber_schedule noise_offset "
+    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs max_sequence_length skip_t5 "
     "caption_dropout_rate prediction_type rescale_betas_zero_snr random_flip center_crop crops_per_image repeats "
     "mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
 ).split()
@@ -93,10 +94,10 @@ def export_name(args: Namespace) -> str:
     return args.export_name or folder.strip("-_.+") or "lora"
 
 
-def model_card(args: Namespace, lines: list[str], pictures: list[str]) -> str:
+def model_card(args: Namespace, family: str, lines: list[str], pictures: list[str]) -> str:
     """README.md of a trained adapter, in the hub's format."""
     base = base_model_name(args)
-    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", "stable-diffusion", args.method]
+    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", family, args.method]
     prompt = args.instance_prompt or "captions of the pictures"
     return "\n".join(
         [
@@ -113,9 +114,9 @@ def model_card(args: Namespace, lines: list[str], pictures: list[str]) -> str:
             f"{'yes' if args.train_text_encoder else 'no'}.",
             "",
             "```python",
-            "from diffusers import StableDiffusionPipeline",
+            "from diffusers import DiffusionPipeline",
             "",
-            f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")',
             'pipe.load_lora_weights("path/to/this/folder")',
             f"image = pipe({json.dumps(prompt)}).images[0]",
             "```",

@@ -303,8 +303,9 @@ class Run:
                 raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
         plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+        tag = self.plan.skeleton.family.tag
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
-        write_text(self.output / "README.md", model_card(self.args, str(merged).splitlines(), pictures))
+        write_text(self.output / "README.md", model_card(self.args, tag, str(merged).splitlines(), pictures))
         return merged, exported
 
     def close(self) -> None:

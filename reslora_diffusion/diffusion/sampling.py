@@ -3,7 +3,7 @@
     example   the (step * global_batch + i)-th element of endless shuffled passes over the instance pictures;
               with prior preservation a class picture of the same concept, shuffled by itself, joins each of them
     view      which crop and flip
-    noise     of the autoencoder's posterior, of the forward process, and the timestep t ~ U{0..T-1}
+    noise     of the autoencoder's posterior, of the forward process, and the timestep (`processes`)
     text      the example's, or the empty prompt's with probability caption_dropout
 
 Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .cache import Example, Text
-from .families import Texts
+from .families import Texts, Tokens
+from .processes import Process
 from .randomness import Stream, generator, shuffled
 
 
@@ -26,14 +27,14 @@ from .randomness import Stream, generator, shuffled
 class Batch:
     """Examples of one size. Shapes: latents, noise [B, C, h, w]; timesteps, weights [B]; time_ids [B, 6].
 
-    `texts` holds each distinct prompt once, hidden states [P, L, D] or token ids [P, E, L]; `prompt_index` [B] says
-    whose is whose. `masks` [B, 1, h, w], if any example has one.
+    `texts` holds each distinct prompt once; `prompt_index` [B] says whose is whose. `masks` [B, 1, h, w],
+    if any example has one.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    texts: Texts
+    texts: Texts | Tokens
     prompt_index: Tensor
     weights: Tensor
     time_ids: Tensor
@@ -77,8 +78,8 @@ class Sampler:
     Args:
         instances: an example as often as a pass shall show it.
         classes: class examples by concept; none without prior preservation.
-        scaling_factor: of the autoencoder.
-        num_train_timesteps: T.
+        scaling_factor, shift_factor: of the autoencoder.
+        process: which timesteps are drawn.
         empty: text of the empty prompt, for caption_dropout.
         noise_offset: standard deviation of the noise that the pixels of a channel share.
     """
@@ -87,7 +88,8 @@ class Sampler:
     classes: dict[int, Sequence[Example]]
     seed: int
     scaling_factor: float
-    num_train_timesteps: int
+    process: Process
+    shift_factor: float = 0.0
     empty: Text | None = None
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
@@ -117,21 +119,21 @@ class Sampler:
             if pictures := self.classes.get(draw.example.concept):
                 example = pictures[shuffled(self.seed, Stream.CLASS_ORDER, n, len(pictures))]
                 drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
-        return by_size(drawn, self.scaling_factor)
+        return self.by_size(drawn)
 
     def spread(self, first: int, count: int, total: int) -> list[Batch]:
         """Instance draws with timesteps spread evenly over 0..T-1 as the number goes from 0 to `total`."""
         drawn = []
         for n in range(first, first + count):
-            timestep = int((n + 0.5) / total * self.num_train_timesteps)
+            timestep = int((n + 0.5) / total * self.process.num_train_timesteps)
             drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
-        return by_size(drawn, self.scaling_factor)
+        return self.by_size(drawn)
 
     def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
         """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
         source = generator(self.seed, stream, number)
         view = int(torch.randint(len(example.mean), (), generator=source))
-        drawn_timestep = int(torch.randint(self.num_train_timesteps, (), generator=source))
+        drawn_timestep = self.process.draw(source)
         posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(example.shape[0], 1, 1, generator=source)
@@ -146,19 +148,17 @@ class Sampler:
             prompt="" if dropped else example.prompt,
         )
 
+    def by_size(self, drawn: Sequence[Draw]) -> list[Batch]:
+        """Batches of draws of equal size, in the order in which the sizes come."""
+        groups: dict[torch.Size, list[Draw]] = {}
+        for draw in drawn:
+            groups.setdefault(draw.example.shape, []).append(draw)
+        return [collate(group, self.scaling_factor, self.shift_factor) for group in groups.values()]
 
-def by_size(drawn: Sequence[Draw], scaling_factor: float) -> list[Batch]:
-    """Batches of draws of equal size, in the order in which the sizes come."""
-    groups: dict[torch.Size, list[Draw]] = {}
-    for draw in drawn:
-        groups.setdefault(draw.example.shape, []).append(draw)
-    return [collate(group, scaling_factor) for group in groups.values()]
 
-
-def collate(drawn: Sequence[Draw], scaling_factor: float) -> Batch:
+def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float = 0.0) -> Batch:
     texts = {draw.prompt: draw.text for draw in drawn}
     places = {prompt: place for place, prompt in enumerate(texts)}
-    values, pooled = zip(*texts.values(), strict=True)
     mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))
     device = mean.device
     posterior_noise = to_device(torch.stack([draw.posterior_noise for draw in drawn]), device)
@@ -167,10 +167,12 @@ def collate(drawn: Sequence[Draw], scaling_factor: float) -> Batch:
         whole = torch.ones(1, *mean.shape[2:], device=device)
         masks = torch.stack([whole if d.example.mask is None else d.example.mask[d.view] for d in drawn])
     return Batch(
-        latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise),
+        latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise - shift_factor),
         noise=to_device(torch.stack([draw.noise for draw in drawn]), device),
         timesteps=to_device(torch.tensor([draw.timestep for draw in drawn]), device),
-        texts=Texts(torch.stack(values), None if pooled[0] is None else torch.stack(pooled)),
+        texts=type(drawn[0].text)(
+            *(None if part[0] is None else torch.stack(part) for part in zip(*texts.values(), strict=True))
+        ),
         prompt_index=to_device(torch.tensor([places[draw.prompt] for draw in drawn]), device),
         weights=to_device(torch.tensor([draw.example.loss_weight for draw in drawn]), device),
         time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -23,17 +23,25 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerBase,
+    T5Tokenizer,
 )
 
 from reslora_diffusion.core.config import ResLoraConfig
 
 from ..problems import BadInput, listing
+from .buckets import Grid
 from .families import FAMILIES, Family
+from .families.base import MAX_SEQUENCE_LENGTH
 
-LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215}  # and what a configuration means that leaves it out
+# What autoencoders of one family have in common, and what a configuration means that leaves it out.
+LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-TOKENIZERS = {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer}
+TOKENIZERS = {
+    f"{name}{fast}": kind
+    for name, kind in (("CLIPTokenizer", CLIPTokenizer), ("T5Tokenizer", T5Tokenizer))
+    for fast in ("", "Fast")
+}
 TEXT_ENCODERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
 
 
@@ -42,9 +50,9 @@ class Skeleton:
     """Components by name, and what configurations say of the rest."""
 
     family: Family
-    unet: nn.Module
+    denoiser: ModelMixin
     text_encoders: dict[str, nn.Module]
-    tokenizers: list[PreTrainedTokenizerBase]
+    windows: list[tuple[PreTrainedTokenizerBase, int]]  # and how many tokens of a prompt its encoder is given
     vae: Mapping[str, Any]
     other_vae: Mapping[str, Any] | None
     prediction_type: str
@@ -56,13 +64,12 @@ class Skeleton:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
-    def grid(self) -> int:
-        """Pixels that one cell of the UNet's coarsest feature map covers."""
-        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+    def grid(self) -> Grid:
+        return self.family.grid(self.denoiser.config, self.vae_scale_factor)
 
     def adapted(self, args: Namespace) -> dict[str, tuple[nn.Module, LoraConfig]]:
         """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
-        targets = {"unet": (self.unet, args.target_modules)}
+        targets = {self.family.denoiser: (self.denoiser, args.target_modules or [*self.family.target_modules])}
         if args.train_text_encoder:
             targets |= {name: (model, args.text_encoder_target_modules) for name, model in self.text_encoders.items()}
         return {name: (model, lora_config(args, names)) for name, (model, names) in targets.items()}
@@ -91,8 +98,9 @@ def load_skeleton(args: Namespace) -> Skeleton:
             wanted = ", ".join(f"{family.title} ({kind})" for kind, family in FAMILIES.items())
             raise BadInput([f"--pretrained_model_name_or_path: {name} is a {kind}; wanted {wanted}"])
         family = FAMILIES[kind]
+        kind, part = family.denoiser_class, family.denoiser
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet", **where))
+            denoiser = kind.from_config(kind.load_config(name, subfolder=part, **where))
             configs = {
                 part: CLIPTextConfig.from_pretrained(name, subfolder=part, **where) for part in family.text_encoders
             }
@@ -102,6 +110,11 @@ def load_skeleton(args: Namespace) -> Skeleton:
         ]
         if args.tokenizer_name:
             tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        windows = [(tokenizer, args.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
+        part = family.fixed_tokenizer
+        if part and index[part][1] and not args.skip_t5:
+            fixed = TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where)
+            windows.append((fixed, args.max_sequence_length or MAX_SEQUENCE_LENGTH))
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         other = args.pretrained_vae_model_name_or_path
         other_vae = AutoencoderKL.load_config(other) if other else None
@@ -113,9 +126,9 @@ def load_skeleton(args: Namespace) -> Skeleton:
         raise BadInput([f"--pretrained_model_name_or_path: {name} cannot be loaded: {reason}"]) from error
     return Skeleton(
         family,
-        unet,
+        denoiser,
         encoders,
-        tokenizers,
+        windows,
         vae,
         other_vae,
         prediction_type=args.prediction_type or scheduler.get("prediction_type", "epsilon"),
@@ -151,11 +164,11 @@ def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
 
 def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
     """What does not fit this model."""
-    name, channels = args.pretrained_model_name_or_path, skeleton.unet.config.in_channels
+    name, channels = args.pretrained_model_name_or_path, skeleton.denoiser.config.in_channels
     latent_channels = skeleton.vae["latent_channels"]
     if channels != latent_channels:
         yield (
-            f"{name}: the UNet takes {channels} channels and latents have {latent_channels}; "
+            f"{name}: the {skeleton.family.denoiser} takes {channels} channels and latents have {latent_channels}; "
             "wanted a text-to-image model"
         )
     for key in LATENT_SPACE if skeleton.other_vae else ():
@@ -167,11 +180,13 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
             )
     if skeleton.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {skeleton.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
-    if args.resolution % skeleton.vae_scale_factor or args.resolution < skeleton.grid:
-        yield (
-            f"--resolution: got {args.resolution}, wanted a multiple of {skeleton.vae_scale_factor} that is at least "
-            f"{skeleton.grid} for this model"
-        )
+    grid = skeleton.grid
+    if not grid.fits(args.resolution):
+        yield f"--resolution: got {args.resolution}, wanted {grid} for this model"
+    for option, reason in skeleton.family.not_here.items():
+        value = getattr(args, option)
+        if value is not None and value is not False:
+            yield f"--{option} does not apply to {skeleton.family.title}: it {reason}"
     if args.tokenizer_max_length and args.tokenizer_max_length > skeleton.max_length:
         yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {skeleton.max_length}"
     plain = Namespace(**vars(args) | {"method": "lora", "rank": max(1, args.rank)})

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .adapters import Adapters
-from .families import Family, Texts
+from .families import Family, Texts, Tokens
 from .loss import Denoiser
 from .randomness import Stream, generator
 from .sampling import Batch
@@ -44,7 +44,7 @@ class Painter:
     guidance_scale: float
     text_is_frozen: bool
     folder: Path
-    max_length: int | None = None
+    tokens: Tokens | None
     texts: Texts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -58,12 +58,11 @@ class Painter:
     @torch.no_grad()
     def encode(self) -> Texts:
         """The empty prompt and the validation prompts, as the text encoders see them now."""
-        ids = self.family.tokenize(self.family.tokenizers_of(self.pipeline), ["", *self.prompts], self.max_length)
-        return self.family.encode(self.family.text_encoders_of(self.pipeline), ids.to(self.pipeline.unet.device))
+        return self.family.encode(self.family.text_encoders_of(self.pipeline), self.tokens)
 
     def paint(self, adapters: Adapters, step: int) -> list[Image.Image]:
         """Pictures of every prompt, in order; also written to `samples/`, and the sheet of all steps made anew."""
-        self.pipeline.vae.to(self.pipeline.unet.device)
+        self.pipeline.vae.to(self.family.denoiser_of(self.pipeline).device)
         images = []
         with adapters.evaluation(), adapters.merged():
             texts = self.texts or self.encode()

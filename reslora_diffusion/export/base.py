@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .geometry import Family, family_of
+from .geometry import family_of
 from .keys import flat_path, listing
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
@@ -52,7 +52,7 @@ def misfits(components: Components, models: Mapping[str, nn.Module], name: str) 
     if foreign := sorted(components.keys() - models.keys()):
         problems.append(f"the base has no {', '.join(foreign)}; it has {', '.join(sorted(models)) or 'none of them'}")
     family = family_of(components)
-    if problems and family not in (Family.CUSTOM, Family.OTHER):
+    if problems and family.is_named:
         problems.insert(0, f"the LoRA is for {family}, and {name} is not")
     return problems
 

@@ -20,7 +20,7 @@ from reslora_diffusion.core.functional import LoraFactors
 from .base import base_layer, is_transposed
 from .factors import Components, matrices
 from .header import open_safetensors
-from .keys import flat_path, listing
+from .keys import DENOISERS, flat_path, listing
 from .limits import CheckFailed
 from .peft_folder import MODEL
 from .progress import progress
@@ -164,7 +164,7 @@ def load_whole(base: str, dtype: torch.dtype | None, variant: str | None) -> tup
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Precision of a pipeline's denoiser on disk."""
-    for component in ("unet", "transformer"):
+    for component in DENOISERS:
         for path in sorted((folder / component).glob("*.safetensors")):
             with open_safetensors(path, framework="np") as file:
                 kinds = {file.get_slice(name).get_dtype() for name in list(file.keys())[:8]}

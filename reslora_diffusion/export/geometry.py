@@ -26,8 +26,14 @@ class Family(StrEnum):
     SD1 = "Stable Diffusion 1.x"
     SD2 = "Stable Diffusion 2.x"
     SDXL = "Stable Diffusion XL"
+    TRANSFORMER = "a diffusion transformer"
     CUSTOM = "a custom Stable Diffusion geometry"
     OTHER = "no Stable Diffusion"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it says which base a LoRA is for."""
+        return self in GEOMETRIES
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ def family_of(components: Components) -> Family:
 
 def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
     """The same from each module's number of inputs: component -> path -> width."""
+    if "transformer" in widths:
+        return Family.TRANSFORMER
     if not widths.keys() <= set(KOHYA_COMPONENTS):
         return Family.OTHER
     cross = {n for path, n in widths.get("unet", {}).items() if path.endswith(("attn2.to_k", "attn2.to_v"))}

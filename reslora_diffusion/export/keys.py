@@ -21,6 +21,7 @@ LAYERS_PER_BLOCK = 2  # of every released Stable Diffusion UNet
 CLIP_COMPONENTS = ("text_encoder", "text_encoder_2")
 KOHYA_COMPONENTS = ("unet", *CLIP_COMPONENTS)
 COMPONENTS = (*KOHYA_COMPONENTS, "transformer")
+DENOISERS = ("unet", "transformer")
 
 
 class Dialect(StrEnum):

@@ -26,7 +26,7 @@ from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
-from .keys import KOHYA_COMPONENTS, Dialect, Naming, classic_path, listing
+from .keys import COMPONENTS, Dialect, Naming, classic_path, listing
 from .limits import LARGEST_EXPORT, Rank
 from .proof import errors_against, health_problems, prove
 from .ranks import at_rank, smallest_rank
@@ -48,7 +48,7 @@ def export_lora(
     facts: Mapping[str, object] | None = None,
     models: Mapping[str, nn.Module] | None = None,
     naming: Naming | None = None,
-    formats: Sequence[str] = ("diffusers", "kohya"),
+    formats: Sequence[str] | None = None,
 ) -> ExportReport:
     """Write and prove the LoRA files of a diffusion model.
 
@@ -64,7 +64,7 @@ def export_lora(
         models: the base modules by component; names and shapes are then checked against them, and the loaders load
             into their architecture.
         naming: of the kohya file; found from the components if not given.
-        formats: which of the two files.
+        formats: which of the two files; both, if not given, and for a transformer the first, which ComfyUI reads too.
 
     >>> report = export_lora("out", {"unet": merged_factors(unet)}, facts={"base_model": "runwayml/..."})
     >>> print(report)
@@ -73,6 +73,8 @@ def export_lora(
         ValueError: the factors cannot be exported.
         CheckFailed: a ValueError too; the rank loses too much, or a written file failed its proof.
     """
+    if formats is None:
+        formats = ("diffusers",) if "transformer" in components else ("diffusers", "kohya")
     if not formats or not set(formats) <= {"diffusers", "kohya"}:
         raise ValueError(f"formats: got {list(formats)}, wanted 'diffusers', 'kohya' or both")
     homes = {Dialect.DIFFUSERS: Path(DIFFUSERS_FILE), Dialect.KOHYA: Path(KOHYA_FOLDER, f"{name}.safetensors")}
@@ -191,8 +193,10 @@ def input_problems(components: Components, name: str, files: Mapping[Dialect, Pa
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) and Dialect.KOHYA in files:
         problems.append(f"name {name!r} is not a file name (letters, digits and . _ + -)")
-    if strange := components.keys() - set(KOHYA_COMPONENTS):
-        problems.append(f"components {sorted(strange)}; wanted some of {', '.join(KOHYA_COMPONENTS)}")
+    if strange := components.keys() - set(COMPONENTS):
+        problems.append(f"components {sorted(strange)}; wanted some of {', '.join(COMPONENTS)}")
+    if "transformer" in components and Dialect.KOHYA in files:
+        problems.append("a kohya file is for a unet, and this LoRA is for a transformer; wanted diffusers' dialect")
     unpaired = [
         f"{component}.{path}: lora_A {list(f.lora_A.shape)}, lora_B {list(f.lora_B.shape)}"
         for component, modules in components.items()

@@ -22,6 +22,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import (
     PeftAdapterMixin,
+    SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
     StableDiffusionXLLoraLoaderMixin,
 )
@@ -34,7 +35,7 @@ from reslora_diffusion.core.functional import LoraFactors
 
 from .base import check_base_name, misfits
 from .factors import Components
-from .keys import CLIP_COMPONENTS, LAYERS_PER_BLOCK, Naming, classic_path, listing
+from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, listing
 
 Models = dict[str, nn.Module]
 ADAPTER = "proof"
@@ -147,8 +148,8 @@ def transformers_config(name: str):
 # ------------------------------------------------------------------------------------------------------ stand-ins
 
 
-class UNetStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The adapted modules of a UNet, at their places, and nothing else."""
+class DenoiserStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The adapted modules of a UNet or transformer, at their places, and nothing else."""
 
     config_name = "config.json"
 
@@ -173,8 +174,11 @@ def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
     return root
 
 
-def clip_stand_in(component: str, modules: Mapping[str, LoraFactors]) -> nn.Module:
+def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projects: bool) -> nn.Module:
     """A CLIP text encoder in the installed transformers' own layout, of the widths that the factors have.
+
+    Args:
+        projects: whether it ends in a projection, as the second of SDXL and both of SD3.
 
     Raises:
         ValueError: the paths are not those of a CLIP text encoder.
@@ -201,7 +205,7 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors]) -> nn.Modu
         pad_token_id=1,
     )
     with torch.device("meta"):
-        return hollow((CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection)(config))
+        return hollow((CLIPTextModelWithProjection if projects else CLIPTextModel)(config))
 
 
 def stand_ins(components: Components) -> Models:
@@ -209,9 +213,10 @@ def stand_ins(components: Components) -> Models:
     models: Models = {}
     for component, modules in components.items():
         if component in CLIP_COMPONENTS:
-            models[component] = clip_stand_in(component, modules)
+            projects = component == "text_encoder_2" or "transformer" in components
+            models[component] = clip_stand_in(component, modules, projects)
         else:
-            models[component] = planted(UNetStandIn() if component == "unet" else nn.Module(), modules)
+            models[component] = planted(DenoiserStandIn() if component in DENOISERS else nn.Module(), modules)
     return models
 
 
@@ -250,20 +255,24 @@ def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
 
 
 def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
-    """`load_lora_weights` of a Stable Diffusion or SDXL pipeline around `models`, and what is in them afterwards.
+    """`load_lora_weights` of a Stable Diffusion, SDXL or SD3 pipeline around `models`, and what is in them afterwards.
 
     Raises:
         ValueError: the loader refuses the file.
     """
+    denoiser = "transformer" if "transformer" in models else "unet"
     mixin = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
+    mixin = SD3LoraLoaderMixin if denoiser == "transformer" else mixin
 
     class Pipeline(DiffusionPipeline, mixin):
-        def __init__(self, unet, text_encoder, text_encoder_2=None):
+        def __init__(self, unet=None, transformer=None, text_encoder=None, text_encoder_2=None):
             super().__init__()
-            self.register_modules(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2)
+            self.register_modules(
+                unet=unet, transformer=transformer, text_encoder=text_encoder, text_encoder_2=text_encoder_2
+            )
 
     with quiet():
-        pipeline = Pipeline(models.get("unet", UNetStandIn()), models.get("text_encoder"), models.get("text_encoder_2"))
+        pipeline = Pipeline(**{denoiser: DenoiserStandIn()} | models)
         try:
             pipeline.load_lora_weights(
                 str(path.parent),

@@ -18,7 +18,7 @@ from torch import nn
 from .factors import Components, concatenated
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
-from .keys import COMPONENTS, KOHYA_COMPONENTS, Dialect, listing
+from .keys import COMPONENTS, Dialect, listing
 from .limits import Rank
 from .lora import export_lora, write_lora_file
 from .peft_folder import export_peft_components
@@ -193,7 +193,7 @@ def save_lora(
         if dialect is Dialect.PEFT:
             raise ValueError(f"{output} is a file; PEFT keeps its configuration beside the weights and wants a folder")
         return [write_lora_file(output, components, dialect, **settings)]
-    if dialect is Dialect.PEFT or not components.keys() <= set(KOHYA_COMPONENTS):
+    if dialect is Dialect.PEFT or not components.keys() <= set(COMPONENTS):
         return export_peft_components(output, components, base_model=facts.get("base_model"), **settings)
     return [export_lora(output, components, name=name or file_name(output), **settings)]
 

@@ -19,7 +19,7 @@ from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, unusable
 from .inspection import sha256
-from .keys import KOHYA_COMPONENTS, Dialect, listing
+from .keys import COMPONENTS, Dialect, listing
 from .lora import REPORT_FILE
 from .proof import (
     TOLERANCE,
@@ -118,7 +118,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         for path in files
         if path.name in recorded and sha256(path) != recorded[path.name]
     ]
-    if first.dialect is not Dialect.PEFT and not components.keys() <= set(KOHYA_COMPONENTS):
+    if first.dialect is not Dialect.PEFT and not components.keys() <= set(COMPONENTS):
         result.notes.append(f"the loader of {listing(components)} was not tried; only Stable Diffusion's are")
     return result
 
@@ -151,7 +151,7 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
     components = lora.components
     if lora.dialect is Dialect.PEFT:
         return peft_checks(lora, models)
-    if not components.keys() <= set(KOHYA_COMPONENTS):
+    if not components.keys() <= set(COMPONENTS):
         return [], []
     family = family_of(components)
     checks, problems = diffusers_checks([lora.path], components, EXACT, naming_of(components), models)

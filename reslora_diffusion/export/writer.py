@@ -76,8 +76,9 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
     tensors = {}
     for component, modules in components.items():
         for path, factors in recognisable(component, modules, Dialect.DIFFUSERS).items():
-            # SDXL's second encoder kept `text_model.` in transformers 5, so the flat layout is nobody's there
-            layouts = {path, flat_path(path)} if component == "text_encoder" else {path}
+            # SDXL's second encoder and both of SD3's kept `text_model.` in transformers 5: the flat layout is nobody's
+            flat = component == "text_encoder" and "transformer" not in components
+            layouts = {path, flat_path(path)} if flat else {path}
             for layout in sorted(layouts):
                 key_A, key_B = diffusers_keys(component, layout)
                 tensors[key_A], tensors[key_B] = factors.lora_A.clone(), factors.lora_B.clone()

@@ -1,11 +1,12 @@
 """What differs between families of models, one small module each. Everything else is the same code for all of them."""
 
-from .base import Family, Texts
+from .base import Family, Texts, Tokens
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 
 FAMILIES: dict[str, Family] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL())
+    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
 }
 
-__all__ = ["FAMILIES", "Family", "Texts"]
+__all__ = ["FAMILIES", "Family", "Texts", "Tokens"]

@@ -1,22 +1,39 @@
 """The questions that training asks a family of models.
 
-prompts [P] -> token ids [P, E, L]            E text encoders, L tokens
-token ids   -> hidden states [P, L, D], and for some families a pooled vector [P, D2]
-texts       -> what the UNet is given, and what the pipeline is given to paint
+prompts [P] -> tokens    ids [P, E, L] for E text encoders that can be trained, and for some families what an encoder
+                         that is never trained makes of the prompts [P, L2, D]
+tokens      -> texts     hidden states [P, L, D], and for some families a pooled vector [P, D2]
+texts       -> what the denoiser is given, and what the pipeline is given to paint
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..buckets import Grid
+from ..processes import Diffusion, Process
+
+MAX_SEQUENCE_LENGTH = 77  # of a prompt for T5, in tokens, as in diffusers' scripts
+OF_FLOWS = dict.fromkeys(
+    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
+)
+
+
+class Tokens(NamedTuple):
+    """Prompts that the text encoders have yet to encode."""
+
+    ids: Tensor
+    fixed: Tensor | None = None
+
 
 class Texts(NamedTuple):
-    """Encoded prompts: hidden states [P, L, D], pooled [P, D2] where the family has it."""
+    """Encoded prompts."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -26,9 +43,33 @@ class Family(ABC):
     """Stateless: the models are arguments."""
 
     title: str
+    tag: str  # on the hub
     pipeline_class: type[DiffusionPipeline]
+    denoiser: str
+    denoiser_class: type[ModelMixin]
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    not_here: Mapping[str, str]  # options that do not apply, and why
+    fixed_encoder: str | None = None
+    fixed_tokenizer: str | None = None
+
+    def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:
+        return getattr(pipeline, self.denoiser)
+
+    def tokenizers_of(self, pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+        return [getattr(pipeline, name) for name in self.tokenizers]
+
+    def text_encoders_of(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
+        return [getattr(pipeline, name) for name in self.text_encoders]
+
+    @abstractmethod
+    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
+        """Of a denoiser's configuration."""
+
+    @abstractmethod
+    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+        """The forward process of the base, as the options change it; the pipeline then paints by the same."""
 
     def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
         """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None)."""
@@ -44,21 +85,45 @@ class Family(ABC):
         ]
         return torch.stack(ids, dim=1)
 
-    def tokenizers_of(self, pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
-        return [getattr(pipeline, name) for name in self.tokenizers]
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor | None:
+        """What a text encoder that is never trained makes of prompts [P, L2, D]."""
+        return None
 
-    def text_encoders_of(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
-        return [getattr(pipeline, name) for name in self.text_encoders]
+    @torch.no_grad()
+    def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tokens:
+        """What `encode` is given, on the pipeline's device."""
+        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, args.tokenizer_max_length)
+        return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, args))
 
     @abstractmethod
-    def encode(self, text_encoders: Sequence[nn.Module], ids: Tensor) -> Texts:
-        """Texts of token ids [P, E, L]."""
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        """By the text encoders that can be trained."""
 
     @abstractmethod
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the UNet. `time_ids` [B, 6]: original size, upper left corner of the crop, trained size,
-        each (height, width)."""
+        """Keyword arguments of the denoiser. `time_ids` [B, 6]: original size, upper left corner of the crop, trained
+        size, each (height, width)."""
 
     @abstractmethod
     def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
         """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
+
+
+class UNetFamily(Family):
+    """What Stable Diffusion 1.x, 2.x and XL have in common."""
+
+    denoiser = "unet"
+    target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    not_here = OF_FLOWS | dict.fromkeys(("max_sequence_length", "skip_t5"), "belongs to T5, which this family lacks")
+
+    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
+        return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
+
+    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+        """Prediction type and zero-terminal SNR are the base's own if not given."""
+        given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given:
+            spacing = {"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {}
+            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **given, **spacing)
+        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))

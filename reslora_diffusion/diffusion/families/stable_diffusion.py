@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from .base import Family, Texts
+from .base import Texts, Tokens, UNetFamily
 
 
-class StableDiffusion(Family):
+class StableDiffusion(UNetFamily):
     title = "Stable Diffusion 1.x or 2.x"
+    tag = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline
+    denoiser_class = UNet2DConditionModel
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
 
-    def encode(self, text_encoders: Sequence[nn.Module], ids: Tensor) -> Texts:
-        return Texts(text_encoders[0](ids[:, 0], return_dict=False)[0])
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        return Texts(text_encoders[0](tokens.ids[:, 0], return_dict=False)[0])
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden}

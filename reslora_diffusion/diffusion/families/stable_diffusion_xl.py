@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from .base import Family, Texts
+from .base import Texts, Tokens, UNetFamily
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(UNetFamily):
     title = "Stable Diffusion XL"
+    tag = "stable-diffusion-xl"
     pipeline_class = StableDiffusionXLPipeline
+    denoiser_class = UNet2DConditionModel
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
 
-    def encode(self, text_encoders: Sequence[nn.Module], ids: Tensor) -> Texts:
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         outputs = [
-            encoder(ids[:, place], output_hidden_states=True, return_dict=True)
+            encoder(tokens.ids[:, place], output_hidden_states=True, return_dict=True)
             for place, encoder in enumerate(text_encoders)
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
