@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from models import inputs, output
+from reslora_diffusion import ResLoraConfig, attach
 from reslora_diffusion.diffusion.frozen import count, restore_memory, save_memory
 from test_core_shortcuts import adapted, gradients, loss_of
 
@@ -111,3 +112,43 @@ def test_scale_shift_blocks_and_up_and_down_blocks() -> None:
         assert save_memory(model) > 0 or len(found) == 2
     for got, wanted in zip(found[1], found[0], strict=True):
         assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+def test_what_adapters_read_is_made_again() -> None:
+    """Outputs of a LayerNorm that an adapted layer reads are not kept, and second derivatives still come out right."""
+    torch.manual_seed(0)
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.to_q = nn.LayerNorm(6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.to_q(self.norm(x))
+
+    model = Normed().double()
+    attach(model, ResLoraConfig(r=2, target_modules=["to_q"], shortcut="none"))
+    model.double().requires_grad_(False)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (4, 2)))
+    names = [f"to_q.lora_{side}.default.weight" for side in "AB"]
+
+    def run(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, dict(zip(names, factors, strict=True)), (x,))
+
+    wanted = run(x, A, B)
+    kept: list[list[int]] = []
+    for memory in (False, True):
+        if memory:
+            assert save_memory(model) == 1
+        normed: list[torch.Tensor] = []
+        hook = model.norm.register_forward_hook(lambda module, args, out, normed=normed: normed.append(out))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(id(t)) or t, lambda t: t):
+            got = run(x, A, B)
+        kept.append([id(normed[0]) in saved])
+        hook.remove()
+        assert torch.equal(got, wanted)
+    assert kept == [[True], [False]]
+    assert torch.autograd.gradcheck(run, (x, A, B))
+    assert torch.autograd.gradgradcheck(run, (x, A, B))

@@ -9,7 +9,8 @@ from torch import nn
 from models import UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, get_controller
 from reslora_diffusion.core import fast_forward
-from reslora_diffusion.core.fused import Publishes, fused_linears
+from reslora_diffusion.core.fused import fused_linears
+from reslora_diffusion.core.fused_layer import FusedLinear, Publishes
 from reslora_diffusion.core.packing import Layout, concatenate, pack
 from reslora_diffusion.diffusion.attn_processor import set_attn_processors
 from test_core_shortcuts import adapted, gradients, loss_of
@@ -60,6 +61,40 @@ def test_first_and_second_derivatives(publishes: Publishes, carry: tuple[bool, b
     assert torch.autograd.gradgradcheck(run, args)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("adds", ["nothing", "carry", "read"])
+@pytest.mark.parametrize("publishes", Publishes)
+def test_derivatives_of_one_layer(publishes: Publishes, adds: str, parts: int) -> None:
+    """D and U in one piece or several, with a carried bottleneck or another input of the down-projection."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 3).double().requires_grad_(False)
+    later = 2 if publishes is Publishes.NEXT else 0
+    down = [leaf(2 + later if place == parts - 1 else 2, 4) for place in range(parts)]
+    up = [leaf(3, 2) for _ in range(parts)]
+    x, added = leaf(2, 3, 4), leaf(2, 3, 4 if adds == "read" else 2 * parts)
+
+    def run(x: torch.Tensor, added: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        read, carry = added if adds == "read" else None, added if adds == "carry" else None
+        found = FusedLinear.apply(publishes, 0.5, parts, x, linear.weight, linear.bias, read, carry, *factors)
+        return found if isinstance(found, tuple) else (found,)
+
+    def plainly(x: torch.Tensor, added: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = 2 * parts
+        rows = (added if adds == "read" else x) @ torch.cat(factors[:parts]).T
+        z = rows[..., :own] + (added if adds == "carry" else 0)
+        y = linear(x) + 0.5 * z @ torch.cat(factors[parts:], 1).T
+        more = {Publishes.NOTHING: (), Publishes.NEXT: (rows[..., own:],), Publishes.OWN: (rows,), Publishes.SUM: (z,)}
+        return y, *more[publishes]
+
+    args = (x, added, *down, *up)
+    for got, wanted in zip(run(*args), plainly(*args), strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-12)
+    used = args if adds != "nothing" else (x, *down, *up)
+    call = run if adds != "nothing" else lambda x, *factors: run(x, added, *factors)
+    assert torch.autograd.gradcheck(call, used)
+    assert torch.autograd.gradgradcheck(call, used)
+
+
 def test_packed_factors_get_the_sum_of_their_gradients() -> None:
     torch.manual_seed(0)
     factors = [leaf(2, 4), leaf(3, 4), leaf(5, 2), leaf(5, 3)]
@@ -99,7 +134,7 @@ def test_fused_and_packed_is_plain(
     packed = []
     fusion = get_controller(model).fusion
     monkeypatch.setattr(
-        fusion, "compute", lambda *args: packed.append(dict(fusion.packed)) or type(fusion).compute(fusion, *args)
+        fusion, "factors", lambda *args: packed.append(dict(fusion.packed)) or type(fusion).factors(fusion, *args)
     )
     got, got_gradients = run(model)
     assert all(packed)

@@ -6,6 +6,7 @@ inside the contexts of every adapter with shortcuts (`Controller.context_fn`); `
 Functions that say they are reentrant are refused at once, others when a shortcut is first read without gradients.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -52,15 +53,20 @@ def is_reentrant(function: Any) -> bool:
     return isinstance(function, partial) and bool(function.keywords.get("use_reentrant", False))
 
 
-def cover_checkpointing(root: nn.Module, controller: HasContexts) -> None:
-    """Make every module under `root` that checkpoints carry the controller's values.
+def may_checkpoint(root: nn.Module) -> list[nn.Module]:
+    """Modules under `root` that both libraries put the function on. Found once: a walk costs as much as some layers."""
+    return [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
+
+
+def cover_checkpointing(modules: Iterable[nn.Module], controller: HasContexts) -> None:
+    """Make those `modules` that checkpoint carry the controller's values.
 
     Raises:
         RuntimeError: one of them checkpoints reentrantly.
     """
-    for module in root.modules():
+    for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
-        if function is None or not getattr(module, "gradient_checkpointing", True):
+        if function is None or not module.gradient_checkpointing:
             continue
         if not isinstance(function, CoveredCheckpoint):
             if is_reentrant(function):
@@ -71,9 +77,9 @@ def cover_checkpointing(root: nn.Module, controller: HasContexts) -> None:
             function.controllers.append(controller)
 
 
-def uncover_checkpointing(root: nn.Module, controller: HasContexts) -> None:
+def uncover_checkpointing(modules: Iterable[nn.Module], controller: HasContexts) -> None:
     """Inverse of `cover_checkpointing`."""
-    for module in root.modules():
+    for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
         if isinstance(function, CoveredCheckpoint):
             function.controllers = [known for known in function.controllers if known is not controller]

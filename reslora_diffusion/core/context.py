@@ -39,6 +39,7 @@ class Scope:
         self.parent = parent
         self.values: dict[str, Tensor] = {}
         self.captured = {} if captured is None else captured
+        self.sum: tuple[Tensor, Tensor, Tensor, bool] | None = None  # the latest of x, x', x + x'; with gradients?
 
     def put(self, key: str, value: Tensor) -> None:
         """Visible here and to all that comes after, in this segment and in the ones around it."""

@@ -22,11 +22,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .chains import Explanation, Site, build_chains, find_sites, windows
-from .checkpointing import cover_checkpointing, uncover_checkpointing
+from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
 from .config import ResLoraConfig, Shortcut
 from .context import OUTSIDE, ForwardContext
-from .fast_forward import Fusion, carried_key
+from .fast_forward import Fusion
 from .functional import LoraFactors, concatenated, down, down_sum, up_add
+from .groups import carried_key
 from .sharding import whole
 
 FUSED = (
@@ -84,6 +85,7 @@ class Controller:
         self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
         self.link()
         self.roots = self.roots_of_chains(model)
+        self.checkpointing = [module for root in self.roots.values() for module in may_checkpoint(root)]
         self.hooks: list[Any] = []
         for root in self.roots.values():
             self.hooks.append(root.register_forward_pre_hook(self.open))
@@ -93,6 +95,7 @@ class Controller:
         """Build the chains of the configuration as it is now."""
         shortcut = self.config.effective_shortcut
         self.shortcut = shortcut
+        self.fusion.forget()
         dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)
@@ -139,7 +142,7 @@ class Controller:
             raise RuntimeError(DATA_PARALLEL)
         if self.shortcut is not Shortcut.BLOCK:
             if torch.is_grad_enabled():
-                cover_checkpointing(root, self)
+                cover_checkpointing(self.checkpointing, self)
             self.context.open()
 
     def close(self, root: nn.Module, args: tuple, output: object) -> None:
@@ -176,8 +179,7 @@ class Controller:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        for root in self.roots.values():
-            uncover_checkpointing(root, self)
+        uncover_checkpointing(self.checkpointing, self)
 
     # ------------------------------------------------------------------------------------------- forward of a layer
 

@@ -1,33 +1,24 @@
-"""Adapted linear layers that read one x, as one node of the autograd graph. For layer i of a group
+"""Adapted linear layers that read one x, as one node of the autograd graph (`core.fused_layer`, several at once):
 
     z   = D x                     D [R, in]: the down-projections of the group, stacked
     z_i = its rows of z + c_i     c_i [..., r_i]: what the shortcut carries into layer i, if anything
     y_i = W_i x + b_i + s_i U_i z_i
 
-and one more result, for the layers that come after (`Publishes`): further rows of z (`input`: A_{n+1} x_n), the own
-rows of z (`middle`), or z_i (`middle` over all predecessors). Backward, with g_i = dL/dy_i, h_i = dL/d(published):
+and what each hands on (`Publishes`). Backward, with g_i = dL/dy_i, h_i = dL/d(published):
 
     t_i = s_i g_i U_i (+ h_i)     dc_i = t_i     dU_i = s_i g_i^T z_i     dD = t^T x     dx = sum_i g_i W_i + t D
 
-Nothing as wide as x is added up, stored or read twice: scaling and sums ride in matrix products (`addmm`), the frozen
-layer and what is added to it share one buffer in both directions, and only references to x, the factors and z are kept.
+x is read by one down-projection instead of one per layer, and the gradients with respect to it meet in one buffer.
 """
 
 from collections.abc import Sequence
-from enum import Enum, auto
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-class Publishes(Enum):
-    """What a layer hands on besides its output."""
-
-    NOTHING = auto()
-    NEXT = auto()  # rows of z beyond the group's own: the down-projections of the layers after, on this x
-    OWN = auto()  # D x without what was carried in
-    SUM = auto()  # D x with what was carried in
+from .fused_layer import REMAKE, Publishes, scaled_product
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -42,13 +33,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         at += part.shape[1]
     size = (len(first), at - first.storage_offset())
     return first.as_strided(size, first.stride(), first.storage_offset()) if first.stride(0) >= size[1] else first
-
-
-def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
-    """scaling * a b, without a pass of its own for the scaling."""
-    if scaling == 1:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
 
 
 class FusedLinears(torch.autograd.Function):
@@ -72,17 +56,18 @@ class FusedLinears(torch.autograd.Function):
         if carry is not None and publishes is Publishes.SUM:
             published = total = torch.addmm(carry, rows, D.T)
         else:
-            z = rows @ D.T
+            z = F.linear(rows, D)
             published, total = (z[:, own:], z[:, :own]) if publishes is Publishes.NEXT else (z, z)
             if carry is not None:
                 total = total + carry if publishes is Publishes.OWN else total.add_(carry)
         outputs, at = [], 0
         for scaling, rank, up, weight, offset in zip(scalings, ranks, U, W, bias, strict=True):
-            y = rows @ weight.T if offset is None else torch.addmm(offset, rows, weight.T)  # type: ignore[union-attr]
+            y = F.linear(rows, weight, offset)  # type: ignore[arg-type]
             y.addmm_(total[:, at : at + rank], up.T, alpha=scaling)  # type: ignore[union-attr]
             outputs.append(y.view(*lead, -1))
             at += rank
-        ctx.save_for_backward(x, D, total, *U, *W, *carried)
+        ctx.remake, kept = getattr(x, REMAKE, (None, x))
+        ctx.save_for_backward(kept, D, total, *U, *W, *carried)
         ctx.publishes, ctx.scalings, ctx.ranks, ctx.later = publishes, scalings, ranks, later
         ctx.set_materialize_grads(False)
         if publishes is Publishes.NOTHING:
@@ -92,7 +77,8 @@ class FusedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        x, D, total, *rest = ctx.saved_tensors
+        kept, D, total, *rest = ctx.saved_tensors
+        x = kept if ctx.remake is None else ctx.remake(kept)
         count, ranks, scalings = len(ctx.scalings), ctx.ranks, ctx.scalings
         U, W, carried = (rest[at : at + count] for at in range(0, 3 * count, count))
         rows = x.reshape(-1, x.shape[-1])

@@ -101,7 +101,7 @@ class FastForward:
             active = layer.active_adapters
             variant = layer.lora_variant.get(active[0]) if len(active) == 1 else None
             if isinstance(variant, ResLoraVariant):
-                output = variant.controller.fusion.forward(variant.controller, variant.site, layer, x)
+                output = variant.controller.fusion.forward(variant.controller, variant.site, x)
                 if output is not None:
                     return output
         return type(layer).forward(layer, x, *args, **kwargs)

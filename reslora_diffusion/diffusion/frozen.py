@@ -5,6 +5,7 @@ PyTorch keeps what gradients of the weights would need, though frozen weights ha
     convolution          its input                                  ->  nothing (its gradient needs weight and shape)
     GroupNorm -> SiLU    x, GroupNorm(x)                            ->  x; GroupNorm(x) is computed again
     GEGLU                [h, gate], gelu(gate)                      ->  [h, gate]; gelu(gate) is computed again
+    LayerNorm -> LoRA    x, LayerNorm(x)                            ->  x; LayerNorm(x) is computed again
 
 No matrix product or convolution is computed twice. `save_memory` puts these forms on a model, `restore_memory` takes
 them off; neither touches a weight. A layer whose weights are trained, or that runs under autocast or torch.compile
@@ -19,6 +20,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from reslora_diffusion.core.fused_layer import can_be_remade
 
 from .attn_processor import WithoutDivisionByOne
 
@@ -141,12 +144,23 @@ class FrugalGEGLU(Frugal):
         return HalfGelu.apply(both)
 
 
+class FrugalLayerNorm(Frugal):
+    """Whose output adapted layers need not keep."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.usual(x)
+        return y if is_plain(self.module, x) else can_be_remade(y, self.usual, x)
+
+
 class FrugalResnet(Frugal):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.usual(*args, **kwargs)
         with WithoutDivisionByOne(self.module, "output_scale_factor"):
             return self.usual(*args, **kwargs)
+
+
+FORMS = {GEGLU: FrugalGEGLU, nn.LayerNorm: FrugalLayerNorm, ResnetBlock2D: FrugalResnet}
 
 
 def norm_and_activation(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
@@ -179,13 +193,11 @@ def save_memory(model: nn.Module) -> int:
     for module in list(model.modules()):
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             put(FrugalConv2d, module)
-        elif type(module) is GEGLU:
-            put(FrugalGEGLU, module)
+        elif type(module) in FORMS:
+            put(FORMS[type(module)], module)
         norms, activation = norm_and_activation(module)
         if activation is not None and "forward" not in activation.__dict__ and put(FrugalNorm, *norms):
             put(SkippedSiLU, activation)
-        if type(module) is ResnetBlock2D:
-            put(FrugalResnet, module)
     return count(model) - before
 
 
