@@ -64,7 +64,7 @@ class Fusion:
         alone = [self.group(controller, (name,)) for name in controller.sites]
         modules = [module for group in alone for module in (group.down_modules[0], group.up_modules[0][0])]
         factors: list[Any] = [module._parameters["weight"] for module in modules]
-        self.sharded = self.sharded or any(map(is_sharded, factors))
+        self.sharded = self.sharded or any(map(is_partial, factors))
         base = alone[0].bases[0]
         plain = "its adapter is off" if controller.is_idle() else why_plain(controller, alone[0], base.weight)
         self.say(f"layer by layer: {plain}" if plain else f"fused, on {factors[0].device.type}")
@@ -207,6 +207,6 @@ def is_packed(weight: Tensor, factor: Tensor) -> bool:
     return weight.dtype != factor.dtype or not weight.is_cpu
 
 
-def is_sharded(weight: Any) -> bool:
+def is_partial(weight: Any) -> bool:
     """Whether FSDP or the like holds only a part of a factor, or will between forwards."""
     return type(weight) not in (nn.Parameter, Tensor) or not weight.numel()
