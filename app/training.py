@@ -200,10 +200,6 @@ class Trainer:
         self.last: Training | None = None
         self.lock = threading.Lock()
 
-    @property
-    def available(self) -> bool:
-        return self.script.is_file()
-
     def of(self, owner: str) -> Training | None:
         """The newest training, if this owner started it."""
         return self.last if self.last and owner and self.last.owner == owner else None
@@ -241,7 +237,7 @@ class Trainer:
         options = options_of(request, self.base, self.resolution, folder)
         text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=1000)
         path = folder / CONFIG
-        path.write_text(f"# python train_scripts/{self.script.name} --config {CONFIG}\n{text}", encoding="utf-8")
+        path.write_text(f"# python -m train_scripts.{self.script.stem} --config {CONFIG}\n{text}", encoding="utf-8")
         return path
 
     def new_folder(self, request: TrainRequest) -> Path:

@@ -21,10 +21,6 @@ INTRODUCTION = (
     "Teaches the loaded base a subject from a few pictures, with the script of the command line and a configuration "
     "file that it takes too. The adapter joins the Compare tab when it is done."
 )
-NO_SCRIPT = (
-    "Training needs train_scripts/ of the source, which is not beside this installation. Clone the project and start "
-    "the page there by python -m app."
-)
 
 
 def train_watch() -> tuple[gr.BrowserState, gr.Timer]:
@@ -38,7 +34,7 @@ def train_tab(
     """`arrival` is the event that fills the Compare tab, whose `adapters` a training adds to."""
     trainer, limits = studio.trainer, studio.trainer.limits
 
-    gr.HTML(views.message(INTRODUCTION) if trainer.available else views.message(NO_SCRIPT, "warn"), padding=False)
+    gr.HTML(views.message(INTRODUCTION), padding=False)
     with gr.Row(equal_height=False, elem_classes="tab-body"):
         with gr.Column(scale=4, min_width=300):
             subject = gr.Dropdown(
@@ -86,9 +82,7 @@ def train_tab(
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 name = gr.Textbox(label="Name of the run", info="From the prompt and the method if empty.", value="")
             with gr.Row(elem_classes="tools"):
-                start = gr.Button(
-                    "Train", variant="primary", interactive=trainer.available, min_width=120, elem_id="train_start"
-                )
+                start = gr.Button("Train", variant="primary", min_width=120, elem_id="train_start")
                 stop = gr.Button("Stop", variant="stop", interactive=False, min_width=80, elem_id="train_stop")
             config = gr.DownloadButton(
                 "Configuration .yaml", size="sm", interactive=False, elem_id="download_config", min_width=110
