@@ -88,3 +88,6 @@ def test_the_whole_demo(tmp_path):
         assert run["run"]["versions"]["torch"]
         assert run["export_report"]["loaders"]
     assert Image.open(tmp_path / "contact_sheet.png").width > 600
+    for method in demo.RUNS.values():  # what the app's Race tab shows
+        samples = sorted(path.parent.name for path in (tmp_path / method / "samples").glob("step-*/[0-1]-0.png"))
+        assert samples == [f"step-{step:06d}" for step in range(4) for _ in range(demo.WATCHED)]

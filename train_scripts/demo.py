@@ -6,8 +6,8 @@
 
 Three processes that share nothing but files:
 
-    train_dreambooth_reslora.py --method lora      ->  demo/lora/pytorch_lora_weights.safetensors
-    train_dreambooth_reslora.py --method reslora   ->  demo/reslora/pytorch_lora_weights.safetensors
+    train_dreambooth_reslora.py --method lora      ->  demo/lora/pytorch_lora_weights.safetensors, samples/
+    train_dreambooth_reslora.py --method reslora   ->  demo/reslora/pytorch_lora_weights.safetensors, samples/
     paint.py, plain diffusers                      ->  demo/pictures/
 
 and from those demo/contact_sheet.png, demo/loss.png and demo/demo.json. Both runs see the same pictures, noise and
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
 BACKGROUNDS = ("blue", "yellow", "pink")
 SEEDS = (0, 1)
+WATCHED, LOOKS = 2, 5  # prompts painted while training goes on, and how often after the first time
 TRAINING_PICTURES = "training pictures"
 
 
@@ -74,7 +75,8 @@ def train(args: argparse.Namespace, method: str) -> float:
     words += [f"--output_dir={folder}", f"--rank={args.rank}", f"--learning_rate={args.learning_rate}"]
     words += ["--train_text_encoder", "--train_batch_size=4", f"--max_train_steps={steps}", "--resolution=64"]
     words += [f"--guidance_scale={args.guidance_scale}", f"--seed={args.seed}", "--report_to=none"]
-    words += [f"--validation_steps={max(1, steps // 8)}", f"--checkpointing_steps={steps + 1}"]
+    words += [f"--validation_steps={max(1, steps // LOOKS)}", f"--checkpointing_steps={steps + 1}"]
+    words += ["--validation_prompt", *prompts(args)[:WATCHED], "--num_validation_images=1"]
     words += [f"--shortcut={args.shortcut}"] if method == "reslora" else []
     print(f"\n--- {method}: {steps} steps", flush=True)
     call("train_dreambooth_reslora.py", words)
