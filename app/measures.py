@@ -14,6 +14,7 @@ Intervals are bootstraps over rows, over prompts for diversity: pictures of one 
 serves the share. A single value has none.
 """
 
+import colorsys
 import itertools
 import re
 from collections import defaultdict
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image
 
 from .compare import Cell
 from .output import by_place, difference
@@ -31,6 +32,7 @@ from .votes import wilson_interval
 BOOTSTRAPS = 1000
 FIGURE_DISTANCE = 0.14  # in RGB: further from the border's colour is figure
 CUT_OUT_SIDE = 16
+HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (320, "purple"), (361, "red"))
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black", "gray", "brown")
 
 
@@ -101,9 +103,16 @@ def asked_background(prompt: str) -> str | None:
 
 
 def background(image: Image.Image) -> str:
-    """The nearest of the colours that prompts can ask for."""
-    palette = np.array([ImageColor.getrgb(name) for name in COLOURS], dtype=np.float32) / 255
-    return COLOURS[int(((palette - border_colour(image)) ** 2).sum(axis=1).argmin())]
+    """What a person would call the border's colour, among those that prompts can ask for."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*map(float, border_colour(image)))
+    if value < 0.2:
+        return "black"
+    if saturation < 0.15:
+        return "white" if value > 0.9 else "gray"
+    name = next(name for end, name in HUES if 360 * hue < end)
+    if name == "red" and saturation < 0.5 and value > 0.7:
+        return "pink"
+    return "brown" if name in ("red", "orange") and value < 0.7 and saturation < 0.9 else name
 
 
 # ------------------------------------------------------------------------------------------------- by column

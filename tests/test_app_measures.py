@@ -56,6 +56,17 @@ def test_the_background_of_a_picture(colour):
     assert background(sticker(colour, "circle", ink="gray")) == colour
 
 
+@pytest.mark.parametrize(
+    ("colour", "rgb"),
+    [("red", (214, 64, 60)), ("orange", (240, 148, 60)), ("yellow", (246, 220, 96)), ("green", (92, 176, 100)),
+     ("blue", (72, 124, 214)), ("purple", (142, 92, 190)), ("pink", (240, 164, 192)), ("gray", (150, 154, 160)),
+     ("blue", (33, 125, 200)), ("yellow", (255, 203, 60)), ("brown", (120, 72, 30))],
+)  # fmt: skip
+def test_the_background_of_a_painted_sticker(colour, rgb):
+    """The embedded pipeline's own grounds are no pure colours, nor are those that adapters make of them."""
+    assert background(Image.new("RGB", (8, 8), rgb)) == colour
+
+
 def test_figure_is_a_mean_inside_its_interval_which_shrinks_with_n():
     few, many = figure([0, 1] * 5), figure([0, 1] * 500)
     assert (few.mean, many.mean, few.n) == (0.5, 0.5, 10)
