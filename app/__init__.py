@@ -9,7 +9,7 @@ measures.py    figures about those pictures, each with n and an interval; learne
 votes.py       blind pairs, and the statistics of votes
 runs.py        what training runs left behind: adapters, losses, samples; charts.py: their curves
 training.py    the training script in a process of its own
-output.py      sheet, ZIP, report
+output.py      sheet and report; saved.py: a comparison as files, and back
 views.py       HTML from plain values; run_views.py: that of runs
 sessions.py    what is remembered of each visitor; studio.py: what all of them share
 page.py        the only floor that knows gradio: build_demo(), one file for each tab in tabs/

@@ -10,6 +10,7 @@ It listens on this machine alone unless told otherwise, and fetches nothing. `py
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -92,13 +93,15 @@ def main(argv: list[str] | None = None) -> None:
         print(warning, file=sys.stderr)
     base = Path(args.base).resolve() if Path(args.base).exists() else args.base
     runs = tuple(folder.resolve() for folder in args.runs or (Path("demo"), Path("runs")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves as Ctrl-C does: nothing stays
     with tempfile.TemporaryDirectory(prefix="reslora-compare-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads").resolve())
         print(f"Loading {base} ...", flush=True)
         try:
             studio = open_studio(
                 base,
                 runs,
-                Path(folder).resolve(),
+                Path(folder, "visitors").resolve(),
                 args.prompt,
                 train_dir=args.train_dir.resolve(),
                 subjects_dir=beside(SUBJECTS),

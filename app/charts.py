@@ -2,8 +2,9 @@
 
     loss chart          raw losses faint, their moving average on top, for every run
     fixed-noise chart   validation loss; a diamond for the loss as exported, so that the merge gap is a height
+    merge gap chart     what exporting would have cost at each step, of runs that paint samples
 
-Runs differ by colour and by dash, and both charts have one x axis.
+Runs differ by colour and by dash, and the charts have one x axis.
 """
 
 import io
@@ -72,6 +73,14 @@ def validation_chart(runs: Sequence[Run]) -> str:
     return drawn(figure, axes, runs)
 
 
+def gap_chart(runs: Sequence[Run]) -> str:
+    figure, axes = empty_chart()
+    for number, run in enumerate(runs):
+        if run.gaps:
+            axes.plot(*columns(thinned(run.gaps)), marker="o", markersize=3, **line_of(number))
+    return drawn(figure, axes, runs)
+
+
 def line_of(number: int) -> dict[str, Any]:
     dashes = [float(length) for length in dash_of(number).split()]
     return {"color": colour_of(number), "linestyle": (0, dashes) if dashes else "solid", "linewidth": 1.6}
@@ -95,7 +104,7 @@ def drawn(figure: Figure, axes: Axes, runs: Sequence[Run]) -> str:
     axes.set_xlim(0, max(1, *(run.last_step for run in runs)) * 1.03)
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_xlabel("step")
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):

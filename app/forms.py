@@ -105,7 +105,7 @@ def fields_of(request: CompareRequest) -> tuple:
         "\n".join(f"{name} = {', '.join(values)}" for name, values in request.placeholders.items()),
         ", ".join(map(str, request.seeds)),
         [adapter.label for adapter in request.adapters],
-        ", ".join(f"{s:g}" for s in request.strengths),
+        ", ".join(str(s).removesuffix(".0") for s in request.strengths),
         request.include_base,
         request.negative_prompt,
         request.num_inference_steps,

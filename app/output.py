@@ -1,4 +1,4 @@
-"""What leaves the page: a labelled sheet, a report that opens without the app, and a ZIP of everything.
+"""What leaves the page to be looked at: a labelled sheet, and a report that opens without the app.
 
 Words of users are drawn as pixels or HTML-escaped. The report holds its pictures, no script, and a policy that lets it
 load nothing.
@@ -8,9 +8,7 @@ import base64
 import html
 import io
 import json
-import re
 import textwrap
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,20 +130,3 @@ def report(request: CompareRequest, cells: Sequence[Cell]) -> str:
         f"<details><summary>Settings: save as settings.json to open them in the app</summary><pre>{settings}</pre>"
         "</details></body></html>"
     )
-
-
-def settings_json(request: CompareRequest) -> str:
-    return json.dumps(request.to_dict(), indent=1, ensure_ascii=False)
-
-
-def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell]) -> Path:
-    rows, columns = request.rows, request.columns
-    with zipfile.ZipFile(path, "w") as archive:
-        for cell in cells:
-            label = re.sub(r"[^A-Za-z0-9.]+", "-", cell.column.label).strip("-.")
-            name = f"row{rows.index(cell.row) + 1:03}-column{columns.index(cell.column) + 1:02}-{label}.png"
-            archive.writestr(f"images/{name}", png(cell.image))
-        archive.writestr("sheet.png", png(sheet(request, cells)))
-        archive.writestr("report.html", report(request, cells))
-        archive.writestr("settings.json", settings_json(request))
-    return path

@@ -9,7 +9,6 @@ at once, as one ValueError, before a picture is painted.
 """
 
 import itertools
-import json
 import math
 import string
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from pathlib import Path
 
 FORMAT_VERSION = 1
 ADAPTER_NAMES = {"label", "file", "sha256"}
-MAX_SETTINGS_BYTES = 2**20
 
 
 class Scheduler(StrEnum):
@@ -222,7 +220,10 @@ def checked(request: CompareRequest, limits: Limits) -> CompareRequest:
 
 
 def settings_problems(data: object) -> list[str]:
-    """What keeps data from being a `CompareRequest`: unknown names and wrong types."""
+    """What keeps data from being a `CompareRequest`: unknown names and wrong types.
+
+    base, view and pictures are the page's: saved.py.
+    """
     if not isinstance(data, dict):
         return ["it holds no object of names and values"]
     if data.get("format_version") != FORMAT_VERSION:
@@ -249,6 +250,9 @@ def settings_problems(data: object) -> list[str]:
         "num_inference_steps": (lambda v: type(v) is int, "a whole number"),
         "guidance_scale": (lambda v: type(v) in (int, float), "a number"),
         "scheduler": (lambda v: v in list(Scheduler), f"one of {', '.join(Scheduler)}"),
+        "base": (lambda v: isinstance(v, str), "a text"),
+        "view": (lambda v: isinstance(v, dict), "an object"),
+        "pictures": (lists(dict), "a list of objects"),
     }
     found = [f"{name} is not known" for name in data.keys() - wanted.keys() - {"format_version"}]
     found += [f"{name} is missing" for name in ("prompts", "seeds") if name not in data]
@@ -256,20 +260,6 @@ def settings_problems(data: object) -> list[str]:
         f"{name} is not {words}" for name, (fits, words) in wanted.items() if name in data and not fits(data[name])
     ]
     return found
-
-
-def read_settings(path: Path) -> object:
-    """What a file of settings holds; whether that is a request is for `from_dict` to say.
-
-    Raises:
-        ValueError: it is no JSON, or cannot be a settings file.
-    """
-    if path.stat().st_size > MAX_SETTINGS_BYTES:
-        raise ValueError(f"This is not a settings file: it has more than {MAX_SETTINGS_BYTES >> 20} MiB")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError("This is not a settings file: it is no JSON") from None
 
 
 def digests_in(data: object) -> set[str]:

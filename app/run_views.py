@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .charts import colour_of, dash_of, loss_chart, validation_chart
+from .charts import colour_of, dash_of, gap_chart, loss_chart, validation_chart
 from .runs import Run
 from .training import Training
-from .views import duration, escaped, message, table
+from .views import clamped, duration, escaped, message, table
 
 NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
 
@@ -32,29 +32,35 @@ def chart(title: str, note: str, drawing: str, runs: Sequence[Run]) -> str:
 
 
 def curves(runs: Sequence[Run], keep: float) -> str:
-    """Both charts under one legend."""
+    """The charts under one legend."""
     if not runs:
         return NOTHING
     loss = chart("Training loss", "faint: every step, bold: smoothed", loss_chart(runs, keep), runs)
     fixed = chart("Fixed-noise validation loss", "◇ as exported", validation_chart(runs), runs)
-    return f'{legend(runs)}<div class="halves">{loss}{fixed}</div>'
+    by_step = gap_chart(runs)
+    gaps = chart("Merge gap", "as exported less as trained", by_step, runs) if by_step else ""
+    return f'{legend(runs)}<div class="halves">{loss}{fixed}{gaps}</div>'
 
 
 def merges(runs: Sequence[Run]) -> str:
     """What taking the shortcuts out cost each run."""
     if not runs:
         return ""
-    head = ("run", "steps", "base", "as trained", "as exported", "merge gap", "largest layer error")
+    head = ("run", "as trained", "as exported", "merge gap", "base", "steps", "largest layer error")
     lines = []
     for run in runs:
         if run.merge is None:
-            lines.append((run.label, run.last_step, *["not yet"] * 4, ""))
+            lines.append((run.label, *["not yet"] * 4, run.last_step, ""))
             continue
         m = run.merge
         worst = f"{max(m.layer_errors.values()):.1%}" if m.layer_errors else ""
-        losses = [f"{loss:.5f}" for loss in (m.base, m.trained, m.exported)]
-        lines.append((run.label, run.last_step, *losses, f"{m.gap:+.1e}", worst))
+        base, trained, exported = (f"{loss:.5f}" for loss in (m.base, m.trained, m.exported))
+        lines.append((run.label, trained, exported, said_gap(m.gap), base, run.last_step, worst))
     return table(head, lines, "Loss on fixed noise, and the merge gap: as exported less as trained")
+
+
+def said_gap(gap: float) -> str:
+    return f"{gap:+.1e}" if gap else "none"
 
 
 def samples(runs: Sequence[Run], step: int, address: Callable[[Path], str | None]) -> str:
@@ -79,28 +85,32 @@ def sample_table(
     address: Callable[[Path], str | None],
 ) -> str:
     """Rows are the pictures of each prompt. `address` gives nothing for a picture that cannot be read."""
-    files = {name for run, _ in columns for pictures in run.samples.values() for name in pictures}
+    files = {file for run, _ in columns for pictures in run.samples.values() for file in pictures}
     if not files:
         return message("There are no samples; prompts for samples make some.") if columns else ""
 
-    def td(run: Run, step: int | None, name: str) -> str:
-        path = run.samples.get(step, {}).get(name) if step is not None else None
+    def td(run: Run, step: int | None, file: str) -> str:
+        path = run.samples.get(step, {}).get(file) if step is not None else None
         source = address(path) if path else None
         if source is None:
-            return '<td><div class="cell pending" role="img" aria-label="no sample"></div></td>'
-        alt = escaped(f"{run.label}, step {step}: {sample_title(run, name)}")
-        return f'<td><div class="cell"><img src="{source}" alt="{alt}"></div></td>'
+            return '<td role="cell"><div class="cell pending" role="img" aria-label="no sample"></div></td>'
+        alt = escaped(f"{run.label}, step {step}: {sample_title(run, file)}")
+        return f'<td role="cell"><div class="cell"><img src="{source}" alt="{alt}"></div></td>'
 
-    head = "".join(f'<th scope="col">{escaped(name)}<small>{escaped(note)}</small></th>' for name, note in heads)
+    head = "".join(
+        f'<th scope="col" role="columnheader">{clamped(words)}<small>{escaped(note)}</small></th>'
+        for words, note in heads
+    )
     body = "".join(
-        f'<tr><th scope="row"><span>{escaped(sample_title(columns[0][0], name))}</span>'
-        f"<small>picture {sample_order(name)[1] + 1}</small></th>"
-        f"{''.join(td(run, step, name) for run, step in columns)}</tr>"
-        for name in sorted(files, key=sample_order)
+        f'<tr role="row"><th scope="row" role="rowheader">{clamped(sample_title(columns[0][0], file))}'
+        f"<small>picture {sample_order(file)[1] + 1}</small></th>"
+        f"{''.join(td(run, step, file) for run, step in columns)}</tr>"
+        for file in sorted(files, key=sample_order)
     )
     return (
-        f'<div class="grid" style="--columns: {len(columns)}" tabindex="0" role="region" aria-label="Samples">'
-        f'<table><thead><tr><th scope="col"><span class="sr">prompt</span></th>{head}</tr></thead>'
+        f'<div class="grid" style="--columns: {len(columns)}" tabindex="0" role="region" '
+        f'aria-label="Samples"><table role="table"><thead><tr role="row">'
+        f'<th scope="col" role="columnheader"><span class="sr">prompt</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

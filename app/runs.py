@@ -49,6 +49,7 @@ class Run:
     method: str
     losses: Points
     validation: Points
+    gaps: Points
     merge: MergeLosses | None
     prompts: tuple[str, ...]
     samples: dict[int, dict[str, Path]]  # by step, then by file name
@@ -117,6 +118,7 @@ def read_run(label: str, folder: Path) -> Run:
         method=" ".join(str(word) for word in (method, shortcut) if word) or "not said",
         losses=points(rows, "loss"),
         validation=points(rows, "validation_loss"),
+        gaps=points(rows, "merge_gap"),
         merge=read_merge(folder / "merge_report.json"),
         prompts=tuple(map(str, [prompts] if isinstance(prompts, str) else prompts)),
         samples=find_samples(folder),

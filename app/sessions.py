@@ -17,6 +17,7 @@ from .compare import Cell
 from .output import png
 from .request import Adapter, CompareRequest
 from .runs import Run
+from .saved import View
 from .votes import Ballot
 
 MAX_SESSIONS = 64
@@ -30,6 +31,8 @@ class Session:
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by label; what this visitor may choose from
     request: CompareRequest | None = None
     cells: list[Cell] = field(default_factory=list)
+    view: View = field(default_factory=View)
+    resume: tuple[CompareRequest, View] | None = None  # what to look at once opened settings have been painted again
     ballot: Ballot | None = None
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)

@@ -29,7 +29,7 @@ THEME = gr.themes.Base(
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
-    button_primary_background_fill_hover_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_800",
     button_primary_text_color="white",
 )
 
@@ -44,7 +44,7 @@ CSS = """
 .masthead h1 span, .tab-container button.selected { color: var(--primary-700) !important; }
 .dark :is(.masthead h1 span, .tab-container button.selected) { color: var(--primary-400) !important; }
 .masthead p { margin: 0; color: var(--body-text-color-subdued); }
-.masthead .lead { flex-basis: 100%; max-width: 62rem; }
+.masthead .lead { flex-basis: 100%; }
 .masthead .base { font-size: .85rem; padding: 2px 12px; border: 1px solid var(--line); border-radius: 999px;
   background: var(--card); overflow-wrap: anywhere; }
 .html-container { padding: 0 !important; }
@@ -61,11 +61,18 @@ footer { opacity: .7; } footer .divider { display: none; }
 .message.warn::before { content: "! "; color: #d97706; font-weight: 700; }
 .message.good::before { content: "✓ "; color: #16a34a; font-weight: 700; }
 
+/* Empty until there is something: Gradio prefixes selectors at every comma, hence one :has for each. */
+:is(#pair_note, #train_curves, #train_samples):not(:has(.message)):not(:has(figure)):not(:has(table)) { display: none; }
+#again { align-self: flex-start; width: auto; padding-inline: 24px; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 1.6rem !important; }
+.strip { display: flex; flex-wrap: wrap; gap: 6px; }
+.strip img { width: 52px; height: 52px; margin: 0; object-fit: cover; border-radius: 8px;
+  border: 1px solid var(--line); }
 .tools { gap: 10px !important; }
 .tools button { min-height: 34px; }
 .beside { align-self: end; }
 .grid, .scroll { overflow-x: auto; contain: inline-size; } /* wide tables scroll; they never widen the page */
-.grid { --side: clamp(128px, calc((100cqi - 190px) / var(--columns, 3) - 14px), 256px); border-radius: 10px;
+.grid { --side: clamp(128px, calc((100cqi - 190px) / var(--columns, 3) - 14px), 300px); border-radius: 10px;
   border: 1px solid var(--line); background: var(--card); padding: 4px; }
 #grid, #race_samples, #train_samples { container-type: inline-size; }
 .grid table { border-collapse: separate !important; border-spacing: 10px; border: 0 !important; margin: 0; }
@@ -77,18 +84,22 @@ footer { opacity: .7; } footer .divider { display: none; }
 .grid th small { display: block; color: var(--body-text-color-subdued); font-weight: 400; }
 .cell { display: block; width: var(--side); aspect-ratio: 1; padding: 0; border-radius: 10px; overflow: hidden;
   border: 1px solid var(--line); background: var(--faint); }
-.cell img { width: 100%; height: 100%; margin: 0; object-fit: contain; image-rendering: pixelated; }
+.cell img { width: 100%; height: 100%; margin: 0; object-fit: contain; }
 .cell.pending { border-style: dashed; border-width: 2px; }
 button.cell { cursor: zoom-in; transition: box-shadow .15s; }
 button.cell:hover { box-shadow: 0 0 0 3px var(--primary-500); }
 :is(button.cell, .turn, .grid, .scroll, summary):focus-visible { outline: 3px solid var(--primary-500);
   outline-offset: 2px; }
+/* Long names and prompts are cut; the whole is in the title. */
+.name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
+  overflow-wrap: anywhere; }
+.grid tbody .name { -webkit-line-clamp: 7; }
 .held { display: block; font-size: .75rem; color: var(--body-text-color-subdued); max-width: var(--side);
   overflow-wrap: anywhere; margin-top: 3px; }
 
 .flip { position: relative; width: min(100%, 512px); aspect-ratio: 1; margin: 0 auto; }
 .flip figure { position: absolute; inset: 0; margin: 0; }
-.flip img { width: 100%; height: 100%; margin: 0; object-fit: contain; image-rendering: pixelated;
+.flip img { width: 100%; height: 100%; margin: 0; object-fit: contain;
   border-radius: 10px; }
 .flip figcaption { position: absolute; left: 8px; top: 8px; padding: 2px 10px; border-radius: 999px; color: #fff;
   background: #000b; font-size: .85rem; }
@@ -97,25 +108,27 @@ button.cell:hover { box-shadow: 0 0 0 3px var(--primary-500); }
 .turn { display: block; margin: .75rem auto 0; padding: .5rem 1.25rem; border-radius: 8px;
   border: 1px solid var(--line); background: var(--button-secondary-background-fill); }
 kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
-#slider img, #difference img { image-rendering: pixelated; }
+#slider img, #difference img { }
 #slider, #difference { max-width: 560px; margin: 0 auto; }
 
 .halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
 .halves > * { min-width: 0; }
 .facts { border-collapse: collapse; border: 0 !important; width: 100%; margin: 0; font-size: .9rem; }
-.scroll { border: 1px solid var(--line); border-radius: 10px; background: var(--card); padding: 6px 8px;
+.card { border: 1px solid var(--line); border-radius: 10px; background: var(--card); padding: 6px 8px;
   margin: 0 0 14px; }
-.facts caption { text-align: left; font-weight: 650; padding: .35rem .5rem; caption-side: top; }
+.card figcaption { font-weight: 650; padding: .35rem .5rem; }
 .facts :is(th, td) { text-align: left; padding: .35rem .5rem !important; border: 0 !important; vertical-align: top;
   overflow-wrap: anywhere; }
 .facts tbody :is(th, td) { border-top: 1px solid var(--line) !important; }
 .facts :is(thead, tbody, tr) { border: 0 !important; background: none !important; }
-.facts thead th { font-weight: 600; color: var(--body-text-color-subdued); }
+.facts thead th { vertical-align: bottom; overflow-wrap: normal; font-weight: 600;
+  color: var(--body-text-color-subdued); }
 .facts td { font-variant-numeric: tabular-nums; }
 .facts td.short { white-space: nowrap; }
-.message + .scroll { margin-top: 14px; }
+.message + .card { margin-top: 14px; }
 .facts th[scope=row] { font-weight: 500; min-width: 5.5rem; }
-.facts.many :is(th, td) { min-width: 5.4rem; overflow-wrap: break-word; }
+.facts.many th[scope=row] { max-width: 15rem; overflow-wrap: anywhere; }
+.facts.many :is(td, thead th) { min-width: 5.4rem; overflow-wrap: break-word; }
 .file h3 { font-size: 1.15rem; font-weight: 700; margin: .25rem 0 .5rem; overflow-wrap: anywhere; }
 .file .message { margin-bottom: 14px; }
 .file details { margin-top: 8px; }
@@ -123,6 +136,10 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 
 .legend { display: flex; flex-wrap: wrap; gap: 6px 20px; list-style: none; padding: 0; margin: 0 0 10px; }
 .legend li { display: flex; align-items: center; gap: 8px; margin: 0; }
+.legend li { max-width: 100%; }
+.legend b { min-width: 0; overflow-wrap: anywhere; }
+fieldset label { max-width: 100%; min-width: 0; }
+fieldset label span { min-width: 0; overflow-wrap: anywhere; }
 .legend svg { width: 36px; height: 8px; flex: none; }
 .legend small, .chart small { color: var(--body-text-color-subdued); }
 .chart { margin: 0; padding: 10px 12px 4px; border: 1px solid var(--line); border-radius: 10px;
@@ -139,26 +156,41 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; font-family: var(--font-mono); margin: 0; }
 
 .ballot { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; max-width: 720px; margin: 0 auto; }
-.ballot img { width: 100%; aspect-ratio: 1; margin: 0; object-fit: contain; image-rendering: pixelated;
+.ballot img { width: 100%; aspect-ratio: 1; margin: 0; object-fit: contain;
   border-radius: 10px; border: 1px solid var(--line); background: var(--faint); }
 .ballot p { grid-column: 1 / -1; margin: 0; text-align: center; font-size: 1.1rem; overflow-wrap: anywhere; }
-.verdicts { max-width: 720px; margin: 0 auto; gap: 8px !important; }
+.verdicts { max-width: 720px; margin: 0 auto; gap: 8px !important; align-items: stretch; }
+.tally { max-width: 720px; margin: 0 auto; }
+/* A choice of views is a line, not a box with a heading. */
+.form:has(> #view) { background: none; border: 0; overflow: visible; }
+#view { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; border: 0 !important; padding: 0 !important;
+  background: none !important; overflow: visible; }
+#view > * { margin: 0 !important; padding: 0; }
 @media (max-width: 700px) {
   .tab-container button { padding: 0 6px !important; font-size: .84rem !important; }
-  .grid { --side: 128px; }
-  .grid table { border-spacing: 6px; }
-  .grid tbody th { min-width: 84px; max-width: 96px; font-size: .85rem; }
-  .tab-body > .results { order: -1; } /* the first screen shows pictures */
+  .masthead .lead { display: none; } /* the first screen shows pictures */
+  .tab-body > .results { order: -1; }
+  /* What a row is stands above its pictures, so that three columns fit. */
+  .grid { --side: clamp(104px, calc((100cqi - 10px) / var(--columns, 3) - 6px), 256px); }
+  .grid table { display: block; width: max-content; }
+  .grid :is(thead, tbody) { display: block; }
+  .grid tr { display: grid; grid-template-columns: repeat(var(--columns), var(--side)); gap: 6px; padding: 4px 2px; }
+  .grid thead th:first-child { position: absolute; }
+  .grid tbody th { grid-column: 1 / -1; max-width: calc(100cqi - 16px); width: max-content; font-size: .85rem; }
+  .grid tbody th small { display: inline; margin-left: .5em; }
   .verdicts { flex-wrap: nowrap !important; }
   .verdicts button { padding-inline: 4px; font-size: .85rem; }
+  #view label { padding: 6px 9px; }
 }
 """
 
-# Keys of the blind vote; they do nothing while somebody writes, or while another tab is shown.
+# Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
 HEAD = """<script>
 document.addEventListener('keydown', (event) => {
-  if (event.target.closest('input, textarea, select, [contenteditable]') || event.ctrlKey || event.metaKey) return;
-  const id = {ArrowLeft: 'vote_left', ArrowRight: 'vote_right', t: 'vote_tie', n: 'vote_neither'}[event.key];
+  if (event.target.closest('input, textarea, select, [contenteditable], [role=tab]')) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return; // Alt and an arrow turn the page back
+  const keys = {arrowleft: 'vote_left', arrowright: 'vote_right', t: 'vote_tie', n: 'vote_neither'};
+  const id = keys[event.key.toLowerCase()];
   const button = id && document.getElementById(id);
   if (button && button.offsetParent) { event.preventDefault(); button.click(); }
 });

@@ -22,12 +22,17 @@ def plain(problem: object) -> str:
     return "<br>".join(escaped(line) for line in str(problem).splitlines())
 
 
+def clamped(text: str) -> str:
+    """Words of any length in a narrow place."""
+    return f'<span class="name" title="{escaped(text)}">{escaped(text)}</span>'
+
+
 def header(base_name: str) -> str:
     return (
         '<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>'
         f'<p class="base">base: <b>{escaped(base_name)}</b></p>'
-        '<p class="lead">Base, LoRA and ResLoRA paint from the same noise with the same settings. What differs is the '
-        "adapter, and each picture says which one its layers held.</p></header>"
+        '<p class="lead">Base, LoRA and ResLoRA paint from the same noise with the same settings; each picture says '
+        "which adapter its layers held.</p></header>"
     )
 
 
@@ -44,7 +49,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def grid(session: Session, selected: tuple[int, int] | None = None) -> str:
+def grid(session: Session) -> str:
     """Rows and columns of the session's comparison; cells to come are outlined."""
     request = session.request
     if request is None:
@@ -55,26 +60,26 @@ def grid(session: Session, selected: tuple[int, int] | None = None) -> str:
         row, column = request.rows[i], request.columns[j]
         cell = painted.get((row, column))
         if cell is None:
-            return '<td><div class="cell pending" role="img" aria-label="not painted"></div></td>'
+            return '<td role="cell"><div class="cell pending" role="img" aria-label="not painted"></div></td>'
         label = escaped(f"{column.label}: {row.label}")
-        pressed = "true" if (i, j) == selected else "false"
         return (
-            f'<td><button type="button" class="cell" data-row="{i}" data-column="{j}" aria-pressed="{pressed}" '
+            f'<td role="cell"><button type="button" class="cell" data-row="{i}" data-column="{j}" '
             f'title="Look closer at {label}"><img src="{session.addresses[id(cell)]}" alt="{label}"></button>'
-            f'<span class="held" title="what the layers held">{escaped(cell.painted_with)}</span></td>'
+            f'<span class="held" title="what the layers held">{clamped(cell.painted_with)}</span></td>'
         )
 
-    head = "".join(f'<th scope="col">{escaped(column.label)}</th>' for column in request.columns)
+    head = "".join(f'<th scope="col" role="columnheader">{clamped(column.label)}</th>' for column in request.columns)
     columns, rows = range(len(request.columns)), request.rows
     body = "".join(
-        f'<tr><th scope="row"><span>{escaped(row.prompt)}</span><small>seed {row.seed}</small></th>'
+        f'<tr role="row"><th scope="row" role="rowheader">{clamped(row.prompt)}'
+        f"<small>seed {row.seed}</small></th>"
         f"{''.join(td(i, j) for j in columns)}</tr>"
         for i, row in enumerate(rows)
     )
     return (
         f'<div class="grid" style="--columns: {len(request.columns)}" tabindex="0" role="region" '
-        f'aria-label="Comparison grid"><table><thead><tr>'
-        f'<th scope="col"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
+        f'aria-label="Comparison grid"><table role="table"><thead><tr role="row">'
+        f'<th scope="col" role="columnheader"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -86,7 +91,8 @@ def flip(session: Session, a, b) -> str:
         f"<figcaption>{escaped(cell.column.label)}</figcaption></figure>"
         for side, cell in (("front", a), ("back", b))
     )
-    return f'<div class="flip">{images}</div><button type="button" class="turn">Flip <kbd>space</kbd></button>'
+    turn = '<button type="button" class="turn">Flip <kbd>space</kbd></button>'
+    return f'<div class="flip">{images}</div>{turn}'
 
 
 def difference_note(a, b) -> str:
@@ -113,9 +119,9 @@ def table(head: Sequence[object], rows: Iterable[Iterable[object]], caption: str
     label, named = escaped(caption or "table"), "".join(f"<th scope=col>{escaped(v)}</th>" for v in head)
     heading = f"<thead><tr>{named}</tr></thead>" if any(head) else ""
     return (
+        f'<figure class="card">{f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""}'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="facts{many}">'
-        f"{f'<caption>{escaped(caption)}</caption>' if caption else ''}"
-        f"{heading}<tbody>{''.join(lines)}</tbody></table></div>"
+        f"{heading}<tbody>{''.join(lines)}</tbody></table></div></figure>"
     )
 
 
@@ -147,9 +153,9 @@ def file_card(card: FileCard) -> str:
     modules = [(f"{m.component}.{m.path}", f"{m.norm:.3g}") for m in strongest]
     header = [(key, shortened(value, 200)) for key, value in sorted(facts.metadata.items())]
     said = [(name, shortened(value, 200)) for name, value in facts.facts.items()]
-    left = table(("", ""), about, "The file") + (table(("", ""), said, "Its training, by its header") if said else "")
-    right = table(("component", "modules", "rank", "norm"), parts, "Components")
-    right += table(("module", "norm"), modules, "Strongest modules")
+    left = table(("", ""), about, "The file") + table(("module", "norm"), modules, "Strongest modules")
+    right = table(("", ""), said, "Its training, by its header") if said else ""
+    right += table(("component", "modules", "rank", "norm"), parts, "Components")
     whole = f"<details><summary>Whole header</summary>{table(('key', 'value'), header)}</details>" if header else ""
     notes = "".join(message(note) for note in facts.notes)
     return (
@@ -158,10 +164,33 @@ def file_card(card: FileCard) -> str:
     )
 
 
+def strip(addresses: Sequence[str], name: str) -> str:
+    """Small pictures in a line."""
+    images = (
+        f'<img src="{address}" alt="{escaped(name)}, picture {n}">' for n, address in enumerate(addresses, start=1)
+    )
+    return f'<div class="strip">{"".join(images)}</div>' if addresses else ""
+
+
+WANTING = {  # what a measure had too little of
+    "subject likeness": "needs reference pictures",
+    "background obeyed": "needs a colour in a prompt",
+    "drift from the base": "needs unrelated prompts",
+    "diversity": "needs two seeds",
+}
+
+
 def measures(request: CompareRequest, values: dict[str, dict[Column, Figure | None]]) -> str:
     """A line for each measure, a column for each column of the comparison."""
     columns = request.columns
-    lines = [(name, *(found[c] or "not measured" for c in columns)) for name, found in values.items()]
+
+    def said(name: str, column: Column) -> object:
+        of_itself = name == "drift from the base" and column.adapter is None
+        if found := values[name][column]:
+            return str(found).replace(" = ", "\u00a0=\u00a0")
+        return "–" if of_itself else WANTING.get(name, "not measured")
+
+    lines = [(name, *(said(name, column) for column in columns)) for name in values]
     return table(("measure", *(c.label for c in columns)), lines, "Measures: mean (95 % interval), n")
 
 
@@ -175,9 +204,8 @@ def ballot(session: Session) -> str:
         for side, cell in (("left", current.left), ("right", current.right))
     )
     number = len(session.ballot.votes) + 1
-    return (
-        f'<div class="ballot"><p>{escaped(current.row.prompt)} <small>({number} of {count})</small></p>{images}</div>'
-    )
+    title = f"<p>{escaped(current.row.prompt)} <small>({number} of {count})</small></p>"
+    return f'<div class="ballot">{title}{images}</div>'
 
 
 def vote_result(ballot: Ballot) -> str:

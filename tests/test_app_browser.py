@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -123,8 +124,14 @@ def fill(page, name: str, text: str) -> None:
     page.locator(f"#{name} :is(textarea, input)").first.fill(text)
 
 
+def unfold(page, name: str) -> None:
+    heading = page.get_by_role("button", name=name)
+    if "open" not in heading.get_attribute("class").split():
+        heading.click()
+
+
 def set_steps(page, steps: int) -> None:
-    page.get_by_role("button", name="Sampling").click()
+    unfold(page, "Sampling")
     page.locator("#steps input[type=number]").fill(str(steps))
     page.locator("#steps input[type=number]").press("Tab")
 
@@ -200,6 +207,7 @@ def test_paint_look_flip_and_take_away(visit, address, tmp_path):
     page = visit()
     set_steps(page, 2)
     fill(page, "prompts", "a {x} <img src=x onerror=alert(1)>")
+    unfold(page, "Prompt matrix")
     fill(page, "placeholders", "x = cat, dog")
     fill(page, "seeds", "3")
     fill(page, "strengths", "0.5, 1")
@@ -223,20 +231,89 @@ def test_paint_look_flip_and_take_away(visit, address, tmp_path):
     expect(front).to_be_hidden()
     expect(page.locator("#flip .back figcaption")).to_have_text("reslora × 1")
     page.get_by_label("Difference", exact=True).check()
-    expect(page.locator("#difference")).to_contain_text("mean difference")
+    expect(page.locator("#pair_note")).to_contain_text("mean difference")
 
     with zipfile.ZipFile(downloaded(page, "#download_zip", tmp_path / "all.zip")) as archive:
-        archive.extract("settings.json", tmp_path)
         archive.extract("report.html", tmp_path)
         assert len(archive.namelist()) == 13
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("[...document.images].map((image) => image.naturalWidth)") == [64] * 10
-    page.goto(address)
-    arrived(page)
-    upload(page, "#settings_file", tmp_path / "settings.json")
-    expect(page.locator("#placeholders :is(textarea, input)")).to_have_value("x = cat, dog")
-    expect(page.locator("#strengths :is(textarea, input)")).to_have_value("0.5, 1")
-    expect(page.locator("#expected")).to_contain_text("10 pictures, about")
+
+
+def state(page) -> dict:
+    """Everything that a person can set, and what is looked at."""
+    for name in ("Sampling", "Prompt matrix"):
+        unfold(page, name)
+    names = (
+        "prompts",
+        "placeholders",
+        "seeds",
+        "strengths",
+        "negative",
+        "scheduler",
+        "pair_row",
+        "pair_left",
+        "pair_right",
+    )
+    fields = {name: page.locator(f"#{name} :is(textarea, input)") for name in names}
+    fields |= {name: page.locator(f"#{name} input[type=number]") for name in ("steps", "guidance")}
+    values = {name: field.first.input_value() for name, field in fields.items() if field.count()}
+    checked = "[...document.querySelectorAll('#adapters input, #base_column input, #view input')].map((e) => e.checked)"
+    return values | {"checked": page.evaluate(checked)}
+
+
+def pictures_in(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name.endswith(".png")}
+
+
+def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
+    """The archive with pictures and view; settings alone with every control, and the same pictures when painted."""
+    page = visit()
+    set_steps(page, 3)
+    fill(page, "prompts", "a {x} 猫")
+    unfold(page, "Prompt matrix")
+    fill(page, "placeholders", "x = cat, dog")
+    fill(page, "seeds", "3, 9")
+    fill(page, "strengths", "0.3333333, 1.25")
+    fill(page, "negative", "rain")
+    page.locator("#guidance input[type=number]").fill("3.7")
+    page.locator("#guidance input[type=number]").press("Tab")
+    page.locator("#scheduler input").click()
+    page.get_by_role("option", name="DDIM").click()
+    page.get_by_role("checkbox", name="Base column").uncheck()
+    page.get_by_role("checkbox", name="reslora", exact=True).uncheck()
+    expect(page.locator("#expected")).to_contain_text("8 pictures, about")
+    page.click("#run")
+    expect(page.locator("#status")).to_contain_text("8 pictures in")
+    page.locator("#grid button.cell").nth(4).click()
+    page.wait_for_selector("#slider img")
+    page.get_by_label("Difference", exact=True).check()
+    expect(page.locator("#pair_note")).to_contain_text("mean difference")
+    before = state(page)
+    archive = downloaded(page, "#download_zip", tmp_path / "all.zip")
+    settings = downloaded(page, "#download_settings", tmp_path / "settings.json")
+
+    other = visit()
+    assert state(other) != before
+    upload(other, "#saved_files", archive)
+    expect(other.locator("#status")).to_contain_text("Opened with 8 pictures")
+    expect(other.locator("#difference img")).to_be_visible()
+    expect(other.locator("#expected")).to_contain_text("8 pictures, about")
+    assert state(other) == before
+    assert pictures_in(downloaded(other, "#download_zip", tmp_path / "again.zip")) == pictures_in(archive)
+
+    alone = visit()
+    upload(alone, "#saved_files", settings)
+    expect(alone.locator("#status")).to_contain_text("Opened with 0 of 8 pictures")
+    expect(alone.locator("#pair_note")).to_contain_text("Not both of these pictures are painted")
+    expect(alone.locator("#expected")).to_contain_text("8 pictures, about")
+    assert state(alone) == before
+    alone.get_by_role("button", name="Paint again").click()
+    expect(alone.locator("#status")).to_contain_text("8 pictures in")
+    expect(alone.locator("#difference img")).to_be_visible()
+    assert state(alone) == before
+    assert pictures_in(downloaded(alone, "#download_zip", tmp_path / "alone.zip")) == pictures_in(archive)
 
 
 def test_sweep_on_a_narrow_screen_shows_its_pictures(visit):
@@ -251,13 +328,21 @@ def test_sweep_on_a_narrow_screen_shows_its_pictures(visit):
     assert page.locator("#grid thead").inner_text().count("×") == 14
 
 
-def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit):
+@pytest.fixture
+def slow(studio):
+    """Steps that take a while, and leave the processor to the browser."""
+    hook = studio.comparer.pipe.unet.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    yield
+    hook.remove()
+
+
+def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit, slow):
     page = visit()
     set_steps(page, 20)
     fill(page, "seeds", "0-20")
     expect(page.locator("#expected")).to_contain_text("63 pictures")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("1 of 63 pictures")
+    expect(page.locator("#status")).to_contain_text(re.compile(r"\b\d of 63 pictures"))
     show(page, "Blind vote")
     page.click("#vote_begin")
     page.wait_for_selector("#vote_pair img, [data-testid=toast-body]")
@@ -267,11 +352,12 @@ def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit):
     expect(page.locator("#status")).to_contain_text("Stopped:")
     painted = int(re.search(r"Stopped: (\d+) of 63", page.locator("#status").inner_text())[1])
     assert 0 < painted < 63
-    assert page.locator("#grid img").count() == painted
+    expect(page.locator("#grid img")).to_have_count(painted)
 
 
 def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
     page = visit()
+    unfold(page, "adapters of runs")
     page.locator("#adapters_of_runs input").click()
     page.get_by_role("option", name="lora/checkpoint-20").click()
     expect(page.get_by_role("checkbox", name="lora/checkpoint-20")).to_be_checked()
@@ -294,17 +380,21 @@ def test_two_visitors_do_not_see_each_other(visit):
 
 def test_vote_by_keyboard_and_without_a_leak(visit, tmp_path):
     page = visit(390)
-    show(page, "Blind vote")
-    page.click("#vote_begin")
+    page.get_by_role("tab", name="Blind vote").press("Enter")
+    expect(page.locator("#vote_second input")).to_have_value("reslora × 1")
+    page.locator("#vote_begin").press("Enter")
     page.wait_for_selector("#vote_pair img")
     shown = page.locator("#vote_pair").inner_html()
     assert not any(word in shown for word in ("lora", "base", "×"))
-    page.locator("#vote_pair").click()
+    page.keyboard.press("Alt+t")  # a key of the browser's
+    page.get_by_role("tab", name="Blind vote").press("ArrowRight")  # moves between tabs
+    assert "1 of 2" in page.locator("#vote_pair").inner_text()
+    page.locator("#vote_begin").focus()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#vote_pair")).to_contain_text("2 of 2")
-    page.keyboard.press("t")
+    page.keyboard.press("T")
     expect(page.locator("#vote_pair")).to_contain_text("All 2 pairs have a vote")
-    page.click("#vote_reveal")
+    page.locator("#vote_reveal").press("Enter")
     expect(page.locator("#vote_result")).to_contain_text("too few to say anything")
     assert downloaded(page, "#download_votes", tmp_path / "votes.csv").read_text().count("\n") == 3
 
@@ -403,7 +493,7 @@ def test_bad_files_are_refused_in_words(visit, folder):
 def test_bad_settings_are_refused_in_words(visit, tmp_path):
     page = visit(390)
     (tmp_path / "settings.json").write_text(json.dumps({"format_version": 1, "seeds": "all", "evil": 1}))
-    upload(page, "#settings_file", tmp_path / "settings.json")
+    upload(page, "#saved_files", tmp_path / "settings.json")
     expect(toast(page)).to_contain_text("evil is not known")
 
 

@@ -23,7 +23,6 @@ from app.request import (
     digests_in,
     filled,
     picture_count,
-    read_settings,
 )
 from app_fixtures import make_lora_file, make_pipeline
 from reslora_diffusion.diffusion.race import app_settings
@@ -281,19 +280,6 @@ def test_the_trainers_races_open_as_settings(files, adapters):
     assert opened.adapters == tuple(adapters)
     assert (opened.prompts, opened.seeds, opened.num_inference_steps) == (("a cat", "a dog"), (0, 1), 9)
     assert checked(opened, Limits()) is opened
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"{'a': 1}"])
-def test_files_that_are_no_settings_are_refused(tmp_path, content):
-    (tmp_path / "settings.json").write_bytes(content)
-    with pytest.raises(ValueError, match="not a settings file"):
-        read_settings(tmp_path / "settings.json")
-
-
-def test_large_files_are_not_read_as_settings(tmp_path):
-    (tmp_path / "settings.json").write_bytes(b" " * (2**20 + 1))
-    with pytest.raises(ValueError, match="more than 1 MiB"):
-        read_settings(tmp_path / "settings.json")
 
 
 @pytest.mark.parametrize("data", [None, [], {"adapters": 1}, {"adapters": [1, {"sha256": 2}]}])

@@ -21,10 +21,12 @@ from app.__main__ import main, parse_args
 from app.adapters import AdapterShelf
 from app.compare import Cell
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths
-from app.output import difference, enlarged, heat_map, png, report, sheet, write_zip
+from app.output import difference, enlarged, heat_map, png, report, sheet
 from app.request import Adapter, CompareRequest, Limits, Scheduler
+from app.saved import View, write_zip
 from app.serve import launch, open_studio
 from app.sessions import MAX_SESSIONS, Sessions
+from app.tabs.taking import KINDS
 from app.votes import make_ballot
 from app_fixtures import make_lora_file, make_pipeline
 
@@ -48,7 +50,7 @@ def comparison(prompt: str = "a panda", label: str = "one") -> tuple[CompareRequ
 
 def test_fields_and_request_are_inverses():
     request = CompareRequest(
-        prompts=("a {subject}", "b"), seeds=(1, 2, 7), adapters=tuple(ADAPTERS.values()), strengths=(0.5, 1.0),
+        prompts=("a {subject}", "b"), seeds=(1, 2, 7), adapters=tuple(ADAPTERS.values()), strengths=(0.1234567, 1.0),
         placeholders={"subject": ("red cat", "dog")}, include_base=False, negative_prompt="blur",
         num_inference_steps=9, guidance_scale=2.5, scheduler=Scheduler.DPM,
     )  # fmt: skip
@@ -111,7 +113,7 @@ def test_the_sheet_holds_every_picture_and_leaves_the_unpainted_empty():
 
 def test_the_zip_opens_the_page_again_and_names_no_path(tmp_path):
     request, cells = comparison(NASTY.replace("{{", "(").replace("}}", ")").replace("${1+1}", ""), label="../../evil")
-    with zipfile.ZipFile(write_zip(tmp_path / "all.zip", request, cells)) as archive:
+    with zipfile.ZipFile(write_zip(tmp_path / "all.zip", request, cells, View(), "base")) as archive:
         names = archive.namelist()
         settings = json.loads(archive.read("settings.json"))
         assert Image.open(archive.open("images/row001-column01-base.png")).size == (64, 64)
@@ -242,11 +244,11 @@ def test_only_adapters_that_fit_are_offered(studio):
 
 def test_the_api_paints(address):
     client = Client(address, verbose=False)
-    status, grid, *files = client.predict(*FIELDS, api_name="/compare")
+    status, grid = client.predict(*FIELDS, api_name="/compare")
     assert "8 pictures" in status
     assert grid.count("<img") == 8
     assert "lora × 0.5" in grid
-    with zipfile.ZipFile(files[1]["value"] if isinstance(files[1], dict) else files[1]) as archive:
+    with zipfile.ZipFile(client.predict(api_name="/zip")) as archive:
         assert len([name for name in archive.namelist() if name.startswith("images/")]) == 8
 
 
@@ -278,9 +280,12 @@ def test_two_visitors_at_once_get_their_own_pictures(address):
         assert not any(other in grid for other in words if other != word)
 
 
-def test_only_the_comparison_is_an_api(address):
-    info = Client(address, verbose=False).view_api(return_format="dict")
-    assert list(info["named_endpoints"]) == ["/compare"]
+def test_only_the_comparison_and_its_files_are_an_api(address):
+    client = Client(address, verbose=False)
+    named = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(named) == {"/compare", *(f"/{kind}" for kind in KINDS)}
+    with pytest.raises(Exception, match="compare something first"):
+        client.predict(api_name="/sheet")
 
 
 def test_a_password_is_asked_for_when_one_is_set(studio):
@@ -310,10 +315,10 @@ def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
     tried = 0
     for event in config["dependencies"]:
         kinds = [labels.get(number) for number in event["inputs"]]
-        if not {"adapter_files", "settings_file", "card_file"} & set(kinds):
+        if not {"adapter_files", "saved_files", "card_file"} & set(kinds):
             continue
         file = {"path": str(hidden), "meta": {"_type": "gradio.FileData"}}
-        data = [[file] if kind == "adapter_files" else file if kind else [] for kind in kinds]
+        data = [[file] if kind in ("adapter_files", "saved_files") else file if kind else [] for kind in kinds]
         asked = {"fn_index": event["id"], "session_hash": "me", "data": data}
         answer = httpx.post(f"{address}gradio_api/queue/join", json=asked)
         if answer.status_code == 200:
@@ -338,6 +343,7 @@ def test_the_command_refuses_before_it_loads(tmp_path, capsys):
 )
 def test_the_command_warns_when_others_can_look(studio, monkeypatch, capsys, options, warned):
     served = {}
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(studio.sessions.root))  # main sets its own
     monkeypatch.setattr("app.serve.open_studio", lambda *_, **__: studio)
     monkeypatch.setattr("app.serve.launch", lambda _, **given: served.update(given))
     main(["--base", str(studio.sessions.root.parent / "base"), *options])

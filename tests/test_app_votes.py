@@ -3,7 +3,8 @@
 import csv
 import io
 from collections import Counter
-from math import comb
+from math import comb, sqrt
+from statistics import NormalDist
 
 import pytest
 from PIL import Image
@@ -63,6 +64,25 @@ def test_take_back_undoes_a_vote():
 )
 def test_wilson_interval_gives_published_values(wins, n, low, high):
     assert wilson_interval(wins, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_ends_where_the_score_test_begins_to_reject():
+    """By its definition: the shares p for which |wins / n - p| <= z sqrt(p (1 - p) / n), found by bisection."""
+    z = NormalDist().inv_cdf(0.975)
+    for wins, n in ((0, 3), (1, 4), (7, 10), (13, 40), (40, 40)):
+        share = wins / n
+
+        def rejected(p: float, share: float = share, n: int = n) -> bool:
+            return abs(share - p) > z * sqrt(p * (1 - p) / n)
+
+        def edge(outside: float, inside: float) -> float:
+            for _ in range(60):
+                middle = (outside + inside) / 2
+                outside, inside = (middle, inside) if rejected(middle) else (outside, middle)
+            return inside
+
+        expected = (edge(0.0, share) if wins else 0.0, edge(1.0, share) if wins < n else 1.0)
+        assert wilson_interval(wins, n) == pytest.approx(expected, abs=1e-9)
 
 
 def test_sign_test_is_the_sum_of_all_splits_at_least_as_uneven():

@@ -52,6 +52,7 @@ def train_tab(
                 visible=studio.first_subject is None,
                 elem_id="train_files",
             )
+            preview = gr.HTML(elem_id="train_preview", padding=False)
             prompt = gr.Textbox(
                 label="Their prompt",
                 info="A rare word for the subject, and what it is a kind of.",
@@ -115,13 +116,20 @@ def train_tab(
     def session_of(request: gr.Request) -> Session:
         return studio.sessions.of(request.session_hash)
 
+    def sources_of(chosen: str, paths: list[str] | None) -> list[str]:
+        return pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
+
+    def look_at(chosen: str, paths: list[str] | None, request: gr.Request) -> str:
+        sources = sources_of(chosen, paths)[: limits.pictures]
+        shown = filter(None, map(session_of(request).thumbnail, map(Path, sources)))
+        return views.strip(list(shown), chosen if chosen in studio.subjects else "my subject")
+
     def begin(
         request: gr.Request, key: str, chosen: str, paths: list[str] | None, chosen_adapters: list[str], *values
     ) -> list:
         try:
-            sources = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
             asked = read_train_request(*values)
-            training = trainer.start(asked, read_pictures(sources, limits.pictures), key)
+            training = trainer.start(asked, read_pictures(sources_of(chosen, paths), limits.pictures), key)
         except ValueError as problem:
             raise gr.Error(views.plain(problem), duration=None) from None
         session = session_of(request)
@@ -192,4 +200,6 @@ def train_tab(
     stop.click(halt, owner, None, **LIGHT, **PRIVATE)
     timer.tick(watch, [owner, adapters], shown, **LIGHT, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, files, **LIGHT, **PRIVATE)
+    gr.on([subject.input, files.change], look_at, [subject, files], preview, **LIGHT, **PRIVATE)
+    arrival.then(look_at, [subject, files], preview, **LIGHT, **PRIVATE)
     arrival.then(arrive, [owner, adapters], [owner, *shown], **LIGHT, **PRIVATE)

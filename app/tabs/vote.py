@@ -30,7 +30,7 @@ def vote_tab(studio: Studio, tab: gr.Tab) -> None:
             choice: gr.Button(f"{name}  ({KEYS[choice]})", interactive=False, elem_id=IDS[choice], min_width=70)
             for choice, name in NAMES.items()
         }
-    with gr.Row(elem_classes="tools"):
+    with gr.Row(elem_classes="tools tally"):
         back = gr.Button("Take the last vote back", size="sm", interactive=False, min_width=140)
         reveal = gr.Button("Show the result", size="sm", interactive=False, elem_id="vote_reveal", min_width=140)
         out = gr.DownloadButton("Votes .csv", size="sm", interactive=False, elem_id="download_votes", min_width=110)

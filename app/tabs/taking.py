@@ -1,0 +1,101 @@
+"""Taking a comparison away, and bringing it back. A file is written when it is asked for, so that it says what is
+looked at then."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+
+from app import views
+from app.output import png, report, sheet
+from app.request import CompareRequest, digests_in, joined, problems
+from app.saved import open_saved, saved_cells, saved_view, settings_json, write_zip
+from app.sessions import Session
+from app.studio import LIGHT, PRIVATE, Studio
+
+KINDS = {
+    "sheet": ("Sheet .png", "comparison.png"),
+    "zip": ("All .zip", "comparison.zip"),
+    "report": ("Report .html", "comparison.html"),
+    "settings": ("Settings .json", "settings.json"),
+}
+SAVE = """(file) => {
+  const link = document.createElement('a');
+  link.href = file.url; link.download = file.orig_name;
+  document.body.append(link); link.click(); link.remove();
+}"""
+
+
+def takeaway(studio: Studio) -> None:
+    """A button for each kind of file, where the page stands now; each is an endpoint of the API too."""
+    taken = gr.File(visible="hidden", label="File to take away")
+    with gr.Row(elem_classes="tools"):
+        for kind, (name, _) in KINDS.items():
+            button = gr.Button(name, size="sm", min_width=110, elem_id=f"download_{kind}")
+            written = button.click(writer(studio, kind), None, taken, api_name=kind, **LIGHT)
+            written.success(None, taken, None, js=SAVE, **PRIVATE)
+
+
+def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:
+    def write(request: gr.Request) -> str:
+        session = studio.sessions.of(request.session_hash)
+        if session.request is None or not (session.cells or kind == "settings"):
+            raise gr.Error("There are no pictures to take away: compare something first.")
+        return str(written(session, kind, studio.base_name))
+
+    return write
+
+
+def written(session: Session, kind: str, base: str) -> Path:
+    asked, cells = session.request, list(session.cells)
+    path = session.folder / "out" / KINDS[kind][1]
+    path.parent.mkdir(exist_ok=True)
+    if kind == "sheet":
+        path.write_bytes(png(sheet(asked, cells)))
+    elif kind == "zip":
+        write_zip(path, asked, cells, session.view, base)
+    else:
+        text = report(asked, cells) if kind == "report" else settings_json(asked, cells, session.view, base)
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[CompareRequest, object]:
+    """Bring a comparison back into a session: its adapters, its pictures, what was looked at; and name its base.
+
+    Raises:
+        ValueError: nothing was changed, and why.
+    """
+    saved = open_saved(paths)
+    data, limits = saved.data, studio.comparer.limits
+    wanted = digests_in(data)
+    at_hand = {a.sha256: a.path for a in studio.adapters_by_content(wanted)} | session.paths
+    asked = CompareRequest.from_dict(data, dict.fromkeys(wanted, "") | at_hand)  # pictures need no adapters
+    if found := problems(asked, limits):
+        raise ValueError(joined("Nothing was opened", found))
+    cells = saved_cells(data, asked, saved.read)
+    if absent := [adapter.label for adapter in asked.adapters if not adapter.path and not cells]:
+        raise ValueError(joined("Add the files of these adapters first, then open the settings again", absent))
+    own = tuple(session.add_adapter(adapter) if adapter.path else adapter for adapter in asked.adapters)
+    renamed = replace(asked, adapters=own)
+    columns = dict(zip(asked.columns, renamed.columns, strict=True))
+    session.begin(renamed)
+    session.show(renamed, [replace(cell, column=columns[cell.column]) for cell in cells])
+    session.view = saved_view(data, renamed)
+    session.resume = (renamed, session.view)
+    return renamed, data.get("base")
+
+
+def said(session: Session, base: object, base_here: str) -> str:
+    """What was opened, and what is missing."""
+    count, painted = len(session.request.rows) * len(session.request.columns), len(session.cells)
+    if painted == count:
+        head, kind = f"Opened with {count} pictures, painted before; Paint again makes them anew.", "good"
+    else:
+        head, kind = f"Opened with {painted} of {count} pictures; Paint again makes them all.", "note"
+    notes = []
+    if isinstance(base, str) and base != base_here:
+        notes.append(f"they were painted with the base {base}; {base_here} is loaded here")
+    notes += [f"{a.label} is not here: add its file to paint with it" for a in session.request.adapters if not a.path]
+    return views.message("\n".join([head, *notes]), "warn" if notes else kind)
