@@ -27,18 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_cosine_schedule_with_warmup
+from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from sticker_data import (
     BACKGROUNDS,
-    RESOLUTION,
     TEMPLATES,
     all_emoji,
     caption,
@@ -47,10 +45,9 @@ from sticker_data import (
     to_array,
 )
 from sticker_evaluation import evaluate, paint_sheet
+from sticker_models import Painter, make_pipeline, make_scheduler, make_tokenizer, make_vae
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "evaluate")
-LATENT_CHANNELS = 16
-MAX_TOKENS = 32
 EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance needs
 CATEGORY_SHARE = 0.1  # "a sticker of an animal": what prior preservation's class prompts need
 
@@ -77,48 +74,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_tokenizer(folder: Path) -> None:
-    """A byte-pair vocabulary of our own, in the two files `CLIPTokenizer` reads."""
+    """A byte-pair vocabulary of Unicode's emoji names and our captions."""
     corpus = [unicodedata.name(emoji).lower() for emoji in all_emoji()]
     corpus += [caption(s.name, c, t) for s in subjects() for c in BACKGROUNDS for t in TEMPLATES]
     corpus += [caption(s.category, c, t) for s in subjects() for c in BACKGROUNDS for t in TEMPLATES[:1]]
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    # CLIP's layout: every byte, every byte at the end of a word, merges, then the two special tokens.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    tokens = alphabet + [f"{byte}</w>" for byte in alphabet]
-    tokens += [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in set(tokens)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>").save_pretrained(
-        folder
-    )
+    make_tokenizer(folder, corpus)
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder
-
-
-def make_vae() -> AutoencoderKL:
-    channels = (24, 48, 64, 96)
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=RESOLUTION,
-    )
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -187,58 +150,6 @@ def cache_latents(args: argparse.Namespace, vae_folder: Path, file: Path) -> Non
 # ---------------------------------------------------------------------------------------------- UNet and text encoder
 
 
-class Painter(nn.Module):
-    """Text encoder and UNet as one trainable module: (noisy latents, timesteps, token ids) -> v."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                projection_dim=128,
-                max_position_embeddings=MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        self.unet = UNet2DConditionModel(
-            sample_size=RESOLUTION // 8,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            block_out_channels=(80, 160),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=4,
-            cross_attention_dim=128,
-            norm_num_groups=16,
-        )
-
-    def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Zero terminal SNR with v-prediction: on 8 x 8 latents the usual schedule lets the mean colour of a picture leak
-    through the noise, and plain backgrounds come out wrong."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
-
-
 def make_caption(subject: int, colour: int, rng: random.Random) -> str:
     if rng.random() < EMPTY_CAPTION_SHARE:
         return ""
@@ -246,19 +157,6 @@ def make_caption(subject: int, colour: int, rng: random.Random) -> str:
     noun = who.category if rng.random() < CATEGORY_SHARE else who.name
     template = TEMPLATES[0] if rng.random() < 0.5 else rng.choice(TEMPLATES[1:])
     return caption(noun, list(BACKGROUNDS)[colour], template)
-
-
-def make_pipeline(painter: Painter, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=painter.text_encoder,
-        tokenizer=tokenizer,
-        unet=painter.unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: Path, latents_file: Path) -> None:
