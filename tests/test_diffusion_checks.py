@@ -78,6 +78,9 @@ def pictures(folder, *names):
         ({"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets: got '64x64'"),
         ({"aspect_ratio_buckets": "60,68"}, "wanted each side a multiple of 8"),
         ({"handover": 1.5}, "--handover: got 1.5"),
+        ({"distillation_steps": 9, "shortcut": "block"}, "--distillation_steps refines a merge that is not exact"),
+        ({"distillation_steps": 9, "merge_method": "drop"}, "--distillation_steps refines what was fitted on data"),
+        ({"distillation_steps": 9, "calibration_batches": 1}, "--distillation_steps holds out one"),
         (
             {"pretrained_model_name_or_path": "/nowhere/model"},
             "/nowhere/model is missing; wanted a folder",

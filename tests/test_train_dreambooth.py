@@ -289,6 +289,19 @@ def test_another_autoencoder_of_the_same_latents(tmp_path):
     assert losses(other)[0] != losses(own)[0]
 
 
+def test_distillation_refines_what_is_exported_and_nothing_else(tmp_path):
+    options = {"shortcut": "middle", "num_previous": "all", "max_train_steps": 10, "calibration_batches": 32}
+    plain, refined = (
+        train(tmp_path / name, **options, **more)
+        for name, more in (("plain", {}), ("refined", {"distillation_steps": 60}))
+    )
+    assert report(refined)["loss_trained"] == report(plain)["loss_trained"] != report(plain)["loss_base"]
+    assert report(refined)["loss_merged"] != report(plain)["loss_merged"]
+    one, other = (load_file(folder / WEIGHTS) for folder in (plain, refined))
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
+    assert not any(torch.equal(value, other[name]) for name, value in one.items() if "lora_A" in name)
+
+
 def test_after_a_handover_what_is_exported_is_what_was_trained(tmp_path):
     folder = train(tmp_path / "run", shortcut="middle", handover=0.5, max_train_steps=4, learning_rate=0.02)
     assert abs(report(folder)["gap"]) < 1e-6

@@ -39,9 +39,10 @@ class MergeReport:
     def __str__(self) -> str:
         lines = [
             f"shortcut {self.shortcut}, merged by {self.merge_method}: held-out loss {self.loss_trained:.5f} as "
-            f"trained, {self.loss_merged:.5f} merged (gap {self.gap:+.1e})",
-            f"{len(self.exact)} of {len(self.output_errors)} layers merge exactly",
+            f"trained, {self.loss_merged:.5f} merged (gap {self.gap:+.1e})"
         ]
+        if self.output_errors:
+            lines.append(f"{len(self.exact)} of {len(self.output_errors)} layers merge exactly")
         if len(self.exact) < len(self.output_errors):
             worst = max(self.output_errors, key=lambda name: self.output_errors[name])
             mean = sum(self.output_errors.values()) / len(self.output_errors)

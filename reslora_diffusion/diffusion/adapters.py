@@ -21,6 +21,7 @@ from reslora_diffusion import (
     MergeMethod,
     attach,
     calibrate,
+    distill,
     explain,
     get_controller,
     handover,
@@ -105,16 +106,20 @@ class Adapters:
 
     # ------------------------------------------------------------------------------------------ merging
 
-    def calibrate(self, batches: list[Batch], forwards: dict[str, Forward]) -> None:
+    def calibrate(self, batches: list[Batch], forwards: dict[str, Forward], distillation_steps: int = 0) -> None:
         """Gather what the merge method needs, over all processes: each must call this, with its share of the batches.
 
-        Text encoders come first: the denoiser is then calibrated on the states that they will give it when merged.
+        Text encoders come first: the denoiser is then calibrated, and its merge refined in `distillation_steps`, on the
+        states that they will give it when merged.
         """
         if not self.residual:
             return
         with self.evaluation(), ExitStack() as merged:
             for component in reversed(self.models):
-                calibrate(self.models[component], batches, forwards[component], ADAPTER)
+                model, forward = self.models[component], forwards[component]
+                calibrate(model, batches, forward, ADAPTER)
+                if distillation_steps and component == next(iter(self.models)):
+                    distill(model, batches, forward, ADAPTER, steps=distillation_steps)
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
     def output_errors(self, batches: list[Batch], forwards: dict[str, Forward]) -> dict[str, float]:

@@ -51,7 +51,8 @@ CHOICES = {
 AT_LEAST_ONE = (
     "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
     "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "num_inference_steps crops_per_image calibration_batches tokenizer_max_length max_sequence_length repeats"
+    "num_inference_steps crops_per_image calibration_batches distillation_steps tokenizer_max_length "
+    "max_sequence_length repeats"
 ).split()
 POSITIVE = (
     "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power loraplus_lr_ratio "
@@ -62,7 +63,7 @@ NOT_NEGATIVE = (
     "adam_weight_decay"
 ).split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover".split()
-OF_RESLORA = "shortcut num_previous merge_method handover".split()
+OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
 OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
@@ -169,6 +170,13 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
         for name in OF_RESLORA:
             if getattr(args, name) is not None:
                 yield f"--{name} is used only with --method reslora"
+    if args.distillation_steps and not args.compare:
+        if args.shortcut in ("none", "block") or args.handover:
+            yield "--distillation_steps refines a merge that is not exact; got --shortcut none or block, or --handover"
+        if args.merge_method in ("drop", "paper_weight"):
+            yield f"--distillation_steps refines what was fitted on data; got --merge_method {args.merge_method}"
+        if args.calibration_batches < 2:
+            yield "--distillation_steps holds out one of --calibration_batches; got 1, wanted 2 or more"
     if args.snr_gamma is not None and args.debiased_estimation_loss:
         yield "--snr_gamma and --debiased_estimation_loss both weight the loss; wanted one of them"
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):

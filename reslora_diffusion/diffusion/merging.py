@@ -6,7 +6,9 @@ and plain LoRA merge exactly, so their gap is rounding.
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+
+from reslora_diffusion.core import report as core
 
 from .adapters import Adapters, Forward
 from .loss import Denoiser
@@ -18,36 +20,13 @@ VALIDATION_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """Losses on fixed noise: of the untouched base, as trained, as exported; and each layer's relative output error."""
+class MergeReport(core.MergeReport):
+    """Losses on fixed noise, that of the untouched base among them."""
 
-    shortcut: str
-    merge_method: str
     loss_base: float
-    loss_trained: float
-    loss_merged: float
-    output_errors: dict[str, float]
-
-    @property
-    def gap(self) -> float:
-        return self.loss_merged - self.loss_trained
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"gap": self.gap}
 
     def __str__(self) -> str:
-        lines = [
-            f"fixed-noise loss: base {self.loss_base:.5f}, trained {self.loss_trained:.5f}, "
-            f"as exported {self.loss_merged:.5f} (merge gap {self.gap:+.1e})"
-        ]
-        if any(self.output_errors.values()):
-            worst = max(self.output_errors, key=self.output_errors.__getitem__)
-            mean = sum(self.output_errors.values()) / len(self.output_errors)
-            lines.append(
-                f"relative output error of {len(self.output_errors)} layers by {self.merge_method}: mean {mean:.1e}, "
-                f"largest {self.output_errors[worst]:.1e} in {worst}"
-            )
-        return "\n".join(lines)
+        return f"fixed-noise loss of the base {self.loss_base:.5f}\n{super().__str__()}"
 
 
 @dataclass(frozen=True)

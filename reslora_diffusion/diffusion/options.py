@@ -131,6 +131,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_previous", type=int_or_all, help="earlier layers of a chain that a shortcut reaches back to, or all")
     add("--merge_method", help="least_squares, paper_input, paper_weight or drop")
     add("--calibration_batches", type=int, default=16, help="training batches the merge is fitted on")
+    add("--distillation_steps", type=int, help="steps in which the merged model is taught what the unmerged one says")
     add("--handover", type=float, help="share of the steps after which the shortcut is folded into plain LoRA; 0.85")
     add("--compare", nargs="+", help="train each of lora, reslora-input, reslora-block, ... on the same draws")
 

@@ -49,6 +49,8 @@ def contender(word: str, args: Namespace) -> Namespace:
     own.shortcut = shortcut or args.shortcut
     if method == "lora":
         own.shortcut = own.num_previous = own.merge_method = own.handover = None
+    if method == "lora" or shortcut in ("none", "block"):
+        own.distillation_steps = None  # these merge exactly
     words = [f"--{setting}" for setting in filter(None, settings.split(","))]
     if shared := [setting for setting in words if setting[2:].partition("=")[0] in SHARED]:
         raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])

@@ -214,8 +214,8 @@ class Run:
         """Inside, the adapters hold their moving average if there is one: what is shown and exported."""
         return self.ema.in_place_of(self.tensors) if self.ema is not None else nullcontext()
 
-    def calibrate(self) -> None:
-        self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser))
+    def calibrate(self, distillation_steps: int = 0) -> None:
+        self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser), distillation_steps)
 
     def is_validation_step(self, step: int) -> bool:
         every = self.args.validation_steps or self.args.validation_epochs * self.plan.steps_per_epoch
@@ -292,7 +292,7 @@ class Run:
         refuse([f"nothing was exported: {problem}"] if problem else [])
         tensors = self.trained()
         with self.averaged():
-            self.calibrate()
+            self.calibrate(self.args.distillation_steps or 0)
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
