@@ -11,9 +11,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .results import FOLDER
+from .run import MEASURES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -35,6 +37,7 @@ NAMES = {
     **{f"{kind}_frozen": f"ours, `{kind}`, `save_memory`" for kind in ("input", "block", "middle")},
 }
 KINDS = ("counting", "step", "run", "startup")
+RUN_AIM = 0.6
 OURS = ("lora", "input", "block", "middle")
 
 
@@ -125,23 +128,27 @@ def startup_section(content: dict[str, Any]) -> str:
 
 
 def run_section(content: dict[str, Any]) -> str:
-    found, clock = content["results"], content["clock"]
-    theirs = found.get("diffusers")
+    found = content["results"]
+
+    def compared(values: dict[str, Any], measure: str) -> str:
+        ratios = values.get("ratios", {}).get(measure)
+        return f" ({median(ratios):.2f}; {min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+
     rows = [
         [
             name,
-            f"{values[clock]:.1f}",
-            f"{values[f'{clock}_per_step']:.3f}",
-            f"{values[f'{clock}_besides']:.1f}",
-            f"{values[clock] / theirs[clock]:.2f}" if theirs else "",
+            *(f"{values[m]:.{0 if m == 'memory' else 1}f}{compared(values, m)}" for m in MEASURES),
+            f"{values['seconds_per_step']:.3f}",
+            f"{values['seconds_besides']:.1f}",
             "; ".join(f"{phase} {seconds:.1f} s" for phase, seconds in values.get("phases", {}).items()),
         ]
         for name, values in found.items()
     ]
-    head = ["", "whole run", "per step", "besides steps", "x diffusers", "parts, by the clock"]
+    head = ["", "seconds", "processor seconds", "peak memory, MB", "seconds a step", "besides steps", "parts"]
     return (
         f"## A whole DreamBooth run\n\n{content['steps']} steps at batch {content['batch_size']}, "
-        f"{content['resolution']} px; {'processor seconds' if clock == 'processor' else 'seconds'}.\n\n"
+        f"{content['resolution']} px, without validation: medians of {content['turns']} runs that took turns. "
+        f"In brackets: times diffusers' own script, median and range of the rounds (aim {RUN_AIM}).\n\n"
         f"{markdown(head, rows)}\n\n{where(content['machine'])}"
     )
 

@@ -1,23 +1,24 @@
-"""How long a whole DreamBooth run takes: start-up, caching, steps, saving; ours and, where it is at hand, diffusers'.
+"""What a whole DreamBooth run takes, start-up, caching, steps and saving: ours and, where it is at hand, diffusers'.
 
-    python -m benchmarks.run --model FOLDER --data FOLDER --prompt "a photo of sks dog" [--steps 200]
+    python -m benchmarks.run --model FOLDER --data FOLDER --prompt "a photo of sks dog" [--steps 200] [--rounds 3]
         [--diffusers_script path/to/examples/dreambooth/train_dreambooth_lora.py]
 
-Both scripts get the same options and data. Each is run twice, for a few steps and for all of them: what they differ by
-is the steps, and what is left is everything else, whatever a script does inside. Of ours the parts are timed as well.
-Ratios are of processor time on a CPU, which other programs do not change much, and of the clock on a GPU.
+Both scripts get the same options and data, and nobody validates. Runs take turns, so that what else the machine does
+falls on all of them; figures are medians of the rounds, ratios are taken round by round. A short run before tells what
+the steps take and what everything else, whatever a script does inside; of ours the parts are timed as well.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .results import FOLDER, write_results
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
 FEW = 5
 PHASES = "RESLORA_BENCHMARK_PHASES"
+MEASURES = ("seconds", "processor", "memory")
+THEIRS = "diffusers"
 
 
 def timed_phases(script: str, argv: list[str]) -> None:
@@ -58,15 +61,22 @@ def timed_phases(script: str, argv: list[str]) -> None:
 
 
 def run_once(program: list[str], phases: Path | None = None) -> dict[str, Any]:
-    """Seconds of one process, and its parts if it tells."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    """Seconds of one process by the clock and of the processor, its peak memory in MB, and its parts if it tells."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", PHASES: str(phases)}
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
-    wall = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(program)}\nfailed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    found = {"seconds": wall, "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(program, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(program)}\nfailed:\n{said.read()[-6000:]}")
+    found: dict[str, Any] = {
+        "seconds": wall,
+        "processor": usage.ru_utime + usage.ru_stime,
+        "memory": usage.ru_maxrss / 1000,
+    }
     if phases is not None:
         found["phases"] = json.loads(phases.read_text(encoding="utf-8"))
     return found
@@ -90,18 +100,30 @@ def options(args: argparse.Namespace, steps: int, output: Path) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def measure(program: list[str], extra: list[str], args: argparse.Namespace, ours: bool) -> dict[str, Any]:
-    """A short and a whole run; seconds per step and of all the rest."""
-    runs = []
+def run_script(program: list[str], extra: list[str], args: argparse.Namespace, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        for steps in (FEW, args.steps):
-            output = Path(folder) / f"run-{steps}"
-            phases = Path(folder) / "phases.json" if ours else None
-            runs.append(run_once([*program, *options(args, steps, output), *extra], phases))
-    found = dict(runs[1])
-    for clock in ("seconds", "processor"):
-        step = (runs[1][clock] - runs[0][clock]) / (args.steps - FEW)
-        found[f"{clock}_per_step"], found[f"{clock}_besides"] = step, runs[1][clock] - args.steps * step
+        phases = Path(folder) / "phases.json" if str(OURS) in program else None
+        return run_once([*program, *options(args, steps, Path(folder) / "run"), *extra], phases)
+
+
+def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Medians of the whole runs, seconds per step and of all the rest, ratios to diffusers' script in each round."""
+    short = {name: run_script(*script, args, FEW) for name, script in scripts.items()}
+    rounds = [
+        {name: run_script(*script, args, args.steps) for name, script in scripts.items()} for _ in range(args.rounds)
+    ]
+    found = {}
+    for name in scripts:
+        runs = [turn[name] for turn in rounds]
+        own: dict[str, Any] = {measure: median(run[measure] for run in runs) for measure in MEASURES}
+        for clock in ("seconds", "processor"):
+            step = (own[clock] - short[name][clock]) / (args.steps - FEW)
+            own |= {f"{clock}_per_step": step, f"{clock}_besides": own[clock] - args.steps * step}
+        if "phases" in runs[0]:
+            own["phases"] = {part: median(run["phases"][part] for run in runs) for part in runs[0]["phases"]}
+        if THEIRS in scripts:
+            own["ratios"] = {m: [turn[name][m] / turn[THEIRS][m] for turn in rounds] for m in MEASURES}
+        found[name] = own | {"rounds": [{measure: run[measure] for measure in MEASURES} for run in runs]}
     return found
 
 
@@ -117,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200, help=f"of the whole run; more than {FEW}")
+    parser.add_argument("--rounds", type=int, default=3, help="whole runs of each script")
     parser.add_argument("--diffusers_script", type=Path, help="their train_dreambooth_lora.py, to compare with")
     parser.add_argument("--output", default=FOLDER / "run.json", help="result file")
     args = parser.parse_args()
@@ -128,24 +151,25 @@ def main() -> None:
         problems.append(f"--steps: got {args.steps}, wanted more than {FEW}")
     if problems:
         parser.error("; ".join(problems))
-    import torch
-
-    clock = "seconds" if torch.cuda.is_available() else "processor"
     ours = [sys.executable, "-m", "benchmarks.run", str(OURS)]
-    found = {"lora": measure(ours, ["--method", "lora", "--report_to", "none"], args, True)}
-    found["reslora input"] = measure(ours, ["--shortcut", "input", "--report_to", "none"], args, True)
+    scripts = {
+        "lora": (ours, ["--method", "lora", "--report_to", "none"]),
+        "reslora input": (ours, ["--shortcut", "input", "--report_to", "none"]),
+    }
     if args.diffusers_script:
-        found["diffusers"] = measure([sys.executable, str(args.diffusers_script)], [], args, False)
-    theirs = found.get("diffusers")
-    print(f"{'':16}{'whole run':>11}{'per step':>11}{'besides':>10}   {clock}")
+        scripts[THEIRS] = ([sys.executable, str(args.diffusers_script)], [])
+    found = measure(scripts, args)
+    print(f"{'':16}{'seconds':>9}{'processor':>11}{'MB':>7}{'a step':>9}{'besides':>9}   the first three x diffusers")
     for name, values in found.items():
-        ratio = f"  {values[clock] / theirs[clock]:.2f} x diffusers" if theirs else ""
-        cells = (values[clock], values[f"{clock}_per_step"], values[f"{clock}_besides"])
-        print(f"{name:16}{cells[0]:>11.1f}{cells[1]:>11.3f}{cells[2]:>10.1f}{ratio}")
+        print(
+            f"{name:16}{values['seconds']:>9.1f}{values['processor']:>11.1f}{values['memory']:>7.0f}"
+            f"{values['seconds_per_step']:>9.3f}{values['seconds_besides']:>9.1f}   "
+            + "  ".join(f"{median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in values.get("ratios", {}).values())
+        )
         for phase, seconds in values.get("phases", {}).items():
             print(f"    {phase:16}{seconds:.1f} s by the clock")
-    facts = {"steps": args.steps, "batch_size": args.batch_size, "resolution": args.resolution}
-    write_results(args.output, "run", found, clock=clock, **facts)
+    facts = {"steps": args.steps, "batch_size": args.batch_size, "resolution": args.resolution, "turns": args.rounds}
+    write_results(args.output, "run", found, **facts)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dreambooth import ROOT, SCRIPT, call, environment, train, words
 from reslora_diffusion.diffusion.checkpoints import checkpoints_in
+from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -180,6 +181,84 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut):
         if name.endswith("lora_A.weight"):
             deltas = [tensors[name.replace("lora_A", "lora_B")].float() @ tensors[name].float() for tensors in exported]
             torch.testing.assert_close(*deltas, rtol=0.05, atol=1e-5 + 0.01 * deltas[1].abs().max().item())
+
+
+SHARDED = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+sys.path[:0] = [{tests!r}]
+import dreambooth
+from reslora_diffusion.diffusion import models
+shard = models.shard
+def counted(denoiser, device):
+    whole = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad)
+    shard(denoiser, device)
+    held = [p.to_local().numel() for p in denoiser.parameters() if isinstance(p, DTensor)]
+    print("world size", torch.distributed.get_world_size(), "held", round(sum(held) / whole, 2))
+    assert all(p.requires_grad != isinstance(p, DTensor) for p in denoiser.parameters())
+models.shard = counted
+dreambooth.script.main(dreambooth.script.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_base_trains_the_same_adapter(tmp_path):
+    """By the shipped configurations: FSDP 2, two processes, each with half of the frozen base."""
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED.format(tests=str(ROOT / "tests")))
+    options = {
+        "shortcut": "middle",
+        "max_train_steps": 3,
+        "checkpointing_steps": 3,
+        "pretrained_model_name_or_path": tiny_pipeline_folder(),
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": True,
+        "validation_prompt": ["a sticker of sks animal"],
+        "num_validation_images": 1,
+    }
+    config = ROOT / "train_scripts" / "configs" / "accelerate" / "fsdp2.yaml"
+    done = subprocess.run(
+        [
+            *ACCELERATE,
+            "--config_file",
+            str(config),
+            "--num_processes",
+            "2",
+            str(program),
+            *words(tmp_path / "two", **options),
+        ],
+        env=environment() | {"ACCELERATE_USE_CPU": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held 0.5") == 2, done.stdout
+    one = train(tmp_path / "one", **options | {"train_batch_size": 4})
+    first, second = state(tmp_path / "two" / "checkpoint-3"), state(one / "checkpoint-3")
+    for name in first:
+        if "lora_" in name and not name.startswith("optimizer"):
+            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "wanted fsdp_version: 2"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "wanted zero_stage 2, or FSDP 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            {"merge_method": "paper_weight"},
+            "--merge_method paper_weight reads whole weights",
+        ),
+    ],
+)
+def test_a_launcher_that_does_not_fit_is_refused(tmp_path, monkeypatch, launcher, options, said):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=said):
+        train(tmp_path / "run", **options)
 
 
 # ------------------------------------------------------------------------------------------------ diffusers' own test

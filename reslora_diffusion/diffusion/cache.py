@@ -9,6 +9,7 @@ of it: every step draws anew,
 The text is kept encoded while the text encoder is frozen, else as tokens. Equal prompts share one tensor.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from .buckets import Size, nearest
 from .data import Picture, covering, crop_corners, open_mask, open_upright
+from .disk_cache import DiskCache, identity
 from .families import Texts, Tokens
 from .randomness import Stream, generator
 
@@ -80,14 +82,25 @@ class Views:
     vae_scale_factor: int = 8
     alpha_mask: bool = False
 
-    def of(self, index: int, picture: Picture) -> Seen:
-        """Views of picture number `index`; crops are a function of (seed, index)."""
+    def cut(self, index: int, picture: Picture) -> tuple[Size, Size, list[tuple[int, int]]]:
+        """How picture number `index` is resized, and cut to which size at which corners: crops are a function of
+        (seed, index)."""
         box = nearest(picture.size, self.buckets)
         size = covering(picture.size, box)
         offsets = [(0.5, 0.5)]
         if not self.center_crop:
             offsets = torch.rand(self.crops, 2, generator=generator(self.seed, Stream.CROP, index)).tolist()
-        corners = crop_corners(size, box, offsets)
+        return size, box, crop_corners(size, box, offsets)
+
+    def key(self, index: int, picture: Picture) -> dict[str, Any]:
+        """All that `of` depends on."""
+        mask = hashlib.sha256(picture.mask.read_bytes()).hexdigest() if picture.mask else self.alpha_mask
+        cut, flip = self.cut(index, picture), self.flip
+        return {"picture": picture.digest, "mask": mask, "cut": cut, "flip": flip, "by": self.interpolation.name}
+
+    def of(self, index: int, picture: Picture) -> Seen:
+        """Views of picture number `index`."""
+        size, box, corners = self.cut(index, picture)
         image = open_upright(picture.path).resize(size, self.interpolation)
         parts = [image.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
         mask = open_mask(picture, self.alpha_mask)
@@ -121,6 +134,7 @@ def encode_pictures(
     batch_size: int = 4,
     threads: int = 0,
     progress: str | None = None,
+    kept: DiskCache | None = None,
 ) -> list[Example]:
     """Examples of pictures, in their order.
 
@@ -131,34 +145,49 @@ def encode_pictures(
         batch_size: views that the autoencoder sees at once.
         threads: that decode pictures.
         progress: title of the progress bar; none if None.
+        kept: where encoded pictures are looked for first, and kept.
     """
     examples = []
+    vae_identity = identity(vae) if kept else ""
+
+    def look(item: tuple[int, Picture]) -> tuple[dict[str, Any], dict[str, Tensor] | None, Seen | None]:
+        """Key of a picture, its encoded views if they are kept, else the views."""
+        key = {"kind": "latents", "vae": vae_identity, "cell": views.vae_scale_factor, **views.key(*item)}
+        found = kept.load(key) if kept else None
+        return key, found, views.of(*item) if found is None else None
+
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
         tqdm(total=len(pictures), desc=progress, unit="picture", disable=progress is None) as bar,
     ):
         for some in batched(enumerate(pictures), batch_size * max(1, threads)):
-            for (_, picture), seen in zip(some, pool.map(lambda item: views.of(*item), some), strict=True):
-                moments = [
-                    vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-                    for part in torch.from_numpy(seen.pixels).split(batch_size)
-                ]
+            for (_, picture), (key, found, seen) in zip(some, pool.map(look, some), strict=True):
+                if found is None:
+                    found = encode(vae, seen, batch_size)
+                    if kept:
+                        kept.store(key, found)
                 caption = picture.caption or prompt
                 examples.append(
                     Example(
                         name=picture.path.name,
                         prompt=caption,
-                        mean=torch.cat([m.mean for m in moments]).float(),
-                        logvar=torch.cat([m.logvar for m in moments]).float(),
                         text=texts[caption],
                         loss_weight=loss_weight,
-                        time_ids=torch.from_numpy(seen.time_ids).to(vae.device),
-                        mask=None if seen.mask is None else torch.from_numpy(seen.mask).to(vae.device),
                         concept=concept,
+                        **{name: value.to(vae.device) for name, value in found.items()},
                     )
                 )
                 bar.update()
     return examples
+
+
+def encode(vae: AutoencoderKL, seen: Seen, batch_size: int) -> dict[str, Tensor]:
+    """What an `Example` holds of a picture's views."""
+    parts = torch.from_numpy(seen.pixels).split(batch_size)
+    moments = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in parts]
+    tensors = {name: torch.cat([getattr(m, name) for m in moments]).float() for name in ("mean", "logvar")}
+    tensors["time_ids"] = torch.from_numpy(seen.time_ids)
+    return tensors if seen.mask is None else tensors | {"mask": torch.from_numpy(np.ascontiguousarray(seen.mask))}
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

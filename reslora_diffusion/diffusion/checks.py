@@ -20,6 +20,7 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint
 from .concepts import Concept, concepts_of
+from .distributed import launcher_problems
 from .optimizers import optimizer_problems
 from .options import NOT_SUPPORTED, known_flags
 from .record import differences
@@ -81,7 +82,8 @@ class Plan:
 def check(args: Namespace) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found."""
     problems, concepts, skeleton, buckets = list(unknown_words(args.unknown)), [], None, []
-    problems += [*bad_values(args), *bad_combinations(args), *missing_packages(args), *bad_output(args)]
+    for look in (bad_values, bad_combinations, missing_packages, bad_output, launcher_problems):
+        problems += look(args)
     try:
         concepts = concepts_of(args)
     except BadInput as error:
@@ -202,6 +204,9 @@ def missing_packages(args: Namespace) -> Iterator[str]:
 
 
 def bad_output(args: Namespace) -> Iterator[str]:
+    kept = Path(args.encoding_cache_dir) if args.encoding_cache_dir else None
+    if kept and kept.exists() and not kept.is_dir():
+        yield f"--encoding_cache_dir: {kept} is a file, wanted a folder"
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         yield f"--output_dir: {output} is a file, wanted a folder"

@@ -1,9 +1,51 @@
-"""Data-parallel training of a few small tensors: one all-reduce a step, and no wrapper around the models."""
+"""Data-parallel training of a few small tensors: one all-reduce a step, and no wrapper around the models.
 
-from collections.abc import Sequence
+Where a launcher is configured for FSDP 2, the frozen base is sharded: each process holds its share of every block, and
+a block is gathered while it computes. The adapters stay whole everywhere, so nothing else changes. What has a forward
+of the base in it must then be called by every process.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
+
+
+def shards() -> bool:
+    """Whether `accelerate launch` was configured for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def launcher_problems(args: Namespace) -> Iterator[str]:
+    """What a launcher is configured for and this training cannot do."""
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        yield "DeepSpeed ZeRO-3 would take the frozen base apart; wanted zero_stage 2, or FSDP 2 to shard the base"
+    if not shards():
+        return
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        yield f"FSDP {version} wants one precision for base and adapters; wanted fsdp_version: 2"
+    if args.aspect_ratio_buckets and args.with_prior_preservation:
+        yield "--aspect_ratio_buckets with --with_prior_preservation gives processes unequal batches; FSDP cannot wait"
+    if args.merge_method == "paper_weight":
+        yield "--merge_method paper_weight reads whole weights of the base, which FSDP shards"
+
+
+def shard(denoiser: ModelMixin, device: torch.device) -> None:
+    """Move a frozen model to the device, block by block, keeping this process's share of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapters = {parameter for parameter in denoiser.parameters() if parameter.requires_grad}
+    for parameter in adapters:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    kinds = denoiser._no_split_modules or []
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    for module in (*reversed(blocks), denoiser):  # inner ones first
+        fully_shard(module, mesh=mesh, ignored_params=adapters)
 
 
 @torch.no_grad()

@@ -8,12 +8,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from ..problems import refuse
 from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
 from .concepts import Concept
 from .data import scan
+from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
@@ -61,12 +63,45 @@ def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) ->
 @torch.no_grad()
 def prepare_texts(pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace) -> dict[str, Text]:
     """What a training step needs of each prompt: tokens if the text encoders are trained, else texts."""
-    prompts = list(dict.fromkeys(prompts))
     found: Tokens | Texts = family.read(pipeline, prompts, args)
     if not args.train_text_encoder:
         found = family.encode(family.text_encoders_of(pipeline), found)
     rows = ([None] * len(prompts) if part is None else part for part in found)
     return {prompt: type(found)(*parts) for prompt, *parts in zip(prompts, *rows, strict=True)}
+
+
+def kept_texts(
+    pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace, kept: DiskCache | None
+) -> dict[str, Text]:
+    """`prepare_texts`, of those prompts that are not kept already. Tokens of encoders that are trained are not."""
+    prompts = list(dict.fromkeys(prompts))
+    if kept is None or args.train_text_encoder:
+        return prepare_texts(pipeline, family, prompts, args)
+    fixed = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
+    parts = [getattr(pipeline, name) for name in (*family.text_encoders, *family.tokenizers, *fixed)]
+    common = {
+        "kind": "text",
+        "family": family.title,
+        "encoders": identity(*(part for part in parts if part is None or isinstance(part, nn.Module))),
+        "lengths": (args.tokenizer_max_length, args.max_sequence_length),
+    }
+    tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
+    keys = {
+        prompt: {**common, "prompt": prompt, "tokens": [tokenizer(prompt).input_ids for tokenizer in tokenizers]}
+        for prompt in prompts
+    }
+    device = family.denoiser_of(pipeline).device
+    found = {prompt: kept.load(key) for prompt, key in keys.items()}
+    texts = {
+        prompt: Texts(**{name: value.to(device) for name, value in tensors.items()})
+        for prompt, tensors in found.items()
+        if tensors is not None
+    }
+    if missing := [prompt for prompt in prompts if prompt not in texts]:
+        texts |= prepare_texts(pipeline, family, missing, args)
+        for prompt in missing:
+            kept.store(keys[prompt], {name: v for name, v in texts[prompt]._asdict().items() if v is not None})
+    return texts
 
 
 def encode_examples(
@@ -76,7 +111,8 @@ def encode_examples(
 
     The autoencoder encodes in float32.
     """
-    texts = prepare_texts(pipeline, plan.skeleton.family, ["", *prompts_of(concepts)], args)
+    kept = DiskCache(Path(args.encoding_cache_dir)) if args.encoding_cache_dir else None
+    texts = kept_texts(pipeline, plan.skeleton.family, ["", *prompts_of(concepts)], args, kept)
     views = Views(
         buckets=plan.buckets,
         interpolation=Image.Resampling[args.image_interpolation_mode.upper()],
@@ -87,7 +123,12 @@ def encode_examples(
         vae_scale_factor=plan.skeleton.vae_scale_factor,
         alpha_mask=args.alpha_mask,
     )
-    common = {"texts": texts, "batch_size": args.sample_batch_size, "threads": args.dataloader_num_workers}
+    common = {
+        "texts": texts,
+        "batch_size": args.sample_batch_size,
+        "threads": args.dataloader_num_workers,
+        "kept": kept,
+    }
     dtype = pipeline.vae.dtype
     if dtype != torch.float32:
         pipeline.vae.float()
@@ -119,6 +160,8 @@ def encode_examples(
             classes[number] = encoded[source]
     if dtype != torch.float32:
         pipeline.vae.to(dtype)
+    if kept and progress:
+        print(f"{args.encoding_cache_dir}: {kept.added} pictures and prompts were added, the others were there")
     return instances, classes, texts[""]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from ..problems import BadInput
 from .attn_processor import set_attn_processors
+from .distributed import shard, shards
 from .frozen import save_memory
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
@@ -59,8 +60,14 @@ def prepare_models(
     pipeline: DiffusionPipeline, trained: dict[str, nn.Module], args: Namespace, device: torch.device
 ) -> None:
     """Move to the device, and set the switches that leave the numbers alone."""
-    pipeline.to(device)
-    denoiser = next(iter(trained.values()))
+    name, denoiser = next(iter(trained.items()))
+    if shards():
+        for part, component in pipeline.components.items():
+            if isinstance(component, nn.Module) and part != name:
+                component.to(device)
+        shard(denoiser, device)
+    else:
+        pipeline.to(device)
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     on_gpu = device.type == "cuda"

@@ -187,6 +187,9 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--aspect_ratio_buckets", help="auto, or 'height,width;height,width': train each picture in its own shape")
     add("--caption_dropout_rate", type=float, default=0.0, help="share of draws that see the empty prompt")
     add("--mask_data_dir", help="grey masks with the stems of the instance pictures: what the loss counts")
+    add(
+        "--encoding_cache_dir", help="keep latents and embeddings here from run to run, by content (default: in memory)"
+    )
     add("--alpha_mask", action=SWITCH, default=False, help="the loss counts what is opaque in a picture")
 
     add = parser.add_argument_group("more on training").add_argument

@@ -26,6 +26,7 @@ from ..problems import Stopped, listing, refuse
 from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
+from .distributed import shards
 from .ema import Ema
 from .history import History, NonFiniteLoss, plot_losses
 from .loss import Denoiser
@@ -227,7 +228,7 @@ class Run:
         with self.averaged():
             if self.painter.paints:
                 self.calibrate()
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process or shards():
                 self.look(step)
 
     def look(self, step: int) -> None:
@@ -241,7 +242,11 @@ class Run:
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
         if self.painter.paints:
-            images = self.painter.paint(self.adapters, step)
+            images = self.painter.paint(self.adapters)
+        if not self.accelerator.is_main_process:
+            return
+        if self.painter.paints:
+            self.painter.save(images, step)
             for tracker in self.accelerator.trackers:
                 if tracker.name in PICTURE_TRACKERS:
                     pixels = np.stack([np.asarray(image) for image in images])

@@ -60,8 +60,8 @@ class Painter:
         """The empty prompt and the validation prompts, as the text encoders see them now."""
         return self.family.encode(self.family.text_encoders_of(self.pipeline), self.tokens)
 
-    def paint(self, adapters: Adapters, step: int) -> list[Image.Image]:
-        """Pictures of every prompt, in order; also written to `samples/`, and the sheet of all steps made anew."""
+    def paint(self, adapters: Adapters) -> list[Image.Image]:
+        """Pictures of every prompt, in order."""
         self.pipeline.vae.to(self.family.denoiser_of(self.pipeline).device)
         images = []
         with adapters.evaluation(), adapters.merged():
@@ -80,12 +80,15 @@ class Painter:
                         generator=generator(self.seed, Stream.VALIDATION, n),
                     ).images
         self.pipeline.vae.to("cpu")
+        return images
+
+    def save(self, images: list[Image.Image], step: int) -> None:
+        """Write pictures to `samples/`, and make the sheet of all steps anew."""
         folder = self.folder / SAMPLES / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for n, image in enumerate(images):
             image.save(folder / f"{n // self.num_images}-{n % self.num_images}.png")
         self.write_sheet()
-        return images
 
     def forget_after(self, step: int) -> None:
         """Remove pictures of later steps, which an earlier or interrupted run left behind."""
