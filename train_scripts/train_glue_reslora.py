@@ -28,37 +28,16 @@ from pathlib import Path
 from peft import PeftModel, TaskType
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, set_seed
 
-from reslora_diffusion import calibrate, explain, merge_report
 from reslora_diffusion.llm import models
 from reslora_diffusion.llm.checks import checkpoint_of, training_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, task_problems
 from reslora_diffusion.llm.options import GlueOptions, parse
-from reslora_diffusion.llm.results import export_with_heads, history, record, trained_parameters, write_json
-from reslora_diffusion.llm.trainer import (
-    ExportedTrainer,
-    Handover,
-    batches_of,
-    calibration_batches,
-    is_reslora,
-    run_model,
-    shortcut_of,
-)
+from reslora_diffusion.llm.results import export, history, start_record, write_json
+from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
 from reslora_diffusion.problems import refuse, run_program
 
 TASK = TaskType.SEQ_CLS
-DEFAULTS = {
-    "output_dir": "reslora-glue",
-    "learning_rate": 3e-4,
-    "warmup_steps": 0.06,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "logging_steps": 10,
-    "remove_unused_columns": False,
-    "report_to": ["none"],
-    "seed": 0,
-}
+DEFAULTS = {"output_dir": "reslora-glue", "learning_rate": 3e-4}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -99,46 +78,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
         callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
         calibration=calibration,
     )
-    output, main_process = Path(training.output_dir), trainer.is_world_process_zero()
-    counts = {"train": len(data.train), "validation": len(data.validation)}
-    if main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        facts = {"trained_parameters": trained_parameters(model), "examples": counts}
-        facts["chains"] = explain(model).to_dict() if is_reslora(model) else None
-        write_json(output / "run.json", record(options, training, **facts))
-        print(explain(model) if is_reslora(model) else f"LoRA, {facts['trained_parameters']} parameters")
+    start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})
 
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    results = {"task": options.task_name, "method": options.method, "shortcut": shortcut_of(model)}
-    results |= {"best_step": trainer.state.best_global_step, "best_metric": trainer.state.best_metric}
+    output = Path(training.output_dir)
+    results = {"task": options.task_name, "method": options.method, **trainer.outcome(data.validation)}
     if is_reslora(model):
-        calibrate(model, calibration, run_model)
-        held_out = batches_of(data.validation, collate, training.per_device_eval_batch_size)
-        merging = merge_report(model, held_out, run_model, lambda model, batch: run_model(model, batch).loss.item())
-        results["merging"] = merging.to_dict()
-        trainer.accelerator.print(merging)
         trainer.merged = False
         results["as trained"] = {
             name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
         }
-    if main_process:
-        report = export_with_heads(
-            output,
-            model,
-            base_model=options.model_name_or_path,
-            task_type=TASK.value,
-            dtype=models.DTYPES[options.export_dtype],
-            facts={"method": options.method, "shortcut": results["shortcut"]},
-        )
-        print(report)
-    trainer.accelerator.wait_for_everyone()
+    export(trainer, options, TASK)
 
     reloaded = PeftModel.from_pretrained(models.load_model(options, config, TASK), output)
     settings = replace(training, eval_strategy="no", load_best_model_at_end=False, metric_for_best_model=None)
     judge = Trainer(reloaded, settings, data_collator=collate, processing_class=tokenizer, compute_metrics=metrics)
     results["as exported"] = {name: task_metrics(judge, rows, task.metrics) for name, rows in data.reported.items()}
-    if main_process:
+    if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
         write_json(output / "history.json", history(trainer))
         print(f"{options.task_name}, best step {results['best_step']}, the exported file: {results['as exported']}")

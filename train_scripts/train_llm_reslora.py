@@ -33,41 +33,24 @@ from typing import Any
 from peft import TaskType
 from transformers import set_seed
 
-from reslora_diffusion import calibrate, explain, merge_report
-from reslora_diffusion.export import export_peft
 from reslora_diffusion.llm import data as llm_data
 from reslora_diffusion.llm import models
 from reslora_diffusion.llm.checks import checkpoint_of, training_problems
 from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
 from reslora_diffusion.llm.options import LlmOptions, parse
-from reslora_diffusion.llm.results import history, plain_factors, record, trained_parameters, write_json
+from reslora_diffusion.llm.results import export, history, start_record, write_json
 from reslora_diffusion.llm.trainer import (
     ExportedTrainer,
     Handover,
     Quiz,
     as_exported,
-    batches_of,
     calibration_batches,
     is_reslora,
-    run_model,
-    shortcut_of,
 )
 from reslora_diffusion.problems import refuse, run_program
 
 TASK = TaskType.CAUSAL_LM
-DEFAULTS = {
-    "output_dir": "reslora-llm",
-    "learning_rate": 1e-4,
-    "warmup_steps": 0.06,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "logging_steps": 10,
-    "remove_unused_columns": False,
-    "report_to": ["none"],
-    "seed": 0,
-}
+DEFAULTS = {"output_dir": "reslora-llm", "learning_rate": 1e-4}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -117,57 +100,31 @@ def main(argv: Sequence[str] | None = None) -> Path:
         calibration=calibration,
         quiz=quiz,
     )
-    output, main_process = Path(training.output_dir), trainer.is_world_process_zero()
-    facts = {
-        "trained_parameters": trained_parameters(model),
-        "processes": f"{trainer.accelerator.num_processes}, {trainer.accelerator.distributed_type}",
-        "examples": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)},
-        "chains": explain(model).to_dict() if is_reslora(model) else None,
-        "notes": data.notes,
-    }
-    if main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "run.json", record(options, training, **facts))
-        print("\n".join([str(explain(model))] if is_reslora(model) else [], *data.notes))
+    counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)}
+    start_record(trainer, options, examples=counts, notes=data.notes)
 
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    results = judge(trainer, options, data, quiz)
-    if main_process:
-        report = export_peft(
-            output,
-            plain_factors(model),
-            base_model=options.model_name_or_path,
-            task_type=TASK.value,
-            dtype=models.DTYPES[options.export_dtype],
-            facts={"method": options.method, "shortcut": results["shortcut"]},
-            model=model,
-        )
+    output = Path(training.output_dir)
+    results = {"task": options.task, "method": options.method, **trainer.outcome(data.validation)}
+    results |= judge(trainer, options, data)
+    if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
         write_json(output / "history.json", history(trainer))
-        print(report)
+    export(trainer, options, TASK)
+    if trainer.is_world_process_zero():
         print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
         if options.save_merged_model:
-            model.merge_and_unload().save_pretrained(output / "merged")
-            tokenizer.save_pretrained(output / "merged")
+            models.save_merged(options, output, tokenizer)
     trainer.accelerator.wait_for_everyone()
     return output
 
 
-def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data, quiz: Quiz | None) -> dict[str, Any]:
-    """What merging cost on validation rows, and exact match on test rows; leaves the adapter calibrated."""
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    results: dict[str, Any] = {"best_step": trainer.state.best_global_step, "best_metric": trainer.state.best_metric}
-    results["method"], results["shortcut"] = options.method, shortcut_of(model)
-    if is_reslora(model):
-        calibrate(model, trainer.calibration, run_model)
-        held_out = batches_of(data.validation, trainer.data_collator, trainer.args.per_device_eval_batch_size)
-        merging = merge_report(model, held_out, run_model, lambda model, batch: run_model(model, batch).loss.item())
-        results["merging"] = merging.to_dict()
-        trainer.accelerator.print(merging)
-    results["test"] = {}
+def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data) -> dict[str, Any]:
+    """Exact match on the test rows, of the calibrated adapter and of the base."""
+    quiz, model = trainer.quiz, trainer.accelerator.unwrap_model(trainer.model)
     if quiz is None or not data.test_questions:
-        return results
+        return {"test": {}}
     test = replace(quiz, questions=data.test_questions, read=data.test_read)
     with model.disable_adapter():
         answered = {"base": test.ask(model, trainer.accelerator)} if options.eval_base else {}
@@ -177,9 +134,10 @@ def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data, qu
         answered["as exported"] = test.ask(model, trainer.accelerator)
     if trainer.is_world_process_zero():
         answered["as exported"].write(Path(trainer.args.output_dir, "predictions.jsonl"))
-    results["test"] = {name: str(found) for name, found in answered.items()}
-    results["exact_match"] = {name: found.exact_match for name, found in answered.items()}
-    return results
+    return {
+        "test": {name: str(found) for name, found in answered.items()},
+        "exact_match": {name: found.exact_match for name, found in answered.items()},
+    }
 
 
 if __name__ == "__main__":

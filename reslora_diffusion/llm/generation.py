@@ -79,9 +79,13 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     num_beams: int = 1,
+    synced_gpus: bool = False,
     progress: str | None = None,
 ) -> list[str]:
-    """The response to each prompt, without special tokens. The model's mode and settings are left as they were."""
+    """The response to each prompt, without special tokens. The model's mode and settings are left as they were.
+
+    `synced_gpus`: as in transformers, all processes take equally many steps, as sharded weights need.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -98,6 +102,7 @@ def generate(
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=synced_gpus,
             )
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
@@ -116,6 +121,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 32,
     num_beams: int = 1,
+    synced_gpus: bool = False,
     progress: str | None = None,
 ) -> Generations:
     """Generate, read and compare. `read` finds the answer in a response."""
@@ -126,6 +132,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         num_beams=num_beams,
+        synced_gpus=synced_gpus,
         progress=progress,
     )
     return Generations(responses, [read(text) for text in responses], [question.answer for question in questions])

@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,20 @@ def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) ->
         return get_peft_model(model, adapter_config(options, task_type))
     except ValueError as error:
         raise BadInput([str(error)]) from error
+
+
+def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The base with an exported LoRA merged into it, as `AutoModelForCausalLM` loads it: <adapter>/merged."""
+    base = AUTO[TaskType.CAUSAL_LM].from_pretrained(
+        options.model_name_or_path, revision=options.model_revision, dtype=DTYPES[options.dtype]
+    )
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    fresh, target = adapter / ".merged", adapter / "merged"
+    shutil.rmtree(fresh, ignore_errors=True)
+    merged.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
 
 
 def first_line(error: Exception) -> str:

@@ -17,6 +17,18 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..problems import BadInput
 from .tasks import TASKS
 
+DEFAULTS = {  # of training arguments, where both scripts differ from transformers
+    "warmup_steps": 0.06,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "logging_steps": 10,
+    "remove_unused_columns": False,
+    "report_to": ["none"],
+    "seed": 0,
+}
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
@@ -119,14 +131,14 @@ def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> t
 
     Args:
         kind: `LlmOptions` or `GlueOptions`.
-        defaults: of training arguments, where the script's differ from transformers'.
+        defaults: of training arguments, where the script's differ from `DEFAULTS`.
 
     Raises:
         BadInput: unknown options or values that do not parse.
     """
     parser = Parser([kind, TrainingArguments], allow_abbrev=False, description=kind.__doc__)
     parser.add_argument("--config", type=Path, help="YAML or JSON file of these options by name; the command line wins")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**DEFAULTS | defaults)
     file = parser.parse_known_args(argv)[0].config
     words = as_words(read_config(file)) if file else []
     given, unknown = parser.parse_known_args([*words, *(argv if argv is not None else _arguments())])

@@ -8,19 +8,24 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peft import TaskType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from reslora_diffusion import LoraFactors, merged_factors
+from reslora_diffusion import LoraFactors, explain, merged_factors
+from reslora_diffusion.core.controller import weight_of
 from reslora_diffusion.export import ExportReport, export_peft
 
+from .models import DTYPES
 from .options import ModelOptions
-from .trainer import is_reslora
+from .trainer import ExportedTrainer, is_reslora, shortcut_of
 
 WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
@@ -32,7 +37,9 @@ def plain_factors(model: nn.Module) -> dict[str, LoraFactors]:
         return merged_factors(model)
     return {
         name: LoraFactors(
-            layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), layer.scaling["default"]
+            weight_of(layer.lora_A["default"]).detach(),
+            weight_of(layer.lora_B["default"]).detach(),
+            layer.scaling["default"],
         )
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "lora_A") and "default" in layer.lora_A
@@ -62,34 +69,72 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
 
 
-def trained_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def heads(model: nn.Module) -> dict[str, Tensor]:
     """Trained modules beside the adapter, by name in the base model: a classifier's head."""
     found = {}
     for name, module in model.get_base_model().named_modules():
         for key, value in getattr(module, "modules_to_save", {}).items():
             if key == "default":
-                found |= {f"{name}.{part}": tensor for part, tensor in value.state_dict().items()}
+                found |= {f"{name}.{part}": whole(tensor) for part, tensor in value.state_dict().items()}
     return found
 
 
-def export_with_heads(output: Path, model: nn.Module, **settings: Any) -> ExportReport:
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, also where FSDP has left only a shard of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) -> None:
+    """Write `run.json`, and show what is going to be trained."""
+    if not trainer.is_world_process_zero():
+        return
+    model, output = trainer.model, Path(trainer.args.output_dir)
+    facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts["processes"] = f"{trainer.accelerator.num_processes}, {trainer.accelerator.distributed_type}"
+    facts["chains"] = explain(model).to_dict() if is_reslora(model) else None
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "run.json", record(options, trainer.args, **facts))
+    print(explain(model) if is_reslora(model) else f"LoRA, {facts['trained_parameters']} parameters")
+    for note in facts.get("notes", ()):
+        print(note)
+
+
+def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
+    """Write the plain LoRA and prove it. The first process writes what all have put together."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    factors, trained = plain_factors(model), heads(model)
+    if trainer.is_world_process_zero():
+        write = partial(export_with_heads, trained=trained) if trained else export_peft
+        report = write(
+            Path(trainer.args.output_dir),
+            factors,
+            base_model=options.model_name_or_path,
+            task_type=task_type.value,
+            dtype=DTYPES[options.export_dtype],
+            facts={"method": options.method, "shortcut": shortcut_of(model)},
+            model=model,
+        )
+        print(report)
+    trainer.accelerator.wait_for_everyone()
+
+
+def export_with_heads(
+    output: Path, factors: Mapping[str, LoraFactors], *, trained: Mapping[str, Tensor], **settings: Any
+) -> ExportReport:
     """`export_peft`, and in the same file the modules that were trained beside the adapter, in their own precision:
     `PeftModel.from_pretrained` finds them by the configuration's `modules_to_save`."""
     output.mkdir(parents=True, exist_ok=True)
     fresh = output / ".with-heads"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        report = export_peft(fresh, plain_factors(model), model=model, **settings)
-        trained = heads(model)
+        report = export_peft(fresh, factors, **settings)
         tensors = load_file(fresh / WEIGHTS)
         tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in trained.items()}
-        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        with safe_open(fresh / WEIGHTS, framework="pt") as file:
+            header = file.metadata()
+        save_file(tensors, fresh / WEIGHTS, metadata=header)
         config = json.loads((fresh / CONFIG).read_text())
-        config["modules_to_save"] = sorted({name.partition(".")[0] for name in trained}) or None
+        config["modules_to_save"] = sorted({name.partition(".")[0] for name in trained})
         write_json(fresh / CONFIG, config)
         proof = json.loads((fresh / PROOF).read_text())
         for kind, path in (("peft", WEIGHTS), ("config", CONFIG)):

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from reslora_diffusion import ResLoraConfig, Shortcut, calibrate, get_controller, handover, merged_forward
+from reslora_diffusion import ResLoraConfig, Shortcut, calibrate, get_controller, handover, merge_report, merged_forward
 
 from .generation import Generations, Question, evaluate
 
 Batch = dict[str, Any]
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
@@ -63,7 +64,8 @@ class Quiz:
     def ask(self, model: nn.Module, accelerator: Accelerator) -> Generations:
         """Every process asks its part of the questions; all get all answers.
 
-        All processes ask equally many, some of them again: with sharded weights nobody may stop before the others.
+        All processes ask equally many, some of them again, and generate equally many tokens where weights are sharded:
+        nobody may stop before the others.
         """
         count = len(self.questions)
         padded = [*self.questions, *[self.questions[-1]] * (-count % accelerator.num_processes)]
@@ -76,6 +78,7 @@ class Quiz:
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 num_beams=self.num_beams,
+                synced_gpus=accelerator.distributed_type in SHARDING,
             )
         return Generations(*(gather_object(part)[:count] for part in (found.responses, found.answers, found.wanted)))
 
@@ -112,6 +115,19 @@ class ExportedTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         restore_shortcut(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+    def outcome(self, held_out: Sequence[Any]) -> dict[str, Any]:
+        """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
+        model = self.accelerator.unwrap_model(self.model)
+        found = {"shortcut": shortcut_of(model), "best_step": self.state.best_global_step}
+        found["best_metric"] = self.state.best_metric
+        if is_reslora(model):
+            calibrate(model, self.calibration, run_model)
+            batches = batches_of(held_out, self.data_collator, self.args.per_device_eval_batch_size)
+            merging = merge_report(model, batches, run_model, lambda model, batch: run_model(model, batch).loss.item())
+            self.accelerator.print(merging)
+            found["merging"] = merging.to_dict()
+        return found
 
 
 class Handover(TrainerCallback):
