@@ -1,4 +1,7 @@
-"""Two processes on a CPU train what one does: gradients, calibration and answers are shared out and put together."""
+"""Two processes on a CPU train what one does: replicated (DDP), and sharded as in the shipped configurations.
+
+Gradients, calibration and answers are shared out and put together.
+"""
 
 import json
 import os
@@ -8,48 +11,124 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llm_tiny import ROOT
 from test_llm_script import folders, words  # noqa: F401  (a fixture)
 
 SCRIPT = ROOT / "train_scripts" / "train_llm_reslora.py"
+CONFIGS = ROOT / "train_scripts" / "configs" / "accelerate"
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "lora_dropout": 0.1}
 
 
-def launch(processes: int, arguments: list[str]) -> None:
+def launch(processes: int, arguments: list[str], sharded_by: str | None = None) -> None:
     """`torchrun` with gloo: `accelerate launch --cpu --num_processes 2` starts a single process."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(SCRIPT), *arguments]
-    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    program = [ROOT / "tests" / "sharded.py", SCRIPT] if sharded_by else [SCRIPT]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, program), *arguments]
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings |= shipped_settings(sharded_by) if sharded_by else {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def shipped_settings(name: str) -> dict[str, str]:
+    """The environment that `accelerate launch --config_file` gives its processes, which here are not on GPUs."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0", "script.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    given = {key: value for key, value in env.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    return given | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
 def results(output: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(output / "adapter_model.safetensors"), json.loads((output / "results.json").read_text())
 
 
-def options(batch_size: int) -> dict:
+def assert_same(one: Path, two: Path, by: str) -> None:
+    assert json.loads((two / "run.json").read_text())["processes"] == f"2, {by}"
+    (factors, found), (others, found_two) = results(one), results(two)
+    assert factors.keys() == others.keys()
+    assert max(value.abs().max() for name, value in factors.items() if "lora_B" in name) > 0.1
+    for name, value in factors.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4)
+    assert found_two["exact_match"] == found["exact_match"]
+    assert found_two["best_step"] == found["best_step"]
+    assert found_two["merging"]["loss_merged"] == pytest.approx(found["merging"]["loss_merged"], abs=1e-4)
+
+
+def options(batch_size: int, shortcut: str = "middle") -> dict:
     return {
-        "shortcut": "middle",
-        "num_previous": 2,
+        "shortcut": shortcut,
+        "num_previous": 1 if shortcut == "input" else 2,
         "optim": "sgd",  # Adam would turn rounding of tiny gradients into whole steps
         "learning_rate": 1.0,
         "warmup_steps": 0,
         "per_device_train_batch_size": batch_size,
-        "load_best_model_at_end": False,
     }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_two_processes_equal_one(folders, tmp_path):  # noqa: F811
-    launch(1, words(folders, tmp_path / "one", **options(4)))
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):  # noqa: F811
+    """Runs of one process, by shortcut."""
+    root, found = tmp_path_factory.mktemp("alone"), {}
+
+    def run(shortcut: str) -> Path:
+        if shortcut not in found:
+            launch(1, words(folders, root / shortcut, **options(4, shortcut)))
+            found[shortcut] = root / shortcut
+        return found[shortcut]
+
+    return run
+
+
+def test_two_processes_equal_one(folders, alone, tmp_path):  # noqa: F811
     launch(2, words(folders, tmp_path / "two", **options(2)))
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"].startswith("2, ")
-    (one, found_one), (two, found_two) = results(tmp_path / "one"), results(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-    assert found_two["exact_match"] == found_one["exact_match"]
-    assert found_two["merging"]["loss_merged"] == pytest.approx(found_one["merging"]["loss_merged"], abs=1e-4)
+    assert_same(alone("middle"), tmp_path / "two", "DistributedType.MULTI_CPU")
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_sharded_by_fsdp2_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
+    launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "fsdp2")
+    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.FSDP")
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_sharded_by_zero3_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "deepspeed_zero3")
+    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.DEEPSPEED")
+
+
+@pytest.mark.parametrize("by", ["fsdp2", "deepspeed_zero3"])
+def test_a_sharded_run_resumes_to_the_same_end_and_its_checkpoints_are_peft_s(by, folders, tmp_path):  # noqa: F811
+    if by == "deepspeed_zero3":
+        pytest.importorskip("deepspeed")
+    given = options(2) | ADAM | {"load_best_model_at_end": False, "save_merged_model": by == "fsdp2"}
+    launch(2, words(folders, tmp_path / "whole", **given), by)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    launch(2, words(folders, tmp_path / "again", **given, resume_from_checkpoint=checkpoint), by)
+    whole, again = results(tmp_path / "whole")[0], results(tmp_path / "again")[0]
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(folders["model"])
+
+    stored = PeftModel.from_pretrained(base(), checkpoint)
+    assert stored.peft_config["default"].peft_type == "RESLORA"
+    assert all(p.numel() and p.abs().max() > 0 for n, p in stored.named_parameters() if "lora_" in n)
+    if by == "fsdp2":
+        ids = torch.tensor([[1, 50, 51, 52]])
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "merged")
+        exported = PeftModel.from_pretrained(base(), tmp_path / "again")
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, exported(ids).logits, rtol=1e-4, atol=1e-4)
+            assert (merged(ids).logits - base()(ids).logits).abs().max() > 1e-3

@@ -27,6 +27,16 @@ def is_transposed(layer: nn.Module | None) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
+def shape_of(layer: nn.Module | None) -> list[int] | None:
+    """[out, in, ...], also of a linear layer whose weight is packed (4 bit) or elsewhere (DeepSpeed ZeRO-3)."""
+    if is_transposed(layer):
+        return [layer.nf, layer.nx]
+    if hasattr(layer, "in_features"):
+        return [layer.out_features, layer.in_features]
+    weight = getattr(layer, "weight", None)
+    return None if weight is None else list(weight.shape)
+
+
 def base_problems(components: Components, models: Mapping[str, nn.Module]) -> list[str]:
     """Modules that the base does not have, or has in another shape."""
     absent, unlike = [], []
@@ -34,11 +44,10 @@ def base_problems(components: Components, models: Mapping[str, nn.Module]) -> li
         modules = dict(model.named_modules())
         for path, f in components.get(component, {}).items():
             layer = base_layer(modules, path)
-            weight = getattr(layer, "weight", None)
             wanted = [f.lora_B.shape[0], *f.lora_A.shape[1:]]
-            if weight is None:
+            if (shape := shape_of(layer)) is None:
                 absent.append(f"{component}.{path}")
-            elif (shape := list(weight.T.shape if is_transposed(layer) else weight.shape)) != wanted:
+            elif shape != wanted:
                 unlike.append(f"{component}.{path} {shape}, the LoRA's {wanted}")
     problems = [f"the base lacks {len(absent)} of the modules: {listing(absent)}"] if absent else []
     if unlike:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from reslora_diffusion import LoraFactors, explain, merged_factors
-from reslora_diffusion.core.controller import weight_of
+from reslora_diffusion.core.sharding import whole
 from reslora_diffusion.export import ExportReport, export_peft
 
 from .models import DTYPES
 from .options import ModelOptions
-from .trainer import ExportedTrainer, is_reslora, shortcut_of
+from .trainer import ExportedTrainer, is_reslora, recall_factors, shortcut_of
 
 WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
@@ -37,8 +37,8 @@ def plain_factors(model: nn.Module) -> dict[str, LoraFactors]:
         return merged_factors(model)
     return {
         name: LoraFactors(
-            weight_of(layer.lora_A["default"]).detach(),
-            weight_of(layer.lora_B["default"]).detach(),
+            whole(layer.lora_A["default"].weight).detach(),
+            whole(layer.lora_B["default"].weight).detach(),
             layer.scaling["default"],
         )
         for name, layer in model.get_base_model().named_modules()
@@ -79,11 +79,6 @@ def heads(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, also where FSDP has left only a shard of it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) -> None:
     """Write `run.json`, and show what is going to be trained."""
     if not trainer.is_world_process_zero():
@@ -102,6 +97,7 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
     """Write the plain LoRA and prove it. The first process writes what all have put together."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    recall_factors(model)
     factors, trained = plain_factors(model), heads(model)
     if trainer.is_world_process_zero():
         write = partial(export_with_heads, trained=trained) if trained else export_peft

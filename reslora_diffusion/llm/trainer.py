@@ -29,7 +29,9 @@ SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch, loss included if it has labels."""
     device = next(model.parameters()).device
-    return model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
+    output = model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
+    recall_factors(model)
+    return output
 
 
 def shortcut_of(model: nn.Module) -> str | None:
@@ -41,9 +43,18 @@ def is_reslora(model: nn.Module) -> bool:
     return isinstance(model.peft_config["default"], ResLoraConfig)
 
 
+def recall_factors(model: nn.Module) -> None:
+    """Put together again the factors that DeepSpeed ZeRO-3 took apart: evaluation does that even to those below its
+    `stage3_param_persistence_threshold`, and merging reads them between forwards. Every process must call it."""
+    away: list[Any] = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id") and not p.numel()]
+    if away:
+        away[0].all_gather(away)
+
+
 @contextmanager
 def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
     """Inside, the model computes as the LoRA that would be exported now; `batches` are what merging is fitted on."""
+    recall_factors(model)
     if is_reslora(model):
         calibrate(model, batches, run_model)
     with merged_forward(model) if is_reslora(model) else nullcontext():
@@ -119,6 +130,7 @@ class ExportedTrainer(Trainer):
     def outcome(self, held_out: Sequence[Any]) -> dict[str, Any]:
         """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
         model = self.accelerator.unwrap_model(self.model)
+        recall_factors(model)
         found = {"shortcut": shortcut_of(model), "best_step": self.state.best_global_step}
         found["best_metric"] = self.state.best_metric
         if is_reslora(model):
@@ -139,6 +151,7 @@ class Handover(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if state.global_step == round(self.share * state.max_steps):
             model = getattr(model, "module", model)
+            recall_factors(model)
             calibrate(model, self.calibration, run_model)
             handover(model)
 
