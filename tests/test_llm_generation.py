@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_tiny import DECODERS, SHORTCUTS, adapted, batch, build
+from llm_tiny import DECODERS, SHORTCUTS, adapted, batch, build, config
 from reslora_diffusion import calibrate, get_controller, merged_factors, merged_forward
 from reslora_diffusion.export import export_peft
 
@@ -73,6 +73,35 @@ def test_beam_search_of_a_batch_is_that_of_each_prompt(name, shortcut):
     together = generate(model, num_beams=3, use_cache=True)
     assert together.tolist() == generate(model, num_beams=3, use_cache=False).tolist()
     assert together.tolist() == [generate(model, [prompt], num_beams=3)[0].tolist() for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_other_ways_to_the_same_greedy_text(shortcut):
+    model = adapted("llama", shortcut=shortcut).double()
+    greedy = generate(model).tolist()
+    assert generate(model, cache_implementation="static").tolist() == greedy
+    alone = generate(model, PROMPTS[:1]).tolist()
+    assert generate(model, PROMPTS[:1], prompt_lookup_num_tokens=2).tolist() == alone
+    assert generate(model, PROMPTS[:1], assistant_model=build("llama").double()).tolist() == alone
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_each_of_two_adapters_generates_as_if_it_were_alone(shortcut):
+    model = adapted("llama", shortcut=shortcut).double()
+    first = generate(model).tolist()
+    model.add_adapter("other", config("llama", shortcut="block"))
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.double().set_adapter("other")
+    second = generate(model).tolist()
+    model.set_adapter("default")
+    assert generate(model).tolist() == first
+    with model.disable_adapter():
+        assert generate(model).tolist() == generate(build("llama").double()).tolist()
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    assert generate(model).tolist() == second != first
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)

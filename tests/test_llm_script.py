@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -266,4 +267,7 @@ def test_an_earlier_run_is_not_overwritten(folders, tmp_path):
     assert any("holds checkpoints of an earlier run" in problem for problem in problems(folders, tmp_path))
     other = problems(folders, tmp_path, resume_from_checkpoint="latest", rank=4)
     assert any("was trained with r 2, got 4" in problem for problem in other)
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert any("holds an adapter already" in problem for problem in problems(folders, tmp_path))
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights

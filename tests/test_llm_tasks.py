@@ -134,6 +134,9 @@ def test_metamathqa_is_tested_on_gsm8k_and_hellaswag_on_its_labelled_split():
         ("The answer is: $1,234.50.", "1234.5"),
         ("The answer is -7 degrees.", "-7"),
         ("The answer is 18.0", "18"),
+        ("The answer is \N{MINUS SIGN}3.5 degrees", "-3.5"),
+        ("The answer is **1,234,567**.", "1234567"),
+        ("#### $5, he said", "5"),
         ("so it is so\n#### 2,400", "2400"),
         ("The answer is unknown.", None),
         ("she has 12 left", "12"),
@@ -153,6 +156,8 @@ def test_numbers_in_generated_text(text, answer):
         ("because. The answer is c.", "a-e", "c"),
         ("The answer is b ) 300", "a-e", "b"),
         ("The answer is (d).", "a-e", "d"),
+        ("The answer is E.", "a-e", "e"),
+        ("The answer is F.", "a-e", None),
         ("The answer is cat.", "a-e", None),
         ("I would say a.", "a-e", None),
         ("The answer is 2.", "0-3", "2"),
@@ -178,6 +183,28 @@ def test_an_unlabelled_split_is_refused_and_a_stray_row_is_left_out():
     rows[7] = {"question": "?", "answer": "it was cut"}
     good, bad = usable(TASKS["gsm8k"], rows, "train")
     assert (len(good), bad) == (len(rows) - 1, [8])
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"), [("1,234,567", "1234567"), ("-3", "-3"), ("0.50", "0.5"), ("$5", "5"), (" 12 ", "12")]
+)
+def test_gsm8k_s_answers_come_back_in_one_spelling(answer, wanted):
+    row = {"question": "?", "answer": f"so\n#### {answer}"}
+    task = TASKS["gsm8k"]
+    assert task.answer(row) == wanted == task.read(task.respond(row))
+
+
+@pytest.mark.parametrize(("answer", "wanted"), [("145.0", "145"), (-4.0, "-4"), ("0.5", "0.5"), (1e6, "1000000")])
+def test_svamp_s_answers_are_numbers_or_their_text(answer, wanted):
+    row = ROWS["svamp"][0] | {"Answer": answer}
+    task = TASKS["svamp"]
+    assert task.answer(row) == wanted == task.read(task.respond(row))
+
+
+def test_a_worked_solution_without_its_last_sentence_has_no_answer():
+    rows = ROWS["metamathqa"] * 40
+    rows[5] = rows[5] | {"response": "So it goes."}
+    assert usable(TASKS["metamathqa"], rows, "train")[1] == [6]
 
 
 def test_foreign_columns_are_named():

@@ -28,11 +28,16 @@ def training_problems(training: TrainingArguments, options: ModelOptions) -> lis
         if not 0 < options.handover_at < 1:
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
     output = Path(training.output_dir)
-    if training.resume_from_checkpoint is None and output.is_dir() and get_last_checkpoint(str(output)):
-        problems.append(
-            f"--output_dir {output}: holds checkpoints of an earlier run; wanted --resume_from_checkpoint latest, or "
-            "another folder"
-        )
+    if training.resume_from_checkpoint is None and output.is_dir():
+        if get_last_checkpoint(str(output)):
+            problems.append(
+                f"--output_dir {output}: holds checkpoints of an earlier run; wanted --resume_from_checkpoint latest, "
+                "or another folder"
+            )
+        elif (output / "adapter_model.safetensors").exists():
+            problems.append(f"--output_dir {output}: holds an adapter already; wanted another folder")
+    elif output.exists() and not output.is_dir():
+        problems.append(f"--output_dir {output}: is a file, wanted a folder")
     return problems
 
 

@@ -72,7 +72,7 @@ def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[list[Row], list
 
 def normalized(answer: str) -> str:
     """One spelling per answer: numbers without $, commas and needless decimals; other text with single spaces."""
-    text = " ".join(answer.split()).rstrip(".").rstrip()
+    text = " ".join(answer.replace("\N{MINUS SIGN}", "-").split()).rstrip(".").rstrip()
     if NUMBER.fullmatch(text):
         number = text.replace("$", "").replace(",", "")
         return f"{float(number):.10g}" if "." in number else str(int(number))
@@ -94,15 +94,16 @@ def read_text(response: str) -> str | None:
 
 def read_number(response: str) -> str | None:
     """The first number of the stated answer; without a stated answer the last number of the response."""
+    response = response.replace("\N{MINUS SIGN}", "-")
     answer = stated(response)
     numbers = NUMBER.findall(response if answer is None else answer)
     return normalized(numbers[0 if answer is not None else -1]) if numbers else None
 
 
 def read_choice(response: str, choices: str) -> str | None:
-    """The first of the choices' letters or digits that stands alone in the stated answer."""
-    found = re.search(rf"(?<!\w)[{choices}](?!\w)", stated(response) or "")
-    return found.group() if found else None
+    """The first of the choices' letters or digits that stands alone in the stated answer; capitals count too."""
+    found = re.search(rf"(?<!\w)[{choices}](?!\w)", stated(response) or "", re.IGNORECASE)
+    return found.group().lower() if found else None
 
 
 # --------------------------------------------------------------------------------------------------------- rows
@@ -127,7 +128,7 @@ def mathqa_question(row: Row) -> str:
 
 def mathqa_response(row: Row) -> str:
     rationale = " ".join(str(row["Rationale"]).strip().strip('"').split())
-    return f"{rationale} {ANSWER} {row['correct'].strip()}."
+    return f"{rationale} {ANSWER} {row['correct'].strip().lower()}."
 
 
 def metamathqa_response(row: Row) -> str:
@@ -135,6 +136,11 @@ def metamathqa_response(row: Row) -> str:
     steps, _, answer = row["response"].rpartition("The answer is:")
     steps = re.sub(r"\n####[^\n]*\s*$", "", steps.rstrip())
     return f"{steps.strip()}\n{ANSWER} {answer.strip().rstrip('.')}."
+
+
+def metamathqa_answer(row: Row) -> str:
+    _, found, answer = row["response"].rpartition("The answer is:")
+    return normalized(answer) if found else ""
 
 
 def hellaswag_question(row: Row) -> str:
@@ -166,7 +172,7 @@ TASKS = {
         columns=("Problem", "Rationale", "options", "correct"),
         ask=mathqa_question,
         respond=mathqa_response,
-        answer=lambda row: row["correct"].strip(),
+        answer=lambda row: row["correct"].strip().lower(),
         read=partial(read_choice, choices="a-e"),
         validation_split="validation",
     ),
@@ -175,7 +181,7 @@ TASKS = {
         columns=("query", "response"),
         ask=lambda row: row["query"].strip(),
         respond=metamathqa_response,
-        answer=lambda row: normalized(row["response"].rpartition("The answer is:")[2]),
+        answer=metamathqa_answer,
         read=read_text,
         test_task="gsm8k",
     ),
