@@ -60,6 +60,8 @@ def base_problems(base: Path) -> list[str]:
         return []
     if not base.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
         return []
+    if base == beside(EMBEDDED):
+        return ["give --base the folder of a pipeline: the embedded one is in a clone of the source, not in the wheel"]
     return [f"--base {base} holds no pipeline (no model_index.json); give the folder of a Stable Diffusion pipeline"]
 
 

@@ -39,7 +39,7 @@ def curves(runs: Sequence[Run], keep: float) -> str:
     fixed = chart("Fixed-noise validation loss", "◇ as exported", validation_chart(runs), runs)
     by_step = gap_chart(runs)
     gaps = chart("Merge gap", "as exported less as trained", by_step, runs) if by_step else ""
-    return f'{legend(runs)}<div class="halves">{loss}{fixed}{gaps}</div>'
+    return f'{legend(runs)}<div class="halves charts">{loss}{fixed}{gaps}</div>'
 
 
 def merges(runs: Sequence[Run]) -> str:

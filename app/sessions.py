@@ -36,14 +36,21 @@ class Session:
     ballot: Ballot | None = None
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
+    waits: bool = False  # a comparison was asked for, and has not begun
     race: list[Run] = field(default_factory=list)
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
     training_seen: tuple | None = None  # what the page last showed of a training
 
-    def begin(self, request: CompareRequest) -> threading.Event:
-        """Start a comparison: forget the last one's pictures, and stop it if it still runs."""
+    def ask(self) -> None:
+        """A comparison is asked for, and may have to wait for those of others: stop the one that runs."""
         self.cancel.set()
-        self.cancel = threading.Event()
+        self.cancel, self.waits = threading.Event(), True
+
+    def begin(self, request: CompareRequest) -> threading.Event:
+        """Its turn has come: forget the last one's pictures. It may have been stopped while it waited."""
+        if not self.waits:
+            self.ask()
+        self.waits = False
         self.show(request, [])
         return self.cancel
 

@@ -112,6 +112,7 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 #slider, #difference { max-width: 560px; margin: 0 auto; }
 
 .halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
+.halves.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 255px), 1fr)); }
 .halves > * { min-width: 0; }
 .facts { border-collapse: collapse; border: 0 !important; width: 100%; margin: 0; font-size: .9rem; }
 .card { border: 1px solid var(--line); border-radius: 10px; background: var(--card); padding: 6px 8px;
@@ -177,6 +178,7 @@ fieldset label span { min-width: 0; overflow-wrap: anywhere; }
   .grid tr { display: grid; grid-template-columns: repeat(var(--columns), var(--side)); gap: 6px; padding: 4px 2px; }
   .grid thead th:first-child { position: absolute; }
   .grid tbody th { grid-column: 1 / -1; max-width: calc(100cqi - 16px); width: max-content; font-size: .85rem; }
+  .grid tbody th .name { display: inline; }
   .grid tbody th small { display: inline; margin-left: .5em; }
   .verdicts { flex-wrap: nowrap !important; }
   .verdicts button { padding-inline: 4px; font-size: .85rem; }
@@ -185,6 +187,7 @@ fieldset label span { min-width: 0; overflow-wrap: anywhere; }
 """
 
 # Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
+# And what Gradio does not tell a screen reader: names of groups of choices and pictures, whether a section is open.
 HEAD = """<script>
 document.addEventListener('keydown', (event) => {
   if (event.target.closest('input, textarea, select, [contenteditable], [role=tab]')) return;
@@ -193,5 +196,19 @@ document.addEventListener('keydown', (event) => {
   const id = keys[event.key.toLowerCase()];
   const button = id && document.getElementById(id);
   if (button && button.offsetParent) { event.preventDefault(); button.click(); }
+});
+const say = (element, name, value) => {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+};
+const sayAll = () => {
+  for (const group of document.querySelectorAll('fieldset'))
+    say(group, 'aria-label', group.querySelector('[data-testid=block-info]')?.textContent.trim() || 'choices');
+  for (const heading of document.querySelectorAll('button.label-wrap'))
+    say(heading, 'aria-expanded', String(heading.classList.contains('open')));
+  for (const picture of document.querySelectorAll('#difference button:has(img)'))
+    say(picture, 'aria-label', 'heat map of the difference');
+};
+new MutationObserver(sayAll).observe(document, {
+  subtree: true, childList: true, attributes: true, attributeFilter: ['class'],
 });
 </script>"""

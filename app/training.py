@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from .request import joined
+from .request import CompareRequest, joined
 from .runs import ADAPTER, METRICS, find_adapters, read_rows
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_scripts" / "train_dreambooth_reslora.py"
@@ -64,8 +64,8 @@ class TrainRequest:
 
     instance_prompt: str
     method: Method = Method.INPUT
-    max_train_steps: int = 400
-    rank: int = 8
+    max_train_steps: int = 800
+    rank: int = 16
     learning_rate: float = 1e-3
     train_batch_size: int = 4
     train_text_encoder: bool = True
@@ -124,6 +124,7 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
         options |= {
             "validation_prompt": list(r.validation_prompt),
             "num_validation_images": 2,
+            "guidance_scale": CompareRequest.guidance_scale,
             "validation_steps": max(1, r.max_train_steps // SAMPLES_PER_RUN),
         }
     if r.class_prompt:

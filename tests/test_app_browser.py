@@ -126,7 +126,8 @@ def fill(page, name: str, text: str) -> None:
 
 def unfold(page, name: str) -> None:
     heading = page.get_by_role("button", name=name)
-    if "open" not in heading.get_attribute("class").split():
+    expect(heading).to_have_attribute("aria-expanded", re.compile("true|false"))
+    if heading.get_attribute("aria-expanded") == "false":
         heading.click()
 
 
@@ -164,6 +165,7 @@ def toast(page):
 UNLABELLED = """[...document.querySelectorAll('input, textarea, select, button')].filter((e) => e.offsetParent
   && !e.labels?.length && !e.ariaLabel && !e.getAttribute('aria-labelledby') && !e.title && !e.innerText?.trim()
   && e.type !== 'file').map((e) => e.outerHTML)"""
+UNSAID = "document.querySelectorAll('fieldset:not([aria-label]), button.label-wrap:not([aria-expanded])').length"
 # Words with a contrast below 4.5, by the formula of WCAG 2; disabled controls are exempt there too.
 FAINT = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -196,6 +198,7 @@ def test_every_tab_fits_the_width_is_labelled_and_stands_out(visit, width, schem
         page.wait_for_function("!document.getAnimations().some((a) => a instanceof CSSTransition)")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{tab} is too wide"
         assert page.evaluate(UNLABELLED) == [], tab
+        assert page.evaluate(UNSAID) == 0, f"{tab}: groups without a name, or sections not said to be open"
         assert page.evaluate(FAINT) == [], tab
     assert page.evaluate("[...document.images].every((image) => !image.alt || image.naturalWidth > 0)")
 
@@ -353,6 +356,22 @@ def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit, slow):
     painted = int(re.search(r"Stopped: (\d+) of 63", page.locator("#status").inner_text())[1])
     assert 0 < painted < 63
     expect(page.locator("#grid img")).to_have_count(painted)
+
+
+def test_stop_while_waiting_for_another_visitors_pictures(visit, slow):
+    one, other = visit(), visit()
+    set_steps(one, 20)
+    fill(one, "seeds", "0-60")
+    expect(one.locator("#expected")).to_contain_text("183 pictures")
+    one.click("#run")
+    expect(one.locator("#status")).to_contain_text("of 183 pictures")
+    other.click("#run")
+    other.wait_for_timeout(1000)
+    other.click("#stop")
+    other.wait_for_timeout(500)
+    one.click("#stop")
+    expect(one.locator("#status")).to_contain_text("Stopped:")
+    expect(other.locator("#status")).to_contain_text("Stopped: 0 of 6 pictures")
 
 
 def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):

@@ -164,6 +164,17 @@ def test_sessions_do_not_mix_and_are_forgotten(tmp_path):
     assert len(list(tmp_path.iterdir())) == MAX_SESSIONS
 
 
+def test_a_comparison_can_be_stopped_while_it_waits_for_its_turn(tmp_path):
+    session, (request, _) = Sessions(tmp_path).of("a"), comparison()
+    running = session.begin(request)
+    assert not running.is_set()
+    session.ask()
+    assert running.is_set(), "asking anew stops what runs"
+    session.cancel.set()
+    assert session.begin(request).is_set()
+    assert not session.begin(request).is_set(), "the next one starts afresh"
+
+
 def test_two_files_of_one_name_get_two_labels(tmp_path):
     session = Sessions(tmp_path).of("a")
     first = session.add_adapter(Adapter("lora", "p", "1"))

@@ -60,6 +60,13 @@ def test_the_script_is_in_the_wheel_and_answers(site, tmp_path):
         assert "--instance_data_dir" in run_with(site, tmp_path, *words, "--help")
 
 
+def test_the_page_says_that_the_embedded_pipeline_is_elsewhere(site, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-m", "app"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give --base the folder of a pipeline" in done.stderr
+
+
 def test_a_training_is_started_from_the_wheel(site, tmp_path):
     make_pipeline(tmp_path / "base")
     adapter = run_with(site, tmp_path, "-c", TRAIN, tmp_path / "base").strip()

@@ -1,1 +1,10 @@
-"""One file for each tab: its controls, and the events that join them to the floors below."""
+"""The page, one file for each tab, and what they have in common: how a request is refused."""
+
+import gradio as gr
+
+from app.views import plain
+
+
+def refusal(problem: object, title: str = "Not done") -> gr.Error:
+    """To be raised: a message that stays until it is closed, and no traceback on the console."""
+    return gr.Error(plain(problem), duration=None, title=title, print_exception=False)

@@ -14,10 +14,12 @@ from app.request import CompareRequest, Scheduler
 from app.saved import View
 from app.sessions import Session
 from app.studio import HEAVY, LIGHT, PRIVATE, Studio
+from app.tabs import refusal
 from app.tabs.looking import looking
 from app.tabs.taking import opened, said, takeaway
 
 SECONDS_BETWEEN_LOOKS = 0.25
+NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or run make demo and start the page anew."
 # On a narrow screen the pictures stand above the button.
 SHOW_STATUS = """() => {
   if (window.innerWidth < 700) document.getElementById('status').scrollIntoView();
@@ -108,12 +110,16 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         text = f"{count} picture{'s' * (count != 1)}, about {views.duration(seconds)}"
         return views.message("\n".join([text, *long]), "warn" if long else "note")
 
+    def ask(request: gr.Request) -> list:
+        session_of(request).ask()
+        return ["Grid", gr.Button(visible=False)]
+
     def paint(request: gr.Request, progress: gr.Progress = gr.Progress(), *values) -> Iterator[tuple]:  # noqa: B008
         session = session_of(request)
         try:
             asked = read(session, values)
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            raise refusal(problem) from None
         count, seconds = comparer.estimate(asked)
         cancel = session.begin(asked)
 
@@ -133,7 +139,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
                 if shown.is_due():
                     yield views.message(f"{len(session.cells)} of {count} pictures."), views.grid(session)
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            raise refusal(problem) from None
         if session.cancel is cancel:
             yield finished(session, count), views.grid(session)
 
@@ -145,7 +151,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         if label is None:
             return [gr.skip()] * 2
         if label not in files:
-            raise gr.Error(views.plain(f"There is no adapter {label} any more."))
+            raise refusal(f"There is no adapter {label} any more.")
         return [added({label: files[label]}, label, chosen, session_of(request)), None]
 
     def added(paths: dict[str, Path], label: str | None, chosen: list[str], session: Session) -> gr.CheckboxGroup:
@@ -170,7 +176,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         try:
             asked, base = opened(studio, session, [Path(path) for path in paths or []])
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None, title="This cannot be opened") from None
+            raise refusal(problem, "This cannot be opened") from None
         return [
             *filled(session, asked),
             said(session, base, studio.base_name),
@@ -183,7 +189,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         session, asked = session_of(request), studio.first_request
         session.show(asked, studio.first_cells)
         of_runs = gr.Dropdown(choices=list(studio.adapter_files()), value=None)
-        done = finished(session, len(studio.first_cells))
+        done = finished(session, len(studio.first_cells)) if session.adapters else views.message(NO_ADAPTER)
         return [*filled(session, asked), of_runs, done, views.grid(session), *look.values(session, View.of(asked))]
 
     def halt(request: gr.Request) -> None:
@@ -193,7 +199,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
     sweep.click(lambda: SWEEP, None, strengths, **LIGHT, **PRIVATE)
     started = gr.on(
         [run.click, again.click],
-        lambda: ["Grid", gr.Button(visible=False)],
+        ask,
         None,
         [look.view, again],
         **LIGHT,

@@ -7,6 +7,8 @@ import gradio as gr
 from app import views
 from app.studio import LIGHT, PRIVATE, Studio
 
+NONE = "No adapter is here yet: look at a file, train one, or start the page with --runs and the folder of your runs."
+
 
 def files_tab(studio: Studio, tab: gr.Tab) -> None:
     with gr.Row():
@@ -14,7 +16,7 @@ def files_tab(studio: Studio, tab: gr.Tab) -> None:
         other = gr.UploadButton(
             "Look at a file (.safetensors)", size="sm", scale=1, elem_id="card_file", elem_classes="beside"
         )
-    card = gr.HTML(elem_id="card", padding=False)
+    card = gr.HTML(views.message(NONE), elem_id="card", padding=False)
 
     def choices(request: gr.Request) -> gr.Dropdown:
         labels = list(studio.sessions.of(request.session_hash).adapters)
@@ -28,7 +30,7 @@ def files_tab(studio: Studio, tab: gr.Tab) -> None:
 
     def show(label: str | None, request: gr.Request) -> str:
         adapters = studio.sessions.of(request.session_hash).adapters
-        return look(Path(adapters[label].path), label) if label in adapters else ""
+        return look(Path(adapters[label].path), label) if label in adapters else views.message(NONE)
 
     def upload(path: str) -> str:
         return look(Path(path), None)

@@ -6,6 +6,7 @@ from app import learned, views
 from app.measures import measure
 from app.pictures import pictures_in, read_pictures
 from app.studio import HEAVY, LIGHT, PRIVATE, Studio
+from app.tabs import refusal
 
 MAX_REFERENCES = 32
 OWN = "pictures of my own"
@@ -51,7 +52,7 @@ def measures_tab(studio: Studio) -> None:
     ) -> str:
         session = studio.sessions.of(request.session_hash)
         if not session.cells:
-            raise gr.Error("Compare something first: the measures are of the pictures of the Compare tab.")
+            raise refusal("Compare something first: the measures are of the pictures of the Compare tab.")
         try:
             files = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
             pictures = read_pictures(files, MAX_REFERENCES)
@@ -59,7 +60,7 @@ def measures_tab(studio: Studio) -> None:
             models = learned.load(clip_name, dino_name)
             values |= learned.learned_measures(session.request, session.cells, pictures, *models)
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            raise refusal(problem) from None
         return views.measures(session.request, values)
 
     run.click(take, [subject, references, word, clip, dino], result, **HEAVY, **PRIVATE)

@@ -4,10 +4,11 @@ import math
 
 import gradio as gr
 
-from app import run_views, views
+from app import run_views
 from app.runs import Run, read_run
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
+from app.tabs import refusal
 
 MAX_RUNS = 8
 SMOOTHING = 0.95
@@ -40,11 +41,11 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
     def read(labels: list[str]) -> list[Run]:
         folders = studio.run_folders()
         if gone := [label for label in labels if label not in folders]:
-            raise gr.Error(views.plain(f"There is no run {', '.join(gone)} any more."))
+            raise refusal(f"There is no run {', '.join(gone)} any more.")
         try:
             return [read_run(label, folders[label]) for label in labels]
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            raise refusal(problem) from None
 
     def offer(labels: list[str]) -> gr.Dropdown:
         known = list(studio.run_folders())

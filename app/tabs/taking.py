@@ -13,6 +13,7 @@ from app.request import CompareRequest, digests_in, joined, problems
 from app.saved import open_saved, saved_cells, saved_view, settings_json, write_zip
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
+from app.tabs import refusal
 
 KINDS = {
     "sheet": ("Sheet .png", "comparison.png"),
@@ -41,7 +42,7 @@ def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:
     def write(request: gr.Request) -> str:
         session = studio.sessions.of(request.session_hash)
         if session.request is None or not (session.cells or kind == "settings"):
-            raise gr.Error("There are no pictures to take away: compare something first.")
+            raise refusal("There are no pictures to take away: compare something first.")
         return str(written(session, kind, studio.base_name))
 
     return write
@@ -80,7 +81,7 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     own = tuple(session.add_adapter(adapter) if adapter.path else adapter for adapter in asked.adapters)
     renamed = replace(asked, adapters=own)
     columns = dict(zip(asked.columns, renamed.columns, strict=True))
-    session.begin(renamed)
+    session.ask()
     session.show(renamed, [replace(cell, column=columns[cell.column]) for cell in cells])
     session.view = saved_view(data, renamed)
     session.resume = (renamed, session.view)

@@ -12,7 +12,8 @@ from app.pictures import pictures_in, read_pictures
 from app.runs import read_run
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
-from app.training import CONFIG, Method, Training
+from app.tabs import refusal
+from app.training import CONFIG, Method, Training, TrainRequest
 
 SECONDS_BETWEEN_LOOKS = 2
 SMOOTHING = 0.95
@@ -60,7 +61,9 @@ def train_tab(
                 elem_id="train_prompt",
             )
             method = gr.Radio(list(Method), value=Method.INPUT, label="Method", elem_id="train_method")
-            steps = gr.Number(400, label="Steps", precision=0, minimum=1, elem_id="train_steps")
+            steps = gr.Number(
+                TrainRequest.max_train_steps, label="Steps", precision=0, minimum=1, elem_id="train_steps"
+            )
             samples_of = gr.Textbox(
                 label="Prompts for samples",
                 info=f"One to a line, at most {limits.validation_prompts}; painted as training goes.",
@@ -69,9 +72,11 @@ def train_tab(
                 elem_id="train_samples_of",
             )
             with gr.Accordion("More", open=False):
-                rank = gr.Slider(1, limits.rank, value=8, step=1, label="Rank")
-                rate = gr.Number(1e-3, label="Learning rate", minimum=0, maximum=1)
-                batch = gr.Slider(1, limits.batch_size, value=4, step=1, label="Pictures in a step")
+                rank = gr.Slider(1, limits.rank, value=TrainRequest.rank, step=1, label="Rank")
+                rate = gr.Number(TrainRequest.learning_rate, label="Learning rate", minimum=0, maximum=1)
+                batch = gr.Slider(
+                    1, limits.batch_size, value=TrainRequest.train_batch_size, step=1, label="Pictures in a step"
+                )
                 text_encoder = gr.Checkbox(True, label="Train the text encoder too")
                 class_prompt = gr.Textbox(
                     label="Prompt of the class",
@@ -131,7 +136,7 @@ def train_tab(
             asked = read_train_request(*values)
             training = trainer.start(asked, read_pictures(sources_of(chosen, paths), limits.pictures), key)
         except ValueError as problem:
-            raise gr.Error(views.plain(problem), duration=None) from None
+            raise refusal(problem) from None
         session = session_of(request)
         session.training_seen = None
         return look(session, training, chosen_adapters)

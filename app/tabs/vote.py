@@ -5,6 +5,7 @@ import gradio as gr
 from app import views
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
+from app.tabs import refusal
 from app.votes import Choice, make_ballot, votes_csv
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
@@ -61,19 +62,19 @@ def vote_tab(studio: Studio, tab: gr.Tab) -> None:
     def start(a: int | None, b: int | None, request: gr.Request) -> list:
         session = session_of(request)
         if session.request is None or a is None or b is None:
-            raise gr.Error("Compare something first: votes are on the pictures of the Compare tab.")
+            raise refusal("Compare something first: votes are on the pictures of the Compare tab.")
         listed = session.request.columns
         try:
             session.ballot = make_ballot(session.request, session.cells, listed[a], listed[b])
         except ValueError as problem:
-            raise gr.Error(views.plain(problem)) from None
+            raise refusal(problem) from None
         return [*state(session), "", gr.DownloadButton(interactive=False)]
 
     def cast(choice: Choice):
         def vote(request: gr.Request) -> list:
             session = session_of(request)
             if session.ballot is None or session.ballot.current is None:
-                raise gr.Error("There is no pair to vote on: begin a round.")
+                raise refusal("There is no pair to vote on: begin a round.")
             session.ballot.vote(choice)
             return state(session)
 
