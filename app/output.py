@@ -92,9 +92,10 @@ REPORT_STYLE = """
 body { margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } th, td { padding: .4rem; text-align: left; vertical-align: top; }
+th { overflow-wrap: anywhere; } th[scope=col] { max-width: 192px; vertical-align: bottom; }
 th[scope=row] { max-width: 16rem; min-width: 8rem; font-weight: 500; }
-img { width: 192px; image-rendering: pixelated; border-radius: 6px; display: block; }
-small { color: #78716c; font-weight: 400; } td small { display: block; max-width: 192px; overflow-wrap: anywhere; }
+img { width: 192px; border-radius: 6px; display: block; }
+small { opacity: .75; font-weight: 400; } td small { display: block; max-width: 192px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px; }
 """
 

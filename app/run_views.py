@@ -54,7 +54,7 @@ def merges(runs: Sequence[Run]) -> str:
             continue
         m = run.merge
         worst = f"{max(m.layer_errors.values()):.1%}" if m.layer_errors else ""
-        base, trained, exported = (f"{loss:.5f}" for loss in (m.base, m.trained, m.exported))
+        base, trained, exported = ("–" if loss is None else f"{loss:.5f}" for loss in (m.base, m.trained, m.exported))
         lines.append((run.label, trained, exported, said_gap(m.gap), base, run.last_step, worst))
     return table(head, lines, "Loss on fixed noise, and the merge gap: as exported less as trained")
 

@@ -31,7 +31,7 @@ Points = list[tuple[int, float]]
 class MergeLosses:
     """Losses on one fixed noise; `gap` is what the shortcut's removal costs."""
 
-    base: float
+    base: float | None  # not of language models
     trained: float
     exported: float
     layer_errors: dict[str, float]
@@ -170,12 +170,13 @@ def read_merge(path: Path) -> MergeLosses | None:
     found = read_object(path)
     if not found:
         return None
-    losses = [found.get(name) for name in ("loss_base", "loss_trained", "loss_merged")]
-    if not all(map(is_number, losses)):
-        raise ValueError(f"{path.parent.name}/{path.name} lacks loss_base, loss_trained or loss_merged")
+    trained, exported, base = (found.get(name) for name in ("loss_trained", "loss_merged", "loss_base"))
+    if not (is_number(trained) and is_number(exported)):
+        raise ValueError(f"{path.parent.name}/{path.name} lacks loss_trained or loss_merged")
     errors = found.get("output_errors")
     errors = errors if isinstance(errors, dict) else {}
-    return MergeLosses(*losses, {str(k): float(v) for k, v in errors.items() if is_number(v)})
+    base = base if is_number(base) else None
+    return MergeLosses(base, trained, exported, {str(k): float(v) for k, v in errors.items() if is_number(v)})
 
 
 def find_samples(folder: Path) -> dict[int, dict[str, Path]]:

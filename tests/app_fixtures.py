@@ -61,7 +61,14 @@ def make_run(folder: Path, method: str, shortcut: str | None = None, steps: int 
         if step % 10 == 0:
             history.write([{"step": step, "validation_loss": 0.1 + 0.3 / step}])
     trained = 0.1 + 0.3 / steps
-    report = MergeReport(shortcut or "none", "least_squares", 0.5, trained, trained + 0.01, {"unet.a": 0.02})
+    report = MergeReport(
+        shortcut or "none",
+        "least_squares",
+        loss_base=0.5,
+        loss_trained=trained,
+        loss_merged=trained + 0.01,
+        output_errors={"unet.a": 0.02},
+    )
     (folder / "merge_report.json").write_text(json.dumps(report.to_dict()))
     options = {"method": method, "shortcut": shortcut, "validation_prompt": ["a cat", "a dog"]}
     (folder / "run.json").write_text(json.dumps({"options": options}))

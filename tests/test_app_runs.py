@@ -100,7 +100,7 @@ def test_a_run_under_way_is_read_as_far_as_it_is(race):
         (METRICS, "{}\n{}", "line 1 is no row"),
         (METRICS, '{"step": 1, "loss": 2}\nnonsense\n', "line 2 is no row"),
         (METRICS, '{"step": true}\n', "line 1 is no row"),
-        ("merge_report.json", '{"loss_base": "low"}', "lacks loss_base"),
+        ("merge_report.json", '{"loss_base": "low"}', "lacks loss_trained"),
         ("merge_report.json", "[1]", "no object"),
         ("run.json", "{", "no JSON"),
     ],
@@ -198,3 +198,11 @@ def test_the_first_prompt_is_what_was_taught(race):
     assert first_prompt({"instance_prompt": "a sticker of sks animal"}) == PROMPT
     assert first_prompt({"instance_prompt": "a photo of sks dog"}) == "a photo of sks dog"
     assert first_prompt({"instance_prompt": None}) == PROMPT
+
+
+def test_a_language_models_run_is_shown_without_the_bases_loss(race):
+    folder = race / "demo" / "lora"
+    (folder / "merge_report.json").write_text(json.dumps({"loss_trained": 1.5, "loss_merged": 1.75}))
+    run = read_run("lora", folder)
+    assert (run.merge.base, run.merge.gap) == (None, 0.25)
+    assert "–" in run_views.merges([run])
