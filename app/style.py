@@ -118,9 +118,9 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .card { border: 1px solid var(--line); border-radius: 10px; background: var(--card); padding: 6px 8px;
   margin: 0 0 14px; }
 .card figcaption { font-weight: 650; padding: .35rem .5rem; }
-.facts :is(th, td) { text-align: left; padding: .35rem .5rem !important; border: 0 !important; vertical-align: top;
+.facts th, .facts td { text-align: left; padding: .35rem .5rem !important; border: 0 !important; vertical-align: top;
   overflow-wrap: anywhere; }
-.facts tbody :is(th, td) { border-top: 1px solid var(--line) !important; }
+.facts tbody th, .facts tbody td { border-top: 1px solid var(--line) !important; }
 .facts :is(thead, tbody, tr) { border: 0 !important; background: none !important; }
 .facts thead th { vertical-align: bottom; overflow-wrap: normal; font-weight: 600;
   color: var(--body-text-color-subdued); }
@@ -128,8 +128,8 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .facts td.short { white-space: nowrap; }
 .message + .card { margin-top: 14px; }
 .facts th[scope=row] { font-weight: 500; min-width: 5.5rem; }
-.facts.many th[scope=row] { max-width: 15rem; overflow-wrap: anywhere; }
-.facts.many :is(td, thead th) { min-width: 5.4rem; overflow-wrap: break-word; }
+.facts.many th[scope=row] { min-width: 7rem; max-width: 15rem; overflow-wrap: anywhere; }
+.facts.many td, .facts.many thead th { min-width: 5.4rem; overflow-wrap: break-word; }
 .file h3 { font-size: 1.15rem; font-weight: 700; margin: .25rem 0 .5rem; overflow-wrap: anywhere; }
 .file .message { margin-bottom: 14px; }
 .file details { margin-top: 8px; }
