@@ -41,7 +41,7 @@ class Limits:
     guidance: float = 20.0
     seed: int = 2**32 - 1
     label_characters: int = 60
-    adapters: int = 8
+    adapters: int = 16
 
 
 @dataclass(frozen=True)
