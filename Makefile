@@ -34,5 +34,5 @@ clean:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[app,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[app,dev,llm]' --constraint constraints.txt
 	touch $@

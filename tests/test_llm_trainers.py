@@ -87,34 +87,43 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("prepared", [False, True])
-def test_trl_trains_it_from_a_configuration_or_prepared(prepared, tokenizer, tmp_path):
+def test_trl_trains_saves_and_resumes_from_a_configuration_or_prepared(prepared, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2}"} for i in range(24)])
-    settings = trl.SFTConfig(
-        str(tmp_path),
-        max_steps=3,
-        save_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        max_length=16,
-    )
-    model, adapter = build("llama"), config("llama", shortcut="middle", num_previous=2)
-    model = get_peft_model(model, adapter) if prepared else model
-    sft = trl.SFTTrainer(
-        model,
-        settings,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=None if prepared else adapter,
-    )
+
+    def sft_trainer():
+        set_seed(0)
+        model, adapter = build("llama"), config("llama", shortcut="middle", num_previous=2, lora_dropout=0.1)
+        settings = trl.SFTConfig(
+            str(tmp_path),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            max_length=16,
+        )
+        return trl.SFTTrainer(
+            get_peft_model(model, adapter) if prepared else model,
+            settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=None if prepared else adapter,
+        )
+
+    sft = sft_trainer()
     before = factors(sft.model)
     assert len(before) == 36
     sft.train()
-    assert sum((value - before[name]).abs().max() > 0 for name, value in factors(sft.model).items()) == 36
-    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "checkpoint-3")
-    assert get_controller(loaded).config.num_previous == 2
+    after = factors(sft.model)
+    assert sum((value - before[name]).abs().max() > 0 for name, value in after.items()) == 36
     assert not get_controller(sft.model).skipped
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "checkpoint-4")
+    assert get_controller(loaded).config.num_previous == 2
+    resumed = sft_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in factors(resumed.model).items():
+        torch.testing.assert_close(value, after[name], rtol=0, atol=0)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from reslora_diffusion import ResLoraConfig
@@ -27,6 +28,8 @@ def training_problems(training: TrainingArguments, options: ModelOptions) -> lis
             problems.append("--handover_at: does nothing here; only shortcuts input and middle have something to fold")
         if not 0 < options.handover_at < 1:
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
+    if getattr(options, "save_merged_model", False) and is_deepspeed_zero3_enabled():
+        problems.append("--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead")
     output = Path(training.output_dir)
     if training.resume_from_checkpoint is None and output.is_dir():
         if get_last_checkpoint(str(output)):
