@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -264,3 +266,19 @@ def test_arguments_are_not_changed_by_checking(tmp_path):
     before = dict(vars(args))
     check(args)
     assert vars(args) == before
+
+
+@pytest.mark.parametrize("words", [["--no_such_option"], ["--pretrained_model_name_or_path", "/nowhere/model"], []])
+def test_what_no_library_is_needed_for_is_said_without_one(words):
+    """An import of torch and diffusers takes longer than all the rest of such an answer."""
+    code = (
+        "import sys; from reslora_diffusion.diffusion.checks import check\n"
+        "from reslora_diffusion.diffusion.options import parse\n"
+        "try: check(parse(sys.argv[1:]))\n"
+        "except ValueError as error: print(error)\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert "--pretrained_model_name_or_path" in done.stdout
+    assert "--instance_data_dir is required" in done.stdout
+    assert done.stdout.endswith("[]\n")

@@ -102,6 +102,8 @@ def why_plain(controller: "Controller", group: Group, x: Tensor) -> str | None:
     for layer, base in zip(group.layers, group.bases, strict=True):
         if layer.disable_adapters or layer.merged_adapters:
             return "disabled or merged"
+        if layer._modules["base_layer"] is not base:
+            return "a base layer that was replaced"
         weight = base._parameters["weight"]
         if weight.requires_grad or weight.dtype != dtype or type(weight) not in (nn.Parameter, Tensor):
             return "a base layer that is trained, sharded or of another precision than its input"

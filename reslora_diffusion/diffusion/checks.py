@@ -1,7 +1,8 @@
 """Everything that can be found wrong before a model is loaded, in one message.
 
 `check(args)` looks at the options, the folders, the installed packages and the model's configuration files, and returns
-what the run will be trained on.
+what the run will be trained on. What needs torch and diffusers is imported, which takes seconds, only where it can find
+something: not for options that do not exist, nor for a model that is not there.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -20,11 +22,11 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint
 from .concepts import Concept, concepts_of
-from .distributed import launcher_problems
-from .optimizers import optimizer_problems
 from .options import NOT_SUPPORTED, known_flags
 from .record import differences
-from .skeleton import Skeleton, load_skeleton, skeleton_problems
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
 
 CHOICES = {
     "method": ("lora", "reslora"),
@@ -76,19 +78,25 @@ class Plan:
     buckets: list[Size]
     max_train_steps: int
     steps_per_epoch: int
-    skeleton: Skeleton
+    skeleton: "Skeleton"
 
 
 def check(args: Namespace) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found."""
     problems, concepts, skeleton, buckets = list(unknown_words(args.unknown)), [], None, []
-    for look in (bad_values, bad_combinations, missing_packages, bad_output, launcher_problems):
+    for look in (bad_values, bad_combinations, missing_packages, bad_output):
         problems += look(args)
     try:
         concepts = concepts_of(args)
     except BadInput as error:
         problems += error.problems
     problems += dict.fromkeys(problem for concept in concepts for problem in concept.problems)
+    missing = missing_model(args)
+    if args.unknown or missing:
+        refuse(dict.fromkeys([*missing, *problems]))
+    from .distributed import launcher_problems
+    from .optimizers import optimizer_problems
+
     try:
         skeleton = look_at_model(args)
         buckets = [(args.resolution, args.resolution)]
@@ -96,7 +104,7 @@ def check(args: Namespace) -> Plan:
             buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, skeleton.grid)
     except BadInput as error:
         problems += error.problems
-    problems += optimizer_problems(args)
+    problems += [*launcher_problems(args), *optimizer_problems(args)]
     refuse(dict.fromkeys(problems))
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -106,16 +114,23 @@ def check(args: Namespace) -> Plan:
     return Plan(concepts, buckets, steps, per_epoch, skeleton)
 
 
-def look_at_model(args: Namespace) -> Skeleton | None:
-    """The model's shapes; raises `BadInput` with what does not fit them."""
+def missing_model(args: Namespace) -> list[str]:
+    """Why there is no model to look at, as far as this machine can tell."""
     name = args.pretrained_model_name_or_path
     if not name:
-        return None
+        return ["--pretrained_model_name_or_path is required"]
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
-        refuse([f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"])
+        return [f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"]
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        refuse([f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"])
+        return [f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"]
+    return []
+
+
+def look_at_model(args: Namespace) -> "Skeleton":
+    """The model's shapes; raises `BadInput` with what does not fit them."""
+    from .skeleton import load_skeleton, skeleton_problems
+
     skeleton = load_skeleton(args)
     refuse(skeleton_problems(skeleton, args))
     return skeleton
@@ -156,8 +171,6 @@ def bad_values(args: Namespace) -> Iterator[str]:
 
 
 def bad_combinations(args: Namespace) -> Iterator[str]:
-    if not args.pretrained_model_name_or_path:
-        yield "--pretrained_model_name_or_path is required"
     if not args.instance_data_dir and not args.concepts:
         yield "--instance_data_dir is required, or --concepts"
     if args.instance_data_dir and args.concepts:

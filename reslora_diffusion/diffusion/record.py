@@ -9,14 +9,13 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any
 
 from ..problems import listing
 from .checkpoints import stored_facts
-from .models import base_model_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 FILE = "run.json"
 PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
@@ -57,12 +56,14 @@ def trackable(args: Namespace) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
 
 
-def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: Accelerator | PartialState) -> int:
+def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
     """The seed given, else the checkpoint's, else one drawn for all processes."""
     if args.seed is not None:
         return args.seed
     if checkpoint is not None:
         return stored_facts(checkpoint)["options"]["seed"]
+    from accelerate.utils import broadcast_object_list
+
     drawn = [secrets.randbelow(2**32)]
     return broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
 
@@ -96,6 +97,8 @@ def export_name(args: Namespace) -> str:
 
 def model_card(args: Namespace, family: str, lines: list[str], pictures: list[str]) -> str:
     """README.md of a trained adapter, in the hub's format."""
+    from .models import base_model_name
+
     base = base_model_name(args)
     tags = ["text-to-image", "diffusers", "lora", "diffusers-training", family, args.method]
     prompt = args.instance_prompt or "captions of the pictures"
