@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .results import FOLDER, write_results
 from .variants import VARIANTS
 
 AGAIN = "peft again"
+LARGE = ("floor", "peft", "peft_autocast", "lora", "input", "block", "middle", "lora_frozen", "input_frozen")
 COMPILED = ("floor", "peft", "lora", "input", "block", "middle")
 DEFAULT = [name for name in VARIANTS if not name.endswith("_frozen")] + ["lora_frozen", "input_frozen"]
 CPU_CASES = [("tiny_unet", 1, 60), ("proxy_unet", 2, 8), ("tiny_llama", 2, 30)]  # model, batch, rounds
@@ -40,7 +42,9 @@ CUDA_CASES += [("sdxl", 1, "eager"), ("sdxl", 1, "graph"), ("sdxl", 4, "eager"),
 CUDA_CASES += [("llama_1b", 1, "eager"), ("llama_1b", 4, "eager"), ("sd15", 4, "compiled")]
 
 
-def prepare(variant: str, of: Subject, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+def prepare(
+    variant: str, of: Subject, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[], Tensor]:
     """A function that does one forward and backward of a fresh model, and returns the loss."""
     chosen = VARIANTS[variant.removesuffix(" again")]
     torch.manual_seed(0)
@@ -51,26 +55,22 @@ def prepare(variant: str, of: Subject, batch: int, device: torch.device, dtype: 
     chosen.adapt(model, of.targets, device.type == "cuda")
     inputs = of.inputs(batch, device, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
+    forward = torch.compile(output, dynamic=False) if compiled else output
 
     def step() -> Tensor:
         for parameter in trained:
             parameter.grad = None
         autocast = chosen.autocast and device.type == "cuda"
         with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-            loss = output(model, inputs).float().square().mean()
+            loss = forward(model, inputs).float().square().mean()
         loss.backward()
         return loss
 
     return step
 
 
-def as_mode(step: Callable[[], Tensor], mode: str) -> Callable[[], Any]:
-    """The step compiled, or recorded once as a CUDA graph and replayed."""
-    if mode == "eager":
-        return step
-    if mode == "compiled":
-        torch._dynamo.reset()
-        return torch.compile(step)
+def as_graph(step: Callable[[], Tensor]) -> Callable[[], Any]:
+    """The step recorded once as a CUDA graph, and replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -185,8 +185,9 @@ def on_cpu(variants: list[str], scale: float) -> dict[str, Any]:
     return found
 
 
-def on_cuda(variants: list[str], scale: float, minutes: float) -> dict[str, Any]:
-    """All cases of a GPU, as many as fit the time; what does not fit is named."""
+def on_cuda(variants: list[str], scale: float, minutes: float, keep: Callable[[dict], object]) -> dict[str, Any]:
+    """All cases of a GPU, as many as fit the time and the memory, kept after each; what does not fit is named."""
+    torch._dynamo.config.recompile_limit = 64  # variants share their code, each is compiled by itself
     found: dict[str, Any] = {}
     device, until = torch.device("cuda"), time.monotonic() + 60 * minutes
     for subject, batch, mode in CUDA_CASES:
@@ -195,28 +196,38 @@ def on_cuda(variants: list[str], scale: float, minutes: float) -> dict[str, Any]
             print(f"\n{key}: left out, {minutes} minutes are over", flush=True)
             continue
         names = variants if mode == "eager" else [name for name in variants if name in COMPILED]
+        if subject == "sdxl":  # of which not all fit a card at once
+            names = [name for name in names if name in LARGE]
         if "llama" in subject:
             names = [name for name in names if not name.endswith("_frozen")]
         steps, peaks = {}, {}
         for name in [*names, AGAIN]:
+            if time.monotonic() > until:
+                print(f"{key}: {name} left out, {minutes} minutes are over", flush=True)
+                continue
             try:
-                step = prepare(name, SUBJECTS[subject], batch, device, torch.bfloat16)
+                step = prepare(name, SUBJECTS[subject], batch, device, torch.bfloat16, mode == "compiled")
                 step()
                 peaks[name] = peak_memory(step)
-                steps[name] = as_mode(step, mode)
+                steps[name] = as_graph(step) if mode == "graph" else step
                 steps[name]()
             except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
                 steps.pop(name, None)
                 print(f"{key}: {name} left out: {str(error).splitlines()[0]}", flush=True)
-        if not {"floor", "peft"} <= steps.keys():
-            continue
-        found[key] = compare(steps, cuda_time, max(3, round(12 * scale)))
-        for name, values in found[key].items():
-            values["peak"] = peaks[name]
-        print(f"\n{key}\n{table(found[key])}", flush=True)
+        if {"floor", "peft"} <= steps.keys():
+            try:
+                measured = compare(steps, cuda_time, max(3, round(12 * scale)))
+            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                print(f"{key}: left out: {str(error).splitlines()[0]}", flush=True)
+            else:
+                found[key] = {name: values | {"peak": peaks[name]} for name, values in measured.items()}
+                print(f"\n{key}\n{table(found[key])}", flush=True)
+                keep(found)
+        step = None
         steps.clear()
         gc.collect()
         torch.cuda.empty_cache()
+        torch._dynamo.reset()
     return found
 
 
@@ -232,12 +243,12 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device, or torch was installed without CUDA")
     variants = list(dict.fromkeys(["floor", "peft", *args.variant]))
-    if args.device == "cpu":
-        found = on_cpu(variants, args.scale)
-    else:
-        found = on_cuda(variants, args.scale, args.minutes)
     path = args.output or FOLDER / f"step-{args.device}.json"
-    write_results(path, "step", found, clock="thread time" if args.device == "cpu" else "events")
+    keep = partial(write_results, path, "step", clock="thread time" if args.device == "cpu" else "events")
+    if args.device == "cpu":
+        keep(on_cpu(variants, args.scale))
+    elif not on_cuda(variants, args.scale, args.minutes, keep):
+        parser.exit(1, "no case fits this card\n")
     from .plots import plot_steps
 
     plot_steps(path)

@@ -50,9 +50,9 @@ def test_a_step_of_stable_diffusion(variant: str) -> None:
     assert own.operations <= (2100 if variant == "lora" else 2250)
     assert own.bytes <= 32.6e9
     assert own.peak <= 3.35e9
-    assert frozen.peak <= 2.35e9
-    assert ratio(f"{variant}_frozen", "peak", *at) <= 0.75
-    assert ratio(f"{variant}_frozen", "peak", *at, to="peft_autocast") <= 0.55
+    assert frozen.peak <= 2.2e9
+    assert ratio(f"{variant}_frozen", "peak", *at) <= 0.67
+    assert ratio(f"{variant}_frozen", "peak", *at, to="peft_autocast") <= 0.48
     assert ratio(variant, "operations", *at) <= 0.80
     assert ratio(variant, "peak", *at, to="lora") <= 1.015
     assert kept_overhead(variant, "bytes", *at) <= 0.45
@@ -73,7 +73,7 @@ def test_a_step_of_sdxl(variant: str) -> None:
     assert ratio(variant, "operations", *at) <= 0.75
     assert ratio(variant, "bytes", *at) <= 0.85
     assert ratio(variant, "peak", *at) <= 1.03
-    assert ratio(f"{variant}_frozen", "peak", *at) <= 0.80
+    assert ratio(f"{variant}_frozen", "peak", *at) <= 0.75
     assert kept_overhead(variant, "bytes", *at) <= 0.45
 
 
@@ -98,7 +98,7 @@ def test_counts_are_exact() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["peft", *OURS, "input_frozen"])
+@pytest.mark.parametrize("variant", ["floor", "peft", *OURS, "input_frozen"])
 def test_compiles_to_one_graph_once(variant: str) -> None:
     import torch._dynamo as dynamo
     from torch._dynamo.utils import counters

@@ -60,20 +60,23 @@ def train(run: "Run", step: int) -> int:
     import torch
     from tqdm import tqdm
 
+    from reslora_diffusion.diffusion.compilation import begin_step, compiled
     from reslora_diffusion.diffusion.distributed import average_gradients
     from reslora_diffusion.diffusion.interruption import Interruption
 
     args, steps, accelerator = run.args, run.plan.max_train_steps, run.accelerator
+    denoiser = compiled(run.denoiser, args, accelerator.device, len(run.plan.buckets), accelerator.print)
     run.adapters.train()
     if step == 0:
         run.validate(step)
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not accelerator.is_local_main_process)
     with Interruption(accelerator) as interruption, bar:
         while step < steps:
+            begin_step(args)
             total = torch.zeros((), device=accelerator.device)
             for micro in range(args.gradient_accumulation_steps):
                 for batch in run.batches(step, micro):
-                    loss = run.denoiser.loss(batch, args.train_batch_size) / args.gradient_accumulation_steps
+                    loss = denoiser.loss(batch, args.train_batch_size) / args.gradient_accumulation_steps
                     run.scaler.scale(loss).backward()
                     total += loss.detach()
             total = average_gradients(run.parameters, total, accelerator.num_processes)
