@@ -1,16 +1,15 @@
 """`--compile` and `--cuda_graph`: the numbers of an eager run, and a machine that lacks something trains without."""
 
-import json
-
 import pytest
 import torch
 
 from dreambooth import arguments, train
 from reslora_diffusion.diffusion import compilation
+from reslora_diffusion.diffusion.history import read_history
 
 
 def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in read_history(folder) if "loss" in row]
 
 
 def stays_eager(said, **options):
