@@ -176,6 +176,15 @@ def test_handover_exports_exactly_what_was_trained(folders, tmp_path):
     assert json.loads((resumed / "results.json").read_text())["shortcut"] == "none"
 
 
+def test_distillation_leaves_a_smaller_distance_and_a_plain_lora(folders, tmp_path):
+    options = {"shortcut": "middle", "num_previous": "all", "calibration_examples": 32, "learning_rate": 0.02}
+    output = run(folders, tmp_path / "out", **options, distillation_steps=60)
+    results = json.loads((output / "results.json").read_text())
+    assert results["distillation"]["kept"]
+    assert 0 < results["distillation"]["after"] < results["distillation"]["before"]
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
 def test_conversations_without_a_task_and_a_merged_model(folders, tmp_path):
     output = run(
         folders, tmp_path / "out", task=None, dataset_name=folders["talks"], shortcut="block", save_merged_model=True
@@ -228,6 +237,8 @@ def test_all_option_faults_come_together(folders, tmp_path):
         ({"task": None}, "no 'prompt' in row"),
         ({"model_name_or_path": "/no-such-folder"}, "no such folder"),
         ({"shortcut": "block", "handover_at": 0.5}, "--handover_at: does nothing here"),
+        ({"shortcut": "block", "distillation_steps": 9}, "--distillation_steps: does nothing here"),
+        ({"method": "lora", "distillation_steps": 9}, "--distillation_steps: does nothing with --method lora"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint there"),
         ({"optim": "no_such_optimizer"}, "no_such_optimizer"),
         ({"shortcutt": "block"}, "did you mean --shortcut"),

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         compute_metrics=metrics,
         callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
         calibration=calibration,
+        distillation_steps=options.distillation_steps,
     )
     start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})
 

@@ -43,9 +43,9 @@ from reslora_diffusion.llm.trainer import (
     ExportedTrainer,
     Handover,
     Quiz,
-    as_exported,
     calibration_batches,
     is_reslora,
+    merged,
 )
 from reslora_diffusion.problems import refuse, run_program
 
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         processing_class=tokenizer,
         callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
         calibration=calibration,
+        distillation_steps=options.distillation_steps,
         quiz=quiz,
     )
     counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)}
@@ -130,7 +131,7 @@ def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data) ->
         answered = {"base": test.ask(model, trainer.accelerator)} if options.eval_base else {}
     if is_reslora(model):
         answered["as trained"] = test.ask(model, trainer.accelerator)
-    with as_exported(model, trainer.calibration):
+    with merged(model):
         answered["as exported"] = test.ask(model, trainer.accelerator)
     if trainer.is_world_process_zero():
         answered["as exported"].write(Path(trainer.args.output_dir, "predictions.jsonl"))

@@ -1,6 +1,7 @@
 """Whether training arguments and checkpoints fit the adapter."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -30,6 +31,8 @@ def training_problems(training: TrainingArguments, options: ModelOptions) -> lis
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
     if getattr(options, "save_merged_model", False) and is_deepspeed_zero3_enabled():
         problems.append("--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead")
+    if options.distillation_steps is not None and options.method == "reslora":
+        problems += distillation_problems(options, shortcut)
     output = Path(training.output_dir)
     if training.resume_from_checkpoint is None and output.is_dir():
         if get_last_checkpoint(str(output)):
@@ -42,6 +45,19 @@ def training_problems(training: TrainingArguments, options: ModelOptions) -> lis
     elif output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file, wanted a folder")
     return problems
+
+
+def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]:
+    name = "--distillation_steps"
+    if options.distillation_steps < 1 or options.calibration_examples < 2:
+        got = f"{options.distillation_steps} and --calibration_examples {options.calibration_examples}"
+        yield f"{name}: got {got}, wanted 1 step or more, and 2 examples, one of which is held out"
+    if shortcut not in ("input", "middle") or options.handover_at is not None:
+        yield f"{name}: does nothing here; block, none and what --handover_at folds are exported as trained"
+    if options.merge_method in ("drop", "paper_weight"):
+        yield f"{name}: refines what was fitted on data; got --merge_method {options.merge_method}"
+    if is_deepspeed_zero3_enabled():
+        yield f"{name}: does not run with DeepSpeed ZeRO-3, which takes the weights away between forward and backward"
 
 
 def checkpoint_of(training: TrainingArguments, options: ModelOptions) -> str | None:

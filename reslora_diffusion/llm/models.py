@@ -60,7 +60,8 @@ def option_problems(options: ModelOptions, task_type: TaskType) -> list[str]:
         if getattr(options, name) not in DTYPES
     ]
     if options.method == "lora":
-        given = [f"--{n}" for n in ("shortcut", "num_previous", "merge_method") if getattr(options, n) is not None]
+        ours = ("shortcut", "num_previous", "merge_method", "distillation_steps")
+        given = [f"--{name}" for name in ours if getattr(options, name) is not None]
         problems += [f"{flag}: does nothing with --method lora" for flag in given]
     reach = options.num_previous
     if reach is not None and reach != "all" and not reach.isdecimal():

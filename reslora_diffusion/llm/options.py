@@ -48,6 +48,7 @@ class ModelOptions:
     num_previous: str | None = option(None, "Earlier layers that a shortcut reaches back to, or all.")
     merge_method: str | None = option(None, "least_squares, paper_input, paper_weight or drop.")
     calibration_examples: int = option(128, "Training examples that a merge is fitted on.")
+    distillation_steps: int | None = option(None, "Steps in which the merged model learns what the unmerged one says.")
     handover_at: float | None = option(None, "Fold input or middle into plain LoRA after this share of the steps.")
     rank: int = option(4, "Rank of the adapter.")
     lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).")

@@ -6,19 +6,29 @@ the best step are those of the plain LoRA that will be written, not of a model t
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from reslora_diffusion import ResLoraConfig, Shortcut, calibrate, get_controller, handover, merge_report, merged_forward
+from reslora_diffusion import (
+    ResLoraConfig,
+    Shortcut,
+    calibrate,
+    distill,
+    get_controller,
+    handover,
+    merge_report,
+    merged_forward,
+)
 
 from .generation import Generations, Question, evaluate
 
@@ -32,6 +42,19 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     output = model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
     recall_factors(model)
     return output
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model says, [T, vocabulary] or [T, classes]; batches are not padded."""
+    return run_model(model, batch).logits.flatten(0, -2).float()
+
+
+def divergence(merged: Tensor, trained: Tensor) -> Tensor:
+    """How far two models' logits [T, n] are apart: Kullback and Leibler's, or squared for a regression's (n = 1)."""
+    if trained.shape[-1] == 1:
+        return F.mse_loss(merged, trained)
+    found, wanted = (F.log_softmax(value, dim=-1) for value in (merged, trained))
+    return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
 def shortcut_of(model: nn.Module) -> str | None:
@@ -57,8 +80,13 @@ def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
     recall_factors(model)
     if is_reslora(model):
         calibrate(model, batches, run_model)
-    with merged_forward(model) if is_reslora(model) else nullcontext():
+    with merged(model):
         yield
+
+
+def merged(model: nn.Module) -> AbstractContextManager:
+    """Inside, the model computes as the LoRA that it was last calibrated to be exported as."""
+    return merged_forward(model) if is_reslora(model) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -100,15 +128,23 @@ class ExportedTrainer(Trainer):
     Args:
         calibration: batches that merging is fitted on.
         quiz: validation questions; their share of right answers joins the metrics as `exact_match`.
+        distillation_steps: in which the final merge is refined.
 
     `merged` may be set to False, to evaluate the shortcuts as they were trained.
     """
 
     merged = True
 
-    def __init__(self, *args: Any, calibration: Sequence[Batch], quiz: Quiz | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        calibration: Sequence[Batch],
+        quiz: Quiz | None = None,
+        distillation_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.calibration, self.quiz = calibration, quiz
+        self.calibration, self.quiz, self.distillation_steps = calibration, quiz, distillation_steps
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
@@ -135,6 +171,10 @@ class ExportedTrainer(Trainer):
         found["best_metric"] = self.state.best_metric
         if is_reslora(model):
             calibrate(model, self.calibration, run_model)
+            if self.distillation_steps:
+                found["distillation"] = distill(
+                    model, self.calibration, logits, steps=self.distillation_steps, distance=divergence
+                )._asdict()
             batches = batches_of(held_out, self.data_collator, self.args.per_device_eval_batch_size)
             merging = merge_report(model, batches, run_model, lambda model, batch: run_model(model, batch).loss.item())
             self.accelerator.print(merging)
