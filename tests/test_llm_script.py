@@ -272,6 +272,17 @@ def test_bad_lines_are_shown_by_number(folders, tmp_path):
     assert any("train.jsonl line 3: not JSON" in problem for problem in found)
 
 
+def test_rows_are_shown_by_their_place_in_the_file_though_some_are_set_apart(folders, tmp_path):
+    rows = [{"prompt": f"say {i}", "response": "it is"} for i in range(12)]
+    rows[7] = {"prompt": "say 7"}
+    write_lines(tmp_path / "rows.jsonl", rows)
+    options = {"task": None, "dataset_name": tmp_path / "rows.jsonl", "validation_fraction": 0.5}
+    assert any("no 'response' in row 8;" in problem for problem in problems(folders, tmp_path, **options))
+    rows[7] = {"prompt": "say 7", "response": "it is " * 20}
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert any("row 8 (" in p for p in problems(folders, tmp_path, **options, max_length=40))
+
+
 def test_an_earlier_run_is_not_overwritten(folders, tmp_path):
     run(folders, tmp_path / "out", max_steps=2)
     weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()

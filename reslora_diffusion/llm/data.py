@@ -14,7 +14,7 @@ from ..problems import BadInput, listing
 from .encoding import Encoded, encode_all, encode_prompt
 from .generation import Question
 from .options import LlmOptions
-from .records import Messages, Row, carve, choose, conversations, read_rows
+from .records import Messages, Row, carve, choose, conversations, numbers_of, read_rows
 from .tasks import TASKS, Task, usable
 
 Rows = Sequence[Row]
@@ -133,6 +133,7 @@ def prepare(options: LlmOptions, tokenizer: PreTrainedTokenizerBase, seed: int) 
                 prompt_template=options.prompt_template,
                 drop_long=options.drop_long,
                 where=name,
+                numbers=numbers_of(splits[name]),
             )
             notes += [f"{name}: dropped {dropped} examples of more than {options.max_length} tokens"] if dropped else []
         except BadInput as error:

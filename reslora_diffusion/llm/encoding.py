@@ -111,14 +111,15 @@ def encode_all(
     prompt_template: str | None = None,
     drop_long: bool = False,
     where: str = "data",
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[Encoded], int]:
-    """`(examples, how many were dropped for their length)`.
+    """`(examples, how many were dropped for their length)`; `numbers` are those that conversations are known by.
 
     Raises:
         BadInput: conversations that cannot be cut, or, without `drop_long`, that exceed `max_length` tokens.
     """
     kept, long, problems = [], {}, []
-    for number, messages in enumerate(conversations, 1):
+    for number, messages in zip(numbers or range(1, len(conversations) + 1), conversations, strict=True):
         try:
             example = encode(messages, tokenizer, prompt_template)
         except ValueError as error:

@@ -88,29 +88,43 @@ def read_rows(
         raise BadInput([f"{source}: {error}"]) from error
 
 
-def carve(rows: Sequence[Row], fraction: float, seed: int, at_most: int | None = None) -> tuple[list[Row], list[Row]]:
+class Part(list[Row]):
+    """Some rows of a split, with the numbers that they have in it: what is wrong is shown where it stands."""
+
+    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        super().__init__(rows[i] for i in places)
+        self.numbers = [numbers_of(rows)[i] for i in places]
+
+
+def numbers_of(rows: Sequence[Row]) -> Sequence[int]:
+    return rows.numbers if isinstance(rows, Part) else range(1, len(rows) + 1)
+
+
+def carve(rows: Sequence[Row], fraction: float, seed: int, at_most: int | None = None) -> tuple[Part, Part]:
     """`(rest, validation)`: a random share of the rows set apart, the same for equal seeds."""
     count = max(1, round(len(rows) * fraction))
     count = min(count, at_most) if at_most else count
     order = random.Random(f"validation {seed}").sample(range(len(rows)), len(rows))
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    return Part(rows, sorted(order[count:])), Part(rows, sorted(order[:count]))
 
 
 def choose(rows: Sequence[Row], at_most: int | None, seed: int) -> Sequence[Row]:
     """A random choice of the rows, in their order, if there are more than wanted."""
     if at_most is None or len(rows) <= at_most:
         return rows
-    return [rows[i] for i in sorted(random.Random(f"choice {seed}").sample(range(len(rows)), at_most))]
+    return Part(rows, sorted(random.Random(f"choice {seed}").sample(range(len(rows)), at_most)))
 
 
 def column_problems(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[str]:
     """Rows without one of the columns."""
-    lacking = {column: [i for i, row in enumerate(rows, 1) if column not in row] for column in columns}
-    return [
-        f"{where}: no {column!r} in row {listing(numbers)}; row {numbers[0]} has {listing(rows[numbers[0] - 1], 12)}"
-        for column, numbers in lacking.items()
-        if numbers
-    ]
+    numbered = list(zip(numbers_of(rows), rows, strict=True))
+    problems = []
+    for column in columns:
+        if lacking := [(number, row) for number, row in numbered if column not in row]:
+            number, row = lacking[0]
+            rest = listing(n for n, _ in lacking)
+            problems.append(f"{where}: no {column!r} in row {rest}; row {number} has {listing(row, 12)}")
+    return problems
 
 
 def conversations(
@@ -130,7 +144,7 @@ def conversations(
         response = response_column or next((name for name in RESPONSE_COLUMNS if name in first), "response")
         problems = column_problems(rows, [prompt, response], where)
         found = [turns(row[prompt], "user") + turns(row[response], "assistant") for row in rows] if not problems else []
-    for number, messages in enumerate(found, 1):
+    for number, messages in zip(numbers_of(rows), found, strict=False):
         if fault := fault_of(messages):
             problems.append(f"{where} row {number}: {fault}")
     if not len(rows):

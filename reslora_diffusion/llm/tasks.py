@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..problems import listing, refuse
-from .records import Messages, Row, column_problems
+from .records import Messages, Part, Row, column_problems, numbers_of
 
 ANSWER = "The answer is"
 UNREADABLE = 0.01
@@ -48,7 +48,7 @@ class Task:
         ]
 
 
-def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[list[Row], list[int]]:
+def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Part, list[int]]:
     """`(rows with a readable answer, numbers of the others)`.
 
     Raises:
@@ -56,15 +56,14 @@ def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[list[Row], list
     """
     refuse(column_problems(rows, task.columns, where))
     good, bad = [], []
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows):
         answer = task.answer(row)
-        if answer and task.read(task.respond(row)) == answer:
-            good.append(row)
-        else:
-            bad.append(number)
+        readable = answer and task.read(task.respond(row)) == answer
+        (good if readable else bad).append(place)
+    bad = [numbers_of(rows)[place] for place in bad]
     if len(bad) > UNREADABLE * len(rows):
         refuse([f"{where}: {len(bad)} of {len(rows)} rows have no readable answer: row {listing(bad)}"])
-    return good, bad
+    return Part(rows, good), bad
 
 
 # ------------------------------------------------------------------------------------------------------ answers
