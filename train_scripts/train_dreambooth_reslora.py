@@ -123,7 +123,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
     from reslora_diffusion.diffusion.optimizers import make_optimizer
-    from reslora_diffusion.diffusion.preflight import expectation, preflight
+    from reslora_diffusion.diffusion.preflight import expectation, kept_for_backward, preflight
     from reslora_diffusion.diffusion.record import resolve_seed, trackable, write_record
     from reslora_diffusion.diffusion.run import Run
     from reslora_diffusion.diffusion.sampling import Sampler
@@ -205,7 +205,9 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         started = time.monotonic()
         loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
         seconds = time.monotonic() - started
-    accelerator.print(expectation(plan, args, seconds, sum(len(batch.latents) for batch in evaluation.validation)))
+    kept = kept_for_backward(denoiser, sampler.batches(0, args.train_batch_size))
+    forwards = sum(len(batch.latents) for batch in evaluation.validation)
+    accelerator.print(expectation(plan, args, seconds, forwards, kept))
     fp16, gpu = dtype is torch.float16, accelerator.device.type != "cpu"
     run = Run(
         args,

@@ -109,6 +109,10 @@ class Denoiser:
     dtype: torch.dtype
     objective: Objective
 
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        return self.model, *self.text_encoders
+
     def encode(self, batch: Batch) -> Texts:
         """By the text encoders that are trained."""
         return self.family.encode(self.text_encoders, batch.texts)

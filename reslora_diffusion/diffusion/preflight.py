@@ -2,8 +2,10 @@
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..problems import listing
@@ -11,6 +13,8 @@ from .buckets import nearest
 from .checks import Plan
 from .concepts import Concept
 from .data import Scan
+from .loss import Denoiser
+from .sampling import Batch
 
 BYTES = {"fp16": 2, "bf16": 2}
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -62,16 +66,36 @@ def memory(plan: Plan, args: Namespace) -> str:
     trained = skeleton.adapter_size(args)
     return (
         f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
-        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top"
+        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top, measured before the first step"
     )
 
 
-def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int) -> str:
-    """How long training will take, from the seconds that so many pictures took forwards."""
+def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
+    """Bytes that a training forward keeps, weights apart: most of what a step takes beyond the models."""
+    weights = {p.untyped_storage()._cdata for model in denoiser.models for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        losses = [denoiser.loss(batch, 1) for batch in batches]
+    del losses
+    return sum(kept.values())
+
+
+def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int, kept: int) -> str:
+    """How long training will take, from the seconds that so many pictures took forwards, and what a forward keeps."""
     pictures = args.train_batch_size * args.gradient_accumulation_steps
     pictures *= 2 if any(concept.classes for concept in plan.concepts) else 1
     step = seconds / forwards * pictures * (1 + BACKWARD + args.gradient_checkpointing)
-    return f"expected: {step:.2g} s a step, {step * plan.max_train_steps / 60:.2g} minutes without validation"
+    return (
+        f"expected: {step:.2g} s a step, {step * plan.max_train_steps / 60:.2g} minutes without validation "
+        f"(from {forwards} pictures forwards); activations {kept / 1e6:,.1f} MB (what a training forward keeps)"
+    )
 
 
 def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:

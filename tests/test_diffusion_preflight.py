@@ -1,0 +1,37 @@
+"""What a run says it will take, held against what it takes."""
+
+import re
+
+import torch
+from torch import nn
+
+from dreambooth import train
+from reslora_diffusion.diffusion.preflight import kept_for_backward
+
+
+class Plain:
+    """As much of a denoiser as is asked: two layers, whose inputs are kept, and a square, whose argument is."""
+
+    def __init__(self) -> None:
+        self.models = (nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)),)
+
+    def loss(self, batch: torch.Tensor, instances: int) -> torch.Tensor:
+        return self.models[0](batch).square().sum() / instances
+
+
+def test_activations_are_what_backward_needs_without_the_weights():
+    batch = torch.randn(10, 64)
+    # Input, the result of ReLU (its own and the next layer's), and what is squared; the loss's divisor is a number.
+    assert kept_for_backward(Plain(), [batch]) == 4 * 10 * (64 + 32 + 16)
+
+
+def test_more_pictures_are_said_to_take_more_and_checkpointing_less(tmp_path, capsys):
+    def megabytes(name: str, **options: object) -> float:
+        train(tmp_path / name, max_train_steps=1, **options)
+        said = capsys.readouterr().out
+        assert "measured before the first step" in said
+        return float(re.search(r"activations ([\d.,]+) MB", said)[1].replace(",", ""))
+
+    one, four = megabytes("one", train_batch_size=1), megabytes("four", train_batch_size=4)
+    assert 3 < four / one < 4.5
+    assert megabytes("less", train_batch_size=4, gradient_checkpointing=True) < 0.6 * four
