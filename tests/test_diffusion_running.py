@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dreambooth import PROMPT, arguments, script, train
+from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.diffusion.checkpoints import checkpoints_in, find_checkpoint, is_complete, write_checkpoint
 from reslora_diffusion.diffusion.ema import Ema
 from reslora_diffusion.diffusion.history import History, NonFiniteLoss, plot_losses, read_history, smooth
@@ -24,8 +25,6 @@ from reslora_diffusion.problems import BadInput, Interrupted, Stopped, run_progr
 
 
 def write_state(folder, step=0):
-    from reslora_diffusion.core.training_state import save_training_state
-
     save_training_state(folder / "state", {"a": torch.ones(3)}, facts={"step": step})
 
 
@@ -296,3 +295,38 @@ def test_problems_of_contenders_say_whose_they_are(tmp_path):
     assert "lora:rank=0, reslora-input:rank=0: --rank: got 0" in str(error.value)
     assert "reslora-block:lora_alpha=-1: --lora_alpha: got -1.0" in str(error.value)
     assert not (tmp_path / "race").exists()
+
+
+class Wrapping(torch.optim.Adam):
+    """Puts the moments one level deeper in `state_dict()`, as bitsandbytes' optimizers do."""
+
+    KEY = "__bnb_optimizer_quant_state__"
+
+    def state_dict(self):
+        found = super().state_dict()
+        states = {
+            key: {"step": v["step"], self.KEY: {n: x for n, x in v.items() if n != "step"}}
+            for key, v in found["state"].items()
+        }
+        return found | {"state": states}
+
+
+def test_moments_of_8_bit_optimizers_are_restored(tmp_path):
+    def step(model, optimizer, numbers):
+        for number in numbers:
+            model(torch.full((2, 3), float(number))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    whole = torch.nn.Linear(3, 2)
+    optimizer = Wrapping(whole.parameters(), lr=0.1)
+    step(whole, optimizer, range(3))
+    save_training_state(tmp_path / "state", dict(whole.named_parameters()), model=whole, optimizer=optimizer)
+    resumed = torch.nn.Linear(3, 2)
+    again = Wrapping(resumed.parameters(), lr=0.1)
+    tensors, _ = load_training_state(tmp_path / "state", model=resumed, optimizer=again)
+    resumed.load_state_dict(tensors)
+    step(whole, optimizer, range(3, 6))
+    step(resumed, again, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

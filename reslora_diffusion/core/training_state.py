@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+# What bitsandbytes puts between a parameter and its 8-bit moments in `state_dict()`, and not in `state`.
+WRAPPED = "__bnb_optimizer_quant_state__."
 
 
 def save_training_state(
@@ -82,7 +84,8 @@ def load_training_state(
         raise FileNotFoundError(f"{folder} is not a complete training state: {' and '.join(missing)} missing")
     stored = load_file(folder / "state.safetensors")
     facts = json.loads((folder / "state.json").read_text())
-    flat: dict[str, Any] = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
+    moments = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
+    flat: dict[str, Any] = {k.replace(WRAPPED, ""): v for k, v in moments.items()}
     flat |= facts.pop("optimizer", {})
     if optimizer is not None and model is not None:
         set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
