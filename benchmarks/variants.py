@@ -46,8 +46,8 @@ def is_adapted(name: str, targets: list[str]) -> bool:
 class RequireGrad:
     """Hooks of the floor: the first adapted layer that is reached is where gradients begin."""
 
-    def __init__(self) -> None:
-        self.begun = False
+    def __init__(self, zero: nn.Parameter) -> None:
+        self.begun, self.zero = False, zero
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.begun = False
@@ -56,11 +56,15 @@ class RequireGrad:
         if self.begun or not torch.is_grad_enabled():
             return None
         self.begun = True
+        if torch.compiler.is_compiling():  # which cannot follow `requires_grad_`
+            return output + self.zero
         return output.requires_grad_() if output.is_leaf else None
 
 
 def floor(model: nn.Module, targets: list[str], on_gpu: bool) -> None:
-    state = RequireGrad()
+    weight = next(model.parameters())
+    model.floor_zero = nn.Parameter(torch.zeros((), device=weight.device, dtype=weight.dtype))
+    state = RequireGrad(model.floor_zero)
     model.register_forward_pre_hook(state.start, with_kwargs=True)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and is_adapted(name, targets):
