@@ -1,8 +1,9 @@
-"""Where and how adapted layers compute in the fused form of `core.fused`, instead of layer by layer.
+"""Where and how adapted layers compute in a fused form, instead of by PEFT's modules.
 
-`Fusion` knows, for one adapter, which layers form a group that reads one x, their packed factors, and their results.
-Fused is faster by itself, one layer at a time; groups, which `core` is told of by whoever knows that layers read the
-same x (`diffusion.attn_processor`), save more. A layer computes plainly, to the same numbers, where something else must
+One layer is one node (`core.fused_layer`); layers that read the same x, of which `core` is told by whoever knows
+(`diffusion.attn_processor`), are one node together (`core.fused`), which saves launches on a GPU. `Fusion` knows, for
+one adapter, these groups, their packed factors, and results that were computed ahead. docs/LOG.md has the timings that
+chose between the forms. A layer computes plainly, to the same numbers, where something else must
 see what happens inside it: under torch.compile (which fuses the plain form better than this), autocast, functorch and
 forward-mode differentiation; with dropout, hooks, several adapters, merged or quantised weights; while calibrating.
 """
