@@ -55,7 +55,14 @@ def test_a_quantised_base_trains_calibrates_and_exports(quantise, shortcut, tmp_
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     calibrate(model, [batch("llama", seed) for seed in range(3)], lambda model, inputs: model(**inputs))
     assert not get_controller(model).skipped
-    export_peft(tmp_path, merged_factors(model), dtype=torch.float32, model=model)
+    fitted = merged_factors(model)
+    get_controller(model).config.merge_method = "paper_weight"  # needs norms of the base's weights
+    by_weight = merged_factors(model)
+    assert all(f.lora_A.isfinite().all() for f in by_weight.values())
+    if shortcut in ("input", "middle"):
+        assert not all(torch.equal(f.lora_A, fitted[name].lora_A) for name, f in by_weight.items())
+    get_controller(model).config.merge_method = "least_squares"
+    export_peft(tmp_path, fitted, dtype=torch.float32, model=model)
     model.eval()
     with torch.no_grad():
         with merged_forward(model):

@@ -77,7 +77,9 @@ def train(args: argparse.Namespace, method: str) -> float:
     words += [f"--guidance_scale={args.guidance_scale}", f"--seed={args.seed}", "--report_to=none"]
     words += [f"--validation_steps={max(1, steps // LOOKS)}", f"--checkpointing_steps={steps + 1}"]
     words += ["--validation_prompt", *prompts(args)[:WATCHED], "--num_validation_images=1"]
-    words += [f"--shortcut={args.shortcut}"] if method == "reslora" else []
+    if method == "reslora":
+        words += [f"--shortcut={args.shortcut}"]
+        words += [f"--distillation_steps={min(100, steps)}"] if args.shortcut != "block" else []  # block merges exactly
     print(f"\n--- {method}: {steps} steps", flush=True)
     call("train_dreambooth_reslora.py", words)
     return round(time.monotonic() - started, 1)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .attach import DEFAULT_ADAPTER, get_controller
@@ -93,7 +94,7 @@ def paper_weight(controller: Controller) -> dict[str, Tensor]:
             corrections[site.name] = correction
             layer = controller.layers[site.name]
             base: Any = layer.get_base_layer()
-            W = whole(base.weight.detach()).to(A)
+            W = whole(dequantize_module_weight(base).detach()).to(A)
             delta = layer.scaling[controller.adapter_name] * (B @ (A + correction))
             size.append((W + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)).norm().item())
     return corrections
