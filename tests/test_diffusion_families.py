@@ -109,6 +109,7 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
         num_validation_images=1,
         validation_steps=3,
         learning_rate=0.02,
+        save_precision="fp32",  # rounding to fp16, guided 7.5 times, may show
         **of_t5(family),
     )
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
