@@ -255,6 +255,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
         "tokens cut off the end of 'a photo of a dog",
         "40 steps of 2 pictures: 13.3 passes of 3 steps",
         "trained parameters",
+        "on paper: ",
     ):
         assert line in said, said
 

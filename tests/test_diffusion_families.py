@@ -1,6 +1,7 @@
 """Model families: the conditions that training gives a UNet are those that the family's own pipeline gives it."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 
@@ -129,6 +130,23 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     assert np.abs(exported - base).max() > 10
     assert np.abs(exported - shown[1]).max() <= 4
     assert verify_lora(folder, str(saved(build))).passed
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3_without_t5])
+def test_a_dry_run_foresees_what_a_step_keeps(tmp_path, build, capsys):
+    """On paper, without weights, near to what a run measures; weights and memory formats are not known on paper."""
+    options = {
+        "pretrained_model_name_or_path": saved(build),
+        "train_text_encoder": True,
+        "max_train_steps": 1,
+        "shortcut": "block",
+        **of_t5(FAMILIES[type(load(build)).__name__]),
+    }
+    train(tmp_path / "run", **options, dry_run=True)
+    foreseen = float(re.search(r"activations about ([\d.]+) MB", capsys.readouterr().out)[1])
+    train(tmp_path / "run", **options)
+    measured = float(re.search(r"activations ([\d.]+) MB", capsys.readouterr().out)[1])
+    assert foreseen == pytest.approx(measured, rel=0.3)
 
 
 @pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3_without_t5])

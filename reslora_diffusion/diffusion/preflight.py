@@ -4,8 +4,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..problems import listing
@@ -13,11 +11,11 @@ from .buckets import nearest
 from .checks import Plan
 from .concepts import Concept
 from .data import Scan
+from .estimate import BACKWARD, Kept, on_paper
 from .loss import Denoiser
 from .sampling import Batch
 
 BYTES = {"fp16": 2, "bf16": 2}
-BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
@@ -66,25 +64,17 @@ def memory(plan: Plan, args: Namespace) -> str:
     trained = skeleton.adapter_size(args)
     return (
         f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
-        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top, measured before the first step"
+        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top"
     )
 
 
 def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
     """Bytes that a training forward keeps, weights apart: most of what a step takes beyond the models."""
-    weights = {p.untyped_storage()._cdata for model in denoiser.models for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+    kept = Kept(*denoiser.models)
+    with kept.hooks():
         losses = [denoiser.loss(batch, 1) for batch in batches]
     del losses
-    return sum(kept.values())
+    return kept.bytes
 
 
 def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int, kept: int) -> str:
@@ -121,4 +111,4 @@ def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:
         f"{plan.max_train_steps / plan.steps_per_epoch:.1f} passes of {plan.steps_per_epoch} steps"
     )
     lines.append(memory(plan, args))
-    return lines
+    return lines + ([on_paper(plan, args)] if args.dry_run else [])  # a run measures instead, once models are loaded
