@@ -61,6 +61,7 @@ def observe(
 
     With `resume_file`, sums are put down there as they grow, and batches that are in it already are not run again.
     """
+    controller.require_active()
     done = load_statistics(resume_file, observer, controller_device(controller)) if resume_file else 0
     count = 0
     controller.observer = observer
@@ -125,7 +126,8 @@ def calibrate(
             cut off, or is given more batches, goes on. It belongs to one adapter as it is: remove it when that changes.
 
     Raises:
-        ValueError: there are no batches, or they can be read only once where that is not enough.
+        ValueError: the adapter is not active, there are no batches, or they can be read only once where that is not
+            enough.
     """
     controller = get_controller(model, adapter_name)
     if not needs_calibration(controller):

@@ -133,6 +133,8 @@ class Controller:
 
     def open(self, root: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the root."""
+        if self.is_gone():  # `close` will take the hooks away
+            return
         if any(map(is_fused, self.fusible)) and not self.is_idle():
             raise RuntimeError(FUSED)
         self.fusion.open(self)
@@ -173,6 +175,14 @@ class Controller:
         layer = next(iter(self.layers.values()))
         active = self.adapter_name in layer.active_adapters and not layer.disable_adapters and not layer.merged
         return not active or self.is_gone()
+
+    def require_active(self) -> None:
+        """Raise `ValueError` unless the adapter computes with its shortcuts now."""
+        if self.is_idle() or self.merged is not None:
+            raise ValueError(
+                f"adapter {self.adapter_name!r} does not compute with its shortcuts now: it is merged, disabled, not "
+                f"active, or inside merged_forward; wanted set_adapter({self.adapter_name!r}), and none of these"
+            )
 
     def remove_hooks(self) -> None:
         """Inverse of what the constructor hung on the model."""

@@ -10,7 +10,8 @@ outputs or what is given (for a language model, a divergence of next-token distr
 out: if their distance has not become smaller, the C of least squares stays.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,12 @@ def distill(
         distance: of the merged model's output from the unmerged one's, a tensor of one number.
 
     Raises:
-        ValueError: `calibrate` was not called, or there is no batch to hold out.
+        ValueError: `calibrate` was not called, the adapter is not active, or there is no batch to hold out.
     """
     controller = get_controller(model, adapter_name)
     if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK):
         return Distillation(0.0, 0.0, False)
+    controller.require_active()
     problems = []
     if len(batches) < 2:
         problems.append(f"got {len(batches)} batches, wanted at least 2: one is held out")
@@ -103,7 +105,9 @@ def descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         batch = batches[step % len(batches)]
-        gap(controller, student, model, batch, output, distance).div(scale or 1.0).backward()
+        target = teach(model, batch, output)
+        with computing_as(controller, student):  # the backward too: checkpointing computes parts again in it
+            distance(output(model, batch), target).div(scale or 1.0).backward(inputs=leaves)
         average([A.grad for A in leaves if A.grad is not None])
         optimizer.step()
         schedule.step()
@@ -112,15 +116,18 @@ def descend(
         A.requires_grad_(False)
 
 
-def gap(
-    controller: Controller, student: dict, model: nn.Module, batch: Any, output: Output, distance: Distance
-) -> Tensor:
-    """d of one batch; gradients reach only the student's factors."""
-    with torch.no_grad():
-        target = output(model, batch)
+@torch.no_grad()
+def teach(model: nn.Module, batch: Any, output: Output) -> Tensor:
+    """What the unmerged model says."""
+    return output(model, batch)
+
+
+@contextmanager
+def computing_as(controller: Controller, student: dict) -> Iterator[None]:
+    """Inside, the model has the plain LoRA `student`."""
     before, controller.merged = controller.merged, student
     try:
-        return distance(output(model, batch), target)
+        yield
     finally:
         controller.merged = before
 
@@ -128,8 +135,13 @@ def gap(
 def mean_distance(
     controller: Controller, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
 ) -> float:
-    values = torch.stack([gap(controller, student, model, batch, output, distance).detach() for batch in batches])
-    mean = values.float().mean()
+    """d over batches."""
+    values = []
+    for batch in batches:
+        target = teach(model, batch, output)
+        with computing_as(controller, student):
+            values.append(distance(output(model, batch), target))
+    mean = torch.stack(values).float().mean()
     average([mean])
     return mean.item()
 

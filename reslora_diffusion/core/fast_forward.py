@@ -64,8 +64,8 @@ class Fusion:
             return
         alone = [self.group(controller, (name,)) for name in controller.sites]
         modules = [module for group in alone for module in (group.down_modules[0], group.up_modules[0][0])]
-        factors: list[Any] = [module._parameters["weight"] for module in modules]
-        self.sharded = self.sharded or any(map(is_partial, factors))
+        factors: list[Any] = [module._parameters.get("weight") for module in modules]
+        self.sharded = self.sharded or any(factor is None or is_partial(factor) for factor in factors)
         base = alone[0].bases[0]
         plain = "its adapter is off" if controller.is_idle() else why_plain(controller, alone[0], base.weight)
         self.say(f"layer by layer: {plain}" if plain else f"fused, on {factors[0].device.type}")
@@ -163,6 +163,8 @@ class Fusion:
         if len(together) < 2 or controller.is_idle():
             return
         group = self.group(controller, together)
+        if x.ndim > 3 or len(group.layers[0].active_adapters) > 1:  # pictures, channels first; adapters one by one
+            return
         if why_plain(controller, group, x) is not None:
             return
         self.together.update(dict.fromkeys(together, together))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused_layer import REMAKE, Publishes, scaled_product
+from .fused_layer import Publishes, scaled_product, shaped, what_to_keep
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -64,9 +64,9 @@ class FusedLinears(torch.autograd.Function):
         for scaling, rank, up, weight, offset in zip(scalings, ranks, U, W, bias, strict=True):
             y = F.linear(rows, weight, offset)  # type: ignore[arg-type]
             y.addmm_(total[:, at : at + rank], up.T, alpha=scaling)  # type: ignore[union-attr]
-            outputs.append(y.view(*lead, -1))
+            outputs.append(shaped(y, lead))
             at += rank
-        ctx.remake, kept = getattr(x, REMAKE, (None, x))
+        ctx.remake, kept = what_to_keep(x)
         ctx.save_for_backward(kept, D, total, *U, *W, *carried)
         ctx.publishes, ctx.scalings, ctx.ranks, ctx.later = publishes, scalings, ranks, later
         ctx.set_materialize_grads(False)
@@ -85,7 +85,7 @@ class FusedLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative, which a value from inside forward would cut off
             carry, total = bundle(carried, ranks, rows), rows @ D[: sum(ranks)].T
             total = total if carry is None else total + carry
-        g = [None if each is None else each.reshape(len(rows), -1) for each in gradients[:count]]
+        g = [None if each is None else each.reshape(len(rows), each.shape[-1]) for each in gradients[:count]]
         handed = gradients[count:]
         t = t_c = up_gradients(g, U, scalings, ranks, rows, handed if ctx.publishes is Publishes.SUM else ())
         if ctx.publishes is Publishes.NEXT:

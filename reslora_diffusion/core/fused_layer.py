@@ -22,13 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REMAKE = "remade_from"  # attribute of a tensor: (function, source)
+REMAKE = "remade_from"  # attribute of a tensor: (function, source, version of the tensor)
 
 
 def can_be_remade(x: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
     """`x`, with the note that it is `function(source)` and need not be kept."""
-    setattr(x, REMAKE, (function, source))
+    if not x.is_inference():
+        setattr(x, REMAKE, (function, source, x._version))
     return x
+
+
+def what_to_keep(x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, Tensor]:
+    """`(function, tensor)`: x is the function of the tensor, or the tensor itself. A note on an x that was changed in
+    place since is void."""
+    function, source, version = getattr(x, REMAKE, (None, x, None))
+    return (function, source) if version is not None and x._version == version else (None, x)
+
+
+def shaped(y: Tensor, lead: torch.Size) -> Tensor:
+    """[T, n] -> [*lead, n], as no view of `y`: what comes after may change it in place."""
+    return torch.ops.aten._unsafe_view(y, (*lead, y.shape[-1]))
 
 
 class Publishes(Enum):
@@ -82,14 +95,14 @@ class FusedLinear(torch.autograd.Function):
             if flat is not None:
                 z = z + flat if publishes is Publishes.OWN else z.add_(flat)
         y = F.linear(rows, weight, bias).addmm_(z, U.t(), alpha=scaling)
-        ctx.remake, kept = getattr(x, REMAKE, (None, x)) if read is None else (None, read)
+        ctx.remake, kept = what_to_keep(x) if read is None else (None, read)
         ctx.save_for_backward(kept, weight, carry, z, D, U, *(parts if len(parts) > 2 else ()))
         ctx.publishes, ctx.scaling, ctx.downs, ctx.apart = publishes, scaling, downs, read is not None
         ctx.set_materialize_grads(False)
         lead = x.shape[:-1]
         if publishes is Publishes.NOTHING:
-            return y.view(*lead, -1)
-        return y.view(*lead, -1), published.view(*lead, -1)
+            return shaped(y, lead)
+        return shaped(y, lead), published.view(*lead, published.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -100,7 +113,7 @@ class FusedLinear(torch.autograd.Function):
             D, U = stacked(parts, ctx.downs) if parts else (D, U)
             z = F.linear(r, D[:rank]) if carry is None else F.linear(r, D[:rank]) + carry.reshape(-1, rank)
         g = r.new_zeros(len(r), len(U)) if g is None else g.reshape(-1, len(U))
-        h = None if h is None else h.reshape(len(r), -1)
+        h = None if h is None else h.reshape(len(r), h.shape[-1])
         if h is not None and ctx.publishes is Publishes.SUM:
             t_c = t = torch.addmm(h, g, U, alpha=ctx.scaling)
         else:

@@ -91,7 +91,7 @@ def why_plain(controller: "Controller", group: Group, x: Tensor) -> str | None:
     if controller.observer is not None or controller.merged is not None:
         return "calibrating or computing as merged"
     if controller.fusion.sharded:
-        return "factors in shards"
+        return "factors that are sharded or parametrised"
     if not controller.dropless:
         return "dropout"
     device, dtype = x.device.type, x.dtype
@@ -104,7 +104,11 @@ def why_plain(controller: "Controller", group: Group, x: Tensor) -> str | None:
             return "disabled or merged"
         if layer._modules["base_layer"] is not base:
             return "a base layer that was replaced"
-        weight = base._parameters["weight"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if weight is None:
+            return "a base weight that is computed from others (pruned, normalised, parametrised)"
+        if bias is not None and bias.requires_grad:
+            return "a base layer whose bias is trained"
         if weight.requires_grad or weight.dtype != dtype or type(weight) not in (nn.Parameter, Tensor):
             return "a base layer that is trained, sharded or of another precision than its input"
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:

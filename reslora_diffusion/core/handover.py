@@ -6,6 +6,7 @@ optimizer and moments stay. `block` becomes its concatenation, of rank (m + 1) r
 `optimizer` given their moments are the old ones, concatenated likewise.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer 
                 move_state(optimizer, [old[n][side].weight for n in window], module.weight, side)
         fresh[name] = grown
         layer.r[adapter] = len(A)
+        controller.sites[name] = replace(controller.sites[name], rank=len(A))
         layer.lora_alpha[adapter] = scaling * (len(A) ** 0.5 if config.use_rslora else len(A))
         config.rank_pattern = {**(config.rank_pattern or {}), f"^{name}": len(A)}
         config.alpha_pattern = {**(config.alpha_pattern or {}), f"^{name}": layer.lora_alpha[adapter]}

@@ -150,6 +150,11 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
         ValueError: the method needs `calibrate` first, or the adapter is not only factors of linear layers.
     """
     controller = get_controller(model, adapter_name)
+    if controller.config.bias != "none":
+        raise ValueError(
+            f"bias={controller.config.bias!r} trains biases, which are no factors and would be lost; use "
+            "merge_and_unload or save_pretrained, or train with bias='none'"
+        )
     return joined_factors(controller) | unjoined_factors(controller)
 
 

@@ -9,6 +9,7 @@
 A process without this package does not know the type RESLORA and says so, rather than load the adapter as plain LoRA.
 """
 
+import copy
 import difflib
 import logging
 from typing import Any
@@ -111,11 +112,25 @@ class ResLoraModel(LoraModel):
     """PEFT's LoRA model whose layers compute with shortcuts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config: Any = self.peft_config[adapter_name]
+        # A copy of its own: a handover changes it, and users give one configuration to several models.
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         if kwargs.get("state_dict") is None:
             refuse_unmatched_targets(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         install(model, adapter_name, config)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self.find_corrections(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def find_corrections(self, adapter_names: list[str] | None) -> None:
+        """Raise what merging would raise before the first layer is changed."""
+        from .merging import corrections_of
+
+        for name in adapter_names or self.active_adapters:
+            if (controller := find_controller(self.model, name)) is not None:
+                corrections_of(controller)
 
     def delete_adapter(self, adapter_name: str) -> None:
         controller = find_controller(self.model, adapter_name)

@@ -68,6 +68,7 @@ def merge_report(
         loss: of a batch, a float or a tensor of one number; averaged over batches.
     """
     controller = get_controller(model, adapter_name)
+    controller.require_active()
 
     def mean_loss() -> float:
         with evaluating(model):
