@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dreambooth import SUBJECTS, arguments, call, train
+from dreambooth import SUBJECTS, arguments, call, script, train
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
@@ -90,6 +91,8 @@ def pictures(folder, *names):
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
         ({"pretrained_model_name_or_path": SUBJECTS}, "has no model_index.json; wanted a diffusers pipeline"),
         ({"export_name": "a/b"}, "--export_name: got 'a/b'"),
+        ({"lr_pattern": ["attnX=3"]}, "--lr_pattern: 'attnX' matches no adapted layer"),
+        ({"rank_pattern": ["zzz=3"]}, "--rank_pattern: 'zzz' matches no adapted layer"),
         ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, reslora"),
         ({"compare": ["lora"]}, "wanted two contenders or more"),
         ({"compare": ["lora", "reslora:seed=3"]}, "sets --seed=3, which all contenders share"),
@@ -98,6 +101,28 @@ def pictures(folder, *names):
 )
 def test_each_problem_is_named(refused, options, said):
     assert said in refused(**options)
+
+
+def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(without_weights):
+    for folder in (SUBJECTS / "panda" / "0.png" / "out", Path("/proc/out")):
+        with pytest.raises(BadInput, match="--output_dir: .* cannot be made or written to"):
+            train(folder, pretrained_model_name_or_path=without_weights, dry_run=True)
+
+
+def test_resuming_says_what_it_passes_over_and_where_a_run_is_over(tmp_path, capsys):
+    run = train(tmp_path / "run", max_train_steps=2, checkpointing_steps=2)
+    with pytest.raises(BadInput, match="checkpoint-2 has 2 steps behind it; this run is to end at 1"):
+        train(run, max_train_steps=1, resume_from_checkpoint="latest")
+    broken = run / "checkpoint-9" / "state"
+    broken.mkdir(parents=True)
+    (broken / "state.json").write_text("junk")
+    train(run, max_train_steps=3, resume_from_checkpoint="latest")
+    said = capsys.readouterr().out
+    assert "passed over, as they are not whole: checkpoint-9" in said
+    assert "continuing from" in said
+    again = script.parse_args(["--config", str(run / "run.json"), "--output_dir", "elsewhere"])
+    assert (again.max_train_steps, again.learning_rate, again.output_dir) == (3, 0.01, "elsewhere")
+    assert not again.unknown
 
 
 def test_all_problems_come_in_one_message(refused, tmp_path):

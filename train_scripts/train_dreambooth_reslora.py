@@ -115,7 +115,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
 
     from reslora_diffusion.diffusion import models
     from reslora_diffusion.diffusion.adapters import add_adapters
-    from reslora_diffusion.diffusion.checkpoints import find_checkpoint, stored_facts
+    from reslora_diffusion.diffusion.checkpoints import broken_in, find_checkpoint, stored_facts
     from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
     from reslora_diffusion.diffusion.history import History
@@ -138,6 +138,8 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     accelerator.print("\n".join(preflight(plan, args, accelerator.num_processes)))
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if args.resume_from_checkpoint:
+        if broken := broken_in(output):
+            accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
     args.seed = resolve_seed(args, checkpoint, accelerator)
     step = stored_facts(checkpoint)["step"] if checkpoint else 0

@@ -46,6 +46,12 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(filter(is_complete, found), key=step_of)
 
 
+def broken_in(output_dir: Path) -> list[str]:
+    """Names of what looks like a checkpoint and is not whole."""
+    found = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(path.name for path in found if not is_complete(path))
+
+
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """`latest`, a path, or the name of a folder in `output_dir`; None if there is no such complete checkpoint."""
     if name == "latest":

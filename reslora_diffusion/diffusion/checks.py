@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 
 from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
-from .checkpoints import checkpoints_in, find_checkpoint
+from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
 from .options import NOT_SUPPORTED, known_flags
 from .record import differences
@@ -111,6 +112,7 @@ def check(args: Namespace) -> Plan:
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * processes))
     steps = args.max_train_steps or args.num_train_epochs * per_epoch
+    refuse(past_the_end(args, steps))
     return Plan(concepts, buckets, steps, per_epoch, skeleton)
 
 
@@ -125,6 +127,14 @@ def missing_model(args: Namespace) -> list[str]:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         return [f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"]
     return []
+
+
+def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
+    """A checkpoint that has more steps behind it than the run is to have."""
+    wanted = args.resume_from_checkpoint
+    checkpoint = find_checkpoint(Path(args.output_dir), wanted) if wanted else None
+    if checkpoint and (done := stored_facts(checkpoint)["step"]) > steps:
+        yield f"--resume_from_checkpoint: {checkpoint.name} has {done} steps behind it; this run is to end at {steps}"
 
 
 def look_at_model(args: Namespace) -> "Skeleton":
@@ -216,6 +226,16 @@ def missing_packages(args: Namespace) -> Iterator[str]:
             yield f"{flag} needs the package {package}, which is not installed"
 
 
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be put into a folder that may not be there yet; tried, as permissions alone do not tell."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+    except OSError as error:
+        return f"{there} {error.strerror.lower() if error.strerror else error}"
+    return None
+
+
 def bad_output(args: Namespace) -> Iterator[str]:
     kept = Path(args.encoding_cache_dir) if args.encoding_cache_dir else None
     if kept and kept.exists() and not kept.is_dir():
@@ -223,6 +243,9 @@ def bad_output(args: Namespace) -> Iterator[str]:
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         yield f"--output_dir: {output} is a file, wanted a folder"
+        return
+    if problem := unwritable(output):
+        yield f"--output_dir: {output} cannot be made or written to: {problem}"
         return
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output, args.resume_from_checkpoint)

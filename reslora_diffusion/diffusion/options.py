@@ -255,6 +255,8 @@ def read_config(path: Path) -> dict[str, Any]:
     config = parse_file("--config", path)
     if not isinstance(config, dict):
         raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
+    if isinstance(config.get("options"), dict) and "command" in config:  # the `run.json` of an earlier run
+        return config["options"]
     return config
 
 

@@ -108,6 +108,8 @@ class Run:
     def give_up(self, step: int, error: NonFiniteLoss) -> NoReturn:
         """Keep what there is: the step in question changed nothing (`GradScaler.step`). No checkpoint is removed."""
         try:
+            if problem := self.adapters.health_problem():
+                raise Stopped(f"the adapters had been wrecked before it ({problem}), and are not saved")
             self.save(step, limit=None)
             kept = f"checkpoint-{step} holds the state that the adapters had, without that step"
         except Stopped as reason:

@@ -192,6 +192,7 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
     plain = Namespace(**vars(args) | {"method": "lora", "rank": max(1, args.rank)})
     for component, (model, config) in skeleton.adapted(plain).items():
         yield from target_problems(model, component, config)
+    yield from pattern_problems(skeleton, args, plain)
     try:
         skeleton.adapted(args)
     except ValueError as error:
@@ -202,6 +203,20 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
 def matches(pattern: str, name: str) -> bool:
     """As PEFT matches the patterns of ranks and alphas."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def pattern_problems(skeleton: Skeleton, args: Namespace, plain: Namespace) -> Iterator[str]:
+    """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
+    adapted = [
+        name
+        for model, config in skeleton.adapted(plain).values()
+        for name, _ in model.named_modules()
+        if name and check_target_module_exists(config, name)
+    ]
+    for option in ("rank_pattern", "alpha_pattern", "lr_pattern"):
+        for pattern, _ in getattr(args, option):
+            if adapted and not any(matches(pattern, name) for name in adapted):
+                yield f"--{option}: {pattern!r} matches no adapted layer; those are called like {adapted[0]}"
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
