@@ -123,7 +123,7 @@ def plot_losses(histories: Mapping[str, Sequence[dict[str, Any]]], path: Path) -
             axes.plot(*zip(*checked, strict=True), color=color, marker="o", ls="--", label=f"{name}, fixed noise")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", framealpha=0.6)
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, dpi=120, format="png")
     fresh.replace(path)

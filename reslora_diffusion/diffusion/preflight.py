@@ -19,10 +19,14 @@ BYTES = {"fp16": 2, "bf16": 2}
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
-def describe(found: Scan, title: str, plan: Plan) -> Iterator[str]:
-    """Lines on one folder of pictures."""
+def describe(found: Scan, title: str, prompt: str | None, plan: Plan) -> Iterator[str]:
+    """Lines on one folder of pictures; `prompt` is for those without a caption."""
     captions = len(found.pictures) - len(found.uncaptioned)
     yield f"{title}: {len(found.pictures)} pictures in {found.folder}, {captions} with captions of their own"
+    if captions and found.uncaptioned:
+        yield f"  without a caption, or with an empty one: {listing(found.uncaptioned)}"
+    if found.uncaptioned and prompt:
+        yield f"  prompt{' of those' if captions else ''}: {prompt!r}"
     if found.skipped:
         yield f"  skipped: {listing(f'{name} ({reason})' for name, reason in found.skipped.items())}"
     for names in found.duplicates:
@@ -92,12 +96,12 @@ def preflight(plan: Plan, args: Namespace, processes: int = 1) -> list[str]:
     """Lines on the whole run."""
     lines = [f"{args.pretrained_model_name_or_path}: {plan.skeleton.family.title}"]
     for concept in plan.concepts:
-        lines += describe(concept.instance, "instance", plan)
+        lines += describe(concept.instance, "instance", concept.instance_prompt, plan)
         if concept.repeats > 1:
             lines.append(f"  each {concept.repeats} times a pass")
         lines += cut_off(concept, plan)
         if concept.classes:
-            lines += describe(concept.classes, "class", plan)
+            lines += describe(concept.classes, "class", concept.class_prompt, plan)
             missing = concept.num_class_images - len(concept.classes.pictures)
             lines += [f"  {missing} more will be made from {concept.class_prompt!r}"] if missing > 0 else []
     if not args.with_prior_preservation:

@@ -181,7 +181,7 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
     if skeleton.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {skeleton.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
     grid = skeleton.grid
-    if not grid.fits(args.resolution):
+    if args.resolution % 8 == 0 and not grid.fits(args.resolution):  # what is no multiple of 8 fits no model: `checks`
         yield f"--resolution: got {args.resolution}, wanted {grid} for this model"
     for option, reason in skeleton.family.not_here.items():
         value = getattr(args, option)
