@@ -126,7 +126,7 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     pipe.load_lora_weights(folder)
     exported = paint()
     shown = [np.asarray(Image.open(folder / "samples" / f"step-{step:06d}" / "0-0.png")).astype(int) for step in (0, 3)]
-    np.testing.assert_array_equal(base, shown[0])
+    assert np.abs(base - shown[0]).max() <= 1  # of 255: where 8 bits round a sum that another alignment adds otherwise
     assert np.abs(exported - base).max() > 10
     assert np.abs(exported - shown[1]).max() <= 4
     assert verify_lora(folder, str(saved(build))).passed

@@ -216,7 +216,10 @@ def pattern_problems(skeleton: Skeleton, args: Namespace, plain: Namespace) -> I
     for option in ("rank_pattern", "alpha_pattern", "lr_pattern"):
         for pattern, _ in getattr(args, option):
             if adapted and not any(matches(pattern, name) for name in adapted):
-                yield f"--{option}: {pattern!r} matches no adapted layer; those are called like {adapted[0]}"
+                yield (
+                    f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "
+                    f"{pattern + '.*'!r}?); they are called like {adapted[0]}"
+                )
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
