@@ -29,6 +29,7 @@ def test_more_pictures_are_said_to_take_more_and_checkpointing_less(tmp_path, ca
     def megabytes(name: str, **options: object) -> float:
         train(tmp_path / name, max_train_steps=1, **options)
         said = capsys.readouterr().out
+        assert "what a training forward keeps" in said
         return float(re.search(r"activations ([\d.,]+) MB", said)[1].replace(",", ""))
 
     one, four = megabytes("one", train_batch_size=1), megabytes("four", train_batch_size=4)

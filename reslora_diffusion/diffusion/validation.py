@@ -45,7 +45,7 @@ class Painter:
     text_is_frozen: bool
     folder: Path
     tokens: Tokens | None
-    texts: Texts | None = field(init=False, default=None)
+    texts: list[Texts] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.paints and self.text_is_frozen:
@@ -56,19 +56,19 @@ class Painter:
         return bool(self.prompts) and self.num_images > 0
 
     @torch.no_grad()
-    def encode(self) -> Texts:
-        """The empty prompt and the validation prompts, as the text encoders see them now."""
-        return self.family.encode(self.family.text_encoders_of(self.pipeline), self.tokens)
+    def encode(self) -> list[Texts]:
+        """The empty prompt and the validation prompts, as the text encoders see them now: one by one as a pipeline
+        does it, because in one batch their last bits may come out differently."""
+        encoders = self.family.text_encoders_of(self.pipeline)
+        each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
+        return [self.family.encode(encoders, Tokens(*parts)) for parts in each]
 
     def paint(self, adapters: Adapters) -> list[Image.Image]:
         """Pictures of every prompt, in order."""
         self.pipeline.vae.to(self.family.denoiser_of(self.pipeline).device)
         images = []
         with adapters.evaluation(), adapters.merged():
-            texts = self.texts or self.encode()
-            negative, *prompts = [
-                Texts(*(None if p is None else p[n, None] for p in texts)) for n in range(len(texts[0]))
-            ]
+            negative, *prompts = self.texts or self.encode()
             for prompt in prompts:
                 for n in range(self.num_images):
                     images += self.pipeline(
