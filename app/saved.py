@@ -30,6 +30,7 @@ VIEWS = ("Grid", "Slider", "Flip", "Difference")
 SETTINGS, IMAGES = "settings.json", "images/"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive: equal comparisons make equal archives
 PICTURE_KEYS = {"row", "column", "file", "painted_with", "seconds"}
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack a whole chunk, whatever a read asks for
 MAX_SETTINGS_BYTES = 2**20
 MAX_PICTURE_BYTES = 2**25
 MAX_PIXELS = 2**27  # of all pictures together
@@ -132,8 +133,11 @@ def open_archive(path: Path) -> Saved:
             with zipfile.ZipFile(path) as archive:
                 if name not in archive.namelist():
                     return None
-                if archive.getinfo(name).file_size > most:
+                info = archive.getinfo(name)
+                if info.file_size > most:
                     raise ValueError(f"{name} in the archive has more than {most >> 20} MiB")
+                if info.compress_type not in BOUNDED:
+                    raise ValueError(f"{name} in the archive is packed in another way than this page packs")
                 with archive.open(name) as file:
                     return file.read(most + 1)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as problem:

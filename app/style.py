@@ -108,7 +108,6 @@ button.cell:hover { box-shadow: 0 0 0 3px var(--primary-500); }
 .turn { display: block; margin: .75rem auto 0; padding: .5rem 1.25rem; border-radius: 8px;
   border: 1px solid var(--line); background: var(--button-secondary-background-fill); }
 kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
-#slider img, #difference img { }
 #slider, #difference { max-width: 560px; margin: 0 auto; }
 
 .halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
@@ -136,8 +135,7 @@ kbd { font-size: .75rem; border: 1px solid var(--line); border-radius: 4px; padd
 .file summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem; }
 
 .legend { display: flex; flex-wrap: wrap; gap: 6px 20px; list-style: none; padding: 0; margin: 0 0 10px; }
-.legend li { display: flex; align-items: center; gap: 8px; margin: 0; }
-.legend li { max-width: 100%; }
+.legend li { display: flex; align-items: center; gap: 8px; margin: 0; max-width: 100%; }
 .legend b { min-width: 0; overflow-wrap: anywhere; }
 fieldset label { max-width: 100%; min-width: 0; }
 fieldset label span { min-width: 0; overflow-wrap: anywhere; }

@@ -173,9 +173,9 @@ def strip(addresses: Sequence[str], name: str) -> str:
 
 
 WANTING = {  # what a measure had too little of
-    "subject likeness": "needs reference pictures",
+    "subject likeness": "needs reference pictures, and prompts of the subject",
     "background obeyed": "needs a colour in a prompt",
-    "drift from the base": "needs unrelated prompts",
+    "drift from the base": "needs unrelated prompts and the base",
     "diversity": "needs two seeds",
 }
 
@@ -185,9 +185,9 @@ def measures(request: CompareRequest, values: dict[str, dict[Column, Figure | No
     columns = request.columns
 
     def said(name: str, column: Column) -> object:
-        of_itself = name == "drift from the base" and column.adapter is None
         if found := values[name][column]:
             return str(found).replace(" = ", "\u00a0=\u00a0")
+        of_itself = name == "drift from the base" and column.adapter is None
         return "–" if of_itself else WANTING.get(name, "not measured")
 
     lines = [(name, *(said(name, column) for column in columns)) for name in values]

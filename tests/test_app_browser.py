@@ -383,8 +383,8 @@ def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
     expect(page.locator("#expected")).to_contain_text("8 pictures, about")
 
 
-def test_two_visitors_do_not_see_each_other(visit):
-    one, other = visit(), visit()
+def test_two_visitors_do_not_see_each_other(visit, tmp_path):
+    one, other = visit(), visit(390)  # a browser of its own
     set_steps(one, 1)
     fill(one, "prompts", "a lighthouse of one's own")
     expect(one.locator("#expected")).to_contain_text("6 pictures, about")
@@ -392,6 +392,8 @@ def test_two_visitors_do_not_see_each_other(visit):
     expect(one.locator("#grid")).to_contain_text("lighthouse")
     expect(one.locator("#status")).to_contain_text("6 pictures in")
     assert "lighthouse" not in other.content()
+    assert "lighthouse" not in downloaded(other, "#download_settings", tmp_path / "settings.json").read_text()
+    assert "lighthouse" in downloaded(one, "#download_settings", tmp_path / "settings.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------- vote and measures

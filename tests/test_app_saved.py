@@ -202,3 +202,13 @@ def test_no_name_leads_out_of_the_archive(archive, tmp_path, name):
 )  # fmt: skip
 def test_a_view_that_is_none_becomes_the_grid(view):
     assert saved_view({"view": view}, ASKED) == View(VIEWS[0], 0, 0, 2)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_whose_unpacking_no_read_can_bound_is_refused(archive, packing):
+    other = archive.with_name("other.zip")
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(other, "w", packing) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match=r"settings\.json in the archive is packed in another way"):
+        reopened([other])

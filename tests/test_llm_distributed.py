@@ -52,13 +52,13 @@ def results(output: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(output / "adapter_model.safetensors"), json.loads((output / "results.json").read_text())
 
 
-def assert_same(one: Path, two: Path, by: str) -> None:
+def assert_same(one: Path, two: Path, by: str, atol: float) -> None:
     assert json.loads((two / "run.json").read_text())["processes"] == f"2, {by}"
     (factors, found), (others, found_two) = results(one), results(two)
     assert factors.keys() == others.keys()
     assert max(value.abs().max() for name, value in factors.items() if "lora_B" in name) > 0.1
     for name, value in factors.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=atol)
     assert found_two["exact_match"] == found["exact_match"]
     assert found_two["best_step"] == found["best_step"]
     assert found_two["merging"]["loss_merged"] == pytest.approx(found["merging"]["loss_merged"], abs=1e-4)
@@ -91,20 +91,20 @@ def alone(folders, tmp_path_factory):  # noqa: F811
 
 def test_two_processes_equal_one(folders, alone, tmp_path):  # noqa: F811
     launch(2, words(folders, tmp_path / "two", **options(2)))
-    assert_same(alone("middle"), tmp_path / "two", "DistributedType.MULTI_CPU")
+    assert_same(alone("middle"), tmp_path / "two", "DistributedType.MULTI_CPU", atol=1e-5)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_sharded_by_fsdp2_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
     launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "fsdp2")
-    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.FSDP")
+    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.FSDP", atol=5e-5)
 
 
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_sharded_by_zero3_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
     pytest.importorskip("deepspeed")
     launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "deepspeed_zero3")
-    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.DEEPSPEED")
+    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.DEEPSPEED", atol=5e-5)
 
 
 @pytest.mark.parametrize("by", ["fsdp2", "deepspeed_zero3"])

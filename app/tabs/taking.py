@@ -34,8 +34,8 @@ def takeaway(studio: Studio) -> None:
     with gr.Row(elem_classes="tools"):
         for kind, (name, _) in KINDS.items():
             button = gr.Button(name, size="sm", min_width=110, elem_id=f"download_{kind}")
-            written = button.click(writer(studio, kind), None, taken, api_name=kind, **LIGHT)
-            written.success(None, taken, None, js=SAVE, **PRIVATE)
+            click = button.click(writer(studio, kind), None, taken, api_name=kind, **LIGHT)
+            click.success(None, taken, None, js=SAVE, **PRIVATE)
 
 
 def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:

@@ -86,10 +86,11 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
     model, output = trainer.model, Path(trainer.args.output_dir)
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts["processes"] = f"{trainer.accelerator.num_processes}, {trainer.accelerator.distributed_type}"
-    facts["chains"] = explain(model).to_dict() if is_reslora(model) else None
+    chains = explain(model) if is_reslora(model) else None
+    facts["chains"] = None if chains is None else chains.to_dict()
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "run.json", record(options, trainer.args, **facts))
-    print(explain(model) if is_reslora(model) else f"LoRA, {facts['trained_parameters']} parameters")
+    print(f"LoRA, {facts['trained_parameters']} parameters" if chains is None else chains)
     for note in facts.get("notes", ()):
         print(note)
 

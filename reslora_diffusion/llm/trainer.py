@@ -167,8 +167,11 @@ class ExportedTrainer(Trainer):
         """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
         model = self.accelerator.unwrap_model(self.model)
         recall_factors(model)
-        found = {"shortcut": shortcut_of(model), "best_step": self.state.best_global_step}
-        found["best_metric"] = self.state.best_metric
+        found: dict[str, Any] = {
+            "shortcut": shortcut_of(model),
+            "best_step": self.state.best_global_step,
+            "best_metric": self.state.best_metric,
+        }
         if is_reslora(model):
             calibrate(model, self.calibration, run_model)
             if self.distillation_steps:
