@@ -20,6 +20,7 @@ from .attach import DEFAULT_ADAPTER, get_controller
 from .config import MergeMethod, Shortcut
 from .controller import Controller, Forward
 from .merging import corrections_of, least_squares, paper_input
+from .sharding import is_distributed
 from .statistics import Moments, Norms, OutputErrors, load_statistics, save_statistics
 
 RESUME_EVERY = 16  # batches between two writes of a resume file
@@ -133,7 +134,8 @@ def calibrate(
     if not needs_calibration(controller):
         return
     groups = passes(controller, statistics_bytes)
-    if controller.config.merge_method == MergeMethod.PAPER_INPUT:
+    by_norms = controller.config.merge_method == MergeMethod.PAPER_INPUT
+    if by_norms:
         groups = [list(controller.sites)]
     if len(groups) > 1 and not isinstance(batches, Sequence):
         raise ValueError(
@@ -143,26 +145,20 @@ def calibrate(
     corrections: dict[str, Tensor] = {}
     for number, group in enumerate(groups):
         file = numbered(resume_file, number) if resume_file else None
-        if controller.config.merge_method == MergeMethod.LEAST_SQUARES:
-            moments = Moments(controller, set(group))
-            count = observe(controller, moments, model, batches, forward, mask, file)
-            found = {name: least_squares(controller, controller.sites[name], moments) for name in group}
-        else:
-            norms = Norms(controller)
-            count = observe(controller, norms, model, batches, forward, mask, file)
-            found = {name: paper_input(controller, controller.sites[name], norms) for name in group}
-        if count == 0:
+        observer: Any = Norms(controller) if by_norms else Moments(controller, set(group))
+        if observe(controller, observer, model, batches, forward, mask, file) == 0:
             raise ValueError("calibrate: got no batches")
-        corrections |= {name: correction.to(controller.factors(name)[0]) for name, correction in found.items()}
+        solve: Any = paper_input if by_norms else least_squares
+        found = {name: solve(controller, controller.sites[name], observer) for name in group}
+        corrections |= {name: correction.to(controller.lora_A(name)) for name, correction in found.items()}
     controller.calibration = corrections
-    controller.calibrated_at = {name: controller.factors(name)[0]._version for name in corrections}
+    controller.calibrated_at = {name: controller.version(name) for name in corrections}
 
 
 def numbered(file: str | os.PathLike, group: int) -> Path:
     """`sums.safetensors` -> `sums-<process>-<group>.safetensors`."""
     path = Path(file)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    process = torch.distributed.get_rank() if distributed else 0
+    process = torch.distributed.get_rank() if is_distributed() else 0
     return path.with_name(f"{path.stem}-{process}-{group}.safetensors")
 
 

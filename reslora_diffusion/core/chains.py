@@ -17,7 +17,7 @@ mid, up. Tokens: equal widths do not mean equal resolutions; the resolution foll
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -55,7 +55,7 @@ class Explanation:
     shortcut: Shortcut
     num_previous: int | None
     chains: tuple[Chain, ...]
-    unjoined: dict[str, str] = field(default_factory=dict)  # layers of other kinds, adapted by plain LoRA: name -> kind
+    unjoined: dict[str, str]  # layers of other kinds, adapted by plain LoRA: name -> kind
 
     @property
     def links(self) -> int:

@@ -124,10 +124,20 @@ class Controller:
             self.shortcut, self.config.num_previous, self.chains, {n: u.kind for n, u in self.unjoined.items()}
         )
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`(lora_A, lora_B)` of one layer, as they are; gathered where they are sharded."""
+    def lora_A(self, name: str) -> Tensor:
+        """`lora_A` of one layer, as it is; gathered where it is sharded."""
         layer: Any = self.layers[name]
-        return whole(layer.lora_A[self.adapter_name].weight), whole(layer.lora_B[self.adapter_name].weight)
+        return whole(layer.lora_A[self.adapter_name].weight)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`(lora_A, lora_B)` of one layer, likewise."""
+        layer: Any = self.layers[name]
+        return self.lora_A(name), whole(layer.lora_B[self.adapter_name].weight)
+
+    def version(self, name: str) -> int:
+        """Counts the changes of one layer's `lora_A`, of a shard too."""
+        layer: Any = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight._version
 
     # ------------------------------------------------------------------------------------------- the root's forward
 

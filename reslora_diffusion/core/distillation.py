@@ -10,8 +10,7 @@ outputs or what is given (for a language model, a divergence of next-token distr
 out: if their distance has not become smaller, the C of least squares stays.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from .attach import DEFAULT_ADAPTER, get_controller
 from .calibration import evaluating
 from .config import MergeMethod, Shortcut
 from .controller import Controller
-from .merging import joined_factors
+from .merging import computing_as, joined_factors
+from .sharding import is_distributed
 from .statistics import all_reduce
 
 HELD_OUT = 8  # one batch of so many, and at least one, is not trained on
@@ -81,7 +81,7 @@ def distill(
     kept = after < before
     if kept:
         controller.calibration = {
-            name: f.lora_A.detach().to(controller.calibration[name]) - controller.factors(name)[0].detach()
+            name: f.lora_A.detach().to(controller.calibration[name]) - controller.lora_A(name).detach()
             for name, f in student.items()
         }
     return Distillation(before, after, kept)
@@ -122,16 +122,6 @@ def teach(model: nn.Module, batch: Any, output: Output) -> Tensor:
     return output(model, batch)
 
 
-@contextmanager
-def computing_as(controller: Controller, student: dict) -> Iterator[None]:
-    """Inside, the model has the plain LoRA `student`."""
-    before, controller.merged = controller.merged, student
-    try:
-        yield
-    finally:
-        controller.merged = before
-
-
 def mean_distance(
     controller: Controller, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
 ) -> float:
@@ -154,6 +144,6 @@ def at_least_float32(value: Tensor) -> Tensor:
 def average(values: list[Tensor]) -> None:
     """Mean over processes, in place."""
     all_reduce(values)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         for value in values:
             value /= torch.distributed.get_world_size()

@@ -135,7 +135,7 @@ class Fusion:
             if controller.shortcut is Shortcut.INPUT:
                 carry, read = controller.read_input(site, x)
                 times = 2 if carry is None and read is None else 1
-                read = None if read is None else self.sum(controller, x, read)
+                read = None if read is None else self.sum_of(controller, x, read)
             else:
                 carry, times = self.carried(controller, site, x, down[0])
         weight, bias = group.bases[0]._parameters["weight"], group.bases[0]._parameters["bias"]
@@ -148,7 +148,7 @@ class Fusion:
         return output
 
     @staticmethod
-    def sum(controller: "Controller", x: Tensor, previous: Tensor) -> Tensor:
+    def sum_of(controller: "Controller", x: Tensor, previous: Tensor) -> Tensor:
         """x + previous, once for all layers that read the two."""
         scope, with_grad = controller.context.scope, torch.is_grad_enabled()
         assert scope is not None

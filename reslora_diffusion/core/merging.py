@@ -58,11 +58,11 @@ def neighbours(controller: Controller, site: Site) -> list[str]:
 
 def factor_read(controller: Controller, site: Site, neighbour: str) -> Tensor:
     """A_k: the down-projection that is applied to the input of `neighbour`."""
-    return controller.factors(site.name if controller.shortcut is Shortcut.INPUT else neighbour)[0].detach()
+    return controller.lora_A(site.name if controller.shortcut is Shortcut.INPUT else neighbour).detach()
 
 
 def least_squares(controller: Controller, site: Site, moments: Moments) -> Tensor:
-    A = controller.factors(site.name)[0].detach()
+    A = controller.lora_A(site.name).detach()
     if site.name not in moments.cross:
         return torch.zeros_like(A)
     inner = moments.inner[site.name]
@@ -76,7 +76,7 @@ def least_squares(controller: Controller, site: Site, moments: Moments) -> Tenso
 
 def paper_input(controller: Controller, site: Site, norms: Norms) -> Tensor:
     total = sum(norms.mean(name) / norms.mean(site.name) for name in neighbours(controller, site))
-    return total * controller.factors(site.name)[0].detach()
+    return total * controller.lora_A(site.name).detach()
 
 
 def paper_weight(controller: Controller) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def corrections_of(controller: Controller) -> dict[str, Tensor]:
     """
     method = MergeMethod(controller.config.merge_method)
     if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK) or method is MergeMethod.DROP:
-        return {name: torch.zeros_like(controller.factors(name)[0].detach()) for name in controller.sites}
+        return {name: torch.zeros_like(controller.lora_A(name).detach()) for name in controller.sites}
     if method is MergeMethod.PAPER_WEIGHT:
         return paper_weight(controller)
     if controller.calibration.keys() != controller.sites.keys():
@@ -120,7 +120,7 @@ def corrections_of(controller: Controller) -> dict[str, Tensor]:
             "batches, forward) first, or choose merge_method='paper_weight' or 'drop', which need none"
         )
     versions = controller.calibrated_at
-    if any(controller.factors(name)[0]._version != version for name, version in versions.items()):
+    if any(controller.version(name) != version for name, version in versions.items()):
         controller.calibrated_at = {}
         warnings.warn("the adapter was trained on since it was calibrated; calibrate it again", stacklevel=3)
     return controller.calibration
@@ -191,8 +191,14 @@ def unjoined_factors(controller: Controller) -> dict[str, LoraFactors]:
 def merged_forward(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Iterator[None]:
     """Inside, the model computes as the exported LoRA will, without touching a weight."""
     controller = get_controller(model, adapter_name)
-    before = controller.merged
-    controller.merged = joined_factors(controller)
+    with computing_as(controller, joined_factors(controller)):
+        yield
+
+
+@contextmanager
+def computing_as(controller: Controller, factors: dict[str, LoraFactors]) -> Iterator[None]:
+    """Inside, the layers that shortcuts may join compute plain LoRA with these factors."""
+    before, controller.merged = controller.merged, factors
     try:
         yield
     finally:

@@ -121,16 +121,12 @@ class ResLoraModel(LoraModel):
         install(model, adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self.find_corrections(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def find_corrections(self, adapter_names: list[str] | None) -> None:
-        """Raise what merging would raise before the first layer is changed."""
         from .merging import corrections_of
 
         for name in adapter_names or self.active_adapters:
             if (controller := find_controller(self.model, name)) is not None:
-                corrections_of(controller)
+                corrections_of(controller)  # raises, if it does, before the first layer is changed
+        super().merge_adapter(adapter_names, safe_merge)
 
     def delete_adapter(self, adapter_name: str) -> None:
         controller = find_controller(self.model, adapter_name)

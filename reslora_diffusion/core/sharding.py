@@ -6,6 +6,7 @@ placed_like    its inverse: full value -> as another tensor is sharded; nothing 
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PARTITIONED = (
@@ -21,13 +22,18 @@ def whole(weight: Any) -> Tensor:
     Raises:
         RuntimeError: DeepSpeed has taken it away.
     """
-    if hasattr(weight, "full_tensor"):
+    if is_sharded(weight):
         from torch.distributed.tensor import Partial
 
         return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
     if not weight.numel():
         raise RuntimeError(PARTITIONED)
     return weight
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that talk to each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_sharded(weight: Any) -> bool:

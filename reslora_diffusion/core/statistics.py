@@ -27,6 +27,7 @@ from torch import Tensor
 from .chains import Site
 from .config import Shortcut
 from .controller import Controller
+from .sharding import is_distributed
 
 
 def flat(x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def flat(x: Tensor) -> Tensor:
 
 def all_reduce(values: list[Tensor]) -> None:
     """Sum over processes, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         for value in values:
             torch.distributed.all_reduce(value)
 
@@ -116,7 +117,7 @@ class Moments(Tokens):
             window = self.controller.windows[site.name]
             others = {name: self.inputs[name] for name in window if name in self.inputs}
         else:
-            lora_A = self.controller.factors(site.name)[0].detach()
+            lora_A = self.controller.lora_A(site.name).detach()
             bottleneck = self.rows(previous[0][1]) @ lora_A.to(rows.dtype).T
             others = {site.name: previous[0][1]}
         add(self.cross, site.name, bottleneck.T @ rows)
@@ -170,7 +171,7 @@ class Norms(Tokens):
     def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
         rows = self.rows(x)
         if self.controller.shortcut is Shortcut.MIDDLE:
-            rows = rows @ self.controller.factors(site.name)[0].detach().to(rows.dtype).T
+            rows = rows @ self.controller.lora_A(site.name).detach().to(rows.dtype).T
         add(self.total, site.name, rows.norm())
         self.count[site.name] = self.count.get(site.name, 0) + 1
 
