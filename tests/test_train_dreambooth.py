@@ -289,7 +289,7 @@ def test_another_autoencoder_of_the_same_latents(tmp_path):
     assert losses(other)[0] != losses(own)[0]
 
 
-def test_distillation_refines_what_is_exported_and_nothing_else(tmp_path):
+def test_distillation_changes_what_is_exported_and_nothing_else(tmp_path):
     options = {"shortcut": "middle", "num_previous": "all", "max_train_steps": 10, "calibration_batches": 32}
     plain, refined = (
         train(tmp_path / name, **options, **more)

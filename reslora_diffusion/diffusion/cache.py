@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .buckets import Size, nearest
 from .data import Picture, covering, crop_corners, open_mask, open_upright
-from .disk_cache import DiskCache, identity
+from .disk_cache import DiskCache
 from .families import Texts, Tokens
 from .randomness import Stream, generator
 
@@ -135,6 +135,7 @@ def encode_pictures(
     threads: int = 0,
     progress: str | None = None,
     kept: DiskCache | None = None,
+    vae_identity: str = "",
 ) -> list[Example]:
     """Examples of pictures, in their order.
 
@@ -146,9 +147,9 @@ def encode_pictures(
         threads: that decode pictures.
         progress: title of the progress bar; none if None.
         kept: where encoded pictures are looked for first, and kept.
+        vae_identity: of `vae`, for `kept`.
     """
     examples = []
-    vae_identity = identity(vae) if kept else ""
 
     def look(item: tuple[int, Picture]) -> tuple[dict[str, Any], dict[str, Tensor] | None, Seen | None]:
         """Key of a picture, its encoded views if they are kept, else the views."""

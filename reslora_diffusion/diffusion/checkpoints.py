@@ -40,16 +40,19 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def found_in(output_dir: Path) -> list[Path]:
+    """What is named like a checkpoint, whole or not."""
+    return [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest step first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(is_complete, found), key=step_of)
+    return sorted(filter(is_complete, found_in(output_dir)), key=step_of)
 
 
 def broken_in(output_dir: Path) -> list[str]:
     """Names of what looks like a checkpoint and is not whole."""
-    found = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-    return sorted(path.name for path in found if not is_complete(path))
+    return sorted(path.name for path in found_in(output_dir) if not is_complete(path))
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:

@@ -39,11 +39,10 @@ def compiled(
     denoiser: Denoiser, args: Namespace, device: torch.device, buckets: int, say: Callable[[str], object]
 ) -> Denoiser:
     """The denoiser for training steps: the same weights, and its model compiled if that was asked for and can be."""
-    wanted, graphs = args.compile or args.cuda_graph, args.cuda_graph and device.type == "cuda"
+    graphs = args.cuda_graph and device.type == "cuda"
     if args.cuda_graph and not graphs:
         say("--cuda_graph: this machine trains without a CUDA device; going on without graphs")
-        wanted = args.compile
-    if not wanted:
+    if not (args.compile or graphs):
         return denoiser
     if reason := why_not_compiled(device):
         say(f"--compile: {reason}; going on without")

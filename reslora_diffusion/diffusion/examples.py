@@ -132,6 +132,7 @@ def encode_examples(
     dtype = pipeline.vae.dtype
     if dtype != torch.float32:
         pipeline.vae.float()
+    common["vae_identity"] = identity(pipeline.vae) if kept else ""
     instances, classes, encoded = [], {}, {}
     for number, concept in enumerate(concepts):
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""

@@ -95,12 +95,12 @@ def export_name(args: Namespace) -> str:
     return args.export_name or folder.strip("-_.+") or "lora"
 
 
-def model_card(args: Namespace, family: str, lines: list[str], pictures: list[str]) -> str:
+def model_card(args: Namespace, tag: str, lines: list[str], pictures: list[str]) -> str:
     """README.md of a trained adapter, in the hub's format."""
     from .models import base_model_name
 
     base = base_model_name(args)
-    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", family, args.method]
+    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
     prompt = args.instance_prompt or "captions of the pictures"
     return "\n".join(
         [

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
 
@@ -184,9 +185,10 @@ class Run:
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
         if self.adapters.health_problem() is None:
-            save_merged(folder / STATE_FOLDER, self.adapters.factors(), self.facts(step))
+            factors = self.adapters.factors()
+            save_merged(folder / STATE_FOLDER, factors, self.facts(step))
             try:
-                self.export(folder, step)
+                self.export(folder, factors, step)
             except ValueError as error:
                 self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
 
@@ -243,11 +245,10 @@ class Run:
         self.seen = values
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
-        if self.painter.paints:
-            images = self.painter.paint(self.adapters)
+        images = self.painter.paint(self.adapters) if self.painter.paints else []
         if not self.accelerator.is_main_process:
             return
-        if self.painter.paints:
+        if images:
             self.painter.save(images, step)
             for tracker in self.accelerator.trackers:
                 if tracker.name in PICTURE_TRACKERS:
@@ -282,11 +283,13 @@ class Run:
         }
         return {key: str(value) for key, value in facts.items() if value is not None}
 
-    def export(self, folder: Path, step: int, report: MergeReport | None = None) -> ExportReport:
-        """Write the plain LoRA of now; calibrate first."""
+    def export(
+        self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
+    ) -> ExportReport:
+        """Write the plain LoRA of now."""
         return export_lora(
             folder,
-            self.adapters.factors(),
+            factors,
             name=export_name(self.args),
             dtype=DTYPES[self.args.save_precision],
             facts=self.facts(step, report),
@@ -304,7 +307,7 @@ class Run:
             if not self.accelerator.is_main_process:
                 return merged, None
             try:
-                exported = self.export(self.output, step, merged)
+                exported = self.export(self.output, self.adapters.factors(), step, merged)
             except ValueError as error:
                 self.write_checkpoint(step, lambda folder: None, tensors)
                 raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error

@@ -156,7 +156,7 @@ class Sampler:
         return [collate(group, self.scaling_factor, self.shift_factor) for group in groups.values()]
 
 
-def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float = 0.0) -> Batch:
+def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -> Batch:
     texts = {draw.prompt: draw.text for draw in drawn}
     places = {prompt: place for place, prompt in enumerate(texts)}
     mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))

@@ -190,9 +190,10 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
     if args.tokenizer_max_length and args.tokenizer_max_length > skeleton.max_length:
         yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {skeleton.max_length}"
     plain = Namespace(**vars(args) | {"method": "lora", "rank": max(1, args.rank)})
-    for component, (model, config) in skeleton.adapted(plain).items():
+    adapted = skeleton.adapted(plain)
+    for component, (model, config) in adapted.items():
         yield from target_problems(model, component, config)
-    yield from pattern_problems(skeleton, args, plain)
+    yield from pattern_problems(adapted, args)
     try:
         skeleton.adapted(args)
     except ValueError as error:
@@ -205,20 +206,20 @@ def matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def pattern_problems(skeleton: Skeleton, args: Namespace, plain: Namespace) -> Iterator[str]:
+def pattern_problems(adapted: dict[str, tuple[nn.Module, LoraConfig]], args: Namespace) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
-    adapted = [
+    names = [
         name
-        for model, config in skeleton.adapted(plain).values()
+        for model, config in adapted.values()
         for name, _ in model.named_modules()
         if name and check_target_module_exists(config, name)
     ]
     for option in ("rank_pattern", "alpha_pattern", "lr_pattern"):
         for pattern, _ in getattr(args, option):
-            if adapted and not any(matches(pattern, name) for name in adapted):
+            if names and not any(matches(pattern, name) for name in names):
                 yield (
                     f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "
-                    f"{pattern + '.*'!r}?); they are called like {adapted[0]}"
+                    f"{pattern + '.*'!r}?); they are called like {names[0]}"
                 )
 
 
