@@ -10,10 +10,13 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted."""
+    """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted.
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+    `found` are lines on what was looked at and may be in order.
+    """
+
+    def __init__(self, problems: Iterable[str], found: Iterable[str] = ()) -> None:
+        self.problems, self.found = list(problems), list(found)
         count = len(self.problems)
         head = "1 problem:" if count == 1 else f"{count} problems:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
@@ -39,15 +42,21 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
+def is_first_process() -> bool:
+    """Of several processes, one says what all of them found."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def run_program(program: Callable[[], object]) -> int:
     """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop; all
     said in plain words."""
+    found: list[str] = []
     try:
         program()
     except Interrupted as error:
         code, message = 0, f"stopped {error}"
     except BadInput as error:
-        code, message = EXIT_CODE, str(error)
+        code, message, found = EXIT_CODE, str(error), error.found
     except Stopped as error:
         code, message = 1, f"stopped: {error}"
     except OSError as error:
@@ -56,6 +65,7 @@ def run_program(program: Callable[[], object]) -> int:
         code, message = 1, f"stopped: {error}"
     else:
         return 0
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of several processes, one says what all of them found
+    if is_first_process():
+        print("\n".join(found), end="\n" if found else "", flush=True)
         print(message, file=sys.stderr)
     return code

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dreambooth import SUBJECTS, arguments, call, script, train
+from reslora_diffusion.diffusion.variants import variant_problems
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
@@ -274,18 +275,72 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
     for line in (
         "3 pictures",
         "1 with captions of their own",
-        "without a caption, or with an empty one: b.png, small.png",
-        "prompt of those: 'a sticker of sks animal'",
+        "2 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': b.png, small.png",
         "skipped: .DS_Store (hidden)",
         "identical: a.png, b.png",
         "enlarged: small.png",
         "sizes: 2 of 64x64, 1 of 80x48",
         "tokens cut off the end of 'a photo of a dog",
         "40 steps of 2 pictures: 13.3 passes of 3 steps",
+        "1 process",
         "trained parameters",
         "on paper: ",
     ):
         assert line in said, said
+
+
+def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_path, without_weights):
+    folder = pictures(tmp_path / "subject", "a.png", "b.png")
+    (folder / "notes.md").write_text("hello")
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a dog"}\n')
+    done = call(
+        tmp_path / "out",
+        instance_data_dir=folder,
+        pretrained_model_name_or_path=without_weights,
+        rank=0,
+        variant="fp16",
+        resolution=128,
+        dry_run=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [
+        f"instance: 2 pictures in {folder}, 1 with captions of their own",
+        "  1 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': a.png",
+        "  skipped: notes.md (not a picture)",
+        "  identical: a.png, b.png",
+        "  smaller than they are trained at, enlarged: a.png, b.png",
+    ]
+    assert done.stderr.strip().splitlines() == [
+        "2 problems:",
+        "  - --rank: got 0, wanted 1 or more",
+        f"  - --variant: got 'fp16', which no part of {without_weights} has; there: no weights at all",
+    ]
+
+
+def test_a_race_with_a_fault_tells_once_what_is_in_the_folders(tmp_path):
+    with pytest.raises(BadInput, match="got 0, wanted 1 or more") as error:
+        train(tmp_path / "out", rank=0, compare=["lora", "reslora-block"])
+    assert [line.split(" in ")[0] for line in error.value.found if not line.startswith(" ")] == ["instance: 5 pictures"]
+
+
+@pytest.mark.parametrize(
+    ("unet", "vae", "variant", "said"),
+    [
+        ("model.safetensors", "model.fp16.bin", None, "got None, and the vae in {} has fp16; --variant fp16?"),
+        ("model.bf16.safetensors", "model.fp16.bin", "bf16", "the vae in {} has fp16; --variant fp16?"),
+        ("model.bf16-00001-of-00002.safetensors", "model.bin", "fp16", "no part of {} has; there: bf16, plain ones"),
+        ("model.fp16-00001-of-00002.safetensors", "model.bin", "fp16", None),
+        ("diffusion_pytorch_model.safetensors", "model.bin", None, None),
+    ],
+)
+def test_weights_of_a_variant_are_looked_for_by_name(tmp_path, without_weights, unet, vae, variant, said):
+    folder = shutil.copytree(without_weights, tmp_path / "model")
+    for part, name in (("unet", unet), ("vae", vae)):
+        (folder / part / name).touch()
+    args = arguments(tmp_path / "out", pretrained_model_name_or_path=folder, variant=variant)
+    problems = list(variant_problems(args))
+    assert len(problems) == (said is not None)
+    assert said is None or said.format(folder) in problems[0]
 
 
 def test_arguments_are_not_changed_by_checking(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dreambooth import ROOT, SCRIPT, call, environment, train, words
 from reslora_diffusion.diffusion.checkpoints import checkpoints_in
+from reslora_diffusion.diffusion.launcher import started_alone
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
@@ -144,9 +145,31 @@ print("world size", torch.distributed.get_world_size())
 """
 
 
+def test_a_launcher_that_starts_one_process_of_two_is_noticed(tmp_path):
+    done = call(tmp_path / "run", *ACCELERATE, "--cpu", "--num_processes", "2", dry_run=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 process trains: accelerate launch was asked for several" in done.stdout
+    assert "`ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ...`" in done.stdout
+
+
+def test_who_was_started_alone_is_told_by_the_environment():
+    launched = {"ACCELERATE_DYNAMO_MODE": "default"}
+    asked = launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert started_alone(asked)
+    for other in ({}, launched, {"MASTER_ADDR": "a-cluster"}, asked | {"RANK": "0"}, asked | {"PMI_SIZE": "2"}):
+        assert not started_alone(other), other
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shortcut", ["input", "block"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut):
+@pytest.mark.parametrize(
+    ("shortcut", "launch"),
+    [("input", TORCHRUN), ("block", [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0"])],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut, launch):
     program = tmp_path / "program.py"
     program.write_text(TWO.format(tests=str(ROOT / "tests")))
     options = {
@@ -161,7 +184,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut):
         "pretrained_model_name_or_path": tiny_pipeline_folder(),
         "learning_rate": 1e-3,
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*launch, str(program), *words(tmp_path / "two", **options)],
         env=environment() | {"ACCELERATE_USE_CPU": "1"},
@@ -171,6 +193,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, shortcut):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("world size 2") == 2
+    assert "2 processes" in done.stdout
     one = train(tmp_path / "one", **options | {"train_batch_size": 4})
     first, second = state(tmp_path / "two" / "checkpoint-3"), state(one / "checkpoint-3")
     for name in first:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.problems import Interrupted, run_program
+from reslora_diffusion.problems import Interrupted, is_first_process, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -248,7 +248,8 @@ def main(args: Namespace) -> Path:
 
     plan = check(args)
     if args.dry_run:
-        print("\n".join(preflight(plan, args)))
+        if is_first_process():
+            print("\n".join(preflight(plan, args)))
         return Path(args.output_dir)
     run, first_step = prepare(args, plan)
     started = time.monotonic()

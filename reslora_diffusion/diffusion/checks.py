@@ -7,7 +7,6 @@ something: not for options that do not exist, nor for a model that is not there.
 
 import difflib
 import math
-import os
 import re
 import tempfile
 from argparse import Namespace
@@ -23,8 +22,11 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
+from .inventory import inventory
+from .launcher import launcher_problems, world_size
 from .options import NOT_SUPPORTED, known_flags
 from .record import differences
+from .variants import variant_problems
 
 if TYPE_CHECKING:
     from .skeleton import Skeleton
@@ -83,19 +85,29 @@ class Plan:
 
 
 def check(args: Namespace) -> Plan:
-    """The plan of a run; raises `BadInput` with every problem found."""
-    problems, concepts, skeleton, buckets = list(unknown_words(args.unknown)), [], None, []
-    for look in (bad_values, bad_combinations, missing_packages, bad_output):
+    """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
+    problems, concepts = list(unknown_words(args.unknown)), []
+    for look in (bad_values, bad_combinations, missing_packages, bad_output, variant_problems, launcher_problems):
         problems += look(args)
     try:
         concepts = concepts_of(args)
     except BadInput as error:
         problems += error.problems
+    try:
+        return plan_of(args, concepts, problems)
+    except BadInput as error:
+        square = args.resolution >= 1 and not args.aspect_ratio_buckets  # other sizes are told by the model
+        sizes = [(args.resolution, args.resolution)] if square else []
+        raise BadInput(error.problems, inventory(concepts, args, sizes)) from error
+
+
+def plan_of(args: Namespace, concepts: list[Concept], problems: list[str]) -> Plan:
+    """The plan of a run with these concepts, if there are no problems but those found here."""
+    skeleton, buckets = None, []
     problems += dict.fromkeys(problem for concept in concepts for problem in concept.problems)
     missing = missing_model(args)
     if args.unknown or missing:
         refuse(dict.fromkeys([*missing, *problems]))
-    from .distributed import launcher_problems
     from .optimizers import optimizer_problems
 
     try:
@@ -105,12 +117,11 @@ def check(args: Namespace) -> Plan:
             buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, skeleton.grid)
     except BadInput as error:
         problems += error.problems
-    problems += [*launcher_problems(args), *optimizer_problems(args)]
+    problems += optimizer_problems(args)
     refuse(dict.fromkeys(problems))
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
-    per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * processes))
+    per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
     steps = args.max_train_steps or args.num_train_epochs * per_epoch
     refuse(past_the_end(args, steps))
     return Plan(concepts, buckets, steps, per_epoch, skeleton)

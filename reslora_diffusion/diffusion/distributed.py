@@ -5,32 +5,11 @@ a block is gathered while it computes. The adapters stay whole everywhere, so no
 of the base in it must then be called by every process.
 """
 
-import os
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-
-
-def shards() -> bool:
-    """Whether `accelerate launch` was configured for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def launcher_problems(args: Namespace) -> Iterator[str]:
-    """What a launcher is configured for and this training cannot do."""
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        yield "DeepSpeed ZeRO-3 would take the frozen base apart; wanted zero_stage 2, or FSDP 2 to shard the base"
-    if not shards():
-        return
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        yield f"FSDP {version} wants one precision for base and adapters; wanted fsdp_version: 2"
-    if args.aspect_ratio_buckets and args.with_prior_preservation:
-        yield "--aspect_ratio_buckets with --with_prior_preservation gives processes unequal batches; FSDP cannot wait"
-    if args.merge_method == "paper_weight":
-        yield "--merge_method paper_weight reads whole weights of the base, which FSDP shards"
 
 
 def shard(denoiser: ModelMixin, device: torch.device) -> None:

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from ..problems import BadInput
 from .attn_processor import set_attn_processors
-from .distributed import shard, shards
+from .distributed import shard
 from .frozen import save_memory
+from .launcher import shards
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -24,7 +24,7 @@ from typing import Any
 from accelerate import PartialState
 from PIL import Image
 
-from ..problems import BadInput, refuse
+from ..problems import BadInput
 from .checkpoints import find_checkpoint
 from .checks import check
 from .history import plot_losses, read_history
@@ -65,6 +65,7 @@ def contenders(args: Namespace) -> dict[str, Namespace]:
     words = list(dict.fromkeys(name for word in args.compare for name in split_names(word)))
     found: dict[str, Namespace] = {}
     problems: dict[str, list[str]] = {}  # and who has them
+    folders: list[str] = []  # what is in them
     if len(words) < 2:
         problems[f"--compare: got {', '.join(words)}, wanted two contenders or more"] = words
     for word in words:
@@ -72,9 +73,12 @@ def contenders(args: Namespace) -> dict[str, Namespace]:
             found[word] = contender(word, args)
             check(found[word])
         except BadInput as error:
+            folders = folders or error.found
             for problem in error.problems:
                 problems.setdefault(problem, []).append(word)
-    refuse(problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items())
+    if problems:
+        told = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
+        raise BadInput(told, folders)
     return found
 
 

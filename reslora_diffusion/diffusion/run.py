@@ -27,9 +27,9 @@ from ..problems import Stopped, listing, refuse
 from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
-from .distributed import shards
 from .ema import Ema
 from .history import History, NonFiniteLoss, plot_losses
+from .launcher import shards
 from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .models import DTYPES, base_model_name
