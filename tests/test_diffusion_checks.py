@@ -275,7 +275,8 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
     for line in (
         "3 pictures",
         "1 with captions of their own",
-        "2 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': b.png, small.png",
+        "2 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': "
+        "b.png, small.png",
         "skipped: .DS_Store (hidden)",
         "identical: a.png, b.png",
         "enlarged: small.png",

@@ -1,8 +1,10 @@
 """Exports in the programs that load them: real diffusers pipelines, and a process that does not know this package."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from safetensors.torch import load_file
 
 from lora_factors import ATTENTION, CLIP, largest_error, loaded_deltas, random_factors, wanted_deltas
 from reslora_diffusion import ResLoraConfig, attach, merged_factors
-from reslora_diffusion.export import CheckFailed, export_lora, read_lora, write_lora_file
+from reslora_diffusion.export import CheckFailed, export_lora, export_peft, read_lora, save_merged, write_lora_file
 from reslora_diffusion.export.factors import padded
 from tiny import tiny_pipeline_folder
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
+TRIGGER = 's\u00f6s \t \u2028 "sks" \x7f'
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -208,6 +211,43 @@ def test_hashes_are_those_of_kohyas_trainer(out):
     assert metadata["sshs_model_hash"] == hashlib.sha256(stream.read()).hexdigest()
     stream.seek(0x100000)
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(stream.read(0x10000)).hexdigest()[:8]
+
+
+def write_everything(folder: Path) -> None:
+    """Every kind of LoRA file, of factors that depend on nothing."""
+    pipe = fresh_pipeline()
+    unet = random_factors(pipe.unet, ATTENTION, 0, (2, 4), (0.5, 1.0))
+    components = {"unet": unet, "text_encoder": random_factors(pipe.text_encoder, CLIP, 1)}
+    facts = {"steps": 7, "trigger_words": TRIGGER, "ss_tag_frequency": '{"a": {"b": 1}}', "seed": 3}
+    export_lora(folder, components, name="panda", facts=facts)
+    save_merged(folder, components, facts)
+    export_peft(folder / "peft", unet, component="unet", facts=facts)
+
+
+def test_equal_factors_make_equal_bytes_in_every_process(tmp_path):
+    write_everything(tmp_path / "here")
+    code = "import sys, pathlib, test_export_lora; test_export_lora.write_everything(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "1"}, cwd=Path(__file__).parent)
+    paths = sorted(path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*.safetensors"))
+    assert len(paths) == 4
+    for path in (*paths, Path("peft", "adapter_config.json")):
+        assert (tmp_path / "here" / path).read_bytes() == (tmp_path / "there" / path).read_bytes(), path
+    for path in paths:
+        with safe_open(tmp_path / "here" / path, "pt") as file:
+            assert file.metadata()["reslora.trigger_words"] == TRIGGER
+            assert "modelspec.date" not in file.metadata()
+
+
+def test_a_date_is_written_where_one_is_stated(tmp_path, components, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    write_lora_file(tmp_path / "a.safetensors", components, "kohya")
+    write_lora_file(tmp_path / "b.safetensors", components, "kohya", facts={"modelspec.date": "2020-02-02"})
+    dates = []
+    for name in ("a", "b"):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            dates.append(file.metadata()["modelspec.date"])
+    assert dates == ["1970-01-02T00:00:00+00:00", "2020-02-02"]
 
 
 def test_the_report_says_what_was_proved(out, components):

@@ -211,10 +211,15 @@ def test_another_learning_rate_may_be_taken_up_when_resuming(tmp_path):
 
 def test_resuming_a_finished_run_only_exports_again(tmp_path):
     folder = train(tmp_path / "run", checkpointing_steps=3)
-    before = load_file(folder / WEIGHTS)
+    paths = (
+        folder / WEIGHTS,
+        folder / "kohya" / "run.safetensors",
+        folder / "checkpoint-3" / "state" / "merged.safetensors",
+    )
+    before = [path.read_bytes() for path in paths]
     (folder / WEIGHTS).unlink()
     train(folder, checkpointing_steps=3, resume_from_checkpoint="latest")
-    assert_same(before, load_file(folder / WEIGHTS))
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

@@ -9,9 +9,13 @@
 
 Both rely on alpha = rank and one rank for the whole file, the only convention that every loader of every age reads the
 same way; so scaling is folded into the factors, in float32, and smaller modules are padded with zeros.
+
+Equal factors and facts make equal bytes: headers are in the order of their keys, and hold no time of day. A date that
+the caller states (`modelspec.date`), or SOURCE_DATE_EPOCH, is written.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -123,11 +127,32 @@ def recognisable(component: str, modules: Mapping[str, LoraFactors], dialect: Di
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """`safetensors.torch.save_file`, readable by whom the user's umask allows: the library lets nobody else read."""
+    """`safetensors.torch.save_file`, with the header in order, and readable by whom the user's umask allows: the
+    library lets nobody else read. `path` is not yet where others look: it is written to twice."""
     save_file(tensors, path, metadata=metadata)
+    order_header(path)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def order_header(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which the library writes in another order each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(ordered) != length:
+            raise ValueError(f"{path}: its header has {length} bytes, and {len(ordered)} in order")
+        file.seek(8)
+        file.write(ordered)
+
+
+def stated_date() -> dict[str, str]:
+    """The time of a build that is to be repeatable, as reproducible-builds.org has it."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return {"modelspec.date": datetime.fromtimestamp(int(seconds), UTC).isoformat()} if seconds.isdigit() else {}
 
 
 def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
@@ -173,8 +198,7 @@ def kohya_header(
         if family is Family.SDXL
         else "diffusers",
         "modelspec.title": name,
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    } | stated_date()
     if resolution := facts.get("resolution"):
         trained["ss_resolution"] = f"({resolution}, {resolution})"
         spec["modelspec.resolution"] = f"{resolution}x{resolution}"

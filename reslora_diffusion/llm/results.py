@@ -15,13 +15,14 @@ from typing import Any
 
 from peft import TaskType
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from reslora_diffusion import LoraFactors, explain, merged_factors
 from reslora_diffusion.core.sharding import whole
 from reslora_diffusion.export import ExportReport, export_peft
+from reslora_diffusion.export.writer import save_tensors
 
 from .models import DTYPES
 from .options import ModelOptions
@@ -129,7 +130,7 @@ def export_with_heads(
         tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in trained.items()}
         with safe_open(fresh / WEIGHTS, framework="pt") as file:
             header = file.metadata()
-        save_file(tensors, fresh / WEIGHTS, metadata=header)
+        save_tensors(tensors, fresh / WEIGHTS, metadata=header)
         config = json.loads((fresh / CONFIG).read_text())
         config["modules_to_save"] = sorted({name.partition(".")[0] for name in trained})
         write_json(fresh / CONFIG, config)
