@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def views(**options) -> Views:
     common = {"buckets": [(64, 64)], "interpolation": Image.Resampling.LANCZOS, "center_crop": True, "crops": 1}
-    return Views(**common | {"flip": False, "seed": 0} | options)
+    return Views(**common | {"flip": False} | options)
 
 
 def test_stray_files_are_skipped_and_named(folder):
@@ -106,20 +106,23 @@ def test_views_crop_and_flip_as_numpy_does(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     picture = look_at(tmp_path / "a.png")
-    seen = views(flip=True).of(0, picture)
+    seen = views(flip=True).of(picture)
     middle = pixels[:, 16:80].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(seen.pixels, np.stack([middle, middle[..., ::-1]]), atol=1e-6)
     np.testing.assert_array_equal(seen.time_ids, [[64, 96, 0, 16, 64, 64]] * 2)
     assert seen.mask is None
 
     random = views(center_crop=False, crops=3)
-    first, again, other = random.of(0, picture), random.of(0, picture), random.of(1, picture)
+    pixels[0, 0] += 1
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    Image.open(tmp_path / "a.png").save(tmp_path / "renamed.png")
+    first, again, other = (random.of(look_at(tmp_path / name)) for name in ("a.png", "renamed.png", "b.png"))
     np.testing.assert_array_equal(first.pixels, again.pixels)
     assert len(first.pixels) == 3
     assert not np.array_equal(first.time_ids, other.time_ids)
     for crop, (_, _, _, x, _, _) in zip(first.pixels, first.time_ids, strict=True):
         x = int(x)
-        np.testing.assert_allclose(crop, pixels[:, x : x + 64].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+        np.testing.assert_allclose(crop[:, 1:], pixels[1:, x : x + 64].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
 
 
 def test_masks_are_of_the_same_crop_at_the_size_of_latents(tmp_path):
@@ -127,11 +130,11 @@ def test_masks_are_of_the_same_crop_at_the_size_of_latents(tmp_path):
     alpha[:, 48:] = 255
     Image.fromarray(np.dstack([np.zeros((64, 96, 3), np.uint8), alpha])).save(tmp_path / "a.png")
     picture = look_at(tmp_path / "a.png")
-    seen = views(alpha_mask=True, flip=True).of(0, picture)
+    seen = views(alpha_mask=True, flip=True).of(picture)
     expected = np.zeros((1, 8, 8))
     expected[:, :, 4:] = 1  # pixels 16 to 80 are seen, the upper half of which is from 48 on
     np.testing.assert_allclose(seen.mask, np.stack([expected, expected[..., ::-1]]))
-    assert views().of(0, picture).mask is None
+    assert views().of(picture).mask is None
 
 
 def test_a_mask_folder_goes_before_opacity(tmp_path):

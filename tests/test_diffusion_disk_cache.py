@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from dreambooth import train
+from dreambooth import SUBJECTS, train
 from reslora_diffusion.diffusion.disk_cache import DiskCache, identity
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_vae
@@ -38,6 +39,21 @@ def test_a_second_run_encodes_nothing_and_trains_the_same(tmp_path, monkeypatch)
         assert all(torch.equal(value, weights(run)[name]) for name, value in weights(plain).items())
     with pytest.raises(AssertionError, match="encoded again"):
         train(tmp_path / "other", encoding_cache_dir=tmp_path / "kept", resolution=72, **OPTIONS)
+
+
+def test_runs_without_a_seed_find_their_crops_and_a_picture_that_joins_is_the_one_encoded(tmp_path, capsys):
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for number in range(2):
+        Image.open(SUBJECTS / "cake" / f"{number}.png").resize((96, 60)).save(folder / f"{number}.png")
+    options = {"seed": None, "encoding_cache_dir": tmp_path / "kept", "instance_data_dir": folder, "max_train_steps": 1}
+    for run, added in (("first", 4), ("second", 0), ("third", 1)):
+        if run == "third":
+            Image.open(SUBJECTS / "cake" / "2.png").resize((96, 60)).save(folder / "00-joins.png")
+        train(tmp_path / run, **options)
+        assert f"kept: {added} pictures and prompts were added" in capsys.readouterr().out
+    entries = [load_file(path) for path in (tmp_path / "kept").rglob("*.safetensors")]
+    assert [len(entry["mean"]) for entry in entries if "mean" in entry] == [4, 4, 4]
 
 
 def test_broken_and_exchanged_entries_are_encoded_anew(tmp_path):

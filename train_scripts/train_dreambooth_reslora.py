@@ -153,7 +153,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     process = family.process(pipeline, args)
     adapters = add_adapters(pipeline, plan.skeleton, args)
     accelerator.print("\n".join(adapters.links()))
-    models.prepare_models(pipeline, adapters.models, args, accelerator.device)
+    models.prepare_models(pipeline, family, adapters.models, args, accelerator.device)
     instances, classes, empty = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
     sampler = Sampler(
         instances,

@@ -65,6 +65,10 @@ class Adapters:
     models: dict[str, nn.Module]
     residual: bool
 
+    @property
+    def denoiser(self) -> str:
+        return next(iter(self.models))
+
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
 
@@ -118,7 +122,7 @@ class Adapters:
             for component in reversed(self.models):
                 model, forward = self.models[component], forwards[component]
                 calibrate(model, batches, forward, ADAPTER)
-                if distillation_steps and component == next(iter(self.models)):
+                if distillation_steps and component == self.denoiser:
                     distill(model, batches, forward, ADAPTER, steps=distillation_steps)
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
@@ -153,7 +157,7 @@ class Adapters:
         """Names of the shortcut and of the merge method in use."""
         if not self.residual:
             return {"shortcut": "none", "merge_method": "none"}
-        config = get_controller(next(iter(self.models.values())), ADAPTER).config
+        config = get_controller(self.models[self.denoiser], ADAPTER).config
         return {"shortcut": str(config.shortcut), "merge_method": str(config.merge_method)}
 
     def links(self) -> list[str]:

@@ -65,7 +65,8 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """Which parts of a picture are cached.
+    """Which parts of a picture are cached: a function of the picture, so that what is kept serves runs of every seed,
+    and a picture that joins others leaves theirs as they are.
 
     Args:
         buckets: sizes that are trained at.
@@ -78,29 +79,27 @@ class Views:
     center_crop: bool
     crops: int
     flip: bool
-    seed: int
     vae_scale_factor: int = 8
     alpha_mask: bool = False
 
-    def cut(self, index: int, picture: Picture) -> tuple[Size, Size, list[tuple[int, int]]]:
-        """How picture number `index` is resized, and cut to which size at which corners: crops are a function of
-        (seed, index)."""
+    def cut(self, picture: Picture) -> tuple[Size, Size, list[tuple[int, int]]]:
+        """How a picture is resized, and cut to which size at which corners."""
         box = nearest(picture.size, self.buckets)
         size = covering(picture.size, box)
         offsets = [(0.5, 0.5)]
         if not self.center_crop:
-            offsets = torch.rand(self.crops, 2, generator=generator(self.seed, Stream.CROP, index)).tolist()
+            content = int(picture.digest[:16], 16)
+            offsets = torch.rand(self.crops, 2, generator=generator(content, Stream.CROP)).tolist()
         return size, box, crop_corners(size, box, offsets)
 
-    def key(self, index: int, picture: Picture) -> dict[str, Any]:
+    def key(self, picture: Picture) -> dict[str, Any]:
         """All that `of` depends on."""
         mask = hashlib.sha256(picture.mask.read_bytes()).hexdigest() if picture.mask else self.alpha_mask
-        cut, flip = self.cut(index, picture), self.flip
+        cut, flip = self.cut(picture), self.flip
         return {"picture": picture.digest, "mask": mask, "cut": cut, "flip": flip, "by": self.interpolation.name}
 
-    def of(self, index: int, picture: Picture) -> Seen:
-        """Views of picture number `index`."""
-        size, box, corners = self.cut(index, picture)
+    def of(self, picture: Picture) -> Seen:
+        size, box, corners = self.cut(picture)
         image = open_upright(picture.path).resize(size, self.interpolation)
         parts = [image.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
         mask = open_mask(picture, self.alpha_mask)
@@ -151,18 +150,18 @@ def encode_pictures(
     """
     examples = []
 
-    def look(item: tuple[int, Picture]) -> tuple[dict[str, Any], dict[str, Tensor] | None, Seen | None]:
+    def look(picture: Picture) -> tuple[dict[str, Any], dict[str, Tensor] | None, Seen | None]:
         """Key of a picture, its encoded views if they are kept, else the views."""
-        key = {"kind": "latents", "vae": vae_identity, "cell": views.vae_scale_factor, **views.key(*item)}
+        key = {"kind": "latents", "vae": vae_identity, "cell": views.vae_scale_factor, **views.key(picture)}
         found = kept.load(key) if kept else None
-        return key, found, views.of(*item) if found is None else None
+        return key, found, views.of(picture) if found is None else None
 
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
         tqdm(total=len(pictures), desc=progress, unit="picture", disable=progress is None) as bar,
     ):
-        for some in batched(enumerate(pictures), batch_size * max(1, threads)):
-            for (_, picture), (key, found, seen) in zip(some, pool.map(look, some), strict=True):
+        for some in batched(pictures, batch_size * max(1, threads)):
+            for picture, (key, found, seen) in zip(some, pool.map(look, some), strict=True):
                 if found is None:
                     found = encode(vae, seen, batch_size)
                     if kept:

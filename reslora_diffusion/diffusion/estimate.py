@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import Plan
-from .families.base import MAX_SEQUENCE_LENGTH, Tokens
+from .families.base import Tokens, t5_length
 from .models import base_dtype
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -88,7 +88,7 @@ def estimate(plan: Plan, args: Namespace) -> Estimate:
     ids = torch.zeros(prompts, len(models), skeleton.windows[0][1], dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
-        length, inner = args.max_sequence_length or MAX_SEQUENCE_LENGTH, denoiser.config.joint_attention_dim
+        length, inner = t5_length(args), denoiser.config.joint_attention_dim
         fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
     kept, flops = Kept(denoiser, *models.values()), FlopCounterMode(display=False)
     with ExitStack() as stack:

@@ -17,6 +17,7 @@ from .concepts import Concept
 from .data import scan
 from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
+from .families.base import t5_length
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
 
@@ -83,7 +84,7 @@ def kept_texts(
         "kind": "text",
         "family": family.title,
         "encoders": identity(*(part for part in parts if part is None or isinstance(part, nn.Module))),
-        "lengths": (args.tokenizer_max_length, args.max_sequence_length),
+        "lengths": (args.tokenizer_max_length, t5_length(args)),
     }
     tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
     keys = {
@@ -119,7 +120,6 @@ def encode_examples(
         center_crop=args.center_crop,
         crops=args.crops_per_image,
         flip=args.random_flip,
-        seed=args.seed,
         vae_scale_factor=plan.skeleton.vae_scale_factor,
         alpha_mask=args.alpha_mask,
     )

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from ..problems import BadInput
 from .attn_processor import set_attn_processors
 from .distributed import shard
+from .families import Family
 from .frozen import save_memory
 from .launcher import shards
 
@@ -58,13 +59,13 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def prepare_models(
-    pipeline: DiffusionPipeline, trained: dict[str, nn.Module], args: Namespace, device: torch.device
+    pipeline: DiffusionPipeline, family: Family, trained: dict[str, nn.Module], args: Namespace, device: torch.device
 ) -> None:
     """Move to the device, and set the switches that leave the numbers alone."""
-    name, denoiser = next(iter(trained.items()))
+    denoiser = family.denoiser_of(pipeline)
     if shards():
         for part, component in pipeline.components.items():
-            if isinstance(component, nn.Module) and part != name:
+            if isinstance(component, nn.Module) and part != family.denoiser:
                 component.to(device)
         shard(denoiser, device)
     else:

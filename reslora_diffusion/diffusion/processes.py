@@ -29,12 +29,13 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 class Process(ABC):
     """Shapes: latents, noise, model_pred [B, C, h, w]; timesteps [B]."""
 
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
     prediction_type: str
 
     @property
-    @abstractmethod
     def num_train_timesteps(self) -> int:
         """T."""
+        return self.scheduler.config.num_train_timesteps
 
     def draw(self, source: Generator) -> int:
         """A timestep to train on."""
@@ -69,10 +70,6 @@ class Diffusion(Process):
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
 
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
-
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.scheduler.add_noise(latents, noise, timesteps)
 
@@ -101,10 +98,6 @@ class FlowMatching(Process):
     precondition_outputs: bool = True
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
     prediction_type = "flow"
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
 
     def draw(self, source: Generator) -> int:
         u = compute_density_for_timestep_sampling(

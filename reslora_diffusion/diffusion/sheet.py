@@ -1,10 +1,13 @@
-"""A contact sheet: labelled pictures in rows and columns."""
+"""A contact sheet: labelled pictures in rows and columns. Labels are wrapped, and the sheet grows with them."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, HEAD, LEFT = 8, 28, 190
+MARGIN, LEFT, SPACING = 8, 190, 4  # pixels; of row labels, and between lines
+JOINT = re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)")  # where a long word may be broken: behind `:`, `,`, `=`, `_`
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], side: int = 160) -> Image.Image:
@@ -13,29 +16,57 @@ def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[s
     Pictures keep their shape inside squares of `side` pixels.
     """
     font = ImageFont.load_default(14)
-    sheet = Image.new("RGB", (LEFT + len(columns) * (side + MARGIN), HEAD + len(rows) * (side + MARGIN)), "white")
+    heads = {label: wrapped(label, side, font) for label in columns}
+    head = MARGIN + max((height_of(lines, font) for lines in heads.values()), default=0) + MARGIN
+    groups = [(label, len(list(same))) for label, same in groupby(rows)]
+    labels = [wrapped(label, LEFT - 2 * MARGIN, font) for label, _ in groups]
+    heights = []  # of rows: the last of a group makes room for its label
+    for (_, count), lines in zip(groups, labels, strict=True):
+        room = count * (side + MARGIN)
+        heights += [*[side + MARGIN] * (count - 1), side + MARGIN + max(0, height_of(lines, font) + MARGIN - room)]
+    tops = list(accumulate(heights, initial=head))
+
+    sheet = Image.new("RGB", (LEFT + len(columns) * (side + MARGIN), tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
-    for y, label in enumerate(rows):
-        if y == 0 or rows[y - 1] != label:
-            lines = "\n".join(wrapped(label, LEFT - 2 * MARGIN, font))
-            draw.multiline_text((MARGIN, HEAD + y * (side + MARGIN)), lines, fill="black", font=font)
+    starts = accumulate((count for _, count in groups[:-1]), initial=0)
+    for start, lines in zip(starts, labels, strict=False):
+        draw.multiline_text((MARGIN, tops[start]), "\n".join(lines), fill="black", font=font, spacing=SPACING)
     for x, (label, images) in enumerate(columns.items()):
-        corner = LEFT + x * (side + MARGIN)
-        draw.text((corner, MARGIN), label, fill="black", font=font)
-        for y, image in enumerate(images):
+        left = LEFT + x * (side + MARGIN)
+        draw.multiline_text((left, MARGIN), "\n".join(heads[label]), fill="black", font=font, spacing=SPACING)
+        for top, image in zip(tops, images, strict=False):
             ratio = side / max(image.size)
             size = (round(image.width * ratio), round(image.height * ratio))
-            sheet.paste(image.convert("RGB").resize(size), (corner, HEAD + y * (side + MARGIN)))
+            sheet.paste(image.convert("RGB").resize(size), (left, top))
     return sheet
 
 
+def height_of(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
+    """As Pillow spaces them, with room for what hangs below the last line."""
+    return len(lines) * (font.getbbox("A")[3] + SPACING) + font.getmetrics()[1]
+
+
 def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels, broken between words."""
+    """Lines of at most `width` pixels, broken between words, and words that are wider behind their punctuation."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+        for n, part in enumerate(parts_of(word, width, font)):
+            longer = f"{lines[-1]} {part}".strip() if n == 0 else lines[-1] + part
+            if lines[-1] and font.getlength(longer) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
     return lines
+
+
+def parts_of(word: str, width: int, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+    """A word, in as many parts as it takes for each to fit."""
+    if font.getlength(word) <= width:
+        yield word
+        return
+    for part in JOINT.split(word):
+        while font.getlength(part) > width:
+            fits = max(1, next(n for n in range(1, len(part) + 1) if font.getlength(part[:n]) > width) - 1)
+            yield part[:fits]
+            part = part[fits:]
+        yield part

@@ -31,7 +31,7 @@ from reslora_diffusion.core.config import ResLoraConfig
 from ..problems import BadInput, listing
 from .buckets import Grid
 from .families import FAMILIES, Family
-from .families.base import MAX_SEQUENCE_LENGTH
+from .families.base import t5_length
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
@@ -114,7 +114,7 @@ def load_skeleton(args: Namespace) -> Skeleton:
         part = family.fixed_tokenizer
         if part and index[part][1] and not args.skip_t5:
             fixed = TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where)
-            windows.append((fixed, args.max_sequence_length or MAX_SEQUENCE_LENGTH))
+            windows.append((fixed, t5_length(args)))
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         other = args.pretrained_vae_model_name_or_path
         other_vae = AutoencoderKL.load_config(other) if other else None

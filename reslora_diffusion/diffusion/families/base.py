@@ -25,6 +25,11 @@ OF_FLOWS = dict.fromkeys(
 )
 
 
+def t5_length(args: Namespace) -> int:
+    """Tokens of a prompt that T5 is given."""
+    return args.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
 class Tokens(NamedTuple):
     """Prompts that the text encoders have yet to encode."""
 

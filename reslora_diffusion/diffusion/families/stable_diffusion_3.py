@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..buckets import Grid
 from ..processes import FlowMatching, Process
-from .base import MAX_SEQUENCE_LENGTH, OF_FLOWS, Family, Texts, Tokens
+from .base import OF_FLOWS, Family, Texts, Tokens, t5_length
 
 OF_DIFFUSION = dict.fromkeys(
     "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
@@ -55,7 +55,7 @@ class StableDiffusion3(Family):
         return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config), **given)
 
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
-        length = args.max_sequence_length or MAX_SEQUENCE_LENGTH
+        length = t5_length(args)
         encoder, transformer = pipeline.text_encoder_3, pipeline.transformer
         if encoder is None:
             width = transformer.config.joint_attention_dim
