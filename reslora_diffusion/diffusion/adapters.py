@@ -1,8 +1,8 @@
 """The adapters of one run, on the denoiser and perhaps the text encoders, LoRA and ResLoRA alike.
 
-What differs between the two methods is here and nowhere else: a LoRA's factors are its weights, a ResLoRA's are merged
-from its chain (`merged_factors`), which may need calibration; a LoRA computes as it will be exported, a ResLoRA does
-so inside `merged_forward`.
+`--method lora` is the shortcut `none` of the same code: PEFT's numbers, in less time. What a ResLoRA has besides is a
+chain, from which its factors are merged (`merged_factors`), perhaps after calibration; and only inside `merged_forward`
+does it compute what will be exported.
 """
 
 from argparse import Namespace
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reslora_diffusion import (
     LoraFactors,
     MergeMethod,
+    ResLoraConfig,
+    Shortcut,
     attach,
     calibrate,
     distill,
@@ -48,14 +49,11 @@ def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: Namespac
     models = {}
     for component, (_, config) in skeleton.adapted(args).items():
         model = models[component] = getattr(pipeline, component)
-        if args.method == "lora":
-            inject_adapter_in_model(config, model, ADAPTER)
-        else:
-            attach(model, config, ADAPTER)
+        attach(model, config, ADAPTER)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    return Adapters(models, residual=args.method == "reslora")
+    return Adapters(models)
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,15 @@ class Adapters:
     """Adapted models by component: the denoiser, then the text encoders if they are trained."""
 
     models: dict[str, nn.Module]
-    residual: bool
 
     @property
     def denoiser(self) -> str:
         return next(iter(self.models))
+
+    @property
+    def config(self) -> ResLoraConfig:
+        """Of the denoiser's adapter; all have one method."""
+        return get_controller(self.models[self.denoiser], ADAPTER).config
 
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
@@ -116,8 +118,6 @@ class Adapters:
         Text encoders come first: the denoiser is then calibrated, and its merge refined in `distillation_steps`, on the
         states that they will give it when merged.
         """
-        if not self.residual:
-            return
         with self.evaluation(), ExitStack() as merged:
             for component in reversed(self.models):
                 model, forward = self.models[component], forwards[component]
@@ -129,8 +129,6 @@ class Adapters:
     def output_errors(self, batches: list[Batch], forwards: dict[str, Forward]) -> dict[str, float]:
         """What merging changed in each layer's output, relative to what the adapter adds to it; called like
         `calibrate`."""
-        if not self.residual:
-            return {}
         with self.evaluation():
             return {
                 f"{component}.{name}": error
@@ -141,28 +139,22 @@ class Adapters:
     def merged(self) -> AbstractContextManager:
         """Inside, the models compute what will be exported."""
         stack = ExitStack()
-        if self.residual:
-            for model in self.models.values():
-                stack.enter_context(merged_forward(model, ADAPTER))
+        for model in self.models.values():
+            stack.enter_context(merged_forward(model, ADAPTER))
         return stack
 
     def factors(self) -> dict[str, dict[str, LoraFactors]]:
         """The plain LoRA of each component, in the form `export_lora` takes."""
-        return {
-            component: merged_factors(model, ADAPTER) if self.residual else plain_factors(model)
-            for component, model in self.models.items()
-        }
+        return {component: merged_factors(model, ADAPTER) for component, model in self.models.items()}
 
     def merging(self) -> dict[str, str]:
-        """Names of the shortcut and of the merge method in use."""
-        if not self.residual:
-            return {"shortcut": "none", "merge_method": "none"}
-        config = get_controller(self.models[self.denoiser], ADAPTER).config
-        return {"shortcut": str(config.shortcut), "merge_method": str(config.merge_method)}
+        """Names of the shortcut and of the merge method in use; a plain LoRA has nothing to merge."""
+        shortcut, merge_method = str(self.config.shortcut), str(self.config.merge_method)
+        return {"shortcut": shortcut, "merge_method": "none" if shortcut == Shortcut.NONE else merge_method}
 
     def links(self) -> list[str]:
         """A line on each component's shortcuts."""
-        if not self.residual:
+        if self.config.shortcut is Shortcut.NONE:
             return []
         return [f"{name}: {str(explain(model, ADAPTER)).splitlines()[0]}" for name, model in self.models.items()]
 
@@ -202,14 +194,3 @@ class Adapters:
         if not any(value.any() for name, value in tensors.items() if "lora_B" in name):
             return "every lora_B is zero: nothing was learned"
         return None
-
-
-def plain_factors(model: nn.Module) -> dict[str, LoraFactors]:
-    """A plain LoRA's own weights by module path."""
-    return {
-        name: LoraFactors(
-            layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach(), layer.scaling[ADAPTER]
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }

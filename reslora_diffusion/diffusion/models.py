@@ -73,7 +73,7 @@ def prepare_models(
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     on_gpu = device.type == "cuda"
-    if args.method == "reslora" and (on_gpu if args.fused_attention is None else args.fused_attention):
+    if on_gpu if args.fused_attention is None else args.fused_attention:
         set_attn_processors(denoiser)
     if on_gpu if args.frugal_layers is None else args.frugal_layers:
         save_memory(denoiser)

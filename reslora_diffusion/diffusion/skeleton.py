@@ -142,8 +142,8 @@ def first_sentence(error: Exception) -> str:
     )
 
 
-def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
-    """PEFT's configuration of either method. Options that were not given keep the configuration's own defaults."""
+def lora_config(args: Namespace, target_modules: list[str]) -> ResLoraConfig:
+    """The configuration of either method. Options that were not given keep the configuration's own defaults."""
     common: dict[str, Any] = {
         "r": args.rank,
         "lora_alpha": args.lora_alpha or args.rank,
@@ -155,7 +155,7 @@ def lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
         "target_modules": target_modules,
     }
     if args.method == "lora":
-        return LoraConfig(**common)
+        return ResLoraConfig(**common, shortcut="none")
     given = {name: getattr(args, name) for name in ("shortcut", "merge_method") if getattr(args, name) is not None}
     if args.num_previous is not None:
         given["num_previous"] = None if args.num_previous == "all" else args.num_previous
@@ -189,7 +189,9 @@ def skeleton_problems(skeleton: Skeleton, args: Namespace) -> Iterator[str]:
             yield f"--{option} does not apply to {skeleton.family.title}: it {reason}"
     if args.tokenizer_max_length and args.tokenizer_max_length > skeleton.max_length:
         yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {skeleton.max_length}"
-    plain = Namespace(**vars(args) | {"method": "lora", "rank": max(1, args.rank)})
+    valid = {"method": "lora", "rank": max(1, args.rank), "lora_dropout": 0.0}
+    ranks = [(pattern, max(1, rank)) for pattern, rank in args.rank_pattern]
+    plain = Namespace(**vars(args) | valid | {"rank_pattern": ranks})
     adapted = skeleton.adapted(plain)
     for component, (model, config) in adapted.items():
         yield from target_problems(model, component, config)
