@@ -9,7 +9,6 @@ the steps take and what everything else, whatever a script does inside; of ours 
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,53 +20,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import phases
 from .results import FOLDER, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
 FEW = 5
-PHASES = "RESLORA_BENCHMARK_PHASES"
 MEASURES = ("seconds", "processor", "memory")
 THEIRS = "diffusers"
 
 
-def timed_phases(script: str, argv: list[str]) -> None:
-    """In a process of its own: our script with a clock around its parts, written to the file that PHASES names."""
-    began = time.perf_counter()
-    spent: dict[str, float] = {}
-
-    def clocked(function: Any, phase: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - start
-
-        return call
-
-    from reslora_diffusion.diffusion import examples
-    from reslora_diffusion.diffusion.run import Run
-
-    examples.encode_examples = clocked(examples.encode_examples, "caching")  # type: ignore[assignment]
-    Run.finish = clocked(Run.finish, "saving")  # type: ignore[method-assign]
-    spec = importlib.util.spec_from_file_location("script", script)
-    module: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    module.train = clocked(module.train, "steps")
-    module.main(module.parse_args(argv))
-    spent["start-up"] = time.perf_counter() - began - sum(spent.values())
-    Path(os.environ[PHASES]).write_text(json.dumps(spent), encoding="utf-8")
-
-
-def run_once(program: list[str], phases: Path | None = None) -> dict[str, Any]:
+def run_once(program: list[str], file: Path | None = None) -> dict[str, Any]:
     """Seconds of one process by the clock and of the processor, its peak memory in MB, and its parts if it tells."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", PHASES: str(phases)}
     with tempfile.TemporaryFile("w+") as said:
-        began = time.perf_counter()
+        began = time.monotonic()
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", phases.FILE: str(file), phases.BEGAN: str(began)}
         process = subprocess.Popen(program, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - began
+        wall = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
@@ -77,8 +47,9 @@ def run_once(program: list[str], phases: Path | None = None) -> dict[str, Any]:
         "processor": usage.ru_utime + usage.ru_stime,
         "memory": usage.ru_maxrss / 1000,
     }
-    if phases is not None:
-        found["phases"] = json.loads(phases.read_text(encoding="utf-8"))
+    if file is not None:
+        found["phases"] = json.loads(file.read_text(encoding="utf-8"))
+        found["phases"]["leaving Python"] = wall - sum(found["phases"].values())
     return found
 
 
@@ -102,8 +73,8 @@ def options(args: argparse.Namespace, steps: int, output: Path) -> list[str]:
 
 def run_script(program: list[str], extra: list[str], args: argparse.Namespace, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        phases = Path(folder) / "phases.json" if str(OURS) in program else None
-        return run_once([*program, *options(args, steps, Path(folder) / "run"), *extra], phases)
+        file = Path(folder) / "phases.json" if str(OURS) in program else None
+        return run_once([*program, *options(args, steps, Path(folder) / "run"), *extra], file)
 
 
 def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -128,9 +99,6 @@ def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.N
 
 
 def main() -> None:
-    if os.environ.get(PHASES) and len(sys.argv) > 1 and sys.argv[1] == str(OURS):
-        timed_phases(sys.argv[1], sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a Stable Diffusion pipeline")
     parser.add_argument("--data", required=True, help="folder of instance pictures")
@@ -151,7 +119,7 @@ def main() -> None:
         problems.append(f"--steps: got {args.steps}, wanted more than {FEW}")
     if problems:
         parser.error("; ".join(problems))
-    ours = [sys.executable, "-m", "benchmarks.run", str(OURS)]
+    ours = [sys.executable, "-m", "benchmarks.phases", str(OURS)]
     scripts = {
         "lora": (ours, ["--method", "lora", "--report_to", "none"]),
         "reslora input": (ours, ["--shortcut", "input", "--report_to", "none"]),

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.problems import Interrupted, is_first_process, run_program
+from reslora_diffusion.problems import Interrupted, importing, is_first_process, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -244,9 +244,11 @@ def main(args: Namespace) -> Path:
 
         return race(args, main)
     from reslora_diffusion.diffusion.checks import check
-    from reslora_diffusion.diffusion.preflight import preflight
 
-    plan = check(args)
+    with importing():
+        plan = check(args)
+        from reslora_diffusion.diffusion.preflight import preflight
+
     if args.dry_run:
         if is_first_process():
             print("\n".join(preflight(plan, args)))

@@ -237,7 +237,9 @@ class Run:
 
     def look(self, step: int) -> None:
         with self.adapters.evaluation():
-            values = {"validation_loss": fixed_noise_loss(self.denoiser, self.evaluation.validation)}
+            # Before the first step every lora_B is zero, and the loss is the base's.
+            loss = fixed_noise_loss(self.denoiser, self.evaluation.validation) if step else self.loss_base
+            values = {"validation_loss": loss}
             if self.painter.paints:
                 with self.adapters.merged():
                     merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
@@ -254,6 +256,10 @@ class Run:
                 if tracker.name in PICTURE_TRACKERS:
                     pixels = np.stack([np.asarray(image) for image in images])
                     tracker.log_images({"validation": pixels}, step=step, **PICTURE_TRACKERS[tracker.name])
+        if 0 < step < self.plan.max_train_steps:  # before there is nothing to plot; at the end `finish` does it
+            self.plot()
+
+    def plot(self) -> None:
         plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
 
     def shown(self) -> dict[str, str]:
@@ -312,7 +318,7 @@ class Run:
                 self.write_checkpoint(step, lambda folder: None, tensors)
                 raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
-        plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+        self.plot()
         tag = self.plan.skeleton.family.tag
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
         write_text(self.output / "README.md", model_card(self.args, tag, str(merged).splitlines(), pictures))
