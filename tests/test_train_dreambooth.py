@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import PROMPT, SUBJECTS, train
-from reslora_diffusion.diffusion.randomness import Stream, generator
+from dreambooth import PROMPT, SUBJECTS, arguments, train
+from reslora_diffusion.diffusion.adapters import add_adapters
+from reslora_diffusion.diffusion.randomness import Stream, generator, seed_of
+from reslora_diffusion.diffusion.skeleton import load_skeleton
 from reslora_diffusion.problems import Stopped
 from tiny import tiny_pipeline_folder, tiny_vae
 
@@ -239,6 +242,33 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
     moved = [name for name in first if "lora_B" in name and not name.startswith("optimizer")]
     for name in moved:
         torch.testing.assert_close(first[name], second[name], rtol=1e-2, atol=1e-4)
+
+
+def test_plain_lora_has_the_weights_and_the_numbers_of_peft(tmp_path):
+    args = arguments(tmp_path, method="lora")
+    ours, peft = (StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder()) for _ in range(2))
+    add_adapters(ours, load_skeleton(args), args)
+    torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    peft.unet.add_adapter(
+        LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets)
+    )
+    own = dict(ours.unet.named_parameters())
+    for name, parameter in peft.unet.named_parameters():
+        assert torch.equal(own[name], parameter)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+            own[name].data.copy_(parameter.data)
+    inputs = (
+        torch.randn(2, peft.unet.config.in_channels, 8, 8),
+        7,
+        torch.randn(2, 5, peft.unet.config.cross_attention_dim),
+    )
+    a, b = (pipeline.unet(*inputs).sample for pipeline in (ours, peft))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        peft.unet.disable_adapters()
+        assert (peft.unet(*inputs).sample - b).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])

@@ -126,7 +126,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
 def add_our_flags(parser: argparse.ArgumentParser) -> None:
     """Names of diffusers' sibling scripts or of kohya's where they have one."""
     add = parser.add_argument_group("ResLoRA").add_argument
-    add("--method", default="reslora", help="reslora, or lora: PEFT's own LoRA through the same loop")
+    add("--method", default="reslora", help="reslora, or lora: plain LoRA through the same loop")
     add("--shortcut", help="input, block, middle or none")
     add("--num_previous", type=int_or_all, help="earlier layers of a chain that a shortcut reaches back to, or all")
     add("--merge_method", help="least_squares, paper_input, paper_weight or drop")
