@@ -58,6 +58,7 @@ def test_what_is_uploaded_is_what_was_exported(tmp_path, hub, capsys):
     kept_back = {name for name in local if name.startswith(("checkpoint-", "logs/"))}
     assert kept_back
     assert there.files.keys() == local.keys() - kept_back
+    assert 'pipe.load_lora_weights("nobody/sks", ' in there.files["README.md"].decode()
     assert {"README.md", "pytorch_lora_weights.safetensors", "kohya/sks.safetensors"} <= there.files.keys()
     assert all(content == local[name].read_bytes() for name, content in there.files.items())
     assert not any(b"hf_secret" in content for content in there.files.values())

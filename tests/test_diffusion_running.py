@@ -18,6 +18,7 @@ from reslora_diffusion.diffusion.checkpoints import checkpoints_in, find_checkpo
 from reslora_diffusion.diffusion.ema import Ema
 from reslora_diffusion.diffusion.history import History, NonFiniteLoss, plot_losses, read_history, smooth
 from reslora_diffusion.diffusion.interruption import Interruption
+from reslora_diffusion.diffusion.model_card import usage
 from reslora_diffusion.diffusion.optimizers import make_lr_scheduler, make_optimizer
 from reslora_diffusion.diffusion.record import export_name
 from reslora_diffusion.diffusion.run import fast_forward
@@ -354,3 +355,29 @@ def test_moments_of_8_bit_optimizers_are_restored(tmp_path):
     step(whole, optimizer, range(3, 6))
     step(resumed, again, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_program_on_a_model_card_has_what_it_needs_and_no_path_of_the_machine(tmp_path):
+    (tmp_path / "vae").mkdir()
+    args = arguments(
+        tmp_path / "out",
+        pretrained_model_name_or_path="a/base",
+        pretrained_vae_model_name_or_path=tmp_path / "vae",
+        revision="main",
+        variant="fp16",
+        skip_t5=True,
+        rescale_betas_zero_snr=True,
+    )
+    program = "\n".join(usage(args, 'a "dog"'))
+    compile(program, "card", "exec")
+    for part in (
+        'base = "a/base"\n',
+        'vae = "../vae"  # as seen from this folder',
+        'revision="main", variant="fp16", text_encoder_3=None, tokenizer_3=None',
+        "vae=AutoencoderKL.from_pretrained(vae))",
+        'rescale_betas_zero_snr=True, timestep_spacing="trailing")',
+        'pipe("a \\"dog\\"")',
+    ):
+        assert part in program, program
+    args.pretrained_model_name_or_path = "/usr"
+    assert 'base = "path/to/usr"  # put' in "\n".join(usage(args, "x"))

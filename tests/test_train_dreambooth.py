@@ -1,6 +1,8 @@
 """Whole runs of the DreamBooth script on the tiny pipeline, in this process."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import PROMPT, SUBJECTS, arguments, train
+from dreambooth import PROMPT, SUBJECTS, arguments, environment, train
 from reslora_diffusion.diffusion.adapters import add_adapters
 from reslora_diffusion.diffusion.randomness import Stream, generator, seed_of
 from reslora_diffusion.diffusion.skeleton import load_skeleton
@@ -144,6 +146,19 @@ def test_the_exported_file_paints_in_plain_diffusers_what_validation_showed(runs
     np.testing.assert_array_equal(base, shown[0])
     assert np.abs(exported - base).max() > 10
     assert np.abs(exported - shown[4]).max() <= 3  # the file holds half precision
+
+
+def test_the_program_on_the_model_card_runs_and_paints_with_the_adapter(tmp_path):
+    folder = train(tmp_path / "run", shortcut="block", prediction_type="v_prediction", instance_prompt='a "sks" animal')
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    start, paint = program.split("image = ")
+    seeded = f"torch.manual_seed(0)\nimage = {paint}"
+    again = f"pipe.unload_lora_weights()\n{seeded}".replace("picture.png", "base.png")
+    code = f"import torch\n{start}{seeded}\n{again}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pictures = [np.asarray(Image.open(folder / name)).astype(int) for name in ("picture.png", "base.png")]
+    assert np.abs(pictures[0] - pictures[1]).max() > 10
 
 
 def test_methods_see_the_same_draws_from_the_same_start(runs):

@@ -145,7 +145,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
     if args.push_to_hub and accelerator.is_main_process:
-        create_repository(args)  # better to learn now than in the end that it cannot be written to
+        args.hub_model_id = create_repository(args)  # better to learn now than in the end that it cannot be written to
 
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)

@@ -1,4 +1,4 @@
-"""The record of a run: `run.json`, written before the first step, and the model card, written after the last."""
+"""The record of a run: `run.json`, written before the first step."""
 
 import json
 import platform
@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..problems import listing
 from .checkpoints import stored_facts
 
 if TYPE_CHECKING:
@@ -93,40 +92,3 @@ def export_name(args: Namespace) -> str:
     """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
     folder = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(args.output_dir).resolve().name)
     return args.export_name or folder.strip("-_.+") or "lora"
-
-
-def model_card(args: Namespace, tag: str, lines: list[str], pictures: list[str]) -> str:
-    """README.md of a trained adapter, in the hub's format."""
-    from .models import base_model_name
-
-    base = base_model_name(args)
-    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
-    prompt = args.instance_prompt or "captions of the pictures"
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {base}",
-            "library_name: diffusers",
-            f"instance_prompt: {json.dumps(prompt)}",
-            f"tags: [{listing(tags, len(tags))}]",
-            "---",
-            "",
-            f"# {Path(args.output_dir).resolve().name}",
-            "",
-            f"A LoRA for `{base}`, trained by DreamBooth on {prompt!r}; text encoder trained: "
-            f"{'yes' if args.train_text_encoder else 'no'}.",
-            "",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipe = DiffusionPipeline.from_pretrained("{base}")',
-            'pipe.load_lora_weights("path/to/this/folder")',
-            f"image = pipe({json.dumps(prompt)}).images[0]",
-            "```",
-            "",
-            *lines,
-            "",
-            *(f"![{name}]({name})" for name in pictures),
-            "",
-        ]
-    )

@@ -28,14 +28,16 @@ from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
 from .ema import Ema
+from .examples import prompts_of
 from .history import History, NonFiniteLoss, plot_losses
 from .launcher import shards
 from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
+from .model_card import model_card
 from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, make_lr_scheduler
 from .randomness import Stream, seed_of
-from .record import export_name, model_card, options, versions, write_text
+from .record import export_name, options, versions, write_text
 from .sampling import Batch, Sampler
 from .validation import SHEET, Painter, fixed_noise_loss
 
@@ -319,9 +321,9 @@ class Run:
                 raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
         self.plot()
-        tag = self.plan.skeleton.family.tag
+        tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
-        write_text(self.output / "README.md", model_card(self.args, tag, str(merged).splitlines(), pictures))
+        write_text(self.output / "README.md", model_card(self.args, tag, prompt, str(merged).splitlines(), pictures))
         return merged, exported
 
     def close(self) -> None:

@@ -30,6 +30,13 @@ def t5_length(args: Namespace) -> int:
     return args.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
+def scheduler_changes(args: Namespace) -> dict[str, str | bool]:
+    """What the options say of the schedule of noise; the rest is the base's own."""
+    given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
+
+
 class Tokens(NamedTuple):
     """Prompts that the text encoders have yet to encode."""
 
@@ -126,9 +133,6 @@ class UNetFamily(Family):
 
     def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
         """Prediction type and zero-terminal SNR are the base's own if not given."""
-        given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given:
-            spacing = {"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {}
-            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **given, **spacing)
+        if changes := scheduler_changes(args):
+            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
         return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))
