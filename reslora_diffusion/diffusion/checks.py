@@ -22,6 +22,7 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
+from .dataset import dataset_options
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
 from .options import NOT_SUPPORTED, known_flags
@@ -66,7 +67,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
-    "adam_weight_decay"
+    "adam_weight_decay adam_weight_decay_text_encoder"
 ).split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
@@ -192,16 +193,18 @@ def bad_values(args: Namespace) -> Iterator[str]:
 
 
 def bad_combinations(args: Namespace) -> Iterator[str]:
-    if not args.instance_data_dir and not args.concepts:
-        yield "--instance_data_dir is required, or --concepts"
+    if not args.instance_data_dir and not args.concepts and not args.dataset_name:
+        yield "--instance_data_dir is required, or --concepts, or --dataset_name"
+    yield from dataset_options(args)
     if args.instance_data_dir and args.concepts:
         yield "--instance_data_dir and --concepts both say what to train on; wanted one of them"
     if args.with_prior_preservation and not args.class_data_dir and not args.concepts:
         yield "--with_prior_preservation needs --class_data_dir"
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         yield "--pre_compute_text_embeddings cannot be used with --train_text_encoder: the embeddings change"
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        yield "--text_encoder_lr is used only with --train_text_encoder"
+    for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
+        if getattr(args, name) is not None and not args.train_text_encoder:
+            yield f"--{name} is used only with --train_text_encoder"
     if args.method == "lora" and not args.compare:
         for name in OF_RESLORA:
             if getattr(args, name) is not None:

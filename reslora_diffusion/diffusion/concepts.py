@@ -3,9 +3,9 @@
     instance pictures, each with its caption or the instance prompt, seen `repeats` times a pass
     class pictures, each with its caption or the class prompt; none without prior preservation
 
-They come from the command line (`--instance_data_dir`, ...), from a list of such options (`--concepts`), or from
-folders named as kohya's scripts want them: a data folder that holds `10_sks dog` and `4_sks cat` is two concepts,
-10 and 4 repeats, with the prompts "sks dog" and "sks cat".
+They come from the command line (`--instance_data_dir` or `--dataset_name`, ...), from a list of such options
+(`--concepts`), or from folders named as kohya's scripts want them: a data folder that holds `10_sks dog` and
+`4_sks cat` is two concepts, 10 and 4 repeats, with the prompts "sks dog" and "sks cat".
 """
 
 import json
@@ -21,6 +21,7 @@ import yaml
 
 from ..problems import BadInput, listing
 from .data import Scan, scan
+from .dataset import pictures_of_dataset
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     ".json": json.loads,
@@ -111,7 +112,11 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
 
 def concepts_of(args: Namespace) -> list[Concept]:
     """Every concept of a run, its folders looked at. Problems of folders and prompts are in the concepts."""
-    entries = read_concepts(Path(args.concepts)) if args.concepts else [{}] if args.instance_data_dir else []
+    entries: list[dict[str, Any]] = [{}] if args.instance_data_dir else []
+    if args.concepts:
+        entries = read_concepts(Path(args.concepts))
+    elif args.dataset_name and not args.instance_data_dir:
+        entries = [{"instance_data_dir": str(pictures_of_dataset(args))}]
     complete = [{key: entry.get(key, getattr(args, key)) for key in KINDS} for entry in entries]
     return [concept for entry in complete for concept in expand(entry, args.with_prior_preservation)]
 

@@ -54,7 +54,7 @@ def name_of(args: Namespace) -> str:
 
 
 def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, Any]:
-    """Keyword arguments: those of Adam where the optimizer knows them, then `--optimizer_args`."""
+    """Keyword arguments: those of Adam and Prodigy where the optimizer knows them, then `--optimizer_args`."""
     known = inspect.signature(kind).parameters
     chosen: dict[str, Any] = {
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -63,6 +63,10 @@ def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, An
         "fused": True,  # one kernel for all tensors, and a step with non-finite gradients is skipped on the device
         "relative_step": False,
         "scale_parameter": False,
+        "beta3": args.prodigy_beta3,
+        "decouple": args.prodigy_decouple,
+        "use_bias_correction": args.prodigy_use_bias_correction,
+        "safeguard_warmup": args.prodigy_safeguard_warmup,
     }
     if isinstance(known["eps"].default if "eps" in known else None, tuple):
         del chosen["eps"]  # Adafactor's are two of another meaning
@@ -109,12 +113,15 @@ def parameter_groups(
     scale = args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
     groups: dict[tuple, dict[str, Any]] = {}
     for component, parameters in components.items():
-        base = (args.text_encoder_lr if component.startswith("text_encoder") else None) or args.learning_rate
+        text = component.startswith("text_encoder")
+        base = (args.text_encoder_lr if text else None) or args.learning_rate
+        decay = args.adam_weight_decay_text_encoder if text else None
         for name, parameter in parameters.items():
             layer, _, factor = name.partition(".lora_")
             pattern = next((f for regex, f in args.lr_pattern if matches(regex, layer)), 1.0)
             lr = base * scale * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
-            group = groups.setdefault((component, lr), {"params": [], "lr": lr})
+            own = {} if decay is None else {"weight_decay": decay}
+            group = groups.setdefault((component, lr), {"params": [], "lr": lr, **own})
             group["params"].append(parameter)
     return list(groups.values())
 

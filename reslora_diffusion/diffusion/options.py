@@ -1,4 +1,4 @@
-"""The command line of DreamBooth training: the flags of diffusers' `train_dreambooth_lora.py`, then ours.
+"""The command line of DreamBooth training: flags of diffusers' `train_dreambooth_lora.py`, of its siblings, and ours.
 
 Nothing here imports torch, so `--help` and a bad command line answer at once. Order of authority: command line,
 `--config` file, the defaults below. The defaults of the method itself live in `ResLoraConfig`; `None` here means
@@ -16,6 +16,10 @@ from .concepts import parse_file
 
 SWITCH = argparse.BooleanOptionalAction  # --flag, --no-flag, so that the command line can win over a file
 NOT_SUPPORTED = {
+    "use_dora": "its norms of whole weights do not go together with a path between layers; --use_rslora does",
+    "do_edm_style_training": "the noise levels are those of the model's own schedule",
+    "lora_blocks": "--target_modules takes names of single layers, such as transformer_blocks.12.attn.to_q",
+    "enable_npu_flash_attention": "no such device was ever tested",
     "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",
     "class_labels_conditioning": "only DeepFloyd's upscaler has class labels",
     "validation_images": "it serves DeepFloyd's upscaler; Stable Diffusion is validated by --validation_prompt",
@@ -32,6 +36,18 @@ def setting(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted name=value")
     return name, value
+
+
+def comma_separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def truth(text: str) -> bool:
+    """As in `--flag=True`, which diffusers' scripts take for some switches."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted True or False")
+    return words[text.lower()]
 
 
 def numbered(kind: type) -> Callable[[str], tuple[str, Any]]:
@@ -118,9 +134,41 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="better log in by `hf auth login`")
     add("--hub_model_id", help="(default: name of --output_dir)")
 
-    group = parser.add_argument_group("not supported (for DeepFloyd IF)")
+    group = parser.add_argument_group("not supported, because")
     for name, reason in NOT_SUPPORTED.items():
         group.add_argument(f"--{name}", nargs="*", help=reason)
+
+
+def add_sibling_flags(parser: argparse.ArgumentParser) -> None:
+    """What diffusers' SDXL, SD3 and Flux scripts have besides."""
+    add = parser.add_argument_group("of diffusers' sibling scripts").add_argument
+    add("--dataset_name", help="pictures of a dataset of the hub, or of a folder that `datasets` reads")
+    add("--dataset_config_name", help="of the dataset, if it has several")
+    add("--image_column", help="of the dataset (default: the first that holds pictures)")
+    add("--caption_column", help="of the dataset (default: every picture has --instance_prompt)")
+    add("--cache_dir", help="for downloaded datasets (default: that of `datasets`)")
+    add(
+        "--lora_layers",
+        dest="target_modules",
+        type=comma_separated,
+        default=argparse.SUPPRESS,
+        help="--target_modules with commas between them",
+    )
+    add("--adam_weight_decay_text_encoder", type=float, help="(default: --adam_weight_decay)")
+    add("--prodigy_beta3", type=float, help="of prodigy (default: sqrt(adam_beta2))")
+    for name in ("decouple", "use_bias_correction", "safeguard_warmup"):
+        add(f"--prodigy_{name}", type=truth, nargs="?", const=True, default=True, help="of prodigy")
+        add(f"--no-prodigy_{name}", dest=f"prodigy_{name}", action="store_false", help=argparse.SUPPRESS)
+    add("--cache_latents", action=SWITCH, default=False, help="always done")
+    add("--output_kohya_format", action=SWITCH, default=False, help="always done")
+    add(
+        "--upcast_before_saving",
+        dest="save_precision",
+        action="store_const",
+        const="fp32",
+        default=argparse.SUPPRESS,
+        help="--save_precision fp32",
+    )
 
 
 def add_our_flags(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +294,7 @@ def build_parser() -> Parser:
         formatter_class=Formatter,
     )
     add_diffusers_flags(parser)
+    add_sibling_flags(parser)
     add_our_flags(parser)
     return parser
 

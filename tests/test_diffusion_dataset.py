@@ -1,0 +1,121 @@
+"""`--dataset_name`, and the other options of diffusers' sibling scripts."""
+
+import json
+import shutil
+
+import pytest
+
+from dreambooth import PROMPT, SUBJECTS, arguments, train
+from reslora_diffusion.diffusion.checks import check
+from reslora_diffusion.diffusion.optimizers import parameter_groups, settings
+from reslora_diffusion.diffusion.options import parse
+from reslora_diffusion.problems import BadInput
+from tiny import tiny_pipeline_folder
+
+datasets = pytest.importorskip("datasets")
+PICTURES = sorted((SUBJECTS / "octopus").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A folder that `datasets` reads, of five captioned pictures."""
+    folder = tmp_path_factory.mktemp("dataset") / "octopus"
+    folder.mkdir()
+    rows = []
+    for number, path in enumerate(PICTURES):
+        shutil.copy(path, folder)
+        rows.append({"file_name": path.name, "title": f"octopus number {number}", "stars": number})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def of_dataset(tmp_path, dataset, **options):
+    given = {"instance_data_dir": None, "dataset_name": dataset, "cache_dir": tmp_path / "cache"}
+    return arguments(tmp_path / "run", **(given | options))
+
+
+def test_the_pictures_and_captions_of_a_dataset_are_those_of_a_folder(tmp_path, dataset):
+    (concept,) = check(of_dataset(tmp_path, dataset, caption_column="title")).concepts
+    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [p.read_bytes() for p in PICTURES]
+    assert [picture.caption for picture in concept.instance.pictures] == [f"octopus number {n}" for n in range(5)]
+    made = concept.instance.folder.stat().st_mtime_ns
+    (again,) = check(of_dataset(tmp_path, dataset, caption_column="title")).concepts
+    assert again.instance.folder.stat().st_mtime_ns == made
+    (plain,) = check(of_dataset(tmp_path, dataset)).concepts
+    assert plain.instance.folder != concept.instance.folder
+    assert len(plain.instance.uncaptioned) == 5
+    assert [path.name for path in concept.instance.folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_on_a_dataset_is_the_run_on_its_folder(tmp_path, dataset):
+    own, other = tmp_path / "own", tmp_path / "other"
+    train(own, instance_data_dir=None, dataset_name=dataset, cache_dir=tmp_path / "cache", instance_prompt=PROMPT)
+    train(other, instance_data_dir=SUBJECTS / "octopus")
+    name = "pytorch_lora_weights.safetensors"
+    assert (own / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_every_problem_is_named(tmp_path, dataset):
+    with pytest.raises(BadInput) as problem:
+        check(of_dataset(tmp_path, dataset, image_column="stars", caption_column="words", rank=0))
+    said = str(problem.value)
+    assert "--image_column: 'stars' holds no pictures; wanted image" in said
+    assert "--caption_column" in said
+    assert "no column 'words'; it has image, title, stars" in said
+    assert "--rank" in said
+    with pytest.raises(BadInput, match="missing.*cannot be loaded"):
+        check(of_dataset(tmp_path, tmp_path / "missing"))
+    with pytest.raises(BadInput, match="both say what to train on"):
+        check(of_dataset(tmp_path, dataset, instance_data_dir=SUBJECTS / "octopus"))
+    with pytest.raises(BadInput, match="--caption_column is used only with --dataset_name"):
+        check(arguments(tmp_path / "run", caption_column="title"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
+    with pytest.raises(BadInput, match="unreadable pictures: 00000"):
+        check(of_dataset(tmp_path, broken))
+
+
+def test_options_of_the_sibling_scripts():
+    args = parse(
+        ["--lora_layers", "attn.to_k, attn.to_q", "--upcast_before_saving", "--prodigy_decouple=False"]
+        + ["--prodigy_safeguard_warmup", "--no-prodigy_use_bias_correction", "--output_kohya_format", "--cache_latents"]
+    )
+    assert args.unknown == []
+    assert args.target_modules == ["attn.to_k", "attn.to_q"]
+    assert args.save_precision == "fp32"
+    prodigy = args.prodigy_decouple, args.prodigy_safeguard_warmup, args.prodigy_use_bias_correction
+    assert prodigy == (False, True, False)
+    assert parse([]).target_modules is None
+    assert parse([]).save_precision == "fp16"
+
+    class Prodigy:
+        def __init__(self, params, lr=1.0, beta3=None, decouple=True, use_bias_correction=False):
+            pass
+
+    assert settings(Prodigy, args) == {"beta3": None, "decouple": False, "use_bias_correction": False}
+
+
+def test_weight_decay_of_the_text_encoder():
+    import torch
+
+    args = parse(["--adam_weight_decay_text_encoder", "0.5", "--train_text_encoder"])
+    parameters = {"a.lora_A.weight": torch.nn.Parameter(torch.zeros(2, 2))}
+    unet, text = parameter_groups({"unet": parameters, "text_encoder": parameters}, args, 1)
+    assert "weight_decay" not in unet
+    assert text["weight_decay"] == 0.5
+
+
+def test_what_is_not_supported_says_why(tmp_path):
+    args = parse(
+        ["--pretrained_model_name_or_path", str(tiny_pipeline_folder()), "--output_dir", str(tmp_path / "run")]
+        + ["--instance_data_dir", str(SUBJECTS / "octopus"), "--instance_prompt", PROMPT, "--resolution", "64"]
+        + ["--use_dora", "--do_edm_style_training", "--lora_blocks", "12,30"]
+    )
+    with pytest.raises(BadInput) as problem:
+        check(args)
+    assert [line.split()[1] for line in str(problem.value).splitlines()[1:]] == [
+        "--use_dora",
+        "--do_edm_style_training",
+        "--lora_blocks",
+    ]
