@@ -92,6 +92,11 @@ def pictures(folder, *names):
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
         ({"pretrained_model_name_or_path": SUBJECTS}, "has no model_index.json; wanted a diffusers pipeline"),
         ({"export_name": "a/b"}, "--export_name: got 'a/b'"),
+        ({"caption_extension": "txt"}, "--caption_extension: got 'txt', wanted that of text files, such as .txt"),
+        ({"caption_extension": ".PNG"}, "--caption_extension: got '.PNG'"),
+        ({"validation_split": 1}, "--validation_split: got 1.0, wanted 0 or more and below 1"),
+        ({"validation_split": 0.95}, "--validation_split leaves nothing to train on; wanted two different pictures"),
+        ({"image_interpolation_mode": "fine"}, "--image_interpolation_mode: got 'fine', wanted nearest"),
         ({"lr_pattern": ["attnX=3"]}, "--lr_pattern: 'attnX' matches no adapted layer"),
         ({"rank_pattern": ["zzz=3"]}, "--rank_pattern: 'zzz' matches no adapted layer"),
         ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, reslora"),
@@ -342,6 +347,11 @@ def test_weights_of_a_variant_are_looked_for_by_name(tmp_path, without_weights, 
     problems = list(variant_problems(args))
     assert len(problems) == (said is not None)
     assert said is None or said.format(folder) in problems[0]
+
+
+def test_a_precision_of_the_launcher_that_is_none_of_ours_is_named(refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "--mixed_precision: accelerate launch was given 'fp8', wanted no, fp16, bf16" in refused()
 
 
 def test_arguments_are_not_changed_by_checking(tmp_path):

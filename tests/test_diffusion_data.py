@@ -11,7 +11,7 @@ from PIL import Image
 from dreambooth import SUBJECTS, arguments
 from reslora_diffusion.diffusion.buckets import Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.cache import Views
-from reslora_diffusion.diffusion.concepts import concepts_of
+from reslora_diffusion.diffusion.concepts import Concept, chosen, concepts_of
 from reslora_diffusion.diffusion.data import covering, crop_corners, look_at, open_mask, open_upright, scan
 
 
@@ -210,6 +210,30 @@ def test_folders_named_as_kohya_wants_are_concepts(tmp_path):
     assert octopus.num_class_images == len(octopus.classes.pictures) == pictures
     assert [picture.caption for picture in octopus.classes.pictures[:2]] == ["a panda", "animal"]
     assert octopus.problems + cake.problems == []
+
+
+def test_captions_have_the_extension_that_was_asked_for(folder):
+    (folder / "0.caption").write_text("from kohya")
+    found = scan(folder, ".caption")
+    assert {p.path.name: p.caption for p in found.pictures}["0.png"] == "from kohya"
+    assert "0.caption" in scan(folder).skipped
+
+
+def test_a_share_of_the_pictures_is_held_out_by_their_bytes(folder, tmp_path):
+    found = scan(folder)
+    count = len({picture.digest for picture in found.pictures})
+    assert chosen(found, 0.0) == frozenset()
+    assert len(chosen(found, 0.01)) == 1
+    assert len(chosen(found, 0.99)) == count
+    concept = Concept(found, "x", repeats=3, held_out=chosen(found, 0.5))
+    assert {p.digest for p in concept.trained}.isdisjoint(p.digest for p in concept.validated)
+    assert len(concept.trained) + len(concept.validated) == len(found.pictures)
+    assert concept.instances == 3 * len(concept.trained)
+    shutil.copytree(folder, tmp_path / "renamed")
+    for picture in scan(tmp_path / "renamed").pictures:
+        picture.path.rename(picture.path.with_stem(f"z{picture.path.stem}"))
+    assert chosen(scan(tmp_path / "renamed"), 0.5) == concept.held_out
+    assert "leaves nothing to train on" in str(Concept(found, "x", held_out=chosen(found, 0.99)).problems)
 
 
 def test_folders_beside_pictures_are_only_folders(folder, tmp_path):

@@ -1,6 +1,8 @@
 """Whole runs of the DreamBooth script on the tiny pipeline, in this process."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -443,6 +445,20 @@ def test_concepts_shapes_masks_and_losses_in_one_run(tmp_path):
     )
     assert all(np.isfinite(losses(folder)))
     assert report(folder)["loss_trained"] < report(folder)["loss_base"]
+
+
+def test_pictures_that_are_held_out_are_measured_on_and_not_trained_on(tmp_path, capsys):
+    options = {"max_train_steps": 4, "validation_steps": 2}
+    folder = train(tmp_path / "run", validation_split=0.2, **options)
+    held_out = re.search(r"1 held out for validation: (\d.png)", capsys.readouterr().out)[1]
+    shutil.copytree(SUBJECTS / "octopus", tmp_path / "without", ignore=shutil.ignore_patterns(held_out))
+    without = train(tmp_path / "other", instance_data_dir=tmp_path / "without", **options)
+    assert losses(folder) == losses(without)
+    seen, unseen = (
+        [row["validation_loss"] for row in rows(run) if "validation_loss" in row] for run in (without, folder)
+    )
+    assert len(seen) == len(unseen) == 3
+    assert all(one != other for one, other in zip(seen, unseen, strict=True))
 
 
 def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_path):

@@ -154,15 +154,15 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     adapters = add_adapters(pipeline, plan.skeleton, args)
     accelerator.print("\n".join(adapters.links()))
     models.prepare_models(pipeline, family, adapters.models, args, accelerator.device)
-    instances, classes, empty = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
+    encoded = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
     sampler = Sampler(
-        instances,
-        classes,
+        encoded.instances,
+        encoded.classes,
         seed=args.seed,
         scaling_factor=pipeline.vae.config.scaling_factor,
         shift_factor=pipeline.vae.config.shift_factor or 0.0,
         process=process,
-        empty=empty,
+        empty=encoded.empty,
         caption_dropout=args.caption_dropout_rate,
         noise_offset=args.noise_offset,
     )
@@ -201,7 +201,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         write_record(args, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
         painter.forget_after(step)
     accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
-    evaluation = Evaluation.of(sampler, args, accelerator.process_index, accelerator.num_processes)
+    evaluation = Evaluation.of(sampler, args, encoded.held_out, accelerator.process_index, accelerator.num_processes)
     with adapters.evaluation():
         fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
         started = time.monotonic()

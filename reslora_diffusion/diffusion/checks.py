@@ -16,12 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
+from .data import INTERPOLATIONS, PICTURE_SUFFIXES
 from .dataset import dataset_options
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
@@ -44,7 +43,7 @@ CHOICES = {
     "weighting_scheme": (None, "sigma_sqrt", "logit_normal", "mode", "cosmap"),
     "precondition_outputs": (None, 0, 1),
     "huber_schedule": ("constant", "exponential", "snr"),
-    "image_interpolation_mode": tuple(mode.name.lower() for mode in Image.Resampling),
+    "image_interpolation_mode": tuple(INTERPOLATIONS),
     "report_to": ("tensorboard", "wandb", "comet_ml", "all", "none"),
     "lr_scheduler": (
         "linear",
@@ -69,7 +68,7 @@ NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
     "adam_weight_decay adam_weight_decay_text_encoder"
 ).split()
-SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover".split()
+SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover validation_split".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
 OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
@@ -187,6 +186,8 @@ def bad_values(args: Namespace) -> Iterator[str]:
         yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
     if args.export_name and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.export_name):
         yield f"--export_name: got {args.export_name!r}, wanted letters, digits and . _ + -"
+    if not re.fullmatch(r"\.\w+", args.caption_extension) or args.caption_extension.lower() in PICTURE_SUFFIXES:
+        yield f"--caption_extension: got {args.caption_extension!r}, wanted that of text files, such as .txt"
     for name, reason in NOT_SUPPORTED.items():
         if given[name] is not None:
             yield f"--{name} is not supported, because {reason}"

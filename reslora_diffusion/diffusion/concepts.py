@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from ..problems import BadInput, listing
-from .data import Scan, scan
+from .data import Picture, Scan, scan
 from .dataset import pictures_of_dataset
 
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -37,6 +37,7 @@ KINDS = {
     "class_prompt": str,
     "num_class_images": int,
     "repeats": int,
+    "caption_extension": str,
 }
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 
@@ -51,11 +52,21 @@ class Concept:
     classes: Scan | None = None
     class_prompt: str | None = None
     num_class_images: int = 0
+    held_out: frozenset[str] = frozenset()  # digests
+
+    @property
+    def trained(self) -> list[Picture]:
+        return [picture for picture in self.instance.pictures if picture.digest not in self.held_out]
+
+    @property
+    def validated(self) -> list[Picture]:
+        """Pictures that are kept from training, to measure on."""
+        return [picture for picture in self.instance.pictures if picture.digest in self.held_out]
 
     @property
     def instances(self) -> int:
         """How many pictures one pass shows."""
-        return len(self.instance.pictures) * self.repeats
+        return len(self.trained) * self.repeats
 
     @property
     def problems(self) -> list[str]:
@@ -63,6 +74,9 @@ class Concept:
         if not self.instance_prompt and self.instance.uncaptioned:
             without = listing(self.instance.uncaptioned)
             problems = [*problems, f"--instance_prompt is required: {without} have no caption of their own"]
+        if self.held_out and not self.trained:
+            few = f"wanted two different pictures or more in {self.instance.folder}, or a smaller share"
+            problems = [*problems, f"--validation_split leaves nothing to train on; {few}"]
         if self.classes and not self.class_prompt:
             bare, missing = self.classes.uncaptioned, self.num_class_images > len(self.classes.pictures)
             if bare or missing:
@@ -118,35 +132,47 @@ def concepts_of(args: Namespace) -> list[Concept]:
     elif args.dataset_name and not args.instance_data_dir:
         entries = [{"instance_data_dir": str(pictures_of_dataset(args))}]
     complete = [{key: entry.get(key, getattr(args, key)) for key in KINDS} for entry in entries]
-    return [concept for entry in complete for concept in expand(entry, args.with_prior_preservation)]
+    concepts = [concept for entry in complete for concept in expand(entry, args.with_prior_preservation)]
+    return [replace(concept, held_out=chosen(concept.instance, args.validation_split)) for concept in concepts]
+
+
+def chosen(found: Scan, share: float) -> frozenset[str]:
+    """Digests of a share of the pictures: the same ones whatever the seed, and equal pictures together."""
+    digests = sorted({picture.digest for picture in found.pictures})
+    return frozenset(digests[: max(1, round(share * len(digests)))] if share > 0 else ())
 
 
 def expand(entry: dict[str, Any], with_prior_preservation: bool) -> list[Concept]:
     """The concept of an entry; several if its folder holds no pictures but folders that are named as kohya wants."""
-    folder = Path(entry["instance_data_dir"])
+    folder, captions = Path(entry["instance_data_dir"]), entry["caption_extension"].lower()
     masks = Path(entry["mask_data_dir"]) if entry["mask_data_dir"] else None
     classes, wanted = None, 0
     if with_prior_preservation and entry["class_data_dir"]:
-        classes, may_grow = class_pictures(Path(entry["class_data_dir"]))
+        classes, may_grow = class_pictures(Path(entry["class_data_dir"]), captions)
         wanted = entry["num_class_images"] if may_grow else len(classes.pictures)
     whole = Concept(
-        scan(folder, masks=masks), entry["instance_prompt"], entry["repeats"], classes, entry["class_prompt"], wanted
+        scan(folder, captions, masks=masks),
+        entry["instance_prompt"],
+        entry["repeats"],
+        classes,
+        entry["class_prompt"],
+        wanted,
     )
     named = [] if whole.instance.pictures else kohya_folders(folder)
     return [
-        replace(whole, instance=scan(inner, masks=masks), instance_prompt=prompt, repeats=repeats)
+        replace(whole, instance=scan(inner, captions, masks=masks), instance_prompt=prompt, repeats=repeats)
         for inner, repeats, prompt in named
     ] or [whole]
 
 
-def class_pictures(folder: Path) -> tuple[Scan, bool]:
+def class_pictures(folder: Path, captions: str) -> tuple[Scan, bool]:
     """Pictures of the class, and whether missing ones may be made there: not between kohya's folders."""
-    found, named = scan(folder, may_be_empty=True), kohya_folders(folder)
+    found, named = scan(folder, captions, may_be_empty=True), kohya_folders(folder)
     if found.pictures or not named:
         return found, True
     whole = Scan(folder)
     for inner, _, prompt in named:
-        part = scan(inner)
+        part = scan(inner, captions)
         whole.pictures += [replace(picture, caption=picture.caption or prompt) for picture in part.pictures]
         whole.skipped |= {f"{inner.name}/{name}": reason for name, reason in part.skipped.items()}
         whole.problems += part.problems

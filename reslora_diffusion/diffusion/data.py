@@ -18,6 +18,8 @@ from ..problems import listing
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 METADATA_FILE = "metadata.jsonl"
+# By the names that diffusers' scripts take; nearest_exact is torchvision's word for what Pillow calls nearest.
+INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Scan:
     """Everything found in one folder. `problems` is empty if it can be trained on."""
 
     folder: Path
+    caption_extension: str = ".txt"
     pictures: list[Picture] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -53,14 +56,17 @@ class Scan:
         return [picture.path.name for picture in self.pictures if picture.caption is None]
 
 
-def scan(folder: Path, *, may_be_empty: bool = False, masks: Path | None = None) -> Scan:
+def scan(
+    folder: Path, caption_extension: str = ".txt", *, may_be_empty: bool = False, masks: Path | None = None
+) -> Scan:
     """Look at every entry of `folder` in the order of names.
 
     Args:
+        caption_extension: of the text files that hold captions, with its dot.
         may_be_empty: for class pictures, which are made when they are missing.
         masks: folder of masks.
     """
-    found = Scan(folder)
+    found = Scan(folder, caption_extension)
     if not folder.is_dir():
         if not may_be_empty or folder.exists():
             found.problems.append(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; wanted pictures")
@@ -81,7 +87,7 @@ def scan(folder: Path, *, may_be_empty: bool = False, masks: Path | None = None)
                 found.pictures.append(look_at(path))
             except Exception as error:  # Pillow's decoders raise whatever their formats make them
                 unreadable[path.name] = str(error) or type(error).__name__
-        elif path.name != METADATA_FILE and path.suffix.lower() != ".txt":
+        elif path.name != METADATA_FILE and path.suffix.lower() != caption_extension:
             found.skipped[path.name] = "not a picture"
     if unreadable:
         reasons = [f"{name} ({reason})" for name, reason in unreadable.items()]
@@ -106,7 +112,8 @@ def look_at(path: Path) -> Picture:
 def add_captions(found: Scan, entries: list[Path]) -> None:
     """Give pictures their captions; captions of pictures that are not there are problems."""
     stems = {picture.path.stem for picture in found.pictures}
-    texts = {path.stem: path for path in entries if path.suffix.lower() == ".txt" and not path.name.startswith(".")}
+    named = [path for path in entries if path.suffix.lower() == found.caption_extension]
+    texts = {path.stem: path for path in named if not path.name.startswith(".")}
     orphans = [texts[stem].name for stem in texts if stem not in stems]
     if len(orphans) == len(texts):
         found.skipped |= dict.fromkeys(orphans, "not a picture, and no picture has this name")

@@ -3,18 +3,18 @@
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import nn
 
 from ..problems import refuse
 from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
 from .concepts import Concept
-from .data import scan
+from .data import INTERPOLATIONS, scan
 from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
 from .families.base import t5_length
@@ -31,7 +31,7 @@ def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerato
         if classes is not None:
             if len(classes.pictures) < concept.num_class_images:
                 make_missing(concept, args, accelerator)
-                classes = scan(classes.folder)
+                classes = scan(classes.folder, classes.caption_extension)
                 refuse(classes.problems)
             classes = replace(classes, pictures=classes.pictures[: concept.num_class_images])
         complete.append(replace(concept, classes=classes))
@@ -105,18 +105,25 @@ def kept_texts(
     return texts
 
 
+class Encoded(NamedTuple):
+    """Instance examples, as often as a pass shows them; class examples by concept; those that are held out to validate
+    on; the empty prompt."""
+
+    instances: list[Example]
+    classes: dict[int, list[Example]]
+    held_out: list[Example]
+    empty: Text
+
+
 def encode_examples(
     pipeline: DiffusionPipeline, plan: Plan, concepts: list[Concept], args: Namespace, progress: bool
-) -> tuple[list[Example], dict[int, list[Example]], Text]:
-    """Instance examples, as often as a pass shows them; class examples by concept; the empty prompt.
-
-    The autoencoder encodes in float32.
-    """
+) -> Encoded:
+    """Every picture and prompt of a run; the autoencoder encodes in float32."""
     kept = DiskCache(Path(args.encoding_cache_dir)) if args.encoding_cache_dir else None
     texts = kept_texts(pipeline, plan.skeleton.family, ["", *prompts_of(concepts)], args, kept)
     views = Views(
         buckets=plan.buckets,
-        interpolation=Image.Resampling[args.image_interpolation_mode.upper()],
+        interpolation=INTERPOLATIONS[args.image_interpolation_mode],
         center_crop=args.center_crop,
         crops=args.crops_per_image,
         flip=args.random_flip,
@@ -133,7 +140,7 @@ def encode_examples(
     if dtype != torch.float32:
         pipeline.vae.float()
     common["vae_identity"] = identity(pipeline.vae) if kept else ""
-    instances, classes, encoded = [], {}, {}
+    instances, classes, held_out, encoded = [], {}, [], {}
     for number, concept in enumerate(concepts):
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
         examples = encode_pictures(
@@ -145,7 +152,11 @@ def encode_examples(
             progress=f"instance latents{named}" if progress else None,
             **common,
         )
-        instances += examples * concept.repeats
+        placed = list(zip(concept.instance.pictures, examples, strict=True))
+        instances += [
+            example for picture, example in placed if picture.digest not in concept.held_out
+        ] * concept.repeats
+        held_out += [example for picture, example in placed if picture.digest in concept.held_out]
         if concept.classes is not None:
             source = (concept.classes.folder, concept.class_prompt, len(concept.classes.pictures))
             if source not in encoded:
@@ -163,7 +174,7 @@ def encode_examples(
         pipeline.vae.to(dtype)
     if kept and progress:
         print(f"{args.encoding_cache_dir}: {kept.added} pictures and prompts were added, the others were there")
-    return instances, classes, texts[""]
+    return Encoded(instances, classes, held_out, texts[""])
 
 
 def prompts_of(concepts: list[Concept]) -> list[str]:

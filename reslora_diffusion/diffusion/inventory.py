@@ -23,6 +23,8 @@ def inventory(concepts: Sequence[Concept], args: Namespace, buckets: list[Size])
             lines += describe(concept.instance, "instance", concept.instance_prompt, buckets)
         if concept.repeats > 1 and concept.instance.pictures:
             lines.append(f"  each {concept.repeats} times a pass")
+        if kept := [picture.path.name for picture in concept.validated]:
+            lines.append(f"  {len(kept)} held out for validation: {listing(kept, NAMED)}")
         if concept.classes:
             lines += describe(concept.classes, "class", concept.class_prompt, buckets)
             missing = concept.num_class_images - len(concept.classes.pictures)

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 
+PRECISIONS = ("no", "fp16", "bf16")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate looks for them
 
 
@@ -43,6 +44,9 @@ def shards() -> bool:
 
 def launcher_problems(args: Namespace) -> Iterator[str]:
     """What a launcher is configured for and this training cannot do."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision is None and precision not in PRECISIONS:
+        yield f"--mixed_precision: accelerate launch was given {precision!r}, wanted {', '.join(PRECISIONS)}"
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         yield "DeepSpeed ZeRO-3 would take the frozen base apart; wanted zero_stage 2, or FSDP 2 to shard the base"
     if not shards():

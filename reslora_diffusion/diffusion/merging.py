@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from reslora_diffusion.core import report as core
 
 from .adapters import Adapters, Forward
+from .cache import Example
 from .loss import Denoiser
 from .randomness import Stream, seed_of
 from .sampling import Batch, Sampler
@@ -38,10 +39,18 @@ class Evaluation:
     validation: Sequence[Batch]
 
     @classmethod
-    def of(cls, sampler: Sampler, args: Namespace, process: int = 0, processes: int = 1) -> "Evaluation":
-        size = args.train_batch_size
+    def of(
+        cls,
+        sampler: Sampler,
+        args: Namespace,
+        held_out: Sequence[Example] = (),
+        process: int = 0,
+        processes: int = 1,
+    ) -> "Evaluation":
+        """`held_out` are the examples to measure on, which are those that are trained on if there are no others."""
+        size, seed = args.train_batch_size, seed_of(sampler.seed, Stream.VALIDATION)
         fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
-        measured = replace(sampler, seed=seed_of(sampler.seed, Stream.VALIDATION), classes={}, caption_dropout=0.0)
+        measured = replace(sampler, instances=held_out or sampler.instances, classes={}, seed=seed, caption_dropout=0.0)
         turns = [n * processes + process for n in range(args.calibration_batches)]
         whole = size * processes
         return cls(

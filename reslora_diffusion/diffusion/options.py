@@ -231,7 +231,13 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("more on data").add_argument
     add("--concepts", type=Path, help="yaml, json or toml list of concepts, each with data folders and prompts")
     add("--repeats", type=int, default=1, help="times that a pass over the data shows each instance picture")
-    add("--image_interpolation_mode", default="lanczos", help="bilinear, bicubic, box, hamming, lanczos or nearest")
+    add(
+        "--image_interpolation_mode",
+        default="lanczos",
+        help="bilinear, bicubic, box, hamming, lanczos, nearest or nearest_exact",
+    )
+    add("--caption_extension", default=".txt", help="of the text files that hold captions; kohya's default is .caption")
+    add("--validation_split", type=float, default=0.0, help="share of the pictures to hold out, and to validate on")
     add("--random_flip", action=SWITCH, default=False, help="every picture also mirrored")
     add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that has room for them")
     add("--aspect_ratio_buckets", help="auto, or 'height,width;height,width': train each picture in its own shape")

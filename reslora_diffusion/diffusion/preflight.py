@@ -11,9 +11,9 @@ from .estimate import BACKWARD, Kept, on_paper
 from .inventory import inventory
 from .launcher import processes, world_size
 from .loss import Denoiser
+from .models import base_dtype
 from .sampling import Batch
 
-BYTES = {"fp16": 2, "bf16": 2}
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
@@ -33,7 +33,7 @@ def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int)
 
 def memory(plan: Plan, args: Namespace) -> str:
     """What weights and optimizer take; activations depend on the device's kernels."""
-    skeleton, each = plan.skeleton, BYTES.get(args.mixed_precision, 4)
+    skeleton, each = plan.skeleton, base_dtype(args).itemsize
     parts = [skeleton.denoiser, *(skeleton.text_encoders.values() if args.train_text_encoder else ())]
     base = sum(parameter.numel() for part in parts for parameter in part.parameters())
     trained = skeleton.adapter_size(args)

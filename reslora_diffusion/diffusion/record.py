@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import stored_facts
+from .options import build_parser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -28,7 +29,7 @@ BINDING = (
     "aspect_ratio_buckets snr_gamma debiased_estimation_loss loss_type huber_c huber_schedule noise_offset "
     "weighting_scheme logit_mean logit_std mode_scale precondition_outputs max_sequence_length skip_t5 "
     "caption_dropout_rate prediction_type rescale_betas_zero_snr random_flip center_crop crops_per_image repeats "
-    "mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
+    "caption_extension validation_split mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
 ).split()
 
 
@@ -82,10 +83,11 @@ def write_text(path: Path, text: str) -> None:
 
 def differences(args: Namespace, checkpoint: Path) -> Iterator[str]:
     """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
-    own, stored = options(args), stored_facts(checkpoint)["options"]
+    own, stored, parser = options(args), stored_facts(checkpoint)["options"], build_parser()
     for name in BINDING:
-        if stored.get(name) != own[name] and not (name == "seed" and args.seed is None):
-            yield f"{checkpoint} was trained with --{name} {stored.get(name)!r}, got {own[name]!r}; wanted the same"
+        was = stored.get(name, parser.get_default(name))  # the default, if the checkpoint is older than the option
+        if was != own[name] and not (name == "seed" and args.seed is None):
+            yield f"{checkpoint} was trained with --{name} {was!r}, got {own[name]!r}; wanted the same"
 
 
 def export_name(args: Namespace) -> str:
