@@ -474,6 +474,31 @@ def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_pa
     assert sorted(path.name for path in classes.glob("0*.png")) == made
 
 
+def test_a_run_may_start_from_a_lora_of_any_program(tmp_path, capsys):
+    options = {"method": "lora", "train_text_encoder": True, "save_precision": "fp32", "lora_alpha": 8}
+    first = train(tmp_path / "first", **options)
+    found = report(first)
+    count = sum(name.endswith("lora_down.weight") for name in load_file(first / "kohya" / "first.safetensors"))
+    more = {"rank": 6, "lora_alpha": 3, "max_train_steps": 1, "learning_rate": 1e-3}
+    for name, source in (("kohya", first / "kohya" / "first.safetensors"), ("folder", first)):
+        second = train(tmp_path / name, **{**options, **more, "network_weights": source})
+        assert f"{source} fills {count} layers" in capsys.readouterr().out
+        start = rows(second)[0]["validation_loss"]
+        assert start == pytest.approx(found["loss_trained"], rel=1e-5)
+        assert start != pytest.approx(found["loss_base"], rel=1e-5)
+        assert report(second)["loss_base"] == pytest.approx(found["loss_base"], rel=1e-5)
+        assert report(second)["loss_trained"] not in (start, found["loss_base"])
+    for wrong, said in (
+        ({"network_weights": first / "nothing"}, "--network_weights .* does not exist"),
+        ({"rank": 2}, "is of rank 4 in .*; wanted --rank 4 or more"),
+        ({"train_text_encoder": False}, "modules that this run does not train .--train_text_encoder\\?.: text_encoder"),
+        ({"target_modules": ["to_q"]}, "modules that this run does not train: unet"),
+        ({"method": "reslora"}, "a shortcut would change it; wanted --method lora"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(tmp_path / "wrong", **{**options, "network_weights": first, **wrong})
+
+
 # ------------------------------------------------------------------------------------------------ when it goes wrong
 
 

@@ -128,6 +128,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.run import Run
     from reslora_diffusion.diffusion.sampling import Sampler
     from reslora_diffusion.diffusion.validation import Painter, fixed_noise_loss
+    from reslora_diffusion.diffusion.warm_start import start_from
 
     output, family = Path(args.output_dir), plan.skeleton.family
     accelerator = Accelerator(
@@ -207,6 +208,8 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         started = time.monotonic()
         loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
         seconds = time.monotonic() - started
+    if args.network_weights and not checkpoint:
+        accelerator.print(f"{args.network_weights} fills {start_from(args.network_weights, adapters)} layers")
     kept = kept_for_backward(denoiser, sampler.batches(0, args.train_batch_size))
     forwards = sum(len(batch.latents) for batch in evaluation.validation)
     accelerator.print(expectation(plan, args, seconds, forwards, kept))

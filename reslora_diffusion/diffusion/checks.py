@@ -154,6 +154,10 @@ def look_at_model(args: Namespace) -> "Skeleton":
 
     skeleton = load_skeleton(args)
     refuse(skeleton_problems(skeleton, args))
+    if args.network_weights:
+        from .warm_start import weights_problems
+
+        refuse(weights_problems(args, skeleton))
     return skeleton
 
 
@@ -210,6 +214,8 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
         for name in OF_RESLORA:
             if getattr(args, name) is not None:
                 yield f"--{name} is used only with --method reslora"
+    if args.network_weights and args.method == "reslora" and args.shortcut != "none":
+        yield "--network_weights starts a plain LoRA, and a shortcut would change it; wanted --method lora"
     if args.distillation_steps and not args.compare:
         if args.shortcut in ("none", "block") or args.handover:
             yield "--distillation_steps refines a merge that is not exact; got --shortcut none or block, or --handover"

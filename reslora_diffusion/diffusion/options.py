@@ -195,6 +195,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("more on adapters").add_argument
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
+    add("--network_weights", help="start from this LoRA, of any program (plain LoRA: --method lora)")
     add("--use_rslora", action=SWITCH, default=False, help="scaling is lora_alpha / sqrt(rank)")
     add("--target_modules", nargs="+", help="of the UNet or transformer, as in PEFT (default: attention's projections)")
     add(

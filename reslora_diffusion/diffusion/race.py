@@ -141,10 +141,11 @@ def app_settings(folders: dict[str, Path], args: Namespace) -> dict[str, Any]:
 
 
 def draw_sheet(folders: dict[str, Path], args: Namespace) -> Image.Image:
-    """Columns: the base (step 0 of any of them), then each contender's last pictures."""
+    """Columns: where they start, which is the base (step 0 of any of them), then each contender's last pictures."""
     names = [f"{p}-{n}.png" for p in range(len(args.validation_prompt)) for n in range(args.num_validation_images)]
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
-    chosen = {"base": next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
+    start = "start" if args.network_weights else "base"
+    chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
     columns = {label: [Image.open(folder / name) for name in names] for label, folder in chosen.items()}
     return contact_sheet(
         columns, [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]

@@ -239,8 +239,8 @@ class Run:
 
     def look(self, step: int) -> None:
         with self.adapters.evaluation():
-            # Before the first step every lora_B is zero, and the loss is the base's.
-            loss = fixed_noise_loss(self.denoiser, self.evaluation.validation) if step else self.loss_base
+            known = step == 0 and not self.args.network_weights  # every lora_B is zero, and the loss is the base's
+            loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
             values = {"validation_loss": loss}
             if self.painter.paints:
                 with self.adapters.merged():
