@@ -22,9 +22,10 @@ from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
 from .data import INTERPOLATIONS, PICTURE_SUFFIXES
 from .dataset import dataset_options
+from .flags import NOT_SUPPORTED
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
-from .options import NOT_SUPPORTED, known_flags
+from .options import known_flags
 from .record import differences
 from .variants import variant_problems
 
