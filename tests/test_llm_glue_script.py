@@ -20,11 +20,10 @@ from transformers import (
 )
 
 from llm_tiny import ROOT, load_script
-from reslora_diffusion.llm import checks
-from reslora_diffusion.llm import data as llm_data
-from reslora_diffusion.llm import models as llm_models
+from reslora_diffusion.llm import checks, reading
 from reslora_diffusion.llm.glue import GLUE, task_problems
-from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse
+from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
+from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.problems import BadInput
 
 script = load_script("train_glue_reslora")
@@ -152,10 +151,10 @@ def test_shipped_configurations_parse_and_pass_the_checks(file):
     glue = file.stem.startswith("glue")
     extra = ["--task_name=rte", "--output_dir=out"] if glue and "mnli" not in file.stem else []
     kind, defaults = (GlueOptions, script.DEFAULTS) if glue else (LlmOptions, load_script("train_llm_reslora").DEFAULTS)
-    options, training = parse(kind, [f"--config={file}", *extra], defaults)
-    task_type = script.TASK if glue else "CAUSAL_LM"
-    problems = llm_models.option_problems(options, task_type) + checks.training_problems(training, options)
-    assert problems + (task_problems(options) if glue else llm_data.option_problems(options)) == []
+    options, values = parse(kind, [f"--config={file}", *extra], defaults)
+    problems = checks.option_problems(options) + checks.training_problems(values, options)
+    assert problems + (task_problems(options) if glue else reading.option_problems(options)) == []
+    training = training_arguments(values)
     assert isinstance(training, TrainingArguments)
     assert (options.rank, options.lora_dropout, training.weight_decay) == (4, 0.1, 0.1)
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 128
@@ -167,7 +166,7 @@ def test_there_is_a_configuration_for_every_task_of_the_paper():
     assert {file.stem for file in CONFIGS} == {
         "glue_roberta_large",
         "glue_roberta_large_mnli",
-        *(f"{task}_llama2_7b" for task in llm_data.TASKS),
+        *(f"{task}_llama2_7b" for task in TASKS),
     }
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from llm_tiny import load_script
 from reslora_diffusion.llm.generation import generate
+from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.problems import BadInput
 
 script = load_script("train_llm_reslora")
@@ -143,7 +144,7 @@ def test_the_exported_file_gives_the_recorded_answers(folders, tmp_path):
     output = run(folders, tmp_path / "out", shortcut="middle", num_previous=2)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["model"]), output)
     tokenizer = AutoTokenizer.from_pretrained(folders["model"])
-    task = script.llm_data.TASKS["svamp"]
+    task = TASKS["svamp"]
     rows = [json.loads(line) for line in (folders["task"] / "test.jsonl").read_text().splitlines()]
     prompts = [tokenizer(f"{task.ask(row)}\n").input_ids for row in rows]
     expected = [json.loads(line)["response"] for line in (output / "predictions.jsonl").read_text().splitlines()]

@@ -24,19 +24,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel, TaskType
-from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, set_seed
-
-from reslora_diffusion.llm import models
-from reslora_diffusion.llm.checks import checkpoint_of, training_problems
-from reslora_diffusion.llm.glue import GLUE, measure, prepare, task_problems
-from reslora_diffusion.llm.options import GlueOptions, parse
-from reslora_diffusion.llm.results import export, history, start_record, write_json
-from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
+from reslora_diffusion.llm.checks import check, launcher_problems
+from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
+from reslora_diffusion.llm.options import GlueOptions, parse, training_arguments
 from reslora_diffusion.problems import refuse, run_program
 
-TASK = TaskType.SEQ_CLS
+if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
+    from transformers import EvalPrediction, Trainer, TrainingArguments
+
 DEFAULTS = {"output_dir": "reslora-glue", "learning_rate": 3e-4}
 
 
@@ -46,25 +43,41 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         BadInput: every problem with the options, the data or the model.
     """
-    options, training = parse(GlueOptions, argv, DEFAULTS)
-    refuse(models.option_problems(options, TASK) + task_problems(options) + training_problems(training, options))
+    options, values = parse(GlueOptions, argv, DEFAULTS)
+    checkpoint, rows = check(options, values, task_problems(options), lambda: read(options))
+    training = training_arguments(values)
+    refuse(launcher_problems(options))
+    return train(options, training, rows, checkpoint)
+
+
+def train(
+    options: GlueOptions, training: "TrainingArguments", rows: dict[str, Sequence] | None, checkpoint: str | None
+) -> Path:
+    """From sound options on; `rows` is None where they have yet to be fetched."""
+    from peft import PeftModel, TaskType
+    from transformers import DataCollatorWithPadding, Trainer, set_seed
+
+    from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.results import export, history, start_record, write_json
+    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
+
     task = GLUE[options.task_name]
-    config = models.load_config(options, TASK, num_labels=task.num_labels)
-    refuse(models.target_problems(config, options, TASK) + models.length_problems(config, options.max_length))
+    kind = TaskType.SEQ_CLS
+    config = models.load_config(options, kind, num_labels=task.num_labels)
+    refuse(models.target_problems(config, options, kind) + models.length_problems(config, options.max_length))
     tokenizer = models.load_tokenizer(options)
-    data = prepare(options, tokenizer, training.seed)
-    checkpoint = checkpoint_of(training, options)
+    data = prepare(options, tokenizer, rows or read(options), training.seed)
 
     set_seed(training.seed)
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-    model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
+    model = models.add_adapter(models.load_model(options, config, kind), options, kind)
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     calibration = calibration_batches(
         data.train, DataCollatorWithPadding(tokenizer), training, options.calibration_examples
     )
     training.metric_for_best_model = training.metric_for_best_model or task.metrics[0]
 
-    def metrics(found: EvalPrediction) -> dict[str, float]:
+    def metrics(found: "EvalPrediction") -> dict[str, float]:
         return measure(task, found.predictions, found.label_ids)
 
     trainer = ExportedTrainer(
@@ -90,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         results["as trained"] = {
             name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
         }
-    export(trainer, options, TASK)
+    export(trainer, options, kind)
 
-    reloaded = PeftModel.from_pretrained(models.load_model(options, config, TASK), output)
+    reloaded = PeftModel.from_pretrained(models.load_model(options, config, kind), output)
     settings = replace(training, eval_strategy="no", load_best_model_at_end=False, metric_for_best_model=None)
     judge = Trainer(reloaded, settings, data_collator=collate, processing_class=tokenizer, compute_metrics=metrics)
     results["as exported"] = {name: task_metrics(judge, rows, task.metrics) for name, rows in data.reported.items()}
@@ -103,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return output
 
 
-def task_metrics(trainer: Trainer, rows: Sequence, names: Sequence[str]) -> dict[str, float]:
+def task_metrics(trainer: "Trainer", rows: Sequence, names: Sequence[str]) -> dict[str, float]:
     found = trainer.evaluate(rows)
     return {name: found[f"eval_{name}"] for name in names}
 

@@ -28,28 +28,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import TaskType
-from transformers import set_seed
-
-from reslora_diffusion.llm import data as llm_data
-from reslora_diffusion.llm import models
-from reslora_diffusion.llm.checks import checkpoint_of, training_problems
-from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
-from reslora_diffusion.llm.options import LlmOptions, parse
-from reslora_diffusion.llm.results import export, history, start_record, write_json
-from reslora_diffusion.llm.trainer import (
-    ExportedTrainer,
-    Handover,
-    Quiz,
-    calibration_batches,
-    is_reslora,
-    merged,
-)
+from reslora_diffusion.llm import reading
+from reslora_diffusion.llm.checks import check, launcher_problems
+from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
 from reslora_diffusion.problems import refuse, run_program
 
-TASK = TaskType.CAUSAL_LM
+if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
+    from transformers import TrainingArguments
+
+    from reslora_diffusion.llm.data import Data
+    from reslora_diffusion.llm.trainer import ExportedTrainer
+
 DEFAULTS = {"output_dir": "reslora-llm", "learning_rate": 1e-4}
 
 
@@ -59,19 +50,37 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         BadInput: every problem with the options, the data or the model.
     """
-    options, training = parse(LlmOptions, argv, DEFAULTS)
-    refuse(
-        models.option_problems(options, TASK) + llm_data.option_problems(options) + training_problems(training, options)
+    options, values = parse(LlmOptions, argv, DEFAULTS)
+    checkpoint, rows = check(
+        options, values, reading.option_problems(options), lambda: reading.read(options, values.seed)
     )
-    config = models.load_config(options, TASK)
-    refuse(models.target_problems(config, options, TASK) + models.length_problems(config, options.max_length))
+    training = training_arguments(values)
+    refuse(launcher_problems(options))
+    return train(options, training, rows, checkpoint)
+
+
+def train(
+    options: LlmOptions, training: "TrainingArguments", rows: reading.Reading | None, checkpoint: str | None
+) -> Path:
+    """From sound options on; `rows` is None where they have yet to be fetched."""
+    from peft import TaskType
+    from transformers import set_seed
+
+    from reslora_diffusion.llm import data as llm_data
+    from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
+    from reslora_diffusion.llm.results import export, history, start_record, write_json
+    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, Quiz, calibration_batches
+
+    kind = TaskType.CAUSAL_LM
+    config = models.load_config(options, kind)
+    refuse(models.target_problems(config, options, kind) + models.length_problems(config, options.max_length))
     tokenizer = models.load_tokenizer(options)
     options.max_length = options.max_length or min(1024, models.context_length(config) or 1024)
-    data = llm_data.prepare(options, tokenizer, training.seed)
-    checkpoint = checkpoint_of(training, options)
+    data = llm_data.prepare(options, tokenizer, rows or reading.read(options, training.seed))
 
     set_seed(training.seed)
-    model = models.add_adapter(models.load_model(options, config, TASK), options, TASK)
+    model = models.add_adapter(models.load_model(options, config, kind), options, kind)
     collate = Collator(tokenizer.pad_token_id)
     if options.packing:
         refuse(filter(None, [packing_problem(model, collate, data.train)]))
@@ -112,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
         write_json(output / "history.json", history(trainer))
-    export(trainer, options, TASK)
+    export(trainer, options, kind)
     if trainer.is_world_process_zero():
         print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
         if options.save_merged_model:
@@ -121,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return output
 
 
-def judge(trainer: ExportedTrainer, options: LlmOptions, data: llm_data.Data) -> dict[str, Any]:
+def judge(trainer: "ExportedTrainer", options: LlmOptions, data: "Data") -> dict[str, Any]:
     """Exact match on the test rows, of the calibrated adapter and of the base."""
+    from reslora_diffusion.llm.trainer import is_reslora, merged
+
     quiz, model = trainer.quiz, trainer.accelerator.unwrap_model(trainer.model)
     if quiz is None or not data.test_questions:
         return {"test": {}}

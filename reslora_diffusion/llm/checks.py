@@ -1,25 +1,118 @@
-"""Whether training arguments and checkpoints fit the adapter."""
+"""What can be wrong with options, training arguments and checkpoints, as far as it is known without torch.
+
+Training arguments are plain values here, as `options.parse` gives them. `launcher_problems` alone waits for the real
+ones, which know how training is distributed.
+"""
 
 import json
-from collections.abc import Iterator
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
-
-from reslora_diffusion import ResLoraConfig
-
-from ..problems import refuse
+from ..problems import BadInput, refuse
+from ..rules import Shortcut, ShortcutFields, faults
 from .options import ModelOptions
+from .records import is_json_lines
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+ONLY_RESLORA = ("shortcut", "num_previous", "merge_method", "distillation_steps")
 
 
-def training_problems(training: TrainingArguments, options: ModelOptions) -> list[str]:
+def check(
+    options: ModelOptions, training: Namespace, data_problems: list[str], read: Callable[[], Any]
+) -> tuple[str | None, Any]:
+    """`(checkpoint to go on from, what read() returned)`; None for rows that are not in local files.
+
+    Raises:
+        BadInput: every problem of options, files and checkpoint.
+    """
+    problems = option_problems(options) + data_problems + training_problems(training, options)
+    checkpoint = rows = None
+    try:
+        checkpoint = checkpoint_of(training, options)
+    except BadInput as error:
+        problems += error.problems
+    try:
+        if not data_problems and options.dataset_name and is_json_lines(options.dataset_name):
+            rows = read()
+    except BadInput as error:
+        problems += error.problems
+    refuse(problems)
+    return checkpoint, rows
+
+
+def adapter_settings(options: ModelOptions) -> dict[str, Any]:
+    """Arguments of either method's configuration. Options that were not given keep the configuration's own defaults."""
+    targets = options.target_modules
+    settings: dict[str, Any] = {
+        "r": options.rank,
+        "lora_alpha": options.lora_alpha if options.lora_alpha is not None else 2 * options.rank,
+        "lora_dropout": options.lora_dropout,
+        "use_rslora": options.use_rslora,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+    }
+    if options.method == "lora":
+        return settings
+    settings |= {n: getattr(options, n) for n in ("shortcut", "merge_method") if getattr(options, n) is not None}
+    if options.num_previous is not None:
+        settings["num_previous"] = None if options.num_previous == "all" else int(options.num_previous)
+    return settings
+
+
+def option_problems(options: ModelOptions) -> list[str]:
+    """Faults of the model's and the adapter's options."""
+    problems = [*model_problems(options.model_name_or_path)]
+    if options.method not in ("lora", "reslora"):
+        problems.append(f"--method: got {options.method!r}, wanted lora or reslora")
+    problems += [
+        f"--{name}: got {getattr(options, name)!r}, wanted {', '.join(PRECISIONS)}"
+        for name in ("dtype", "export_dtype")
+        if getattr(options, name) not in PRECISIONS
+    ]
+    if options.method == "lora":
+        given = [f"--{name}" for name in ONLY_RESLORA if getattr(options, name) is not None]
+        problems += [f"{flag}: does nothing with --method lora" for flag in given]
+    if options.calibration_examples < 1:
+        problems.append(f"--calibration_examples: got {options.calibration_examples}, wanted 1 or more")
+    reach = options.num_previous
+    if reach is not None and reach != "all" and not reach.isdecimal():
+        return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
+    return problems + faults(adapter_settings(options))
+
+
+def model_problems(name: str | None) -> Iterator[str]:
+    """Why there is no model to look at; a hub name has to wait."""
+    folder = Path(name or "")
+    if not name:
+        yield "--model_name_or_path: got nothing, wanted a folder or a hub name"
+    elif (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2) and not folder.is_dir():
+        yield f"--model_name_or_path {name}: there is no such folder"
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        yield f"--model_name_or_path {name}: has no config.json, wanted a transformers model"
+
+
+def shortcut_of(options: ModelOptions) -> str:
+    return options.shortcut or str(ShortcutFields.shortcut)
+
+
+def checkpointing_settings(training: Namespace) -> Mapping[str, Any]:
+    """`--activation_checkpointing_kwargs`, or by its older name; what is no JSON is refused by transformers."""
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    given = next((value for name in names if (value := getattr(training, name, None))), {})
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        found = {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
     """Training arguments that cannot work with the adapter."""
-    problems = []
-    kwargs = getattr(training, "activation_checkpointing_kwargs", None) or training.gradient_checkpointing_kwargs or {}
-    shortcut = options.shortcut or str(ResLoraConfig.shortcut)
-    if options.method == "reslora" and shortcut in ("input", "middle") and kwargs.get("use_reentrant"):
+    problems, shortcut = [], shortcut_of(options)
+    approximate = options.method == "reslora" and shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)
+    if approximate and checkpointing_settings(training).get("use_reentrant"):
         problems.append(
             "--gradient_checkpointing_kwargs: got use_reentrant=true, which cuts the links of shortcut "
             f"{shortcut!r} out of the gradient; wanted use_reentrant=false, or --shortcut block"
@@ -29,13 +122,11 @@ def training_problems(training: TrainingArguments, options: ModelOptions) -> lis
             problems.append("--handover_at: does nothing here; only shortcuts input and middle have something to fold")
         if not 0 < options.handover_at < 1:
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
-    if getattr(options, "save_merged_model", False) and is_deepspeed_zero3_enabled():
-        problems.append("--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead")
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
     output = Path(training.output_dir)
     if training.resume_from_checkpoint is None and output.is_dir():
-        if get_last_checkpoint(str(output)):
+        if last_checkpoint(output):
             problems.append(
                 f"--output_dir {output}: holds checkpoints of an earlier run; wanted --resume_from_checkpoint latest, "
                 "or another folder"
@@ -56,11 +147,29 @@ def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]
         yield f"{name}: does nothing here; block, none and what --handover_at folds are exported as trained"
     if options.merge_method in ("drop", "paper_weight"):
         yield f"{name}: refines what was fitted on data; got --merge_method {options.merge_method}"
-    if is_deepspeed_zero3_enabled():
-        yield f"{name}: does not run with DeepSpeed ZeRO-3, which takes the weights away between forward and backward"
 
 
-def checkpoint_of(training: TrainingArguments, options: ModelOptions) -> str | None:
+def launcher_problems(options: ModelOptions) -> Iterator[str]:
+    """What does not run as training is distributed; asked once `TrainingArguments` are made, which find that out."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return
+    if getattr(options, "save_merged_model", False):
+        yield "--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead"
+    if options.distillation_steps is not None and options.method == "reslora":
+        yield (
+            "--distillation_steps: does not run with DeepSpeed ZeRO-3, which takes the weights away between forward "
+            "and backward"
+        )
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def checkpoint_of(training: Namespace, options: ModelOptions) -> str | None:
     """The checkpoint to go on from, by `--resume_from_checkpoint latest` or a path.
 
     Raises:
@@ -70,7 +179,7 @@ def checkpoint_of(training: TrainingArguments, options: ModelOptions) -> str | N
     if wanted is None:
         return None
     output = Path(training.output_dir)
-    found = get_last_checkpoint(str(output)) if wanted == "latest" and output.is_dir() else wanted
+    found = last_checkpoint(output) if wanted == "latest" else wanted
     if found is None or not Path(found, "trainer_state.json").is_file():
         refuse([f"--resume_from_checkpoint {wanted}: no checkpoint there; --output_dir is {output}"])
     stored = json.loads(Path(found, "adapter_config.json").read_text())

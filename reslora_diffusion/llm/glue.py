@@ -6,18 +6,21 @@ as GLUE defines them, in float64. The first metric of a task chooses its best st
 validation split, the only labelled one that is left, is what is reported.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from ..problems import BadInput, listing, refuse
+from ..problems import listing, refuse
 from .options import GlueOptions
 from .records import Row, carve, choose, column_problems, read_rows
 
 SOURCE = "nyu-mll/glue"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Metric = Callable[[NDArray, NDArray], float]
 
 
@@ -117,8 +120,8 @@ def task_problems(options: GlueOptions) -> list[str]:
     return problems
 
 
-def prepare(options: GlueOptions, tokenizer: PreTrainedTokenizerBase, seed: int) -> GlueData:
-    """Read, check and encode.
+def read(options: GlueOptions) -> dict[str, Sequence[Row]]:
+    """Rows by split, checked.
 
     Raises:
         BadInput: splits that are missing, columns that are missing, labels that are none of the task's.
@@ -131,8 +134,15 @@ def prepare(options: GlueOptions, tokenizer: PreTrainedTokenizerBase, seed: int)
     problems = [problem for name, rows in found.items() for problem in row_problems(task, rows, name)]
     if not problems and len(found["train"]) < 2:
         problems.append(f"train: got {len(found['train'])} rows, wanted at least one to train on and one to choose by")
-    if problems:
-        raise BadInput(problems)
+    refuse(problems)
+    return found
+
+
+def prepare(
+    options: GlueOptions, tokenizer: "PreTrainedTokenizerBase", found: Mapping[str, Sequence[Row]], seed: int
+) -> GlueData:
+    """Set a share of train apart, and encode."""
+    task = GLUE[str(options.task_name)]
     train, validation = carve(found["train"], options.validation_fraction, seed, options.max_validation_examples)
 
     def encoded(rows: Sequence[Row]) -> list[dict]:
@@ -162,7 +172,7 @@ def is_label(task: GlueTask, label: object) -> bool:
     return isinstance(label, int) and 0 <= label < task.num_labels
 
 
-def encode_row(task: GlueTask, row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+def encode_row(task: GlueTask, row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> dict:
     texts = [row[column] for column in task.columns]
     label = float(row["label"]) if task.num_labels == 1 else int(row["label"])
     return dict(tokenizer(*texts, truncation=True, max_length=max_length)) | {"labels": label}

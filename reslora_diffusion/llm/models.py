@@ -21,58 +21,18 @@ from transformers.pytorch_utils import Conv1D
 from reslora_diffusion import ResLoraConfig
 
 from ..problems import BadInput, listing
+from .checks import PRECISIONS, adapter_settings
 from .options import ModelOptions
 
 AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
 PURPOSE = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
 def adapter_config(options: ModelOptions, task_type: TaskType) -> LoraConfig:
-    """PEFT's configuration of either method. Options that were not given keep the configuration's own defaults."""
-    targets = options.target_modules
-    common: dict[str, Any] = {
-        "task_type": task_type,
-        "r": options.rank,
-        "lora_alpha": options.lora_alpha if options.lora_alpha is not None else 2 * options.rank,
-        "lora_dropout": options.lora_dropout,
-        "use_rslora": options.use_rslora,
-        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-    }
-    if options.method == "lora":
-        return LoraConfig(**common)
-    given = {n: getattr(options, n) for n in ("shortcut", "merge_method") if getattr(options, n) is not None}
-    if options.num_previous is not None:
-        given["num_previous"] = None if options.num_previous == "all" else int(options.num_previous)
-    return ResLoraConfig(**common, **given)
-
-
-def option_problems(options: ModelOptions, task_type: TaskType) -> list[str]:
-    """Faults that need no file to be opened."""
-    problems = []
-    if not options.model_name_or_path:
-        problems.append("--model_name_or_path: got nothing, wanted a folder or a hub name")
-    if options.method not in ("lora", "reslora"):
-        problems.append(f"--method: got {options.method!r}, wanted lora or reslora")
-    problems += [
-        f"--{name}: got {getattr(options, name)!r}, wanted {', '.join(DTYPES)}"
-        for name in ("dtype", "export_dtype")
-        if getattr(options, name) not in DTYPES
-    ]
-    if options.method == "lora":
-        ours = ("shortcut", "num_previous", "merge_method", "distillation_steps")
-        given = [f"--{name}" for name in ours if getattr(options, name) is not None]
-        problems += [f"{flag}: does nothing with --method lora" for flag in given]
-    reach = options.num_previous
-    if reach is not None and reach != "all" and not reach.isdecimal():
-        return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
-    if options.calibration_examples < 1:
-        problems.append(f"--calibration_examples: got {options.calibration_examples}, wanted 1 or more")
-    try:
-        adapter_config(options, task_type)
-    except ValueError as error:
-        problems += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]] or [str(error)]
-    return problems
+    """PEFT's configuration of either method."""
+    kind = LoraConfig if options.method == "lora" else ResLoraConfig
+    return kind(task_type=task_type, **adapter_settings(options))
 
 
 def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> PreTrainedConfig:
@@ -81,11 +41,8 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
     Raises:
         BadInput: there is no such model, or it does not serve the task.
     """
-    name = str(options.model_name_or_path)
-    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
-        raise BadInput([f"--model_name_or_path {name}: there is no such folder"])
     try:
-        config = AutoConfig.from_pretrained(name, revision=options.model_revision, **kwargs)
+        config = AutoConfig.from_pretrained(options.model_name_or_path, revision=options.model_revision, **kwargs)
     except (OSError, ValueError) as error:
         raise BadInput([f"--model_name_or_path {options.model_name_or_path}: {first_line(error)}"]) from error
     known = AUTO[task_type]._model_mapping.keys()

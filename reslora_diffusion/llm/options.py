@@ -1,21 +1,29 @@
 """The command lines of both language-model scripts: our options, then every field of `transformers.TrainingArguments`.
 
 Order of authority: command line, `--config` file (YAML or JSON), the defaults below. The defaults of the method live
-in `ResLoraConfig`; `None` here means "not given".
+in `ResLoraConfig`; `None` here means "not given". Nothing here imports torch, so `--help` and a bad command line answer
+at once: `parse` gives the training arguments as plain values, of which `training_arguments` makes the real ones.
 """
 
 import difflib
 import json
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from ..problems import BadInput
 from .tasks import TASKS
+from .training_fields import fields_of_training
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 DEFAULTS = {  # of training arguments, where both scripts differ from transformers
     "warmup_steps": 0.06,
@@ -127,8 +135,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> tuple[Any, TrainingArguments]:
-    """`(options, training arguments)`.
+def build_parser(kind: type, defaults: dict[str, Any]) -> Parser:
+    """With every option of `TrainingArguments`, which is imported only if its source cannot be read."""
+
+    def of(training: type) -> Parser:
+        return Parser([kind, training], allow_abbrev=False, description=kind.__doc__)
+
+    try:
+        parser = of(fields_of_training())
+    except Exception:  # how transformers writes the class is its own affair
+        from transformers import TrainingArguments
+
+        parser = of(TrainingArguments)
+    parser.add_argument("--config", type=Path, help="YAML or JSON file of these options by name; the command line wins")
+    parser.set_defaults(**DEFAULTS | defaults)
+    return parser
+
+
+def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> tuple[Any, Namespace]:
+    """`(options, values of the training arguments)`.
 
     Args:
         kind: `LlmOptions` or `GlueOptions`.
@@ -137,26 +162,26 @@ def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> t
     Raises:
         BadInput: unknown options or values that do not parse.
     """
-    parser = Parser([kind, TrainingArguments], allow_abbrev=False, description=kind.__doc__)
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of these options by name; the command line wins")
-    parser.set_defaults(**DEFAULTS | defaults)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(kind, defaults)
     file = parser.parse_known_args(argv)[0].config
-    words = as_words(read_config(file)) if file else []
-    given, unknown = parser.parse_known_args([*words, *(argv if argv is not None else _arguments())])
+    given, unknown = parser.parse_known_args([*(as_words(read_config(file)) if file else []), *argv])
     if unknown:
         raise BadInput([unknown_option(word, parser) for word in unknown if word.startswith("--")] or [str(unknown)])
-    del given.config
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in vars(given).items()}
+    own = {item.name for item in fields(kind)}
+    options = kind(**{name: value for name, value in values.items() if name in own})
+    return options, Namespace(**{name: value for name, value in values.items() if name not in own | {"config"}})
+
+
+def training_arguments(values: Namespace) -> "TrainingArguments":
+    """Raises `BadInput` with what `TrainingArguments` finds wrong with them."""
+    from transformers import TrainingArguments
+
     try:
-        options, training = parser.parse_dict(vars(given))
-    except ValueError as error:  # TrainingArguments checks itself when it is made
+        return TrainingArguments(**vars(values))
+    except ValueError as error:
         raise BadInput([str(error)]) from error
-    return options, training
-
-
-def _arguments() -> list[str]:
-    import sys
-
-    return sys.argv[1:]
 
 
 def unknown_option(word: str, parser: Parser) -> str:

@@ -56,6 +56,14 @@ def read_json_lines(path: Path) -> list[Row]:
     return rows
 
 
+def is_json_lines(source: str) -> bool:
+    """Whether that is JSON lines on this machine, or could be nothing else; anything else is up to `datasets`."""
+    path = Path(source)
+    if path.exists():
+        return path.is_file() or any(path.glob("*.jsonl"))
+    return path.suffix == ".jsonl" or path.is_absolute() or source.startswith(".") or len(path.parts) > 2
+
+
 def read_rows(
     source: str, split: str = "train", subset: str | None = None, revision: str | None = None
 ) -> Sequence[Row] | None:
@@ -70,7 +78,7 @@ def read_rows(
     if path.is_dir() and any(path.glob("*.jsonl")):
         file = path / f"{split}.jsonl"
         return read_json_lines(file) if file.is_file() else None
-    if not path.exists() and (path.suffix == ".jsonl" or path.is_absolute() or source.startswith(".")):
+    if not path.exists() and is_json_lines(source):
         raise BadInput([f"{source}: there is no such file, and no such folder with .jsonl files"])
     try:
         import datasets

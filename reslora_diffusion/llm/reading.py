@@ -1,0 +1,120 @@
+"""From options to the rows of a data set and the conversations in them, all checked; torch is not loaded.
+
+Where a data set has no split to choose the best step on, a random share of train is set apart for it. Test rows are
+read for the final report and for nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..problems import BadInput, listing, refuse
+from .options import LlmOptions
+from .records import Messages, Row, carve, choose, conversations, read_rows
+from .tasks import TASKS, Task, usable
+
+Rows = Sequence[Row]
+
+
+@dataclass
+class Reading:
+    """Rows and conversations by split: train, validation, test (empty where there is none); `notes` say what was left
+    out."""
+
+    rows: dict[str, Rows]
+    talks: dict[str, list[Messages]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def option_problems(options: LlmOptions) -> list[str]:
+    """Faults that need no file to be opened."""
+    problems = []
+    if options.task is not None and options.task not in TASKS:
+        problems.append(f"--task: got {options.task!r}, wanted {', '.join(TASKS)}")
+    if options.task is None and not options.dataset_name:
+        problems.append("--dataset_name: got nothing, wanted a .jsonl file, a folder with train.jsonl, or a data set")
+    if options.task and (options.prompt_column or options.response_column):
+        problems.append(f"--prompt_column, --response_column: --task {options.task} knows its columns")
+    if options.prompt_template is not None and "{prompt}" not in options.prompt_template:
+        problems.append(f"--prompt_template: got {options.prompt_template!r}, wanted {{prompt}} in it")
+    if not 0 < options.validation_fraction < 1:
+        problems.append(f"--validation_fraction: got {options.validation_fraction}, wanted more than 0 and less than 1")
+    for name in ("max_length", "max_new_tokens", "num_beams", "max_train_examples", "max_eval_examples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name}: got {value}, wanted 1 or more")
+    return problems
+
+
+def rows_of(options: LlmOptions, seed: int) -> tuple[Rows, Rows, Rows]:
+    """`(train, validation, test)`; test is empty where there is none."""
+    task = TASKS[options.task] if options.task else None
+    source = options.dataset_name or (task.source if task else "")
+    local = Path(source).exists()
+    own = task is not None and source == task.source
+    subset = options.dataset_config or (task.subset if task and own else None)
+    revision = task.revision if task and own else None
+
+    def read(split: str) -> Rows | None:
+        return read_rows(source, split, subset, revision)
+
+    train = read("train")
+    if train is None:
+        raise BadInput([f"{source}: has no split 'train'" + (", or no train.jsonl" if local else "")])
+    if task is None or local:
+        validation, test = read("validation"), (read("test") if task else None)
+    else:
+        validation = read(task.validation_split) if task.validation_split else None
+        test = test_rows(task, read)
+    if not len(train):
+        raise BadInput([f"{source}: split 'train' has no rows"])
+    if validation is None:
+        if len(train) < 2:
+            raise BadInput([f"{source}: got {len(train)} row, wanted at least one to train on and one to validate on"])
+        train, validation = carve(train, options.validation_fraction, seed)
+    return (
+        choose(train, options.max_train_examples, seed),
+        choose(validation, options.max_eval_examples, seed),
+        choose(test or [], options.max_eval_examples, seed),
+    )
+
+
+def test_rows(task: Task, read: Callable[[str], Rows | None]) -> Rows | None:
+    if task.test_task is None:
+        return read(task.test_split)
+    other = TASKS[task.test_task]
+    return read_rows(other.source, other.test_split, other.subset, other.revision)
+
+
+def read(options: LlmOptions, seed: int) -> Reading:
+    """Read and check everything that is trained and tested on.
+
+    Raises:
+        BadInput: every problem of the first stage that has any: files, then columns and answers.
+    """
+    found = Reading(dict(zip(("train", "validation", "test"), rows_of(options, seed), strict=True)))
+    task = TASKS[options.task] if options.task else None
+    problems: list[str] = []
+    for name, rows in found.rows.items():
+        try:
+            if task is None:
+                talks = conversations(rows, options.prompt_column, options.response_column, name) if rows else []
+            else:
+                judge = test_judge(options) if name == "test" else task
+                rows, unread = usable(judge, rows, name)
+                found.rows[name] = rows
+                if unread:
+                    found.notes.append(f"{name}: left out rows without a readable answer: {listing(unread)}")
+                talks = [judge.messages(row) for row in rows]
+            found.talks[name] = talks
+        except BadInput as error:
+            problems += error.problems
+    refuse(problems)
+    return found
+
+
+def test_judge(options: LlmOptions) -> Task:
+    """Whose columns the test rows have: another data set's, where the task borrows its test."""
+    task = TASKS[str(options.task)]
+    borrowed = task.test_task is not None and (options.dataset_name in (None, task.source))
+    return TASKS[str(task.test_task)] if borrowed else task

@@ -1,0 +1,94 @@
+"""The command line of the language-model scripts, which is read without the class that most of its options are of."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import TrainingArguments
+
+from llm_tiny import ROOT
+from reslora_diffusion.llm import options
+from reslora_diffusion.llm.options import GlueOptions, LlmOptions, build_parser, parse, training_arguments
+from reslora_diffusion.llm.training_fields import fields_of_training
+from reslora_diffusion.problems import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
+HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
+
+
+def described(parser) -> list[tuple]:
+    """All that argparse goes by; of functions made for one option, what they were made with is in the choices."""
+    return [
+        (
+            *(getattr(action, name) for name in ("option_strings", "dest", "nargs", "const", "help", "required")),
+            (type(action), type(action.default), action.default),
+            action.choices and list(action.choices),
+            getattr(action.type, "__qualname__", action.type),
+        )
+        for action in parser._actions
+    ]
+
+
+@pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
+def test_the_fields_read_from_the_source_are_those_of_the_class(kind, monkeypatch):
+    quick = build_parser(kind, {"learning_rate": 3e-4})
+    assert fields_of_training() is not TrainingArguments
+    monkeypatch.setattr(options, "fields_of_training", lambda: TrainingArguments)
+    real = build_parser(kind, {"learning_rate": 3e-4})
+    assert described(quick) == described(real)
+    assert len(quick._actions) > 120
+    assert quick.format_help() == real.format_help()
+
+
+def test_a_source_that_is_not_understood_gives_way_to_the_class(monkeypatch):
+    expected = build_parser(LlmOptions, {}).format_help()
+    monkeypatch.setattr(options, "fields_of_training", lambda: 1 / 0)
+    assert build_parser(LlmOptions, {}).format_help() == expected
+
+
+def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):
+    words = ["--learning_rate=0.01", "--report_to=none", "--eval_strategy=no", "--optim=sgd"]
+    words += ['--gradient_checkpointing_kwargs={"use_reentrant": false}', "--lr_scheduler_type=cosine", "--use_cpu"]
+    words += ["--save_strategy=no", "--load_best_model_at_end=false", f"--output_dir={tmp_path}", "--debug=underflow_overflow"]
+    made = training_arguments(parse(LlmOptions, words, {})[1])
+    (expected,) = options.HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(
+        [*words, "--warmup_steps=0.06", "--save_total_limit=2", "--logging_steps=10", "--seed=0"]
+        + ["--remove_unused_columns=false"]
+    )
+    assert made.to_dict() == expected.to_dict()
+    with pytest.raises(BadInput, match="load_best_model_at_end"):
+        training_arguments(parse(LlmOptions, ["--eval_strategy=no"], {})[1])
+
+
+ANSWERS = {  # words -> what is said, all without torch
+    "--help": "--gradient_accumulation_steps",
+    "--no_such_option 1": "unknown option --no_such_option",
+    "--learning_rat 1": "did you mean --learning_rate",
+    "--rank many": "argument --rank: invalid int value: 'many'",
+    "--warmup_steps many": "invalid float value: 'many'",
+    "--config /nowhere.yaml": "--config /nowhere.yaml: No such file",
+    "--model_name_or_path /nowhere/model": "/nowhere/model: there is no such folder",
+    "--model_name_or_path tests": "has no config.json",
+    "--dataset_name /nowhere.jsonl": "/nowhere.jsonl: there is no such file",
+    "--shortcut input --num_previous 3": "num_previous: got 3, wanted 1 or 0",
+    "--method lora --shortcut block": "--shortcut: does nothing with --method lora",
+    "--resume_from_checkpoint latest": "no checkpoint there",
+}
+
+
+@pytest.mark.parametrize("script", ["train_llm_reslora", "train_glue_reslora"])
+def test_what_needs_no_torch_is_answered_without_it(script):
+    code = (
+        "import sys; from contextlib import redirect_stdout; from io import StringIO; from pathlib import Path\n"
+        f"sys.path.insert(0, 'train_scripts'); import {script} as script\n"
+        "from reslora_diffusion.problems import BadInput\n"
+        f"for words, wanted in {ANSWERS!r}.items():\n"
+        "    with redirect_stdout(StringIO()) as said:\n"
+        "        try: script.main(words.split() + ['--output_dir=/tmp/nowhere-at-all'])\n"
+        "        except BadInput as error: print(error)\n"
+        "        except SystemExit as left: assert left.code == 0\n"
+        "    assert wanted in said.getvalue(), (words, said.getvalue())\n"
+        f"    assert not set({HEAVY}) & set(sys.modules), words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
