@@ -47,7 +47,7 @@ def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: Namespac
             component.requires_grad_(False)
     torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
     models = {}
-    for component, (_, config) in skeleton.adapted(args).items():
+    for component, (_, config) in skeleton.adapters(args).items():
         model = models[component] = getattr(pipeline, component)
         attach(model, config, ADAPTER)
         for parameter in model.parameters():

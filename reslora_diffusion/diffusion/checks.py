@@ -1,8 +1,9 @@
 """Everything that can be found wrong before a model is loaded, in one message.
 
-`check(args)` looks at the options, the folders, the installed packages and the model's configuration files, and returns
-what the run will be trained on. What needs torch and diffusers is imported, which takes seconds, only where it can find
-something: not for options that do not exist, nor for a model that is not there.
+`check(args)` looks at the options, the folders, the installed packages and the model's configurations and shapes, and
+returns what the run will be trained on. Torch and diffusers, which take seconds to import, are imported only once there
+is nothing wrong, or if only they know: settings of an optimizer, and a model whose files are not on this machine or in
+no format that tells shapes.
 """
 
 import difflib
@@ -11,10 +12,12 @@ import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from reslora_diffusion.export.header import read_headers
 
 from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
@@ -25,7 +28,10 @@ from .dataset import dataset_options
 from .flags import NOT_SUPPORTED
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
+from .model_checks import adapter_problems, model_problems
+from .optimizer_names import OTHERS, name_of, name_problems
 from .options import known_flags
+from .outline import Outline, read_outline
 from .record import differences
 from .variants import variant_problems
 
@@ -71,7 +77,6 @@ NOT_NEGATIVE = (
 ).split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover validation_split".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
-OPTIMIZERS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 @dataclass(frozen=True)
@@ -85,60 +90,113 @@ class Plan:
     skeleton: "Skeleton"
 
 
-def check(args: Namespace) -> Plan:
+@dataclass
+class Look:
+    """What was found without torch. The outline is None where the files of the model do not tell."""
+
+    problems: list[str]
+    concepts: list[Concept]
+    outline: Outline | None = None
+    buckets: list[Size] = field(default_factory=list)
+
+    def refuse(self, args: Namespace) -> None:
+        """Raise `BadInput` if there is any problem, with what is in the folders."""
+        if self.problems:
+            square = args.resolution >= 1 and not args.aspect_ratio_buckets  # other sizes are told by the model
+            sizes = self.buckets or ([(args.resolution, args.resolution)] if square else [])
+            raise BadInput(dict.fromkeys(self.problems), inventory(self.concepts, args, sizes))
+
+
+def look(args: Namespace) -> Look:
+    """Raises `BadInput` with every problem found, unless torch may know of more."""
+    missing = missing_models(args)
+    found = Look([*missing, *unknown_words(args.unknown)], [])
+    for find in (bad_values, bad_combinations, adapter_problems, missing_packages, name_problems, bad_output):
+        found.problems += find(args)
+    found.problems += [*variant_problems(args), *launcher_problems(args), *bad_weights(args)]
+    try:
+        found.concepts = concepts_of(args)
+    except BadInput as error:
+        found.problems += error.problems
+    found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
+    known = bool(missing or args.unknown)
+    try:
+        if not missing and (outline := read_outline(args)):
+            found.outline, known = outline, True
+            found.buckets = fit(outline, args)
+    except BadInput as error:
+        found.problems += error.problems
+        known = True
+    if not found.problems:
+        found.problems += past_the_end(args, length(args, found.concepts)[0])
+    if found.problems and known and (args.optimizer_args or args.network_weights):
+        found.problems += slow_problems(args, found.outline)
+    if known:
+        found.refuse(args)
+    return found
+
+
+def check(args: Namespace, found: Look | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
-    problems, concepts = list(unknown_words(args.unknown)), []
-    for look in (bad_values, bad_combinations, missing_packages, bad_output, variant_problems, launcher_problems):
-        problems += look(args)
+    found = found or look(args)
+    from .skeleton import load_skeleton
+
+    skeleton = None
     try:
-        concepts = concepts_of(args)
+        skeleton = load_skeleton(args)
+        found.buckets = found.buckets or fit(skeleton, args)
     except BadInput as error:
-        problems += error.problems
-    try:
-        return plan_of(args, concepts, problems)
-    except BadInput as error:
-        square = args.resolution >= 1 and not args.aspect_ratio_buckets  # other sizes are told by the model
-        sizes = [(args.resolution, args.resolution)] if square else []
-        raise BadInput(error.problems, inventory(concepts, args, sizes)) from error
+        found.problems += error.problems
+    found.problems += slow_problems(args, skeleton)
+    found.refuse(args)
+    return Plan(found.concepts, found.buckets, *length(args, found.concepts), skeleton)
 
 
-def plan_of(args: Namespace, concepts: list[Concept], problems: list[str]) -> Plan:
-    """The plan of a run with these concepts, if there are no problems but those found here."""
-    skeleton, buckets = None, []
-    problems += dict.fromkeys(problem for concept in concepts for problem in concept.problems)
-    missing = missing_model(args)
-    if args.unknown or missing:
-        refuse(dict.fromkeys([*missing, *problems]))
-    from .optimizers import optimizer_problems
-
-    try:
-        skeleton = look_at_model(args)
-        buckets = [(args.resolution, args.resolution)]
-        if args.aspect_ratio_buckets and skeleton:
-            buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, skeleton.grid)
-    except BadInput as error:
-        problems += error.problems
-    problems += optimizer_problems(args)
-    refuse(dict.fromkeys(problems))
-
+def length(args: Namespace, concepts: list[Concept]) -> tuple[int, int]:
+    """Steps of a run, and of a pass over the data."""
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
-    steps = args.max_train_steps or args.num_train_epochs * per_epoch
-    refuse(past_the_end(args, steps))
-    return Plan(concepts, buckets, steps, per_epoch, skeleton)
+    return args.max_train_steps or args.num_train_epochs * per_epoch, per_epoch
 
 
-def missing_model(args: Namespace) -> list[str]:
+def missing_models(args: Namespace) -> list[str]:
     """Why there is no model to look at, as far as this machine can tell."""
+    problems = []
+    for option in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name"):
+        name = getattr(args, option) or ""
+        folder = Path(name)
+        if name and not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
+            problems.append(f"--{option}: {name} is missing; wanted a folder or a hub name")
     name = args.pretrained_model_name_or_path
     if not name:
-        return ["--pretrained_model_name_or_path is required"]
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
-        return [f"--pretrained_model_name_or_path: {name} is missing; wanted a folder or a hub name"]
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        return [f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline"]
-    return []
+        problems.append("--pretrained_model_name_or_path is required")
+    elif Path(name).is_dir() and not Path(name, "model_index.json").is_file():
+        problems.append(f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline")
+    return problems
+
+
+def fit(outline: Outline, args: Namespace) -> list[Size]:
+    """Sizes that the model is trained at; raises `BadInput` with what does not fit it."""
+    problems, buckets = [*model_problems(outline, args)], [(args.resolution, args.resolution)]
+    try:
+        if args.aspect_ratio_buckets:
+            buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution, outline.grid)
+    except BadInput as error:
+        problems += error.problems
+    refuse(problems)
+    return buckets
+
+
+def slow_problems(args: Namespace, outline: Outline | None) -> list[str]:
+    """What takes torch to find: settings that an optimizer does not take, a LoRA to start from that does not fit."""
+    from .optimizers import optimizer_problems
+
+    problems = optimizer_problems(args)
+    if args.network_weights and outline:
+        from .warm_start import weights_problems
+
+        problems += weights_problems(args, outline)
+    return problems
 
 
 def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
@@ -147,19 +205,6 @@ def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
     checkpoint = find_checkpoint(Path(args.output_dir), wanted) if wanted else None
     if checkpoint and (done := stored_facts(checkpoint)["step"]) > steps:
         yield f"--resume_from_checkpoint: {checkpoint.name} has {done} steps behind it; this run is to end at {steps}"
-
-
-def look_at_model(args: Namespace) -> "Skeleton":
-    """The model's shapes; raises `BadInput` with what does not fit them."""
-    from .skeleton import load_skeleton, skeleton_problems
-
-    skeleton = load_skeleton(args)
-    refuse(skeleton_problems(skeleton, args))
-    if args.network_weights:
-        from .warm_start import weights_problems
-
-        refuse(weights_problems(args, skeleton))
-    return skeleton
 
 
 def unknown_words(words: list[str]) -> Iterator[str]:
@@ -233,10 +278,9 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
 
 
 def missing_packages(args: Namespace) -> Iterator[str]:
-    eight_bit, optimizer = args.use_8bit_adam, args.optimizer.lower()
+    package = OTHERS.get(name_of(args).lower())
     needed = {
-        "--use_8bit_adam": ("bitsandbytes", eight_bit),
-        f"--optimizer {args.optimizer}": (OPTIMIZERS.get(optimizer), optimizer in OPTIMIZERS and not eight_bit),
+        "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}": (package, package is not None),
         "--enable_xformers_memory_efficient_attention": (
             "xformers",
             args.enable_xformers_memory_efficient_attention,
@@ -256,6 +300,15 @@ def unwritable(folder: Path) -> str | None:
     except OSError as error:
         return f"{there} {error.strerror.lower() if error.strerror else error}"
     return None
+
+
+def bad_weights(args: Namespace) -> Iterator[str]:
+    """A file to start from that is no LoRA."""
+    try:
+        if args.network_weights:
+            read_headers(args.network_weights)
+    except (OSError, ValueError) as error:
+        yield f"--network_weights {args.network_weights}: {error}"
 
 
 def bad_output(args: Namespace) -> Iterator[str]:

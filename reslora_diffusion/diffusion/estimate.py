@@ -73,7 +73,7 @@ def estimate(plan: Plan, args: Namespace) -> Estimate:
     models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})
     for model in models.values():
         model.requires_grad_(False).to(dtype)
-    for name, (_, config) in skeleton.adapted(args).items():
+    for name, (_, config) in skeleton.adapters(args).items():
         inject_adapter_in_model(config, models[name], low_cpu_mem_usage=True)
     denoiser = models.pop(family.denoiser)
     if args.gradient_checkpointing:

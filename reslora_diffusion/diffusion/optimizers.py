@@ -15,24 +15,15 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .skeleton import matches
+from .optimizer_names import name_of, optimizer_names
+from .outline import matches
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
 DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 
-def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    """Optimizers of torch by lower-case name."""
-    found = {name.lower(): kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if issubclass(kind, torch.optim.Optimizer) and name not in ("optimizer", "sparseadam", "lbfgs")
-    }
-
-
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Raises `KeyError` if there is no such optimizer."""
+    """By one of `optimizer_names`."""
     name = name.lower()
     if name == "adamw8bit":
         import bitsandbytes
@@ -46,11 +37,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         from prodigyopt import Prodigy
 
         return Prodigy
-    return optimizer_classes()[name]
-
-
-def name_of(args: Namespace) -> str:
-    return "adamw8bit" if args.use_8bit_adam else args.optimizer
+    return getattr(torch.optim, optimizer_names()[name])
 
 
 def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, Any]:
@@ -85,14 +72,11 @@ def literal(text: str) -> Any:
 
 
 def optimizer_problems(args: Namespace) -> list[str]:
-    """An unknown optimizer, and settings that it does not take. Optional packages are checked elsewhere."""
+    """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
         kind = optimizer_class(name_of(args))
-    except ImportError:
+    except (ImportError, KeyError):
         return []
-    except KeyError:
-        wanted = ", ".join(sorted({*optimizer_classes(), "adamw8bit", "adafactor", "prodigy"}))
-        return [f"--optimizer: got {args.optimizer!r}, wanted {wanted}"]
     known = set(inspect.signature(kind).parameters) - {"params", "self"}
     unknown = [name for name, _ in args.optimizer_args if name not in known]
     problems = [

@@ -21,13 +21,11 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 
 from ..problems import BadInput
 from .checkpoints import find_checkpoint
-from .checks import check
-from .history import plot_losses, read_history
+from .checks import Look, check, look
 from .options import build_parser
 from .record import resolve_seed, versions, write_text
 from .sheet import contact_sheet
@@ -65,20 +63,26 @@ def contenders(args: Namespace) -> dict[str, Namespace]:
     words = list(dict.fromkeys(name for word in args.compare for name in split_names(word)))
     found: dict[str, Namespace] = {}
     problems: dict[str, list[str]] = {}  # and who has them
+    looks: dict[str, Look] = {}
     folders: list[str] = []  # what is in them
     if len(words) < 2:
         problems[f"--compare: got {', '.join(words)}, wanted two contenders or more"] = words
-    for word in words:
-        try:
-            found[word] = contender(word, args)
-            check(found[word])
-        except BadInput as error:
-            folders = folders or error.found
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(word)
-    if problems:
-        told = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
-        raise BadInput(told, folders)
+
+    def quick(word: str) -> None:
+        found[word] = contender(word, args)
+        looks[word] = look(found[word])
+
+    for examine in (quick, lambda word: check(found[word], looks[word])):  # of all, before torch is waited for
+        for word in words:
+            try:
+                examine(word)
+            except BadInput as error:
+                folders = folders or error.found
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(word)
+        if problems:
+            told = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
+            raise BadInput(told, folders)
     return found
 
 
@@ -92,6 +96,8 @@ def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
     if not args.validation_prompt and args.instance_prompt:
         args.validation_prompt = [args.instance_prompt]
     runs = contenders(args)
+    from accelerate import PartialState
+
     state = PartialState()
     if args.seed is None:
         resumed = [find_checkpoint(Path(own.output_dir), "latest") for own in runs.values()]
@@ -107,6 +113,8 @@ def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
 
 
 def write_comparison(output: Path, folders: dict[str, Path], args: Namespace) -> None:
+    from .history import plot_losses, read_history
+
     plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
     reports = {name: json.loads((folder / "merge_report.json").read_text()) for name, folder in folders.items()}
     figures = {

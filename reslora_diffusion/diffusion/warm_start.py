@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from reslora_diffusion.export import read_lora
 from reslora_diffusion.export.factors import Components, rank_of
@@ -20,8 +19,8 @@ from reslora_diffusion.export.keys import classic_path
 
 from ..problems import listing
 from .adapters import ADAPTER, Adapters
-from .skeleton import Skeleton
-from .skeleton import rank_of as rank_asked
+from .outline import Outline
+from .outline import rank_of as rank_asked
 
 
 def read_weights(source: str) -> Components:
@@ -32,7 +31,7 @@ def read_weights(source: str) -> Components:
     }
 
 
-def weights_problems(args: Namespace, skeleton: Skeleton) -> Iterator[str]:
+def weights_problems(args: Namespace, outline: Outline) -> Iterator[str]:
     """Why the file cannot be trained on as this run would."""
     where = f"--network_weights {args.network_weights}"
     try:
@@ -41,20 +40,16 @@ def weights_problems(args: Namespace, skeleton: Skeleton) -> Iterator[str]:
         yield f"{where}: {error}"
         return
     adapted = {
-        component: {
-            classic_path(component, name): (module, rank_asked(config, name))
-            for name, module in model.named_modules()
-            if name and check_target_module_exists(config, name)
-        }
-        for component, (model, config) in skeleton.adapted(args).items()
+        (component, classic_path(component, name)): (layer, rank_asked(args, name))
+        for component, name, layer in outline.adapted(args)
     }
     foreign, unlike, larger = [], [], {}
     for component, modules in components.items():
         for path, factors in modules.items():
-            layer, rank = adapted.get(component, {}).get(path, (None, 0))
+            layer, rank = adapted.get((component, path), (None, 0))
             if layer is None:
                 foreign.append(f"{component}.{path}")
-            elif (len(factors.lora_B), *factors.lora_A.shape[1:]) != tuple(layer.weight.shape):
+            elif (len(factors.lora_B), *factors.lora_A.shape[1:]) != layer.shape:
                 unlike.append(f"{component}.{path}")
             elif rank_of(factors) > rank:
                 larger[f"{component}.{path}"] = rank_of(factors)
@@ -64,7 +59,7 @@ def weights_problems(args: Namespace, skeleton: Skeleton) -> Iterator[str]:
         )
         yield f"{where} has {len(foreign)} modules that this run does not train{hint}: {listing(foreign)}"
     if unlike:
-        yield f"{where} has {len(unlike)} modules of other shapes than {skeleton.family.title} here: {listing(unlike)}"
+        yield f"{where} has {len(unlike)} modules of other shapes than {outline.family.title} here: {listing(unlike)}"
     if larger:
         most = max(larger.values())
         yield (

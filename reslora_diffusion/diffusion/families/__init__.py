@@ -6,7 +6,7 @@ from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 
 FAMILIES: dict[str, Family] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
+    family.pipeline_class: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
 }
 
 __all__ = ["FAMILIES", "Family", "Texts", "Tokens"]

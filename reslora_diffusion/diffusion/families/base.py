@@ -4,20 +4,25 @@ prompts [P] -> tokens    ids [P, E, L] for E text encoders that can be trained, 
                          that is never trained makes of the prompts [P, L2, D]
 tokens      -> texts     hidden states [P, L, D], and for some families a pooled vector [P, D2]
 texts       -> what the denoiser is given, and what the pipeline is given to paint
+
+What a family is called and consists of is known without torch, which only the work itself imports.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..buckets import Grid
-from ..processes import Diffusion, Process
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ..processes import Process
 
 MAX_SEQUENCE_LENGTH = 77  # of a prompt for T5, in tokens, as in diffusers' scripts
 OF_FLOWS = dict.fromkeys(
@@ -56,9 +61,9 @@ class Family(ABC):
 
     title: str
     tag: str  # on the hub
-    pipeline_class: type[DiffusionPipeline]
+    pipeline_class: str  # of diffusers
     denoiser: str
-    denoiser_class: type[ModelMixin]
+    denoiser_class: str
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
     target_modules: tuple[str, ...]
@@ -85,6 +90,8 @@ class Family(ABC):
 
     def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
         """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None)."""
+        import torch
+
         ids = [
             tokenizer(
                 prompts,
@@ -101,11 +108,13 @@ class Family(ABC):
         """What a text encoder that is never trained makes of prompts [P, L2, D]."""
         return None
 
-    @torch.no_grad()
     def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tokens:
         """What `encode` is given, on the pipeline's device."""
+        import torch
+
         ids = self.tokenize(self.tokenizers_of(pipeline), prompts, args.tokenizer_max_length)
-        return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, args))
+        with torch.no_grad():
+            return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, args))
 
     @abstractmethod
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
@@ -133,6 +142,10 @@ class UNetFamily(Family):
 
     def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
         """Prediction type and zero-terminal SNR are the base's own if not given."""
+        from diffusers import DDPMScheduler
+
+        from ..processes import Diffusion
+
         if changes := scheduler_changes(args):
             pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
         return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))

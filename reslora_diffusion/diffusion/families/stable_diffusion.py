@@ -1,19 +1,22 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last hidden states the UNet attends to."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .base import Texts, Tokens, UNetFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
 
 
 class StableDiffusion(UNetFamily):
     title = "Stable Diffusion 1.x or 2.x"
     tag = "stable-diffusion"
-    pipeline_class = StableDiffusionPipeline
-    denoiser_class = UNet2DConditionModel
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser_class = "UNet2DConditionModel"
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
 

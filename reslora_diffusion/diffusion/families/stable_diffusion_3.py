@@ -7,23 +7,20 @@ Both CLIPs can be trained. T5 never is: what it makes of a prompt is computed on
 its place, as diffusers' own.
 """
 
+from __future__ import annotations
+
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..buckets import Grid
-from ..processes import FlowMatching, Process
 from .base import OF_FLOWS, Family, Texts, Tokens, t5_length
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
+
+    from ..processes import Process
 
 OF_DIFFUSION = dict.fromkeys(
     "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
@@ -34,9 +31,9 @@ OF_DIFFUSION = dict.fromkeys(
 class StableDiffusion3(Family):
     title = "Stable Diffusion 3"
     tag = "sd3"
-    pipeline_class = StableDiffusion3Pipeline
+    pipeline_class = "StableDiffusion3Pipeline"
     denoiser = "transformer"
-    denoiser_class = SD3Transformer2DModel
+    denoiser_class = "SD3Transformer2DModel"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     fixed_encoder, fixed_tokenizer = "text_encoder_3", "tokenizer_3"
@@ -51,10 +48,16 @@ class StableDiffusion3(Family):
         return Grid(patch, patch, patch * config["pos_embed_max_size"])
 
     def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        from ..processes import FlowMatching
+
         given = {name: value for name in OF_FLOWS if (value := getattr(args, name)) is not None}
         return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config), **given)
 
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
+        import torch
+
         length = t5_length(args)
         encoder, transformer = pipeline.text_encoder_3, pipeline.transformer
         if encoder is None:
@@ -64,6 +67,9 @@ class StableDiffusion3(Family):
         return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        import torch
+        import torch.nn.functional as F
+
         outputs = [
             encoder(tokens.ids[:, place], output_hidden_states=True, return_dict=True)
             for place, encoder in enumerate(text_encoders)

@@ -6,25 +6,29 @@
 The UNet is also told the size that the picture had, where it was cropped, and the size that it is trained at.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .base import Texts, Tokens, UNetFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
 
 
 class StableDiffusionXL(UNetFamily):
     title = "Stable Diffusion XL"
     tag = "stable-diffusion-xl"
-    pipeline_class = StableDiffusionXLPipeline
-    denoiser_class = UNet2DConditionModel
+    pipeline_class = "StableDiffusionXLPipeline"
+    denoiser_class = "UNet2DConditionModel"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        import torch
+
         outputs = [
             encoder(tokens.ids[:, place], output_hidden_states=True, return_dict=True)
             for place, encoder in enumerate(text_encoders)
@@ -38,7 +42,7 @@ class StableDiffusionXL(UNetFamily):
 
     def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
         if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself treats a prompt not given
-            negative = Texts(torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
+            negative = Texts(*(part.new_zeros(part.shape) for part in negative))
         return {
             "prompt_embeds": texts.hidden,
             "pooled_prompt_embeds": texts.pooled,
