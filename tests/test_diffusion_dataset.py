@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, train
 from reslora_diffusion.diffusion.checks import check
 from reslora_diffusion.diffusion.optimizers import parameter_groups, settings
 from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.problems import BadInput
-from tiny import tiny_pipeline_folder
+from tiny import saved, tiny_pipeline_3, tiny_pipeline_folder
 
 datasets = pytest.importorskip("datasets")
 PICTURES = sorted((SUBJECTS / "octopus").glob("*.png"))
@@ -94,6 +95,22 @@ def test_options_of_the_sibling_scripts():
             pass
 
     assert settings(Prodigy, args) == {"beta3": None, "decouple": False, "use_bias_correction": False}
+
+
+def test_adapters_in_some_blocks_alone(tmp_path):
+    pipeline = saved(tiny_pipeline_3)
+    own = {"pretrained_model_name_or_path": pipeline, "max_train_steps": 1}
+    train(tmp_path / "run", lora_blocks="1", lora_layers="attn.to_k,attn.to_q", **own)
+    names = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors").keys()
+    assert {name.split(".lora")[0] for name in names} == {
+        f"transformer.transformer_blocks.1.attn.{part}" for part in ("to_k", "to_q")
+    }
+    kept = parse(["--config", str(tmp_path / "run" / "run.json")])
+    assert (kept.lora_blocks, kept.target_modules) == ("1", ["attn.to_k", "attn.to_q"])
+    with pytest.raises(BadInput, match="--lora_blocks: got 99, wanted blocks from 0 to"):
+        check(arguments(tmp_path / "other", lora_blocks="0,99", **own))
+    with pytest.raises(BadInput, match="got 'one', wanted numbers"):
+        arguments(tmp_path / "other", lora_blocks="one", **own)
 
 
 def test_weight_decay_of_the_text_encoder():

@@ -13,7 +13,6 @@ SWITCH = argparse.BooleanOptionalAction  # --flag, --no-flag, so that the comman
 NOT_SUPPORTED = {
     "use_dora": "its norms of whole weights do not go together with a path between layers; --use_rslora does",
     "do_edm_style_training": "the noise levels are those of the model's own schedule",
-    "lora_blocks": "--target_modules takes names of single layers, such as transformer_blocks.12.attn.to_q",
     "enable_npu_flash_attention": "no such device was ever tested",
     "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",
     "class_labels_conditioning": "only DeepFloyd's upscaler has class labels",
@@ -35,6 +34,13 @@ def setting(text: str) -> tuple[str, str]:
 
 def comma_separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> str:
+    """`12,30`, kept as text, as a configuration file has it."""
+    if not all(part.isdigit() for part in comma_separated(text)) or not comma_separated(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers with commas between them")
+    return text
 
 
 def truth(text: str) -> bool:
@@ -149,6 +155,7 @@ def add_sibling_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="--target_modules with commas between them",
     )
+    add("--lora_blocks", type=numbers, help="SD3: 12,30: adapters in these transformer blocks alone")
     add("--adam_weight_decay_text_encoder", type=float, help="(default: --adam_weight_decay)")
     add("--prodigy_beta3", type=float, help="of prodigy (default: sqrt(adam_beta2))")
     for name in ("decouple", "use_bias_correction", "safeguard_warmup"):

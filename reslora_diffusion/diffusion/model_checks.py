@@ -7,7 +7,7 @@ from typing import Any
 
 from ..problems import listing
 from ..rules import faults
-from .outline import LINEAR, Outline, is_target, matches, rank_of
+from .outline import BLOCKS, LINEAR, Outline, blocks_of, is_target, matches, rank_of
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
@@ -84,6 +84,7 @@ def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
     for component, targets in outline.targets(args).items():
         yield from target_problems(outline, component, targets, args)
     yield from pattern_problems(outline, args)
+    yield from block_problems(outline, args)
 
 
 def pattern_problems(outline: Outline, args: Namespace) -> Iterator[str]:
@@ -96,6 +97,14 @@ def pattern_problems(outline: Outline, args: Namespace) -> Iterator[str]:
                     f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "
                     f"{pattern + '.*'!r}?); they are called like {names[0]}"
                 )
+
+
+def block_problems(outline: Outline, args: Namespace) -> Iterator[str]:
+    """Blocks that the model does not have."""
+    names = outline.layers[outline.family.denoiser]
+    blocks = {int(name.split(".")[1]) for name in names if re.fullmatch(rf"{BLOCKS}\.\d+", name)}
+    if absent := [block for block in blocks_of(args) if blocks and block not in blocks]:
+        yield f"--lora_blocks: got {listing(absent)}, wanted blocks from 0 to {max(blocks)}"
 
 
 def target_problems(outline: Outline, component: str, targets: list[str], args: Namespace) -> Iterator[str]:

@@ -22,6 +22,7 @@ from .buckets import Grid
 from .families import FAMILIES, Family
 
 DENOISER_WEIGHTS, TEXT_ENCODER_WEIGHTS = "diffusion_pytorch_model", "model"
+BLOCKS = "transformer_blocks"  # what --lora_blocks counts
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # that every text encoder here has
 EMBEDDINGS = ("token_embedding", "position_embedding", "class_embedding")
@@ -58,6 +59,11 @@ def matches(pattern: str, name: str) -> bool:
 def is_target(name: str, targets: Iterable[str]) -> bool:
     """As PEFT matches lists of target modules."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def blocks_of(args: Namespace) -> list[int]:
+    """`--lora_blocks`."""
+    return [int(block) for block in (args.lora_blocks or "").split(",") if block.strip()]
 
 
 def rank_of(args: Namespace, name: str) -> int:
@@ -97,7 +103,13 @@ class Outline:
 
     def targets(self, args: Namespace) -> dict[str, list[str]]:
         """Target modules of each component that is trained."""
-        found = {self.family.denoiser: args.target_modules or [*self.family.target_modules]}
+        part = self.family.denoiser
+        found = {part: args.target_modules or [*self.family.target_modules]}
+        if args.lora_blocks:
+            inside = tuple(f"{BLOCKS}.{block}." for block in blocks_of(args))
+            found[part] = [
+                name for name in self.layers[part] if name.startswith(inside) and is_target(name, found[part])
+            ]
         if args.train_text_encoder:
             found |= dict.fromkeys(self.family.text_encoders, args.text_encoder_target_modules)
         return found

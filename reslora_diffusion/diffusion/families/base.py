@@ -135,7 +135,11 @@ class UNetFamily(Family):
 
     denoiser = "unet"
     target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    not_here = OF_FLOWS | dict.fromkeys(("max_sequence_length", "skip_t5"), "belongs to T5, which this family lacks")
+    not_here = (
+        OF_FLOWS
+        | dict.fromkeys(("max_sequence_length", "skip_t5"), "belongs to T5, which this family lacks")
+        | {"lora_blocks": "counts the blocks of a transformer; name layers of a UNet by --target_modules"}
+    )
 
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
