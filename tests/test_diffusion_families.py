@@ -185,13 +185,15 @@ def test_options_of_another_family_are_refused_in_one_message(tmp_path):
             resolution=136,
             snr_gamma=5.0,
             prediction_type="epsilon",
+            clip_skip=1,
             target_modules=["to_q", "proj_in"],
         )
-    assert len(refusal.value.problems) == 4
+    assert len(refusal.value.problems) == 5
     for words in (
         "--resolution: got 136, wanted a multiple of 8 that is at least 8 and at most 128 for this model",
         "--snr_gamma does not apply to Stable Diffusion 3: it belongs to diffusion",
         "--prediction_type does not apply",
+        "--clip_skip does not apply to Stable Diffusion 3: it leaves out layers of the one CLIP of",
         "target module 'proj_in' matches nothing in the transformer",
     ):
         assert words in str(refusal.value)

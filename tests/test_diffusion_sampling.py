@@ -1,5 +1,6 @@
 """Batches as a function of (seed, step): the same for every method, every split over processes, and after a resume."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from reslora_diffusion.diffusion.data import look_at, scan
 from reslora_diffusion.diffusion.families import Texts
 from reslora_diffusion.diffusion.processes import Diffusion
 from reslora_diffusion.diffusion.sampling import Batch, Sampler, chunks
+from reslora_diffusion.diffusion.wordings import wordings
 from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
@@ -22,10 +24,9 @@ def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
     source = torch.Generator().manual_seed(number)
     return Example(
         name=f"{number}",
-        prompt=f"prompt {number % 3}",
         mean=torch.randn(views, *shape, generator=source),
         logvar=torch.randn(views, *shape, generator=source) - 2,
-        text=Texts(torch.full((5, 6), float(number % 3))),
+        texts={f"prompt {number % 3}": Texts(torch.full((5, 6), float(number % 3)))},
         loss_weight=1.0,
         time_ids=torch.full((views, 6), float(number)),
         **options,
@@ -81,7 +82,7 @@ def test_latents_are_drawn_anew_from_the_posterior():
 
 def test_class_pictures_join_with_their_weight_and_of_their_concept():
     examples = [make_example(0, concept=0), make_example(1, concept=1)]
-    classes = {1: [replace(make_example(50), loss_weight=0.25, prompt="class")]}
+    classes = {1: [replace(make_example(50), loss_weight=0.25, texts={"class": Texts(torch.zeros(5, 6))})]}
     sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, process=PROCESS)
     (batch,) = sampler.batches(0, 2)
     assert batch.weights.tolist() == [1.0, 1.0, 0.25]
@@ -141,6 +142,32 @@ def test_class_pictures_of_another_size_are_a_batch_of_their_own():
     assert of_class.latents.shape == (4, 4, 6, 10)
 
 
+def test_every_wording_of_a_caption_is_drawn_with_its_own_text():
+    texts = {f"wording {n}": Texts(torch.full((5, 6), float(n))) for n in range(3)}
+    sampler = make_sampler(count=1)
+    worded = replace(sampler, instances=[replace(sampler.instances[0], texts=texts)])
+    (one,), (several,) = (which.batches(0, 16) for which in (sampler, worded))
+    assert torch.equal(one.noise, several.noise)  # nothing else is drawn differently
+    assert torch.equal(one.timesteps, several.timesteps)
+    drawn = several.texts.hidden[several.prompt_index][:, 0, 0]
+    assert set(drawn.tolist()) == {0.0, 1.0, 2.0}
+
+
+def test_tags_are_put_in_other_orders_behind_those_that_are_kept():
+    caption = "sks,  cat, sitting, outdoors, sun"
+    asked = Namespace(shuffle_caption=True, keep_tokens=1)
+    orders = wordings(caption, asked)
+    assert orders == wordings(caption, asked)
+    assert orders[0] == caption
+    assert len(set(orders)) == len(orders) == 8
+    for order in orders:
+        first, *rest = [tag.strip() for tag in order.split(",")]
+        assert (first, sorted(rest)) == ("sks", ["cat", "outdoors", "sitting", "sun"])
+    assert len(wordings("sks, cat, sitting", asked)) == 2
+    assert wordings("sks, cat", asked) == ["sks, cat"]
+    assert wordings(caption, Namespace(shuffle_caption=False, keep_tokens=0)) == [caption]
+
+
 def test_chunks_differ_from_pass_to_pass_and_are_of_one_size():
     sizes = (0, 0, 1, 0, 1, 2, 0)
     passes = [chunks(3, epoch, sizes, 2) for epoch in range(4)]
@@ -160,11 +187,12 @@ def test_the_cache_holds_the_posterior_and_pairs_each_picture_with_its_own_promp
         replace(picture, caption=f"number {n}") for n, picture in enumerate(scan(SUBJECTS / "octopus").pictures)
     ]
     pictures[2] = replace(pictures[2], caption=None)
-    texts = {f"number {n}": Texts(torch.tensor([n])) for n in range(5)} | {"fallback": Texts(torch.tensor([9]))}
+    numbers = {f"number {n}": n for n in range(5)} | {"fallback": 9}
+    texts = {prompt: {prompt: Texts(torch.tensor([n]))} for prompt, n in numbers.items()}
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     examples = encode_pictures(vae, pictures, views, prompt="fallback", texts=texts, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
-    assert [example.text.hidden.item() for example in examples] == [0, 1, 9, 3, 4]
+    assert [text.hidden.item() for example in examples for text in example.texts.values()] == [0, 1, 9, 3, 4]
     for number, example in enumerate(examples):
         pixels = torch.from_numpy(views.of(look_at(SUBJECTS / "octopus" / f"{number}.png")).pixels)
         with torch.no_grad():
@@ -178,7 +206,7 @@ def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     torch.manual_seed(0)
     vae, pictures = tiny_vae(), scan(SUBJECTS / "cake").pictures
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
-    texts = {"p": Texts(torch.zeros(1))}
+    texts = {"p": {"p": Texts(torch.zeros(1))}}
     one = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=batch_size)
     two = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=2)
     for first, second in zip(one, two, strict=True):

@@ -461,6 +461,53 @@ def test_pictures_that_are_held_out_are_measured_on_and_not_trained_on(tmp_path,
     assert all(one != other for one, other in zip(seen, unseen, strict=True))
 
 
+def test_shuffled_captions_are_trained_and_what_is_kept_serves_another_seed(tmp_path, capsys):
+    folder = tmp_path / "tagged"
+    shutil.copytree(SUBJECTS / "octopus", folder)
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"sks, octopus, number {number}, blue")
+    options = {"instance_data_dir": folder, "encoding_cache_dir": tmp_path / "kept", "seed": None}
+    plain = train(tmp_path / "plain", **options | {"seed": 0})
+    shuffled = train(tmp_path / "shuffled", **options | {"seed": 0}, shuffle_caption=True, keep_tokens=1)
+    assert losses(plain) != losses(shuffled)
+    capsys.readouterr()
+    train(tmp_path / "again", **options, shuffle_caption=True, keep_tokens=1)
+    assert "kept: 0 pictures and prompts were added" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--keep_tokens is used only with --shuffle_caption"):
+        train(tmp_path / "wrong", keep_tokens=1)
+
+
+def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
+    options = {"max_train_steps": 1, "validation_prompt": [PROMPT], "num_validation_images": 1}
+    folder = train(tmp_path / "run", clip_skip=1, train_text_encoder=True, **options)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
+    pipe.set_progress_bar_config(disable=True)
+    inner = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+
+    def encoded(prompt: str) -> torch.Tensor:
+        ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+            assert not torch.allclose(states[-2], states[-1])
+            return inner.final_layer_norm(states[-2])
+
+    embeds = {"prompt_embeds": encoded(PROMPT), "negative_prompt_embeds": encoded("")}
+    source = generator(0, Stream.VALIDATION, 0)
+    painted = np.asarray(pipe(**embeds, num_inference_steps=2, generator=source).images[0])
+    np.testing.assert_array_equal(painted, Image.open(folder / "samples" / "step-000000" / "0-0.png"))
+    layers = {int(name.split("layers.")[1][0]) for name in load_file(folder / WEIGHTS) if "text_encoder" in name}
+    assert layers == {0}
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("image = ")[0]
+    names = {}
+    here = program.replace('"."', json.dumps(str(folder))).replace('base = "', f'base = "{folder}/')
+    exec(here, names)
+    assert len(getattr(names["pipe"].text_encoder, "text_model", names["pipe"].text_encoder).encoder.layers) == 1
+    with pytest.raises(
+        ValueError, match="--clip_skip: got 2, wanted less than the 2 layers of the text_encoder"
+    ):
+        train(tmp_path / "too-many", clip_skip=2)
+
+
 def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_path):
     classes = tmp_path / "classes"
     classes.mkdir()

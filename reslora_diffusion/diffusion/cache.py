@@ -10,7 +10,7 @@ The text is kept encoded while the text encoder is frozen, else as tokens. Equal
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -34,16 +34,15 @@ Text = Texts | Tokens  # of one prompt, so without the first dimension
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its prompt, of one concept.
+    """One picture and its prompt, of one concept. `texts` holds the wordings of the prompt; mostly there is one.
 
     Shapes: mean, logvar [views, C, h, w]; mask [views, 1, h, w]; time_ids [views, 6].
     """
 
     name: str
-    prompt: str
     mean: Tensor
     logvar: Tensor
-    text: Text
+    texts: Mapping[str, Text]
     loss_weight: float
     time_ids: Tensor
     mask: Tensor | None = None
@@ -127,7 +126,7 @@ def encode_pictures(
     views: Views,
     *,
     prompt: str | None,
-    texts: dict[str, Text],
+    texts: Mapping[str, Mapping[str, Text]],
     loss_weight: float = 1.0,
     concept: int = 0,
     batch_size: int = 4,
@@ -141,7 +140,7 @@ def encode_pictures(
     Args:
         vae: in the precision to encode with.
         prompt: of pictures without a caption.
-        texts: what the training step needs of each prompt.
+        texts: of each prompt its wordings, and what the training step needs of them.
         batch_size: views that the autoencoder sees at once.
         threads: that decode pictures.
         progress: title of the progress bar; none if None.
@@ -166,12 +165,10 @@ def encode_pictures(
                     found = encode(vae, seen, batch_size)
                     if kept:
                         kept.store(key, found)
-                caption = picture.caption or prompt
                 examples.append(
                     Example(
                         name=picture.path.name,
-                        prompt=caption,
-                        text=texts[caption],
+                        texts=texts[picture.caption or prompt],
                         loss_weight=loss_weight,
                         concept=concept,
                         **{name: value.to(vae.device) for name, value in found.items()},

@@ -65,7 +65,7 @@ AT_LEAST_ONE = (
     "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
     "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
     "num_inference_steps crops_per_image calibration_batches distillation_steps tokenizer_max_length "
-    "max_sequence_length repeats"
+    "max_sequence_length repeats clip_skip"
 ).split()
 POSITIVE = (
     "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power loraplus_lr_ratio "
@@ -73,7 +73,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
-    "adam_weight_decay adam_weight_decay_text_encoder"
+    "keep_tokens adam_weight_decay adam_weight_decay_text_encoder"
 ).split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover validation_split".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
@@ -256,6 +256,8 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
         if getattr(args, name) is not None and not args.train_text_encoder:
             yield f"--{name} is used only with --train_text_encoder"
+    if args.keep_tokens and not args.shuffle_caption:
+        yield "--keep_tokens is used only with --shuffle_caption"
     if args.method == "lora" and not args.compare:
         for name in OF_RESLORA:
             if getattr(args, name) is not None:

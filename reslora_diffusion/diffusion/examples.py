@@ -20,6 +20,7 @@ from .families import Family, Texts, Tokens
 from .families.base import t5_length
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
+from .wordings import wordings
 
 
 def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerator: Accelerator) -> list[Concept]:
@@ -120,7 +121,9 @@ def encode_examples(
 ) -> Encoded:
     """Every picture and prompt of a run; the autoencoder encodes in float32."""
     kept = DiskCache(Path(args.encoding_cache_dir)) if args.encoding_cache_dir else None
-    texts = kept_texts(pipeline, plan.skeleton.family, ["", *prompts_of(concepts)], args, kept)
+    worded = {prompt: wordings(prompt, args) for prompt in prompts_of(concepts)}
+    every = ["", *(wording for several in worded.values() for wording in several)]
+    texts = kept_texts(pipeline, plan.skeleton.family, every, args, kept)
     views = Views(
         buckets=plan.buckets,
         interpolation=INTERPOLATIONS[args.image_interpolation_mode],
@@ -131,7 +134,7 @@ def encode_examples(
         alpha_mask=args.alpha_mask,
     )
     common = {
-        "texts": texts,
+        "texts": {prompt: {one: texts[one] for one in several} for prompt, several in worded.items()},
         "batch_size": args.sample_batch_size,
         "threads": args.dataloader_num_workers,
         "kept": kept,

@@ -190,6 +190,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
         "--pretrained_vae_model_name_or_path",
         help="an autoencoder of the same latents, such as SDXL's for fp16",
     )
+    add("--clip_skip", type=int, help="last layers of CLIP to leave out, as in diffusers: kohya's 2 is 1; SD 1.x, 2.x")
     add(
         "--skip_t5", action=SWITCH, default=False, help="SD3: without the largest text encoder, T5, which may be absent"
     )
@@ -240,6 +241,8 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
         help="bilinear, bicubic, box, hamming, lanczos, nearest or nearest_exact",
     )
     add("--caption_extension", default=".txt", help="of the text files that hold captions; kohya's default is .caption")
+    add("--shuffle_caption", action=SWITCH, default=False, help="captions of tags, with commas, in up to 8 orders each")
+    add("--keep_tokens", type=int, default=0, help="first tags of a caption that stay in front")
     add("--validation_split", type=float, default=0.0, help="share of the pictures to hold out, and to validate on")
     add("--random_flip", action=SWITCH, default=False, help="every picture also mirrored")
     add("--crops_per_image", type=int, default=4, help="random crops cached of each picture that has room for them")

@@ -15,6 +15,7 @@ from ..problems import BadInput
 from .attn_processor import set_attn_processors
 from .distributed import shard
 from .families import Family
+from .families.base import leave_out_layers
 from .frozen import save_memory
 from .launcher import shards
 
@@ -55,6 +56,8 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     except (OSError, ValueError) as error:
         raise BadInput([f"{name} cannot be loaded: {error}"]) from error
     pipeline.set_progress_bar_config(disable=True)
+    if args.clip_skip:
+        leave_out_layers(pipeline.text_encoder, args.clip_skip)
     return pipeline
 
 

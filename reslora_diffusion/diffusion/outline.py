@@ -80,6 +80,20 @@ def family_of(index: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[kind]
 
 
+def left_out(args: Namespace, family: Family, part: str, hidden_layers: int) -> int:
+    """How many of a text encoder's last layers `--clip_skip` leaves out; raises `BadInput`."""
+    count = 0 if "clip_skip" in family.not_here else max(0, args.clip_skip or 0)
+    if count >= hidden_layers:
+        raise BadInput([f"--clip_skip: got {count}, wanted less than the {hidden_layers} layers of the {part}"])
+    return count
+
+
+def number_of(tensor: str) -> int:
+    """Of the layer that a text encoder's tensor is in; -1 outside of them."""
+    layer = re.search(r"encoder\.layers\.(\d+)\.", tensor)
+    return int(layer[1]) if layer else -1
+
+
 @dataclass(frozen=True)
 class Outline:
     """Configurations, and layers by component: those of the denoiser and of every text encoder that can be trained."""
@@ -192,8 +206,10 @@ def read_outline(args: Namespace) -> Outline | None:
         configs = {part: files.json(f"{part}/config.json") for part in (family.denoiser, *family.text_encoders)}
         layers = {family.denoiser: layers_of(files.shapes(family.denoiser, DENOISER_WEIGHTS, args.variant))}
         for part in family.text_encoders:
-            shapes = files.shapes(part, TEXT_ENCODER_WEIGHTS, args.variant)
-            layers[part] = layers_of(as_installed(shapes, index[part][1]))
+            shapes = as_installed(files.shapes(part, TEXT_ENCODER_WEIGHTS, args.variant), index[part][1])
+            hidden = configs[part]["num_hidden_layers"]
+            last = hidden - left_out(args, family, part, hidden)
+            layers[part] = layers_of({name: shape for name, shape in shapes.items() if number_of(name) < last})
         other = args.pretrained_vae_model_name_or_path
         outline = Outline(
             family,

@@ -283,6 +283,7 @@ class Run:
             **self.method,
             "num_previous": self.args.num_previous,
             "handover": self.args.handover,
+            "ss_clip_skip": self.args.clip_skip and self.args.clip_skip + 1,  # kohya counts from 1
             "base_model": base_model_name(self.args),
             "trigger_words": self.args.instance_prompt,
             "steps": step,

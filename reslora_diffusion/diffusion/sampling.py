@@ -4,7 +4,7 @@
               with prior preservation a class picture of the same concept, shuffled by itself, joins each of them
     view      which crop and flip
     noise     of the autoencoder's posterior, of the forward process, and the timestep (`processes`)
-    text      the example's, or the empty prompt's with probability caption_dropout
+    text      a wording of the example's, or the empty prompt's with probability caption_dropout
 
 Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
 differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
@@ -138,14 +138,16 @@ class Sampler:
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(example.shape[0], 1, 1, generator=source)
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
+        worded = list(example.texts)
+        prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
         return Draw(
             example,
             posterior_noise=posterior_noise,
             noise=noise,
             timestep=drawn_timestep if timestep is None else timestep,
             view=view,
-            text=self.empty if dropped else example.text,
-            prompt="" if dropped else example.prompt,
+            text=self.empty if dropped else example.texts[prompt],
+            prompt="" if dropped else prompt,
         )
 
     def by_size(self, drawn: Sequence[Draw]) -> list[Batch]:

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTraine
 from reslora_diffusion.core.config import ResLoraConfig
 
 from ..problems import BadInput
-from .families.base import t5_length
+from .families.base import leave_out_layers, t5_length
 from .model_checks import adapter_settings
-from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of
+from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of, left_out
 
 TOKENIZERS = {
     f"{name}{fast}": kind
@@ -68,6 +68,9 @@ def load_skeleton(args: Namespace) -> Skeleton:
                 part: CLIPTextConfig.from_pretrained(name, subfolder=part, **where) for part in family.text_encoders
             }
             encoders = {part: TEXT_ENCODER_CLASSES[index[part][1]](config) for part, config in configs.items()}
+        for part, encoder in encoders.items():
+            if count := left_out(args, family, part, configs[part].num_hidden_layers):
+                leave_out_layers(encoder, count)
         tokenizers = [
             TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where) for part in family.tokenizers
         ]

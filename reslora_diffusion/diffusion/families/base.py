@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..processes import Process
 
 MAX_SEQUENCE_LENGTH = 77  # of a prompt for T5, in tokens, as in diffusers' scripts
+OF_ONE_CLIP = {"clip_skip": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
 OF_FLOWS = dict.fromkeys(
     "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
 )
@@ -33,6 +34,12 @@ OF_FLOWS = dict.fromkeys(
 def t5_length(args: Namespace) -> int:
     """Tokens of a prompt that T5 is given."""
     return args.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
+def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
+    """`clip_skip`: what came before the last layers goes through the final norm, as diffusers' pipelines do it."""
+    encoder = getattr(text_encoder, "text_model", text_encoder).encoder
+    encoder.layers = encoder.layers[:-count]
 
 
 def scheduler_changes(args: Namespace) -> dict[str, str | bool]:

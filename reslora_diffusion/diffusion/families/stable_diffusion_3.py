@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..buckets import Grid
-from .base import OF_FLOWS, Family, Texts, Tokens, t5_length
+from .base import OF_FLOWS, OF_ONE_CLIP, Family, Texts, Tokens, t5_length
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,7 +41,7 @@ class StableDiffusion3(Family):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
-    not_here = OF_DIFFUSION
+    not_here = OF_DIFFUSION | OF_ONE_CLIP
 
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         patch = vae_scale_factor * config["patch_size"]

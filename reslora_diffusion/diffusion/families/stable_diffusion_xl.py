@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import Texts, Tokens, UNetFamily
+from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,6 +25,7 @@ class StableDiffusionXL(UNetFamily):
     denoiser_class = "UNet2DConditionModel"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    not_here = UNetFamily.not_here | OF_ONE_CLIP
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         import torch
