@@ -502,9 +502,7 @@ def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
     here = program.replace('"."', json.dumps(str(folder))).replace('base = "', f'base = "{folder}/')
     exec(here, names)
     assert len(getattr(names["pipe"].text_encoder, "text_model", names["pipe"].text_encoder).encoder.layers) == 1
-    with pytest.raises(
-        ValueError, match="--clip_skip: got 2, wanted less than the 2 layers of the text_encoder"
-    ):
+    with pytest.raises(ValueError, match="--clip_skip: got 2, wanted less than the 2 layers of the text_encoder"):
         train(tmp_path / "too-many", clip_skip=2)
 
 
