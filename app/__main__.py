@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from warnings import filterwarnings
 
+from reslora_diffusion.problems import importing
+
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("assets") / "sticker-sd"
 SUBJECTS = Path("assets") / "subjects"
@@ -85,11 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     filterwarnings("ignore", "Already found a `peft_config`")  # several adapters on one model are what this is about
-    try:
-        from gradio import Blocks  # noqa: F401
-    except ImportError:
-        sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
-    from .serve import launch, open_studio
+    with importing():
+        try:
+            from gradio import Blocks  # noqa: F401
+        except ImportError:
+            sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
+        from .serve import launch, open_studio
 
     for warning in warnings(args):
         print(warning, file=sys.stderr)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
 from reslora_diffusion.llm.options import GlueOptions, parse, training_arguments
-from reslora_diffusion.problems import refuse, run_program
+from reslora_diffusion.problems import importing, refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     options, values = parse(GlueOptions, argv, DEFAULTS)
     checkpoint, rows = check(options, values, task_problems(options), lambda: read(options))
-    training = training_arguments(values)
+    with importing():
+        training = training_arguments(values)
     refuse(launcher_problems(options))
     return train(options, training, rows, checkpoint)
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
-from reslora_diffusion.problems import refuse, run_program
+from reslora_diffusion.problems import importing, refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import TrainingArguments
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     checkpoint, rows = check(
         options, values, reading.option_problems(options), lambda: reading.read(options, values.seed)
     )
-    training = training_arguments(values)
+    with importing():
+        training = training_arguments(values)
     refuse(launcher_problems(options))
     return train(options, training, rows, checkpoint)
 
