@@ -7,7 +7,7 @@ from itertools import accumulate, groupby
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LEFT, SPACING = 8, 190, 4  # pixels; of row labels, and between lines
-JOINT = re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)")  # where a long word may be broken: behind `:`, `,`, `=`, `_`
+JOINTS = (re.compile(r"(?<=[:,;])"), re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)"))  # where a long word may be broken
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], side: int = 160) -> Image.Image:
@@ -59,14 +59,16 @@ def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def parts_of(word: str, width: int, font: ImageFont.FreeTypeFont) -> Iterator[str]:
-    """A word, in as many parts as it takes for each to fit."""
+def parts_of(
+    word: str, width: int, font: ImageFont.FreeTypeFont, joints: Sequence[re.Pattern] = JOINTS
+) -> Iterator[str]:
+    """A word, in as many parts as it takes for each to fit: between settings, else between words, else anywhere."""
     if font.getlength(word) <= width:
         yield word
-        return
-    for part in JOINT.split(word):
-        while font.getlength(part) > width:
-            fits = max(1, next(n for n in range(1, len(part) + 1) if font.getlength(part[:n]) > width) - 1)
-            yield part[:fits]
-            part = part[fits:]
-        yield part
+    elif joints:
+        for part in joints[0].split(word):
+            yield from parts_of(part, width, font, joints[1:])
+    else:
+        fits = max(1, next(n for n in range(1, len(word) + 1) if font.getlength(word[:n]) > width) - 1)
+        yield word[:fits]
+        yield from parts_of(word[fits:], width, font, ())
