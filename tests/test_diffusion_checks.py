@@ -202,11 +202,19 @@ def test_a_mask_of_another_size(refused, tmp_path):
 
 def test_a_concepts_file_with_faults(refused, tmp_path):
     path = tmp_path / "concepts.json"
-    path.write_text(json.dumps([{"instance_prompt": "x", "reapets": 2}, {"instance_data_dir": "y", "repeats": 0}]))
+    path.write_text(
+        json.dumps(
+            [
+                {"instance_prompt": "x", "reapets": 2},
+                {"instance_data_dir": "y", "repeats": 0, "caption_extension": "txt"},
+            ]
+        )
+    )
     message = refused(instance_data_dir=None, concepts=path)
     assert "concept 1: unknown key 'reapets'" in message
     assert "concept 1: instance_data_dir is missing" in message
     assert "concept 2: repeats is 0" in message
+    assert "concept 2, caption_extension: got 'txt', wanted that of text files" in message
 
 
 def test_a_model_of_another_family(refused, tmp_path, without_weights):

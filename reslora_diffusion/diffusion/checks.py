@@ -23,7 +23,7 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
-from .data import INTERPOLATIONS, PICTURE_SUFFIXES
+from .data import INTERPOLATIONS, extension_problems
 from .dataset import dataset_options
 from .flags import NOT_SUPPORTED
 from .inventory import inventory
@@ -236,8 +236,7 @@ def bad_values(args: Namespace) -> Iterator[str]:
         yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
     if args.export_name and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.export_name):
         yield f"--export_name: got {args.export_name!r}, wanted letters, digits and . _ + -"
-    if not re.fullmatch(r"\.\w+", args.caption_extension) or args.caption_extension.lower() in PICTURE_SUFFIXES:
-        yield f"--caption_extension: got {args.caption_extension!r}, wanted that of text files, such as .txt"
+    yield from extension_problems("--caption_extension", args.caption_extension)
     for name, reason in NOT_SUPPORTED.items():
         if given[name] is not None:
             yield f"--{name} is not supported, because {reason}"

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from ..problems import BadInput, listing
-from .data import Picture, Scan, scan
+from .data import Picture, Scan, extension_problems, scan
 from .dataset import pictures_of_dataset
 
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -117,6 +117,8 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
             for key, kind in KINDS.items()
             if key in entry and (type(entry[key]) is not kind or (kind is int and entry[key] < 1))
         ]
+        if isinstance(extension := entry.get("caption_extension"), str):
+            problems += extension_problems(f"{where}, caption_extension", extension)
         if "instance_data_dir" not in entry:
             problems.append(f"{where}: instance_data_dir is missing")
     if problems:

@@ -9,6 +9,8 @@ beside the picture, the prompt given for the whole folder. Masks: a folder of pi
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +22,12 @@ PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", 
 METADATA_FILE = "metadata.jsonl"
 # By the names that diffusers' scripts take; nearest_exact is torchvision's word for what Pillow calls nearest.
 INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+
+
+def extension_problems(where: str, extension: str) -> Iterator[str]:
+    """What is wrong with a `caption_extension`."""
+    if not re.fullmatch(r"\.\w+", extension) or extension.lower() in PICTURE_SUFFIXES:
+        yield f"{where}: got {extension!r}, wanted that of text files, such as .txt"
 
 
 @dataclass(frozen=True)
