@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDER = Path(__file__).parent / "results"
 
@@ -27,6 +25,8 @@ def processor() -> str:
 
 def machine() -> dict[str, Any]:
     """Where a measurement was taken."""
+    import torch
+
     found = {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .export.base import check_base, check_merge, check_pair, check_weights
 from .export.header import read_headers
 from .export.limits import CheckFailed, parse_rank
 
@@ -180,6 +181,8 @@ def verify(
       reslora verify my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
     read_headers(source)
+    if base:
+        check_base(base)
     from .export.verify import verify_lora
 
     result = verify_lora(source, base)
@@ -205,6 +208,7 @@ def merge(
       reslora merge my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 fused
     """
     read_headers(source)
+    check_merge(source, base, output, overwrite)
     from .export.fusing import fuse
 
     settings = {"scale": scale, "dtype": dtype_of(dtype), "variant": variant, "overwrite": overwrite}
@@ -256,6 +260,7 @@ def combine(
     """
     files, factors = files_and_weights(sources, weights or [])
     asked = parse_rank(rank)
+    check_weights(factors, files)
     for source in files:
         read_headers(source)
     from .export.tools import combine
@@ -325,10 +330,7 @@ def extract(
     Example:
       reslora extract my-dreambooth-model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 16 --output extracted
     """
-    from .export.base import check_base_name
-
-    if problems := [*check_base_name(tuned), *check_base_name(base)]:
-        raise ValueError("; ".join(problems))
+    check_pair(tuned, base)
     from .export.extraction import extract
 
     target = output or Path(f"{Path(tuned).name}-lora")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from reslora_diffusion.cli import app, files_and_weights
 from reslora_diffusion.export import export_lora, read_lora, write_lora_file
 from tiny import tiny_pipeline_folder, tiny_unet
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("export", "inspect", "verify", "merge", "resize", "combine", "convert", "extract")
+ATTENTION_SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 BASE = str(tiny_pipeline_folder())
 
 
@@ -178,13 +181,23 @@ def test_export(run, tmp_path):
         (["verify", "{broken}"], 2),
         (["resize", "{source}", "--rank", "x"], 2),
         (["export", "nowhere", "out"], 2),
+        (["verify", "{source}", "--base", "/nowhere"], 2),
+        (["merge", "{source}", "out", "--base", "/nowhere"], 2),
+        (["merge", "{source}", "{taken}", "--base", BASE], 2),
+        (["merge", "{other}", "out", "--base", BASE], 2),
+        (["combine", "{source}", "{source}", "--weights", "1"], 2),
+        (["extract", BASE, "{taken}", "--rank", "4"], 2),
     ],
 )
 def test_answers_that_need_no_torch_do_not_wait_for_it(source, tmp_path, words, code):
     """Nor for diffusers, transformers or PEFT: help, headers and bad input are a matter of a moment."""
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(source.read_bytes()[:-5])
-    words = [word.format(source=source, broken=broken) for word in words]
+    other, taken = tmp_path / "other.safetensors", tmp_path / "taken"
+    save_file({f"lora_unet_{ATTENTION_SITE}.{part}.weight": torch.ones(4, 4) for part in ("lora_down", "lora_up")}, other)
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    words = [word.format(source=source, broken=broken, other=other, taken=taken) for word in words]
     program = f"""
 import sys
 from reslora_diffusion.cli import main
@@ -197,6 +210,22 @@ except SystemExit as stop:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert f"code {code} slow []" in done.stdout, done.stderr
+
+
+PROGRAMS = [f"train_scripts/{name}.py" for name in ("demo", "demo_llm", "paint", "answer_with_peft")]
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "app/__main__.py", "benchmarks/report.py", "benchmarks/startup.py"])
+def test_help_of_other_programs_needs_no_torch_either(program):
+    package = program.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
+    start = f"run_module({package!r}" if not program.startswith("train_scripts") else f"run_path({program!r}"
+    code = (
+        f"import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.{start}, run_name='__main__')\n"
+        "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "usage: " in done.stdout, done.stderr
+    assert done.stdout.endswith("code 0 False\n")
 
 
 def test_the_console_script_exits_with_the_code(source, tmp_path):

@@ -13,10 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model_name_or_path", required=True)
 parser.add_argument("--adapter", required=True, help="folder with adapter_config.json; or none, for the base alone")
@@ -26,9 +22,13 @@ parser.add_argument("--max_new_tokens", type=int, default=40)
 parser.add_argument("--batch_size", type=int, default=100)
 
 
-@torch.no_grad()
 def main() -> None:
     args = parser.parse_args()
+    import torch  # after the options, so that `--help` answers at once
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     if args.adapter != "none":

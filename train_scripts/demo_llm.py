@@ -25,12 +25,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reslora_diffusion.llm.generation import Generations
 from reslora_diffusion.llm.records import read_json_lines
-from reslora_diffusion.llm.results import write_json
 from reslora_diffusion.llm.tasks import TASKS
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
+    from reslora_diffusion.llm.generation import Generations
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
@@ -114,8 +115,10 @@ def reload(args: argparse.Namespace, method: str) -> subprocess.Popen:
     return start("answer_with_peft.py", words, share=len(RUNS))
 
 
-def answers(folder: Path, rows: list[dict]) -> tuple[Generations, int]:
+def answers(folder: Path, rows: list[dict]) -> tuple["Generations", int]:
     """`(what plain PEFT answered, how many responses are the same as the run's own)`."""
+    from reslora_diffusion.llm.generation import Generations
+
     responses = [row["response"] for row in read_json_lines(folder / "reloaded.jsonl")]
     recorded = [row["response"] for row in read_json_lines(folder / "predictions.jsonl")]
     same = sum(a == b for a, b in zip(responses, recorded, strict=True))
@@ -178,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         figures.setdefault("base_exact_match", results["exact_match"].get("base"))
     figures["seconds"] = round(time.monotonic() - started, 1)
+    from reslora_diffusion.llm.results import write_json
+
     write_json(args.output_dir / "demo.json", figures)
     draw(args, figures, args.output_dir / "comparison.png")
     print(f"\nexact match on the test problems, by plain PEFT from the exported folders ({figures['seconds']:.0f} s):")

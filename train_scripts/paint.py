@@ -15,11 +15,6 @@ import argparse
 import warnings
 from pathlib import Path
 
-import diffusers
-import torch
-from diffusers import DiffusionPipeline
-from tqdm import tqdm
-
 BASE = "base"
 
 
@@ -39,6 +34,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    import diffusers  # here, so that `--help` answers at once
+    import torch
+    from diffusers import DiffusionPipeline
+    from tqdm import tqdm
+
     diffusers.utils.logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

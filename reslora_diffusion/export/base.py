@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .geometry import family_of
+from .header import unusable
 from .keys import flat_path, listing
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
@@ -81,3 +82,39 @@ def check_base_name(name: str) -> list[str]:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
         return []
     return [f"{name} does not exist"]
+
+
+def check_base(name: str) -> None:
+    """Raises ValueError if `name` can be no model."""
+    if problems := check_base_name(name):
+        raise unusable(name, problems)
+
+
+def check_merge(
+    source: str | Path, base: str, output: Path, overwrite: bool = False, unhealthy: Sequence[str] = ()
+) -> None:
+    """Raises ValueError if a LoRA cannot be merged into a base of that name, or its result not be put there."""
+    problems = [*check_base_name(base), *taken(output, overwrite), *unhealthy]
+    if problems:
+        raise ValueError("\n".join([f"{source} cannot be merged into {base}:", *(f"  - {p}" for p in problems)]))
+
+
+def taken(output: Path, overwrite: bool) -> Iterator[str]:
+    if output.is_file():
+        yield f"{output} is a file, wanted a folder"
+    elif output.is_dir() and any(output.iterdir()) and not overwrite:
+        yield f"{output} is not empty; give another folder, or allow it to be replaced (--overwrite)"
+
+
+def check_pair(tuned: str, base: str) -> None:
+    """Raises ValueError if two models of these names cannot be compared."""
+    if problems := [*check_base_name(tuned), *check_base_name(base)]:
+        raise ValueError("; ".join(problems))
+    local = [Path(name) for name in (tuned, base) if Path(name).is_dir()]
+    if len({(folder / "model_index.json").is_file() for folder in local}) == 2:
+        raise ValueError(f"one of {tuned} and {base} is a pipeline and the other is not")
+
+
+def check_weights(weights: Sequence[float], sources: Sequence[object]) -> None:
+    if weights and len(weights) != len(sources):
+        raise ValueError(f"got {len(weights)} weights for {len(sources)} files; wanted one for each, or none")

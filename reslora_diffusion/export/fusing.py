@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from .base import base_layer, is_transposed
+from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
 from .header import open_safetensors
 from .keys import DENOISERS, flat_path, listing
@@ -78,10 +78,7 @@ def fuse(
     """
     output = Path(output)
     lora = read_lora(source)
-    problems = [problem] if (problem := taken(output, overwrite)) else []
-    problems += health_problems(lora.components)
-    if problems:
-        raise ValueError("\n".join([f"{source} cannot be merged into {base}:", *(f"  - {p}" for p in problems)]))
+    check_merge(source, base, output, overwrite, health_problems(lora.components))
     fitting_models(lora.components, base)
     model, parts = load_whole(base, dtype, variant)
     rounding, written = 0.0, {}
@@ -129,14 +126,6 @@ def tied_weights(components: Components, parts: dict[str, nn.Module]) -> list[st
         layers = dict(model.named_modules())
         tied += [f"{component}.{path}" for path in modules if uses[id(base_layer(layers, path).weight)] > 1]
     return tied
-
-
-def taken(output: Path, overwrite: bool) -> str | None:
-    if output.is_file():
-        return f"{output} is a file, wanted a folder"
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        return f"{output} is not empty; give another folder, or allow it to be replaced (--overwrite)"
-    return None
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .base import check_weights
 from .factors import Components, concatenated
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
@@ -98,9 +99,8 @@ def combine(
         ValueError: a file cannot be used, or they are not for one base.
         CheckFailed: a ValueError too; the rank loses too much, or the result failed its proof.
     """
+    check_weights(weights or (), sources)
     weights = list(weights) if weights else [1.0] * len(sources)
-    if len(weights) != len(sources):
-        raise ValueError(f"got {len(weights)} weights for {len(sources)} files; wanted one for each, or none")
     loras = [read_lora(source) for source in sources]
     problems = unlike_problems(loras)
     if problems:

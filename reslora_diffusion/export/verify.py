@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .base import check_base_name, misfits
+from .base import check_base, misfits
 from .factors import Components
 from .geometry import family_of, naming_of
-from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, unusable
+from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
 from .inspection import sha256
 from .keys import COMPONENTS, Dialect, listing
 from .lora import REPORT_FILE
@@ -86,8 +86,8 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
     """
     from .standins import base_models
 
-    if base and (problems := check_base_name(base)):
-        raise unusable(base, problems)
+    if base:
+        check_base(base)
     source = Path(source)
     recorded, problems = recorded_hashes(source)
     files, others = files_of(source, recorded)
