@@ -49,6 +49,7 @@ def of_cli(lora: Path, missing: Path, taken: Path) -> dict[str, list[object]]:
         "merge, no such file": ["merge", missing, out, "--base", MODEL],
         "merge, no such base": ["merge", lora, out, "--base", missing],
         "merge, a folder that is taken": ["merge", lora, taken, "--base", MODEL],
+        "merge, another base": ["merge", lora, out, "--base", MODEL],
         "resize, no such file": ["resize", missing, "--rank", "4"],
         "resize, no rank": ["resize", lora, "--rank", "none"],
         "combine, too few weights": ["combine", lora, lora, "--weights", "1"],

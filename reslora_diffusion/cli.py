@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .export.base import check_base, check_merge, check_pair, check_weights
+from .export.base import check_base, check_merge, check_pair, check_stored, check_weights
 from .export.header import read_headers
 from .export.limits import CheckFailed, parse_rank
 
@@ -207,8 +207,9 @@ def merge(
     Example:
       reslora merge my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 fused
     """
-    read_headers(source)
+    headers = read_headers(source)
     check_merge(source, base, output, overwrite)
+    check_stored(headers, base)
     from .export.fusing import fuse
 
     settings = {"scale": scale, "dtype": dtype_of(dtype), "variant": variant, "overwrite": overwrite}

@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 from lora_factors import ATTENTION, random_factors
 from reslora_diffusion.cli import app, files_and_weights
 from reslora_diffusion.export import export_lora, read_lora, write_lora_file
+from reslora_diffusion.export.base import check_stored
+from reslora_diffusion.export.header import read_headers
+from reslora_diffusion.export.standins import fitting_models
 from tiny import tiny_pipeline_folder, tiny_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("export", "inspect", "verify", "merge", "resize", "combine", "convert", "extract")
-ATTENTION_SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 BASE = str(tiny_pipeline_folder())
 
 
@@ -194,7 +197,7 @@ def test_answers_that_need_no_torch_do_not_wait_for_it(source, tmp_path, words, 
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(source.read_bytes()[:-5])
     other, taken = tmp_path / "other.safetensors", tmp_path / "taken"
-    save_file({f"lora_unet_{ATTENTION_SITE}.{part}.weight": torch.ones(4, 4) for part in ("lora_down", "lora_up")}, other)
+    save_file({f"lora_unet_{SITE}.{part}.weight": torch.ones(4, 4) for part in ("lora_down", "lora_up")}, other)
     taken.mkdir()
     (taken / "config.json").write_text("{}")
     words = [word.format(source=source, broken=broken, other=other, taken=taken) for word in words]
@@ -210,6 +213,20 @@ except SystemExit as stop:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert f"code {code} slow []" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_lora_for_another_base_is_told_by_headers_as_by_models(tmp_path, component):
+    site = SITE if component == "unet" else "text_model_encoder_layers_0_self_attn_q_proj"
+    path, prefix = tmp_path / "other.safetensors", {"unet": "lora_unet", "text_encoder": "lora_te"}[component]
+    tensors = {f"{prefix}_{site}.lora_{part}.weight": torch.ones(4, 4) for part in ("down", "up")}
+    absent = site.replace("_0_", "_9_", 1)
+    save_file(tensors | {name.replace(site, absent): value.clone() for name, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match="modules have other shapes in the base") as quick:
+        check_stored(read_headers(path), BASE)
+    with pytest.raises(ValueError, match="the base lacks 1 of the modules") as slow:
+        fitting_models(read_lora(path).components, BASE)
+    assert str(quick.value) == str(slow.value)
 
 
 PROGRAMS = [f"train_scripts/{name}.py" for name in ("demo", "demo_llm", "paint", "answer_with_peft")]

@@ -6,7 +6,6 @@
 `model_checks` holds options against either.
 """
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,13 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import try_to_load_from_cache
-
 from ..problems import BadInput
+from ..stored import Files, Unknown
 from .buckets import Grid
 from .families import FAMILIES, Family
 
-DENOISER_WEIGHTS, TEXT_ENCODER_WEIGHTS = "diffusion_pytorch_model", "model"
 BLOCKS = "transformer_blocks"  # what --lora_blocks counts
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # that every text encoder here has
@@ -140,59 +137,6 @@ class Outline:
         return sum(rank_of(args, name) * sum(layer.shape) for _, name, layer in self.adapted(args))
 
 
-# ------------------------------------------------------------------------------------------------------- files
-
-
-class Unknown(Exception):
-    """The files on this machine do not tell."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Those of a folder, or of a model of the hub as far as they are in its local cache."""
-
-    name: str
-    revision: str | None
-
-    def path(self, file: str) -> Path | None:
-        if Path(self.name).is_dir():
-            found = Path(self.name, file)
-        else:
-            cached = try_to_load_from_cache(self.name, file, revision=self.revision)
-            found = Path(cached) if isinstance(cached, str) else None
-        return found if found and found.is_file() else None
-
-    def json(self, file: str) -> dict[str, Any]:
-        if (path := self.path(file)) is None:
-            raise Unknown(file)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def shapes(self, folder: str, stem: str, variant: str | None) -> dict[str, tuple[int, ...]]:
-        """Shapes of a component's tensors by name. Every precision that it is there in has the same."""
-        for suffix in dict.fromkeys((f".{variant}" if variant else "", "", ".fp16")):
-            if path := self.path(f"{folder}/{stem}{suffix}.safetensors"):
-                return shapes_in(path)
-            if index := self.path(f"{folder}/{stem}.safetensors.index{suffix}.json"):
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                paths = [self.path(f"{folder}/{shard}") for shard in shards]
-                if None not in paths:
-                    return {name: shape for path in paths for name, shape in shapes_in(path).items()}
-        raise Unknown(folder)
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """From the header of a safetensors file; weights that are packed, as quantised ones are, have none to tell."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise Unknown(path.name)
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    if any(entry["dtype"].startswith(("U", "I")) for name, entry in header.items() if name.endswith(".weight")):
-        raise Unknown(path.name)
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
 def read_outline(args: Namespace) -> Outline | None:
     """None where the files on this machine do not tell, or not in the layout that the families have.
 
@@ -204,9 +148,9 @@ def read_outline(args: Namespace) -> Outline | None:
         index = files.json("model_index.json")
         family = family_of(index, files.name)
         configs = {part: files.json(f"{part}/config.json") for part in (family.denoiser, *family.text_encoders)}
-        layers = {family.denoiser: layers_of(files.shapes(family.denoiser, DENOISER_WEIGHTS, args.variant))}
+        layers = {family.denoiser: layers_of(files.shapes(family.denoiser, args.variant))}
         for part in family.text_encoders:
-            shapes = as_installed(files.shapes(part, TEXT_ENCODER_WEIGHTS, args.variant), index[part][1])
+            shapes = as_installed(files.shapes(part, args.variant), index[part][1])
             hidden = configs[part]["num_hidden_layers"]
             last = hidden - left_out(args, family, part, hidden)
             layers[part] = layers_of({name: shape for name, shape in shapes.items() if number_of(name) < last})

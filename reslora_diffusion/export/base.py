@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .geometry import family_of
-from .header import unusable
-from .keys import flat_path, listing
+from ..stored import Files, Unknown
+from .geometry import family_of_widths
+from .header import Header, unusable
+from .keys import classic_path, flat_path, listing
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
     from torch import nn
@@ -38,18 +40,38 @@ def shape_of(layer: nn.Module | None) -> list[int] | None:
     return None if weight is None else list(weight.shape)
 
 
+Wanted = Mapping[str, Mapping[str, list[int]]]  # component -> path -> [out, in, ...] of a LoRA's product
+Found = Mapping[str, Callable[[str], list[int] | None]]  # component of a base -> path -> shape of the layer's weight
+
+
 def base_problems(components: Components, models: Mapping[str, nn.Module]) -> list[str]:
     """Modules that the base does not have, or has in another shape."""
-    absent, unlike = [], []
-    for component, model in models.items():
+    return shape_problems(wanted_shapes(components), found_shapes(models))
+
+
+def wanted_shapes(components: Components) -> Wanted:
+    return {
+        component: {path: [f.lora_B.shape[0], *f.lora_A.shape[1:]] for path, f in modules.items()}
+        for component, modules in components.items()
+    }
+
+
+def found_shapes(models: Mapping[str, nn.Module]) -> Found:
+    def of(model: nn.Module) -> Callable[[str], list[int] | None]:
         modules = dict(model.named_modules())
-        for path, f in components.get(component, {}).items():
-            layer = base_layer(modules, path)
-            wanted = [f.lora_B.shape[0], *f.lora_A.shape[1:]]
-            if (shape := shape_of(layer)) is None:
+        return lambda path: shape_of(base_layer(modules, path))
+
+    return {component: of(model) for component, model in models.items()}
+
+
+def shape_problems(wanted: Wanted, found: Found) -> list[str]:
+    absent, unlike = [], []
+    for component, shape_at in found.items():
+        for path, shape in wanted.get(component, {}).items():
+            if (own := shape_at(path)) is None:
                 absent.append(f"{component}.{path}")
-            elif shape != wanted:
-                unlike.append(f"{component}.{path} {shape}, the LoRA's {wanted}")
+            elif own != shape:
+                unlike.append(f"{component}.{path} {own}, the LoRA's {shape}")
     problems = [f"the base lacks {len(absent)} of the modules: {listing(absent)}"] if absent else []
     if unlike:
         problems.append(f"{len(unlike)} modules have other shapes in the base: {listing(unlike)}")
@@ -58,13 +80,46 @@ def base_problems(components: Components, models: Mapping[str, nn.Module]) -> li
 
 def misfits(components: Components, models: Mapping[str, nn.Module], name: str) -> list[str]:
     """Why a LoRA is not for the base called `name`, and what it is for if that can be told."""
-    problems = base_problems(components, models)
-    if foreign := sorted(components.keys() - models.keys()):
-        problems.append(f"the base has no {', '.join(foreign)}; it has {', '.join(sorted(models)) or 'none of them'}")
-    family = family_of(components)
+    return shape_misfits(wanted_shapes(components), found_shapes(models), name)
+
+
+def shape_misfits(wanted: Wanted, found: Found, name: str) -> list[str]:
+    problems = shape_problems(wanted, found)
+    if foreign := sorted(wanted.keys() - found.keys()):
+        problems.append(f"the base has no {', '.join(foreign)}; it has {', '.join(sorted(found)) or 'none of them'}")
+    family = family_of_widths({c: {path: shape[1] for path, shape in m.items()} for c, m in wanted.items()})
     if problems and family.is_named:
         problems.insert(0, f"the LoRA is for {family}, and {name} is not")
     return problems
+
+
+def check_stored(headers: Sequence[Header], name: str) -> None:
+    """The same from the files of a pipeline, before torch is waited for; nothing is said where they do not tell.
+
+    Raises:
+        ValueError: the LoRA is for another base.
+    """
+    files, wanted = Files(name, None), defaultdict(dict)
+    for lora in headers:
+        for (component, path), parts in lora.modules().items():
+            wanted[component][path] = [lora.shapes[parts["B"]][0], *lora.shapes[parts["A"]][1:]]
+    try:
+        index = files.json("model_index.json")
+        stored = {component: files.shapes(component) for component in wanted if (index.get(component) or [None])[0]}
+    except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return
+
+    def of(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], list[int] | None]:
+        by_path = {classic_path("text_encoder", name): [*shape] for name, shape in shapes.items()}
+        return lambda path: by_path.get(f"{path}.weight")
+
+    found = {component: of(shapes) for component, shapes in stored.items()}
+    if problems := shape_misfits(wanted, found, name):
+        raise unfit(name, problems)
+
+
+def unfit(name: str, problems: Sequence[str]) -> ValueError:
+    return ValueError("\n".join([f"the LoRA does not fit {name}:", *(f"  - {p}" for p in problems)]))
 
 
 def check_base_name(name: str) -> list[str]:

@@ -33,7 +33,7 @@ from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from .base import check_base_name, misfits
+from .base import check_base_name, misfits, unfit
 from .factors import Components
 from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, listing
 
@@ -112,7 +112,7 @@ def fitting_models(components: Components, name: str) -> Models:
     models = {} if problems else base_models(name, components)
     problems += misfits(components, models, name) if not problems else []
     if problems:
-        raise ValueError("\n".join([f"the LoRA does not fit {name}:", *(f"  - {p}" for p in problems)]))
+        raise unfit(name, problems)
     return models
 
 

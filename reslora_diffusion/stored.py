@@ -1,0 +1,63 @@
+"""A model's files on this machine: configurations, and shapes from the headers of weights. No weight is read, no torch.
+
+Files("folder", None).shapes("unet")               {"conv_in.weight": (320, 4, 3, 3), ...}
+Files("owner/name", "main").json("unet/config.json")   of the hub's local cache; nothing is fetched
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+
+class Unknown(Exception):
+    """The files on this machine do not tell."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Those of a folder, or of a model of the hub as far as they are in its local cache."""
+
+    name: str
+    revision: str | None
+
+    def path(self, file: str) -> Path | None:
+        if Path(self.name).is_dir():
+            found = Path(self.name, file)
+        else:
+            cached = try_to_load_from_cache(self.name, file, revision=self.revision)
+            found = Path(cached) if isinstance(cached, str) else None
+        return found if found and found.is_file() else None
+
+    def json(self, file: str) -> dict[str, Any]:
+        if (path := self.path(file)) is None:
+            raise Unknown(file)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def shapes(self, folder: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
+        """Shapes of a component's tensors by name. Every precision that it is there in has the same."""
+        stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
+        for suffix in dict.fromkeys((f".{variant}" if variant else "", "", ".fp16")):
+            if path := self.path(f"{folder}/{stem}{suffix}.safetensors"):
+                return shapes_in(path)
+            if index := self.path(f"{folder}/{stem}.safetensors.index{suffix}.json"):
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                paths = [self.path(f"{folder}/{shard}") for shard in shards]
+                if None not in paths:
+                    return {name: shape for path in paths for name, shape in shapes_in(path).items()}
+        raise Unknown(folder)
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """From the header of a safetensors file; weights that are packed, as quantised ones are, have none to tell."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise Unknown(path.name)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if any(entry["dtype"].startswith(("U", "I")) for name, entry in header.items() if name.endswith(".weight")):
+        raise Unknown(path.name)
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
