@@ -33,6 +33,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,12 @@ for library in ("TRANSFORMERS", "DIFFUSERS"):
 UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
+    from torch import Tensor
+
     from reslora_diffusion.diffusion.checks import Plan
+    from reslora_diffusion.diffusion.loss import Denoiser
     from reslora_diffusion.diffusion.run import Run
+    from reslora_diffusion.diffusion.sampling import Batch
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -55,46 +60,64 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parse(argv)
 
 
+def backward(run: "Run", denoiser: "Denoiser", total: "Tensor", batch: "Batch") -> None:
+    """Add loss and gradients of a batch to those of its step."""
+    loss = denoiser.loss(batch, run.args.train_batch_size) / run.args.gradient_accumulation_steps
+    run.scaler.scale(loss).backward()
+    total += loss.detach()
+
+
+def update(run: "Run") -> "Tensor":
+    """Train on the gradients of a step; returns their norm."""
+    import torch
+
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.args.max_grad_norm)
+    run.scaler.step(run.optimizer)  # leaves everything as it is if a gradient is not finite
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.args.scale_weight_norms:
+        run.adapters.limit_norms(run.args.scale_weight_norms)
+    return grad_norm
+
+
 def train(run: "Run", step: int) -> int:
     """From `step` to the end, or to where the run was told to stop; returns the last step."""
     import torch
     from tqdm import tqdm
 
-    from reslora_diffusion.diffusion.compilation import begin_step, compiled
+    from reslora_diffusion.diffusion.capture import whole_step
+    from reslora_diffusion.diffusion.compilation import compiled
     from reslora_diffusion.diffusion.distributed import average_gradients
     from reslora_diffusion.diffusion.interruption import Interruption
 
     args, steps, accelerator = run.args, run.plan.max_train_steps, run.accelerator
-    denoiser = compiled(run.denoiser, args, accelerator.device, len(run.plan.buckets), accelerator.print)
+    device, say = accelerator.device, accelerator.print
+    denoiser = compiled(run.denoiser, args, device, len(run.plan.buckets), say)
+    total = torch.zeros((), device=device)
+    parts = partial(backward, run, denoiser, total), partial(update, run)
+    whole = whole_step(*parts, run.optimizer, args, device, say)  # the two as they are, or as CUDA graphs
     run.adapters.train()
     if step == 0:
         run.validate(step)
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not accelerator.is_local_main_process)
     with Interruption(accelerator) as interruption, bar:
         while step < steps:
-            begin_step(args)
-            total = torch.zeros((), device=accelerator.device)
+            total.zero_()
             for micro in range(args.gradient_accumulation_steps):
                 for batch in run.batches(step, micro):
-                    loss = denoiser.loss(batch, args.train_batch_size) / args.gradient_accumulation_steps
-                    run.scaler.scale(loss).backward()
-                    total += loss.detach()
-            total = average_gradients(run.parameters, total, accelerator.num_processes)
-            run.scaler.unscale_(run.optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)
-            run.scaler.step(run.optimizer)  # leaves everything as it is if a gradient is not finite
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
+                    whole.backward(batch)
+            loss = average_gradients(run.parameters, total.clone(), accelerator.num_processes)
+            grad_norm = whole.update()
             step += 1
-            run.log(step, total, grad_norm)
+            run.log(step, loss, grad_norm)
             run.lr_scheduler.step()
 
-            if args.scale_weight_norms:
-                run.adapters.limit_norms(args.scale_weight_norms)
             if run.ema:
                 run.ema.update(run.tensors, step)
             if run.is_handover_step(step):
                 run.hand_over()
+                whole.forget()
             if step % args.checkpointing_steps == 0:
                 run.save(step, args.checkpoints_total_limit)
             if run.is_validation_step(step):

@@ -270,6 +270,8 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
             yield f"--distillation_steps refines what was fitted on data; got --merge_method {args.merge_method}"
         if args.calibration_batches < 2:
             yield "--distillation_steps holds out one of --calibration_batches; got 1, wanted 2 or more"
+    if args.cuda_graph and args.gradient_checkpointing and args.lora_dropout:
+        yield "--cuda_graph with --gradient_checkpointing cannot repeat a dropout; got --lora_dropout, wanted 0"
     if args.snr_gamma is not None and args.debiased_estimation_loss:
         yield "--snr_gamma and --debiased_estimation_loss both weight the loss; wanted one of them"
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):

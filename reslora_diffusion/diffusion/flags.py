@@ -230,7 +230,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--fused_attention", action=SWITCH, help="q, k and v of an attention share a product (default: on a GPU)")
     add("--frugal_layers", action=SWITCH, help="frozen layers keep less for backward (default: on a GPU)")
     add("--compile", action=SWITCH, default=False, help="torch.compile: slow to begin, then faster steps")
-    add("--cuda_graph", action=SWITCH, default=False, help="--compile, and steps are recorded as CUDA graphs")
+    add("--cuda_graph", action=SWITCH, default=False, help="launch each step whole, as CUDA graphs; more memory")
 
     add = parser.add_argument_group("more on data").add_argument
     add("--concepts", type=Path, help="yaml, json or toml list of concepts, each with data folders and prompts")

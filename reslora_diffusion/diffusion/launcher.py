@@ -55,5 +55,7 @@ def launcher_problems(args: Namespace) -> Iterator[str]:
         yield f"FSDP {version} wants one precision for base and adapters; wanted fsdp_version: 2"
     if args.aspect_ratio_buckets and args.with_prior_preservation:
         yield "--aspect_ratio_buckets with --with_prior_preservation gives processes unequal batches; FSDP cannot wait"
+    if args.cuda_graph:
+        yield "--cuda_graph cannot record how FSDP gathers the base; wanted one or the other"
     if args.merge_method == "paper_weight":
         yield "--merge_method paper_weight reads whole weights of the base, which FSDP shards"

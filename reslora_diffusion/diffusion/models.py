@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -9,6 +10,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from ..problems import BadInput
@@ -82,13 +84,21 @@ def prepare_models(
         save_memory(denoiser)
     if args.gradient_checkpointing:
         for model in trained.values():
+            # Where nothing is random no generator's state is kept: reading it would break a CUDA graph.
+            how = {"use_reentrant": False, "preserve_rng_state": draws(model)}
             if isinstance(model, ModelMixin):
-                model.enable_gradient_checkpointing()
+                model.enable_gradient_checkpointing(partial(checkpoint, **how))
             else:  # transformers 5 renamed it
                 enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
+                enable(how)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a training forward draws random numbers: dropout of the adapters or of the base."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or getattr(model.config, "attention_dropout", 0) > 0
 
 
 def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: bool) -> None:

@@ -19,7 +19,8 @@ from .optimizer_names import name_of, optimizer_names
 from .outline import matches
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
-DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable")
+FUSED = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors, which a CUDA graph can hold
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -47,7 +48,8 @@ def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, An
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
-        "fused": True,  # one kernel for all tensors, and a step with non-finite gradients is skipped on the device
+        "fused": True,  # one kernel for many tensors, and a step with non-finite gradients is skipped on the device
+        "capturable": args.cuda_graph and torch.cuda.is_available(),
         "relative_step": False,
         "scale_parameter": False,
         "beta3": args.prodigy_beta3,
@@ -58,7 +60,7 @@ def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, An
     if isinstance(known["eps"].default if "eps" in known else None, tuple):
         del chosen["eps"]  # Adafactor's are two of another meaning
     chosen = {name: value for name, value in chosen.items() if name in known}
-    if kind.__module__.startswith("torch.optim") and kind.__name__ not in ("Adam", "AdamW", "SGD", "Adagrad"):
+    if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
         chosen.pop("fused", None)
     return chosen | {name: literal(value) for name, value in args.optimizer_args}
 
@@ -82,6 +84,9 @@ def optimizer_problems(args: Namespace) -> list[str]:
     problems = [
         f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
     ]
+    if args.cuda_graph and not settings(kind, args).get("fused"):
+        fused = ", ".join(name.lower() for name in FUSED)
+        problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
     if not problems:
         try:
             kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **settings(kind, args))
