@@ -1,10 +1,13 @@
 """What tests of the DreamBooth trainer share: its script as a module, and options for a short run."""
 
+import json
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+
+from PIL import Image
 
 from tiny import tiny_pipeline_folder
 
@@ -30,6 +33,28 @@ DEFAULTS = {
     "report_to": "none",
     "num_inference_steps": 2,
 }
+
+
+def several_sizes(folder: Path) -> dict[str, object]:
+    """Options with pictures of two shapes, masks, captions, and square class pictures."""
+    (folder / "wide").mkdir()
+    for number in range(3):
+        picture = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(folder / "wide" / f"{number}.png")
+        (folder / "wide" / f"{number}.txt").write_text(f"a sticker of cake {number}")
+    concept = {"instance_data_dir": str(folder / "wide"), "instance_prompt": "ohwx cake"}
+    concept |= {"class_data_dir": str(SUBJECTS / "teapot"), "class_prompt": "a thing", "num_class_images": 2}
+    square = {"instance_data_dir": str(SUBJECTS / "octopus"), "instance_prompt": "sks octopus"}
+    (folder / "concepts.json").write_text(json.dumps([square, concept]))
+    return {
+        "instance_data_dir": None,
+        "instance_prompt": None,
+        "concepts": folder / "concepts.json",
+        "with_prior_preservation": True,
+        "aspect_ratio_buckets": "auto",
+        "alpha_mask": True,
+    }
 
 
 def words(output_dir: Path, **options: object) -> list[str]:

@@ -5,9 +5,9 @@ Python are those of a graph, the kernels are not. What would wait for the device
 where the step computes on `meta`: such a tensor has no value to read, and nothing else may turn up beside it.
 """
 
-import copy
-import json
 import shutil
+import sys
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -16,11 +16,12 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from dreambooth import PROMPT, SUBJECTS, arguments, script, train
+from dreambooth import SUBJECTS, arguments, script, several_sizes, train
 from reslora_diffusion.diffusion import capture
 from reslora_diffusion.diffusion.checks import check
 from reslora_diffusion.diffusion.history import read_history
 from reslora_diffusion.diffusion.optimizers import make_optimizer
+from reslora_diffusion.diffusion.sampling import Batch
 from reslora_diffusion.problems import BadInput, Stopped
 from tape import Tapes, waits_for_device
 from test_train_dreambooth import assert_same, state
@@ -46,28 +47,6 @@ def classes(tmp_path_factory):
     for number in range(3):
         Image.open(SUBJECTS / "teapot" / f"{number}.png").save(folder / f"{number}.png")
     return {"class_data_dir": folder, "class_prompt": "a sticker of a thing", "num_class_images": 3}
-
-
-def several_sizes(folder):
-    """Options with pictures of two shapes, masks, captions, and class pictures of a third."""
-    (folder / "wide").mkdir()
-    for number in range(3):
-        picture = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-        picture.save(folder / "wide" / f"{number}.png")
-        (folder / "wide" / f"{number}.txt").write_text(f"a sticker of cake {number}")
-    concept = {"instance_data_dir": str(folder / "wide"), "instance_prompt": "ohwx cake"}
-    concept |= {"class_data_dir": str(SUBJECTS / "teapot"), "class_prompt": "a thing", "num_class_images": 2}
-    square = {"instance_data_dir": str(SUBJECTS / "octopus"), "instance_prompt": "sks octopus"}
-    (folder / "concepts.json").write_text(json.dumps([square, concept]))
-    return {
-        "instance_data_dir": None,
-        "instance_prompt": None,
-        "concepts": folder / "concepts.json",
-        "with_prior_preservation": True,
-        "aspect_ratio_buckets": "auto",
-        "alpha_mask": True,
-    }
 
 
 def measured(folder):
@@ -140,6 +119,9 @@ def test_other_optimizers_and_precisions(tmp_path, tapes, options):
     assert tapes.recorded == (4 if "handover" in options else 2)
 
 
+# ------------------------------------------------------------------------------------------------ nothing waits
+
+
 class Device(TorchDispatchMode):
     """Notes operators that need a value of a `meta` tensor, or have any other tensor to do with."""
 
@@ -149,7 +131,8 @@ class Device(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
+        in_place = func is torch.ops.aten._fused_adamw_.tensor_lr  # torch has no version of it for `meta`
+        output = None if in_place else func(*args, **(kwargs or {}))
         there = [t for t in tree_flatten((args, kwargs, output))[0] if isinstance(t, torch.Tensor)]
         if waits_for_device(func, args) or any(tensor.device.type != "meta" for tensor in there):
             self.found.append(str(func))
@@ -157,18 +140,13 @@ class Device(TorchDispatchMode):
         return output
 
 
-def on_meta(run, batches):
-    """The run and its batches as shapes alone, as they would lie on a device."""
-    for model in run.adapters.models.values():
-        model.to("meta")
-    run.collect_tensors()
-    run.optimizer = make_optimizer(run.adapters.by_component(), run.args)
-    run.scaler = torch.amp.GradScaler("meta", init_scale=1.0)
-    batches = copy.deepcopy(batches)
-    for tensor in capture.tensors_in(batches):
-        if tensor is not None:
-            tensor.data = tensor.to("meta")
-    return batches
+def shapes(value):
+    """A batch, or a part of it, as it would lie on a device whose values are not known."""
+    if isinstance(value, tuple):
+        return type(value)(*map(shapes, value))
+    if isinstance(value, Batch):
+        return Batch(**{field.name: shapes(getattr(value, field.name)) for field in fields(value)})
+    return None if value is None else value.to("meta")
 
 
 @pytest.mark.parametrize(
@@ -190,17 +168,120 @@ def test_a_step_waits_for_nothing_and_brings_nothing_to_the_device(tmp_path, mon
     options |= classes if options.get("with_prior_preservation") else {}
     args = arguments(tmp_path, fused_attention=options.get("method") != "lora", frugal_layers=True, **options)
     run, _ = script.prepare(args, check(args))
-    batches = on_meta(run, run.batches(0, 0))
-    monkeypatch.setattr("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta"])
-    run.adapters.train()
+    batches = [shapes(batch) for batch in run.batches(0, 0)]
+    optimizers = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    for model in run.adapters.models.values():
+        model.to("meta").train()
+    run.collect_tensors()
+    run.optimizer = make_optimizer(run.adapters.by_component(), args)
+    run.scaler = torch.amp.GradScaler("meta", init_scale=1.0)
     total = torch.zeros((), device="meta")
     step = capture.CapturedStep(
         partial(script.backward, run, run.denoiser, total), partial(script.update, run), run.optimizer, Tapes()
     )
-    for _ in range(2):
-        with Device() as device:
+    first, second = Device(), Device()
+    for device in (first, second):
+        with device:
             for batch in batches:
                 step.backward(batch)
             step.update()
-    assert device.calls > 1000
-    assert device.found == []
+    assert first.found != []  # tables of the noise schedule come along
+    assert second.found == []
+    assert second.calls > 1000
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be
+
+
+def test_a_machine_without_a_gpu_says_so_once_and_trains(tmp_path, capsys):
+    folder = train(tmp_path / "out", cuda_graph=True, max_train_steps=1)
+    assert len(measured(folder)) == 1
+    assert capsys.readouterr().out.count("trains without a CUDA device; going on without graphs") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optimizer": "rmsprop"}, "got RMSprop unfused, wanted adam, adamw, sgd, fused"),
+        ({"optimizer": "adafactor"}, "got Adafactor unfused"),
+        ({"optimizer_args": ["fused=False"]}, "got AdamW unfused"),
+        ({"gradient_checkpointing": True, "lora_dropout": 0.1}, "cannot repeat a dropout"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused_before_a_model_is_loaded(tmp_path, options, said):
+    check(arguments(tmp_path, **options))
+    with pytest.raises(BadInput, match=f"--cuda_graph.*{said}"):
+        check(arguments(tmp_path, cuda_graph=True, **options))
+
+
+def test_a_base_that_fsdp_shards_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(BadInput, match="--cuda_graph cannot record how FSDP gathers the base"):
+        check(arguments(tmp_path, cuda_graph=True))
+
+
+def test_a_step_that_cannot_be_recorded_stops_the_run_with_the_reason(tmp_path, tapes, monkeypatch):
+    def fails(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(tapes, "record", fails)
+    with pytest.raises(Stopped, match="--cuda_graph: the step cannot be recorded: operation not permitted.*capturing"):
+        train(tmp_path, cuda_graph=True)
+
+
+def test_nothing_random_is_kept_for_a_recomputation_that_draws_nothing(tmp_path):
+    for dropout in (0.0, 0.1):
+        args = arguments(tmp_path, lora_dropout=dropout, gradient_checkpointing=True, train_text_encoder=True)
+        run, _ = script.prepare(args, check(args))
+        modules = [module for model in run.adapters.models.values() for module in model.modules()]
+        functions = [m._gradient_checkpointing_func for m in modules if getattr(m, "gradient_checkpointing", False)]
+        kept = {getattr(f, "function", f).keywords["preserve_rng_state"] for f in functions}
+        assert kept == {dropout > 0}
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shortcut": "input", "lora_dropout": 0.1, "gradient_accumulation_steps": 2, "scale_weight_norms": 1.0},
+        {"shortcut": "block", "handover": 0.5, "mixed_precision": "bf16", "use_ema": True},
+        {"shortcut": "middle", "gradient_checkpointing": True, "mixed_precision": "fp16", "snr_gamma": 5},
+        {"shortcut": "none", "optimizer": "sgd", "compile": True},
+    ],
+    ids=["input", "block", "middle", "compiled"],
+)
+def test_on_a_gpu_a_captured_run_equals_an_eager_one(tmp_path, monkeypatch, classes, options):
+    """In six steps, as closely as sums in another order allow; and no replay waits for the device."""
+    close = 1e-2 if "mixed_precision" in options else 1e-3
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(capture, "WARM_UP", 1)
+    call, replays = capture.Recorded.__call__, []
+
+    def without_waiting(self, *inputs):
+        if capture.signature(inputs) not in self.recordings:
+            return call(self, *inputs)
+        replays.append(inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(self, *inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(capture.Recorded, "__call__", without_waiting)
+    options = STEPS | classes | {"max_train_steps": 6, "checkpointing_steps": 6, "validation_steps": 3} | options
+    options |= {"train_text_encoder": True, "with_prior_preservation": True}
+    plain, captured = (train(tmp_path / name, cuda_graph=on, **options) for name, on in (("off", False), ("on", True)))
+    assert len(replays) >= 4
+    for got, wanted in zip(measured(captured), measured(plain), strict=True):
+        assert got == pytest.approx(wanted, rel=close)
+    first, second = (state(folder / "checkpoint-6") for folder in (plain, captured))
+    assert first.keys() == second.keys()
+    for name in first:
+        if "lora_B" in name and not name.startswith("optimizer"):  # zero before the first step
+            assert (first[name] - second[name]).norm() <= 10 * close * first[name].norm(), name

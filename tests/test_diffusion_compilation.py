@@ -1,9 +1,9 @@
-"""`--compile` and `--cuda_graph`: the numbers of an eager run, and a machine that lacks something trains without."""
+"""`--compile`: the numbers of an eager run, and a machine that lacks something trains without."""
 
 import pytest
 import torch
 
-from dreambooth import arguments, train
+from dreambooth import arguments, several_sizes, train
 from reslora_diffusion.diffusion import compilation
 from reslora_diffusion.diffusion.history import read_history
 
@@ -25,12 +25,6 @@ def test_nothing_is_compiled_or_said_unasked():
     assert said == []
 
 
-def test_a_machine_without_a_gpu_says_so_once_and_trains(tmp_path, capsys):
-    folder = train(tmp_path / "out", cuda_graph=True, max_train_steps=1)
-    assert len(losses(folder)) == 1
-    assert capsys.readouterr().out.count("without a CUDA device; going on without graphs") == 1
-
-
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr(compilation, "why_not_compiled", lambda device: "torch.compile needs a C++ compiler")
     said = []
@@ -39,19 +33,31 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_a_compiled_run_is_an_eager_one(tmp_path, shortcut):
-    """To rounding; one graph without breaks, compiled once: not again for later steps, nor for validation."""
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"shortcut": "input", "validation_steps": 2}, 1),  # not again for later steps, nor for validation
+        ({"shortcut": "middle", "validation_steps": 2}, 1),
+        ({"shortcut": "block", "handover": 0.5}, 2),
+        ({"shortcut": "input", "sizes": True}, 2),
+        ({"shortcut": "middle", "gradient_checkpointing": True}, None),  # which torch compiles in pieces
+    ],
+    ids=["input", "middle", "handover", "sizes", "checkpointing"],
+)
+def test_a_compiled_run_is_an_eager_one(tmp_path, options, graphs):
+    """To rounding; in graphs without breaks, each compiled once."""
     if reason := compilation.why_not_compiled(torch.device("cpu")):
         pytest.skip(reason)
     from torch._dynamo.utils import counters
 
-    options = {"shortcut": shortcut, "max_train_steps": 4, "validation_steps": 2}
+    options = {"max_train_steps": 4, "lr_warmup_steps": 0} | options
+    options |= several_sizes(tmp_path) if options.pop("sizes", False) else {}
     wanted = losses(train(tmp_path / "eager", **options))
     torch._dynamo.reset()
     counters.clear()
     got = losses(train(tmp_path / "compiled", compile=True, **options))
-    assert dict(counters["graph_break"]) == {}
-    assert counters["stats"]["unique_graphs"] == 1
+    if graphs:
+        assert dict(counters["graph_break"]) == {}
+        assert counters["stats"]["unique_graphs"] == graphs
     assert got == pytest.approx(wanted, rel=1e-4)
     torch._dynamo.reset()
