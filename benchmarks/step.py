@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reslora_diffusion.diffusion.capture import WARM_UP, CudaGraphs
+
 from .models import SUBJECTS, Subject, output
 from .results import FOLDER, write_results
 from .variants import VARIANTS
@@ -71,16 +73,11 @@ def prepare(
 
 def as_graph(step: Callable[[], Tensor]) -> Callable[[], Any]:
     """The step recorded once as a CUDA graph, and replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    graphs = CudaGraphs()
+    with graphs.aside():
+        for _ in range(WARM_UP):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return graphs.record(step)
 
 
 # -------------------------------------------------------------------------------------------------------- clocks

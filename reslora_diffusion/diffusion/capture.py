@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from ..problems import Stopped
-from .sampling import Batch
 
 WARM_UP = 3  # calls before a recording, as in torch's own examples
-Backward = Callable[[Batch], None]
+Backward = Callable[[Any], None]  # of a batch: a dataclass of tensors
 Update = Callable[[], Tensor]
 
 
@@ -170,7 +169,7 @@ class CapturedStep(Step):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
-    def add_to_sums(self, backward: Backward, batch: Batch) -> None:
+    def add_to_sums(self, backward: Backward, batch: Any) -> None:
         """`backward`, whose gradients are added to the sums a few dozen at once instead of one by one."""
         parameters = self.parameters()
         self.set_gradients(dict.fromkeys(parameters))
