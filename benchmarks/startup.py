@@ -93,12 +93,15 @@ def of_dreambooth(missing: Path, unreadable: Path) -> dict[str, list[object]]:
 
 def of_llm(missing: Path) -> dict[str, list[object]]:
     """Of the scripts for language models."""
+    model = ["--model_name_or_path", ROOT / "assets" / "tiny-llm"]
     return {
         "--help": ["--help"],
         "unknown option": ["--no_such_option", "1"],
         "no number": ["--learning_rate", "fast"],
         "no such model": ["--model_name_or_path", missing],
-        "no such data": ["--model_name_or_path", ROOT / "assets" / "tiny-llm", "--dataset_name", missing],
+        "no such data": [*model, "--dataset_name", missing],
+        "rank above the layers' width": [*model, "--rank", "4000", "--target_modules", "q_proj"],
+        "texts above the model's length": [*model, "--max_length", "100000"],
         "options that contradict": ["--method", "lora", "--shortcut", "block"],
     }
 

@@ -37,14 +37,16 @@ class Files:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def shapes(self, folder: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
-        """Shapes of a component's tensors by name. Every precision that it is there in has the same."""
-        stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
+        """Shapes of a component's tensors by name; of a whole transformers model under "". Every precision that it is
+        there in has the same."""
+        stem = "model" if folder.startswith("text_encoder") or not folder else "diffusion_pytorch_model"
+        folder = folder and f"{folder}/"
         for suffix in dict.fromkeys((f".{variant}" if variant else "", "", ".fp16")):
-            if path := self.path(f"{folder}/{stem}{suffix}.safetensors"):
+            if path := self.path(f"{folder}{stem}{suffix}.safetensors"):
                 return shapes_in(path)
-            if index := self.path(f"{folder}/{stem}.safetensors.index{suffix}.json"):
+            if index := self.path(f"{folder}{stem}.safetensors.index{suffix}.json"):
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                paths = [self.path(f"{folder}/{shard}") for shard in shards]
+                paths = [self.path(f"{folder}{shard}") for shard in shards]
                 if None not in paths:
                     return {name: shape for path in paths for name, shape in shapes_in(path).items()}
         raise Unknown(folder)

@@ -4,13 +4,18 @@ import subprocess
 import sys
 
 import pytest
+from peft import TaskType
+from torch import nn
 from transformers import TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
-from llm_tiny import ROOT
-from reslora_diffusion.llm import options
+from llm_tiny import MODELS, ROOT
+from reslora_diffusion.llm import models, options
+from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, build_parser, parse, training_arguments
 from reslora_diffusion.llm.training_fields import fields_of_training
 from reslora_diffusion.problems import BadInput
+from reslora_diffusion.stored import Files
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
 HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
@@ -65,6 +70,22 @@ def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):
         training_arguments(parse(LlmOptions, ["--eval_strategy=no"], {})[1])
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_files_of_a_model_tell_its_layers_as_its_modules_do(tmp_path, name):
+    model = MODELS[name][0]()
+    model.save_pretrained(tmp_path)
+    linear = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    assert stored_layers(Files(str(tmp_path), None).shapes("")) == dict(sorted(linear.items()))
+    given = {"model_name_or_path": str(tmp_path), "rank": 33, "max_length": 4096}
+    chosen = LlmOptions(**given, target_modules=["qq_proj", next(iter(linear)).rpartition(".")[2]])
+    found = stored_problems(chosen)
+    context = length_problems(models.context_length(model.config), 4096)
+    assert found == [*context, *models.target_problems(model.config, chosen, TaskType.CAUSAL_LM)]
+    assert len(found) >= 2
+    head = GlueOptions(**given | {"max_length": 9, "rank": 4}, target_modules=["classifier", "out_proj"])
+    assert stored_problems(head) == []  # a file of no classifier does not tell what a classifier has
+
+
 ANSWERS = {  # words -> what is said, all without torch
     "--help": "--gradient_accumulation_steps",
     "--no_such_option 1": "unknown option --no_such_option",
@@ -75,6 +96,8 @@ ANSWERS = {  # words -> what is said, all without torch
     "--model_name_or_path /nowhere/model": "/nowhere/model: there is no such folder",
     "--model_name_or_path tests": "has no config.json",
     "--task_name rte --dataset_name /nowhere.jsonl": "/nowhere.jsonl: there is no such file",
+    "--model_name_or_path assets/tiny-llm --max_length 9999": "--max_length: got 9999, wanted at most",
+    "--model_name_or_path assets/tiny-llm --rank 999 --target_modules q_proj": "--rank: got 999, larger than model.",
     "--shortcut input --num_previous 3": "num_previous: got 3, wanted 1 or 0",
     "--method lora --shortcut block": "--shortcut: does nothing with --method lora",
     "--resume_from_checkpoint latest": "no checkpoint there",

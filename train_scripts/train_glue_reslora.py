@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
+from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import GlueOptions, parse, training_arguments
 from reslora_diffusion.problems import importing, refuse, run_program
 
@@ -65,7 +66,8 @@ def train(
     task = GLUE[options.task_name]
     kind = TaskType.SEQ_CLS
     config = models.load_config(options, kind, num_labels=task.num_labels)
-    refuse(models.target_problems(config, options, kind) + models.length_problems(config, options.max_length))
+    context = models.context_length(config)
+    refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
     tokenizer = models.load_tokenizer(options)
     data = prepare(options, tokenizer, rows or read(options), training.seed)
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.checks import check, launcher_problems
+from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
 from reslora_diffusion.problems import importing, refuse, run_program
 
@@ -75,9 +76,10 @@ def train(
 
     kind = TaskType.CAUSAL_LM
     config = models.load_config(options, kind)
-    refuse(models.target_problems(config, options, kind) + models.length_problems(config, options.max_length))
+    context = models.context_length(config)
+    refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
     tokenizer = models.load_tokenizer(options)
-    options.max_length = options.max_length or min(1024, models.context_length(config) or 1024)
+    options.max_length = options.max_length or min(1024, context or 1024)
     data = llm_data.prepare(options, tokenizer, rows or reading.read(options, training.seed))
 
     set_seed(training.seed)

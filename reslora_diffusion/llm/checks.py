@@ -13,6 +13,7 @@ from typing import Any
 
 from ..problems import BadInput, refuse
 from ..rules import Shortcut, ShortcutFields, faults
+from .model_checks import stored_problems
 from .options import ModelOptions
 from .records import is_json_lines
 
@@ -29,6 +30,7 @@ def check(
         BadInput: every problem of options, files and checkpoint.
     """
     problems = option_problems(options) + data_problems + training_problems(training, options)
+    problems += stored_problems(options) if options.model_name_or_path else []
     checkpoint = rows = None
     try:
         checkpoint = checkpoint_of(training, options)

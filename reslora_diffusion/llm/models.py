@@ -22,6 +22,7 @@ from reslora_diffusion import ResLoraConfig
 
 from ..problems import BadInput, listing
 from .checks import PRECISIONS, adapter_settings
+from .model_checks import layer_problems, leaves_of
 from .options import ModelOptions
 
 AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
@@ -73,31 +74,17 @@ def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: 
         targets = []
     with torch.device("meta"):
         model = AUTO[task_type].from_config(config)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    layers = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if not targets:
-        return [f"--target_modules: PEFT knows no default for {config.model_type}; it has {listing(leaves, 12)}"]
-    problems = []
-    for target in targets if targets != ["all-linear"] else []:
-        matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
-        if not matched:
-            problems.append(f"--target_modules: {target!r} matches nothing; the model has {listing(leaves, 12)}")
-        narrow = [f"{n} {tuple(m.weight.shape)}" for n, m in matched.items() if min(m.weight.shape) < options.rank]
-        if narrow:
-            problems.append(f"--rank: got {options.rank}, larger than {listing(narrow)}")
-    return problems
+        has = listing(leaves_of(layers), 12)
+        return [f"--target_modules: PEFT knows no default for {config.model_type}; it has {has}"]
+    targets = [target for target in targets if target != "all-linear"]
+    return [*layer_problems(layers, targets, options.rank)]
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """Tokens the model has positions for, if it is bounded."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def length_problems(config: PreTrainedConfig, max_length: int | None) -> list[str]:
-    context = context_length(config)
-    if max_length is None or context is None or max_length <= context:
-        return []
-    return [f"--max_length: got {max_length}, wanted at most {context}, the model's context"]
 
 
 def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:

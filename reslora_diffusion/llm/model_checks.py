@@ -1,0 +1,70 @@
+"""What of the options does not fit a model: from its files where they tell, without torch, else from its modules.
+
+Files lack what is made when a model is loaded: heads of a classifier, output layers that share the embedding's weight.
+So of files only what is certain is said; `models.target_problems` asks the same of the modules of every model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..problems import listing
+from ..stored import Files, Unknown
+from .options import LlmOptions, ModelOptions
+
+EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name
+OUTPUT = "lm_head"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def length_problems(context: int | None, max_length: int | None) -> Iterator[str]:
+    if max_length is not None and context is not None and max_length > context:
+        yield f"--max_length: got {max_length}, wanted at most {context}, the model's context"
+
+
+def layer_problems(layers: Shapes, targets: Sequence[str], rank: int) -> Iterator[str]:
+    """Target modules that match nothing, and layers narrower than the rank. `layers`: the linear ones of a model."""
+    for target in targets:
+        matched = {name: shape for name, shape in sorted(layers.items()) if f".{name}".endswith(f".{target}")}
+        if not matched:
+            yield f"--target_modules: {target!r} matches nothing; the model has {listing(leaves_of(layers), 12)}"
+        if narrow := [f"{name} {shape}" for name, shape in matched.items() if min(shape) < rank]:
+            yield f"--rank: got {rank}, larger than {listing(narrow)}"
+
+
+def leaves_of(layers: Shapes) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
+def stored_problems(options: ModelOptions) -> list[str]:
+    """As far as a model's files on this machine tell; those of pictures and text hold more than is trained."""
+    files = Files(str(options.model_name_or_path), options.model_revision)
+    try:
+        config = files.json("config.json")
+        if "text_config" in config:
+            return []
+        context = config.get("max_position_embeddings", config.get("n_positions"))  # as GPT-2 calls it
+        problems = [*length_problems(context, options.max_length)]
+        layers = stored_layers(files.shapes("")) if options.target_modules else {}
+    except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    leaves, whole = {*leaves_of(layers), OUTPUT}, isinstance(options, LlmOptions)
+    targets = [target for target in options.target_modules or [] if target != "all-linear"]
+    certain = [
+        target
+        for target in targets
+        if any(f".{name}".endswith(f".{target}") for name in layers)
+        or (whole and target.rpartition(".")[2] not in leaves)
+    ]
+    return problems + [*layer_problems(layers, certain, options.rank)]
+
+
+def stored_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The linear layers among a model's tensors, by name and in order of names."""
+    weights = {name.removesuffix(".weight"): shape for name, shape in sorted(shapes.items()) if len(shape) == 2}
+    found = {
+        name: shape
+        for name, shape in weights.items()
+        if not any(part in name.rpartition(".")[2] for part in EMBEDDING) and f"{name}.weight" in shapes
+    }
+    tied = next((shape for name, shape in weights.items() if name not in found), None)
+    return found if OUTPUT in found or tied is None else found | {OUTPUT: tied}
