@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from dreambooth import arguments, script
-from reslora_diffusion.diffusion.options import build_parser
+from reslora_diffusion.diffusion.flags import KOHYA_NAMES
+from reslora_diffusion.diffusion.options import build_parser, known_flags
 from reslora_diffusion.diffusion.record import options
 from reslora_diffusion.problems import BadInput
 
@@ -143,6 +144,23 @@ def test_unknown_keys_of_a_file_and_unknown_words_fail(tmp_path):
     assert "--rnak" in str(error.value)
     assert "wanted --rank?" in str(error.value)
     assert "wanted --shortcut?" in str(error.value)
+
+
+def test_flags_of_kohyas_scripts_are_answered_with_ours(tmp_path):
+    assert {word for ours in KOHYA_NAMES.values() for word in ours.split() if word.startswith("--")} <= {
+        f"{flag}{comma}" for flag in known_flags() for comma in ("", ",")
+    }
+    assert not {f"--{name}" for name in KOHYA_NAMES} & set(known_flags())
+    words = ["--network_dim", "8", "--min_snr_gamma=5", "stray", "--enable_bucket", "--unheard_of", "1"]
+    with pytest.raises(BadInput) as error:
+        script.main(script.parse_args(words))
+    assert error.value.problems[1:6] == [
+        "got '--network_dim', which is no option; wanted --rank?",
+        "got '--min_snr_gamma=5', which is no option; wanted --snr_gamma?",
+        "got 'stray', which is no option",
+        "got '--enable_bucket', which is no option; wanted --aspect_ratio_buckets auto?",
+        "got '--unheard_of', which is no option",
+    ]
 
 
 def test_a_word_of_a_wrong_type_is_bad_input():

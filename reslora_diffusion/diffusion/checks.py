@@ -25,7 +25,7 @@ from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
 from .data import INTERPOLATIONS, extension_problems
 from .dataset import dataset_options
-from .flags import NOT_SUPPORTED
+from .flags import KOHYA_NAMES, NOT_SUPPORTED
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
@@ -208,10 +208,13 @@ def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
 
 
 def unknown_words(words: list[str]) -> Iterator[str]:
-    known = known_flags()
+    known, flag = known_flags(), ""
     for word in words:
-        close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-        yield f"got {word!r}, which is no option" + (f"; wanted {close[0]}?" if close else "")
+        if word.startswith("-") or not flag or "=" in flag:  # else it is the value of what has been named
+            close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+            wanted = KOHYA_NAMES.get(word.split("=")[0].removeprefix("--")) or (close[0] if close else "")
+            yield f"got {word!r}, which is no option" + (f"; wanted {wanted}?" if wanted else "")
+        flag = word if word.startswith("-") else ""
 
 
 def bad_values(args: Namespace) -> Iterator[str]:

@@ -18,6 +18,35 @@ NOT_SUPPORTED = {
     "class_labels_conditioning": "only DeepFloyd's upscaler has class labels",
     "validation_images": "it serves DeepFloyd's upscaler; Stable Diffusion is validated by --validation_prompt",
 }
+KOHYA_NAMES = {  # of kohya's flags, what says the same here
+    "train_data_dir": "--instance_data_dir",
+    "reg_data_dir": "--with_prior_preservation --class_data_dir",
+    "dataset_config": "--concepts",
+    "enable_bucket": "--aspect_ratio_buckets auto",
+    "flip_aug": "--random_flip",
+    "masked_loss": "--mask_data_dir, or --alpha_mask",
+    "cache_latents_to_disk": "--encoding_cache_dir",
+    "cache_text_encoder_outputs_to_disk": "--encoding_cache_dir",
+    "max_data_loader_n_workers": "--dataloader_num_workers",
+    "vae": "--pretrained_vae_model_name_or_path",
+    "xformers": "--enable_xformers_memory_efficient_attention",
+    "network_dim": "--rank",
+    "network_alpha": "--lora_alpha",
+    "network_dropout": "--lora_dropout",
+    "unet_lr": "--learning_rate",
+    "optimizer_type": "--optimizer",
+    "max_train_epochs": "--num_train_epochs",
+    "min_snr_gamma": "--snr_gamma",
+    "v_parameterization": "--prediction_type v_prediction",
+    "zero_terminal_snr": "--rescale_betas_zero_snr",
+    "save_every_n_steps": "--checkpointing_steps",
+    "save_every_n_epochs": "--checkpointing_steps",
+    "resume": "--resume_from_checkpoint",
+    "output_name": "--export_name",
+    "sample_prompts": "--validation_prompt",
+    "sample_every_n_steps": "--validation_steps",
+    "sample_every_n_epochs": "--validation_epochs",
+}
 
 
 def int_or_all(text: str) -> int | str:
