@@ -127,6 +127,7 @@ def train(run: "Run", step: int) -> int:
             if interruption.requested():
                 run.save(step, args.checkpoints_total_limit)
                 break
+    whole.forget()
     return step
 
 

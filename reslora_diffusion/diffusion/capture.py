@@ -46,7 +46,7 @@ class Recorder(Protocol):
         """What does again whatever `function` does on the device; `function` itself changes nothing there."""
 
     def forget(self) -> None:
-        """Nothing that was recorded will be used again."""
+        """Nothing that was recorded will be used again; it may still be running."""
 
 
 class CudaGraphs:
@@ -127,7 +127,10 @@ class Recorded:
         try:
             return inputs, result, self.recorder.record(function)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            cause: BaseException = error
+            while cause.__context__:  # what ends a recording complains of it once more
+                cause = cause.__context__
+            reason = str(cause).partition("\n")[0]
             raise Stopped(f"--cuda_graph: the step cannot be recorded: {reason}. Go on without it") from error
 
 
@@ -138,7 +141,7 @@ class Step:
         self.backward, self.update = backward, update
 
     def forget(self) -> None:
-        """The parameters or what is computed with them are others now."""
+        """Parameters, or what is computed with them, are others now, or training is over."""
 
 
 class CapturedStep(Step):
@@ -147,22 +150,22 @@ class CapturedStep(Step):
     def __init__(
         self, backward: Backward, update: Update, optimizer: torch.optim.Optimizer, recorder: Recorder
     ) -> None:
-        self.groups, self.recorder = optimizer.param_groups, recorder
+        self.optimizer, self.recorder = optimizer, recorder
         self.sums: dict[Tensor, Tensor] = {}
-        device = self.groups[0]["params"][0].device
-        self.rates = [torch.zeros((), device=device) for _ in self.groups]
+        device = self.parameters()[0].device
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self.recorded_update = Recorded(partial(self.update_sums, update), recorder)
         super().__init__(Recorded(partial(self.add_to_sums, backward), recorder), self.update_at_rates)
 
     def forget(self) -> None:
-        for part in (self.backward, self.recorded_update):
-            part.forget()
         self.recorder.forget()
+        self.backward.forget()
+        self.recorded_update.forget()
         self.set_gradients(dict.fromkeys(self.parameters()))
         self.sums = {}
 
     def parameters(self) -> list[Tensor]:
-        return [parameter for group in self.groups for parameter in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @staticmethod
     def set_gradients(gradients: dict[Tensor, Any]) -> None:
@@ -182,20 +185,21 @@ class CapturedStep(Step):
 
     def update_sums(self, update: Update) -> Tensor:
         """`update`, which reads its learning rates from tensors and leaves sums of zero."""
-        given = [group["lr"] for group in self.groups]
-        for group, rate in zip(self.groups, self.rates, strict=True):
+        groups = self.optimizer.param_groups
+        given = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
         try:
             norm = update()
         finally:
-            for group, rate in zip(self.groups, given, strict=True):
+            for group, rate in zip(groups, given, strict=True):
                 group["lr"] = rate
         torch._foreach_zero_(list(self.sums.values()))
         self.set_gradients(self.sums)
         return norm
 
     def update_at_rates(self) -> Tensor:
-        for group, rate in zip(self.groups, self.rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             rate.fill_(group["lr"])
         norm = self.recorded_update()
         torch.autograd.graph.increment_version(self.parameters())  # a replay changes them behind autograd's back
