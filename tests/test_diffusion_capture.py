@@ -6,6 +6,7 @@ where the step computes on `meta`: such a tensor has no value to read, and nothi
 """
 
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from dreambooth import SUBJECTS, arguments, script, several_sizes, train
+from dreambooth import ROOT, SUBJECTS, arguments, environment, script, several_sizes, train, words
 from reslora_diffusion.diffusion import capture
 from reslora_diffusion.diffusion.checks import check
 from reslora_diffusion.diffusion.history import read_history
@@ -47,6 +48,12 @@ def classes(tmp_path_factory):
     for number in range(3):
         Image.open(SUBJECTS / "teapot" / f"{number}.png").save(folder / f"{number}.png")
     return {"class_data_dir": folder, "class_prompt": "a sticker of a thing", "num_class_images": 3}
+
+
+def with_model(options):
+    """The options, with a small model of a family where its name stands."""
+    build = {"xl": tiny_pipeline_xl, "3": tiny_pipeline_3}.get(options.get("pretrained_model_name_or_path"))
+    return options | ({"pretrained_model_name_or_path": saved(build)} if build else {})
 
 
 def measured(folder):
@@ -111,12 +118,45 @@ def test_a_handover_is_recorded_anew_and_a_resumed_run_continues_bit_for_bit(tmp
         {"method": "lora", "mixed_precision": "fp16", "learning_rate": 2**-10},
         {"shortcut": "input", "optimizer": "sgd", "optimizer_args": ["momentum=0.5"], "handover": 0.5},
         {"shortcut": "none", "optimizer": "adam", "mixed_precision": "bf16", "loraplus_lr_ratio": 4},
+        {"shortcut": "input", "train_text_encoder": True, "pretrained_model_name_or_path": "xl"},
     ],
-    ids=["fp16", "sgd", "bf16"],
+    ids=["fp16", "sgd", "bf16", "xl"],  # where a text encoder's last layer has no gradients
 )
-def test_other_optimizers_and_precisions(tmp_path, tapes, options):
-    assert_captured_equals_plain(tmp_path, **options)
+def test_other_optimizers_precisions_and_models(tmp_path, tapes, options):
+    assert_captured_equals_plain(tmp_path, **with_model(options))
     assert tapes.recorded == (4 if "handover" in options else 2)
+
+
+TAPED = """
+import sys
+sys.path[:0] = [{tests!r}]
+import dreambooth
+from reslora_diffusion.diffusion import capture
+from tape import Tapes
+tapes = Tapes()
+capture.why_not_captured, capture.CudaGraphs, capture.WARM_UP = lambda device: None, lambda: tapes, 1
+dreambooth.script.main(dreambooth.script.parse_args(sys.argv[1:]))
+print("recorded", tapes.recorded, "replayed", tapes.replayed)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_average_gradients_between_their_graphs(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(TAPED.format(tests=str(ROOT / "tests")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(program)]
+    options = STEPS | {"shortcut": "middle", "gradient_accumulation_steps": 2, "checkpointing_steps": 4}
+    for name, captured in (("off", False), ("on", True)):
+        done = subprocess.run(
+            [*launch, *words(tmp_path / name, cuda_graph=captured, **options)],
+            env=environment() | {"ACCELERATE_USE_CPU": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("recorded 2 replayed 10" if captured else "recorded 0") == 2
+    assert_same(*(state(tmp_path / name / "checkpoint-4") for name in ("off", "on")))
 
 
 # ------------------------------------------------------------------------------------------------ nothing waits
@@ -156,15 +196,14 @@ def shapes(value):
         {"shortcut": "input", "train_text_encoder": True, "with_prior_preservation": True, "lora_dropout": 0.1},
         {"shortcut": "block", "loss_type": "huber", "gradient_checkpointing": True, "mixed_precision": "bf16"},
         {"shortcut": "middle", "snr_gamma": 5, "alpha_mask": True, "train_text_encoder": True, "scale_weight_norms": 1},
-        {"shortcut": "input", "resolution": 64, "pretrained_model_name_or_path": "xl", "train_text_encoder": True},
-        {"shortcut": "middle", "resolution": 64, "pretrained_model_name_or_path": "3", "train_text_encoder": True},
+        {"shortcut": "input", "pretrained_model_name_or_path": "xl", "train_text_encoder": True},
+        {"shortcut": "middle", "pretrained_model_name_or_path": "3", "train_text_encoder": True},
     ],
     ids=["lora", "input", "block", "middle", "xl", "3"],
 )
 def test_a_step_waits_for_nothing_and_brings_nothing_to_the_device(tmp_path, monkeypatch, classes, options):
     """In the form that a GPU computes in, once the first step has been."""
-    if name := options.get("pretrained_model_name_or_path"):
-        options |= {"pretrained_model_name_or_path": saved({"xl": tiny_pipeline_xl, "3": tiny_pipeline_3}[name])}
+    options = with_model(options)
     options |= classes if options.get("with_prior_preservation") else {}
     args = arguments(tmp_path, fused_attention=options.get("method") != "lora", frugal_layers=True, **options)
     run, _ = script.prepare(args, check(args))
