@@ -6,14 +6,19 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS = {"unet": UNET_TARGETS, "clip": CLIP_TARGETS, "llama": LLAMA_TARGETS}
+FLUX_TARGETS = [
+    *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+]
+TARGETS = {"unet": UNET_TARGETS, "clip": CLIP_TARGETS, "llama": LLAMA_TARGETS, "flux": FLUX_TARGETS}
 
 
 def unet() -> UNet2DConditionModel:
@@ -59,12 +64,33 @@ def llama(**changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
+def flux() -> FluxTransformer2DModel:
+    """Two blocks with a stream each for picture and text, then three that see both as one."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
 def inputs(name: str, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     if name == "unet":
         noisy = torch.randn(batch, 4, 8, 8, generator=generator, dtype=torch.float64)
         prompt = torch.randn(batch, 5, 24, generator=generator, dtype=torch.float64)
         return noisy, torch.randint(0, 1000, (batch,), generator=generator), prompt
+    if name == "flux":
+        tokens, prompt = (torch.randn(batch, *shape, generator=generator).double() for shape in ((16, 4), (5, 16)))
+        pooled = torch.randn(batch, 8, generator=generator).double()
+        times, places = torch.rand(batch, generator=generator).double(), torch.zeros(16 + 5, 3).double()
+        places[:16, 1:] = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        return tokens, prompt, pooled, times, places[:16], places[16:]
     return (torch.randint(2, 64, (batch, 9), generator=generator),)
 
 
@@ -77,7 +103,7 @@ def output(name: str, model: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 def build(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = {"unet": unet, "clip": clip, "llama": llama}[name]().double().eval()
+    model = {"unet": unet, "clip": clip, "llama": llama, "flux": flux}[name]().double().eval()
     model.requires_grad_(False)
     return model
 

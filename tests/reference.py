@@ -16,7 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-ATTENTION = r"attn\d?\.to_(?:q|k|v|out)(?:\.0)?$|self_attn\.\w+_proj$|mlp\.\w+_proj$|mlp\.fc\d$"
+ATTENTION = (
+    r"attn\d?\.to_(?:q|k|v|out)(?:\.0)?$|self_attn\.\w+_proj$|mlp\.\w+_proj$|mlp\.fc\d$"
+    r"|attn\.(?:add_[qkv]_proj|to_add_out)$|ff(?:_context)?\.net\.(?:0\.proj|2)$|proj_mlp$"
+)
 
 
 class NaiveBlock(nn.Module):

@@ -1,4 +1,5 @@
-"""Outputs and gradients of every shortcut against the naive float64 reference: a UNet, a CLIP encoder, a Llama."""
+"""Outputs and gradients of every shortcut against the naive float64 reference: a UNet, a CLIP encoder, a Llama,
+a Flux."""
 
 import copy
 
@@ -11,7 +12,7 @@ from reference import adapt_naively
 from reslora_diffusion import ResLoraConfig, attach, get_controller
 from reslora_diffusion.core.functional import concatenated, down_sum, up_add
 
-MODELS = ("unet", "clip", "llama")
+MODELS = ("unet", "clip", "llama", "flux")
 CASES = [("none", 1), ("input", 1), ("input", 0), ("block", 1), ("block", 3), ("block", None), ("middle", 1)]
 CASES += [("middle", 2), ("middle", None)]
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from models import UNET_TARGETS, build, inputs, output, randomise
+from models import FLUX_TARGETS, UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, calibrate, get_controller, merged_forward
 from reslora_diffusion.diffusion.attn_processor import (
     ResLoRAAttnProcessor,
@@ -42,26 +42,8 @@ def sd3() -> tuple[nn.Module, dict]:
 
 
 def flux() -> tuple[nn.Module, dict]:
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 4, 8),
-    )
-    g = torch.Generator().manual_seed(0)
-    return model, {
-        "hidden_states": torch.randn(1, 16, 4, generator=g, dtype=torch.float64),
-        "encoder_hidden_states": torch.randn(1, 5, 16, generator=g, dtype=torch.float64),
-        "pooled_projections": torch.randn(1, 8, generator=g, dtype=torch.float64),
-        "timestep": torch.tensor([0.5], dtype=torch.float64),
-        "img_ids": torch.zeros(16, 3, dtype=torch.float64),
-        "txt_ids": torch.zeros(5, 3, dtype=torch.float64),
-    }
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+    return build("flux"), dict(zip(names, inputs("flux"), strict=True))
 
 
 def unet() -> tuple[nn.Module, dict]:
@@ -69,7 +51,7 @@ def unet() -> tuple[nn.Module, dict]:
     return build("unet"), {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": prompt}
 
 
-CASES = {"unet": (unet, UNET_TARGETS), "sd3": (sd3, JOINT), "flux": (flux, JOINT)}
+CASES = {"unet": (unet, UNET_TARGETS), "sd3": (sd3, JOINT), "flux": (flux, FLUX_TARGETS)}
 
 
 def gradients_of(model: nn.Module, kwargs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

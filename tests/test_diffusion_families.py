@@ -1,5 +1,6 @@
 """Model families: the conditions that training gives a UNet are those that the family's own pipeline gives it."""
 
+import inspect
 import json
 import re
 import shutil
@@ -14,12 +15,21 @@ from safetensors.torch import load_file
 
 from dreambooth import PROMPT, train
 from reslora_diffusion.diffusion.families import FAMILIES, Texts
+from reslora_diffusion.diffusion.families.base import OF_FLOWS
 from reslora_diffusion.diffusion.randomness import Stream, generator
 from reslora_diffusion.export import verify_lora
 from reslora_diffusion.problems import BadInput
-from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_xl
+from tiny import (
+    saved,
+    tiny_pipeline,
+    tiny_pipeline_3,
+    tiny_pipeline_3_without_t5,
+    tiny_pipeline_flux,
+    tiny_pipeline_schnell,
+    tiny_pipeline_xl,
+)
 
-BUILDERS = (tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_3_without_t5)
+BUILDERS = (tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_flux)
 LENGTHS = Namespace(tokenizer_max_length=None, max_sequence_length=24)
 PROMPTS = ["a sticker of an octopus", "a photo of a dog on a blue background"]
 
@@ -50,13 +60,13 @@ def test_texts_are_encoded_as_the_pipeline_does_it(family_and_pipeline):
     family, pipeline = family_and_pipeline
     ours = encode(family, pipeline, PROMPTS)
     with torch.no_grad():
-        twice = {"prompt_2": PROMPTS, "prompt_3": PROMPTS} if family.fixed_encoder else {}
-        theirs = pipeline.encode_prompt(
-            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False, **twice, **of_t5(family)
-        )
+        known = inspect.signature(pipeline.encode_prompt).parameters
+        more = {"prompt_2": PROMPTS, "prompt_3": PROMPTS, "do_classifier_free_guidance": False}
+        more = {name: value for name, value in more.items() if name in known}
+        theirs = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, **more, **of_t5(family))
     torch.testing.assert_close(ours.hidden, theirs[0])
-    if ours.pooled is not None:
-        torch.testing.assert_close(ours.pooled, theirs[2])
+    if ours.pooled is not None:  # between the two is the negative prompt, where there is one
+        torch.testing.assert_close(ours.pooled, theirs[2 if "do_classifier_free_guidance" in known else 1])
 
 
 def test_painting_from_texts_is_painting_from_prompts(family_and_pipeline):
@@ -88,9 +98,63 @@ def test_the_model_is_told_what_the_pipeline_tells_it(family_and_pipeline, monke
         torch.testing.assert_close(value, (told | (told.get("added_cond_kwargs") or {}))[name])
 
 
+@pytest.mark.parametrize("build", [tiny_pipeline_flux, tiny_pipeline_schnell])
+def test_flux_is_given_tokens_places_times_and_guidance_as_its_pipeline_gives_them(build, monkeypatch):
+    pipeline = load(build)
+    family, model, told = FAMILIES["FluxPipeline"], pipeline.transformer, []
+    forward = model.forward
+
+    def spy(*args, **kwargs):
+        told.append((kwargs, forward(*args, **kwargs)))
+        return told[-1][1]
+
+    monkeypatch.setattr(model, "forward", spy)
+    settings = {"num_inference_steps": 1, "guidance_scale": 2.0, "height": 64, "width": 96, **of_t5(family)}
+    pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **settings)
+    (theirs, packed), latents = told.pop(), torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    args = Namespace(training_guidance_scale=2.0)
+    with torch.no_grad():
+        got = family.denoise(
+            model,
+            latents,
+            theirs["timestep"] * 1000,
+            family.condition(encode(family, pipeline, PROMPTS[:1]), torch.zeros(1, 6)),
+            family.training_guidance(model.config, args),
+        )
+    ours, _ = told.pop()
+    assert (ours["guidance"] is None) == (build is tiny_pipeline_schnell)
+    assert ours.keys() == theirs.keys() - {"joint_attention_kwargs"}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+    torch.testing.assert_close(got, pipeline._unpack_latents(packed[0], 64, 96, 8))
+
+
+def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
+    """Of train_dreambooth_lora_flux.py: uniform and unweighted, not shifted by the size of the picture."""
+    pipeline, levels = load(tiny_pipeline_flux), torch.arange(1000)
+    args = Namespace(**dict.fromkeys(OF_FLOWS))
+    process = FAMILIES["FluxPipeline"].process(pipeline, args)
+    torch.testing.assert_close(process.sigma(levels), 1 - levels / 1000)
+    assert torch.equal(process.weights(levels), torch.ones(1000))
+    source = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([process.draw(source) for _ in range(4000)]).float() / 1000
+    assert drawn.quantile(torch.tensor([0.25, 0.5, 0.75])).sub(torch.tensor([0.25, 0.5, 0.75])).abs().max() < 0.04
+    prediction, latents, noise = torch.randn(3, 2, 16, 8, 8)
+    error = process.error(prediction, latents, noise, torch.tensor([100, 900]))
+    torch.testing.assert_close(error, prediction - (noise - latents))
+
+
 @pytest.mark.parametrize(
     ("build", "shortcut"),
-    [(tiny_pipeline_xl, "block"), (tiny_pipeline_xl, "middle"), (tiny_pipeline_3, "block"), (tiny_pipeline_3, "input")],
+    [
+        (tiny_pipeline_xl, "block"),
+        (tiny_pipeline_xl, "middle"),
+        (tiny_pipeline_3, "block"),
+        (tiny_pipeline_3, "input"),
+        (tiny_pipeline_flux, "block"),
+        (tiny_pipeline_flux, "input"),
+        (tiny_pipeline_schnell, "middle"),
+    ],
 )
 def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     """What is painted while training is painted by a plain pipeline that loads the exported file."""
@@ -113,11 +177,11 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
         **of_t5(family),
     )
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
-    assert {key.split(".")[0] for key in keys} == {family.denoiser, "text_encoder", "text_encoder_2"}
+    assert {key.split(".")[0] for key in keys} == {family.denoiser, *family.text_encoders}
     assert (folder / "kohya").exists() == (family.denoiser == "unet")
 
     def paint(prompt: str = PROMPT) -> np.ndarray:
-        settings = {"num_inference_steps": 2, "guidance_scale": 7.5, "height": 64, "width": 64}
+        settings = {"num_inference_steps": 2, "guidance_scale": family.guidance_scale, "height": 64, "width": 64}
         image = pipe(prompt, generator=generator(0, Stream.VALIDATION, 0), **settings, **of_t5(family)).images[0]
         return np.asarray(image).astype(int)
 
@@ -133,7 +197,7 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     assert verify_lora(folder, str(saved(build))).passed
 
 
-@pytest.mark.parametrize("build", [tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3_without_t5])
+@pytest.mark.parametrize("build", [tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3_without_t5, tiny_pipeline_flux])
 def test_a_dry_run_foresees_what_a_step_keeps(tmp_path, build, capsys):
     """On paper, without weights, near to what a run measures; weights and memory formats are not known on paper."""
     options = {
@@ -150,17 +214,18 @@ def test_a_dry_run_foresees_what_a_step_keeps(tmp_path, build, capsys):
     assert foreseen == pytest.approx(measured, rel=0.3)
 
 
-@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3_without_t5])
+@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3_without_t5, tiny_pipeline_flux])
 def test_frozen_text_encoders(tmp_path, build):
     folder = train(tmp_path / "run", pretrained_model_name_or_path=saved(build), random_flip=True)
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
     assert {key.split(".")[0] for key in keys} == {FAMILIES[type(load(build)).__name__].denoiser}
 
 
-def test_stable_diffusion_3_resumes_bit_for_bit_over_a_handover_and_races(tmp_path):
+@pytest.mark.parametrize("build", [tiny_pipeline_3, tiny_pipeline_flux])
+def test_flows_resume_bit_for_bit_over_a_handover_and_race(tmp_path, build):
     options = {
-        "pretrained_model_name_or_path": saved(tiny_pipeline_3),
-        "skip_t5": True,
+        "pretrained_model_name_or_path": saved(build),
+        "skip_t5": build is tiny_pipeline_3,
         "shortcut": "middle",
         "handover": 0.75,
         "max_train_steps": 4,
@@ -171,6 +236,8 @@ def test_stable_diffusion_3_resumes_bit_for_bit_over_a_handover_and_races(tmp_pa
     whole, parts = tmp_path / "race" / "reslora", tmp_path / "parts"
     train(tmp_path / "race", compare=["lora", "reslora"], checkpointing_steps=2, **options)
     assert json.loads((tmp_path / "race" / "race.json").read_text())["contenders"].keys() == {"lora", "reslora"}
+    guidance = FAMILIES[type(load(build)).__name__].guidance_scale
+    assert json.loads((tmp_path / "race" / "comparison.json").read_text())["guidance_scale"] == guidance
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
     train(parts, resume_from_checkpoint="latest", **options)
     first, second = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, parts))
@@ -198,10 +265,45 @@ def test_options_of_another_family_are_refused_in_one_message(tmp_path):
     ):
         assert words in str(refusal.value)
     with pytest.raises(BadInput) as refusal:
-        train(tmp_path / "run", weighting_scheme="mode", logit_mean=0.0, precondition_outputs=0, max_sequence_length=99)
-    assert [problem.split()[0] for problem in refusal.value.problems] == [
+        train(
+            tmp_path / "run",
+            weighting_scheme="mode",
+            logit_mean=0.0,
+            precondition_outputs=0,
+            max_sequence_length=99,
+            training_guidance_scale=1,
+        )
+    assert [problem.split()[0].rstrip(":") for problem in refusal.value.problems] == [
         "--weighting_scheme",
         "--logit_mean",
         "--precondition_outputs",
         "--max_sequence_length",
+        "--training_guidance_scale",
     ]
+    with pytest.raises(BadInput) as refusal:
+        train(
+            tmp_path / "run",
+            pretrained_model_name_or_path=saved(tiny_pipeline_schnell),
+            resolution=72,
+            snr_gamma=5.0,
+            skip_t5=True,
+            max_sequence_length=600,
+            training_guidance_scale=1,
+        )
+    assert len(refusal.value.problems) == 5
+    for words in (
+        "--resolution: got 72, wanted a multiple of 16 that is at least 16 for this model",
+        "--snr_gamma does not apply to FLUX.1",
+        "--skip_t5 does not apply to FLUX.1: it cannot do without T5",
+        "--max_sequence_length: got 600, wanted at most 512",
+        "is told of no guidance; wanted a model such as FLUX.1-dev",
+    ):
+        assert words in str(refusal.value)
+
+
+def test_a_flux_without_t5_is_refused_before_it_is_loaded(tmp_path):
+    folder = shutil.copytree(saved(tiny_pipeline_flux), tmp_path / "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": [None, None]}))
+    with pytest.raises(BadInput, match="cannot be loaded: lacks 'text_encoder_2'"):
+        train(tmp_path / "run", pretrained_model_name_or_path=folder)

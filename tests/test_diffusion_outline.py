@@ -21,7 +21,14 @@ from reslora_diffusion.diffusion.model_checks import model_problems
 from reslora_diffusion.diffusion.optimizer_names import optimizer_names
 from reslora_diffusion.diffusion.outline import LINEAR, Outline, is_target, read_outline
 from reslora_diffusion.diffusion.skeleton import load_skeleton
-from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_xl
+from tiny import (
+    saved,
+    tiny_pipeline,
+    tiny_pipeline_3,
+    tiny_pipeline_3_without_t5,
+    tiny_pipeline_flux,
+    tiny_pipeline_xl,
+)
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 PIPELINES = {
@@ -29,6 +36,7 @@ PIPELINES = {
     "xl": lambda: saved(tiny_pipeline_xl),
     "sd3": lambda: saved(tiny_pipeline_3),
     "sd3 without t5": lambda: saved(tiny_pipeline_3_without_t5),
+    "flux": lambda: saved(tiny_pipeline_flux),
     "embedded": lambda: ROOT / "assets" / "sticker-sd",
 }
 MISFITS = [  # options, and what is said of them whatever the family

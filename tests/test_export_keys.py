@@ -147,6 +147,10 @@ def test_families_are_told_apart_by_shape():
     assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 1024))}}) is Family.SD2
     assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 32))}}) is Family.CUSTOM
     assert family_of({"transformer": {path: factors}}) is Family.TRANSFORMER
+    wide, query = factors._replace(lora_A=torch.zeros(1, 3072)), "attn.to_q"
+    both = {f"transformer_blocks.0.{query}": wide, f"single_transformer_blocks.7.{query}": wide}
+    assert family_of({"transformer": both}) is Family.FLUX
+    assert family_of({"transformer": dict.fromkeys(both, factors)}) is Family.TRANSFORMER
     assert family_of({"model": {path: factors}}) is Family.OTHER
     deep = "down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_q"
     assert family_of({"unet": {deep: factors}}) is Family.SDXL

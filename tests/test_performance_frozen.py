@@ -13,7 +13,7 @@ from reslora_diffusion.diffusion.frozen import count, restore_memory, save_memor
 from test_core_shortcuts import adapted, gradients, loss_of
 
 
-def run(model: nn.Module, args: tuple) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def run(model: nn.Module, args: tuple, kind: str = "unet") -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Output, gradients, and the bytes that autograd keeps."""
     model.zero_grad()
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -26,7 +26,7 @@ def run(model: nn.Module, args: tuple) -> tuple[torch.Tensor, dict[str, torch.Te
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = output("unet", model, args)
+        out = output(kind, model, args)
     size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()
     loss_of(out).backward()
@@ -48,6 +48,19 @@ def test_nothing_changes_but_what_is_kept(shortcut: str, checkpointing: bool) ->
         assert (got_gradients[name] - gradient).abs().max() <= 1e-10 * gradient.abs().max(), name
     if not checkpointing:
         assert after < 0.85 * before
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+def test_a_transformer_computes_as_before(shortcut: str) -> None:
+    """Its normed states are modulated before adapted layers read them: there is nothing to make again."""
+    model, args = adapted("flux", shortcut, 1), inputs("flux")
+    wanted, wanted_gradients, before = run(model, args, "flux")
+    assert save_memory(model) > 5
+    got, got_gradients, after = run(model, args, "flux")
+    assert (got - wanted).abs().max() < 1e-12
+    for name, gradient in wanted_gradients.items():
+        assert (got_gradients[name] - gradient).abs().max() <= 1e-10 * gradient.abs().max(), name
+    assert after <= before
 
 
 def test_restoring_leaves_nothing() -> None:

@@ -21,6 +21,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -246,6 +248,44 @@ def tiny_pipeline_3(folder: Path, seed: int = 0, with_t5: bool = True) -> Stable
 
 def tiny_pipeline_3_without_t5(folder: Path) -> StableDiffusion3Pipeline:
     return tiny_pipeline_3(folder, with_t5=False)
+
+
+def tiny_pipeline_flux(folder: Path, seed: int = 0, guided: bool = True) -> FluxPipeline:
+    """The same in the shape of FLUX.1: flow matching, shifted by the size of the picture; two blocks with a stream for
+    each of picture and text, then two that see both as one; CLIP and T5; guidance embedded if `guided`, as in -dev."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer(folder / "tokenizer")
+        text_encoder_2, tokenizer_2 = tiny_t5(folder / "tokenizer_2")
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * 16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=40,
+            pooled_projection_dim=32,
+            guidance_embeds=guided,
+            axes_dims_rope=(2, 2, 4),
+        ).eval()
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        pipeline = FluxPipeline(
+            vae=tiny_vae(shift_factor=0.1),
+            text_encoder=tiny_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            scheduler=scheduler if guided else FlowMatchEulerDiscreteScheduler(shift=1.0),
+        )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_pipeline_schnell(folder: Path) -> FluxPipeline:
+    return tiny_pipeline_flux(folder, guided=False)
 
 
 @functools.cache

@@ -167,6 +167,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
             accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
     args.seed = resolve_seed(args, checkpoint, accelerator)
+    args.guidance_scale = family.painting_guidance(args)
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
     if args.push_to_hub and accelerator.is_main_process:
@@ -204,6 +205,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
             huber_c=args.huber_c,
             huber_schedule=args.huber_schedule,
         ),
+        guidance_scale=family.training_guidance(family.denoiser_of(pipeline).config, args),
     )
     painter = Painter(
         pipeline,

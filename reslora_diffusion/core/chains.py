@@ -112,9 +112,14 @@ def is_linear_like(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
+def linear_layers(module: nn.Module) -> int:
+    """How many are in a module; one that is adapted counts once, with all that its adapters add."""
+    return 1 if is_linear_like(module) else sum(map(linear_layers, module.children()))
+
+
 def is_layer(container: nn.Module, element: nn.Module) -> bool:
     """Whether a numbered child is one of a stack of like layers, rather than a part of one layer (`to_out.0`)."""
-    if sum(map(is_linear_like, element.modules())) >= 2 and not is_linear_like(element):
+    if linear_layers(element) >= 2:
         return True
     kinds = {type(getattr(child, "base_layer", child)) for child in container.children()}
     return len(kinds) == 1 and len(list(container.children())) > 1

@@ -47,7 +47,7 @@ CHOICES = {
     "save_precision": ("fp32", "fp16", "bf16"),
     "prediction_type": (None, "epsilon", "v_prediction"),
     "loss_type": ("l2", "huber", "smooth_l1"),
-    "weighting_scheme": (None, "sigma_sqrt", "logit_normal", "mode", "cosmap"),
+    "weighting_scheme": (None, "none", "sigma_sqrt", "logit_normal", "mode", "cosmap"),
     "precondition_outputs": (None, 0, 1),
     "huber_schedule": ("constant", "exponential", "snr"),
     "image_interpolation_mode": tuple(INTERPOLATIONS),
@@ -73,7 +73,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
-    "keep_tokens adam_weight_decay adam_weight_decay_text_encoder"
+    "training_guidance_scale keep_tokens adam_weight_decay adam_weight_decay_text_encoder"
 ).split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover validation_split".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()

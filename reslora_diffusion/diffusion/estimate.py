@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import Plan
-from .families.base import Tokens, t5_length
+from .families import Tokens
 from .models import base_dtype
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -40,7 +40,8 @@ class FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None:
             return func(*args, **kwargs)
         fused = torch.ops.aten._scaled_dot_product_flash_attention
-        return fused(*args[:3], 0.0, kwargs.get("is_causal", False), False, scale=kwargs.get("scale"))[0]
+        query, key, value = args[:3] or (kwargs[name] for name in ("query", "key", "value"))
+        return fused(query, key, value, 0.0, kwargs.get("is_causal", False), False, scale=kwargs.get("scale"))[0]
 
 
 class Kept:
@@ -88,7 +89,7 @@ def estimate(plan: Plan, args: Namespace) -> Estimate:
     ids = torch.zeros(prompts, len(models), skeleton.windows[0][1], dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
-        length, inner = t5_length(args), denoiser.config.joint_attention_dim
+        length, inner = family.t5_length(args), denoiser.config.joint_attention_dim
         fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
     kept, flops = Kept(denoiser, *models.values()), FlopCounterMode(display=False)
     with ExitStack() as stack:
@@ -99,7 +100,8 @@ def estimate(plan: Plan, args: Namespace) -> Estimate:
             texts = family.encode([*models.values()], Tokens(ids, fixed))
         each = [None if part is None else part[torch.zeros(pictures, dtype=torch.long, **meta)] for part in texts]
         condition = family.condition(type(texts)(*each), torch.empty(pictures, 6, dtype=dtype, **meta))
-        denoiser(latents, timestep=torch.empty(pictures, **meta), **condition, return_dict=False)
+        guidance = family.training_guidance(denoiser.config, args)
+        family.denoise(denoiser, latents, torch.empty(pictures, **meta), condition, guidance)
     passes = 1 + BACKWARD + args.gradient_checkpointing
     return Estimate(flops.get_total_flops() * passes * args.gradient_accumulation_steps, kept.bytes)
 

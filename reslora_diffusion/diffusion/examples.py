@@ -17,7 +17,6 @@ from .concepts import Concept
 from .data import INTERPOLATIONS, scan
 from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
-from .families.base import t5_length
 from .models import DTYPES, load_pipeline
 from .prior import generate_class_pictures
 from .wordings import wordings
@@ -85,7 +84,7 @@ def kept_texts(
         "kind": "text",
         "family": family.title,
         "encoders": identity(*(part for part in parts if part is None or isinstance(part, nn.Module))),
-        "lengths": (args.tokenizer_max_length, t5_length(args)),
+        "lengths": (args.tokenizer_max_length, family.t5_length(args)),
     }
     tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
     keys = {

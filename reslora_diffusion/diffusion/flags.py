@@ -94,7 +94,10 @@ def numbered(kind: type) -> Callable[[str], tuple[str, Any]]:
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     """By name, default and meaning as in diffusers' script."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="folder or hub name of a Stable Diffusion 1.x, 2.x, XL or 3 pipeline")
+    add(
+        "--pretrained_model_name_or_path",
+        help="folder or hub name of a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 pipeline",
+    )
     add("--revision", help="of the model on the hub")
     add("--variant", help="of the weight files, such as fp16")
     add("--tokenizer_name", help="folder or hub name, if the tokenizer is not the pipeline's")
@@ -223,7 +226,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--skip_t5", action=SWITCH, default=False, help="SD3: without the largest text encoder, T5, which may be absent"
     )
-    add("--max_sequence_length", type=int, help="SD3: tokens of a prompt that T5 is given (default: 77)")
+    add("--max_sequence_length", type=int, help="tokens of a prompt that T5 is given (default: SD3 77, FLUX.1 512)")
 
     add = parser.add_argument_group("more on adapters").add_argument
     add("--lora_alpha", type=float, help="scaling is lora_alpha / rank (default: rank)")
@@ -293,11 +296,23 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--loss_type", default="l2", help="l2, huber or smooth_l1")
     add("--huber_c", type=float, default=0.1, help="error from which huber and smooth_l1 grow linearly")
     add("--huber_schedule", default="snr", help="constant, exponential or snr: how huber_c depends on the timestep")
-    add("--weighting_scheme", help="SD3: sigma_sqrt, logit_normal, mode or cosmap (default: logit_normal)")
-    add("--logit_mean", type=float, help="SD3: of logit_normal (default: 0)")
-    add("--logit_std", type=float, help="SD3: of logit_normal (default: 1)")
-    add("--mode_scale", type=float, help="SD3: of mode (default: 1.29)")
-    add("--precondition_outputs", type=int, help="SD3: 1: the loss is of x_0; 0: of the velocity (default: 1)")
+    add(
+        "--weighting_scheme",
+        help="of flows: none, sigma_sqrt, logit_normal, mode or cosmap (default: SD3 logit_normal, FLUX.1 none)",
+    )
+    add("--logit_mean", type=float, help="of logit_normal (default: 0)")
+    add("--logit_std", type=float, help="of logit_normal (default: 1)")
+    add("--mode_scale", type=float, help="of mode (default: 1.29)")
+    add(
+        "--precondition_outputs",
+        type=int,
+        help="of flows: 1: the loss is of x_0; 0: of the velocity (default: SD3 1, FLUX.1 0)",
+    )
+    add(
+        "--training_guidance_scale",
+        type=float,
+        help="FLUX.1-dev: what it is told of guidance while it trains; 1 is usual too (default: 3.5)",
+    )
     add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual")
     add("--debiased_estimation_loss", action=SWITCH, default=False, help="debiased weighting of the loss")
     add("--noise_offset", type=float, default=0.0, help="noise shared by the pixels of a channel; 0.05 is usual")
@@ -307,6 +322,6 @@ def add_our_flags(parser: argparse.ArgumentParser) -> None:
     add("--dry_run", action=SWITCH, default=False, help="say what would be trained on, and stop")
     add("--validation_steps", type=int, help="validate every N steps; overrides --validation_epochs")
     add("--num_inference_steps", type=int, default=25, help="of validation and class pictures")
-    add("--guidance_scale", type=float, default=7.5, help="of validation and class pictures")
+    add("--guidance_scale", type=float, help="of validation and class pictures (default: FLUX.1 3.5, others 7.5)")
     add("--save_precision", default="fp16", help="of the exported files: fp32, fp16 or bf16")
     add("--export_name", help="of the file for ComfyUI and A1111 (default: name of --output_dir)")

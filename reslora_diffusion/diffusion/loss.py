@@ -100,6 +100,7 @@ class Denoiser:
     Args:
         text_encoders: if they are trained: batches then hold tokens, else texts.
         dtype: of the frozen base.
+        guidance_scale: that the model is told, if it is told any.
     """
 
     family: Family
@@ -108,6 +109,7 @@ class Denoiser:
     process: Process
     dtype: torch.dtype
     objective: Objective
+    guidance_scale: float | None = None
 
     @property
     def models(self) -> tuple[nn.Module, ...]:
@@ -127,7 +129,7 @@ class Denoiser:
         """The model's prediction [B, C, h, w]."""
         noisy_latents = self.process.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
         times = self.process.times(batch.timesteps)
-        return self.model(noisy_latents, timestep=times, **self.condition(batch), return_dict=False)[0]
+        return self.family.denoise(self.model, noisy_latents, times, self.condition(batch), self.guidance_scale)
 
     def losses(self, batch: Batch) -> Tensor:
         """loss_i without w_i [B], in float32."""

@@ -66,7 +66,9 @@ def usage(args: Namespace, prompt: str) -> list[str]:
         )
     where = args.hub_model_id if args.push_to_hub else "."
     lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
-    return [*lines, f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", 'image.save("picture.png")']
+    length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length else ""
+    lines.append(f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{length}).images[0]")
+    return [*lines, 'image.save("picture.png")']
 
 
 def literal(value: str | bool | None) -> str:

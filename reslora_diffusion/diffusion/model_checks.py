@@ -11,6 +11,7 @@ from .outline import BLOCKS, LINEAR, Outline, blocks_of, is_target, matches, ran
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+LONGEST_FOR_T5 = 512  # tokens that pipelines take
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern")
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
@@ -56,11 +57,11 @@ def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
     """What does not fit this model."""
     sound = {name: [item for item in getattr(args, name) if not fault_of_pattern(item[0])] for name in PATTERNS}
     args = Namespace(**vars(args) | sound | {"rank": max(1, args.rank)})
-    name, channels = args.pretrained_model_name_or_path, outline.denoiser_config["in_channels"]
-    latent_channels = outline.vae["latent_channels"]
+    name, family, config = args.pretrained_model_name_or_path, outline.family, outline.denoiser_config
+    channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
     if channels != latent_channels:
         yield (
-            f"{name}: the {outline.family.denoiser} takes {channels} channels and latents have {latent_channels}; "
+            f"{name}: the {family.denoiser} takes {channels} channels and latents have {latent_channels}; "
             "wanted a text-to-image model"
         )
     for key in LATENT_SPACE if outline.other_vae else ():
@@ -68,17 +69,24 @@ def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
         if own != other:
             yield (
                 f"--pretrained_vae_model_name_or_path: {args.pretrained_vae_model_name_or_path} has {key} {other}, "
-                f"the {outline.family.title} model {name} has {own}: it is of another family"
+                f"the {family.title} model {name} has {own}: it is of another family"
             )
     if outline.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {outline.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
     grid = outline.grid
     if args.resolution % 8 == 0 and not grid.fits(args.resolution):  # what is no multiple of 8 fits no model: `checks`
         yield f"--resolution: got {args.resolution}, wanted {grid} for this model"
-    for option, reason in outline.family.not_here.items():
+    for option, reason in family.not_here.items():
         value = getattr(args, option)
         if value is not None and value is not False:
-            yield f"--{option} does not apply to {outline.family.title}: it {reason}"
+            yield f"--{option} does not apply to {family.title}: it {reason}"
+    if args.training_guidance_scale is not None and family.training_guidance(config, args) is None:
+        yield (
+            f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. "
+            "That of validation pictures is --guidance_scale"
+        )
+    if family.fixed_encoder and (args.max_sequence_length or 0) > LONGEST_FOR_T5:
+        yield f"--max_sequence_length: got {args.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
     if args.tokenizer_max_length and args.tokenizer_max_length > outline.max_length:
         yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {outline.max_length}"
     for component, targets in outline.targets(args).items():

@@ -78,5 +78,10 @@ def preflight(plan: Plan, args: Namespace, count: int | None = None) -> list[str
         f"{plan.max_train_steps} steps of {batch} pictures{joined}: "
         f"{plan.max_train_steps / plan.steps_per_epoch:.1f} passes of {plan.steps_per_epoch} steps"
     )
+    family = plan.skeleton.family
+    guidance = family.training_guidance(plan.skeleton.denoiser.config, args)
+    if guidance is not None:  # diffusers' script calls it --guidance_scale
+        painted = f"pictures at {family.painting_guidance(args):g} (--guidance_scale)"
+        lines.append(f"trained at guidance {guidance:g} (--training_guidance_scale), {painted}")
     lines.append(memory(plan, args))
     return lines + ([on_paper(plan, args)] if args.dry_run else [])  # a run measures instead, once models are loaded

@@ -107,6 +107,7 @@ def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
         own.seed = args.seed
         state.print(f"\n--- {name}, {number} of {len(runs)}", flush=True)
         folders[name] = run(own)
+    args.guidance_scale = own.guidance_scale  # the family's, if none was given
     if not args.dry_run and state.is_main_process:
         write_comparison(Path(args.output_dir), folders, args)
     return Path(args.output_dir)

@@ -28,9 +28,9 @@ BINDING = (
     "train_batch_size gradient_accumulation_steps instance_prompt class_prompt with_prior_preservation "
     "prior_loss_weight resolution aspect_ratio_buckets snr_gamma debiased_estimation_loss loss_type huber_c "
     "huber_schedule noise_offset weighting_scheme logit_mean logit_std mode_scale precondition_outputs "
-    "max_sequence_length skip_t5 clip_skip caption_dropout_rate prediction_type rescale_betas_zero_snr random_flip "
-    "center_crop crops_per_image repeats caption_extension shuffle_caption keep_tokens validation_split mask_data_dir "
-    "alpha_mask optimizer use_8bit_adam use_ema ema_decay"
+    "max_sequence_length skip_t5 clip_skip training_guidance_scale caption_dropout_rate prediction_type "
+    "rescale_betas_zero_snr random_flip center_crop crops_per_image repeats caption_extension shuffle_caption "
+    "keep_tokens validation_split mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
 ).split()
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTraine
 from reslora_diffusion.core.config import ResLoraConfig
 
 from ..problems import BadInput
-from .families.base import leave_out_layers, t5_length
+from .families.base import leave_out_layers
 from .model_checks import adapter_settings
 from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of, left_out
 
@@ -77,10 +77,13 @@ def load_skeleton(args: Namespace) -> Skeleton:
         if args.tokenizer_name:
             tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
         windows = [(tokenizer, args.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
+        of_t5 = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
+        if "skip_t5" in family.not_here and (absent := [part for part in of_t5 if not index[part][1]]):
+            raise KeyError(" and ".join(absent))
         part = family.fixed_tokenizer
         if part and index[part][1] and not args.skip_t5:
             fixed = TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where)
-            windows.append((fixed, t5_length(args)))
+            windows.append((fixed, family.t5_length(args)))
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         other = args.pretrained_vae_model_name_or_path
         other_vae = AutoencoderKL.load_config(other) if other else None

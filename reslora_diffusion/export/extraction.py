@@ -20,7 +20,8 @@ from .report import ExportReport
 from .standins import model_class, pipeline_index, transformers_config
 from .tools import save_lora
 
-TRANSFORMER_PARTS = (".transformer_blocks.", ".proj_in", ".proj_out")  # what kohya's trainer adapts of a UNet
+# What kohya's trainer adapts of a UNet, and FLUX.1's blocks.
+TRANSFORMER_PARTS = (".transformer_blocks.", ".single_transformer_blocks.", ".proj_in", ".proj_out")
 CLIP_PARTS = (".self_attn.", ".mlp.")
 
 

@@ -26,6 +26,7 @@ class Family(StrEnum):
     SD1 = "Stable Diffusion 1.x"
     SD2 = "Stable Diffusion 2.x"
     SDXL = "Stable Diffusion XL"
+    FLUX = "FLUX.1"
     TRANSFORMER = "a diffusion transformer"
     CUSTOM = "a custom Stable Diffusion geometry"
     OTHER = "no Stable Diffusion"
@@ -51,6 +52,7 @@ GEOMETRIES = {
     Family.SD2: Geometry((1, 1, 1, 0), 1, 1024, {"text_encoder": 23}),
     Family.SDXL: Geometry((0, 2, 10), 10, 2048, {"text_encoder": 12, "text_encoder_2": 32}),
 }
+FLUX_WIDTH = 3072
 BLOCK = [f"attn{n}.to_{p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
 RESNET = {
     "conv1": "in_layers.2",
@@ -68,8 +70,10 @@ def family_of(components: Components) -> Family:
 
 def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
     """The same from each module's number of inputs: component -> path -> width."""
-    if "transformer" in widths:
-        return Family.TRANSFORMER
+    if transformer := widths.get("transformer"):
+        queries = {n for path, n in transformer.items() if path.endswith(".attn.to_q")}
+        single = any(path.startswith("single_transformer_blocks.") for path in transformer)
+        return Family.FLUX if single and queries == {FLUX_WIDTH} else Family.TRANSFORMER
     if not widths.keys() <= set(KOHYA_COMPONENTS):
         return Family.OTHER
     cross = {n for path, n in widths.get("unet", {}).items() if path.endswith(("attn2.to_k", "attn2.to_v"))}

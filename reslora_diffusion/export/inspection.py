@@ -236,7 +236,7 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
             f"{len(alphas)} different alphas in a kohya file: diffusers applies one of them to every module; "
             "`reslora convert --to diffusers` writes a file that it reads right"
         )
-    if header.dialect is Dialect.DIFFUSERS:
+    if header.dialect is Dialect.DIFFUSERS and "transformer" not in {m.component for m in modules}:
         found.append("ComfyUI and A1111 want kohya keys: `reslora convert --to kohya`")
         if header.configs and scalings != {1.0}:
             found.append("its scaling stands in lora_adapter_metadata, which diffusers before 0.34 ignores")

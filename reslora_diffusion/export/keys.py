@@ -14,7 +14,7 @@ resnet j of down block i is `input_blocks[1 + i(L+1) + j]`, and of up block i `o
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 
 LAYERS_PER_BLOCK = 2  # of every released Stable Diffusion UNet
@@ -52,6 +52,13 @@ def classic_path(component: str, path: str) -> str:
 def flat_path(path: str) -> str:
     """Inverse of `classic_path`: the name of the module under transformers 5."""
     return path.removeprefix("text_model.")
+
+
+def projects(component: str, components: Collection[str]) -> bool:
+    """Whether a text encoder of a LoRA for `components` ends in a projection, as the second of SDXL and both of SD3 do,
+    and FLUX.1's does not. Those kept the classic layout in transformers 5."""
+    both = {"transformer", "text_encoder_2"} <= set(components)
+    return component == "text_encoder_2" or (component == "text_encoder" and both)
 
 
 # ------------------------------------------------------------------------------------------------- diffusers

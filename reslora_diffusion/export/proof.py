@@ -22,7 +22,7 @@ from torch import nn
 from .factors import Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_names
 from .header import open_safetensors
-from .keys import Naming, from_kohya, listing
+from .keys import Naming, from_kohya, listing, projects
 from .limits import CheckFailed
 from .progress import progress
 from .reader import read_lora
@@ -182,7 +182,8 @@ def prove(
         checks.append(compare("kohya's rules", kohya_file.name, read_lora(kohya_file).components, wanted, tolerance))
         checks += check_names(kohya_file, wanted, family)
     problems += [problem for check in checks if (problem := misreading(check, tolerance))]
-    if diffusers_file and "transformer" not in wanted and (differs := flat_layout_differs(diffusers_file)):
+    flat = not projects("text_encoder", wanted)
+    if diffusers_file and flat and (differs := flat_layout_differs(diffusers_file)):
         problems.append(f"the classic and flat text-encoder keys of {diffusers_file.name} differ: {listing(differs)}")
     if problems:
         raise CheckFailed(

@@ -21,6 +21,7 @@ import transformers
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import (
+    FluxLoraLoaderMixin,
     PeftAdapterMixin,
     SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
@@ -35,7 +36,7 @@ from reslora_diffusion.core.functional import LoraFactors
 
 from .base import check_base_name, misfits, unfit
 from .factors import Components
-from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, listing
+from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, listing, projects
 
 Models = dict[str, nn.Module]
 ADAPTER = "proof"
@@ -158,6 +159,13 @@ class DenoiserStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
 
 
+class Place(nn.Module):
+    """Holds stand-ins; numbered ones are found as in a list, of which some elements may not be there."""
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self._modules[str(number)]
+
+
 def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
     """Put a hollow layer at every path."""
     for path, factors in modules.items():
@@ -165,7 +173,7 @@ def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
         parent = root
         for name in parents:
             if name not in parent._modules:
-                parent.add_module(name, nn.Module())
+                parent.add_module(name, Place())
             parent = parent._modules[name]
         (_, width, *kernel), out = factors.lora_A.shape, factors.lora_B.shape[0]
         with torch.device("meta"):
@@ -174,11 +182,11 @@ def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
     return root
 
 
-def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projects: bool) -> nn.Module:
+def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected: bool) -> nn.Module:
     """A CLIP text encoder in the installed transformers' own layout, of the widths that the factors have.
 
     Args:
-        projects: whether it ends in a projection, as the second of SDXL and both of SD3.
+        projected: whether it ends in a projection.
 
     Raises:
         ValueError: the paths are not those of a CLIP text encoder.
@@ -205,7 +213,7 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projects: 
         pad_token_id=1,
     )
     with torch.device("meta"):
-        return hollow((CLIPTextModelWithProjection if projects else CLIPTextModel)(config))
+        return hollow((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
 
 
 def stand_ins(components: Components) -> Models:
@@ -213,8 +221,7 @@ def stand_ins(components: Components) -> Models:
     models: Models = {}
     for component, modules in components.items():
         if component in CLIP_COMPONENTS:
-            projects = component == "text_encoder_2" or "transformer" in components
-            models[component] = clip_stand_in(component, modules, projects)
+            models[component] = clip_stand_in(component, modules, projects(component, components))
         else:
             models[component] = planted(DenoiserStandIn() if component in DENOISERS else nn.Module(), modules)
     return models
@@ -255,14 +262,16 @@ def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
 
 
 def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
-    """`load_lora_weights` of a Stable Diffusion, SDXL or SD3 pipeline around `models`, and what is in them afterwards.
+    """`load_lora_weights` of the pipeline that `models` are of, and what is in them afterwards.
 
     Raises:
         ValueError: the loader refuses the file.
     """
     denoiser = "transformer" if "transformer" in models else "unet"
     mixin = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
-    mixin = SD3LoraLoaderMixin if denoiser == "transformer" else mixin
+    if denoiser == "transformer":
+        flux = hasattr(models[denoiser], "single_transformer_blocks")
+        mixin = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
 
     class Pipeline(DiffusionPipeline, mixin):
         def __init__(self, unet=None, transformer=None, text_encoder=None, text_encoder_2=None):

@@ -31,7 +31,7 @@ from reslora_diffusion.core.functional import LoraFactors
 
 from .factors import Components, folded, padded
 from .geometry import Family
-from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, listing, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, listing, projects, to_kohya
 from .progress import progress
 
 ARCHITECTURES = {
@@ -80,8 +80,7 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
     tensors = {}
     for component, modules in components.items():
         for path, factors in recognisable(component, modules, Dialect.DIFFUSERS).items():
-            # SDXL's second encoder and both of SD3's kept `text_model.` in transformers 5: the flat layout is nobody's
-            flat = component == "text_encoder" and "transformer" not in components
+            flat = component == "text_encoder" and not projects(component, components)
             layouts = {path, flat_path(path)} if flat else {path}
             for layout in sorted(layouts):
                 key_A, key_B = diffusers_keys(component, layout)

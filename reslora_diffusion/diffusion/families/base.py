@@ -24,16 +24,14 @@ if TYPE_CHECKING:
 
     from ..processes import Process
 
-MAX_SEQUENCE_LENGTH = 77  # of a prompt for T5, in tokens, as in diffusers' scripts
 OF_ONE_CLIP = {"clip_skip": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
 OF_FLOWS = dict.fromkeys(
     "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
 )
-
-
-def t5_length(args: Namespace) -> int:
-    """Tokens of a prompt that T5 is given."""
-    return args.max_sequence_length or MAX_SEQUENCE_LENGTH
+OF_DIFFUSION = dict.fromkeys(
+    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
+    "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
+)
 
 
 def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
@@ -77,6 +75,8 @@ class Family(ABC):
     not_here: Mapping[str, str]  # options that do not apply, and why
     fixed_encoder: str | None = None
     fixed_tokenizer: str | None = None
+    max_sequence_length = 77  # tokens of a prompt that T5 is given, as in diffusers' script for the family
+    guidance_scale = 7.5  # of pictures
 
     def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:
         return getattr(pipeline, self.denoiser)
@@ -90,6 +90,22 @@ class Family(ABC):
     @abstractmethod
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         """Of a denoiser's configuration."""
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Of the latents that a denoiser of this configuration works on."""
+        return config["in_channels"]
+
+    def t5_length(self, args: Namespace) -> int:
+        """Tokens of a prompt that T5 is given."""
+        return args.max_sequence_length or self.max_sequence_length
+
+    def painting_guidance(self, args: Namespace) -> float:
+        """Guidance of validation and class pictures."""
+        return self.guidance_scale if args.guidance_scale is None else args.guidance_scale
+
+    def training_guidance(self, config: Mapping[str, Any], args: Namespace) -> float | None:
+        """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""
+        return None
 
     @abstractmethod
     def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
@@ -132,6 +148,17 @@ class Family(ABC):
         """Keyword arguments of the denoiser. `time_ids` [B, 6]: original size, upper left corner of the crop, trained
         size, each (height, width)."""
 
+    def denoise(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditions: dict[str, Any],
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The model's prediction [B, C, h, w] of latents [B, C, h, w] at times [B]."""
+        return model(latents, timestep=times, **conditions, return_dict=False)[0]
+
     @abstractmethod
     def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
         """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
@@ -160,3 +187,28 @@ class UNetFamily(Family):
         if changes := scheduler_changes(args):
             pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
         return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))
+
+
+class FlowFamily(Family):
+    """What Stable Diffusion 3 and FLUX.1 have in common: a transformer that is trained by flow matching, and T5, which
+    is not trained: what it makes of a prompt is computed once."""
+
+    denoiser = "transformer"
+    flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
+
+    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+        """Noise levels are shifted as the base's scheduler shifts them for every size alike."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        from ..processes import FlowMatching
+
+        given = {name: value for name in OF_FLOWS if (value := getattr(args, name)) is not None}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        return FlowMatching(scheduler, **{**self.flow, **given})
+
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
+        import torch
+
+        encoder, tokenizer = (getattr(pipeline, name) for name in (self.fixed_encoder, self.fixed_tokenizer))
+        ids = self.tokenize([tokenizer], prompts, self.t5_length(args))[:, 0]
+        return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])

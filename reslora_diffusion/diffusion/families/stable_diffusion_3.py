@@ -14,25 +14,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..buckets import Grid
-from .base import OF_FLOWS, OF_ONE_CLIP, Family, Texts, Tokens, t5_length
+from .base import OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-    from ..processes import Process
 
-OF_DIFFUSION = dict.fromkeys(
-    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
-    "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
-)
-
-
-class StableDiffusion3(Family):
+class StableDiffusion3(FlowFamily):
     title = "Stable Diffusion 3"
     tag = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
-    denoiser = "transformer"
     denoiser_class = "SD3Transformer2DModel"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
@@ -47,24 +39,14 @@ class StableDiffusion3(Family):
         patch = vae_scale_factor * config["patch_size"]
         return Grid(patch, patch, patch * config["pos_embed_max_size"])
 
-    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        from ..processes import FlowMatching
-
-        given = {name: value for name in OF_FLOWS if (value := getattr(args, name)) is not None}
-        return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config), **given)
-
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
+        if pipeline.text_encoder_3 is not None:
+            return super().fixed(pipeline, prompts, args)
         import torch
 
-        length = t5_length(args)
-        encoder, transformer = pipeline.text_encoder_3, pipeline.transformer
-        if encoder is None:
-            width = transformer.config.joint_attention_dim
-            return torch.zeros(len(prompts), length, width, dtype=transformer.dtype, device=transformer.device)
-        ids = self.tokenize([pipeline.tokenizer_3], prompts, length)[:, 0]
-        return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])
+        length, transformer = self.t5_length(args), pipeline.transformer
+        width = transformer.config.joint_attention_dim
+        return torch.zeros(len(prompts), length, width, dtype=transformer.dtype, device=transformer.device)
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         import torch
