@@ -1,15 +1,15 @@
 """A model's files on this machine: configurations, and shapes from the headers of weights. No weight is read, no torch.
 
-Files("folder", None).shapes("unet")               {"conv_in.weight": (320, 4, 3, 3), ...}
-Files("owner/name", "main").json("unet/config.json")   of the hub's local cache; nothing is fetched
+    Files("folder", None).shapes("unet")                   {"conv_in.weight": (320, 4, 3, 3), ...}
+    Files("owner/name", "main").json("unet/config.json")   of the hub's local cache; nothing is fetched
+
+Where they do not tell, `Unknown` is raised, and whoever asked asks the libraries.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import try_to_load_from_cache
 
 
 class Unknown(Exception):
@@ -27,6 +27,8 @@ class Files:
         if Path(self.name).is_dir():
             found = Path(self.name, file)
         else:
+            from huggingface_hub import try_to_load_from_cache  # folders need not wait for it
+
             cached = try_to_load_from_cache(self.name, file, revision=self.revision)
             found = Path(cached) if isinstance(cached, str) else None
         return found if found and found.is_file() else None
