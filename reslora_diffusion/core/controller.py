@@ -83,6 +83,7 @@ class Controller:
         self.root_name, self.root = find_root(model, list(layers))
         parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in layers}
         self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
+        self.gone = False
         self.link()
         self.roots = self.roots_of_chains(model)
         self.checkpointing = [module for root in self.roots.values() for module in may_checkpoint(root)]
@@ -143,7 +144,8 @@ class Controller:
 
     def open(self, root: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the root."""
-        if self.is_gone():  # `close` will take the hooks away
+        self.gone = self.is_gone()
+        if self.gone:  # `close` will take the hooks away
             return
         if any(map(is_fused, self.fusible)) and not self.is_idle():
             raise RuntimeError(FUSED)
@@ -161,7 +163,7 @@ class Controller:
         """Forward hook of the root; runs after an exception too."""
         self.context.close()
         self.fusion.close()
-        if self.is_gone():
+        if self.gone:
             self.remove_hooks()
 
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -174,11 +176,10 @@ class Controller:
         variant = layer.lora_variant.get(self.adapter_name)
         if getattr(variant, "controller", None) is not self:
             return True
-        inside = name.removeprefix(f"{self.root_name}.") if self.root_name else name
-        try:
-            return self.root.get_submodule(inside) is not layer if inside != self.root_name else False
-        except AttributeError:
-            return True
+        found: nn.Module | None = self.root
+        for part in filter(None, name.removeprefix(self.root_name).split(".")):
+            found = None if found is None else found._modules.get(part)
+        return found is not layer
 
     def is_idle(self) -> bool:
         """Whether the layers compute without this adapter: merged, disabled, not active, or gone."""

@@ -16,17 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from .config import Shortcut
+from .forms import EXACT, LOW_RANK, cheapest
 from .functional import down
 from .fused import fused_linears
 from .fused_layer import FusedLinear, Publishes
 from .groups import Group, why_plain
 from .packing import Layout, concatenate, pack
+from .whole_layer import WholeLinear
 
 if TYPE_CHECKING:
     from .chains import Site
     from .controller import Controller
 
 log = logging.getLogger(__name__)
+WHOLE = {nn.Parameter, Tensor}
 
 
 class Fusion:
@@ -35,6 +38,9 @@ class Fusion:
     def __init__(self) -> None:
         self.together: dict[str, tuple[str, ...]] = {}  # by layer, as `prepare` was called; others are alone
         self.groups: dict[tuple[str, ...], Group] = {}
+        self.alone: dict[str, Group] = {}  # those of one layer
+        self.holders: list[dict[str, Any]] = []  # the parameters of their lora_A and lora_B
+        self.layouts: list[tuple[Group, list[Layout]]] = []  # of what is packed, if anything is
         self.ready: dict[str, tuple[Tensor, Tensor]] = {}  # (x, output) of layers that were computed ahead
         self.packed: dict[tuple[str, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.packed_with_grad = False
@@ -47,8 +53,21 @@ class Fusion:
         return other
 
     def forget(self) -> None:
-        """The chains are others now, or layers are no longer prepared together."""
+        """The chains are others now."""
         self.groups.clear()
+        self.alone.clear()
+        self.layouts.clear()
+
+    def compute_together(self, names: tuple[str, ...]) -> None:
+        """Layers that are prepared together are packed together from the next forward on."""
+        if self.together.get(names[0]) != names:
+            self.together.update(dict.fromkeys(names, names))
+            self.layouts.clear()
+
+    def compute_alone(self) -> None:
+        """Inverse of `compute_together`, for all layers."""
+        self.together.clear()
+        self.layouts.clear()
 
     def group(self, controller: "Controller", names: tuple[str, ...]) -> Group:
         found = self.groups.get(names)
@@ -62,30 +81,37 @@ class Fusion:
         """Pack the factors of a forward that begins."""
         if torch.compiler.is_compiling():
             return
-        alone = [self.group(controller, (name,)) for name in controller.sites]
-        modules = [module for group in alone for module in (group.down_modules[0], group.up_modules[0][0])]
-        factors: list[Any] = [module._parameters.get("weight") for module in modules]
-        self.sharded = self.sharded or any(factor is None or is_partial(factor) for factor in factors)
-        base = alone[0].bases[0]
-        plain = "its adapter is off" if controller.is_idle() else why_plain(controller, alone[0], base.weight)
-        self.say(f"layer by layer: {plain}" if plain else f"fused, on {factors[0].device.type}")
-        if plain:
-            return
+        if not self.alone:
+            self.alone = {name: self.group(controller, (name,)) for name in controller.sites}
+            pairs = [(group.down_modules[0], group.up_modules[0][0]) for group in self.alone.values()]
+            self.holders = [module._parameters for pair in pairs for module in pair]
+        factors: list[Any] = [holder.get("weight") for holder in self.holders]
+        self.sharded = self.sharded or are_partial(factors)
+        first = next(iter(self.alone.values()))
+        weight = first.bases[0].weight
+        plain = "its adapter is off" if controller.is_idle() else why_plain(controller, first, weight)
+        self.say(f"layer by layer: {plain}" if plain else f"fused, on {weight.device.type}")
         self.packed_with_grad = torch.is_grad_enabled()
-        index = {name: place for place, name in enumerate(controller.sites)}
-        by_dtype: dict[torch.dtype, list[Group]] = {}
-        for names in dict.fromkeys(self.together.get(name, (name,)) for name in controller.sites):
-            group = self.group(controller, names)
+        if not plain and is_packed(weight, factors[0]):
+            self.pack(controller, factors)
+
+    def pack(self, controller: "Controller", factors: list[Any]) -> None:
+        """Cast and lay together `factors`, lora_A and lora_B of each layer."""
+        if not self.layouts:
+            index = {name: place for place, name in enumerate(controller.sites)}
+            for names in dict.fromkeys(self.together.get(name, (name,)) for name in controller.sites):
+                group = self.group(controller, names)
+                layouts = [Layout(tuple(2 * index[part] for part in group.down), 0)]
+                layouts += [Layout(tuple(2 * index[part] + 1 for part in window), 1) for window in group.up]
+                self.layouts.append((group, layouts))
+        by_dtype: dict[torch.dtype, list[tuple[Group, list[Layout]]]] = {}
+        for group, layouts in self.layouts:
             weight = group.bases[0].weight
             if weight.is_floating_point() and is_packed(weight, factors[0]):
-                by_dtype.setdefault(weight.dtype, []).append(group)
+                by_dtype.setdefault(weight.dtype, []).append((group, layouts))
         for dtype, members in by_dtype.items():
-            layouts = []
-            for group in members:
-                layouts.append(Layout(tuple(2 * index[part] for part in group.down), 0))
-                layouts += [Layout(tuple(2 * index[part] + 1 for part in window), 1) for window in group.up]
-            matrices = iter(pack(layouts, factors, dtype))
-            for group in members:
+            matrices = iter(pack([layout for _, layouts in members for layout in layouts], factors, dtype))
+            for group, _ in members:
                 self.packed[group.names] = next(matrices), tuple(next(matrices) for _ in group.names)
 
     def close(self) -> None:
@@ -116,30 +142,38 @@ class Fusion:
                 controller.let_go(site)
                 return output
             controller.retract(site)
-        group = self.group(controller, (site.name,))
+        group = self.alone.get(site.name) or self.group(controller, (site.name,))
         if why_plain(controller, group, x) is not None:
             return None
         scaling = group.scalings[0][controller.adapter_name]
-        publishes, read = group.publishes, None
-        down = [module._parameters["weight"] for module in group.down_modules]
-        if is_packed(x, down[0]):
+        publishes, read, carry, times = group.publishes, None, None, 1
+        own: list[Any] = [module._parameters["weight"] for module in group.own_modules]
+        if is_packed(x, own[0]):
             D, (U,) = self.factors(group, x.dtype)
-            parts, downs = (D, U), 1
-            carry, times = self.carried(controller, site, x, D)
+            own, downs = [D, U], 1
+            if group.reads:
+                carry, times = self.carried(controller, site, x, D)
         else:
+            downs = len(own) // 2
             if publishes is Publishes.NEXT:  # the layer after reads x itself
-                del down[1:]
                 publishes = Publishes.NOTHING
                 controller.publish(site, x)
-            parts, downs = (*down, *[module._parameters["weight"] for module in group.up_modules[0]]), len(down)
             if controller.shortcut is Shortcut.INPUT:
                 carry, read = controller.read_input(site, x)
                 times = 2 if carry is None and read is None else 1
                 read = None if read is None else self.sum_of(controller, x, read)
-            else:
-                carry, times = self.carried(controller, site, x, down[0])
-        weight, bias = group.bases[0]._parameters["weight"], group.bases[0]._parameters["bias"]
-        output = FusedLinear.apply(publishes, times * scaling, downs, x, weight, bias, read, carry, *parts)
+            elif group.reads:
+                carry, times = self.carried(controller, site, x, own[0])
+        base = group.bases[0]._parameters
+        weight, bias, form = base["weight"], base["bias"], LOW_RANK
+        if publishes is Publishes.NOTHING and carry is None and read is None and x.is_cpu and x.dtype in EXACT:
+            with_grad = torch.is_grad_enabled()
+            wanted = with_grad and x.requires_grad, with_grad and own[0].requires_grad
+            form = cheapest(x.numel() // x.shape[-1], *group.shape, *wanted)
+        if form != LOW_RANK:
+            output = WholeLinear.apply(form, times * scaling, x, weight, bias, *own)
+        else:
+            output = FusedLinear.apply(publishes, times * scaling, downs, x, weight, bias, read, carry, *own)
         if publishes is not Publishes.NOTHING:
             output, value = output
             controller.publish(site, value, group.keys[0])
@@ -167,7 +201,7 @@ class Fusion:
             return
         if why_plain(controller, group, x) is not None:
             return
-        self.together.update(dict.fromkeys(together, together))
+        self.compute_together(together)
         for name, output in zip(together, self.compute(controller, group, x), strict=True):
             self.ready[name] = x, output
 
@@ -210,6 +244,6 @@ def is_packed(weight: Tensor, factor: Tensor) -> bool:
     return weight.dtype != factor.dtype or not weight.is_cpu
 
 
-def is_partial(weight: Any) -> bool:
-    """Whether FSDP or the like holds only a part of a factor, or will between forwards."""
-    return type(weight) not in (nn.Parameter, Tensor) or not weight.numel()
+def are_partial(weights: Sequence[Any]) -> bool:
+    """Whether FSDP or the like holds only a part of one, or will between forwards."""
+    return not {type(weight) for weight in weights} <= WHOLE or not all([weight.numel() for weight in weights])

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # by its overload: to look that up takes longer than the rest
 REMAKE = "remade_from"  # attribute of a tensor: (function, source, version of the tensor)
 
 
@@ -41,7 +42,7 @@ def what_to_keep(x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, Tensor]:
 
 def shaped(y: Tensor, lead: torch.Size) -> Tensor:
     """[T, n] -> [*lead, n], as no view of `y`: what comes after may change it in place."""
-    return torch.ops.aten._unsafe_view(y, (*lead, y.shape[-1]))
+    return UNSAFE_VIEW(y, (*lead, y.shape[-1]))
 
 
 class Publishes(Enum):

@@ -37,6 +37,8 @@ class Group:
     up: list[tuple[str, ...]]
     down_modules: list[Any]
     up_modules: list[list[Any]]
+    own_modules: list[Any]  # of one layer by itself: what its D, then what its U is made of, less the rows for others
+    shape: tuple[int, int, int, int]  # of one layer: in, out, total rank, parts of D
     reads: bool  # whether shortcuts lead into it
     receivers: tuple[str, ...]  # those of `names` that hand something on
     keys: tuple[str, ...]  # under which they publish it
@@ -64,6 +66,10 @@ class Group:
         elif shortcut is Shortcut.MIDDLE and any(controller.readers[name] for name in names):
             receivers = names
             publishes = Publishes.SUM if controller.config.num_previous is None else Publishes.OWN
+        down_modules = [controller.layers[part].lora_A[adapter] for part in down]
+        up_modules = [[controller.layers[part].lora_B[adapter] for part in window] for window in up]
+        first, window = controller.sites[names[0]], up[0]
+        rank = sum(controller.sites[part].rank for part in window)
         odd = [type(base).__name__ for base in bases if type(base) is not nn.Linear]
         return cls(
             names=names,
@@ -73,8 +79,10 @@ class Group:
             scalings=[layer.scaling for layer in layers],
             down=down,
             up=up,
-            down_modules=[controller.layers[part].lora_A[adapter] for part in down],
-            up_modules=[[controller.layers[part].lora_B[adapter] for part in window] for window in up],
+            down_modules=down_modules,
+            up_modules=up_modules,
+            own_modules=[*down_modules[: len(window)], *up_modules[0]],
+            shape=(first.in_features, first.out_features, rank, len(window)),
             reads=shortcut in (Shortcut.INPUT, Shortcut.MIDDLE),
             receivers=receivers,
             keys=tuple(carried_key(name) if shortcut is Shortcut.INPUT else name for name in receivers),

@@ -118,4 +118,4 @@ def unset_attn_processors(model: nn.Module) -> None:
         current = getattr(module, "processor", None)
         if isinstance(current, ResLoRAAttnProcessor):
             module.set_processor(current.inner)
-            current.controller.fusion.together.clear()
+            current.controller.fusion.compute_alone()

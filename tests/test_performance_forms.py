@@ -1,0 +1,155 @@
+"""The form an adapted layer is computed in: the cheapest by count, equal to the plain one, used where it may be."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import inputs, output
+from reslora_diffusion.core import fast_forward, forms
+from reslora_diffusion.core.forms import LOW_RANK, Form, cheapest, cost
+from reslora_diffusion.core.fused_layer import FusedLinear, Publishes
+from reslora_diffusion.core.whole_layer import WholeLinear
+from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
+
+FORMS = [
+    Form(*large, keeps) for *large, keeps in product((False, True), repeat=4) if not keeps or large[0] and large[2]
+]
+
+
+def name_of(form: object) -> str:
+    return "".join(letter if yes else "-" for letter, yes in zip("yfxk", form, strict=True))  # type: ignore[call-overload]
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def factors(parts: int, rank: int, width: int, out: int) -> list[torch.Tensor]:
+    return [leaf(rank + place, width) for place in range(parts)] + [leaf(out, rank + place) for place in range(parts)]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("form", FORMS, ids=name_of)
+def test_first_and_second_derivatives(form: Form, parts: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 3).double().requires_grad_(False)
+    given = (leaf(2, 3, 4), *factors(parts, 1, 4, 3))
+
+    def run(x: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
+        return WholeLinear.apply(form, 0.5, x, linear.weight, linear.bias, *both)
+
+    def plainly(x: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
+        delta = sum(U @ D for D, U in zip(both[:parts], both[parts:], strict=True))
+        return linear(x) + 0.5 * x @ delta.T
+
+    assert (run(*given) - plainly(*given)).abs().max() < 1e-12
+    assert (run(*given) - linear(given[0])).abs().max() > 1e-2
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
+    frozen = [factor.detach() for factor in given[1:]]
+    assert torch.autograd.gradcheck(lambda x: run(x, *frozen), given[:1])
+    assert torch.autograd.gradcheck(lambda *both: run(given[0].detach(), *both), given[1:])
+    some = [frozen[0], *given[2:]]
+    assert torch.autograd.gradcheck(lambda x, *both: run(x, frozen[0], *both), (given[0], *some[1:]))
+    changed = run(*given)
+    changed += 1  # no view, and nothing that backward needs
+    assert torch.autograd.grad(changed.sum(), given[0])[0].shape == given[0].shape
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("form", FORMS, ids=name_of)
+def test_multiplications_are_as_counted(
+    form: Form, wanted: tuple[bool, bool], parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for_x, for_factors = wanted
+    form = Form(form.y, form.factors or not for_factors, form.x or not for_x, form.keeps and for_x)
+    monkeypatch.setattr(forms, "PASS", 0)
+    monkeypatch.setattr(forms, "LAUNCH", 0)
+    rows, width, out = 6, 5, 3
+    given = [factor.detach().requires_grad_(for_factors) for factor in factors(parts, 2, width, out)]
+    rank = sum(len(factor) for factor in given[:parts])
+    x = leaf(rows, width).detach().requires_grad_(for_x)
+    weight = leaf(out, width).detach()
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **options: 2 * a[0] * a[1] * b[1]}  # not counted by itself
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        y = WholeLinear.apply(form, 1.0, x, weight, None, *given)
+        if y.requires_grad:
+            y.sum().backward()
+    frozen = rows * width * out * (1 + for_x)
+    assert counter.get_total_flops() == 2 * (cost(form, rows, width, out, rank, parts, *wanted) + frozen)
+
+
+def test_small_layers_and_long_sequences_take_large_matrices() -> None:
+    assert cheapest(512, 4096, 4096, 16) == LOW_RANK
+    assert cheapest(512, 1280, 1280, 32, parts=2) == LOW_RANK
+    assert cheapest(2048, 64, 64, 32, parts=2) == Form(y=True, factors=True, x=True, keeps=True)
+    assert cheapest(4096, 320, 320, 16) == Form(y=True, factors=False, x=True, keeps=False)
+    assert cheapest(256, 128, 1024, 32, parts=2) == Form(y=True, factors=False, x=False, keeps=False)
+    assert cheapest(4096, 320, 320, 16, for_x=False, for_factors=False) == Form(True, True, True, False)
+    assert not cheapest(16, 320, 320, 16, for_x=False, for_factors=False).y
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "width", "out"), [(700, 300, 320), (4000, 300, 300), (4000, 320, 300), (40, 300, 320)]
+)
+def test_nothing_more_is_kept_than_in_the_low_rank_form(rows: int, width: int, out: int, parts: int) -> None:
+    x, weight, given = leaf(rows, width), leaf(out, width).detach(), factors(parts, 16, width, out)
+    own = {tensor.untyped_storage()._cdata for tensor in (x, weight, *given)}
+
+    def kept(function: type[torch.autograd.Function], *args: object) -> int:
+        seen: dict[int, int] = {}
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            function.apply(*args, *given)
+        return sum(size for storage, size in seen.items() if storage not in own)
+
+    form = cheapest(rows, width, out, sum(len(factor) for factor in given[:parts]), parts)
+    low = kept(FusedLinear, Publishes.NOTHING, 1.0, parts, x, weight, None, None, None)
+    assert kept(WholeLinear, form, 1.0, x, weight, None) <= low
+
+
+@pytest.mark.parametrize("name", ["unet", "llama"])
+@pytest.mark.parametrize(("shortcut", "num_previous"), [("none", 1), ("block", 2), ("input", 1), ("middle", 1)])
+@pytest.mark.parametrize("form", FORMS[::2] + FORMS[-1:], ids=name_of)
+def test_every_form_agrees_with_the_naive_reference(
+    form: Form, shortcut: str, num_previous: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def chosen(*shape: object) -> Form:
+        used.append(shape)
+        return form
+
+    monkeypatch.setattr(fast_forward, "cheapest", chosen)
+    model, args = adapted(name, shortcut, num_previous), inputs(name)
+    base, blocks = reference_of(name, model, shortcut, num_previous)
+    got, wanted = output(name, model, args), output(name, base, args)
+    assert (got - wanted).abs().max() < 1e-10
+    loss_of(got).backward()
+    loss_of(wanted).backward()
+    assert_same_gradients(model, blocks)
+    with torch.no_grad():
+        assert (output(name, model, args) - wanted).abs().max() < 1e-10
+    assert used or shortcut == "middle"
+    if shortcut in ("none", "block"):
+        assert len(used) == 2 * len(blocks)
+
+
+@pytest.mark.parametrize("factors_in", [torch.bfloat16, torch.float32])
+def test_a_base_in_low_precision_is_never_merged(factors_in: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_forward, "cheapest", lambda *shape: pytest.fail("the form was chosen by count"))
+    model = adapted("llama", "block", 1).bfloat16()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(factors_in)
+    loss_of(output("llama", model, inputs("llama")).double()).backward()
+    assert all(p.grad is not None and p.grad.dtype == factors_in for p in model.parameters() if p.requires_grad)
