@@ -25,6 +25,13 @@ from reslora_diffusion.core.fused_layer import can_be_remade
 
 from .attn_processor import WithoutDivisionByOne
 
+# By their overloads: to look one up takes a small layer longer than to compute.
+convolution_backward = torch.ops.aten.convolution_backward.default
+group_norm = torch.ops.aten.native_group_norm.default
+group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+silu_backward = torch.ops.aten.silu_backward.default
+ONLY_X = (True, False, False)  # of the gradients with respect to x, weight and bias
+
 
 class FrozenConv2d(torch.autograd.Function):
     """y = W * x + b with constant W and b: dx = W^T * dy."""
@@ -38,7 +45,10 @@ class FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
+        stride, padding, dilation, groups = ctx.settings
+        x = gradient.new_empty(1).expand(ctx.shape)  # of which only the shape is read
+        settings = (stride, padding, dilation, False, (0, 0), groups, ONLY_X)
+        return convolution_backward(gradient, x, weight, None, *settings)[0], None, None, None
 
 
 class FrozenNormSiLU(torch.autograd.Function):
@@ -47,7 +57,7 @@ class FrozenNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
         shape = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
-        h, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *shape, eps)
+        h, mean, rstd = group_norm(x, weight, bias, *shape, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.sizes, ctx.eps = shape, eps
         return F.silu(h, inplace=True)
@@ -56,12 +66,10 @@ class FrozenNormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        h = torch.ops.aten.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)[0]
-        dh = torch.ops.aten.silu_backward(gradient, h)
+        h = group_norm(x, weight, bias, *ctx.sizes, ctx.eps)[0]
+        dh = silu_backward(gradient, h)
         del h
-        only_x = [True, False, False]
-        backward = torch.ops.aten.native_group_norm_backward
-        return backward(dh, x, mean, rstd, weight, *ctx.sizes, only_x)[0], None, None, None, None
+        return group_norm_backward(dh, x, mean, rstd, weight, *ctx.sizes, ONLY_X)[0], None, None, None, None
 
 
 class HalfGelu(torch.autograd.Function):
@@ -94,7 +102,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or not x.requires_grad
         or not torch.is_grad_enabled()
-        or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        or any([p is not None and p.requires_grad for p in module._parameters.values()])
         or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     )
 
