@@ -4,11 +4,13 @@ sd15, sdxl       the UNets of Stable Diffusion 1.5 (512 px) and SDXL (1024 px)
 llama_1b         the shape of Llama-3.2-1B, 1024 tokens
 tiny_unet        so small that launching its operations is what takes the time, as on a GPU at batch 1
 proxy_unet       of the same kind, so large that arithmetic is what takes the time, on a CPU
+sticker_unet     of the pipeline in assets/sticker-sd, which is trained on a CPU
 tiny_llama       a Llama that fits a CPU
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,10 +34,15 @@ def unet(**config: object) -> Callable[[], nn.Module]:
     return lambda: UNet2DConditionModel(**config)
 
 
-def unet_inputs(size: int, channels: int, tokens: int = 77, text_width: int = 0) -> Callable:
+def sticker_unet() -> nn.Module:
+    folder = Path(__file__).parents[1] / "assets" / "sticker-sd" / "unet"
+    return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+
+
+def unet_inputs(size: int, channels: int, tokens: int = 77, text_width: int = 0, latents: int = 4) -> Callable:
     def make(batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         given = {
-            "sample": torch.randn(batch, 4, size, size, device=device, dtype=dtype),
+            "sample": torch.randn(batch, latents, size, size, device=device, dtype=dtype),
             "timestep": torch.full((batch,), 500, device=device),
             "encoder_hidden_states": torch.randn(batch, tokens, channels, device=device, dtype=dtype),
         }
@@ -111,6 +118,7 @@ SUBJECTS = {
     "llama_1b": Subject(llama(**LLAMA_1B), llama_inputs(1024, 128256), LLAMA_TARGETS),
     "tiny_unet": Subject(unet(**small_unet((16, 32, 32, 32), 8, 32)), unet_inputs(8, 32, 8), UNET_TARGETS),
     "proxy_unet": Subject(unet(**small_unet((64, 128, 256, 256), 32, 256)), unet_inputs(32, 256), UNET_TARGETS),
+    "sticker_unet": Subject(sticker_unet, unet_inputs(8, 128, latents=16), UNET_TARGETS),
     "tiny_llama": Subject(llama(**TINY_LLAMA), llama_inputs(128, 512), LLAMA_TARGETS),
 }
 

@@ -6,8 +6,9 @@ Timings of a busy machine drift by more than the differences that matter. So var
 each round; each round gives one ratio to PEFT's LoRA; and the table has the median and quartiles of those ratios. PEFT
 takes part twice: the ratio of the two ("peft again") is what noise alone does.
 
-    CPU     processor time of one thread; models: a UNet that is bound by launching operations, one bound by
-            arithmetic, a small Llama; float32. Processor time does not count what other processes do to the clock.
+    CPU     processor time of one thread; models: a UNet that is bound by launching operations, the one of the embedded
+            pipeline, one that is bound by arithmetic, a small Llama; float32. Processor time does not count what
+            other processes do to the clock.
     CUDA    time between events, and host time per step, of SD1.5 and SDXL at batch 1, 4, 8 and a 1B Llama in bf16;
             eager, compiled, and forward and backward in a CUDA graph; memory by peak allocation.
 
@@ -38,7 +39,8 @@ AGAIN = "peft again"
 LARGE = ("floor", "peft", "peft_autocast", "lora", "input", "block", "middle", "lora_frozen", "input_frozen")
 COMPILED = ("floor", "peft", "lora", "input", "block", "middle")
 DEFAULT = [name for name in VARIANTS if not name.endswith("_frozen")] + ["lora_frozen", "input_frozen"]
-CPU_CASES = [("tiny_unet", 1, 60), ("proxy_unet", 2, 8), ("tiny_llama", 2, 30)]  # model, batch, rounds
+# model, batch, and the number of rounds or the mode
+CPU_CASES = [("tiny_unet", 1, 60), ("sticker_unet", 4, 20), ("proxy_unet", 2, 8), ("tiny_llama", 2, 30)]
 CUDA_CASES = [(model, batch, mode) for model in ("sd15",) for batch in (1, 4, 8) for mode in ("eager", "graph")]
 CUDA_CASES += [("sdxl", 1, "eager"), ("sdxl", 1, "graph"), ("sdxl", 4, "eager"), ("sdxl", 8, "eager")]
 CUDA_CASES += [("llama_1b", 1, "eager"), ("llama_1b", 4, "eager"), ("sd15", 4, "compiled")]
