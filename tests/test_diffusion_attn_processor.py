@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_the_layers_own(
     model, kwargs = make()
     attach(model, ResLoraConfig(r=3, target_modules=targets, shortcut=shortcut, num_previous=num_previous))
     model.double().eval()
-    randomise(model)
+    randomise(model, size=0.2)  # at 0.3, to round the weights changes the gradients of `input` by 4e-10
     wanted, wanted_gradients = gradients_of(model, kwargs)
     assert len(set_attn_processors(model)) > 2
     if checkpointing:
