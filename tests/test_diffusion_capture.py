@@ -321,7 +321,8 @@ def test_on_a_gpu_a_captured_run_equals_an_eager_one(tmp_path, monkeypatch, clas
     plain, captured = (train(tmp_path / name, cuda_graph=on, **options) for name, on in (("off", False), ("on", True)))
     assert len(replays) >= 4
     for got, wanted in zip(measured(captured), measured(plain), strict=True):
-        assert got == pytest.approx(wanted, rel=close)
+        assert got[0] == pytest.approx(wanted[0], rel=close)
+        assert got[1] == wanted[1] or got[1] == pytest.approx(wanted[1], rel=close)  # None where fp16 overflowed
     first, second = (state(folder / "checkpoint-6") for folder in (plain, captured))
     assert first.keys() == second.keys()
     for name in first:
