@@ -110,7 +110,7 @@ class Look:
 def look(args: Namespace) -> Look:
     """Raises `BadInput` with every problem found, unless torch may know of more."""
     missing = missing_models(args)
-    found = Look([*missing, *unknown_words(args.unknown)], [])
+    found = Look([*missing.values(), *unknown_words(args.unknown)], [])
     for find in (bad_values, bad_combinations, adapter_problems, missing_packages, name_problems, bad_output):
         found.problems += find(args)
     found.problems += [*variant_problems(args), *launcher_problems(args), *bad_weights(args)]
@@ -120,10 +120,11 @@ def look(args: Namespace) -> Look:
         found.problems += error.problems
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
     known = bool(missing or args.unknown)
+    there = Namespace(**vars(args) | dict.fromkeys(missing))  # the rest can still be held against each other
     try:
-        if not missing and (outline := read_outline(args)):
+        if there.pretrained_model_name_or_path and (outline := read_outline(there)):
             found.outline, known = outline, True
-            found.buckets = fit(outline, args)
+            found.buckets = fit(outline, there)
     except BadInput as error:
         found.problems += error.problems
         known = True
@@ -159,19 +160,19 @@ def length(args: Namespace, concepts: list[Concept]) -> tuple[int, int]:
     return args.max_train_steps or args.num_train_epochs * per_epoch, per_epoch
 
 
-def missing_models(args: Namespace) -> list[str]:
-    """Why there is no model to look at, as far as this machine can tell."""
-    problems = []
+def missing_models(args: Namespace) -> dict[str, str]:
+    """Why there is nothing to look at under an option, as far as this machine can tell."""
+    problems = {}
     for option in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name"):
         name = getattr(args, option) or ""
         folder = Path(name)
         if name and not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
-            problems.append(f"--{option}: {name} is missing; wanted a folder or a hub name")
-    name = args.pretrained_model_name_or_path
+            problems[option] = f"--{option}: {name} is missing; wanted a folder or a hub name"
+    option, name = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     if not name:
-        problems.append("--pretrained_model_name_or_path is required")
+        problems[option] = f"--{option} is required"
     elif Path(name).is_dir() and not Path(name, "model_index.json").is_file():
-        problems.append(f"--pretrained_model_name_or_path: {name} has no model_index.json; wanted a diffusers pipeline")
+        problems[option] = f"--{option}: {name} has no model_index.json; wanted a diffusers pipeline"
     return problems
 
 
