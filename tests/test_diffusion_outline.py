@@ -74,7 +74,7 @@ def test_files_tell_what_the_modules_are(both):
         assert {name for name, layer in outline.layers[component].items() if layer.kind == LINEAR} == linear
 
 
-@pytest.mark.parametrize(("options", "said"), MISFITS, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(("options", "said"), MISFITS, ids=[" ".join(options) for options, _ in MISFITS])
 def test_both_find_the_same_problems_in_the_same_words(both, tmp_path, options, said):
     folder, outline, skeleton = both
     args = arguments(tmp_path / "out", pretrained_model_name_or_path=folder, **options)
