@@ -103,7 +103,7 @@ def test_foreign_tensors_are_named_with_what_they_are_for(tmp_path):
     checkpoint = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}
     message = refusal(saved(tmp_path, checkpoint))
     assert "1 of 1 keys are no LoRA of Stable Diffusion; they are those of a whole checkpoint, no LoRA" in message
-    flux = {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(2, 2)}
+    flux = {"double_blocks.0.processor.proj_lora1.down.weight": torch.zeros(2, 2)}
     message = refusal(saved(tmp_path, flux, {"modelspec.architecture": "flux-1-dev/lora"}))
     assert "they are those of FLUX" in message
     assert "its header says it is for flux-1-dev/lora" in message

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..stored import Files, Unknown
+from .flux import parts_of
 from .geometry import family_of_widths
 from .header import Header, unusable
 from .keys import classic_path, flat_path, listing
@@ -102,7 +103,8 @@ def check_stored(headers: Sequence[Header], name: str) -> None:
     files, wanted = Files(name, None), defaultdict(dict)
     for lora in headers:
         for (component, path), parts in lora.modules().items():
-            wanted[component][path] = [lora.shapes[parts["B"]][0], *lora.shapes[parts["A"]][1:]]
+            for part, rows in parts_of(path, lora.shapes[parts["B"]][0]).items():
+                wanted[component][part] = [rows, *lora.shapes[parts["A"]][1:]]
     try:
         index = files.json("model_index.json")
         stored = {component: files.shapes(component) for component in wanted if (index.get(component) or [None])[0]}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from .flux import STACKS
 from .keys import KOHYA_COMPONENTS, Naming
 
 if TYPE_CHECKING:  # names are looked up without waiting for torch
@@ -52,7 +53,7 @@ GEOMETRIES = {
     Family.SD2: Geometry((1, 1, 1, 0), 1, 1024, {"text_encoder": 23}),
     Family.SDXL: Geometry((0, 2, 10), 10, 2048, {"text_encoder": 12, "text_encoder_2": 32}),
 }
-FLUX_WIDTH = 3072
+FLUX_WIDTH, FLUX_BLOCKS = 3072, ("single_transformer_blocks.", *(f"{stack}." for stack in STACKS))
 BLOCK = [f"attn{n}.to_{p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
 RESNET = {
     "conv1": "in_layers.2",
@@ -71,9 +72,9 @@ def family_of(components: Components) -> Family:
 def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
     """The same from each module's number of inputs: component -> path -> width."""
     if transformer := widths.get("transformer"):
-        queries = {n for path, n in transformer.items() if path.endswith(".attn.to_q")}
-        single = any(path.startswith("single_transformer_blocks.") for path in transformer)
-        return Family.FLUX if single and queries == {FLUX_WIDTH} else Family.TRANSFORMER
+        read = {n for path, n in transformer.items() if path.endswith((".attn.to_q", "_attn.qkv", ".linear1"))}
+        blocks = any(path.startswith(FLUX_BLOCKS) for path in transformer)
+        return Family.FLUX if blocks and read == {FLUX_WIDTH} else Family.TRANSFORMER
     if not widths.keys() <= set(KOHYA_COMPONENTS):
         return Family.OTHER
     cross = {n for path, n in widths.get("unet", {}).items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
@@ -90,8 +91,8 @@ def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
 
 def naming_of(components: Components) -> Naming:
     """How a kohya file names these modules."""
-    if family_of(components) is Family.SDXL:
-        return Naming.SDXL
+    if named := {Family.SDXL: Naming.SDXL, Family.FLUX: Naming.FLUX}.get(family_of(components)):
+        return named
     return Naming.TWO_ENCODERS if "text_encoder_2" in components else Naming.SD
 
 

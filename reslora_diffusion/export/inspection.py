@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .geometry import GEOMETRIES, Family, family_of_widths
+from .geometry import Family, family_of_widths
 from .header import Header, read_headers
 from .keys import COMPONENTS, Dialect, listing
 from .limits import LOSSY_ERROR
@@ -42,6 +42,7 @@ MARKS = {  # how a header names a family
     Family.SD1: ("stable-diffusion-v1", "sd_v1"),
     Family.SD2: ("stable-diffusion-v2", "sd_v2"),
     Family.SDXL: ("stable-diffusion-xl", "sdxl"),
+    Family.FLUX: ("flux",),
 }
 
 
@@ -231,7 +232,7 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
         found.append(f"{len(zero)} of {len(modules)} modules are zero: {listing(zero)}")
     scalings = {round(m.scaling, 9) for m in modules}
     alphas = {m.alpha for m in modules}
-    if header.dialect is Dialect.KOHYA and len(alphas) > 1:
+    if header.dialect is Dialect.KOHYA and len(alphas) > 1 and family is not Family.FLUX:
         found.append(
             f"{len(alphas)} different alphas in a kohya file: diffusers applies one of them to every module; "
             "`reslora convert --to diffusers` writes a file that it reads right"
@@ -242,7 +243,7 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
             found.append("its scaling stands in lora_adapter_metadata, which diffusers before 0.34 ignores")
     says = (header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version", "")).lower()
     said = next((f for f, marks in MARKS.items() if any(mark in says for mark in marks)), None)
-    if said and family in GEOMETRIES and said is not family:
+    if said and family in MARKS and said is not family:
         found.append(f"its header says {said}, its shapes say {family}")
     return found
 

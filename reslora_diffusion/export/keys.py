@@ -7,6 +7,7 @@ CLIPTextModel (not from CLIPTextModelWithProjection), but files outlive versions
     diffusers      unet.down_blocks.1.attentions.0....to_q.lora_A.weight   [r, in]    .lora_B.weight   [out, r]
     kohya          lora_unet_down_blocks_1_attentions_0_..._to_q.lora_down.weight     .lora_up.weight  .alpha
     kohya, SDXL    lora_unet_input_blocks_4_1_..._to_q.lora_down.weight    (names of Stability's own UNet, "SGM")
+    kohya, FLUX.1  lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight (other layers too: `flux`)
     PEFT           base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 
 Every map stands beside its inverse. `to_sgm` numbers the blocks as Stability's UNet does: with L resnets to a block,
@@ -16,6 +17,8 @@ resnet j of down block i is `input_blocks[1 + i(L+1) + j]`, and of up block i `o
 import re
 from collections.abc import Collection, Iterable
 from enum import StrEnum
+
+from .flux import from_kohya_name
 
 LAYERS_PER_BLOCK = 2  # of every released Stable Diffusion UNet
 CLIP_COMPONENTS = ("text_encoder", "text_encoder_2")
@@ -34,11 +37,12 @@ class Dialect(StrEnum):
 
 class Naming(StrEnum):
     """The ways to name modules in a kohya file: for SD 1.x and 2.x; for SDXL, by Stability's block numbers; for other
-    geometries with two text encoders, whose blocks Stability's numbers do not fit, by diffusers' names."""
+    geometries with two text encoders, whose blocks Stability's numbers do not fit, by diffusers' names; for FLUX.1."""
 
     SD = "sd"
     SDXL = "sdxl"
     TWO_ENCODERS = "two encoders"
+    FLUX = "flux"
 
 
 # ---------------------------------------------------------------------------------------------- CLIP layouts
@@ -76,6 +80,7 @@ KOHYA_PREFIXES = {
     Naming.SD: {"unet": "lora_unet_", "text_encoder": "lora_te_"},
     Naming.SDXL: TWO,
     Naming.TWO_ENCODERS: TWO,
+    Naming.FLUX: {"transformer": "lora_unet_", "text_encoder": "lora_te1_"},
 }
 # Path segments that contain an underscore themselves: what must not be split when a kohya name is read back.
 SEGMENTS = """
@@ -90,7 +95,7 @@ SEGMENT = re.compile("|".join(sorted(SEGMENTS + PLAIN_SEGMENTS, key=len, reverse
 
 
 def to_kohya(component: str, path: str, naming: Naming) -> str:
-    """Name of a module in a kohya file, without `.lora_down.weight`.
+    """Name of a module in a kohya file, without `.lora_down.weight`; of a FLUX.1 transformer `path` is theirs (`flux`).
 
     Raises:
         ValueError: kohya's trainer has no name for such a module.
@@ -103,12 +108,14 @@ def to_kohya(component: str, path: str, naming: Naming) -> str:
 
 
 def from_kohya(name: str) -> tuple[str, str]:
-    """Inverse of `to_kohya` for either naming: `(component, path)`.
+    """Inverse of `to_kohya` for every naming: `(component, path)`.
 
     Raises:
-        ValueError: the name is not one of a Stable Diffusion UNet or a CLIP text encoder.
+        ValueError: the name is not one of a Stable Diffusion UNet, FLUX.1's blocks or a CLIP text encoder.
     """
-    prefixes = {prefix: component for by in KOHYA_PREFIXES.values() for component, prefix in by.items()}
+    if path := from_kohya_name(name):
+        return "transformer", path
+    prefixes = {prefix: c for by in KOHYA_PREFIXES.values() for c, prefix in by.items() if c != "transformer"}
     prefix = next((p for p in prefixes if name.startswith(p)), None)
     if prefix is None:
         raise ValueError(f"{name} starts with none of {', '.join(prefixes)}")

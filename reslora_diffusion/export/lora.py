@@ -24,7 +24,8 @@ from torch import nn
 
 from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
-from .geometry import family_of, naming_of
+from .flux import layer_of
+from .geometry import Family, family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
 from .keys import COMPONENTS, Dialect, Naming, classic_path, listing
 from .limits import LARGEST_EXPORT, Rank
@@ -64,7 +65,7 @@ def export_lora(
         models: the base modules by component; names and shapes are then checked against them, and the loaders load
             into their architecture.
         naming: of the kohya file; found from the components if not given.
-        formats: which of the two files; both, if not given, and for a transformer the first, which ComfyUI reads too.
+        formats: which of the two files; both, if not given, and for a transformer other than FLUX.1 the first.
 
     >>> report = export_lora("out", {"unet": merged_factors(unet)}, facts={"base_model": "runwayml/..."})
     >>> print(report)
@@ -74,7 +75,7 @@ def export_lora(
         CheckFailed: a ValueError too; the rank loses too much, or a written file failed its proof.
     """
     if formats is None:
-        formats = ("diffusers",) if "transformer" in components else ("diffusers", "kohya")
+        formats = ("diffusers", "kohya") if has_kohya_names(components) else ("diffusers",)
     if not formats or not set(formats) <= {"diffusers", "kohya"}:
         raise ValueError(f"formats: got {list(formats)}, wanted 'diffusers', 'kohya' or both")
     homes = {Dialect.DIFFUSERS: Path(DIFFUSERS_FILE), Dialect.KOHYA: Path(KOHYA_FOLDER, f"{name}.safetensors")}
@@ -188,6 +189,12 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
+def has_kohya_names(components: Components) -> bool:
+    """Whether kohya's trainer has names for what is adapted: those of a transformer are FLUX.1's, and of its blocks."""
+    transformer = components.get("transformer")
+    return not transformer or (family_of(components) is Family.FLUX and all(map(layer_of, transformer)))
+
+
 def input_problems(components: Components, name: str, files: Mapping[Dialect, Path]) -> list[str]:
     """Faults of the request itself."""
     problems = []
@@ -195,8 +202,10 @@ def input_problems(components: Components, name: str, files: Mapping[Dialect, Pa
         problems.append(f"name {name!r} is not a file name (letters, digits and . _ + -)")
     if strange := components.keys() - set(COMPONENTS):
         problems.append(f"components {sorted(strange)}; wanted some of {', '.join(COMPONENTS)}")
-    if "transformer" in components and Dialect.KOHYA in files:
-        problems.append("a kohya file is for a unet, and this LoRA is for a transformer; wanted diffusers' dialect")
+    if Dialect.KOHYA in files and not has_kohya_names(components):
+        problems.append(
+            "a kohya file is for a unet or FLUX.1's blocks, and this LoRA is not; wanted diffusers' dialect"
+        )
     unpaired = [
         f"{component}.{path}: lora_A {list(f.lora_A.shape)}, lora_B {list(f.lora_B.shape)}"
         for component, modules in components.items()

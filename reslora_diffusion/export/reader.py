@@ -1,7 +1,7 @@
 """Reading a LoRA of any dialect into one form, {component: {module path: LoraFactors}}.
 
-Accepted: kohya files (SD 1.x, 2.x, SDXL; diffusers or Stability block names), diffusers files of every age, PEFT
-folders. `header` has looked at the file before its tensors are read.
+Accepted: kohya files (SD 1.x, 2.x, SDXL; diffusers or Stability block names; FLUX.1), diffusers files of every age,
+PEFT folders. `header` has looked at the file before its tensors are read.
 """
 
 from collections import Counter, defaultdict
@@ -13,6 +13,7 @@ import torch
 from reslora_diffusion.core.functional import LoraFactors
 
 from .factors import Components
+from .flux import split
 from .header import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, Header, locate, open_safetensors, read_headers, unusable
 from .keys import Dialect, listing
 
@@ -73,4 +74,6 @@ def read_tensors(header: Header) -> LoraFile:
         unlike = sorted(set(unlike))
         problem = f"{len(unlike)} modules are given twice, with different values: {listing(unlike)}"
         raise unusable(header.path, [problem])
+    if header.dialect is Dialect.KOHYA and "transformer" in components:
+        components["transformer"] = split(components["transformer"])
     return LoraFile(header.path, header.dialect, dict(components), header.metadata, dtypes, alphas)

@@ -270,7 +270,7 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
     denoiser = "transformer" if "transformer" in models else "unet"
     mixin = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
     if denoiser == "transformer":
-        flux = hasattr(models[denoiser], "single_transformer_blocks")
+        flux = naming is Naming.FLUX or hasattr(models[denoiser], "single_transformer_blocks")
         mixin = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
 
     class Pipeline(DiffusionPipeline, mixin):

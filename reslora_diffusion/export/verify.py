@@ -19,7 +19,7 @@ from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
 from .inspection import sha256
-from .keys import COMPONENTS, Dialect, listing
+from .keys import COMPONENTS, Dialect, Naming, listing
 from .lora import REPORT_FILE
 from .proof import (
     TOLERANCE,
@@ -153,8 +153,10 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
         return peft_checks(lora, models)
     if not components.keys() <= set(COMPONENTS):
         return [], []
-    family = family_of(components)
-    checks, problems = diffusers_checks([lora.path], components, EXACT, naming_of(components), models)
+    family, naming = family_of(components), naming_of(components)
+    if lora.dialect is Dialect.KOHYA and "transformer" in components:
+        naming = Naming.FLUX
+    checks, problems = diffusers_checks([lora.path], components, EXACT, naming, models)
     if lora.dialect is Dialect.KOHYA:
         checks += check_names(lora.path, components, family)
     return checks, problems

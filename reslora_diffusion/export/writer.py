@@ -30,6 +30,7 @@ from torch import Tensor
 from reslora_diffusion.core.functional import LoraFactors
 
 from .factors import Components, folded, padded
+from .flux import join
 from .geometry import Family
 from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, listing, projects, to_kohya
 from .progress import progress
@@ -39,8 +40,13 @@ ARCHITECTURES = {
     Family.SD2: "stable-diffusion-v2-512",
     Family.SDXL: "stable-diffusion-xl-v1-base",
     Family.CUSTOM: "stable-diffusion-custom",
+    Family.FLUX: "flux-1-dev",
 }
-KOHYA_BASES = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0"}
+KOHYA_BASES = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0", Family.FLUX: "flux1"}
+IMPLEMENTATIONS = {
+    Family.SDXL: "https://github.com/Stability-AI/generative-models",
+    Family.FLUX: "https://github.com/black-forest-labs/flux",
+}
 # Facts that kohya's trainer states under the same name, or under another.
 KOHYA_FACTS = {
     name: f"ss_{name}"
@@ -89,10 +95,11 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
 
 
 def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
-    """Tensors of the kohya file: up, down and one alpha, equal to the rank."""
+    """Tensors of the kohya file: up, down and alpha, equal to the rank: one for all, but of FLUX.1's joined layers."""
     tensors = {}
     for component, modules in components.items():
-        for path, factors in recognisable(component, modules, Dialect.KOHYA).items():
+        named = join(modules) if naming is Naming.FLUX and component == "transformer" else modules
+        for path, factors in recognisable(component, named, Dialect.KOHYA).items():
             name = to_kohya(component, path, naming)
             tensors[f"{name}.lora_down.weight"] = factors.lora_A
             tensors[f"{name}.lora_up.weight"] = factors.lora_B
@@ -176,7 +183,7 @@ def kohya_header(
 ) -> dict[str, str]:
     """What UIs show about a LoRA: kohya's `ss_*`, the hashes A1111 indexes by, and Stability's model specification."""
     trained = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_flux" if family is Family.FLUX else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": "{}",
@@ -193,9 +200,7 @@ def kohya_header(
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if family is Family.SDXL
-        else "diffusers",
+        "modelspec.implementation": IMPLEMENTATIONS.get(family, "diffusers"),
         "modelspec.title": name,
     } | stated_date()
     if resolution := facts.get("resolution"):

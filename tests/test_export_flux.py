@@ -1,0 +1,124 @@
+"""FLUX.1's two files: layers that are one in kohya's names, joined and split as diffusers' own converter does it."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_factors import largest_error, random_factors
+from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.export import convert, export_lora, inspect_lora, read_lora, verify_lora
+from reslora_diffusion.export.flux import LAYERS, from_kohya_name, join, layer_of, parts_of, split
+from reslora_diffusion.export.geometry import Family
+from reslora_diffusion.export.standins import hollow
+
+BLOCKS = tuple(
+    [f"transformer_blocks.1.{leaf}" for leaf in ("attn.to_q", "attn.to_v", "attn.add_k_proj", "ff.net.2")]
+    + [f"single_transformer_blocks.0.attn.to_{leaf}" for leaf in "qkv"]
+    + [f"single_transformer_blocks.1.{leaf}" for leaf in ("attn.to_k", "proj_mlp", "proj_out")]
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, torch.nn.Module]:
+    """Of FLUX.1's width, without memory, and few of its blocks."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=2)
+        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=1, intermediate_size=64))
+    return {"transformer": hollow(transformer), "text_encoder": hollow(clip)}
+
+
+@pytest.fixture(scope="module")
+def components(base):
+    return {
+        "transformer": random_factors(base["transformer"], BLOCKS, seed=0, ranks=(2, 3), scalings=(1.0, 0.5)),
+        "text_encoder": random_factors(base["text_encoder"], ("q_proj", "out_proj"), seed=1),
+    }
+
+
+def deltas(components) -> dict[str, torch.Tensor]:
+    """What each module makes of a few random vectors, in float64: matrices of these widths are slow to form."""
+
+    def probed(f: LoraFactors) -> torch.Tensor:
+        vectors = torch.randn(f.lora_A.shape[1], 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return f.scaling * (f.lora_B.double() @ (f.lora_A.double() @ vectors))
+
+    return {
+        f"{c}.{path.removeprefix('text_model.')}": probed(f)
+        for c, modules in components.items()
+        for path, f in modules.items()
+    }
+
+
+def test_both_files_load_and_mean_the_same(tmp_path, components, base):
+    report = export_lora(tmp_path, components, models=base, name="x", dtype=torch.float32, facts={"shortcut": "none"})
+    assert report.files.keys() == {"diffusers", "kohya"}
+    assert report.family == Family.FLUX
+    assert len(report.checks) == 3  # diffusers reads both, kohya's rules one
+    count = sum(map(len, components.values()))
+    assert all(check.matched == check.expected == count for check in report.checks)
+    assert verify_lora(tmp_path).passed
+    for file in report.files.values():
+        assert largest_error(deltas(read_lora(file).components), deltas(components)) < 1e-6
+    kohya = load_file(tmp_path / "kohya" / "x.safetensors")
+    linear1 = "lora_unet_single_blocks_0_linear1"
+    assert kohya[f"{linear1}.lora_up.weight"].shape == (7 * 3072, 4 * report.rank)
+    assert kohya[f"{linear1}.alpha"] == 4 * report.rank
+    looked = inspect_lora(tmp_path / "kohya" / "x.safetensors")
+    assert looked.family is Family.FLUX
+    assert looked.metadata["ss_base_model_version"] == "flux1"
+    assert not [note for note in looked.notes if "alphas" in note]
+    back = convert(tmp_path / "kohya" / "x.safetensors", tmp_path / "back", to="diffusers")
+    assert largest_error(deltas(read_lora(back[0].folder).components), deltas(components)) < 1e-6
+
+
+def test_a_file_that_was_trained_as_a_whole_is_read_as_diffusers_reads_it(tmp_path):
+    """kohya's own trainer: q, k and v share lora_A, and alpha is not the rank."""
+    generator, name = torch.Generator().manual_seed(0), "lora_unet_double_blocks_3_txt_attn_qkv"
+    A, B = torch.randn(4, 3072, generator=generator), torch.randn(3 * 3072, 4, generator=generator)
+    tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = deltas(read_lora(tmp_path / "x.safetensors").components)
+    paths = [f"transformer_blocks.3.attn.add_{part}_proj" for part in "qkv"]
+    parts = {path: LoraFactors(A, rows, 0.5) for path, rows in zip(paths, B.split(3072), strict=True)}
+    assert largest_error(found, deltas({"transformer": parts})) < 1e-12
+    assert verify_lora(tmp_path / "x.safetensors").passed
+
+
+def test_names_are_inverse_to_each_other():
+    for stack, layers in LAYERS.items():
+        for layer in layers:
+            theirs = f"{stack}.7.{layer}"
+            assert from_kohya_name(f"lora_unet_{theirs.replace('.', '_')}") == theirs
+            assert {layer_of(part) for part in parts_of(theirs, 42)} == {theirs}
+            assert sum(parts_of(theirs, 42).values()) == 42
+    assert layer_of("x_embedder") is layer_of("proj_out") is None
+    assert from_kohya_name("lora_unet_double_blocks_0_img_attn_q") is None
+
+
+def test_split_is_inverse_to_join_and_keeps_what_is_zero():
+    generator = torch.Generator().manual_seed(0)
+    paths = {"attn.to_q": 6, "attn.to_v": 6, "proj_mlp": 24, "proj_out": 6}
+    modules = {
+        f"single_transformer_blocks.4.{leaf}": LoraFactors(
+            torch.randn(2, 6, generator=generator), torch.randn(out, 2, generator=generator), 1.0
+        )
+        for leaf, out in paths.items()
+    }
+    back = split(join(modules))
+    assert back.keys() == modules.keys()
+    for path, factors in modules.items():
+        assert torch.equal(back[path].lora_A, factors.lora_A)
+        assert torch.equal(back[path].lora_B, factors.lora_B)
+    zero = {path: f._replace(lora_B=torch.zeros_like(f.lora_B)) for path, f in modules.items()}
+    assert not any(f.lora_B.any() for f in split(join(zero)).values())
+    assert zero.keys() <= split(join(zero)).keys()
+
+
+def test_what_kohya_has_no_name_for_is_exported_for_diffusers_alone(tmp_path, components, base):
+    more = random_factors(base["transformer"], ("x_embedder",), seed=2)
+    both = components | {"transformer": components["transformer"] | more}
+    assert export_lora(tmp_path, both, name="x").files.keys() == {"diffusers"}
+    with pytest.raises(ValueError, match="a kohya file is for a unet or FLUX.1's blocks"):
+        export_lora(tmp_path, both, name="x", formats=("kohya",))
