@@ -189,7 +189,7 @@ def test_autocast_and_functorch_compute_plainly(shortcut: str) -> None:
 def test_the_form_is_logged_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="reslora_diffusion")
     output("clip", adapted("clip", "input", 1), inputs("clip"))
-    assert "ResLoRA layers compute fused, on cpu" in caplog.text
+    assert "ResLoRA layers compute fused, on cpu, each in the form with the least arithmetic" in caplog.text
     output("clip", adapted("clip", "input", 1, lora_dropout=0.1), inputs("clip"))
     assert "ResLoRA layers compute layer by layer: dropout" in caplog.text
 

@@ -1,11 +1,12 @@
 """Where and how adapted layers compute in a fused form, instead of by PEFT's modules.
 
-One layer is one node (`core.fused_layer`); layers that read the same x, of which `core` is told by whoever knows
-(`diffusion.attn_processor`), are one node together (`core.fused`), which saves launches on a GPU. `Fusion` knows, for
-one adapter, these groups, their packed factors, and results that were computed ahead. docs/LOG.md has the timings that
-chose between the forms. A layer computes plainly, to the same numbers, where something else must
-see what happens inside it: under torch.compile (which fuses the plain form better than this), autocast, functorch and
-forward-mode differentiation; with dropout, hooks, several adapters, merged or quantised weights; while calibrating.
+One layer is one node (`core.fused_layer`; on a CPU also `core.whole_layer`, by the count of `core.forms`); layers that
+read the same x, of which `core` is told by whoever knows (`diffusion.attn_processor`), are one node together
+(`core.fused`), which saves launches on a GPU. `Fusion` knows, for one adapter, these groups, their packed factors, and
+results that were computed ahead. docs/LOG.md has the timings that chose between the forms. A layer computes plainly, to
+the same numbers, where something else must see what happens inside it: under torch.compile (which fuses the plain form
+better than this), autocast, functorch and forward-mode differentiation; with dropout, hooks, several adapters, merged
+or quantised weights; while calibrating.
 """
 
 import logging
@@ -90,7 +91,8 @@ class Fusion:
         first = next(iter(self.alone.values()))
         weight = first.bases[0].weight
         plain = "its adapter is off" if controller.is_idle() else why_plain(controller, first, weight)
-        self.say(f"layer by layer: {plain}" if plain else f"fused, on {weight.device.type}")
+        counted = ", each in the form with the least arithmetic" if weight.is_cpu and weight.dtype in EXACT else ""
+        self.say(f"layer by layer: {plain}" if plain else f"fused, on {weight.device.type}{counted}")
         self.packed_with_grad = torch.is_grad_enabled()
         if not plain and is_packed(weight, factors[0]):
             self.pack(controller, factors)
