@@ -179,6 +179,9 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     keys = load_file(folder / "pytorch_lora_weights.safetensors").keys()
     assert {key.split(".")[0] for key in keys} == {family.denoiser, *family.text_encoders}
     assert (folder / "kohya").exists() == (family.denoiser == "unet")
+    card = (folder / "README.md").read_text()
+    assert f", {family.tag}, reslora]" in card
+    assert ("max_sequence_length=24)" in card) == bool(family.fixed_encoder)
 
     def paint(prompt: str = PROMPT) -> np.ndarray:
         settings = {"num_inference_steps": 2, "guidance_scale": family.guidance_scale, "height": 64, "width": 64}
@@ -208,7 +211,10 @@ def test_a_dry_run_foresees_what_a_step_keeps(tmp_path, build, capsys):
         **of_t5(FAMILIES[type(load(build)).__name__]),
     }
     train(tmp_path / "run", **options, dry_run=True)
-    foreseen = float(re.search(r"activations about ([\d.]+) MB", capsys.readouterr().out)[1])
+    said = capsys.readouterr().out
+    told = "trained at guidance 3.5 (--training_guidance_scale), pictures at 3.5 (--guidance_scale)"
+    assert (told in said) == (build is tiny_pipeline_flux)
+    foreseen = float(re.search(r"activations about ([\d.]+) MB", said)[1])
     train(tmp_path / "run", **options)
     measured = float(re.search(r"activations ([\d.]+) MB", capsys.readouterr().out)[1])
     assert foreseen == pytest.approx(measured, rel=0.3)

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_factors import largest_error, random_factors
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.export import convert, export_lora, inspect_lora, read_lora, verify_lora
+from reslora_diffusion.export import convert, export_lora, fuse, inspect_lora, read_lora, verify_lora
+from reslora_diffusion.export.base import check_stored
 from reslora_diffusion.export.flux import LAYERS, from_kohya_name, join, layer_of, parts_of, split
 from reslora_diffusion.export.geometry import Family
+from reslora_diffusion.export.header import read_headers
 from reslora_diffusion.export.standins import hollow
+from tiny import saved, tiny_pipeline_flux
 
 BLOCKS = tuple(
     [f"transformer_blocks.1.{leaf}" for leaf in ("attn.to_q", "attn.to_v", "attn.add_k_proj", "ff.net.2")]
@@ -84,6 +87,35 @@ def test_a_file_that_was_trained_as_a_whole_is_read_as_diffusers_reads_it(tmp_pa
     parts = {path: LoraFactors(A, rows, 0.5) for path, rows in zip(paths, B.split(3072), strict=True)}
     assert largest_error(found, deltas({"transformer": parts})) < 1e-12
     assert verify_lora(tmp_path / "x.safetensors").passed
+
+
+def test_a_kohya_file_is_fitted_to_a_base_and_merged_into_it(tmp_path):
+    folder = saved(tiny_pipeline_flux)
+    before = DiffusionPipeline.from_pretrained(folder).transformer.state_dict()
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, rows in {"double_blocks_1_img_attn_qkv": 96, "single_blocks_0_linear1": 224}.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(3, 32, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(rows, 3, generator=generator)
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file)
+    check_stored(read_headers(file), str(folder))
+    fuse(file, str(folder), tmp_path / "fused")
+    after = DiffusionPipeline.from_pretrained(tmp_path / "fused").transformer.state_dict()
+    added = {name: after[name] - before[name] for name in after if not torch.equal(after[name], before[name])}
+    double, single = "transformer_blocks.1.attn.to_{}.weight", "single_transformer_blocks.0."
+    paths = [double.format(part) for part in "qkv"]
+    paths += [*(f"{single}attn.to_{part}.weight" for part in "qkv"), f"{single}proj_mlp.weight"]
+    assert added.keys() == set(paths)
+    for chosen, name in ((paths[:3], "double_blocks_1_img_attn_qkv"), (paths[3:], "single_blocks_0_linear1")):
+        whole = tensors[f"lora_unet_{name}.lora_up.weight"] @ tensors[f"lora_unet_{name}.lora_down.weight"]
+        torch.testing.assert_close(torch.cat([added[path] for path in chosen]), whole, rtol=1e-5, atol=1e-5)
+    save_file(
+        {f"lora_unet_double_blocks_9_img_mlp_0.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}, file
+    )
+    with pytest.raises(
+        ValueError, match="the base lacks 1 of the modules: transformer.transformer_blocks.9.ff.net.0.proj"
+    ):
+        check_stored(read_headers(file), str(folder))
 
 
 def test_names_are_inverse_to_each_other():
