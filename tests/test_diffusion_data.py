@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from dreambooth import SUBJECTS, arguments
 from reslora_diffusion.diffusion.buckets import Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.cache import Views
-from reslora_diffusion.diffusion.concepts import Concept, chosen, concepts_of
+from reslora_diffusion.diffusion.concepts import Concept, chosen, concepts_of, read_concepts
 from reslora_diffusion.diffusion.data import covering, crop_corners, look_at, open_mask, open_upright, scan
 
 
@@ -84,6 +85,33 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new(mode, (8, 8)).save(tmp_path / f"a.{suffix}")
     assert open_upright(look_at(tmp_path / f"a.{suffix}").path).mode == "RGB"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, suffix):
+    deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(deep).save(tmp_path / f"a.{suffix}")
+    expected = np.floor(deep / 257 + 0.5).astype(int)
+    picture = look_at(tmp_path / f"a.{suffix}")
+    assert np.abs(np.asarray(open_upright(picture.path))[..., 0] - expected).max() <= 1
+    masked = open_mask(replace(picture, mask=picture.path), alpha=False)
+    assert np.abs(np.asarray(masked) - expected).max() <= 1
+
+
+def test_pictures_in_floating_point_are_refused_since_nobody_knows_what_is_white(folder):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "deep.tif")
+    (problem,) = scan(folder).problems
+    assert "deep.tif (floating point (mode F)" in problem
+
+
+def test_the_mark_that_windows_puts_in_front_of_text_is_no_part_of_it(folder, tmp_path):
+    (folder / "0.txt").write_text("a caption", encoding="utf-8-sig")
+    (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "another"}', encoding="utf-8-sig")
+    found = scan(folder)
+    assert found.problems == []
+    assert [picture.caption for picture in found.pictures[:2]] == ["a caption", "another"]
+    (tmp_path / "concepts.json").write_text('[{"instance_data_dir": "x"}]', encoding="utf-8-sig")
+    assert read_concepts(tmp_path / "concepts.json") == [{"instance_data_dir": "x"}]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def parse_file(flag: str, path: Path) -> Any:
     if path.suffix.lower() not in PARSERS:
         raise BadInput([f"{flag} {path}: wanted a file named {', '.join(PARSERS)}"])
     try:
-        return PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
+        return PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInput([f"{flag} {path}: {error.strerror}"]) from error
     except (ValueError, yaml.YAMLError) as error:

@@ -113,7 +113,7 @@ def look_at(path: Path) -> Picture:
     """Decode a picture for its upright size; raises what PIL raises if it does not decode."""
     with Image.open(path) as image:
         image.load()
-        size = ImageOps.exif_transpose(image).size
+        size = eight_bits(ImageOps.exif_transpose(image)).size
     return Picture(path, size, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -141,7 +141,7 @@ def add_captions(found: Scan, entries: list[Path]) -> None:
 
 def read_text(path: Path, found: Scan) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()  # Windows puts a mark in front
     except (OSError, UnicodeDecodeError) as error:
         found.problems.append(f"{path} is not text in UTF-8: {error}")
         return ""
@@ -180,10 +180,23 @@ def add_masks(found: Scan, folder: Path) -> None:
     ]
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper 8: Pillow's own conversion makes all above 255 white.
+
+    Raises:
+        ValueError: floating point, which may be of any range.
+    """
+    if image.mode == "F":
+        raise ValueError("floating point (mode F) does not say what is white; wanted 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # older Pillow reads 16 bits as I
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    return image
+
+
 def open_upright(path: Path) -> Image.Image:
     """RGB, turned as its EXIF orientation says; what is transparent becomes white."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = eight_bits(ImageOps.exif_transpose(image))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -193,7 +206,7 @@ def open_upright(path: Path) -> Image.Image:
 def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
     """What of a picture counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
     with Image.open(picture.mask or picture.path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = eight_bits(ImageOps.exif_transpose(image))
         if picture.mask:
             return image.convert("L")
         return image.convert("RGBA").getchannel("A") if alpha and image.has_transparency_data else None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = 1  # of entries, and of how pictures are cut and encoded: counts up when either changes
+FORMAT = 2  # of entries, and of how pictures are cut and encoded: counts up when either changes
 
 Key = Mapping[str, Any]
 
