@@ -8,11 +8,14 @@ import atexit
 import errno
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 2
+QUIT_CODE = 130  # as shells say of Ctrl-C
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -34,7 +37,7 @@ class Stopped(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal stopped training between two steps; says how to continue."""
+    """A signal stopped a run where nothing is lost; says how to continue."""
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -69,8 +72,10 @@ def importing() -> Iterator[None]:
 
 
 def run_program(program: Callable[[], object]) -> int:
-    """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop; all
-    said in plain words."""
+    """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop, 130 if
+    it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     atexit.register(gc.freeze)  # the process ends: its memory goes back without a last look through it
     found: list[str] = []
     try:
@@ -81,6 +86,8 @@ def run_program(program: Callable[[], object]) -> int:
         code, message, found = EXIT_CODE, str(error), error.found
     except Stopped as error:
         code, message = 1, f"stopped: {error}"
+    except KeyboardInterrupt:
+        code, message = QUIT_CODE, "quit at once"
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise

@@ -84,6 +84,14 @@ def test_history_is_written_as_it_is_read_and_cut_where_a_run_resumes(tmp_path):
     assert History(tmp_path).rows == read_history(tmp_path) == []
 
 
+def test_a_line_that_was_cut_off_does_not_keep_a_run_from_going_on(tmp_path):
+    history = History(tmp_path)
+    history.write([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    history.path.write_text(history.path.read_text()[:-9])
+    assert History(tmp_path, first_step=1).rows == read_history(tmp_path) == [{"step": 1, "loss": 0.5}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
 def test_what_is_not_finite_is_an_error_and_is_not_written(tmp_path, loss, norm):
     history = History(tmp_path, every=3)
@@ -214,6 +222,10 @@ def test_exit_codes(capsys):
     assert run_program(raising(BadInput(["a", "b"]))) == 2
     assert run_program(raising(Stopped("nan"))) == 1
     assert run_program(raising(OSError(28, "No space left on device"))) == 1
+    assert run_program(raising(KeyboardInterrupt())) == 130
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_program(lambda: signal.raise_signal(signal.SIGTERM)) == 130
+    signal.signal(signal.SIGTERM, before)
     assert "2 problems:\n  - a\n  - b" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         run_program(raising(FileNotFoundError(2, "a mistake of ours")))

@@ -18,7 +18,7 @@ from dreambooth import PROMPT, SUBJECTS, arguments, environment, train
 from reslora_diffusion.diffusion.adapters import add_adapters
 from reslora_diffusion.diffusion.randomness import Stream, generator, seed_of
 from reslora_diffusion.diffusion.skeleton import load_skeleton
-from reslora_diffusion.problems import Stopped
+from reslora_diffusion.problems import Interrupted, Stopped
 from tiny import tiny_pipeline_folder, tiny_vae
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -358,6 +358,34 @@ def test_after_a_handover_what_is_exported_is_what_was_trained(tmp_path):
     folder = train(tmp_path / "run", shortcut="middle", handover=0.5, max_train_steps=4, learning_rate=0.02)
     assert abs(report(folder)["gap"]) < 1e-6
     assert report(folder)["shortcut"] == "middle"
+
+
+def test_a_run_that_goes_on_with_another_length_hands_over_once(tmp_path):
+    options = {"shortcut": "middle", "handover": 0.5, "learning_rate": 0.02, "checkpointing_steps": 2, "use_ema": True}
+    train(tmp_path, max_train_steps=6, **options)  # at step 3
+    train(tmp_path, max_train_steps=4, resume_from_checkpoint="checkpoint-2", **options)  # it would have been step 2
+    assert abs(report(tmp_path)["gap"]) < 1e-6
+    train(tmp_path, max_train_steps=12, resume_from_checkpoint="checkpoint-4", **options)  # it would be step 6
+    found = state(tmp_path / "checkpoint-6")  # a handover begins the average anew
+    assert not any(torch.equal(found[name], found[f"ema.{name}"]) for name in found if f"ema.{name}" in found)
+
+
+def test_a_signal_while_merging_keeps_what_was_trained(tmp_path, monkeypatch):
+    def quits(*args, **options):
+        raise KeyboardInterrupt
+
+    options = {"max_train_steps": 2, "use_ema": True}
+    with monkeypatch.context() as patched:
+        patched.setattr("reslora_diffusion.diffusion.run.merge_report", quits)
+        with pytest.raises(Interrupted, match="after step 2, while merging; continue by"):
+            train(tmp_path / "run", **options)
+        patched.setattr("reslora_diffusion.diffusion.adapters.add_adapters", quits)
+        with pytest.raises(Interrupted, match="before the first step"):
+            train(tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+    again = train(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    whole = train(tmp_path / "whole", **options)
+    assert_same(load_file(again / WEIGHTS), load_file(whole / WEIGHTS))
 
 
 def test_the_moving_average_is_exported(tmp_path):

@@ -98,8 +98,6 @@ def train(run: "Run", step: int) -> int:
     parts = partial(backward, run, denoiser, total), partial(update, run)
     whole = whole_step(*parts, run.optimizer, args, device, say)  # the two as they are, or as CUDA graphs
     run.adapters.train()
-    if step == 0:
-        run.validate(step)
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not accelerator.is_local_main_process)
     with Interruption(accelerator) as interruption, bar:
         while step < steps:
@@ -274,15 +272,20 @@ def main(args: Namespace) -> Path:
         return race(args, main)
     from reslora_diffusion.diffusion.checks import check
 
-    with importing():
-        plan = check(args)
-        from reslora_diffusion.diffusion.preflight import preflight
+    try:
+        with importing():
+            plan = check(args)
+            from reslora_diffusion.diffusion.preflight import preflight
 
-    if args.dry_run:
-        if is_first_process():
-            print("\n".join(preflight(plan, args)))
-        return Path(args.output_dir)
-    run, first_step = prepare(args, plan)
+        if args.dry_run:
+            if is_first_process():
+                print("\n".join(preflight(plan, args)))
+            return Path(args.output_dir)
+        run, first_step = prepare(args, plan)
+        if first_step == 0:
+            run.validate(0)
+    except KeyboardInterrupt:
+        raise Interrupted("before the first step") from None
     started = time.monotonic()
     try:
         step = train(run, first_step)
@@ -290,7 +293,11 @@ def main(args: Namespace) -> Path:
         run.close()
     if step < plan.max_train_steps:
         raise Interrupted(f"after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
-    merged, exported = run.finish(step)
+    try:
+        merged, exported = run.finish(step)
+    except KeyboardInterrupt:
+        run.keep(step)
+        raise Interrupted(f"after step {step}, while merging; continue by --resume_from_checkpoint latest") from None
     if exported:
         print(merged)
         print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")

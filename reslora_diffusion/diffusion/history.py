@@ -6,11 +6,14 @@ Losses stay tensors until `flush`, so that a GPU is not waited for at every step
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .record import write_text
 
 FILE = "metrics.jsonl"
 SMOOTHING = 0.95
@@ -22,9 +25,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics, in the order of steps."""
-    path = Path(run) / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Rows of a run's metrics, in the order of steps; a line that a full disk or a kill cut off is none."""
+    path, rows = Path(run) / FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class History:
@@ -45,7 +51,7 @@ class History:
         if self.path is not None and first_step:
             self.rows = [row for row in read_history(run) if row["step"] <= first_step]
         if self.path is not None:
-            self.path.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
+            write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in self.rows))
 
     @property
     def smoothed(self) -> float | None:

@@ -28,7 +28,7 @@ from .checkpoints import find_checkpoint
 from .checks import Look, check, look
 from .options import build_parser
 from .record import resolve_seed, versions, write_text
-from .sheet import contact_sheet
+from .sheet import contact_sheet, save_picture
 
 SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")
 HEADS = ("lora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
@@ -126,8 +126,7 @@ def write_comparison(output: Path, folders: dict[str, Path], args: Namespace) ->
     write_text(output / "race.json", json.dumps(shared, indent=2))
     if args.validation_prompt and args.num_validation_images:
         write_text(output / "comparison.json", json.dumps(app_settings(folders, args), indent=2))
-        draw_sheet(folders, args).save(output / ".samples.png", format="PNG")
-        (output / ".samples.png").replace(output / "samples.png")
+        save_picture(draw_sheet(folders, args), output / "samples.png")
     width = max(map(len, figures))
     for name, row in figures.items():
         print(f"{name:<{width}}  trained {row['loss_trained']:.5f}  as exported {row['loss_merged']:.5f}")

@@ -123,7 +123,9 @@ class Run:
     # ------------------------------------------------------------------------------------------ handover
 
     def is_handover_step(self, step: int) -> bool:
-        return self.args.handover is not None and step == max(1, round(self.args.handover * self.plan.max_train_steps))
+        """From its share of the steps on, once: resumed with another length, a run may have passed it."""
+        due = self.args.handover is not None and step >= max(1, round(self.args.handover * self.plan.max_train_steps))
+        return due and not self.handed_over
 
     def hand_over(self) -> None:
         """Fold the shortcuts into plain LoRA; what is trained from here on is what will be exported."""
@@ -183,6 +185,11 @@ class Run:
             write_checkpoint(self.output, step, write, limit)
         except (OSError, SafetensorError) as error:
             raise Stopped(f"checkpoint-{step} cannot be written: {error}") from error
+
+    def keep(self, step: int) -> None:
+        """A checkpoint without its LoRA; no process waits for another."""
+        if self.accelerator.is_main_process and self.saved_step != step:
+            self.write_checkpoint(step, lambda folder: None, self.trained())
 
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""

@@ -3,11 +3,19 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LEFT, SPACING = 8, 190, 4  # pixels; of row labels, and between lines
 JOINTS = (re.compile(r"(?<=[:,;])"), re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)"))  # where a long word may be broken
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """As PNG, whole or not at all."""
+    fresh = path.with_name(f".{path.name}")
+    image.save(fresh, format="PNG")
+    fresh.replace(path)
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], side: int = 160) -> Image.Image:

@@ -18,7 +18,7 @@ from .families import Family, Texts, Tokens
 from .loss import Denoiser
 from .randomness import Stream, generator
 from .sampling import Batch
-from .sheet import contact_sheet
+from .sheet import contact_sheet, save_picture
 
 SAMPLES = "samples"
 SHEET = "samples.png"
@@ -87,7 +87,7 @@ class Painter:
         folder = self.folder / SAMPLES / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for n, image in enumerate(images):
-            image.save(folder / f"{n // self.num_images}-{n % self.num_images}.png")
+            save_picture(image, folder / f"{n // self.num_images}-{n % self.num_images}.png")
         self.write_sheet()
 
     def forget_after(self, step: int) -> None:
@@ -106,6 +106,4 @@ class Painter:
             if all((step / name).is_file() for name in names)
         }
         rows = [prompt for prompt in self.prompts for _ in range(self.num_images)]
-        fresh = self.folder / f".{SHEET}"
-        contact_sheet(columns, rows).save(fresh, format="PNG")
-        fresh.replace(self.folder / SHEET)
+        save_picture(contact_sheet(columns, rows), self.folder / SHEET)
