@@ -276,13 +276,13 @@ def test_plain_lora_has_the_weights_and_the_numbers_of_peft(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data)
             own[name].data.copy_(parameter.data)
-    inputs = (
+    noisy, states = (
         torch.randn(2, peft.unet.config.in_channels, 8, 8),
-        7,
         torch.randn(2, 5, peft.unet.config.cross_attention_dim),
     )
-    a, b = (pipeline.unet(*inputs).sample for pipeline in (ours, peft))
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    inputs = noisy.double(), 7, states.double()
+    a, b = (pipeline.unet.double()(*inputs).sample for pipeline in (ours, peft))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         peft.unet.disable_adapters()
         assert (peft.unet(*inputs).sample - b).abs().max() > 1e-2
