@@ -1,5 +1,7 @@
 """Corners where a fast or a convenient form could quietly differ from the plain one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -80,6 +82,73 @@ def test_in_place_neighbours_change_nothing(shortcut: str) -> None:
     assert len(wanted) == 12
     assert wanted.keys() == got.keys()
     assert all(torch.allclose(got[name], gradient, atol=1e-10) for name, gradient in wanted.items())
+
+
+class Pair(nn.Module):
+    """Two layers that read x, which may be changed in place between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between: str | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        if self.between:
+            x = x.mul_(2) if self.between == "in place" else x * 2
+        return torch.tanh(y + self.out(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["fused", "plain"])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_what_is_changed_in_place_after_it_was_read(shortcut: str, dropout: float) -> None:
+    """The layers see it as it is when they read it, and no later layer takes it for what it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Pair(), Pair()).double()
+    attach(model, config(shortcut, lora_dropout=dropout))
+    model.eval()
+    randomise(model)
+
+    def outputs(place: int) -> list[torch.Tensor]:
+        found = []
+        for how in ("a copy", "in place"):
+            model[place].between = how
+            found.append(model(batch(2, 3)))
+            model[place].between = None
+        return found
+
+    with torch.no_grad():
+        wanted, got = outputs(1)
+        assert (got - wanted).abs().max() < 1e-12
+        if shortcut == "input":
+            with pytest.raises(RuntimeError, match="what 0.fc handed on was changed in place"):
+                outputs(0)
+        else:
+            wanted, got = outputs(0)
+            assert (got - wanted).abs().max() < 1e-12
+
+
+def test_hooks_of_backward_on_the_base_are_called() -> None:
+    model = stack()
+    attach(model, config("none"))
+    randomise(model)
+    base = model.layers[1]["fc"].get_base_layer()
+    called = []
+    for name in ("pre_hook", "hook"):
+        handle = getattr(base, f"register_full_backward_{name}")(lambda *args, name=name: called.append(name))
+        model(batch(2, 3)).sum().backward()
+        handle.remove()
+    assert called == ["pre_hook", "hook"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_a_trace_can_be_saved(shortcut: str, tmp_path: Path) -> None:
+    model = stack()
+    attach(model, config(shortcut))
+    randomise(model)
+    torch.jit.trace(model, batch(2, 3), check_trace=False).save(tmp_path / "model.pt")
+    assert torch.allclose(torch.jit.load(tmp_path / "model.pt")(batch(2, 3)), model(batch(2, 3)), atol=1e-12)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)

@@ -12,6 +12,7 @@ the forward but what the segments that await their second run have captured.
 
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,37 +27,61 @@ OUTSIDE = (
     "`gradient_checkpointing_enable` / `enable_gradient_checkpointing`: pass `context_fn=get_controller(model)."
     'context_fn` to `torch.utils.checkpoint`, or use shortcut="block"'
 )
+CHANGED = (
+    "what {layer} handed on was changed in place before the next layer of its chain read it. Change a copy of it, or "
+    'use shortcut="block"'
+)
 TIED = (
     "{layer} ran twice in one forward (layers that share their weights?): which run a shortcut should read is "
     'undefined. Use shortcut="block" or plain LoRA for it'
 )
 
 
+def version_of(value: Tensor) -> int | None:
+    """Counts the changes of a tensor in place; None where nobody does."""
+    return None if torch.compiler.is_compiling() or value.is_inference() else value._version
+
+
+class Published(NamedTuple):
+    """A value, and its version when it was published."""
+
+    value: Tensor
+    version: int | None
+
+    def read(self, key: str) -> Tensor:
+        """The value, if it still is what it was; raises `RuntimeError`."""
+        now = version_of(self.value)
+        if now is not None and self.version is not None and now != self.version:
+            raise RuntimeError(CHANGED.format(layer=key.split()[0]))
+        return self.value
+
+
 class Scope:
     """Values of one run of the root, or of one checkpointed segment inside it."""
 
-    def __init__(self, parent: "Scope | None" = None, captured: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, parent: "Scope | None" = None, captured: dict[str, Published] | None = None) -> None:
         self.parent = parent
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[str, Published] = {}
         self.captured = {} if captured is None else captured
-        self.sum: tuple[Tensor, Tensor, Tensor, bool] | None = None  # the latest of x, x', x + x'; with gradients?
+        # The latest of x, its version, x', x + x'; with gradients?
+        self.sum: tuple[Tensor, int | None, Tensor, Tensor, bool] | None = None
 
-    def put(self, key: str, value: Tensor) -> None:
+    def put(self, key: str, value: Published) -> None:
         """Visible here and to all that comes after, in this segment and in the ones around it."""
         self.values[key] = value
         if self.parent is not None:
             self.parent.put(key, value)
 
     def get(self, key: str) -> Tensor | None:
-        if key in self.values:
-            return self.values[key]
-        if self.parent is None:
-            return self.captured.get(key)
+        if self.parent is None or key in self.values:
+            found = self.values.get(key) or self.captured.get(key)
+            return None if found is None else found.read(key)
         value = self.parent.get(key)
         if value is not None:
             # Detached, so that no segment holds another's graph; as differentiable as the original, so that the second
             # run saves as many tensors as the first.
-            self.captured[key] = value.detach().requires_grad_(value.requires_grad)
+            kept = value.detach().requires_grad_(value.requires_grad)
+            self.captured[key] = Published(kept, version_of(kept))
         return value
 
     def drop(self, key: str) -> None:
@@ -98,13 +123,14 @@ class ForwardContext:
         if key in scope.values or (not isinstance(scope, RecomputedScope) and key in self.written):
             raise RuntimeError(TIED.format(layer=key.split()[0]))
         self.written.add(key)
-        scope.put(key, value)
+        scope.put(key, Published(value, version_of(value)))
 
     def get(self, key: str) -> Tensor | None:
         """A value of this forward, or None if there is none.
 
         Raises:
-            RuntimeError: gradients are off though the root's forward began with them: reentrant checkpointing.
+            RuntimeError: gradients are off though the root's forward began with them: reentrant checkpointing. Or the
+                value is not what it was.
         """
         if self.with_grad and not torch.is_grad_enabled():
             raise RuntimeError(REENTRANT)
@@ -133,7 +159,7 @@ class RecomputedScope(Scope):
 class FirstRun(AbstractContextManager):
     def __init__(self, context: ForwardContext) -> None:
         self.context = context
-        self.captured: dict[str, Tensor] = {}
+        self.captured: dict[str, Published] = {}
 
     def __enter__(self) -> None:
         self.outer = self.context.scope

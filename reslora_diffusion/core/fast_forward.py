@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Shortcut
+from .context import version_of
 from .forms import EXACT, LOW_RANK, cheapest
 from .functional import down
 from .fused import fused_linears
@@ -42,7 +43,7 @@ class Fusion:
         self.alone: dict[str, Group] = {}  # those of one layer
         self.holders: list[dict[str, Any]] = []  # the parameters of their lora_A and lora_B
         self.layouts: list[tuple[Group, list[Layout]]] = []  # of what is packed, if anything is
-        self.ready: dict[str, tuple[Tensor, Tensor]] = {}  # (x, output) of layers that were computed ahead
+        self.ready: dict[str, tuple[Tensor, int | None, Tensor]] = {}  # computed ahead: x, its version, output
         self.packed: dict[tuple[str, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.packed_with_grad = False
         self.sharded = False
@@ -139,8 +140,8 @@ class Fusion:
     def forward(self, controller: "Controller", site: "Site", x: Tensor) -> Tensor | None:
         """The output of one layer, or None where it must compute plainly."""
         if self.ready and site.name in self.ready:
-            prepared_for, output = self.ready.pop(site.name)
-            if prepared_for is x:
+            prepared_for, version, output = self.ready.pop(site.name)
+            if prepared_for is x and version == version_of(x):
                 controller.let_go(site)
                 return output
             controller.retract(site)
@@ -188,10 +189,11 @@ class Fusion:
         """x + previous, once for all layers that read the two."""
         scope, with_grad = controller.context.scope, torch.is_grad_enabled()
         assert scope is not None
-        known = scope.sum
-        if known is None or known[0] is not x or known[1] is not previous or known[3] != with_grad:
-            known = scope.sum = x, previous, x + previous.to(x.dtype), with_grad
-        return known[2]
+        version, known = version_of(x), scope.sum
+        same = known is not None and known[0] is x and version is not None and known[1] == version
+        if known is None or not same or known[2] is not previous or known[4] != with_grad:
+            known = scope.sum = x, version, previous, x + previous.to(x.dtype), with_grad
+        return known[3]
 
     def prepare(self, controller: "Controller", names: Sequence[str], x: Tensor) -> None:
         """Compute several layers that are about to be called with the same `x` [..., in], where they can be fused."""
@@ -204,8 +206,9 @@ class Fusion:
         if why_plain(controller, group, x) is not None:
             return
         self.compute_together(together)
+        version = version_of(x)
         for name, output in zip(together, self.compute(controller, group, x), strict=True):
-            self.ready[name] = x, output
+            self.ready[name] = x, version, output
 
     def compute(self, controller: "Controller", group: Group, x: Tensor) -> Sequence[Tensor]:
         """Outputs of layers that read `x`, with the shortcuts into them and what they hand on."""

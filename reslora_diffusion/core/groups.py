@@ -107,6 +107,8 @@ def why_plain(controller: "Controller", group: Group, x: Tensor) -> str | None:
         return "autocast"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return "functorch or forward-mode differentiation"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
     for layer, base in zip(group.layers, group.bases, strict=True):
         if layer.disable_adapters or layer.merged_adapters:
             return "disabled or merged"
@@ -119,6 +121,7 @@ def why_plain(controller: "Controller", group: Group, x: Tensor) -> str | None:
             return "a base layer whose bias is trained"
         if weight.requires_grad or weight.dtype != dtype or type(weight) not in (nn.Parameter, Tensor):
             return "a base layer that is trained, sharded or of another precision than its input"
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if hooks or "forward" in base.__dict__:
             return "hooks on the base layer"
     return None
