@@ -71,6 +71,15 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """Inside, Ctrl-C ends a run that has not begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("before the first step") from None
+
+
 def run_program(program: Callable[[], object]) -> int:
     """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop, 130 if
     it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""

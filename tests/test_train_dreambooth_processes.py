@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth import ROOT, SCRIPT, call, environment, train, words
-from reslora_diffusion.diffusion.checkpoints import checkpoints_in
+from reslora_diffusion.diffusion.checkpoints import alone_in, checkpoints_in
 from reslora_diffusion.diffusion.launcher import started_alone
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
@@ -98,6 +98,15 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
     assert not list(folder.glob(".*"))
     straight = train(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=steps)
     assert_same(state(folder / f"checkpoint-{steps}"), state(straight / f"checkpoint-{steps}"))
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    with alone_in(tmp_path / "run"):
+        second = call(tmp_path / "run")
+        assert second.returncode == 2
+        assert f"another run is writing to {tmp_path / 'run'}; wanted another folder" in second.stderr
+    with alone_in(tmp_path / "run"):
+        pass
 
 
 def test_a_disk_that_is_full_stops_the_run_and_spoils_nothing(tmp_path):

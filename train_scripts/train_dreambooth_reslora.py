@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.problems import Interrupted, importing, is_first_process, run_program
+from reslora_diffusion.problems import Interrupted, importing, is_first_process, nothing_to_lose, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -270,22 +270,27 @@ def main(args: Namespace) -> Path:
         from reslora_diffusion.diffusion.race import race
 
         return race(args, main)
+    from reslora_diffusion.diffusion.checkpoints import alone_in
     from reslora_diffusion.diffusion.checks import check
 
-    try:
-        with importing():
-            plan = check(args)
-            from reslora_diffusion.diffusion.preflight import preflight
+    with nothing_to_lose(), importing():
+        plan = check(args)
+        from reslora_diffusion.diffusion.preflight import preflight
 
-        if args.dry_run:
-            if is_first_process():
-                print("\n".join(preflight(plan, args)))
-            return Path(args.output_dir)
+    if not args.dry_run:
+        with alone_in(Path(args.output_dir)):
+            return teach(args, plan)
+    if is_first_process():
+        print("\n".join(preflight(plan, args)))
+    return Path(args.output_dir)
+
+
+def teach(args: Namespace, plan: "Plan") -> Path:
+    """One run, from its models to its exported files."""
+    with nothing_to_lose():
         run, first_step = prepare(args, plan)
         if first_step == 0:
             run.validate(0)
-    except KeyboardInterrupt:
-        raise Interrupted("before the first step") from None
     started = time.monotonic()
     try:
         step = train(run, first_step)

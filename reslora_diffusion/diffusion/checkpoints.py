@@ -9,13 +9,22 @@ A checkpoint is written under a hidden name and renamed when it is complete, so 
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from ..problems import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 STATE_FOLDER = "state"
 STATE_FILES = ("state.safetensors", "state.json")
@@ -84,3 +93,27 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
         for old in checkpoints_in(output_dir)[:-limit]:
             shutil.rmtree(old)
     return folder
+
+
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Inside, no other run may write to the folder: each would remove what the other has begun.
+
+    Raises:
+        BadInput: another one does.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":  # of several processes one holds it for all
+        yield
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    held = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput([f"--output_dir: another run is writing to {output_dir}; wanted another folder"]) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
