@@ -107,7 +107,16 @@ def test_foreign_tensors_are_named_with_what_they_are_for(tmp_path):
     message = refusal(saved(tmp_path, flux, {"modelspec.architecture": "flux-1-dev/lora"}))
     assert "they are those of FLUX" in message
     assert "its header says it is for flux-1-dev/lora" in message
+    t5 = {f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{side}.weight": pair()[0] for side in ("up", "down")}
+    assert "they are those of T5" in refusal(saved(tmp_path, t5))
     assert "keys are no LoRA" in refusal(saved(tmp_path, {"weight": torch.zeros(2)}))
+
+
+def test_a_joined_layer_of_flux_has_equally_many_outputs_for_each_part(tmp_path):
+    A, B = pair(out=10)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    message = refusal(saved(tmp_path, {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}))
+    assert "not equally many in 1 modules: double_blocks.0.img_attn.qkv: lora_B [10, 2]" in message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line of the language-model scripts, which is read without the class that most of its options are of."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
+from reslora_diffusion.llm.checks import checkpoint_of
 from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, build_parser, parse, training_arguments
 from reslora_diffusion.llm.training_fields import fields_of_training
@@ -84,6 +86,39 @@ def test_files_of_a_model_tell_its_layers_as_its_modules_do(tmp_path, name):
     assert len(found) >= 2
     head = GlueOptions(**given | {"max_length": 9, "rank": 4}, target_modules=["classifier", "out_proj"])
     assert stored_problems(head) == []  # a file of no classifier does not tell what a classifier has
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"model_type": "mixtral"},
+        {"architectures": ["GPTNeoXForCausalLM"]},
+    ],
+    ids=["quantised", "converted by type", "converted by class"],
+)
+def test_files_whose_tensors_are_called_otherwise_do_not_tell(tmp_path, change):
+    MODELS["llama"][0]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    asked = LlmOptions(model_name_or_path=str(tmp_path), target_modules=["qq_proj"])
+    assert len(stored_problems(asked)) == 1
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert stored_problems(asked) == []
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff"], ids=["none", "cut off", "no text"])
+def test_files_that_cannot_be_read_are_bad_input(tmp_path, content):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    words = [f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"]
+    if content is not None:
+        (tmp_path / "checkpoint-1" / "adapter_config.json").write_bytes(content)
+    chosen, values = parse(LlmOptions, words, {})
+    with pytest.raises(BadInput, match="adapter_config.json cannot be read"):
+        checkpoint_of(values, chosen)
+    (tmp_path / "run.yaml").write_bytes(content or b"[")
+    with pytest.raises(BadInput, match="does not parse"):
+        parse(LlmOptions, [*words, f"--config={tmp_path / 'run.yaml'}"], {})
 
 
 ANSWERS = {  # words -> what is said, all without torch

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
+from .flux import parts_of
 from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya, listing
 
 
@@ -34,8 +35,9 @@ NOT_PLAIN = {
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
 }
 FOREIGN = {
-    r"double_blocks|single_blocks|single_transformer_blocks": "FLUX",
-    r"joint_blocks|lora_te3_": "Stable Diffusion 3",
+    r"double_blocks|single_blocks|single_transformer_blocks": "FLUX, in other names than kohya's and diffusers'",
+    r"joint_blocks": "Stable Diffusion 3",
+    r"lora_te3_": "T5",
     r"^lora_prior_|prior_unet": "Stable Cascade",
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.": "a whole checkpoint, no LoRA",
 }
@@ -129,17 +131,23 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
     orphans = [f"{c}.{path}" for (c, path), side in sides.items() if side.keys() == {"alpha"}]
     if orphans:
         problems.append(f"alpha without lora_A and lora_B: {listing(orphans)}")
-    unlike, vectors = [], []
+    unlike, uneven, vectors = [], [], []
     for (component, path), side in sides.items():
         A, B = side.get("A"), side.get("B")
         if A is not None and B is not None:
             alike = len(A) == len(B) and len(A) in (2, 4) and A[0] == B[1] and set(B[2:]) <= {1}
             if not alike or 0 in (*A, *B):
                 unlike.append(f"{component}.{path}: lora_A {list(A)}, lora_B {list(B)}")
+            elif sum(parts_of(path, B[0]).values()) != B[0]:
+                uneven.append(f"{path}: lora_B {list(B)}")
         if math.prod(side.get("alpha", ())) != 1:
             vectors.append(f"{component}.{path}")
     if unlike:
         problems.append(f"ranks disagree in {len(unlike)} modules: {listing(unlike)}")
+    if uneven:
+        problems.append(
+            f"outputs of FLUX.1's q, k and v are not equally many in {len(uneven)} modules: {listing(uneven)}"
+        )
     if vectors:
         problems.append(f"alpha is not a single number in {len(vectors)} modules: {listing(vectors)}")
     return problems

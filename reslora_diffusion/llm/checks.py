@@ -184,7 +184,11 @@ def checkpoint_of(training: Namespace, options: ModelOptions) -> str | None:
     found = last_checkpoint(output) if wanted == "latest" else wanted
     if found is None or not Path(found, "trainer_state.json").is_file():
         refuse([f"--resume_from_checkpoint {wanted}: no checkpoint there; --output_dir is {output}"])
-    stored = json.loads(Path(found, "adapter_config.json").read_text())
+    file = Path(found, "adapter_config.json")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput([f"--resume_from_checkpoint {wanted}: {file} cannot be read: {error}"]) from error
     own = {"peft_type": "RESLORA" if options.method == "reslora" else "LORA", "r": options.rank}
     if options.shortcut and stored.get("shortcut") != "none":  # none: saved after a handover
         own["shortcut"] = options.shortcut

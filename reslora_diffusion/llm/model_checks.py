@@ -5,6 +5,9 @@ So of files only what is certain is said; `models.target_problems` asks the same
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from ..problems import listing
 from ..stored import Files, Unknown
@@ -44,9 +47,11 @@ def stored_problems(options: ModelOptions) -> list[str]:
             return []
         context = config.get("max_position_embeddings", config.get("n_positions"))  # as GPT-2 calls it
         problems = [*length_problems(context, options.max_length)]
-        layers = stored_layers(files.shapes("")) if options.target_modules else {}
+        layers = stored_layers(files.shapes("")) if options.target_modules and keeps_names(config) else {}
     except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
+    if not layers:
+        return problems
     leaves, whole = {*leaves_of(layers), OUTPUT}, isinstance(options, LlmOptions)
     targets = [target for target in options.target_modules or [] if target != "all-linear"]
     certain = [
@@ -56,6 +61,15 @@ def stored_problems(options: ModelOptions) -> list[str]:
         or (whole and target.rpartition(".")[2] not in leaves)
     ]
     return problems + [*layer_problems(layers, certain, options.rank)]
+
+
+def keeps_names(config: Mapping[str, Any]) -> bool:
+    """Whether a model's tensors are called in its files as they are once loaded: quantised ones are not, nor those that
+    transformers converts, by type of model or by class."""
+    source = Path(find_spec("transformers").origin).with_name("conversion_mapping.py")
+    converted = source.read_text(encoding="utf-8") if source.is_file() else ""
+    names = [config["model_type"], *(config.get("architectures") or [])]
+    return "quantization_config" not in config and not any(f'"{name}"' in converted for name in names)
 
 
 def stored_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:

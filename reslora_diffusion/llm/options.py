@@ -128,7 +128,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except OSError as error:
         raise BadInput([f"--config {path}: {error.strerror}"]) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput([f"--config {path} does not parse: {error}"]) from error
     if not isinstance(config, dict):
         raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
