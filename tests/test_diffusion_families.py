@@ -250,6 +250,25 @@ def test_flows_resume_bit_for_bit_over_a_handover_and_race(tmp_path, build):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_xl_resumes_bit_for_bit_though_the_last_layer_of_clip_has_no_gradient(tmp_path):
+    options = {
+        "pretrained_model_name_or_path": saved(tiny_pipeline_xl),
+        "train_text_encoder": True,
+        "shortcut": "block",
+        "handover": 0.75,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+    }
+    whole, parts = train(tmp_path / "whole", **options), tmp_path / "parts"
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    train(parts, resume_from_checkpoint="latest", **options)
+    first, second = (load_file(folder / "checkpoint-4" / "state" / "state.safetensors") for folder in (whole, parts))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    name = "text_encoder.encoder.layers.1.self_attn.q_proj.lora_B.default.weight"
+    assert name in first and f"optimizer.state.{name}.exp_avg" not in first
+
+
 def test_options_of_another_family_are_refused_in_one_message(tmp_path):
     with pytest.raises(BadInput) as refusal:
         train(

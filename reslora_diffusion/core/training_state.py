@@ -88,5 +88,16 @@ def load_training_state(
     flat: dict[str, Any] = {k.replace(WRAPPED, ""): v for k, v in moments.items()}
     flat |= facts.pop("optimizer", {})
     if optimizer is not None and model is not None:
-        set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
+        set_moments(model, optimizer, flat)
     return {k: v for k, v in stored.items() if not k.startswith("optimizer.")}, facts
+
+
+def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
+    """Restore an optimizer. What never had a gradient has no moments, as the last layer of CLIP where a model reads the
+    one before it; `set_optimizer_state_dict` wants some of every parameter, so it is lent fresh ones for a moment."""
+    fresh = {k.replace(WRAPPED, ""): v for k, v in get_optimizer_state_dict(model, optimizer, options=FLAT).items()}
+    set_optimizer_state_dict(model, optimizer, fresh | flat, options=FLAT)
+    lent = {key.rpartition(".")[0] for key in fresh} - {key.rpartition(".")[0] for key in flat}
+    for name, parameter in model.named_parameters():
+        if f"state.{name}" in lent:
+            optimizer.state.pop(parameter, None)
