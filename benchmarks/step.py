@@ -10,23 +10,29 @@ takes part twice: the ratio of the two ("peft again") is what noise alone does.
             pipeline, one that is bound by arithmetic, a small Llama; float32. Processor time does not count what
             other processes do to the clock.
     CUDA    time between events, and host time per step, of SD1.5 and SDXL at batch 1, 4, 8 and a 1B Llama in bf16;
-            eager, compiled, and forward and backward in a CUDA graph; memory by peak allocation.
+            eager, as a CUDA graph, compiled; memory by peak allocation. What matters most comes first, as many rounds
+            of each case as fit its share of the time.
 
-A step is forward, loss, backward; `overhead` is (t - floor) / (peft - floor), the share that is left of what PEFT adds.
+A step is forward, loss, backward; a whole step draws noise and timesteps for cached latents before, and clips and
+updates by AdamW after. `overhead` is (t - floor) / (peft - floor), the share that is left of what PEFT adds.
 """
 
 import argparse
 import gc
+import math
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from reslora_diffusion.diffusion.capture import WARM_UP, CudaGraphs
@@ -36,46 +42,70 @@ from .results import FOLDER, write_results
 from .variants import VARIANTS
 
 AGAIN = "peft again"
-LARGE = ("floor", "peft", "peft_autocast", "lora", "input", "block", "middle", "lora_frozen", "input_frozen")
-COMPILED = ("floor", "peft", "lora", "input", "block", "middle")
+LARGE = ("floor", "peft", AGAIN, "peft_autocast", "lora", "input", "block", "middle", "lora_frozen", "input_frozen")
+MAIN = ("floor", "peft", AGAIN, "lora", "input", "block", "middle")
 DEFAULT = [name for name in VARIANTS if not name.endswith("_frozen")] + ["lora_frozen", "input_frozen"]
-# model, batch, and the number of rounds or the mode
+LEAST, MOST = 3, 12  # rounds of a case on a GPU
+# model, batch, number of rounds
 CPU_CASES = [("tiny_unet", 1, 60), ("sticker_unet", 4, 20), ("proxy_unet", 2, 8), ("tiny_llama", 2, 30)]
-CUDA_CASES = [(model, batch, mode) for model in ("sd15",) for batch in (1, 4, 8) for mode in ("eager", "graph")]
+# model, batch, mode; models are made once for neighbours
+CUDA_CASES = [("sd15", 4, "eager"), ("sd15", 1, "eager"), ("sd15", 1, "graph"), ("sd15", 4, "graph")]
+CUDA_CASES += [("sd15", batch, mode) for batch in (1, 4) for mode in ("whole step, eager", "whole step, graph")]
+CUDA_CASES += [("sd15", 8, "eager"), ("sd15", 8, "graph"), ("llama_1b", 1, "eager"), ("llama_1b", 4, "eager")]
 CUDA_CASES += [("sdxl", 1, "eager"), ("sdxl", 1, "graph"), ("sdxl", 4, "eager"), ("sdxl", 8, "eager")]
-CUDA_CASES += [("llama_1b", 1, "eager"), ("llama_1b", 4, "eager"), ("sd15", 4, "compiled")]
+CUDA_CASES += [("sd15", 4, "compiled")]
 
 
-def prepare(
-    variant: str, of: Subject, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool = False
-) -> Callable[[], Tensor]:
-    """A function that does one forward and backward of a fresh model, and returns the loss."""
-    chosen = VARIANTS[variant.removesuffix(" again")]
+def build(variant: str, of: Subject, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A fresh model, adapted."""
     torch.manual_seed(0)
     with device:
         model: nn.Module = of.make()
     model.train().requires_grad_(False)
     nn.Module.to(model, dtype)
-    chosen.adapt(model, of.targets, device.type == "cuda")
-    inputs = of.inputs(batch, device, dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    forward = torch.compile(output, dynamic=False) if compiled else output
+    VARIANTS[variant.removesuffix(" again")].adapt(model, of.targets, device.type == "cuda")
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def prepare(model: nn.Module, inputs: dict[str, Tensor], autocast: bool = False, mode: str = "eager") -> Callable:
+    """A function that does one step of a model, and returns the loss."""
+    parameters, device = trained(model), next(model.parameters()).device.type
+    forward = torch.compile(output, dynamic=False) if mode == "compiled" else output
+    precision = partial(torch.autocast, device, torch.bfloat16) if autocast else nullcontext
 
     def step() -> Tensor:
-        for parameter in trained:
+        for parameter in parameters:
             parameter.grad = None
-        autocast = chosen.autocast and device.type == "cuda"
-        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+        with precision():
             loss = forward(model, inputs).float().square().mean()
         loss.backward()
         return loss
 
-    return step
+    optimizer = torch.optim.AdamW(parameters, fused=True, capturable=device == "cuda")
+    scheduler = DDPMScheduler()
+
+    def whole_step() -> Tensor:
+        latents, batch = inputs["sample"], len(inputs["sample"])
+        noise = torch.randn_like(latents)
+        times = torch.randint(len(scheduler), (batch,), device=latents.device)
+        noisy = scheduler.add_noise(latents, noise, times)
+        with precision():
+            loss = F.mse_loss(output(model, inputs | {"sample": noisy, "timestep": times}).float(), noise.float())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return whole_step if mode.startswith("whole") else step
 
 
-def as_graph(step: Callable[[], Tensor]) -> Callable[[], Any]:
+def as_graph(step: Callable[[], Tensor], graphs: CudaGraphs) -> Callable[[], Any]:
     """The step recorded once as a CUDA graph, and replayed."""
-    graphs = CudaGraphs()
     with graphs.aside():
         for _ in range(WARM_UP):
             step()
@@ -128,13 +158,21 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def compare(
-    steps: dict[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], dict[str, float]], rounds: int
+    steps: dict[str, Callable[[], Any]],
+    clock: Callable[[Callable[[], Any]], dict[str, float]],
+    rounds: int,
+    until: float = math.inf,
 ) -> dict[str, dict[str, Any]]:
-    """Time all of them in turn; by variant its times and its ratios to PEFT, round by round."""
+    """Time all of them in turn; by variant its times and its ratios to PEFT, round by round.
+
+    After `until`, on the monotonic clock, there are no more than `LEAST` rounds.
+    """
     order = random.Random(0)
     names = list(steps)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(-2, rounds):
+        if turn >= LEAST and time.monotonic() > until:
+            break
         order.shuffle(names)
         for name in names:
             measured = clock(steps[name])
@@ -146,6 +184,7 @@ def compare(
         found[name] = {
             "seconds": quartiles(own),
             "ratio": quartiles([a / b for a, b in zip(own, seconds["peft"], strict=True)]),
+            "rounds": len(own),
         }
         if "host_seconds" in times[name][0]:
             found[name]["host_seconds"] = statistics.median(each["host_seconds"] for each in times[name])
@@ -177,57 +216,95 @@ def on_cpu(variants: list[str], scale: float) -> dict[str, Any]:
         names = [name for name in variants if VARIANTS[name].on_cpu]
         if "unet" not in subject:
             names = [name for name in names if not name.endswith("_frozen")]
-        steps = {name: prepare(name, of, batch, cpu, torch.float32) for name in [*names, AGAIN]}
+        inputs = of.inputs(batch, cpu, torch.float32)
+        steps = {name: prepare(build(name, of, cpu, torch.float32), inputs) for name in [*names, AGAIN]}
         key = f"{subject}, batch {batch}, eager"
-        found[key] = compare(steps, cpu_time, max(3, round(rounds * scale)))
+        found[key] = compare(steps, cpu_time, max(LEAST, round(rounds * scale)))
         print(f"\n{key}\n{table(found[key])}", flush=True)
     return found
 
 
-def on_cuda(variants: list[str], scale: float, minutes: float, keep: Callable[[dict], object]) -> dict[str, Any]:
-    """All cases of a GPU, as many as fit the time and the memory, kept after each; what does not fit is named."""
-    torch._dynamo.config.recompile_limit = 64  # variants share their code, each is compiled by itself
-    found: dict[str, Any] = {}
-    device, until = torch.device("cuda"), time.monotonic() + 60 * minutes
-    for subject, batch, mode in CUDA_CASES:
-        key = f"{subject}, batch {batch}, {mode}"
-        if time.monotonic() > until:
-            print(f"\n{key}: left out, {minutes} minutes are over", flush=True)
+def takes_part(name: str, subject: str, batch: int, mode: str) -> bool:
+    """Whether a variant is measured: not all fit a card at once, or the time."""
+    if "llama" in subject and name.endswith("_frozen"):
+        return False
+    return name in MAIN or (mode == "eager" and (name in LARGE or not (subject == "sdxl" or batch == 8)))
+
+
+def build_all(names: list[str], subject: str, device: torch.device) -> dict[str, nn.Module]:
+    """By variant, as many as there is memory for."""
+    models = {}
+    for name in names:
+        try:
+            models[name] = build(name, SUBJECTS[subject], device, torch.bfloat16)
+        except RuntimeError as error:
+            print(f"{subject}: {name} left out: {str(error).splitlines()[0]}", flush=True)
+    return models
+
+
+def measure(
+    key: str, models: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, rounds: int, share: float, end: float
+) -> dict[str, dict[str, Any]]:
+    """One case on a GPU: of all the models that can; what cannot is named. Empty if `floor` or `peft` cannot.
+
+    Up to `share` there may be more than the least number of rounds; no model begins after `end`.
+    """
+    steps: dict[str, Callable[[], Any]] = {}
+    peaks = {}
+    graphs = CudaGraphs()
+    for name, model in models.items():
+        if time.monotonic() > end:
+            print(f"{key}: {name} left out, the time is over", flush=True)
             continue
-        names = variants if mode == "eager" else [name for name in variants if name in COMPILED]
-        if subject == "sdxl":  # of which not all fit a card at once
-            names = [name for name in names if name in LARGE]
-        if "llama" in subject:
-            names = [name for name in names if not name.endswith("_frozen")]
-        steps, peaks = {}, {}
-        for name in [*names, AGAIN]:
-            if time.monotonic() > until:
-                print(f"{key}: {name} left out, {minutes} minutes are over", flush=True)
+        try:
+            step = prepare(model, inputs, VARIANTS[name.removesuffix(" again")].autocast, mode)
+            step()
+            peaks[name] = peak_memory(step)
+            steps[name] = as_graph(step, graphs) if mode.endswith("graph") else step
+            steps[name]()
+        except RuntimeError as error:
+            steps.pop(name, None)
+            print(f"{key}: {name} left out: {str(error).splitlines()[0]}", flush=True)
+    if not {"floor", "peft"} <= steps.keys():
+        return {}
+    measured = compare(steps, cuda_time, rounds, share)
+    return {name: values | {"peak": peaks[name]} for name, values in measured.items()}
+
+
+def clean() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+
+def on_cuda(variants: list[str], scale: float, minutes: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The cases of a GPU, as many as fit the time and the memory; what does not fit is named."""
+    torch._dynamo.config.recompile_limit = 64  # variants share their code, each is compiled by itself
+    device, until, left = torch.device("cuda"), time.monotonic() + 60 * minutes, len(CUDA_CASES)
+    for subject, group in groupby(CUDA_CASES, key=lambda case: case[0]):
+        cases = list(group)
+        names = [name for name in [*variants, AGAIN] if any(takes_part(name, *case) for case in cases)]
+        models = build_all(names, subject, device) if time.monotonic() < until else {}
+        for _, batch, mode in cases:
+            key, now = f"{subject}, batch {batch}, {mode}", time.monotonic()
+            share, left = now + (until - now) / left, left - 1
+            if now > until:
+                print(f"\n{key}: left out, {minutes} minutes are over", flush=True)
                 continue
+            chosen = {name: model for name, model in models.items() if takes_part(name, subject, batch, mode)}
+            inputs = SUBJECTS[subject].inputs(batch, device, torch.bfloat16)
             try:
-                step = prepare(name, SUBJECTS[subject], batch, device, torch.bfloat16, mode == "compiled")
-                step()
-                peaks[name] = peak_memory(step)
-                steps[name] = as_graph(step) if mode == "graph" else step
-                steps[name]()
-            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-                steps.pop(name, None)
-                print(f"{key}: {name} left out: {str(error).splitlines()[0]}", flush=True)
-        if {"floor", "peft"} <= steps.keys():
-            try:
-                measured = compare(steps, cuda_time, max(3, round(12 * scale)))
-            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                found = measure(key, chosen, inputs, mode, max(LEAST, round(MOST * scale)), share, until)
+            except RuntimeError as error:
                 print(f"{key}: left out: {str(error).splitlines()[0]}", flush=True)
-            else:
-                found[key] = {name: values | {"peak": peaks[name]} for name, values in measured.items()}
-                print(f"\n{key}\n{table(found[key])}", flush=True)
-                keep(found)
-        step = None
-        steps.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
-    return found
+                found = {}
+            if found:
+                print(f"\n{key}\n{table(found)}", flush=True)
+                yield key, found
+            del chosen
+            clean()
+        models.clear()
+        clean()
 
 
 def main() -> None:
@@ -246,8 +323,12 @@ def main() -> None:
     keep = partial(write_results, path, "step", clock="thread time" if args.device == "cpu" else "events")
     if args.device == "cpu":
         keep(on_cpu(variants, args.scale))
-    elif not on_cuda(variants, args.scale, args.minutes, keep):
-        parser.exit(1, "no case fits this card\n")
+    else:
+        found: dict[str, Any] = {}
+        for case, values in on_cuda(variants, args.scale, args.minutes):
+            keep(found := found | {case: values})  # what there is stays, whatever comes after
+        if not found:
+            parser.exit(1, "no case fits this card\n")
     from .plots import plot_steps
 
     plot_steps(path)
