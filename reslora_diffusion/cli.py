@@ -140,8 +140,7 @@ def export(
     from .export.trained import export_trained, lora_of
 
     lora_of(run)
-    settings = {"name": name, "base": base, "allow_lossy": allow_lossy}
-    show(export_trained(run, output, rank=asked, dtype=dtype.dtype, **settings))
+    show(export_trained(run, output, rank=asked, dtype=dtype.dtype, name=name, base=base, allow_lossy=allow_lossy))
 
 
 @app.command()

@@ -8,13 +8,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_factors import largest_error, random_factors
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.export import convert, export_lora, fuse, inspect_lora, read_lora, verify_lora
+from reslora_diffusion.export import convert, export_lora, extract, fuse, inspect_lora, read_lora, verify_lora
 from reslora_diffusion.export.base import check_stored
 from reslora_diffusion.export.flux import LAYERS, from_kohya_name, join, layer_of, parts_of, split
 from reslora_diffusion.export.geometry import Family
 from reslora_diffusion.export.header import read_headers
 from reslora_diffusion.export.standins import hollow
-from tiny import saved, tiny_pipeline_flux
+from tiny import saved, tiny_pipeline_3, tiny_pipeline_flux
 
 BLOCKS = tuple(
     [f"transformer_blocks.1.{leaf}" for leaf in ("attn.to_q", "attn.to_v", "attn.add_k_proj", "ff.net.2")]
@@ -116,6 +116,26 @@ def test_a_kohya_file_is_fitted_to_a_base_and_merged_into_it(tmp_path):
         ValueError, match="the base lacks 1 of the modules: transformer.transformer_blocks.9.ff.net.0.proj"
     ):
         check_stored(read_headers(file), str(folder))
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline_flux, tiny_pipeline_3])
+def test_what_was_fused_into_a_transformer_is_extracted(tmp_path, build):
+    pipe = DiffusionPipeline.from_pretrained(saved(build))
+    blocks = ("attn.to_q", "ff.net.2", "proj_mlp", "single_transformer_blocks.1.proj_out")
+    components = {
+        "transformer": random_factors(pipe.transformer, blocks, seed=0),
+        "text_encoder": random_factors(pipe.text_encoder, ("q_proj",), seed=1),
+    }
+    if build is tiny_pipeline_3:
+        components["text_encoder_2"] = random_factors(pipe.text_encoder_2, ("q_proj",), seed=2)
+    export_lora(tmp_path / "lora", components, dtype=torch.float32, name="x")
+    fuse(tmp_path / "lora", str(saved(build)), tmp_path / "fused")
+    tuned = DiffusionPipeline.from_pretrained(tmp_path / "fused")
+    torch.nn.init.zeros_(tuned.transformer.proj_out.weight)  # in no block
+    tuned.save_pretrained(tmp_path / "fused")
+    report = extract(str(tmp_path / "fused"), str(saved(build)), tmp_path / "out", 8, dtype=torch.float32)
+    assert report.elsewhere == ["transformer.proj_out.weight"]
+    assert largest_error(deltas(read_lora(tmp_path / "out").components), deltas(components)) < 1e-4
 
 
 def test_names_are_inverse_to_each_other():

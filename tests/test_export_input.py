@@ -346,7 +346,7 @@ def test_a_base_without_the_text_encoder_a_lora_has(tmp_path):
     factors = {"text_encoder_2": random_factors(encoder, CLIP, 0), "unet": random_factors(tiny_unet(), ATTENTION, 1)}
     export_lora(tmp_path / "xl", factors)
     result = verify_lora(tmp_path / "xl", str(tiny_pipeline_folder()))
-    assert any("the base has no text_encoder_2" in problem for problem in result.problems)
+    assert any("the LoRA is for text_encoder_2, which the base lacks" in problem for problem in result.problems)
 
 
 @pytest.mark.parametrize("base", ["/no/such/place", "./no", "a/b/c", "with space"])

@@ -87,7 +87,8 @@ def misfits(components: Components, models: Mapping[str, nn.Module], name: str) 
 def shape_misfits(wanted: Wanted, found: Found, name: str) -> list[str]:
     problems = shape_problems(wanted, found)
     if foreign := sorted(wanted.keys() - found.keys()):
-        problems.append(f"the base has no {', '.join(foreign)}; it has {', '.join(sorted(found)) or 'none of them'}")
+        named = ("a language model" if component == "model" else component for component in foreign)
+        problems.append(f"the LoRA is for {', '.join(named)}, which the base lacks")
     family = family_of_widths({c: {path: shape[1] for path, shape in m.items()} for c, m in wanted.items()})
     if problems and family.is_named:
         problems.insert(0, f"the LoRA is for {family}, and {name} is not")

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from .base import check_base_name, is_transposed
 from .factors import Components, Loss, from_matrix
-from .keys import CLIP_COMPONENTS, KOHYA_COMPONENTS, Dialect, classic_path, listing
+from .keys import CLIP_COMPONENTS, COMPONENTS, DENOISERS, Dialect, classic_path, listing
 from .peft_folder import MODEL
 from .progress import progress
 from .report import ExportReport
 from .standins import model_class, pipeline_index, transformers_config
 from .tools import save_lora
 
-# What kohya's trainer adapts of a UNet, and FLUX.1's blocks.
-TRANSFORMER_PARTS = (".transformer_blocks.", ".single_transformer_blocks.", ".proj_in", ".proj_out")
+# What kohya's trainer adapts of a UNet, and of a transformer its blocks.
+TRANSFORMER_PARTS = (".transformer_blocks.", ".single_transformer_blocks.", ".attentions.")
 CLIP_PARTS = (".self_attn.", ".mlp.")
 
 
@@ -112,7 +112,7 @@ def extract(
 
 
 def common_components(tuned: str, base: str) -> list[str]:
-    """The models that both have.
+    """The models that both have and a LoRA can be for: of text encoders, those of CLIP.
 
     Raises:
         ValueError: there are none.
@@ -122,8 +122,9 @@ def common_components(tuned: str, base: str) -> list[str]:
         return [MODEL]
     if not all(indices):
         raise ValueError(f"one of {tuned} and {base} is a pipeline and the other is not")
-    names = [c for c in KOHYA_COMPONENTS if all((index.get(c) or [None])[0] for index in indices)]
+    names = [c for c in COMPONENTS if all((index.get(c) or [None])[0] for index in indices)]
     kinds = {name: [tuple(index[name]) for index in indices] for name in names}
+    names = [c for c in names if c in DENOISERS or kinds[c][1][1].startswith("CLIP")]
     unlike = [f"{name}: {a[1]} and {b[1]}" for name, (a, b) in kinds.items() if a != b]
     if unlike or not names:
         raise ValueError(f"{tuned} and {base} are not alike: {listing(unlike) or 'they share no model'}")
