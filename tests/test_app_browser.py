@@ -121,7 +121,9 @@ def expect(locator):
 
 
 def fill(page, name: str, text: str) -> None:
-    page.locator(f"#{name} :is(textarea, input)").first.fill(text)
+    field = page.locator(f"#{name} :is(textarea, input)").first
+    field.fill(text)
+    field.blur()  # as whoever goes on to something else
 
 
 def unfold(page, name: str) -> None:

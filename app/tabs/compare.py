@@ -196,6 +196,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         session_of(request).cancel.set()
 
     gr.on([f.change for f in fields], expect, fields, expected, trigger_mode="always_last", **LIGHT, **PRIVATE)
+    # Gradio may forget the last of several quick changes; a field that is left is looked at once more.
+    texts = [field for field in fields if isinstance(field, gr.Textbox)]
+    gr.on([text.blur for text in texts], expect, fields, expected, trigger_mode="multiple", **LIGHT, **PRIVATE)
     sweep.click(lambda: SWEEP, None, strengths, **LIGHT, **PRIVATE)
     started = gr.on(
         [run.click, again.click],
