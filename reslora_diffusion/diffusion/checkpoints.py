@@ -97,7 +97,8 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
 
 @contextmanager
 def alone_in(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder: each would remove what the other has begun.
+    """Inside, no other run may write to the folder: each would remove what the other has begun. A folder that was made
+    for it, and that nothing was written to, is removed.
 
     Raises:
         BadInput: another one does.
@@ -105,6 +106,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     if fcntl is None or os.environ.get("RANK", "0") != "0":  # of several processes one holds it for all
         yield
         return
+    made = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     held = os.open(output_dir, os.O_RDONLY)
     try:
@@ -116,4 +118,6 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        if made and not any(output_dir.iterdir()):
+            output_dir.rmdir()
         os.close(held)
