@@ -118,6 +118,6 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        if made and not any(output_dir.iterdir()):
+        if made and output_dir.is_dir() and not any(output_dir.iterdir()):
             output_dir.rmdir()
         os.close(held)
