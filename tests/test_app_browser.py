@@ -247,8 +247,9 @@ def test_paint_look_flip_and_take_away(visit, address, tmp_path):
 
 def state(page) -> dict:
     """Everything that a person can set, and what is looked at."""
-    for name in ("Sampling", "Prompt matrix"):
+    for name, field in (("Sampling", "negative"), ("Prompt matrix", "placeholders")):
         unfold(page, name)
+        expect(page.locator(f"#{field} :is(textarea, input)").first).to_be_visible()  # it comes after the click
     names = (
         "prompts",
         "placeholders",
