@@ -19,9 +19,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .export.base import check_base, check_merge, check_pair, check_stored, check_weights
+from .export.base import check_base, check_merge, check_pair, check_stored
 from .export.header import read_headers
-from .export.limits import CheckFailed, parse_rank
+from .export.limits import CheckFailed, check_weights, parse_rank
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 

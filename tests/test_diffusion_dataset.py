@@ -64,6 +64,8 @@ def test_every_problem_is_named(tmp_path, dataset):
     assert "--caption_column" in said
     assert "no column 'words'; it has image, title, stars" in said
     assert "--rank" in said
+    with pytest.raises(BadInput, match="--caption_column: 'stars' holds Value.*wanted text"):
+        check(of_dataset(tmp_path, dataset, caption_column="stars"))
     with pytest.raises(BadInput, match="missing.*cannot be loaded"):
         check(of_dataset(tmp_path, tmp_path / "missing"))
     with pytest.raises(BadInput, match="both say what to train on"):
@@ -75,6 +77,18 @@ def test_every_problem_is_named(tmp_path, dataset):
     (broken / "a.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match="unreadable pictures: 00000"):
         check(of_dataset(tmp_path, broken))
+
+
+def test_rows_without_a_picture_are_named(tmp_path):
+    rows = {"image": [str(PICTURES[0]), None], "other": [str(PICTURES[1])] * 2}
+    pictures = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=pictures).to_parquet(folder / "train.parquet")
+    with pytest.raises(BadInput, match="--image_column: rows without a picture in 'image': 1"):
+        check(of_dataset(tmp_path, folder))
+    (concept,) = check(of_dataset(tmp_path, folder, image_column="other")).concepts
+    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()] * 2
 
 
 def test_options_of_the_sibling_scripts():

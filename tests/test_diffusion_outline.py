@@ -74,6 +74,13 @@ def test_files_tell_what_the_modules_are(both):
         assert {name for name, layer in outline.layers[component].items() if layer.kind == LINEAR} == linear
 
 
+def test_layers_that_are_left_out_are_in_neither(tmp_path):
+    args = arguments(tmp_path, clip_skip=1)
+    outline, skeleton = read_outline(args), load_skeleton(args)
+    assert outline.layers == skeleton.layers
+    assert outline.layers["text_encoder"].keys() < read_outline(arguments(tmp_path)).layers["text_encoder"].keys()
+
+
 @pytest.mark.parametrize(("options", "said"), MISFITS, ids=[" ".join(options) for options, _ in MISFITS])
 def test_both_find_the_same_problems_in_the_same_words(both, tmp_path, options, said):
     folder, outline, skeleton = both

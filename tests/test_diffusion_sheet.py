@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from reslora_diffusion.diffusion.sheet import LEFT, MARGIN, contact_sheet, wrapped
+from reslora_diffusion.diffusion.sheet import LEFT, MARGIN, contact_sheet, save_picture, wrapped
 
 SIDE = 60
 LONG = "reslora-block:num_previous=2,merge_method=least_squares,learning_rate=2e-4 " + 30 * "long"
@@ -52,3 +52,18 @@ def test_lines_fit_and_nothing_is_lost(text):
     lines = wrapped(text, 50, font)
     assert all(font.getlength(line) <= 50 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    save_picture(Image.new("RGB", (2, 2), "red"), path)
+    before = path.read_bytes()
+
+    def cut_off(image, file, **options):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut_off)
+    with pytest.raises(OSError, match="No space"):
+        save_picture(Image.new("RGB", (2, 2), "blue"), path)
+    assert path.read_bytes() == before

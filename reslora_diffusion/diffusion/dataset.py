@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "reslora_pictures"
 SPLIT = "train"
+TEXT = ("string", "large_string")
 
 
 def dataset_options(args: Namespace) -> Iterator[str]:
@@ -84,6 +85,8 @@ def columns(rows: "Dataset", args: Namespace) -> tuple[str, str | None]:
         problems.append(
             f"--image_column: {args.image_column!r} holds no pictures; wanted {listing(pictures) or 'some'}"
         )
+    if args.caption_column in kinds and getattr(kinds[args.caption_column], "dtype", None) not in TEXT:
+        problems.append(f"--caption_column: {args.caption_column!r} holds {kinds[args.caption_column]}; wanted text")
     if not pictures and not problems:
         problems.append(f"--dataset_name: {args.dataset_name} has no column of pictures; it has {listing(kinds)}")
     refuse(problems)
@@ -95,6 +98,7 @@ def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Pat
     import datasets
 
     lines, empty = [], []
+    rows = rows.select_columns([image] if caption is None else [image, caption])  # others are not even decoded
     for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
         if row[image] is None:
             empty.append(number)
@@ -102,8 +106,8 @@ def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Pat
         data = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
         name = f"{number:05d}{suffix_of(data)}"
         (folder / name).write_bytes(data)
-        if caption is not None and str(row[caption] or "").strip():
-            lines.append(json.dumps({"file_name": name, "text": str(row[caption])}))
+        if caption is not None and (row[caption] or "").strip():
+            lines.append(json.dumps({"file_name": name, "text": row[caption]}))
     refuse([f"--image_column: rows without a picture in {image!r}: {listing(empty)}"] if empty else [])
     if lines:
         (folder / METADATA_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -171,8 +171,3 @@ def check_pair(tuned: str, base: str) -> None:
     local = [Path(name) for name in (tuned, base) if Path(name).is_dir()]
     if len({(folder / "model_index.json").is_file() for folder in local}) == 2:
         raise ValueError(f"one of {tuned} and {base} is a pipeline and the other is not")
-
-
-def check_weights(weights: Sequence[float], sources: Sequence[object]) -> None:
-    if weights and len(weights) != len(sources):
-        raise ValueError(f"got {len(weights)} weights for {len(sources)} files; wanted one for each, or none")

@@ -1,5 +1,6 @@
 """Thresholds, choices and the one kind of failure that several modules share. Nothing here waits for torch."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 LOSSY_ERROR = 0.05  # of a module's norm: a cut that loses more must be asked for
@@ -18,3 +19,9 @@ def parse_rank(text: str) -> Rank:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise ValueError(f"rank must be 'full', 'auto' or a positive number, got {text!r}")
+
+
+def check_weights(weights: Sequence[float], sources: Sequence[object]) -> None:
+    """Raises ValueError if there is not one weight for each file, nor none at all."""
+    if weights and len(weights) != len(sources):
+        raise ValueError(f"got {len(weights)} weights for {len(sources)} files; wanted one for each, or none")
