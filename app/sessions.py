@@ -36,6 +36,7 @@ class Session:
     ballot: Ballot | None = None
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
+    looked_at: float = 0.0  # the page's clock, when the fields were last looked at for what to expect
     waits: bool = False  # a comparison was asked for, and has not begun
     race: list[Run] = field(default_factory=list)
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing

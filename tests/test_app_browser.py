@@ -15,6 +15,7 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 
 from playwright import sync_api
 
+from app.forms import read_request
 from app.serve import launch, open_studio
 from app_fixtures import make_lora_file, make_pipeline, make_run
 from test_app_training import STAND_IN
@@ -243,6 +244,28 @@ def test_paint_look_flip_and_take_away(visit, address, tmp_path):
         assert len(archive.namelist()) == 13
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("[...document.images].map((image) => image.naturalWidth)") == [64] * 10
+
+
+def test_what_is_expected_is_that_of_the_latest_fields(visit, monkeypatch):
+    """Each look at fields that are not whole yet ends long after the look at those that are."""
+    page, delays, ended = visit(), iter((0.5, 2)), []
+
+    def slow(prompts, placeholders, *values, **here):
+        if delay := next(delays, 0) if "{x}" in prompts and not placeholders else 0:
+            time.sleep(delay)
+            ended.append(delay)
+        return read_request(prompts, placeholders, *values, **here)
+
+    monkeypatch.setattr("app.tabs.compare.read_request", slow)
+    unfold(page, "Prompt matrix")
+    fill(page, "prompts", "a {x}")
+    fill(page, "placeholders", "x = cat, dog, owl")
+    expect(page.locator("#expected")).to_contain_text("18 pictures, about")
+    while len(ended) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(500)  # for the answer to arrive
+    assert "18 pictures, about" in page.locator("#expected").inner_text()
+    assert page.locator("#placeholders textarea").input_value() == "x = cat, dog, owl"
 
 
 def state(page) -> dict:

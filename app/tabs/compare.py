@@ -24,11 +24,18 @@ NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or 
 SHOW_STATUS = """() => {
   if (window.innerWidth < 700) document.getElementById('status').scrollIntoView();
 }"""
+# The last input of an event that looks at the fields: when it did.
+WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 
 
 def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Dependency]:
     """Returns the adapters' control, which a training adds to, and the event that fills it when somebody comes."""
     comparer, limits = studio.comparer, studio.comparer.limits
+    # Gradio writes a value that comes for a folded field when it is unfolded, over what may have been typed by then:
+    # these fields are filled when the page is built, not when somebody comes.
+    _, first_placeholders, _, _, _, _, first_negative, first_steps, first_guidance, first_scheduler = fields_of(
+        studio.first_request
+    )
 
     with gr.Row(equal_height=False, elem_classes="tab-body"):
         with gr.Column(scale=4, min_width=300, elem_classes="controls"):
@@ -64,14 +71,15 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
                     lines=1,
                     max_lines=8,
                     elem_id="placeholders",
-                    value="",
+                    value=first_placeholders,
                 )
             with gr.Accordion("Sampling", open=False):
-                negative = gr.Textbox(label="Negative prompt", lines=1, value="", elem_id="negative")
-                steps = gr.Slider(1, limits.steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, limits.guidance, step=0.1, label="Guidance", elem_id="guidance")
-                scheduler = gr.Dropdown(list(Scheduler), label="Scheduler", elem_id="scheduler")
+                negative = gr.Textbox(label="Negative prompt", lines=1, value=first_negative, elem_id="negative")
+                steps = gr.Slider(1, limits.steps, first_steps, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(0, limits.guidance, first_guidance, step=0.1, label="Guidance", elem_id="guidance")
+                scheduler = gr.Dropdown(list(Scheduler), value=first_scheduler, label="Scheduler", elem_id="scheduler")
             expected = gr.HTML(elem_id="expected", padding=False)
+            looked_at = gr.Number(0, visible=False)
             with gr.Row(elem_classes="tools"):
                 run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
@@ -85,6 +93,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
             takeaway(studio)
 
     fields = [prompts, placeholders, seeds, adapters, strengths, include_base, negative, steps, guidance, scheduler]
+    unfolded = [prompts, seeds, adapters, strengths, include_base]
     results = [status, look.grid]
 
     def session_of(request: gr.Request) -> Session:
@@ -100,9 +109,17 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         values[3] = gr.CheckboxGroup(choices=list(session.adapters), value=here)
         return values
 
-    def expect(request: gr.Request, *values) -> str:
+    def expect(request: gr.Request, *values) -> str | dict:
+        """Several of these run at once, and may end in another order than they began: the latest look counts."""
+        *values, when = values
+        session = session_of(request)
+        session.looked_at = max(session.looked_at, when)
+        said = expectation(session, values)
+        return said if when >= session.looked_at else gr.skip()
+
+    def expectation(session: Session, values: list) -> str:
         try:
-            asked = read(session_of(request), values)
+            asked = read(session, values)
         except ValueError as problem:
             return views.message(str(problem), "warn")
         count, seconds = comparer.estimate(asked)
@@ -190,15 +207,17 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         session.show(asked, studio.first_cells)
         of_runs = gr.Dropdown(choices=list(studio.adapter_files()), value=None)
         done = finished(session, len(studio.first_cells)) if session.adapters else views.message(NO_ADAPTER)
-        return [*filled(session, asked), of_runs, done, views.grid(session), *look.values(session, View.of(asked))]
+        values = [value for field, value in zip(fields, filled(session, asked), strict=True) if field in unfolded]
+        return [*values, of_runs, done, views.grid(session), *look.values(session, View.of(asked))]
 
     def halt(request: gr.Request) -> None:
         session_of(request).cancel.set()
 
-    gr.on([f.change for f in fields], expect, fields, expected, trigger_mode="always_last", **LIGHT, **PRIVATE)
+    seen = {"fn": expect, "inputs": [*fields, looked_at], "outputs": expected, "js": WITH_TIME, **LIGHT, **PRIVATE}
+    gr.on([f.change for f in fields], trigger_mode="always_last", **seen)
     # Gradio may forget the last of several quick changes; a field that is left is looked at once more.
     texts = [field for field in fields if isinstance(field, gr.Textbox)]
-    gr.on([text.blur for text in texts], expect, fields, expected, trigger_mode="multiple", **LIGHT, **PRIVATE)
+    gr.on([text.blur for text in texts], trigger_mode="multiple", **seen)
     sweep.click(lambda: SWEEP, None, strengths, **LIGHT, **PRIVATE)
     started = gr.on(
         [run.click, again.click],
@@ -226,7 +245,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         open_files, saved_files, [*fields, *results, again, *look.controls], **LIGHT, **PRIVATE
     )
     look.refresh(opening)
-    arrival = demo.load(arrive, None, [*fields, more, *results, *look.controls], **LIGHT, **PRIVATE)
+    arrival = demo.load(arrive, None, [*unfolded, more, *results, *look.controls], **LIGHT, **PRIVATE)
     return adapters, arrival
 
 
