@@ -484,7 +484,7 @@ def test_train_watch_reload_stop_and_compare(visit, folder, trainer, tmp_path):
     page = visit()
     show(page, "Train")
     upload(page, "#train_files button", folder / "0.png", folder / "1.png")
-    expect(page.locator("#train_files")).to_contain_text("0.png")
+    expect(page.locator("#train_files").get_by_role("cell", name="0.png")).to_be_visible()  # it has been uploaded
     page.locator("#train_steps input").fill("9000")
     page.click("#train_start")
     expect(page.locator("#train_status")).to_contain_text(re.compile(r"step \d+ of 9000"))
