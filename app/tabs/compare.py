@@ -33,9 +33,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
     comparer, limits = studio.comparer, studio.comparer.limits
     # Gradio writes a value that comes for a folded field when it is unfolded, over what may have been typed by then:
     # these fields are filled when the page is built, not when somebody comes.
-    _, first_placeholders, _, _, _, _, first_negative, first_steps, first_guidance, first_scheduler = fields_of(
-        studio.first_request
-    )
+    first = studio.first_request
 
     with gr.Row(equal_height=False, elem_classes="tab-body"):
         with gr.Column(scale=4, min_width=300, elem_classes="controls"):
@@ -71,13 +69,17 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
                     lines=1,
                     max_lines=8,
                     elem_id="placeholders",
-                    value=first_placeholders,
+                    value="",  # the first request has none
                 )
             with gr.Accordion("Sampling", open=False):
-                negative = gr.Textbox(label="Negative prompt", lines=1, value=first_negative, elem_id="negative")
-                steps = gr.Slider(1, limits.steps, first_steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, limits.guidance, first_guidance, step=0.1, label="Guidance", elem_id="guidance")
-                scheduler = gr.Dropdown(list(Scheduler), value=first_scheduler, label="Scheduler", elem_id="scheduler")
+                negative = gr.Textbox(label="Negative prompt", lines=1, value=first.negative_prompt, elem_id="negative")
+                steps = gr.Slider(1, limits.steps, first.num_inference_steps, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(
+                    0, limits.guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance"
+                )
+                scheduler = gr.Dropdown(
+                    list(Scheduler), value=str(first.scheduler), label="Scheduler", elem_id="scheduler"
+                )
             expected = gr.HTML(elem_id="expected", padding=False)
             looked_at = gr.Number(0, visible=False)
             with gr.Row(elem_classes="tools"):
