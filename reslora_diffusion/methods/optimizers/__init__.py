@@ -1,0 +1,15 @@
+"""Optimizers that see the two factors of one LoRA together, and so the matrix that they make up.
+
+Each is an `AdamW` for every parameter that is no LoRA factor, takes the same groups, and keeps its state in
+`state_dict()`:
+
+>>> pairs = factor_pairs(model)
+>>> optimizer = LoraRite(model.parameters(), pairs, lr=1e-3)
+"""
+
+from .pairs import FactorPair, factor_pairs
+from .preconditioned import RefLora, ScaledAdamW
+from .pro import LoraPro
+from .rite import LoraRite
+
+__all__ = ["FactorPair", "LoraPro", "LoraRite", "RefLora", "ScaledAdamW", "factor_pairs"]
