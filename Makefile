@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+TEST_PROCESSES ?= 2
 
 .PHONY: demo demo-llm test test-slow lint check format clean
 
@@ -12,8 +13,8 @@ demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at bot
 demo-llm: $(VENV)/installed  ## the same for a small language model
 	$(BIN)/python train_scripts/demo_llm.py $(DEMO_ARGS)
 
-test: $(VENV)/installed  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(VENV)/installed  ## the fast tests, in two processes, each of which takes whole files
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/installed  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
