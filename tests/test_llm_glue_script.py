@@ -98,7 +98,11 @@ def test_a_task_is_learned_and_exported_with_its_head(base, tmp_path, task):
     results = json.loads((output / "results.json").read_text())
     assert results["as exported"].keys() == set(GLUE[task].reported)
     assert all(metrics.keys() == set(GLUE[task].metrics) for metrics in results["as exported"].values())
-    assert results["best_step"] in {row["step"] for row in json.loads((output / "history.json").read_text())}
+    chosen = [
+        row for row in json.loads((output / "history.json").read_text()) if f"eval_{GLUE[task].metrics[0]}" in row
+    ]
+    best = max(chosen, key=lambda row: row[f"eval_{GLUE[task].metrics[0]}"])
+    assert (results["best_step"], results["best_metric"]) == (best["step"], best[f"eval_{GLUE[task].metrics[0]}"])
     assert json.loads((output / "run.json").read_text())["examples"] == {"train": 36, "validation": 4}
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["modules_to_save"]) == ("LORA", "SEQ_CLS", ["classifier"])

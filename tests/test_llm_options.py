@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
-from reslora_diffusion.llm.checks import checkpoint_of
 from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, build_parser, parse, training_arguments
+from reslora_diffusion.llm.resuming import checkpoint_of
 from reslora_diffusion.llm.training_fields import fields_of_training
 from reslora_diffusion.problems import BadInput
 from reslora_diffusion.stored import Files

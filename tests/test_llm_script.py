@@ -3,8 +3,11 @@
 import json
 import random
 import shutil
+import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -20,6 +23,7 @@ from transformers import (
     T5Config,
 )
 
+from hub import Hub
 from llm_tiny import load_script
 from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.tasks import TASKS
@@ -128,6 +132,7 @@ def test_a_run_leaves_a_plain_lora_and_its_records(folders, tmp_path, options):
     assert record["options"]["task"] == "svamp"
     history = json.loads((output / "history.json").read_text())
     assert [row["step"] for row in history if "eval_exact_match" in row] == [2, 4]
+    assert results["best_metric"] == max(row["eval_exact_match"] for row in history if "eval_exact_match" in row)
     assert len((output / "predictions.jsonl").read_text().splitlines()) == 7
     if trained:
         assert results["merging"]["loss_merged"] == pytest.approx(results["merging"]["loss_trained"], abs=0.2)
@@ -209,6 +214,49 @@ def test_options_from_a_file_and_the_command_line_wins(folders, tmp_path):
     assert json.loads((output / "run.json").read_text())["options"]["target_modules"] == ["q_proj", "up_proj"]
 
 
+# --------------------------------------------------------------------------------------------------- the hub
+
+
+def test_what_is_uploaded_is_the_exported_lora_and_no_file_holds_the_token(folders, tmp_path, hub, capsys, monkeypatch):
+    there = hub(Hub())
+    given = words(folders, tmp_path / "out", push_to_hub=True, hub_model_id="nobody/sks", hub_token="hf_secret")
+    monkeypatch.setattr(sys, "argv", ["train_llm_reslora.py", *given, "--push_to_hub_token", "other"])
+    output = script.main(given)
+    assert "pushed to https://huggingface.co/nobody/sks/commit/1" in capsys.readouterr().out
+    local = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
+    assert there.files.keys() == {name for name in local if not name.startswith("checkpoint-")}
+    assert json.loads(there.files["adapter_config.json"])["peft_type"] == "LORA"
+    assert there.files["adapter_model.safetensors"] == local["adapter_model.safetensors"].read_bytes()
+    assert {"checkpoint-2/training_args.bin", "run.json"} <= local.keys()
+    for name, path in local.items():
+        assert b"hf_secret" not in path.read_bytes(), name
+    command = json.loads(local["run.json"].read_text())["command"]
+    assert "--hub_token=..." in command
+    assert command[-2:] == ["--push_to_hub_token", "..."]
+
+
+def test_a_repository_that_cannot_be_written_to_is_said_before_weights_are_read(folders, tmp_path, hub, monkeypatch):
+    hub(Hub(403))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    given = {"push_to_hub": True, "hub_model_id": "nobody/sks", "hub_token": "hf_secret"}
+    found = problems(folders, tmp_path, **given)
+    assert any("--push_to_hub: nobody/sks cannot be written to" in problem for problem in found)
+
+
+def test_a_hub_out_of_reach_is_said_once_and_soon(folders, tmp_path, hub, monkeypatch):
+    def refused(request):
+        raise httpx.ConnectError("Name or service not known")
+
+    hub(refused)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    started = time.monotonic()
+    found = problems(folders, tmp_path, model_name_or_path="nobody/no-such-model")
+    assert time.monotonic() - started < 5
+    assert len(found) == 1
+    assert "nobody/no-such-model: it is not on this machine, and https://huggingface.co cannot be reached" in found[0]
+    assert "Name or service not known" in found[0]
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 
@@ -242,6 +290,11 @@ def test_all_option_faults_come_together(folders, tmp_path):
         ({"method": "lora", "distillation_steps": 9}, "--distillation_steps: does nothing with --method lora"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint there"),
         ({"optim": "no_such_optimizer"}, "no_such_optimizer"),
+        ({"report_to": "wandb"}, "--report_to wandb needs the package wandb, which is not installed"),
+        ({"report_to": "wandd"}, "--report_to: got 'wandd', wanted azure_ml"),
+        ({"metric_for_best_model": "accuracy"}, "--metric_for_best_model: got 'accuracy', wanted loss, exact_match"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "--hub_strategy: got all_checkpoints"),
+        ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere: cannot be made or written to"),
         ({"shortcutt": "block"}, "did you mean --shortcut"),
         (
             {"shortcut": "middle", "activation_checkpointing_kwargs": '{"use_reentrant": true}'},

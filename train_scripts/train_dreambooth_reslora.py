@@ -141,7 +141,6 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
     from reslora_diffusion.diffusion.history import History
-    from reslora_diffusion.diffusion.hub import create_repository
     from reslora_diffusion.diffusion.loss import Denoiser, Objective
     from reslora_diffusion.diffusion.merging import Evaluation
     from reslora_diffusion.diffusion.optimizers import make_optimizer
@@ -151,6 +150,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     from reslora_diffusion.diffusion.sampling import Sampler
     from reslora_diffusion.diffusion.validation import Painter, fixed_noise_loss
     from reslora_diffusion.diffusion.warm_start import start_from
+    from reslora_diffusion.hub import create_repository
 
     output, family = Path(args.output_dir), plan.skeleton.family
     accelerator = Accelerator(
@@ -169,7 +169,8 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
     if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = create_repository(args)  # better to learn now than in the end that it cannot be written to
+        # Better to learn now than in the end that it cannot be written to.
+        args.hub_model_id = create_repository(args.hub_model_id, args.output_dir, args.hub_token)
 
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)
@@ -308,9 +309,10 @@ def teach(args: Namespace, plan: "Plan") -> Path:
         print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
         print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
         if args.push_to_hub:
-            from reslora_diffusion.diffusion.hub import upload
+            from reslora_diffusion.hub import upload
 
-            print(f"pushed to {upload(args)}")
+            logs = (f"{args.logging_dir}/*",)
+            print(f"pushed to {upload(args.hub_model_id, args.output_dir, args.hub_token, logs)}")
     return run.output
 
 

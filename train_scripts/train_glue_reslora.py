@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         BadInput: every problem with the options, the data or the model.
     """
     options, values = parse(GlueOptions, argv, DEFAULTS)
-    checkpoint, rows = check(options, values, task_problems(options), lambda: read(options))
+    metrics = GLUE[options.task_name].metrics if options.task_name in GLUE else ()
+    checkpoint, rows = check(options, values, task_problems(options), lambda: read(options), metrics)
     with importing():
         training = training_arguments(values)
     refuse(launcher_problems(options))
@@ -60,6 +61,7 @@ def train(
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
     from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.results import export, history, start_record, write_json
     from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
 
@@ -71,6 +73,7 @@ def train(
     tokenizer = models.load_tokenizer(options)
     data = prepare(options, tokenizer, rows or read(options), training.seed)
 
+    destination = take_destination(training)
     set_seed(training.seed)
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     model = models.add_adapter(models.load_model(options, config, kind), options, kind)
@@ -78,7 +81,6 @@ def train(
     calibration = calibration_batches(
         data.train, DataCollatorWithPadding(tokenizer), training, options.calibration_examples
     )
-    training.metric_for_best_model = training.metric_for_best_model or task.metrics[0]
 
     def metrics(found: "EvalPrediction") -> dict[str, float]:
         return measure(task, found.predictions, found.label_ids)
@@ -115,13 +117,17 @@ def train(
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
         write_json(output / "history.json", history(trainer))
+        if destination:
+            print(f"pushed to {destination.send(output)}")
         print(f"{options.task_name}, best step {results['best_step']}, the exported file: {results['as exported']}")
     return output
 
 
 def task_metrics(trainer: "Trainer", rows: Sequence, names: Sequence[str]) -> dict[str, float]:
-    found = trainer.evaluate(rows)
-    return {name: found[f"eval_{name}"] for name in names}
+    """Metrics of rows that are reported on; under a prefix of their own, so that the history does not take them for
+    evaluations that a step was chosen by."""
+    found = trainer.evaluate(rows, metric_key_prefix="reported")
+    return {name: found[f"reported_{name}"] for name in names}
 
 
 if __name__ == "__main__":

@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     options, values = parse(LlmOptions, argv, DEFAULTS)
     checkpoint, rows = check(
-        options, values, reading.option_problems(options), lambda: reading.read(options, values.seed)
+        options,
+        values,
+        reading.option_problems(options),
+        lambda: reading.read(options, values.seed),
+        metrics=["exact_match"] if options.task else [],
     )
     with importing():
         training = training_arguments(values)
@@ -71,6 +75,7 @@ def train(
     from reslora_diffusion.llm import data as llm_data
     from reslora_diffusion.llm import models
     from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
+    from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.results import export, history, start_record, write_json
     from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, Quiz, calibration_batches
 
@@ -82,6 +87,7 @@ def train(
     options.max_length = options.max_length or min(1024, context or 1024)
     data = llm_data.prepare(options, tokenizer, rows or reading.read(options, training.seed))
 
+    destination = take_destination(training)
     set_seed(training.seed)
     model = models.add_adapter(models.load_model(options, config, kind), options, kind)
     collate = Collator(tokenizer.pad_token_id)
@@ -100,7 +106,6 @@ def train(
             training.per_device_eval_batch_size,
             options.num_beams,
         )
-        training.metric_for_best_model = training.metric_for_best_model or "exact_match"
     trainer = ExportedTrainer(
         model,
         training,
@@ -129,6 +134,8 @@ def train(
         print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
         if options.save_merged_model:
             models.save_merged(options, output, tokenizer)
+        if destination:
+            print(f"pushed to {destination.send(output)}")
     trainer.accelerator.wait_for_everyone()
     return output
 

@@ -9,16 +9,15 @@ no format that tells shapes.
 import difflib
 import math
 import re
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.export.header import read_headers
 
+from .. import environment
 from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
@@ -294,19 +293,7 @@ def missing_packages(args: Namespace) -> Iterator[str]:
         ),
         f"--report_to {args.report_to}": (args.report_to, args.report_to in ("tensorboard", "wandb", "comet_ml")),
     }
-    for flag, (package, wanted) in needed.items():
-        if wanted and find_spec(package) is None:
-            yield f"{flag} needs the package {package}, which is not installed"
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be put into a folder that may not be there yet; tried, as permissions alone do not tell."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
-    except OSError as error:
-        return f"{there} {error.strerror.lower() if error.strerror else error}"
-    return None
+    yield from environment.missing_packages((flag, package) for flag, (package, wanted) in needed.items() if wanted)
 
 
 def bad_weights(args: Namespace) -> Iterator[str]:
@@ -326,7 +313,7 @@ def bad_output(args: Namespace) -> Iterator[str]:
     if output.exists() and not output.is_dir():
         yield f"--output_dir: {output} is a file, wanted a folder"
         return
-    if problem := unwritable(output):
+    if problem := environment.unwritable(output):
         yield f"--output_dir: {output} cannot be made or written to: {problem}"
         return
     if args.resume_from_checkpoint:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..environment import without_secrets
 from .checkpoints import stored_facts
 from .options import build_parser
 
@@ -71,8 +72,7 @@ def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: "Acceler
 
 def write_record(args: Namespace, facts: dict[str, Any]) -> None:
     """Write `run.json`: command, options, versions and what the caller found out."""
-    command = [word if word != args.hub_token else "..." for word in sys.argv if not word.startswith("--hub_token=")]
-    record = {"command": command, "options": options(args), "versions": versions(), **facts}
+    record = {"command": without_secrets(sys.argv), "options": options(args), "versions": versions(), **facts}
     write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
 
 

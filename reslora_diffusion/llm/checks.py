@@ -5,31 +5,56 @@ ones, which know how training is distributed.
 """
 
 import json
-import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..environment import missing_packages, unwritable
 from ..problems import BadInput, refuse
 from ..rules import Shortcut, ShortcutFields, faults
 from .model_checks import stored_problems
 from .options import ModelOptions
 from .records import is_json_lines
+from .resuming import checkpoint_of, checkpoints_in
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+TRACKERS = {  # of transformers, and the package that each needs
+    "azure_ml": "azureml.core.run",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 ONLY_RESLORA = ("shortcut", "num_previous", "merge_method", "distillation_steps")
 
 
 def check(
-    options: ModelOptions, training: Namespace, data_problems: list[str], read: Callable[[], Any]
+    options: ModelOptions,
+    training: Namespace,
+    data_problems: list[str],
+    read: Callable[[], Any],
+    metrics: Sequence[str] = (),
 ) -> tuple[str | None, Any]:
-    """`(checkpoint to go on from, what read() returned)`; None for rows that are not in local files.
+    """`(checkpoint to continue from, what read() returned)`; None for rows that are not in local files.
+
+    Args:
+        metrics: what evaluations find beside the loss; the best step is chosen by the first, if none is named.
 
     Raises:
         BadInput: every problem of options, files and checkpoint.
     """
     problems = option_problems(options) + data_problems + training_problems(training, options)
+    problems += metric_problems(training, metrics)
+    training.metric_for_best_model = training.metric_for_best_model or next(iter(metrics), "loss")
     problems += stored_problems(options) if options.model_name_or_path else []
     checkpoint = rows = None
     try:
@@ -126,9 +151,16 @@ def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
+    problems += tracker_problems(training.report_to)
+    if training.push_to_hub and training.hub_strategy not in ("every_save", "end"):
+        problems.append(
+            f"--hub_strategy: got {training.hub_strategy}; what is uploaded is the exported LoRA, once, at the end"
+        )
     output = Path(training.output_dir)
+    if not (output.exists() and not output.is_dir()) and (reason := unwritable(output)):
+        problems.append(f"--output_dir {output}: cannot be made or written to: {reason}")
     if training.resume_from_checkpoint is None and output.is_dir():
-        if last_checkpoint(output):
+        if checkpoints_in(output):
             problems.append(
                 f"--output_dir {output}: holds checkpoints of an earlier run; wanted --resume_from_checkpoint latest, "
                 "or another folder"
@@ -138,6 +170,23 @@ def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
     elif output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file, wanted a folder")
     return problems
+
+
+def tracker_problems(report_to: str | Sequence[str] | None) -> Iterator[str]:
+    """Trackers that do not exist or whose package is not installed; transformers says so after loading the weights."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    for name in names:
+        if name in TRACKERS:
+            yield from missing_packages([(f"--report_to {name}", TRACKERS[name])])
+        elif name not in ("all", "none"):
+            yield f"--report_to: got {name!r}, wanted {', '.join(TRACKERS)}, all or none"
+
+
+def metric_problems(training: Namespace, known: Sequence[str]) -> Iterator[str]:
+    """A metric for the best step that no evaluation computes; transformers says so at the first evaluation."""
+    name = training.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in ("loss", *known):
+        yield f"--metric_for_best_model: got {name!r}, wanted {', '.join(['loss', *known])}"
 
 
 def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]:
@@ -164,37 +213,3 @@ def launcher_problems(options: ModelOptions) -> Iterator[str]:
             "--distillation_steps: does not run with DeepSpeed ZeRO-3, which takes the weights away between forward "
             "and backward"
         )
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def checkpoint_of(training: Namespace, options: ModelOptions) -> str | None:
-    """The checkpoint to go on from, by `--resume_from_checkpoint latest` or a path.
-
-    Raises:
-        BadInput: there is none, or it is of another adapter.
-    """
-    wanted = training.resume_from_checkpoint
-    if wanted is None:
-        return None
-    output = Path(training.output_dir)
-    found = last_checkpoint(output) if wanted == "latest" else wanted
-    if found is None or not Path(found, "trainer_state.json").is_file():
-        refuse([f"--resume_from_checkpoint {wanted}: no checkpoint there; --output_dir is {output}"])
-    file = Path(found, "adapter_config.json")
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput([f"--resume_from_checkpoint {wanted}: {file} cannot be read: {error}"]) from error
-    own = {"peft_type": "RESLORA" if options.method == "reslora" else "LORA", "r": options.rank}
-    if options.shortcut and stored.get("shortcut") != "none":  # none: saved after a handover
-        own["shortcut"] = options.shortcut
-    refuse(
-        f"{found} was trained with {name} {stored.get(name)!r}, got {value!r}; wanted the same"
-        for name, value in own.items()
-        if stored.get(name) != value
-    )
-    return str(found)

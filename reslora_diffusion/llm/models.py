@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reslora_diffusion import ResLoraConfig
 
+from ..hub import looking_up
 from ..problems import BadInput, listing
 from .checks import PRECISIONS, adapter_settings
 from .model_checks import layer_problems, leaves_of
@@ -42,10 +43,9 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
     Raises:
         BadInput: there is no such model, or it does not serve the task.
     """
-    try:
-        config = AutoConfig.from_pretrained(options.model_name_or_path, revision=options.model_revision, **kwargs)
-    except (OSError, ValueError) as error:
-        raise BadInput([f"--model_name_or_path {options.model_name_or_path}: {first_line(error)}"]) from error
+    name = str(options.model_name_or_path)
+    with looking_up("--model_name_or_path", name):
+        config = AutoConfig.from_pretrained(name, revision=options.model_revision, **kwargs)
     known = AUTO[task_type]._model_mapping.keys()
     if type(config) not in known or (task_type == TaskType.CAUSAL_LM and config.is_encoder_decoder):
         what = "an encoder-decoder" if config.is_encoder_decoder else f"of type {config.model_type}"
@@ -55,11 +55,10 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer, with something to pad with."""
-    name = options.tokenizer_name or options.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=options.model_revision)
-    except (OSError, ValueError) as error:
-        raise BadInput([f"tokenizer {name}: {first_line(error)}"]) from error
+    name = str(options.tokenizer_name or options.model_name_or_path)
+    revision = None if options.tokenizer_name else options.model_revision
+    with looking_up("--tokenizer_name", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -89,13 +88,15 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:
     """The frozen model with its weights."""
-    return AUTO[task_type].from_pretrained(
-        options.model_name_or_path,
-        config=config,
-        revision=options.model_revision,
-        dtype=DTYPES[options.dtype],
-        attn_implementation=options.attn_implementation,
-    )
+    name = str(options.model_name_or_path)
+    with looking_up("--model_name_or_path", name):
+        return AUTO[task_type].from_pretrained(
+            name,
+            config=config,
+            revision=options.model_revision,
+            dtype=DTYPES[options.dtype],
+            attn_implementation=options.attn_implementation,
+        )
 
 
 def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) -> PeftModel:
@@ -122,7 +123,3 @@ def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedToken
     tokenizer.save_pretrained(fresh)
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub import unreachable
 from ..problems import BadInput, listing
 
 Row = Mapping[str, Any]
@@ -80,6 +81,7 @@ def read_rows(
         return read_json_lines(file) if file.is_file() else None
     if not path.exists() and is_json_lines(source):
         raise BadInput([f"{source}: there is no such file, and no such folder with .jsonl files"])
+    why = None if path.exists() else unreachable()
     try:
         import datasets
     except ImportError as error:
@@ -91,9 +93,9 @@ def read_rows(
     except ValueError as error:
         if f'Unknown split "{split}"' in str(error):
             return None
-        raise BadInput([f"{source}: {error}"]) from error
+        raise BadInput([f"{source}: {why or error}"]) from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput([f"{source}: {error}"]) from error
+        raise BadInput([f"{source}: {f'it is not on this machine, and {why}' if why else error}"]) from error
 
 
 class Part(list[Row]):

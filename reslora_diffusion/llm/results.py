@@ -24,6 +24,7 @@ from reslora_diffusion.core.sharding import whole
 from reslora_diffusion.export import ExportReport, export_peft
 from reslora_diffusion.export.writer import save_tensors
 
+from ..environment import without_secrets
 from .models import DTYPES
 from .options import ModelOptions
 from .trainer import ExportedTrainer, is_reslora, recall_factors, shortcut_of
@@ -55,11 +56,11 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 def record(options: ModelOptions, training: TrainingArguments, **facts: Any) -> dict[str, Any]:
     """`run.json`: command, options, versions and what was found out before the first step."""
-    secret = {"hub_token", "push_to_hub_token"}
+    settings = training.to_sanitized_dict()
     return {
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "options": asdict(options),
-        "training_arguments": {k: v for k, v in training.to_sanitized_dict().items() if k not in secret},
+        "training_arguments": {name: value for name, value in settings.items() if not name.endswith("token")},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         **facts,
     }

@@ -31,6 +31,7 @@ from reslora_diffusion import (
 )
 
 from .generation import Generations, Question, evaluate
+from .resuming import write_checksums
 
 Batch = dict[str, Any]
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -154,6 +155,13 @@ class ExportedTrainer(Trainer):
                 answered = self.quiz.ask(model, self.accelerator)
                 output.metrics[f"{metric_key_prefix}_exact_match"] = answered.exact_match
         return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and self.accelerator.distributed_type not in SHARDING and folder.is_dir():
+            write_checksums(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,50 @@
+"""What a run finds around it: installed packages, folders that can be written to, and secrets on its command line."""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+SECRET = re.compile(r"--?[\w-]*(?:token|api_key|password|secret)", re.IGNORECASE)  # options whose value is not written
+TOKEN = re.compile(r"hf_[A-Za-z0-9_]+")
+HIDDEN = "..."
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def missing_packages(needed: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """One problem for each `(option as given, package)` whose package is not installed."""
+    for option, package in needed:
+        if not is_installed(package):
+            yield f"{option} needs the package {package}, which is not installed"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be put into a folder that may not exist yet; tried, since permissions alone do not tell."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+    except OSError as error:
+        return f"{there} {error.strerror.lower() if error.strerror else error}"
+    return None
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """A command line that may be written into a file: values of options for tokens and keys are replaced."""
+    written, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_option = SECRET.fullmatch(name) is not None
+        if is_option and equals:
+            word = f"{name}={HIDDEN}"
+        elif secret and not word.startswith("--"):
+            word = HIDDEN
+        written.append(TOKEN.sub(HIDDEN, word))
+        secret = is_option and not equals
+    return written
