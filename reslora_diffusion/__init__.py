@@ -25,11 +25,13 @@ HOMES = {
     "detach": "core.attach",
     "distill": "core.distillation",
     "explain": "core.attach",
+    "export_pipeline": "export.pipeline",
     "get_controller": "core.attach",
     "handover": "core.handover",
     "merge_report": "core.report",
     "merged_factors": "core.merging",
     "merged_forward": "core.merging",
+    "merged_state_dict": "core.state_dict",
     "relative_output_errors": "core.calibration",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605

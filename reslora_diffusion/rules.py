@@ -13,6 +13,9 @@ from enum import StrEnum
 from typing import Any
 
 FORMAT_VERSION = 1  # of saved configurations and calibrations; a newer one is refused
+# Stands among the factors of an adapter whose layers are linked. diffusers refuses a LoRA file that has a name without
+# "lora" in it, vLLM one with a name that is no factor's: nobody takes these factors for a plain LoRA.
+UNMERGED_KEY = "shortcut_not_merged"
 
 
 class Shortcut(StrEnum):
@@ -45,7 +48,8 @@ VARIANTS = (
     "kasa_config",
 )
 # Initialisations with B A != 0 that take the difference out of the base weights of the same layer.
-CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -66,6 +70,11 @@ class ShortcutFields:
         default=False, metadata={"help": "Cut block chains where the number of tokens changes."}
     )
     reslora_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of this configuration."})
+
+
+def changes_the_base(init_lora_weights: object) -> bool:
+    """Whether an initialisation starts with B A != 0 and takes the difference out of the base weights."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(CHANGES_THE_BASE)
 
 
 def faults(given: Mapping[str, Any]) -> list[str]:
@@ -94,11 +103,34 @@ def faults(given: Mapping[str, Any]) -> list[str]:
     ]
     if values.get("lora_bias"):
         found.append("lora_bias: got True, wanted False: a bias has no place in the merged factors")
-    init = values.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
-        found.append(f"init_lora_weights: got {init!r}, which changes the base weights; wanted True or 'gaussian'")
+    found += initialisation_faults(values)
     if values["reslora_version"] > FORMAT_VERSION:
         found.append(
             f"reslora_version: got {values['reslora_version']}, this package reads up to {FORMAT_VERSION}; update it"
         )
     return found
+
+
+def initialisation_faults(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `init_lora_weights` beside the shortcut."""
+    init = values.get("init_lora_weights")
+    if not isinstance(init, str):
+        return []
+    linked = values["shortcut"] != Shortcut.NONE and values["num_previous"] != 0
+    good = [name for name in STARTS_AT_THE_BASE if name != "orthogonal" or values["shortcut"] != Shortcut.MIDDLE]
+    wanted = f"wanted True, False or {', '.join(map(repr, good))}"
+    if init.lower() == "mica":
+        return ["init_lora_weights: got 'mica', which trains lora_A alone by a layer of its own; use PEFT's LoraConfig"]
+    if init.lower() not in STARTS_AT_THE_BASE and not changes_the_base(init):
+        return [f"init_lora_weights: got {init!r}; {wanted}"]
+    if linked and changes_the_base(init):
+        return [
+            f"init_lora_weights: got {init!r}, which changes the base weights by B A of the same layer alone; a "
+            f"shortcut adds more than that, so training would not start at the base; {wanted}, or shortcut 'none'"
+        ]
+    if linked and init.lower() not in good:
+        return [
+            f"init_lora_weights: got {init!r}, where B A = 0 within a layer alone; shortcut 'middle' adds B_n A_(n-1) "
+            f"too, so training would not start at the base; {wanted}"
+        ]
+    return []

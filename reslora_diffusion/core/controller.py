@@ -109,6 +109,11 @@ class Controller:
                 running_sum = shortcut is Shortcut.MIDDLE and self.config.num_previous is None
                 self.readers[site.name] = min(later, 1 if running_sum else self.config.num_previous or later)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no layer is joined to another, so that the factors are those of a plain LoRA."""
+        return all(len(chain.sites) == 1 for chain in self.chains)
+
     def roots_of_chains(self, model: nn.Module) -> dict[str, nn.Module]:
         """The outermost of the modules that run whole chains: one for a UNet, two for an encoder and its decoder."""
         names = [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]

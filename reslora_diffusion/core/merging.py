@@ -22,9 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..problems import listing
+from ..rules import VARIANTS, changes_the_base
 from .attach import DEFAULT_ADAPTER, get_controller
 from .chains import Site
 from .config import MergeMethod, Shortcut
@@ -34,6 +38,10 @@ from .sharding import whole
 from .statistics import Moments, Norms
 
 RIDGE = 1e-3
+MORE_THAN_FACTORS = (
+    "adapter {adapter!r} has more than factors of linear layers and convolutions, so no plain LoRA file can hold it; "
+    "use merge_and_unload, or adapt other layers"
+)
 
 # ------------------------------------------------------------------------------------------------ corrections
 
@@ -137,10 +145,15 @@ def plain_factors(controller: Controller, site: Site, correction: Tensor) -> Lor
 
 
 def merged_factors_of(controller: Controller, site: Site) -> LoraFactors:
-    """The plain LoRA of one layer, while others may be merged already: no C may depend on their merged weights."""
+    """The plain LoRA of one layer."""
+    return plain_factors(controller, site, corrections_while_merging(controller)[site.name])
+
+
+def corrections_while_merging(controller: Controller) -> dict[str, Tensor]:
+    """C of every layer, while some may be merged already: no C may depend on their merged weights."""
     if not any(controller.adapter_name in layer.merged_adapters for layer in controller.layers.values()):
         controller.corrections_while_merged = corrections_of(controller)
-    return plain_factors(controller, site, controller.corrections_while_merged[site.name])
+    return controller.corrections_while_merged
 
 
 def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, LoraFactors]:
@@ -150,17 +163,60 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
         ValueError: the method needs `calibrate` first, or the adapter is not only factors of linear layers.
     """
     controller = get_controller(model, adapter_name)
-    if controller.config.bias != "none":
+    refuse_more_than_factors(controller.config)
+    return joined_factors(controller) | unjoined_factors(controller)
+
+
+def refuse_more_than_factors(config: LoraConfig) -> None:
+    """Raise `ValueError` if factors alone do not say what an adapter of this configuration changes."""
+    if config.bias != "none":
         raise ValueError(
-            f"bias={controller.config.bias!r} trains biases, which are no factors and would be lost; use "
+            f"bias={config.bias!r} trains biases, which are no factors and would be lost; use "
             "merge_and_unload or save_pretrained, or train with bias='none'"
         )
-    return joined_factors(controller) | unjoined_factors(controller)
+    if changes_the_base(config.init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so the factors are no LoRA "
+            "of the base that others have; use merge_and_unload, or train with init_lora_weights=True"
+        )
+
+
+def plain_lora_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, LoraFactors]:
+    """The factors of a plain LoRA adapter, made by PEFT's `LoraConfig`, by module path.
+
+    Raises:
+        ValueError: there is no such adapter, or it is more than factors of linear layers and convolutions.
+    """
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA adapter {adapter_name!r}")
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    refuse_more_than_factors(config)
+    more = [name for name in VARIANTS if getattr(config, name, None)]
+    more += [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.lora_embedding_A or isinstance(layer, ParamWrapper) or layer.lora_bias[adapter_name]
+    ]
+    if more:
+        raise ValueError(f"{MORE_THAN_FACTORS.format(adapter=adapter_name)}: {listing(more)}")
+    return {
+        name: LoraFactors(
+            whole(layer.lora_A[adapter_name].weight).detach(),
+            whole(layer.lora_B[adapter_name].weight).detach(),
+            layer.scaling[adapter_name],
+        )
+        for name, layer in layers.items()
+    }
 
 
 def joined_factors(controller: Controller) -> dict[str, LoraFactors]:
     """The plain LoRA of the layers that shortcuts may join."""
-    corrections = corrections_of(controller)
+    corrections = corrections_while_merging(controller)
     return {name: plain_factors(controller, site, corrections[name]) for name, site in controller.sites.items()}
 
 
@@ -173,10 +229,7 @@ def unjoined_factors(controller: Controller) -> dict[str, LoraFactors]:
     adapter = controller.adapter_name
     problems = [f"  - {name}: {other.kind}" for name, other in controller.unjoined.items() if not other.has_factors]
     if problems:
-        raise ValueError(
-            f"adapter {adapter!r} has more than factors of linear layers and convolutions, so no plain LoRA file can "
-            "hold it; use merge_and_unload, or adapt other layers:\n" + "\n".join(problems)
-        )
+        raise ValueError("\n".join([f"{MORE_THAN_FACTORS.format(adapter=adapter)}:", *problems]))
     return {
         name: LoraFactors(
             whole(layer.lora_A[adapter].weight).detach(),

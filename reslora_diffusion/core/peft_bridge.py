@@ -12,16 +12,18 @@ A process without this package does not know the type RESLORA and says so, rathe
 import copy
 import difflib
 import logging
+import warnings
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import LoraVariant, MultiheadAttention
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from ..rules import UNMERGED_KEY
 from .config import PeftType, ResLoraConfig, Shortcut
 from .controller import Controller, Unjoined
 from .functional import delta_weight
@@ -30,6 +32,12 @@ from .sharding import placed_like
 LOGGER = logging.getLogger(__name__)
 WITHOUT_VARIANTS = ("aqlm", "awq", "eetq", "inc", "te", "tp_layer")  # layers of PEFT that never ask for one
 CALIBRATION_KEY = "lora_A_calibration"  # beside `lora_A.weight`: what merging adds to A, and to what
+UNMERGED = (
+    "the factors of adapter {adapter!r} ({model}) are those of an unmerged ResLoRA, shortcut {shortcut!r}, and no "
+    "plain LoRA: diffusers' load_lora_weights refuses a file of them. For a LoRA file use "
+    "reslora_diffusion.merged_state_dict(model) in the place of get_peft_model_state_dict(model), or "
+    "reslora_diffusion.export_pipeline(pipe, folder); to train on, save them as they are"
+)
 
 
 class ResLoraVariant(LoraVariant):
@@ -147,10 +155,18 @@ class ResLoraModel(LoraModel):
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         controller = find_controller(model, adapter_name)
-        if controller is not None:
-            names = {id(module): name for name, module in model.named_modules()}
-            for name, correction in controller.calibration.items():
-                tensors[f"{names[id(controller.layers[name])]}.{CALIBRATION_KEY}"] = correction.contiguous()
+        if controller is None:
+            return tensors
+        names = {id(module): name for name, module in model.named_modules()}
+        for name, correction in controller.calibration.items():
+            tensors[f"{names[id(controller.layers[name])]}.{CALIBRATION_KEY}"] = correction.contiguous()
+        if not controller.is_plain:
+            name, layer = next(iter(controller.layers.items()))
+            tensors[names[id(layer)].removesuffix(name) + UNMERGED_KEY] = torch.ones(1)
+            if not isinstance(model, PeftModel):  # whose files have the type RESLORA beside them
+                shortcut, kind = str(controller.shortcut), type(model).__name__
+                message = UNMERGED.format(adapter=adapter_name, model=kind, shortcut=shortcut)
+                warnings.warn(message, stacklevel=3)
         return tensors
 
     @classmethod
@@ -158,7 +174,7 @@ class ResLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         stored = {k: v for k, v in state_dict.items() if k.endswith(f".{CALIBRATION_KEY}")}
-        rest = {k: v for k, v in state_dict.items() if k not in stored}
+        rest = {k: v for k, v in state_dict.items() if k not in stored and not is_mark(k)}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         controller = find_controller(model, adapter_name)
         if controller is not None and stored:
@@ -168,6 +184,11 @@ class ResLoraModel(LoraModel):
                 if name is not None:
                     controller.calibration[name] = correction
         return remapped
+
+
+def is_mark(key: str) -> bool:
+    """Whether a name among an adapter's tensors says that they are no plain LoRA."""
+    return key.rpartition(".")[2] == UNMERGED_KEY
 
 
 def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:

@@ -1,6 +1,7 @@
 """From a trained adapter to files that provably load elsewhere, and tools for LoRA files of any origin.
 
     export_lora, write_lora_file    factors -> files for diffusers, ComfyUI, A1111, kohya, proved by their loaders
+    export_pipeline                 the same, with the adapters of a diffusers pipeline
     export_peft                     factors -> a folder for PEFT and vLLM, proved by PEFT
     export_trained                  a run or checkpoint -> the same, at another rank, precision or name
     read_lora, read_trained         any LoRA file, or a training run's LoRA -> {component: {path: LoraFactors}}
@@ -31,6 +32,7 @@ HOMES = {
     "export_lora": "lora",
     "export_peft": "peft_folder",
     "export_peft_components": "peft_folder",
+    "export_pipeline": "pipeline",
     "export_trained": "trained",
     "extract": "extraction",
     "fuse": "fusing",

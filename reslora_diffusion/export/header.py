@@ -192,7 +192,7 @@ def read_header(path: Path, folder_component: str | None = None) -> Header:
         dtypes = {name: part.get_dtype() for name, part in slices.items()}
     keys, problems = parse_all(list(shapes), folder_component)
     problems += structure_problems(keys, shapes)
-    if whole := [name for name in keys if not dtypes[name].startswith(("F", "BF"))]:
+    if whole := [n for n, key in keys.items() if key.part != "alpha" and not dtypes[n].startswith(("F", "BF"))]:
         problems.append(f"{len(whole)} tensors are {dtypes[whole[0]]}, not floating-point: {listing(whole)}")
     configs = {}
     try:

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
+from ..rules import UNMERGED_KEY
 from .flux import parts_of
 from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya, listing
 
@@ -25,6 +26,7 @@ class Key(NamedTuple):
 
 SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 NOT_PLAIN = {
+    rf"(^|[._]){UNMERGED_KEY}$|\.lora_A_calibration$": "an unmerged ResLoRA (export_pipeline merges it)",
     r"dora_scale$|lora_magnitude_vector": "DoRA",
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
