@@ -4,10 +4,13 @@
     DINO     the same with a DINO's class token (the paper: ViT-S/16)
     CLIP-T   cosine between the embeddings of a picture and of its prompt
 
+The first two are of the prompts with the subject's word: an adapter that puts the subject into every picture is not
+to gain by it.
+
 Models are folders or names in the local cache of the hub; nothing is downloaded, nothing but safetensors is opened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -15,8 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from .compare import Cell
-from .measures import Figure, figure
-from .request import Column, CompareRequest
+from .measures import Measure, is_of
 
 LOCAL = {"local_files_only": True, "use_safetensors": True}
 
@@ -74,29 +76,40 @@ def load(clip: str, dino: str) -> tuple[Clip | None, Dino | None]:
 
 
 def learned_measures(
-    request: CompareRequest,
     cells: Sequence[Cell],
     references: Sequence[Image.Image],
+    subject_word: str,
     clip: Clip | None,
     dino: Dino | None,
-) -> dict[str, dict[Column, Figure | None]]:
-    """{measure: {column: figure}}, for the models given."""
-    measures: dict[str, dict[Column, Figure | None]] = {}
-    own = {column: [c for c in cells if c.column == column] for column in request.columns}
+) -> list[Measure]:
+    """Those of the models given."""
+    of_subject = [cell for cell in cells if is_of(subject_word, cell.row.prompt)]
+    found = []
     for name, model in (("CLIP-I", clip), ("DINO", dino)):
         if model and references:
-            subject = model.images(references)
-            measures[name] = {
-                column: figure((model.images([c.image for c in mine]) @ subject.T).mean(1).tolist()) if mine else None
-                for column, mine in own.items()
-            }
-    if clip:
-        measures["CLIP-T"] = {
-            column: figure(
-                (clip.images([c.image for c in mine]) * clip.texts([c.row.prompt for c in mine])).sum(1).tolist()
+            embedded = model.images(references).T
+            found.append(
+                cosines(name, of_subject, lambda own, m=model, e=embedded: (m.images(own_images(own)) @ e).mean(1))
             )
-            if mine
-            else None
-            for column, mine in own.items()
-        }
-    return measures
+    if clip:
+        found.append(
+            cosines(
+                "CLIP-T",
+                cells,
+                lambda own: (clip.images(own_images(own)) * clip.texts([c.row.prompt for c in own])).sum(1),
+            )
+        )
+    return found
+
+
+def own_images(cells: Sequence[Cell]) -> list[Image.Image]:
+    return [cell.image for cell in cells]
+
+
+def cosines(name: str, cells: Sequence[Cell], embed: Callable[[list[Cell]], Tensor]) -> Measure:
+    """A measure in [-1, 1], computed a column at a time."""
+    measure = Measure(name, "needs prompts of the subject", least=-1.0)
+    for column in dict.fromkeys(cell.column for cell in cells):
+        own = [cell for cell in cells if cell.column == column]
+        measure.values[column] = dict(zip((cell.row for cell in own), embed(own).tolist(), strict=True))
+    return measure

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from .adapters import FileCard
-from .measures import Figure
+from .measures import DRIFT, Measure
 from .output import by_place, difference
 from .request import Column, CompareRequest, shortened
 from .sessions import Session
@@ -172,25 +172,16 @@ def strip(addresses: Sequence[str], name: str) -> str:
     return f'<div class="strip">{"".join(images)}</div>' if addresses else ""
 
 
-WANTING = {  # what a measure had too little of
-    "subject likeness": "needs reference pictures, and prompts of the subject",
-    "background obeyed": "needs a colour in a prompt",
-    "drift from the base": "needs unrelated prompts and the base",
-    "diversity": "needs two seeds",
-}
-
-
-def measures(request: CompareRequest, values: dict[str, dict[Column, Figure | None]]) -> str:
+def measures(request: CompareRequest, found: Sequence[Measure]) -> str:
     """A line for each measure, a column for each column of the comparison."""
     columns = request.columns
 
-    def said(name: str, column: Column) -> object:
-        if found := values[name][column]:
-            return str(found).replace(" = ", "\u00a0=\u00a0")
-        of_itself = name == "drift from the base" and column.adapter is None
-        return "–" if of_itself else WANTING.get(name, "not measured")
+    def said(measure: Measure, column: Column) -> str:
+        if (figure := measure.figure(column)) is not None:
+            return str(figure).replace(" = ", "\u00a0=\u00a0")
+        return "–" if measure.name == DRIFT and column.adapter is None else measure.wanting
 
-    lines = [(name, *(said(name, column) for column in columns)) for name in values]
+    lines = [(measure.name, *(said(measure, column) for column in columns)) for measure in found]
     return table(("measure", *(c.label for c in columns)), lines, "Measures: mean (95 % interval), n")
 
 

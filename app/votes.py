@@ -4,12 +4,11 @@ Of one prompt and seed, two columns' pictures are shown with their sides shuffle
 a tie, or against both. With w wins of the first column among n decided votes (no ties, none against both):
 
     win rate   w / n, with Wilson's 95 % interval
-    sign test  two-sided exact binomial: how probable a split at least this uneven is if both are equally good
+    sign test  two-sided exact binomial, of intervals.py
 """
 
 import csv
 import io
-import math
 import random
 import secrets
 from collections import Counter, defaultdict
@@ -18,11 +17,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .compare import Cell
+from .intervals import sign_test, wilson_interval
 from .output import by_place
 from .request import Column, CompareRequest, Row
 
 ENOUGH_VOTES = 10  # fewer decided votes than this, and nothing is claimed
-Z_95 = 1.959963984540054
 
 
 class Verdict(StrEnum):
@@ -101,33 +100,6 @@ def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, s
         raise ValueError("these two columns have no pictures in common; compare them first")
     shuffler.shuffle(pairs)
     return Ballot(first, second, pairs)
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-
-def wilson_interval(wins: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion; it stays inside [0, 1] and is right for few votes.
-
-    >>> [round(x, 4) for x in wilson_interval(7, 10)]
-    [0.3968, 0.8922]
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = wins / n, Z_95**2
-    centre, spread = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of the exact binomial test against 1/2.
-
-    >>> sign_test(9, 1)
-    0.021484375
-    """
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
 
 
 @dataclass(frozen=True)

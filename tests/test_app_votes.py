@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from app.compare import Cell
+from app.intervals import sign_test, wilson_interval
 from app.request import Adapter, Column, CompareRequest
-from app.votes import Choice, Verdict, conclusion, make_ballot, sign_test, tallies, tally, votes_csv, wilson_interval
+from app.votes import Choice, Verdict, conclusion, make_ballot, tallies, tally, votes_csv
 
 ADAPTERS = (Adapter("=one", "p", "a"), Adapter("two", "q", "b"))
 

@@ -11,10 +11,10 @@ from app.tabs import refusal
 MAX_REFERENCES = 32
 OWN = "pictures of my own"
 EXPLANATION = (
-    "Subject likeness compares cut-out figures with your reference pictures, and background obeyed the border's colour "
-    "with the prompt's: small measures for stickers that work offline and are no CLIP. Drift is the pixel difference "
-    "from the base on prompts without the subject's word, diversity the difference between seeds of one prompt. Each "
-    "is a mean, its 95 % interval, and n."
+    "Subject likeness is 1 for the subject and 0 for a blob of its colour; background obeyed holds the ground's colour "
+    "against the prompt's. Both are for figures on plain grounds, work offline and are no CLIP. Drift is the pixel "
+    "difference from the base on prompts without the subject's word, diversity the difference between seeds of one "
+    "prompt. Each is a mean, its 95 % interval for other seeds of these prompts, and n."
 )
 
 
@@ -58,7 +58,7 @@ def measures_tab(studio: Studio) -> None:
             pictures = read_pictures(files, MAX_REFERENCES)
             values = measure(session.request, session.cells, pictures, subject_word.strip())
             models = learned.load(clip_name, dino_name)
-            values |= learned.learned_measures(session.request, session.cells, pictures, *models)
+            values += learned.learned_measures(session.cells, pictures, subject_word.strip(), *models)
         except ValueError as problem:
             raise refusal(problem) from None
         return views.measures(session.request, values)
