@@ -2,7 +2,8 @@
 
     loss chart          raw losses faint, their moving average on top, for every run
     fixed-noise chart   validation loss; a diamond for the loss as exported, so that the merge gap is a height
-    merge gap chart     what exporting would have cost at each step, of runs that paint samples
+    merge gap chart     what exporting would have cost at each step, of runs that generate samples; a diamond for what
+                        it did cost
 
 Runs differ by colour and by dash, and the charts have one x axis.
 """
@@ -67,7 +68,7 @@ def validation_chart(runs: Sequence[Run]) -> str:
         if run.validation:
             axes.plot(*columns(thinned(run.validation)), marker="o", markersize=3, **line_of(number))
         if run.merge:
-            end, colour = run.last_step, colour_of(number)
+            end, colour = run.merged_at, colour_of(number)
             axes.plot([end, end], [run.merge.trained, run.merge.exported], color=colour, linewidth=1)
             axes.plot(end, run.merge.exported, "D", color=colour, markersize=6, fillstyle="none")
     return drawn(figure, axes, runs)
@@ -78,6 +79,8 @@ def gap_chart(runs: Sequence[Run]) -> str:
     for number, run in enumerate(runs):
         if run.gaps:
             axes.plot(*columns(thinned(run.gaps)), marker="o", markersize=3, **line_of(number))
+        if run.merge:
+            axes.plot(run.merged_at, run.merge.gap, "D", color=colour_of(number), markersize=6, fillstyle="none")
     return drawn(figure, axes, runs)
 
 

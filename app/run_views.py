@@ -37,8 +37,8 @@ def curves(runs: Sequence[Run], keep: float) -> str:
         return NOTHING
     loss = chart("Training loss", "faint: every step, bold: smoothed", loss_chart(runs, keep), runs)
     fixed = chart("Fixed-noise validation loss", "◇ as exported", validation_chart(runs), runs)
-    by_step = gap_chart(runs)
-    gaps = chart("Merge gap", "as exported less as trained", by_step, runs) if by_step else ""
+    note = "estimated while training; ◇ as exported, as in the table"
+    gaps = chart("Merge gap", note, gap_chart(runs), runs) if any(run.estimates for run in runs) else ""
     return f'{legend(runs)}<div class="halves charts">{loss}{fixed}{gaps}</div>'
 
 
@@ -46,16 +46,16 @@ def merges(runs: Sequence[Run]) -> str:
     """What taking the shortcuts out cost each run."""
     if not runs:
         return ""
-    head = ("run", "as trained", "as exported", "merge gap", "base", "steps", "largest layer error")
+    head = ("run", "as trained", "as exported", "merge gap", "base", "at step", "largest layer error")
     lines = []
     for run in runs:
         if run.merge is None:
-            lines.append((run.label, *["not yet"] * 4, run.last_step, ""))
+            lines.append((run.label, *["not yet"] * 4, f"{run.last_step} so far", ""))
             continue
         m = run.merge
         worst = f"{max(m.layer_errors.values()):.1%}" if m.layer_errors else ""
         base, trained, exported = ("–" if loss is None else f"{loss:.5f}" for loss in (m.base, m.trained, m.exported))
-        lines.append((run.label, trained, exported, said_gap(m.gap), base, run.last_step, worst))
+        lines.append((run.label, trained, exported, said_gap(m.gap), base, run.merged_at, worst))
     return table(head, lines, "Loss on fixed noise, and the merge gap: as exported less as trained")
 
 
@@ -84,17 +84,19 @@ def sample_table(
     heads: Sequence[tuple[str, str]],
     address: Callable[[Path], str | None],
 ) -> str:
-    """Rows are the pictures of each prompt. `address` gives nothing for a picture that cannot be read."""
-    files = {file for run, _ in columns for pictures in run.samples.values() for file in pictures}
-    if not files:
+    """Rows are the images of each prompt, whatever number each run gave it. `address` gives nothing for an image that
+    cannot be read."""
+    rows = list(dict.fromkeys(row for run, _ in columns for row in sample_rows(run)))
+    if not rows:
         return message("There are no samples; prompts for samples make some.") if columns else ""
 
-    def td(run: Run, step: int | None, file: str) -> str:
-        path = run.samples.get(step, {}).get(file) if step is not None else None
+    def td(run: Run, step: int | None, row: tuple[str, int]) -> str:
+        file = sample_rows(run).get(row)
+        path = run.samples.get(step, {}).get(file) if step is not None and file else None
         source = address(path) if path else None
         if source is None:
             return '<td role="cell"><div class="cell pending" role="img" aria-label="no sample"></div></td>'
-        alt = escaped(f"{run.label}, step {step}: {sample_title(run, file)}")
+        alt = escaped(f"{run.label}, step {step}: {row[0]}")
         return f'<td role="cell"><div class="cell"><img src="{source}" alt="{alt}"></div></td>'
 
     head = "".join(
@@ -102,10 +104,9 @@ def sample_table(
         for words, note in heads
     )
     body = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader">{clamped(sample_title(columns[0][0], file))}'
-        f"<small>picture {sample_order(file)[1] + 1}</small></th>"
-        f"{''.join(td(run, step, file) for run, step in columns)}</tr>"
-        for file in sorted(files, key=sample_order)
+        f'<tr role="row"><th scope="row" role="rowheader">{clamped(row[0])}<small>picture {row[1] + 1}</small></th>'
+        f"{''.join(td(run, step, row) for run, step in columns)}</tr>"
+        for row in rows
     )
     return (
         f'<div class="grid" style="--columns: {len(columns)}" tabindex="0" role="region" '
@@ -124,9 +125,14 @@ def sample_order(name: str) -> tuple[int, int]:
     return int(prompt), int(number)
 
 
-def sample_title(run: Run, name: str) -> str:
-    prompt = sample_order(name)[0]
-    return run.prompts[prompt] if prompt < len(run.prompts) else f"prompt {prompt + 1}"
+def sample_rows(run: Run) -> dict[tuple[str, int], str]:
+    """(prompt, number of the image) -> file name, in the order of the run's prompts."""
+    files = {file for pictures in run.samples.values() for file in pictures}
+    found = {}
+    for file in sorted(files, key=sample_order):
+        prompt, number = sample_order(file)
+        found[run.prompts[prompt] if prompt < len(run.prompts) else f"prompt {prompt + 1}", number] = file
+    return found
 
 
 def progress(done: int, total: int, text: str) -> str:

@@ -2,7 +2,7 @@
 
     <run>/pytorch_lora_weights.safetensors    the adapter; checkpoint-N/ holds those of earlier steps
     <run>/metrics.jsonl                       a row for each step: loss, or validation_loss on noise that never changes
-    <run>/merge_report.json                   that loss of the base, as trained, and as exported; the merge gap
+    <run>/merge_report.json                   that loss of the base, as trained, and as exported; the step it is of
     <run>/run.json                            the options
     <run>/samples/step-N/<prompt>-<n>.png     validation pictures
 
@@ -10,18 +10,21 @@ A run is found below one of the folders given at the start and goes by its label
 be under way: files may be missing, and the last row may be half written.
 """
 
-import json
-import math
+import itertools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reslora_diffusion.diffusion.history import smooth
 
+from .foreign import parsed_json
+
 ADAPTER = "pytorch_lora_weights.safetensors"
 METRICS = "metrics.jsonl"
 MAX_BYTES = 2**26  # of a metrics file: a million steps
+MAX_OBJECT_BYTES = 2**24
 MAX_POINTS = 800  # of a curve: more than that and a line is no clearer
 
 Points = list[tuple[int, float]]
@@ -35,6 +38,7 @@ class MergeLosses:
     trained: float
     exported: float
     layer_errors: dict[str, float]
+    step: int | None = None  # older reports do not say
 
     @property
     def gap(self) -> float:
@@ -49,7 +53,7 @@ class Run:
     method: str
     losses: Points
     validation: Points
-    gaps: Points
+    estimates: Points  # of the merge gap while training, each by a merge of its own step
     merge: MergeLosses | None
     prompts: tuple[str, ...]
     samples: dict[int, dict[str, Path]]  # by step, then by file name
@@ -57,6 +61,19 @@ class Run:
     @property
     def last_step(self) -> int:
         return max([step for step, _ in (*self.losses, *self.validation)], default=0)
+
+    @property
+    def merged_at(self) -> int:
+        """The step that `merge` is of."""
+        return self.last_step if self.merge is None or self.merge.step is None else self.merge.step
+
+    @property
+    def gaps(self) -> Points:
+        """The merge gap by step: estimates, and at the step of the export the gap itself, in place of any estimate."""
+        if self.merge is None:
+            return self.estimates
+        final = self.merged_at
+        return sorted([*(point for point in self.estimates if point[0] != final), (final, self.merge.gap)])
 
     def smoothed(self, keep: float) -> Points:
         steps, values = [step for step, _ in self.losses], [loss for _, loss in self.losses]
@@ -74,12 +91,14 @@ def contained(root: Path, pattern: str) -> list[Path]:
 
 
 def labelled(roots: tuple[Path, ...], pattern: str) -> dict[str, Path]:
-    """Files by the path of their folder below its root; with the root's name where two would be called the same."""
+    """Files by the path of their folder below its root; the root's name, and a number, tell those of one path apart."""
     found: dict[str, Path] = {}
     for root in roots:
         for path in contained(root, pattern):
             label = path.parent.relative_to(root).as_posix() if path.parent != root else root.name
-            found[f"{root.name}/{label}" if label in found else label] = path
+            longer = f"{root.name}/{label}"
+            names = itertools.chain((label, longer), (f"{longer} {number}" for number in itertools.count(2)))
+            found[next(name for name in names if name not in found)] = path
     return found
 
 
@@ -118,7 +137,7 @@ def read_run(label: str, folder: Path) -> Run:
         method=" ".join(str(word) for word in (method, shortcut) if word) or "not said",
         losses=points(rows, "loss"),
         validation=points(rows, "validation_loss"),
-        gaps=points(rows, "merge_gap"),
+        estimates=points(rows, "merge_gap"),
         merge=read_merge(folder / "merge_report.json"),
         prompts=tuple(map(str, [prompts] if isinstance(prompts, str) else prompts)),
         samples=find_samples(folder),
@@ -126,19 +145,26 @@ def read_run(label: str, folder: Path) -> Run:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ValueError: a line is no row, or the file is too large.
+    """
     if not path.is_file():
         return []
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.parent.name}/{path.name} has more than {MAX_BYTES >> 20} MiB")
-    rows, lines = [], path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    rows: list[dict[str, Any]] = []
+    *lines, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate((*lines, rest), start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
+            row = parsed_json(line)
         except ValueError:
-            if number == len(lines) and not line.endswith(b"\n"):
+            if number > len(lines):
                 break  # the trainer is writing it
             row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        if not isinstance(row, dict) or type(step := row.get("step")) is not int or not 0 <= step < 2**53:
             raise ValueError(f"{path.parent.name}/{path.name}, line {number} is no row with a step")
         rows.append(row)
     return rows
@@ -150,15 +176,22 @@ def points(rows: list[dict[str, Any]], name: str) -> Points:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """A finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < sys.float_info.max  # NaN is not below it
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+    """A JSON object; empty where there is no file.
+
+    Raises:
+        ValueError: it holds none.
+    """
     if not path.is_file():
         return {}
+    if path.stat().st_size > MAX_OBJECT_BYTES:
+        raise ValueError(f"{path.parent.name}/{path.name} has more than {MAX_OBJECT_BYTES >> 20} MiB")
     try:
-        found = json.loads(path.read_bytes())
+        found = parsed_json(path.read_bytes())
     except ValueError:
         raise ValueError(f"{path.parent.name}/{path.name} is no JSON") from None
     if not isinstance(found, dict):
@@ -175,8 +208,14 @@ def read_merge(path: Path) -> MergeLosses | None:
         raise ValueError(f"{path.parent.name}/{path.name} lacks loss_trained or loss_merged")
     errors = found.get("output_errors")
     errors = errors if isinstance(errors, dict) else {}
-    base = base if is_number(base) else None
-    return MergeLosses(base, trained, exported, {str(k): float(v) for k, v in errors.items() if is_number(v)})
+    step = step if type(step := found.get("step")) is int and 0 <= step < 2**53 else None
+    return MergeLosses(
+        base=base if is_number(base) else None,
+        trained=float(trained),
+        exported=float(exported),
+        layer_errors={str(k): float(v) for k, v in errors.items() if is_number(v)},
+        step=step,
+    )
 
 
 def find_samples(folder: Path) -> dict[int, dict[str, Path]]:

@@ -1,6 +1,7 @@
 """What training runs left behind: found, read while they are written, drawn, and refused when broken."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -51,6 +52,27 @@ def test_two_runs_of_one_name_get_two_labels(race):
     assert list(labelled((race / "demo" / "lora",), METRICS)) == ["lora"]
 
 
+def test_no_run_takes_the_label_of_another(tmp_path):
+    roots = tuple(tmp_path / place / "runs" for place in "abc")
+    folders = [make_run(root / "lora", "lora", steps=1) for root in roots]
+    assert find_runs(roots) == dict(zip(("lora", "runs/lora", "runs/lora 2"), folders, strict=True))
+
+
+def test_samples_stand_in_the_row_of_their_prompt(race):
+    """Runs number their prompts each for itself."""
+    options = {"validation_prompt": ["a dog", "a bird"]}
+    (race / "demo" / "reslora" / "run.json").write_text(json.dumps({"options": options}))
+    runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
+    table = run_views.samples(runs, 40, lambda path: f"/{path.parent.parent.parent.name}/{path.name}")
+    rows = [row for row in table.split('<tr role="row">') if "rowheader" in row]
+    shown = {re.search(r'title="(.*?)"', row)[1]: re.findall(r'src="(.*?)"', row) for row in rows if "picture 1" in row}
+    assert shown == {
+        "a cat": ["/lora/0-0.png"],
+        "a dog": ["/lora/1-0.png", "/reslora/0-0.png"],
+        "a bird": ["/reslora/1-0.png"],
+    }
+
+
 def test_adapters_of_checkpoints_come_last(race):
     for place in ("checkpoint-20", "."):
         (race / "demo" / "lora" / place).mkdir(exist_ok=True)
@@ -68,6 +90,33 @@ def test_a_run_is_read_as_the_trainer_wrote_it(race):
     assert list(run.samples) == [0, 10, 20, 30, 40]
     assert (run.step_shown(25), run.step_shown(-1)) == (20, None)
     assert run.smoothed(0.0) == run.losses
+
+
+def with_estimates(folder, estimates: dict[int, float], report: dict) -> None:
+    lines = [{"step": step, "validation_loss": 0.2, "merge_gap": gap} for step, gap in estimates.items()]
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "merge_report.json").write_text(json.dumps(report))
+
+
+def test_the_merge_gap_is_one_number_in_chart_and_table(race):
+    """The last estimate while training may be another than the gap of the export, which comes after a better merge."""
+    folder = race / "demo" / "reslora"
+    with_estimates(folder, {10: 0.05, 20: 0.04}, {"loss_trained": 0.2, "loss_merged": 0.21, "step": 20})
+    run = read_run("reslora", folder)
+    assert run.gaps == [(10, 0.05), (20, pytest.approx(0.01))]
+    assert run_views.said_gap(run.gaps[-1][1]) in run_views.merges([run])
+    assert "estimated while training" in run_views.curves([run], 0.9)
+
+
+def test_a_report_is_of_its_own_step_when_training_has_gone_on(race):
+    folder = race / "demo" / "reslora"
+    with_estimates(folder, {10: 0.05, 20: 0.04, 30: 0.03}, {"loss_trained": 0.2, "loss_merged": 0.21, "step": 20})
+    run = read_run("reslora", folder)
+    assert (run.last_step, run.merged_at) == (30, 20)
+    assert run.gaps == [(10, 0.05), (20, pytest.approx(0.01)), (30, 0.03)]
+    assert "<td class=short>20</td>" in run_views.merges([run])
+    (folder / "merge_report.json").write_text('{"loss_trained": 0.2, "loss_merged": 0.21}')
+    assert read_run("reslora", folder).merged_at == 30
 
 
 def test_smoothing_is_the_moving_average_without_bias(race):
@@ -100,6 +149,11 @@ def test_a_run_under_way_is_read_as_far_as_it_is(race):
         (METRICS, "{}\n{}", "line 1 is no row"),
         (METRICS, '{"step": 1, "loss": 2}\nnonsense\n', "line 2 is no row"),
         (METRICS, '{"step": true}\n', "line 1 is no row"),
+        (METRICS, '{"step": 1' + "0" * 400 + "}\n", "line 1 is no row"),
+        (METRICS, "[" * 100_000 + "\n", "line 1 is no row"),
+        (METRICS, '{"step": 1, "name": "\\ud800"}\n', "line 1 is no row"),
+        ("run.json", "[" * 100_000, "no JSON"),
+        ("run.json", '{"options": {"method": "\\udfff"}}', "no JSON"),
         ("merge_report.json", '{"loss_base": "low"}', "lacks loss_trained"),
         ("merge_report.json", "[1]", "no object"),
         ("run.json", "{", "no JSON"),
@@ -114,6 +168,7 @@ def test_broken_files_of_a_run_are_named(race, name, content, words):
 def test_what_is_not_finite_is_not_drawn(race):
     with (race / "demo" / "lora" / METRICS).open("a") as file:
         file.write('{"step": 41, "loss": NaN}\n{"step": 42, "loss": "high"}\n')
+        file.write(f'{{"step": 43, "loss": 1{"0" * 400}}}\n{{"step": 44, "loss": 1e999}}\n\n')
     assert read_run("lora", race / "demo" / "lora").last_step == 40
 
 

@@ -202,6 +202,7 @@ def test_a_real_training_ends_in_an_adapter_that_fits(tmp_path):
     assert set(run.samples[4]) == {"0-0.png", "0-1.png"}
     assert run.prompts == ("a cat",)
     assert run.merge is not None
+    assert run.merge.step == run.merged_at == 4
     card = Comparer(load_pipeline(tmp_path / "base")).shelf.card(Path(training.adapter()))
     assert card.fits, card.mismatches
     assert (training.folder / CONFIG).is_file()

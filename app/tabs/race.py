@@ -4,11 +4,10 @@ import math
 
 import gradio as gr
 
-from app import run_views
+from app import run_views, views
 from app.runs import Run, read_run
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
-from app.tabs import refusal
 
 MAX_RUNS = 8
 SMOOTHING = 0.95
@@ -38,14 +37,17 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
     def session_of(request: gr.Request) -> Session:
         return studio.sessions.of(request.session_hash)
 
-    def read(labels: list[str]) -> list[Run]:
+    def read(labels: list[str]) -> tuple[list[Run], list[str]]:
+        """The runs, and what keeps others of them from being shown."""
         folders = studio.run_folders()
-        if gone := [label for label in labels if label not in folders]:
-            raise refusal(f"There is no run {', '.join(gone)} any more.")
-        try:
-            return [read_run(label, folders[label]) for label in labels]
-        except ValueError as problem:
-            raise refusal(problem) from None
+        runs, broken = [], [f"There is no run {label} any more." for label in labels if label not in folders]
+        for label in labels:
+            if label in folders:
+                try:
+                    runs.append(read_run(label, folders[label]))
+                except (ValueError, OSError) as problem:
+                    broken.append(f"{label} is left out: {problem}")
+        return runs, broken
 
     def offer(labels: list[str]) -> gr.Dropdown:
         known = list(studio.run_folders())
@@ -55,12 +57,14 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
     def show(labels: list[str], smoothing: float, request: gr.Request) -> list:
         """All of it, with the slider at the newest samples."""
         session = session_of(request)
-        session.race = runs = read(labels)
+        runs, broken = read(labels)
+        session.race = runs
         steps = sorted({s for run in runs for s in run.samples})
         last = steps[-1] if steps else 0
         slider = gr.Slider(0, max(1, last), value=last, step=stride(steps), visible=len(steps) > 1)
         pictures = run_views.samples(runs, last, session.thumbnail)
-        return [run_views.curves(runs, smoothing), run_views.merges(runs), slider, pictures]
+        notes = views.message("\n".join(["Not every run can be shown:", *broken]), "warn") if broken else ""
+        return [notes + run_views.curves(runs, smoothing), run_views.merges(runs), slider, pictures]
 
     def smooth(smoothing: float, request: gr.Request) -> str:
         return run_views.curves(session_of(request).race, smoothing)

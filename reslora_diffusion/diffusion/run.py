@@ -327,7 +327,7 @@ class Run:
             except ValueError as error:
                 self.write_checkpoint(step, lambda folder: None, tensors)
                 raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
-        write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict(), indent=2))
+        write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
         self.plot()
         tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
