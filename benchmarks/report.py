@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from reslora_diffusion.utils.files import write_text
+
 from .results import FOLDER
 from .run import MEASURES
 
@@ -230,9 +232,7 @@ def main() -> None:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not what its results make of it\n" for path in stale) or None)
     for path in stale:
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(wanted[path], encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, wanted[path])
         print(f"written: {path.relative_to(ROOT)}")
 
 

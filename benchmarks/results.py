@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from reslora_diffusion.utils.files import write_text
+
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDER = Path(__file__).parent / "results"
 
@@ -47,7 +49,5 @@ def write_results(path: str | Path, kind: str, results: Any, **facts: Any) -> No
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, "machine": machine(), "command": " ".join(sys.argv[1:]), **facts, "results": results}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     print(f"\nwritten: {path}")

@@ -29,7 +29,8 @@ def unwritable(folder: Path) -> str | None:
     """Why nothing can be put into a folder that may not exist yet; tried, since permissions alone do not tell."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+        with tempfile.TemporaryFile(dir=there):  # it has no name, so a kill leaves nothing
+            pass
     except OSError as error:
         return f"{there} {error.strerror.lower() if error.strerror else error}"
     return None

@@ -10,11 +10,18 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth import PROMPT, arguments, script, train
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
-from reslora_diffusion.diffusion.checkpoints import checkpoints_in, find_checkpoint, is_complete, write_checkpoint
+from reslora_diffusion.diffusion.checkpoints import (
+    alone_in,
+    checkpoints_in,
+    fault_of,
+    find_checkpoint,
+    write_checkpoint,
+)
 from reslora_diffusion.diffusion.ema import Ema
 from reslora_diffusion.diffusion.history import History, NonFiniteLoss, plot_losses, read_history, smooth
 from reslora_diffusion.diffusion.interruption import Interruption
@@ -23,6 +30,7 @@ from reslora_diffusion.diffusion.optimizers import make_lr_scheduler, make_optim
 from reslora_diffusion.diffusion.record import export_name
 from reslora_diffusion.diffusion.run import fast_forward
 from reslora_diffusion.problems import BadInput, Interrupted, Stopped, run_program
+from reslora_diffusion.utils.state_files import BrokenState
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -48,9 +56,53 @@ def test_checkpoints_are_found_by_step_and_incomplete_ones_are_not(tmp_path):
 def test_a_torn_file_makes_a_checkpoint_incomplete(tmp_path, name):
     write_checkpoint(tmp_path, 1, write_state)
     path = tmp_path / "checkpoint-1" / "state" / name
-    assert is_complete(tmp_path / "checkpoint-1")
+    assert fault_of(tmp_path / "checkpoint-1") is None
     path.write_bytes(path.read_bytes()[:-4])
-    assert not is_complete(tmp_path / "checkpoint-1")
+    assert fault_of(tmp_path / "checkpoint-1")
+
+
+def test_one_flipped_bit_anywhere_in_a_state_is_found(tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, lambda folder, step=step: write_state(folder, step))
+    for path in sorted((tmp_path / "checkpoint-2" / "state").iterdir()):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            assert fault_of(tmp_path / "checkpoint-2"), (path.name, place)
+            assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+            with pytest.raises((BrokenState, FileNotFoundError)):
+                load_training_state(tmp_path / "checkpoint-2" / "state")
+        path.write_bytes(whole)
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+def test_a_missing_moment_is_found_with_checksums_and_without(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = save_training_state(tmp_path / "state", {}, model=model, optimizer=optimizer, facts={"step": 1})
+    tensors = load_file(state / "state.safetensors")
+    lost = "optimizer.state.weight.exp_avg_sq"
+    save_file({name: value for name, value in tensors.items() if name != lost}, state / "state.safetensors")
+    with pytest.raises(BrokenState, match=f"state.safetensors lacks {lost}"):
+        load_training_state(state, model=model, optimizer=optimizer)
+
+    facts = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps({k: v for k, v in facts.items() if k not in ("sha256", "tensors")}))
+    with pytest.raises(BrokenState, match="lacks moments: state.weight.exp_avg_sq"):  # of an earlier version
+        load_training_state(state, model=model, optimizer=optimizer)
+
+
+def test_what_a_killed_run_left_is_removed_while_the_folder_is_locked(tmp_path):
+    write_checkpoint(tmp_path, 1, write_state)
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.replaced")  # killed between two renames
+    for name in (".export-abc", ".checkpoint-4.partial", ".writable-x", ".run.json.0123abcd.partial"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    (tmp_path / ".mine").write_text("stays")
+    with alone_in(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-1"]
+        assert fault_of(tmp_path / "checkpoint-1") is None
 
 
 def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
@@ -62,7 +114,7 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         write_checkpoint(tmp_path, 1, fail, limit=1)
-    assert is_complete(tmp_path / "checkpoint-1")
+    assert fault_of(tmp_path / "checkpoint-1") is None
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

@@ -15,13 +15,15 @@ FILES = sorted(
 )
 # What each floor may use of the others, and which libraries are its own business.
 MAY_IMPORT = {
-    "core": {"core"},
-    "methods": {"core", "methods"},
-    "export": {"core", "export"},
-    "diffusion": {"core", "methods", "export", "diffusion"},
-    "llm": {"core", "methods", "export", "llm"},
+    "utils": {"utils"},
+    "core": {"utils", "core"},
+    "methods": {"utils", "core", "methods"},
+    "export": {"utils", "core", "export"},
+    "diffusion": {"utils", "core", "methods", "export", "diffusion"},
+    "llm": {"utils", "core", "methods", "export", "llm"},
 }
 KEPT_OUT = {
+    "utils": {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "typer"},
     "core": {"diffusers", "transformers", "accelerate", "gradio", "typer"},
     "methods": {"diffusers", "transformers", "gradio", "typer"},
     "export": {"gradio"},

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from reslora_diffusion.llm.records import read_json_lines
 from reslora_diffusion.llm.tasks import TASKS
+from reslora_diffusion.utils.files import atomic_write
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
     from reslora_diffusion.llm.generation import Generations
@@ -149,9 +150,8 @@ def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
     for axes in (loss, match):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, dpi=120, format="png")
-    fresh.replace(path)
+    with atomic_write(path) as fresh:
+        figure.savefig(fresh, dpi=120, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,6 @@ processes add theirs up.
 """
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..utils.files import atomic_write
 from .chains import Site
 from .config import Shortcut
 from .controller import Controller
@@ -71,10 +71,9 @@ class Statistics(Protocol):
 def save_statistics(path: Path, statistics: Statistics, batches: int) -> None:
     """Write the sums over the first `batches` batches; an earlier file stays until this one is whole."""
     facts = {"batches": batches, **statistics.facts()}
-    fresh = path.with_name(f".{path.name}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in statistics.tensors().items()}
-    save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
-    os.replace(fresh, path)
+    with atomic_write(path) as fresh:
+        save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
 
 
 def load_statistics(path: Path, statistics: Statistics, device: torch.device) -> int:

@@ -2,14 +2,13 @@
 
 A training state is a folder:
 
-    <name>.safetensors     parameters and optimizer moments, keyed by parameter name
-    <name>.json            learning-rate schedule, step counters, whatever the caller adds
+    state.safetensors     parameters and optimizer moments, keyed by parameter name
+    state.json            step counters, whatever the caller adds, shapes and checksums
 
-`save_training_state` writes the folder under a temporary name and renames it, so that a run killed half-way leaves
-the previous state untouched. `load_training_state` is its inverse and restores in place.
+`save_training_state` writes the folder under a temporary name, flushes and renames it, so that a run killed half-way
+leaves the previous state untouched. `load_training_state` is its inverse: it compares checksums and restores in place.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+from ..utils.files import partial_name, replace_folder
+from ..utils.state_files import FACTS, TENSORS, BrokenState, check_state, write_facts
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # What bitsandbytes puts between a parameter and its 8-bit moments in `state_dict()`, and not in `state`.
@@ -47,8 +49,7 @@ def save_training_state(
         facts: JSON-serialisable values: step, schedule state, configuration, versions.
     """
     folder = Path(folder)
-    fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = partial_name(folder)
     fresh.mkdir(parents=True)
     facts = dict(facts or {})
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -56,14 +57,12 @@ def save_training_state(
         flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
         stored |= {f"optimizer.{k}": v.detach().cpu().contiguous() for k, v in flat.items() if torch.is_tensor(v)}
         facts["optimizer"] = {k: v for k, v in flat.items() if not torch.is_tensor(v)}
-    save_file(stored, fresh / "state.safetensors")
-    (fresh / "state.json").write_text(json.dumps(facts, indent=2))
-    stale = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        folder.rename(stale)
-    fresh.rename(folder)
-    shutil.rmtree(stale, ignore_errors=True)
+    try:
+        save_file(stored, fresh / TENSORS)
+        write_facts(fresh, facts)
+        replace_folder(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
@@ -77,13 +76,14 @@ def load_training_state(
 
     Raises:
         FileNotFoundError: the folder is not a complete training state.
+        BrokenState: it is not what was written; says what is damaged or missing.
     """
     folder = Path(folder)
-    missing = [name for name in ("state.safetensors", "state.json") if not (folder / name).is_file()]
+    missing = [name for name in (TENSORS, FACTS) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is not a complete training state: {' and '.join(missing)} missing")
-    stored = load_file(folder / "state.safetensors")
-    facts = json.loads((folder / "state.json").read_text())
+    facts = check_state(folder)
+    stored = load_file(folder / TENSORS)
     moments = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
     flat: dict[str, Any] = {k.replace(WRAPPED, ""): v for k, v in moments.items()}
     flat |= facts.pop("optimizer", {})
@@ -94,10 +94,17 @@ def load_training_state(
 
 def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
     """Restore an optimizer. What never had a gradient has no moments, as the last layer of CLIP where a model reads the
-    one before it; `set_optimizer_state_dict` wants some of every parameter, so it is lent fresh ones for a moment."""
+    one before it; `set_optimizer_state_dict` wants some of every parameter, so it is lent fresh ones for a moment.
+
+    Raises:
+        BrokenState: a parameter has some of its moments and lacks others.
+    """
     fresh = {k.replace(WRAPPED, ""): v for k, v in get_optimizer_state_dict(model, optimizer, options=FLAT).items()}
-    set_optimizer_state_dict(model, optimizer, fresh | flat, options=FLAT)
     lent = {key.rpartition(".")[0] for key in fresh} - {key.rpartition(".")[0] for key in flat}
+    absent = [key for key in fresh.keys() - flat.keys() if key.rpartition(".")[0] not in lent]
+    if torn := sorted(key for key in absent if key.startswith("state.")):
+        raise BrokenState(f"the training state lacks moments: {', '.join(torn[:3])}")
+    set_optimizer_state_dict(model, optimizer, fresh | flat, options=FLAT)
     for name, parameter in model.named_parameters():
         if f"state.{name}" in lent:
             optimizer.state.pop(parameter, None)

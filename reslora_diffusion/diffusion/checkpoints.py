@@ -5,10 +5,10 @@
       pytorch_lora_weights.safetensors     the LoRA as it would be exported at this step
       kohya/, export_report.json
 
-A checkpoint is written under a hidden name and renamed when it is complete, so a folder named `checkpoint-N` is whole.
+A checkpoint is written under a hidden name, flushed, and renamed when it is complete; its state carries checksums, so
+one that a failing disk or a power cut has damaged is found and passed over.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..problems import BadInput
+from ..utils.files import replace_folder, sweep
+from ..utils.state_files import FACTS, fault_of_state, read_facts
 
 try:
     import fcntl
@@ -27,7 +27,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 STATE_FOLDER = "state"
-STATE_FILES = ("state.safetensors", "state.json")
 
 
 def step_of(folder: Path) -> int:
@@ -35,41 +34,43 @@ def step_of(folder: Path) -> int:
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, options, versions."""
-    return json.loads((folder / STATE_FOLDER / "state.json").read_text())
+    """What a checkpoint says about itself: step, options, versions, pictures; raises `BrokenState`."""
+    return read_facts(folder / STATE_FOLDER)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a state is there, and whole: a machine that loses its power may have renamed what it has not written."""
-    tensors, facts = (folder / STATE_FOLDER / name for name in STATE_FILES)
-    try:
-        with safe_open(tensors, framework="numpy"):  # compares the file's size with its header
-            return "step" in json.loads(facts.read_text())
-    except (OSError, ValueError, SafetensorError):
-        return False
+def fault_of(folder: Path) -> str | None:
+    """Why training cannot continue from a folder; None if it can. A machine that loses its power, or a disk that
+    fails, may leave a file of which a part is missing or wrong."""
+    if not (folder / STATE_FOLDER).is_dir():
+        return "it has no state"
+    if fault := fault_of_state(folder / STATE_FOLDER):
+        return fault
+    facts = stored_facts(folder)
+    sound = type(facts.get("step")) is int and isinstance(facts.get("options", {}), dict)
+    return None if sound else f"{FACTS} does not say the step and the options"
 
 
 def found_in(output_dir: Path) -> list[Path]:
-    """What is named like a checkpoint, whole or not."""
-    return [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    """Folders that are named like a checkpoint, complete or not, oldest step first."""
+    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,15}", path.name)]
+    return sorted(named, key=step_of)
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest step first."""
-    return sorted(filter(is_complete, found_in(output_dir)), key=step_of)
+    return [path for path in found_in(output_dir) if fault_of(path) is None]
 
 
 def broken_in(output_dir: Path) -> list[str]:
-    """Names of what looks like a checkpoint and is not whole."""
-    return sorted(path.name for path in found_in(output_dir) if not is_complete(path))
+    """Names of folders that look like a checkpoint and cannot be continued from, each with the reason."""
+    return [f"{path.name} ({fault})" for path in found_in(output_dir) if (fault := fault_of(path))]
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """`latest`, a path, or the name of a folder in `output_dir`; None if there is no such complete checkpoint."""
-    if name == "latest":
-        return next(reversed(checkpoints_in(output_dir)), None)
-    candidates = (Path(name), output_dir / Path(name).name)
-    return next((path for path in candidates if is_complete(path)), None)
+    newest_first = found_in(output_dir)[::-1]
+    candidates = newest_first if name == "latest" else (Path(name), output_dir / Path(name).name)
+    return next((path for path in candidates if fault_of(path) is None), None)
 
 
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], limit: int | None = None) -> Path:
@@ -80,25 +81,21 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     fresh.mkdir(parents=True)
     try:
         write(fresh)
+        replace_folder(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room, and a part is of no use
         raise
-    stale = output_dir / f".checkpoint-{step}.old"
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        folder.rename(stale)
-    fresh.rename(folder)
-    shutil.rmtree(stale, ignore_errors=True)
     if limit is not None:
-        for old in checkpoints_in(output_dir)[:-limit]:
+        there = [path for path in found_in(output_dir) if (path / STATE_FOLDER / FACTS).is_file()]
+        for old in there[:-limit]:
             shutil.rmtree(old)
     return folder
 
 
 @contextmanager
 def alone_in(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder: each would remove what the other has begun. A folder that was made
-    for it, and that nothing was written to, is removed.
+    """Inside, no other run may write to the folder: each would remove what the other has begun. What a killed run left
+    unfinished is removed first. A folder that was made for this run, and that nothing was written to, is removed.
 
     Raises:
         BadInput: another one does.
@@ -116,6 +113,8 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             raise BadInput([f"--output_dir: another run is writing to {output_dir}; wanted another folder"]) from None
         except OSError:  # a file system without locks
             pass
+        for place in (output_dir, output_dir / "kohya", *output_dir.glob("samples/step-*")):
+            sweep(place)
         yield
     finally:
         if made and output_dir.is_dir() and not any(output_dir.iterdir()):

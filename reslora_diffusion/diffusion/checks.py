@@ -20,7 +20,7 @@ from reslora_diffusion.export.header import read_headers
 from .. import environment
 from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
-from .checkpoints import checkpoints_in, find_checkpoint, stored_facts
+from .checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
 from .data import INTERPOLATIONS, extension_problems
 from .dataset import dataset_options
@@ -322,9 +322,10 @@ def bad_output(args: Namespace) -> Iterator[str]:
             yield from differences(args, checkpoint)
         elif args.resume_from_checkpoint != "latest":
             there = listing(path.name for path in checkpoints_in(output)) or "none"
+            broken = f"; damaged: {listing(found)}" if (found := broken_in(output)) else ""
             yield (
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint} is no complete checkpoint, neither as it "
-                f"stands nor in {output}; there: {there}"
+                f"stands nor in {output}; there: {there}{broken}"
             )
     elif (old := checkpoints_in(output)) and not args.dry_run:
         yield (

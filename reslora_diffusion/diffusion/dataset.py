@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..problems import BadInput, listing, refuse
+from ..utils.files import replace_folder
 from .data import METADATA_FILE, PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def pictures_of_dataset(args: Namespace) -> Path:
         try:
             write_pictures(rows, image, caption, fresh)
             if not (cache / key).is_dir():  # another process may have been as quick
-                fresh.rename(cache / key)
+                replace_folder(fresh, cache / key)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return cache / key

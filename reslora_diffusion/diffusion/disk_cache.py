@@ -8,7 +8,6 @@ exactly this of itself is encoded anew, so a pairing can be missing but never wr
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..utils.files import atomic_write
 
 FORMAT = 2  # of entries, and of how pictures are cut and encoded: counts up when either changes
 
@@ -78,7 +79,6 @@ class DiskCache:
         path, text = self.place(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, fresh, metadata={"key": text, "checksum": checksum(tensors)})
-        fresh.replace(path)
+        with atomic_write(path) as fresh:
+            save_file(tensors, fresh, metadata={"key": text, "checksum": checksum(tensors)})
         self.added += 1

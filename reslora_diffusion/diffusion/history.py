@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .record import write_text
+from ..utils.files import atomic_write, write_text
 
 FILE = "metrics.jsonl"
 SMOOTHING = 0.95
@@ -130,6 +130,5 @@ def plot_losses(histories: Mapping[str, Sequence[dict[str, Any]]], path: Path) -
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", framealpha=0.6)
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, dpi=120, format="png")
-    fresh.replace(path)
+    with atomic_write(path) as fresh:
+        figure.savefig(fresh, dpi=120, format="png")

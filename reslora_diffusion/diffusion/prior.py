@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from .cache import batched
 from .randomness import Stream, generator
+from .sheet import save_picture
 
 
 def generate_class_pictures(
@@ -38,7 +39,5 @@ def generate_class_pictures(
             ).images
             for n, image in zip(some, images, strict=True):
                 digest = hashlib.sha256(image.tobytes()).hexdigest()[:12]
-                fresh = folder / f".{n:04d}.png"
-                image.save(fresh)
-                fresh.rename(folder / f"{n:04d}-{digest}.png")
+                save_picture(image, folder / f"{n:04d}-{digest}.png")
             bar.update(len(some))

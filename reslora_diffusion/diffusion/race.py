@@ -24,10 +24,11 @@ from typing import Any
 from PIL import Image
 
 from ..problems import BadInput
+from ..utils.files import write_text
 from .checkpoints import find_checkpoint
 from .checks import Look, check, look
 from .options import build_parser
-from .record import resolve_seed, versions, write_text
+from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_picture
 
 SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")

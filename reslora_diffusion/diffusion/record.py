@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import without_secrets
+from ..utils.files import write_text
 from .checkpoints import stored_facts
 from .options import build_parser
 
@@ -74,12 +75,6 @@ def write_record(args: Namespace, facts: dict[str, Any]) -> None:
     """Write `run.json`: command, options, versions and what the caller found out."""
     record = {"command": without_secrets(sys.argv), "options": options(args), "versions": versions(), **facts}
     write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def differences(args: Namespace, checkpoint: Path) -> Iterator[str]:

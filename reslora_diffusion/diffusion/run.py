@@ -24,6 +24,7 @@ from reslora_diffusion.core.training_state import load_training_state, save_trai
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
 
 from ..problems import Stopped, listing, refuse
+from ..utils.files import write_text
 from .adapters import Adapters
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
@@ -37,7 +38,7 @@ from .model_card import model_card
 from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, make_lr_scheduler
 from .randomness import Stream, seed_of
-from .record import export_name, options, versions, write_text
+from .record import export_name, options, versions
 from .sampling import Batch, Sampler
 from .validation import SHEET, Painter, fixed_noise_loss
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..utils.files import atomic_write
+
 MARGIN, LEFT, SPACING = 8, 190, 4  # pixels; of row labels, and between lines
 JOINTS = (re.compile(r"(?<=[:,;])"), re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)"))  # where a long word may be broken
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """As PNG, whole or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    image.save(fresh, format="PNG")
-    fresh.replace(path)
+    """Write a PNG, complete or not at all."""
+    with atomic_write(path) as fresh:
+        image.save(fresh, format="PNG")
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], side: int = 160) -> Image.Image:

@@ -4,7 +4,6 @@ A base is a diffusers pipeline or a transformers model, in a folder or on the hu
 configurations is checked before its weights are loaded; what was written is read back and compared.
 """
 
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..utils.files import partial_name, replace_folder
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
 from .header import open_safetensors
@@ -97,8 +97,7 @@ def fuse(
             rounding = max(rounding, ((fused.float() - exact).norm() / size).item())
         layer.weight.data = fused
         written[component, path] = fused
-    fresh = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = partial_name(output)
     try:
         save_whole(model, base, fresh)
         if unlike := [f"{c}.{path}" for (c, path), w in written.items() if not is_stored(fresh, c, path, w)]:
@@ -126,16 +125,6 @@ def tied_weights(components: Components, parts: dict[str, nn.Module]) -> list[st
         layers = dict(model.named_modules())
         tied += [f"{component}.{path}" for path in modules if uses[id(base_layer(layers, path).weight)] > 1]
     return tied
-
-
-def replace_folder(fresh: Path, folder: Path) -> None:
-    """Put a finished folder in its place; the old one goes only after that."""
-    stale = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, stale)
-    os.replace(fresh, folder)
-    shutil.rmtree(stale, ignore_errors=True)
 
 
 def load_whole(base: str, dtype: torch.dtype | None, variant: str | None) -> tuple[object, dict[str, nn.Module]]:

@@ -14,14 +14,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..utils.files import fresh_folder, replace_files
 from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of
@@ -169,24 +168,8 @@ def write_proved(
         if save_report:
             (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
             moved.append(Path(REPORT_FILE))
-        for path in moved:
-            (folder / path).parent.mkdir(exist_ok=True)
-            os.replace(fresh / path, folder / path)
+        replace_files(fresh, folder, moved)
     return report
-
-
-@contextmanager
-def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder inside `folder` for files that are not proved yet; it goes, and so does an empty `folder`."""
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def has_kohya_names(components: Components) -> bool:

@@ -20,13 +20,14 @@ from torch import nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..utils.files import fresh_folder, replace_files
 from .base import base_layer, base_problems, is_transposed
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
 from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, listing, peft_keys
 from .limits import CheckFailed, Rank
-from .lora import REPORT_FILE, fresh_folder, size_problem
+from .lora import REPORT_FILE, size_problem
 from .proof import TOLERANCE, compare, errors_against, health_problems, misreading
 from .ranks import at_rank
 from .reader import read_lora
@@ -106,8 +107,7 @@ def export_peft(
             notes=[vllm_note(file_rank)] if component == MODEL else [],
         )
         (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-        for path in (*paths.values(), Path(REPORT_FILE)):
-            os.replace(fresh / path, output_dir / path)
+        replace_files(fresh, output_dir, (*paths.values(), REPORT_FILE))
     return report
 
 

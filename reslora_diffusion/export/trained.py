@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..utils.files import atomic_write
 from .header import DIFFUSERS_FILE, PEFT_FILE, read_headers
 from .keys import Dialect, classic_path, diffusers_keys
 from .limits import LOSSY_ERROR, Rank
@@ -53,9 +54,8 @@ def save_merged(folder: str | os.PathLike, components: Components, facts: Mappin
             exact = folded(on_cpu(factors))
             key_A, key_B = diffusers_keys(component, classic_path(component, name))
             tensors[key_A], tensors[key_B] = exact.lora_A, exact.lora_B
-    fresh = path.with_name(f".{path.name}")
-    save_tensors(tensors, fresh, metadata=reslora_header(facts or {}))
-    os.replace(fresh, path)
+    with atomic_write(path) as fresh:
+        save_tensors(tensors, fresh, metadata=reslora_header(facts or {}))
     return path
 
 

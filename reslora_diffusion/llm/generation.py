@@ -16,6 +16,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.files import write_text
+
 
 @dataclass(frozen=True)
 class Question:
@@ -49,9 +51,7 @@ class Generations:
         """One line per question: response, the answer read from it, the answer wanted."""
         rows = zip(self.responses, self.answers, self.wanted, strict=True)
         lines = [json.dumps({"response": r, "answer": a, "wanted": w, "right": a == w}) for r, a, w in rows]
-        fresh = path.with_name(f".{path.name}")
-        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, "\n".join(lines) + "\n")
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from reslora_diffusion import ResLoraConfig
 
 from ..hub import looking_up
 from ..problems import BadInput, listing
+from ..utils.files import replace_folder
 from .checks import PRECISIONS, adapter_settings
 from .model_checks import layer_problems, leaves_of
 from .options import ModelOptions
@@ -121,5 +122,4 @@ def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedToken
     shutil.rmtree(fresh, ignore_errors=True)
     merged.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    replace_folder(fresh, target)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -25,6 +24,7 @@ from reslora_diffusion.export import ExportReport, export_peft
 from reslora_diffusion.export.writer import save_tensors
 
 from ..environment import without_secrets
+from ..utils.files import replace_files, write_text
 from .models import DTYPES
 from .options import ModelOptions
 from .trainer import ExportedTrainer, is_reslora, recall_factors, shortcut_of
@@ -49,9 +49,7 @@ def plain_factors(model: nn.Module) -> dict[str, LoraFactors]:
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
 
 
 def record(options: ModelOptions, training: TrainingArguments, **facts: Any) -> dict[str, Any]:
@@ -140,8 +138,7 @@ def export_with_heads(
             digest = hashlib.sha256((fresh / path).read_bytes()).hexdigest()
             proof["files"][kind] = {"path": str(output / path), "sha256": digest}
         write_json(fresh / PROOF, proof)
-        for path in (WEIGHTS, CONFIG, PROOF):
-            os.replace(fresh / path, output / path)
+        replace_files(fresh, output, (WEIGHTS, CONFIG, PROOF))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     files = {"peft": output / WEIGHTS, "config": output / CONFIG}

@@ -1,0 +1,169 @@
+"""Files and folders that are complete or not there at all, whatever ends the program that writes them.
+
+    with atomic_write(path) as fresh:       write to the hidden name `fresh`, then flush it to the disk and rename it
+        save_file(tensors, fresh)
+    write_text(path, text)                  the same for a text
+    replace_folder(fresh, folder)           puts a finished folder in the place of an older one
+    with fresh_folder(folder) as fresh:     a hidden folder inside `folder` for several files that belong together
+        ...
+        replace_files(fresh, folder, names)
+
+A program that is killed leaves at most hidden entries behind, which `sweep` removes. Flushing before the rename is what
+makes a file survive a power cut: without it, a file system may keep the new name and lose what it names.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PARTIAL, STALE = ".partial", ".replaced"  # suffixes of hidden names
+LEFTOVERS = (
+    f".*.{'[0-9a-f]' * 8}{PARTIAL}",
+    f".checkpoint-*{PARTIAL}",
+    f".*{STALE}",
+    ".checkpoint-*.old",
+    ".export-*",
+    ".writable-*",
+)
+LONGEST_STEM = 100  # characters: the hidden name must not be longer than a file system allows
+
+
+def partial_name(path: Path) -> Path:
+    """A hidden path beside `path` that no other process or thread uses."""
+    return path.with_name(f".{path.name[:LONGEST_STEM]}.{os.urandom(4).hex()}{PARTIAL}")
+
+
+def flush(path: Path) -> None:
+    """Wait until the contents of a file or the entries of a folder are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot flush
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush a folder with everything in it."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            flush(Path(root, name))
+        flush(Path(root))
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a hidden path to write to; it is renamed to `path` if nothing is raised, and removed otherwise.
+
+    Raises:
+        OSError: the file cannot be written; an older file of that name is unchanged.
+    """
+    path = Path(path)
+    fresh = partial_name(path)
+    try:
+        yield fresh
+        flush(fresh)
+        os.replace(fresh, path)
+    except BaseException:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text as UTF-8, complete or not at all."""
+    with atomic_write(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write bytes, complete or not at all."""
+    with atomic_write(path) as fresh:
+        fresh.write_bytes(content)
+
+
+def replace_folder(fresh: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Rename a finished folder to `folder`; an older one is removed only after that."""
+    fresh, folder = Path(fresh), Path(folder)
+    flush_tree(fresh)
+    stale = folder.with_name(f".{folder.name}{STALE}")
+    shutil.rmtree(stale, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, stale)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if stale.exists():
+            os.replace(stale, folder)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def fresh_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a hidden folder inside `folder`; it is removed at the end, and so is `folder` if it is new and empty."""
+    folder = Path(folder)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike]) -> None:
+    """Move files from `fresh` to the same places in `folder`, none of them if one is blocked.
+
+    Raises:
+        OSError: a folder stands where a file is to go, or a file where a folder is to go.
+    """
+    names = [Path(name) for name in names]
+    for name in names:
+        target = folder / name
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder stands where a file is to be written", str(target))
+        for parent in name.parents:
+            if (folder / parent).exists() and not (folder / parent).is_dir():
+                message = "a file stands where a folder is to be made"
+                raise NotADirectoryError(errno.ENOTDIR, message, str(folder / parent))
+        flush(fresh / name)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(fresh / name, folder / name)
+    for parent in {(folder / name).parent for name in names} | {folder}:
+        flush(parent)
+
+
+def sweep(folder: str | os.PathLike) -> list[str]:
+    """Remove what a killed program left in `folder`, and return the names. The caller holds the folder's lock.
+
+    A folder that was moved aside by `replace_folder`, and whose place is still empty, is moved back.
+    """
+    folder, removed = Path(folder), []
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            if path.name.endswith(STALE) and path.is_dir():
+                place = path.with_name(path.name.removeprefix(".").removesuffix(STALE))
+                if not place.exists():
+                    os.replace(path, place)
+                    continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+            removed.append(path.name)
+    return removed
