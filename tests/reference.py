@@ -3,7 +3,7 @@
 Every block keeps its last input on itself and looks at its predecessors' attributes, as the paper's figures suggest.
 That is right for one forward followed by one backward without checkpointing, and slow: an oracle, not a method.
 
-    input    h_n = W_n x_n + s B_n A_n (x_n + x_{n-1})          x_{n-1} := x_n in a first block
+    input    h_n = W_n x_n + s B_n A_n (x_n + x_{n-1})          x_{n-1} := x_n in a first block of several
     block    h_n = W_n x_n + s sum_{k=0..m} B_{n-k} A_{n-k} x_n
     middle   h_n = W_n x_n + s B_n sum_{k=0..m} A_{n-k} x_{n-k}
 
@@ -32,12 +32,13 @@ class NaiveBlock(nn.Module):
         self.lora_B = nn.Parameter(lora_B.detach().double().clone())
         self.scaling, self.shortcut = scaling, shortcut
         self.previous: tuple[NaiveBlock, ...] = ()
+        self.alone = False  # joined to no other block: plain LoRA
         self.x: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x
         frozen = self.base(x)
-        if self.shortcut == "input":
+        if self.shortcut == "input" and not self.alone:
             before = self.previous[0].x if self.previous else x
             added = (x + before) @ self.lora_A.T @ self.lora_B.T
         elif self.shortcut == "block":
@@ -110,4 +111,5 @@ def adapt_naively(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, block)
         block.__dict__["previous"] = block.previous
+        block.alone = not reached[name] and not any(name in others for others in reached.values())
     return blocks

@@ -1,22 +1,28 @@
 """What once was wrong without a word: each test holds the right value, and fails on the code that had the fault."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+import transformers
+from diffusers import Lumina2Transformer2DModel, StableDiffusionPipeline, UNetMotionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models import CLIP_TARGETS, LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import (
     ResLoraConfig,
+    attach,
     calibrate,
+    explain,
     export_pipeline,
     merged_factors,
     merged_state_dict,
+    relative_output_errors,
 )
 from reslora_diffusion.core.functional import delta_weight
 from reslora_diffusion.export import read_lora
@@ -26,7 +32,7 @@ TARGETS = {"unet": UNET_TARGETS, "clip": CLIP_TARGETS, "llama": LLAMA_TARGETS}
 LINKED = ("input", "block", "middle")
 
 
-def adapted(name: str, shortcut: str = "block", **options: object) -> torch.nn.Module:
+def adapted(name: str, shortcut: str = "block", **options: object) -> nn.Module:
     """A tiny model with an adapter that matters, through the library's own `add_adapter`."""
     model = build(name)
     settings = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS[name], "shortcut": shortcut}
@@ -35,7 +41,7 @@ def adapted(name: str, shortcut: str = "block", **options: object) -> torch.nn.M
     return model
 
 
-def calibrated(name: str, model: torch.nn.Module) -> torch.nn.Module:
+def calibrated(name: str, model: nn.Module) -> nn.Module:
     calibrate(model, [inputs(name, seed=n) for n in range(3)], lambda m, batch: output(name, m, batch))
     return model
 
@@ -208,3 +214,154 @@ def test_initialisations_that_change_the_base_are_no_lora_of_it(init: str) -> No
 def test_other_initialisations_are_refused(init: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResLoraConfig(shortcut="none", init_lora_weights=init)
+
+
+# ----------------------------------------------------------------------------------------------- towers, lone layers
+
+
+def siglip() -> nn.Module:
+    """Text and vision towers of equal widths, as in every released SigLIP."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 32, "max_position_embeddings": 8, "projection_size": 16}
+    config = transformers.SiglipConfig(
+        text_config=small | text, vision_config=small | {"image_size": 8, "patch_size": 4}
+    )
+    return transformers.SiglipModel(config).eval()
+
+
+def clip_towers() -> nn.Module:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = small | {"image_size": 8, "patch_size": 4}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=small, vision_config=vision))
+
+
+def llava() -> nn.Module:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    text = transformers.LlamaConfig(**small, num_key_value_heads=2, vocab_size=32)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def lumina() -> nn.Module:
+    """A trunk, and a refiner for each of picture and text, all equally wide."""
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_refiner_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+    return Lumina2Transformer2DModel(**sizes, axes_dim_rope=(4, 4, 8), cap_feat_dim=16)
+
+
+def motion_unet() -> nn.Module:
+    """Attention over places and over time by turns."""
+    return UNetMotionModel(
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        norm_num_groups=8,
+        motion_num_attention_heads=2,
+    )
+
+
+TOWERS = {
+    "siglip": (siglip, "q_proj", ("text_model", "vision_model")),
+    "clip": (clip_towers, "q_proj", ("text_model", "vision_model")),
+    "llava": (llava, "q_proj", ("vision_tower", "language_model")),
+    "t5": (t5, "q", ("encoder.block", "decoder.block")),
+    "lumina": (lumina, "to_q", ("noise_refiner", "context_refiner", "layers.")),
+    "motion": (motion_unet, "to_q", (".attentions.", ".motion_modules.")),
+}
+
+
+@pytest.mark.parametrize("shortcut", LINKED)
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_are_not_joined(name: str, shortcut: str) -> None:
+    """`block` asked for equal widths alone, and joined the last text layer of SigLIP to its first vision layer."""
+    make, target, towers = TOWERS[name]
+    model = make()
+    attach(model, ResLoraConfig(r=2, target_modules=[target], shortcut=shortcut))
+    found = []
+    for chain in explain(model).chains:
+        inside = {tower for tower in towers for site in chain.sites if tower in site.name}
+        assert len(inside) == 1, [site.name for site in chain.sites]
+        found += inside if len(chain.sites) > 1 else ()
+    assert set(found) == set(towers)
+
+
+def test_a_gradient_stays_in_its_tower() -> None:
+    model = siglip()
+    attach(model, ResLoraConfig(r=2, target_modules=["q_proj"], shortcut="block"))
+    randomise(model)
+    model.get_image_features(pixel_values=torch.randn(1, 3, 8, 8)).pooler_output.sum().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"vision_model"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "plain"])
+@pytest.mark.parametrize("shortcut", LINKED)
+def test_a_layer_joined_to_nothing_is_said_and_computes_plain_lora(
+    shortcut: str, dropout: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`input` made such a layer read its own input twice."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    base = [module.weight.detach().clone() for module in (model[0], model[2])]
+    biases = [model[0].bias.detach(), model[2].bias.detach()]
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": ["2"], "shortcut": shortcut, "lora_dropout": dropout}
+    with caplog.at_level(logging.INFO):
+        attach(model, ResLoraConfig(**settings))
+    assert f"shortcut '{shortcut}' joins 1 of 1 adapted layers to no other" in caplog.text
+    assert "plain LoRA, joined to nothing: 1 x 2" in str(explain(model))
+    assert explain(model).to_dict()["alone"] == ["2"]
+    randomise(model.double().eval())
+    A, B = (getattr(model[2], side)["default"].weight for side in ("lora_A", "lora_B"))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    hidden = (x @ base[0].T + biases[0]).relu()
+    wanted = hidden @ base[1].T + biases[1] + 3 * hidden @ A.T @ B.T
+    assert torch.allclose(model(x), wanted, atol=1e-12)
+    calibrate(model, [x], lambda m, batch: m(batch))
+    assert torch.allclose(delta_weight(merged_factors(model)["2"]), 3 * B @ A, atol=1e-12)
+    assert (3 * B @ A).abs().max() > 1e-2
+    assert max(relative_output_errors(model, [x], lambda m, batch: m(batch)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["least_squares", "paper_input", "paper_weight"])
+def test_a_lone_layer_beside_chains_merges_exactly(method: str) -> None:
+    """The UNet's middle block has a resolution of its own: its self-attention is alone in the chains of `input`."""
+    unet = adapted("unet", "input", merge_method=method)
+    unet = calibrated("unet", unet)
+    alone = explain(unet).to_dict()["alone"]
+    assert alone
+    factors = merged_factors(unet)
+    for name in alone:
+        layer = unet.get_submodule(name)
+        own = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert torch.allclose(delta_weight(factors[name]), own, atol=1e-12)
+
+
+def test_layers_that_run_twice_in_a_forward_are_plain_lora() -> None:
+    """DeBERTa-v3 projects tokens and relative positions by one layer; its defaults raised in the first step."""
+    config = transformers.DebertaV2Config(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=32,
+        relative_attention=True,
+        position_buckets=8,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+    )
+    for shortcut in ("input", "middle"):
+        model = transformers.DebertaV2Model(config)
+        settings = {"r": 2, "target_modules": ["query_proj", "value_proj"], "shortcut": shortcut}
+        attach(model, ResLoraConfig(**settings))
+        randomise(model)
+        alone = explain(model).to_dict()["alone"]
+        assert [name.rpartition(".")[2] for name in alone] == ["query_proj"] * 3
+        assert explain(model).links == 2
+        model(input_ids=torch.arange(6)[None]).last_hidden_state.sum().backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)

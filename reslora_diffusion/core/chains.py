@@ -1,8 +1,10 @@
 """Which adapted layers are joined to which: a pure function of names, shapes and token classes.
 
     site     one adapted linear layer
-    role     what a site does inside its layer, "attn1.to_q", "self_attn.q_proj": self- and cross-attention differ
-    chain    a maximal run, in execution order, of sites of one role whose neighbours admit the link
+    tower    the stack of like layers that it is in: encoder and decoder, text and vision, refiner and trunk differ
+    role     what it does inside its layer, "attn1.to_q", "self_attn.q_proj": self- and cross-attention differ
+    chain    a maximal run, in execution order, of sites of one tower and role whose neighbours admit the link; a site
+             without such a neighbour is alone in its chain and computes plain LoRA
     link     a site reading from its predecessor in the chain; window: the up to m predecessors that it reaches
 
     shortcut   neighbours admit the link if
@@ -24,6 +26,8 @@ from torch import nn
 from .config import Shortcut
 
 UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+# Stacks that go on with the stream of another, in diffusers' transformers of FLUX's kind.
+SAME_TOWER = {"single_transformer_blocks": "transformer_blocks"}
 EXPERTS = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 
@@ -66,6 +70,19 @@ class Explanation:
     def sites(self) -> int:
         return sum(len(chain.sites) for chain in self.chains)
 
+    @property
+    def alone(self) -> tuple[Site, ...]:
+        """Sites that the shortcut joins to no other: they compute plain LoRA."""
+        if self.shortcut is Shortcut.NONE or self.num_previous == 0:
+            return ()
+        return tuple(chain.sites[0] for chain in self.chains if len(chain.sites) == 1)
+
+    @property
+    def joined_to_nothing(self) -> Counter[str]:
+        """How many layers of each role or kind compute plain LoRA."""
+        sites = Counter(f"{site.role} ({site.unlinked})" if site.unlinked else site.role for site in self.alone)
+        return sites + Counter(self.unjoined.values())
+
     def to_dict(self) -> dict:
         return {
             "shortcut": str(self.shortcut),
@@ -73,6 +90,7 @@ class Explanation:
             "sites": self.sites,
             "links": self.links,
             "chains": [{"role": c.role, "sites": [asdict(site) for site in c.sites]} for c in self.chains],
+            "alone": [site.name for site in self.alone],
             "unjoined": self.unjoined,
         }
 
@@ -92,15 +110,12 @@ class Explanation:
                     str(first.rank),
                     first.tokens,
                     first.name,
-                    last.name if len(chain.sites) > 1 else first.unlinked and f"({first.unlinked})",
+                    last.name if len(chain.sites) > 1 else "",
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        rest = [
-            f"plain LoRA, joined to nothing: {count} x {kind}"
-            for kind, count in Counter(self.unjoined.values()).items()
-        ]
+        rest = [f"plain LoRA, joined to nothing: {n} x {what}" for what, n in self.joined_to_nothing.items()]
         return "\n".join([head, *lines, *rest])
 
 
@@ -125,10 +140,12 @@ def is_layer(container: nn.Module, element: nn.Module) -> bool:
     return len(kinds) == 1 and len(list(container.children())) > 1
 
 
-def split_name(model: nn.Module, name: str, known: dict[nn.Module, bool]) -> tuple[str, str]:
-    """`(stack, role)` of an adapted layer: ("transformer_blocks", "attn.to_q") for "transformer_blocks.3.attn.to_q".
+def split_name(model: nn.Module, name: str, known: dict[nn.Module, bool]) -> tuple[str, str | None, str]:
+    """`(stack, tower, role)` of an adapted layer: ("encoder.block", "encoder.block.layer", "SelfAttention.q") for
+    "encoder.block.3.layer.0.SelfAttention.q".
 
-    The role is what follows the innermost number that counts layers; the stack is what precedes the outermost.
+    The role is what follows the innermost number that counts layers, the tower what precedes it without such numbers,
+    the stack what precedes the outermost. The stages of a UNet are one tower; a layer outside all stacks has none.
 
     Args:
         known: answers of `is_layer` so far, by element.
@@ -145,9 +162,29 @@ def split_name(model: nn.Module, name: str, known: dict[nn.Module, bool]) -> tup
                 counted.append(depth)
         module = child
     if not counted:
-        return "", name
+        return "", None, name
+    before = [part for depth, part in enumerate(parts[: counted[-1]]) if depth not in counted]
+    tower = ".".join(SAME_TOWER.get(part, part) for part in before if part not in UNET_STAGES)
     role = ".".join(parts[counted[-1] + 1 :])
-    return ".".join(parts[: counted[0]]), role or ".".join(parts[: counted[-1]])
+    return ".".join(parts[: counted[0]]), tower, role or ".".join(parts[: counted[-1]])
+
+
+def tower_names(towers: Iterable[str]) -> dict[str, str]:
+    """Towers by what tells them apart: {"encoder.block.layer": "encoder", "decoder.block.layer": "decoder"}."""
+    parts = {tower: tower.split(".") for tower in towers}
+    for end in (-1, 0):
+        while all(parts.values()) and len({names[end] for names in parts.values()}) == 1:
+            for names in parts.values():
+                names.pop(end)
+    return {tower: ".".join(names) for tower, names in parts.items()}
+
+
+def runs_twice(model: nn.Module, name: str) -> bool:
+    """Whether a layer projects the tokens and their relative positions too, in one forward (DeBERTa)."""
+    parent, _, leaf = name.rpartition(".")
+    attention = model.get_submodule(parent)
+    shares = bool(getattr(attention, "share_att_key", False)) and bool(getattr(attention, "relative_attention", False))
+    return shares and leaf in ("query_proj", "key_proj")
 
 
 def reads_context(model: nn.Module, name: str) -> bool:
@@ -198,15 +235,15 @@ def find_sites(
         unlinked: reasons by name of layers that must not be joined.
     """
     unlinked = dict(unlinked or {})
-    sides = [{"encoder", "decoder"} & set(name.split(".")) for name in shapes]
-    two_sided = {"encoder"} in sides and {"decoder"} in sides
-    sites: list[Site] = []
     known: dict[nn.Module, bool] = {}
-    for name in execution_order(shapes):
-        stack, role = split_name(model, name, known)
-        if two_sided:  # an encoder's layers and a decoder's are not one chain, though they bear the same names
-            side = next((part for part in name.split(".") if part in ("encoder", "decoder")), "")
-            role = f"{side}.{role}".lstrip(".")
+    places = {name: split_name(model, name, known) for name in execution_order(shapes)}
+    inside = {(tower, role) for _, tower, role in places.values() if tower is not None}
+    names: dict[str, str] = {}
+    if len(inside) > len({role for _, role in inside}):  # a role in several towers: it is another one in each
+        names = tower_names(dict.fromkeys(tower for tower, _ in sorted(inside)))
+    sites: list[Site] = []
+    for name, (stack, tower, role) in places.items():
+        role = ".".join(filter(None, [names.get(tower or ""), role]))
         if EXPERTS.search(name):
             unlinked.setdefault(name, "an expert sees other tokens in every layer")
         sites.append(Site(name, role, *shapes[name], token_class(model, name, stack), unlinked.get(name, "")))

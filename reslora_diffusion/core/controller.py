@@ -5,7 +5,7 @@ else: it is no module, holds no parameters, and goes with its layers through `de
 chain with m = num_previous computes, with z = A x at rank r and D the dropout of the adapter:
 
     none     W x + s B A D(x)
-    input    W x + s B A D(x + x')                  publishes x;  x' from layer n-1, x itself in a first layer
+    input    W x + s B A D(x + x')                  publishes x;  x' from layer n-1, x itself in the first of several
     block    W x + s [B_n, B_{n-1}, ...] [A_n; A_{n-1}; ...] D(x)
     middle   W x + s B (z_n + z_{n-1} + ...)        publishes z, or the running sum if m is all
 
@@ -101,6 +101,7 @@ class Controller:
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)
         self.windows = windows(self.chains, self.config.num_previous)
+        self.alone = {chain.sites[0].name for chain in self.chains if len(chain.sites) == 1}
         self.followers = {a.name: b.name for c in self.chains for a, b in zip(c.sites, c.sites[1:], strict=False)}
         self.readers: dict[str, int] = dict.fromkeys(self.sites, 0)
         for chain in self.chains if shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) else ():
@@ -112,7 +113,7 @@ class Controller:
     @property
     def is_plain(self) -> bool:
         """Whether no layer is joined to another, so that the factors are those of a plain LoRA."""
-        return all(len(chain.sites) == 1 for chain in self.chains)
+        return len(self.alone) == len(self.chains)
 
     def roots_of_chains(self, model: nn.Module) -> dict[str, nn.Module]:
         """The outermost of the modules that run whole chains: one for a UNet, two for an encoder and its decoder."""
@@ -231,6 +232,10 @@ class Controller:
 
     def input_bottleneck(self, site: Site, x: Tensor, lora_A: Tensor, dropout: nn.Module) -> Tensor:
         """A D(x + x') [..., r]."""
+        if site.name in self.alone:
+            if self.observer is not None:
+                self.observer.see(site, x, [])
+            return down(dropout(x), lora_A)
         carried, previous = self.read_input(site, x)
         self.let_go(site)
         self.publish(site, x)

@@ -163,7 +163,7 @@ class Fusion:
                 controller.publish(site, x)
             if controller.shortcut is Shortcut.INPUT:
                 carry, read = controller.read_input(site, x)
-                times = 2 if carry is None and read is None else 1
+                times = 2 if carry is None and read is None and site.name not in controller.alone else 1
                 read = None if read is None else self.sum_of(controller, x, read)
             elif group.reads:
                 carry, times = self.carried(controller, site, x, own[0])
@@ -232,7 +232,8 @@ class Fusion:
             carry, previous = controller.read_input(site, x)
             if previous is not None:
                 carry = down(previous.to(x.dtype), lora_A[: site.rank])
-            return carry, 2 if carry is None else 1  # a first layer reads itself twice
+            # The first of several layers reads itself twice.
+            return carry, 2 if carry is None and site.name not in controller.alone else 1
         if controller.shortcut is Shortcut.MIDDLE and (names := controller.read_by(site)):
             wanted = torch.Size((*x.shape[:-1], site.rank))
             if earlier := [value for _, value in controller.read(site, names, wanted)]:

@@ -57,9 +57,9 @@ def least_squares_correction(guess: Tensor, second: Tensor, cross: Tensor, ridge
 
 
 def neighbours(controller: Controller, site: Site) -> list[str]:
-    """Layers that the shortcut into `site` reads, nearest first; a first layer of `input` reads itself."""
+    """Layers that the shortcut into `site` reads, nearest first; the first of several of `input` reads itself."""
     window = list(controller.windows[site.name])
-    if controller.shortcut is Shortcut.INPUT:
+    if controller.shortcut is Shortcut.INPUT and site.name not in controller.alone:
         return window[:1] or [site.name]
     return window
 

@@ -23,7 +23,9 @@ from peft.tuners.lora.layer import LoraVariant, MultiheadAttention
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from ..problems import listing
 from ..rules import UNMERGED_KEY
+from .chains import runs_twice
 from .config import PeftType, ResLoraConfig, Shortcut
 from .controller import Controller, Unjoined
 from .functional import delta_weight
@@ -246,12 +248,30 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
             LOGGER.warning("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA")
         return
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
+    if config.effective_shortcut in (Shortcut.INPUT, Shortcut.MIDDLE):
+        unlinked |= {name: "runs more than once in a forward" for name in layers if runs_twice(model, name)}
     controller = Controller(model, adapter_name, config, layers, unlinked, unjoined)
+    say_what_is_alone(controller)
     for name, layer in layers.items():
         layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
         layer._cast_input_dtype = KeepInputDtype(layer)  # type: ignore[method-assign, assignment]
         if type(layer).__name__ == "Linear":
             layer.forward = FastForward(layer)  # type: ignore[attr-defined]
+
+
+def say_what_is_alone(controller: Controller) -> None:
+    """Log which layers the shortcut joins to no other; as a warning where that is all of a role."""
+    found = controller.explain()
+    if not (kinds := found.joined_to_nothing) or found.shortcut is Shortcut.NONE:
+        return
+    joined = {chain.role for chain in found.chains if len(chain.sites) > 1}
+    expected = not found.unjoined and {site.role for site in found.alone} <= joined
+    what = listing([f"{count} x {kind}" for kind, count in kinds.items()])
+    LOGGER.log(
+        logging.INFO if expected else logging.WARNING,
+        f"shortcut {str(found.shortcut)!r} joins {sum(kinds.values())} of {found.sites + len(found.unjoined)} adapted "
+        f"layers to no other; they compute plain LoRA: {what}",
+    )
 
 
 def beside_chains(layer: Any, adapter_name: str, by_merging: bool) -> Unjoined | None:
