@@ -21,7 +21,8 @@ from reslora_diffusion.export.inspection import Inspection, inspect_lora
 from reslora_diffusion.export.keys import flat_path
 from reslora_diffusion.export.reader import LoraFile, read_lora
 
-from .request import Adapter, Column, Limits, joined, shortened
+from .foreign import name_of
+from .request import Adapter, Column, Limits, joined
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MAX_LOADED = 16  # adapters kept in memory; beyond it the one unused for longest goes
@@ -65,7 +66,7 @@ class AdapterShelf:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{path.name} has {size / 2**30:.1f} GiB; LoRA files of at most 2 GiB are read")
         inspection = inspect_lora(path)
-        adapter = Adapter((label or default_label(path))[-MAX_LABEL:], str(path), inspection.sha256[0])
+        adapter = Adapter(name_of(label or default_label(path), MAX_LABEL), str(path), inspection.sha256[0])
         return FileCard(adapter, inspection, mismatches(inspection, read_lora(path), self.models))
 
     def load(self, adapter: Adapter) -> str:
@@ -165,7 +166,7 @@ def mismatches(inspection: Inspection, lora: LoraFile, models: dict[str, nn.Modu
 def default_label(path: Path) -> str:
     """A file's own name, or its folder's where the file is called what every diffusers file is called."""
     generic = path.stem in ("pytorch_lora_weights", "adapter_model")
-    return shortened(path.parent.name if generic and path.parent.name else path.stem, 40)
+    return path.parent.name if generic and path.parent.name else path.stem
 
 
 def adapter_name(adapter: Adapter) -> str:

@@ -24,7 +24,8 @@ from diffusers import (
 from PIL import Image
 
 from .adapters import AdapterShelf
-from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count, shortened
+from .foreign import shortened
+from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count
 
 SCHEDULERS = {
     Scheduler.DDIM: DDIMScheduler,

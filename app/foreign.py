@@ -1,6 +1,8 @@
 """What comes from elsewhere: JSON that may be anything, and words that may hold any character."""
 
 import json
+import sys
+import unicodedata
 
 
 def parsed_json(content: bytes) -> object:
@@ -21,3 +23,37 @@ def parsed_json(content: bytes) -> object:
 def lines_of(text: str) -> list[str]:
     """Lines as a text field has them. `str.splitlines` also splits at what is part of a line, such as U+2028."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def printable(text: object) -> str:
+    """Lines without control characters, which could reorder what is read or look like words of ours, and without what
+    no encoding can write. Unicode's normal form C, so that equal words are equal."""
+    lines = unicodedata.normalize("NFC", str(text)).split("\n")
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+
+
+def name_of(text: str, length: int) -> str:
+    """A stranger's name on one line; two that differ in their ends only still differ."""
+    return shortened(printable(text).replace("\n", " ").strip(), length) or "unnamed"
+
+
+def is_number(value: object) -> bool:
+    """A finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < sys.float_info.max  # NaN is not below it
+
+
+def is_text(text: str) -> bool:
+    """Whether an encoding can write it: half of a surrogate pair alone is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """The beginning and the end: names of checkpoints, and columns at strengths, differ there."""
+    if len(text) <= length:
+        return text
+    end = (length - 1) // 2
+    return f"{text[: length - 1 - end]}…{text[len(text) - end :]}"

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 
-from .request import Adapter, CompareRequest, Limits, Scheduler, joined, problems, shortened
+from .foreign import is_number, lines_of, shortened
+from .request import Adapter, CompareRequest, Limits, Scheduler, joined, problems
 from .training import Method, TrainRequest
 
 SWEEP = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5"
@@ -17,7 +19,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in filter(None, re.split(r"[\s,;]+", text.strip())):
-        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
         if not match:
             raise ValueError(f"seeds are whole numbers and ranges such as 0-3, 7; got {shortened(part)!r}")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -40,11 +42,13 @@ def read_placeholders(text: str) -> dict[str, tuple[str, ...]]:
     {'subject': ('panda', 'red cactus')}
     """
     placeholders: dict[str, tuple[str, ...]] = {}
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(str.strip, lines_of(text)):
         name, equals, values = line.partition("=")
         name = name.strip().strip("{}")
         if not equals or not name.isidentifier():
             raise ValueError(f"a placeholder's line reads: subject = panda, cactus; got {shortened(line)!r}")
+        if name in placeholders:
+            raise ValueError(f"the placeholder {{{name}}} has two lines; wanted one, with commas between its values")
         placeholders[name] = tuple(dict.fromkeys(v.strip() for v in values.split(",") if v.strip()))
     return placeholders
 
@@ -57,8 +61,8 @@ def read_request(
     strengths: str,
     include_base: bool,
     negative_prompt: str,
-    num_inference_steps: float,
-    guidance_scale: float,
+    num_inference_steps: float | None,
+    guidance_scale: float | None,
     scheduler: str,
     adapters: Mapping[str, Adapter],
     limits: Limits,
@@ -70,6 +74,12 @@ def read_request(
     """
     values = {"placeholders": {}, "seeds": (0,), "strengths": (1.0,)}  # stand in for what cannot be read
     found, unread = [], []
+    if not is_number(num_inference_steps) or num_inference_steps != int(num_inference_steps):
+        found.append(f"steps is a whole number; got {shortened(str(num_inference_steps))}")
+        num_inference_steps = 1
+    if not is_number(guidance_scale):
+        found.append(f"guidance is a number; got {shortened(str(guidance_scale))}")
+        guidance_scale = 1
     for name, read, text in (
         ("placeholders", read_placeholders, placeholders),
         ("seeds", read_seeds, seeds),
@@ -82,7 +92,7 @@ def read_request(
             found.append(str(error))
     found += [f"the adapter {shortened(label)} is not here any more" for label in labels if label not in adapters]
     request = CompareRequest(
-        prompts=tuple(line.strip() for line in prompts.splitlines() if line.strip()),
+        prompts=tuple(line.strip() for line in lines_of(prompts) if line.strip()),
         adapters=tuple(adapters[label] for label in labels if label in adapters),
         include_base=include_base,
         negative_prompt=negative_prompt.strip(),
@@ -96,6 +106,13 @@ def read_request(
     if found:
         raise ValueError(joined("Nothing was painted", found))
     return request
+
+
+def unwritable(request: CompareRequest) -> list[str]:
+    """Parts of a request that the page's fields would not give back: a comma in a value, a seed that comes twice."""
+    adapters = {adapter.label: adapter for adapter in request.adapters}
+    again = read_request(*fields_of(request), adapters=adapters, limits=Limits())
+    return [field.name for field in fields(request) if getattr(again, field.name) != getattr(request, field.name)]
 
 
 def fields_of(request: CompareRequest) -> tuple:
@@ -144,7 +161,7 @@ def read_train_request(
         learning_rate=float(learning_rate),
         train_batch_size=int(batch_size),
         train_text_encoder=train_text_encoder,
-        validation_prompt=tuple(line.strip() for line in samples_of.splitlines() if line.strip()),
+        validation_prompt=tuple(line.strip() for line in lines_of(samples_of) if line.strip()),
         class_prompt=class_prompt.strip(),
         num_class_images=int(class_images),
         seed=int(seed),

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .compare import Cell
-from .request import CompareRequest
+from .foreign import printable, shortened
+from .request import Column, CompareRequest
 
 SHOWN_SIDE = 256  # small pictures are enlarged to at least this, by whole factors
 FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map paints brightest
@@ -43,6 +44,11 @@ def heat_map(a: Image.Image, b: Image.Image) -> Image.Image:
     return Image.fromarray((colours * 255).astype(np.uint8))
 
 
+def escaped(value: object) -> str:
+    """For HTML: printable, and no markup."""
+    return html.escape(printable(value), quote=True)
+
+
 def png(image: Image.Image) -> bytes:
     """Pixels only: no text chunk that could say where a picture comes from."""
     buffer = io.BytesIO()
@@ -50,34 +56,45 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def settings_line(request: CompareRequest) -> str:
-    parts = [f"{request.num_inference_steps} steps", f"guidance {request.guidance_scale:g}"]
-    return " · ".join([*parts, f"scheduler {request.scheduler}", "same noise in a row"])
+def settings_line(request: CompareRequest, base: str) -> str:
+    """What all images of a comparison have in common."""
+    parts = [f"base {base}", f"{request.num_inference_steps} steps", f"guidance {request.guidance_scale:g}"]
+    negative = [f"negative prompt “{request.negative_prompt}”"] if request.negative_prompt else []
+    return " · ".join([*parts, f"scheduler {request.scheduler}", *negative, "same noise in a row"])
 
 
 def by_place(cells: Sequence[Cell]) -> dict:
     return {(cell.row, cell.column): cell for cell in cells}
 
 
-def sheet(request: CompareRequest, cells: Sequence[Cell]) -> Image.Image:
+def column_lines(column: Column, width: int) -> list[str]:
+    """A column's label in at most three lines; the strength has its own, and the middle of a long name is left out."""
+    name = shortened(column.adapter.label if column.adapter else column.label, 2 * width)
+    lines = [name[:width], name[width:]]
+    return [*filter(None, lines), *([f"× {column.strength:g}"] if column.adapter else [])]
+
+
+def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Image:
     """Rows and columns with their labels; cells that were not painted stay empty."""
     font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 15)
     bold = ImageFont.truetype(FONTS / "DejaVuSans-Bold.ttf", 15)
     painted = by_place(cells)
-    side, gap, left, top = max(max(enlarged(c.image).size) for c in cells), 12, 260, 84
+    side, gap, left, line = max(max(enlarged(c.image).size) for c in cells), 12, 260, 20
     rows, columns = request.rows, request.columns
-    size = (left + len(columns) * (side + gap) + gap, top + len(rows) * (side + gap) + gap)
-    canvas = Image.new("RGB", size, PAPER)
+    width = left + len(columns) * (side + gap) + gap
+    settings = textwrap.wrap(settings_line(request, base), (width - 2 * gap) // 9)
+    top = gap + (len(settings) + 3) * line + gap
+    canvas = Image.new("RGB", (width, top + len(rows) * (side + gap) + gap), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((gap, gap), settings_line(request), font=font, fill=FAINT)
+    draw.multiline_text((gap, gap), "\n".join(settings), font=font, fill=FAINT)
     for j, column in enumerate(columns):
-        label = "\n".join(textwrap.wrap(column.label, side // 10, max_lines=2, placeholder="…"))
-        draw.multiline_text((left + j * (side + gap), top - gap), label, font=bold, fill=INK, anchor="ld")
+        label = "\n".join(column_lines(column, side // 11))
+        draw.multiline_text((left + j * (side + gap), top - gap // 2), label, font=bold, fill=INK, anchor="ld")
     for i, row in enumerate(rows):
         y = top + i * (side + gap)
         lines = textwrap.wrap(row.prompt, 27, max_lines=max(1, side // 20 - 2), placeholder="…")
         draw.multiline_text((gap, y), "\n".join(lines), font=font, fill=INK)
-        draw.text((gap, y + 20 * len(lines)), f"seed {row.seed}", font=font, fill=FAINT)
+        draw.text((gap, y + line * len(lines)), f"seed {row.seed}", font=font, fill=FAINT)
         for j, column in enumerate(columns):
             x = left + j * (side + gap)
             if cell := painted.get((row, column)):
@@ -85,6 +102,12 @@ def sheet(request: CompareRequest, cells: Sequence[Cell]) -> Image.Image:
             else:
                 draw.rectangle((x, y, x + side, y + side), outline=FAINT)
     return canvas
+
+
+def printable_json(data: dict) -> str:
+    """JSON of the same data; what cannot be printed is written as an escape, so that nothing is changed."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 REPORT_STYLE = """
@@ -100,7 +123,7 @@ pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px
 """
 
 
-def report(request: CompareRequest, cells: Sequence[Cell]) -> str:
+def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
     """One HTML file with everything in it."""
     painted = by_place(cells)
 
@@ -108,25 +131,25 @@ def report(request: CompareRequest, cells: Sequence[Cell]) -> str:
         if cell is None:
             return "<td><small>not painted</small></td>"
         data = base64.b64encode(png(cell.image)).decode()
-        alt = html.escape(f"{cell.column.label}: {cell.row.label}", quote=True)
-        note = f"{html.escape(cell.painted_with)}, {cell.seconds:.1f} s"
+        alt = escaped(f"{cell.column.label}: {cell.row.label}")
+        note = f"{escaped(cell.painted_with)}, {cell.seconds:.1f} s"
         return f'<td><img alt="{alt}" src="data:image/png;base64,{data}"><small>{note}</small></td>'
 
-    head = "".join(f'<th scope="col">{html.escape(column.label)}</th>' for column in request.columns)
+    head = "".join(f'<th scope="col">{escaped(column.label)}</th>' for column in request.columns)
     body = "".join(
-        f'<tr><th scope="row">{html.escape(row.prompt)}<br><small>seed {row.seed}</small></th>'
+        f'<tr><th scope="row">{escaped(row.prompt)}<br><small>seed {row.seed}</small></th>'
         + "".join(td(painted.get((row, column))) for column in request.columns)
         + "</tr>"
         for row in request.rows
     )
-    settings = html.escape(json.dumps(request.to_dict(), indent=1, ensure_ascii=False))
+    settings = html.escape(printable_json(request.to_dict()))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f"<title>ResLoRA comparison</title><style>{REPORT_STYLE}</style></head><body><h1>ResLoRA comparison</h1>"
-        f"<p>{html.escape(settings_line(request))}</p>"
+        f"<p>{escaped(settings_line(request, base))}</p>"
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"<details><summary>Settings: save as settings.json to open them in the app</summary><pre>{settings}</pre>"
         "</details></body></html>"

@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
+from .foreign import is_number, is_text, shortened
+
 FORMAT_VERSION = 1
 ADAPTER_NAMES = {"label", "file", "sha256"}
+MANY = 1000  # prompts, more than which are not written out to be counted
 
 
 class Scheduler(StrEnum):
@@ -126,28 +129,44 @@ class CompareRequest:
         return cls(**values)
 
 
-def placeholder_names(template: str) -> list[str]:
-    """Names between braces, in order.
+def pieces(template: str) -> list[tuple[str, str | None]]:
+    """(text, the name between braces after it), in order; `{{` is a brace.
 
     Raises:
-        ValueError: braces that do not pair.
+        ValueError: braces that do not pair, or more than a name between them.
     """
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError:
+        raise ValueError(f"braces do not pair in the prompt {shortened(template)!r}") from None
+    found = []
+    for text, name, spec, conversion in parsed:
+        if name is not None and not (name.isidentifier() and not spec and conversion is None):
+            raise ValueError(f"a placeholder is a word between braces, like {{subject}}; got {shortened(template)!r}")
+        found.append((text, name))
+    return found
+
+
+def placeholder_names(template: str) -> list[str]:
+    """Names between braces, each once, in order.
+
+    Raises:
+        ValueError: as `pieces`.
+    """
+    return list(dict.fromkeys(name for _, name in pieces(template) if name is not None))
 
 
 def filled(template: str, placeholders: dict[str, tuple[str, ...]]) -> list[str]:
-    """The template with every combination of its placeholders' values.
+    """The template with every combination of its placeholders' values; braces of values are text.
 
     >>> filled("a {subject} on {colour}", {"subject": ("panda",), "colour": ("red", "blue")})
     ['a panda on red', 'a panda on blue']
     """
-    names = list(dict.fromkeys(placeholder_names(template)))
+    names, parts = placeholder_names(template), pieces(template)
     prompts = []
     for values in itertools.product(*(placeholders[name] for name in names)):
-        prompt = template
-        for name, value in zip(names, values, strict=True):
-            prompt = prompt.replace(f"{{{name}}}", value)
-        prompts.append(prompt)
+        value_of = dict(zip(names, values, strict=True))
+        prompts.append("".join(text + (value_of[name] if name else "") for text, name in parts))
     return prompts
 
 
@@ -161,24 +180,26 @@ def prompt_problems(request: CompareRequest, limits: Limits) -> list[str]:
             problems.append(f"the placeholder {{{name}}} has no values")
         if any(len(value) > limits.prompt_characters for value in values):
             problems.append(f"a value of {{{name}}} is longer than {limits.prompt_characters} characters")
+    words = (request.negative_prompt, *(v for values in request.placeholders.values() for v in values))
+    if not all(map(is_text, (*request.prompts, *words))):
+        problems.append("a prompt or a value holds half of a surrogate pair, which is no character")
     for prompt in request.prompts:
         try:
-            names = placeholder_names(prompt)
-        except ValueError:
-            problems.append(f"braces do not pair in the prompt {shortened(prompt)!r}")
+            missing = [name for name in placeholder_names(prompt) if name not in request.placeholders]
+        except ValueError as problem:
+            problems.append(str(problem))
             continue
-        if not all(name.isidentifier() for name in names):
-            problems.append(f"a placeholder is a word between braces, like {{subject}}; got {shortened(prompt)!r}")
-        elif missing := [name for name in names if name not in request.placeholders]:
+        if missing:
             problems.append(f"nothing fills {', '.join(f'{{{name}}}' for name in missing)} in {shortened(prompt)!r}")
     return problems
 
 
 def picture_count(request: CompareRequest) -> int:
-    """Cells of a request whose prompts are sound, without building them: ten thousand cost nothing to count."""
-    prompts = sum(
-        math.prod(len(request.placeholders[name]) for name in set(placeholder_names(p))) for p in request.prompts
-    )
+    """Cells of a request whose prompts are sound. Prompts that come twice count once, unless there are more than
+    MANY: ten thousand cost nothing to count."""
+    prompts = sum(math.prod(len(request.placeholders[name]) for name in placeholder_names(p)) for p in request.prompts)
+    if prompts <= MANY:
+        prompts = len({prompt for template in request.prompts for prompt in filled(template, request.placeholders)})
     columns = len(request.adapters) * len(request.strengths) + request.include_base
     return prompts * len(request.seeds) * columns
 
@@ -189,7 +210,7 @@ def problems(request: CompareRequest, limits: Limits) -> list[str]:
     if not request.seeds:
         found.append("there is no seed")
     if bad := [seed for seed in request.seeds if not 0 <= seed <= limits.seed]:
-        found.append(f"seeds are whole numbers from 0 to {limits.seed}; got {bad[0]}")
+        found.append(f"seeds are whole numbers from 0 to {limits.seed}; got {shortened(str(bad[0]))}")
     if not request.adapters and not request.include_base:
         found.append("there is nothing to compare: choose an adapter, or the base")
     if len(request.adapters) > limits.adapters:
@@ -197,16 +218,16 @@ def problems(request: CompareRequest, limits: Limits) -> list[str]:
     labels = [adapter.label for adapter in request.adapters]
     if len(set(labels)) < len(labels):
         found.append(f"two adapters have one label: {', '.join(sorted(labels))}")
-    if long := [label for label in labels if not 0 < len(label) <= limits.label_characters]:
+    if long := [label for label in labels if not 0 < len(label) <= limits.label_characters or not is_text(label)]:
         found.append(f"labels have 1 to {limits.label_characters} characters; got {shortened(long[0])!r}")
     if request.adapters and not request.strengths:
         found.append("there is no strength")
     if bad := [s for s in request.strengths if not 0 <= s <= limits.strength]:
-        found.append(f"strengths lie between 0 and {limits.strength:g}; got {bad[0]:g}")
+        found.append(f"strengths lie between 0 and {limits.strength:g}; got {shortened(str(bad[0]))}")
     if not 1 <= request.num_inference_steps <= limits.steps:
-        found.append(f"steps lie between 1 and {limits.steps}; got {request.num_inference_steps}")
+        found.append(f"steps lie between 1 and {limits.steps}; got {shortened(str(request.num_inference_steps))}")
     if not 0 <= request.guidance_scale <= limits.guidance:
-        found.append(f"guidance lies between 0 and {limits.guidance:g}; got {request.guidance_scale:g}")
+        found.append(f"guidance lies between 0 and {limits.guidance:g}; got {shortened(str(request.guidance_scale))}")
     if not found and (count := picture_count(request)) > limits.pictures:
         found.append(f"this asks for {count:,} pictures; at most {limits.pictures} are painted at once")
     return found
@@ -236,7 +257,7 @@ def settings_problems(data: object) -> list[str]:
     wanted = {
         "prompts": (text, "a list of texts"),
         "seeds": (lists(int), "a list of whole numbers"),
-        "strengths": (lists((int, float)), "a list of numbers"),
+        "strengths": (lambda v: isinstance(v, list | tuple) and all(map(is_number, v)), "a list of numbers"),
         "adapters": (
             lambda v: lists(dict)(v) and all(x.keys() == ADAPTER_NAMES and text([*x.values()]) for x in v),
             "a list of {label, file, sha256}",
@@ -248,7 +269,7 @@ def settings_problems(data: object) -> list[str]:
         "include_base": (lambda v: isinstance(v, bool), "true or false"),
         "negative_prompt": (lambda v: isinstance(v, str), "a text"),
         "num_inference_steps": (lambda v: type(v) is int, "a whole number"),
-        "guidance_scale": (lambda v: type(v) in (int, float), "a number"),
+        "guidance_scale": (is_number, "a number"),
         "scheduler": (lambda v: v in list(Scheduler), f"one of {', '.join(Scheduler)}"),
         "base": (lambda v: isinstance(v, str), "a text"),
         "view": (lambda v: isinstance(v, dict), "an object"),
@@ -267,10 +288,6 @@ def digests_in(data: object) -> set[str]:
     adapters = data.get("adapters") if isinstance(data, dict) else None
     rows = [row for row in adapters if isinstance(row, dict)] if isinstance(adapters, list) else []
     return {row["sha256"] for row in rows if isinstance(row.get("sha256"), str)}
-
-
-def shortened(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def joined(head: str, found: list[str]) -> str:

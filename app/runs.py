@@ -12,14 +12,13 @@ be under way: files may be missing, and the last row may be half written.
 
 import itertools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reslora_diffusion.diffusion.history import smooth
 
-from .foreign import parsed_json
+from .foreign import is_number, parsed_json, printable
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 METRICS = "metrics.jsonl"
@@ -95,8 +94,8 @@ def labelled(roots: tuple[Path, ...], pattern: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in roots:
         for path in contained(root, pattern):
-            label = path.parent.relative_to(root).as_posix() if path.parent != root else root.name
-            longer = f"{root.name}/{label}"
+            label = printable(path.parent.relative_to(root).as_posix() if path.parent != root else root.name)
+            longer = f"{printable(root.name)}/{label}"
             names = itertools.chain((label, longer), (f"{longer} {number}" for number in itertools.count(2)))
             found[next(name for name in names if name not in found)] = path
     return found
@@ -173,11 +172,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def points(rows: list[dict[str, Any]], name: str) -> Points:
     """(step, value) where the value is a finite number."""
     return [(row["step"], float(row[name])) for row in rows if is_number(row.get(name))]
-
-
-def is_number(value: object) -> bool:
-    """A finite number that a float can hold."""
-    return type(value) in (int, float) and abs(value) < sys.float_info.max  # NaN is not below it
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ are checked before anything is read, and nothing but PNG is decoded. Pictures th
 
 import io
 import json
-import math
 import re
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from .compare import Cell
+from .foreign import is_number, parsed_json
 from .output import png, report, sheet
 from .request import CompareRequest, joined
 
@@ -95,8 +95,8 @@ def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: 
         for name, cell in named(request, cells).items():
             add(IMAGES + name, png(cell.image))
         if cells:
-            add("sheet.png", png(sheet(request, cells)))
-        add("report.html", report(request, cells))
+            add("sheet.png", png(sheet(request, cells, base)))
+        add("report.html", report(request, cells, base))
     return path
 
 
@@ -158,8 +158,8 @@ def bounded(path: Path) -> bytes:
 
 def parsed(content: bytes) -> object:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parsed_json(content)
+    except ValueError:
         raise ValueError("This is not a settings file: it is no JSON") from None
 
 
@@ -207,7 +207,7 @@ def sound(said: object, rows: int, columns: int) -> bool:
         type(said[name]) is int and 0 <= said[name] < end for name, end in (("row", rows), ("column", columns))
     )
     texts = all(isinstance(said[name], str) for name in ("file", "painted_with"))
-    return places and texts and type(said["seconds"]) in (int, float) and math.isfinite(said["seconds"])
+    return places and texts and is_number(said["seconds"])
 
 
 def decoded(content: bytes, most: int) -> Image.Image:

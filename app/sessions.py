@@ -14,12 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from .compare import Cell
+from .foreign import shortened
 from .output import png
-from .request import Adapter, CompareRequest
+from .request import Adapter, CompareRequest, Limits
 from .runs import Run
 from .saved import View
 from .votes import Ballot
 
+MAX_LABEL = Limits().label_characters
 MAX_SESSIONS = 64
 MAX_THUMBNAILS = 600  # files kept of samples of runs
 THUMBNAIL_SIDE = 384
@@ -93,7 +95,7 @@ class Session:
         """Take a file in; one whose label is taken by another file gets a number."""
         label, number = adapter.label, 2
         while label in self.adapters and self.adapters[label].sha256 != adapter.sha256:
-            label, number = f"{adapter.label} {number}", number + 1
+            label, number = f"{shortened(adapter.label, MAX_LABEL - 5)} {number}", number + 1
         self.adapters[label] = Adapter(label, adapter.path, adapter.sha256)
         return self.adapters[label]
 

@@ -9,8 +9,10 @@ from reslora_diffusion.export.inspection import sha256
 
 from .adapters import AdapterShelf
 from .compare import Cell, Comparer
+from .foreign import printable
+from .forms import unwritable
 from .pictures import pictures_in
-from .request import Adapter, CompareRequest
+from .request import Adapter, CompareRequest, Limits, problems
 from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
 from .sessions import Sessions
 from .training import Trainer
@@ -77,12 +79,12 @@ def first_adapters(folders: tuple[Path, ...], shelf: AdapterShelf) -> list[Adapt
         try:
             card = shelf.card(file, label)
         except ValueError as problem:
-            print(f"left out: {problem}")
+            print(printable(f"left out: {problem}"))
             continue
         if card.fits:
             found.append(card.adapter)
         else:
-            print(f"left out, for another base: {file}")
+            print(printable(f"left out, for another base: {file}"))
     return found
 
 
@@ -92,18 +94,26 @@ def subjects_in(folder: Path) -> dict[str, Path]:
 
 
 def first_options(runs: tuple[Path, ...]) -> dict[str, Any]:
-    """The options of the first run, whose adapters the page shows first."""
+    """The options of the first run that says some, whose adapters the page shows first."""
     for folder in find_runs(runs).values():
-        options = read_object(folder / "run.json").get("options")
+        try:
+            options = read_object(folder / "run.json").get("options")
+        except (ValueError, OSError) as problem:
+            print(printable(f"left out: {problem}"))
+            continue
         if isinstance(options, dict):
             return options
     return {}
 
 
 def first_prompt(options: dict[str, Any]) -> str:
-    """One that the first adapters were taught, on a background of its own where it is the demo's."""
+    """One that the first adapters were taught, on a background of its own where it is the demo's; if it can stand in
+    a request."""
     taught = options.get("instance_prompt")
-    return taught if isinstance(taught, str) and taught and not PROMPT.startswith(taught) else PROMPT
+    if not isinstance(taught, str) or not (taught := taught.strip()) or PROMPT.startswith(taught):
+        return PROMPT
+    request = CompareRequest(prompts=(taught,), seeds=FIRST_SEEDS)
+    return PROMPT if problems(request, Limits()) or unwritable(request) else taught
 
 
 def first_subject(options: dict[str, Any], subjects: dict[str, Path]) -> str | None:

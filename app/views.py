@@ -1,25 +1,22 @@
-"""HTML of the page, from plain values; every word that came from outside is escaped here and nowhere else."""
+"""HTML of the page, from plain values; every word that came from outside is made printable and escaped by
+`escaped` of output.py."""
 
-import html
 from collections.abc import Iterable, Sequence
 
 from .adapters import FileCard
+from .foreign import lines_of, shortened
 from .measures import DRIFT, Measure
-from .output import by_place, difference
-from .request import Column, CompareRequest, shortened
+from .output import by_place, difference, escaped
+from .request import Column, CompareRequest
 from .sessions import Session
 from .votes import Ballot, Tally, conclusion, tallies, tally
 
 STRONGEST = 5  # modules of a file card
 
 
-def escaped(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def plain(problem: object) -> str:
     """For gradio's pop-ups, which read HTML."""
-    return "<br>".join(escaped(line) for line in str(problem).splitlines())
+    return "<br>".join(escaped(line) for line in lines_of(str(problem)))
 
 
 def clamped(text: str) -> str:
@@ -38,7 +35,7 @@ def header(base_name: str) -> str:
 
 def message(text: str, kind: str = "note") -> str:
     """A line of status; problems come as a list, one to a line."""
-    head, *rest = text.splitlines() or [""]
+    head, *rest = lines_of(text)
     items = "".join(f"<li>{escaped(line.strip().removeprefix('- '))}</li>" for line in rest)
     return f'<div class="message {kind}" role="status">{escaped(head)}{f"<ul>{items}</ul>" if items else ""}</div>'
 
@@ -68,7 +65,7 @@ def grid(session: Session) -> str:
             f'<span class="held" title="what the layers held">{clamped(cell.painted_with)}</span></td>'
         )
 
-    head = "".join(f'<th scope="col" role="columnheader">{clamped(column.label)}</th>' for column in request.columns)
+    head = "".join(f'<th scope="col" role="columnheader">{column_head(column)}</th>' for column in request.columns)
     columns, rows = range(len(request.columns)), request.rows
     body = "".join(
         f'<tr role="row"><th scope="row" role="rowheader">{clamped(row.prompt)}'
@@ -82,6 +79,13 @@ def grid(session: Session) -> str:
         f'<th scope="col" role="columnheader"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def column_head(column: Column) -> str:
+    """The strength stands on its own, where no long name pushes it out of sight."""
+    if column.adapter is None:
+        return clamped(column.label)
+    return f"{clamped(column.adapter.label)}<small>× {column.strength:g}</small>"
 
 
 def flip(session: Session, a, b) -> str:
@@ -178,7 +182,7 @@ def measures(request: CompareRequest, found: Sequence[Measure]) -> str:
 
     def said(measure: Measure, column: Column) -> str:
         if (figure := measure.figure(column)) is not None:
-            return str(figure).replace(" = ", "\u00a0=\u00a0")
+            return str(figure)
         return "–" if measure.name == DRIFT and column.adapter is None else measure.wanting
 
     lines = [(measure.name, *(said(measure, column) for column in columns)) for measure in found]

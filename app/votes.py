@@ -21,6 +21,7 @@ from .intervals import sign_test, wilson_interval
 from .output import by_place
 from .request import Column, CompareRequest, Row
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet computes
 ENOUGH_VOTES = 10  # fewer decided votes than this, and nothing is claimed
 
 
@@ -160,6 +161,6 @@ def votes_csv(ballot: Ballot) -> str:
     writer.writerow(["prompt", "seed", "first", "second", "left", "verdict"])
     for pair, verdict in ballot.voted:
         texts = (pair.row.prompt, ballot.first.label, ballot.second.label, pair.left.column.label)
-        prompt, first, second, left = (f"'{text}" if text[:1] in "=+-@\t\r" else text for text in texts)
+        prompt, first, second, left = (f"'{text}" if text.startswith(FORMULA) else text for text in texts)
         writer.writerow([prompt, pair.row.seed, first, second, left, verdict])
     return buffer.getvalue()

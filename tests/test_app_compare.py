@@ -203,6 +203,31 @@ def test_the_matrix_fills_every_combination_once():
     ]
 
 
+def test_prompts_that_come_twice_are_painted_and_counted_once():
+    asked = request(prompts=("a cat", "a {x}", "a cat"), placeholders={"x": ("cat", "dog")}, seeds=(1, 2))
+    assert [row.prompt for row in asked.rows] == ["a cat"] * 2 + ["a dog"] * 2
+    assert picture_count(asked) == len(asked.rows) * len(asked.columns) == 4
+
+
+def test_braces_of_values_are_text_and_two_are_a_brace():
+    assert filled("{a} {{x}} {b}", {"a": ("{b}",), "b": ("c",)}) == ["{b} {x} c"]
+    for prompt in ("{x!r}", "{x:>9}", "{x.y}"):
+        with pytest.raises(ValueError, match="a word between braces"):
+            checked(request(prompts=(prompt,), placeholders={"x": ("a",)}), Limits())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seeds": (10**400,)}, {"strengths": (10**400,), "adapters": (Adapter("a", "p", "s"),)},
+     {"guidance_scale": 10**400}, {"num_inference_steps": 10**400}, {"prompts": ("\ud800",)},
+     {"negative_prompt": "\udc00"}, {"adapters": (Adapter("\ud800", "p", "s"),)}],
+)  # fmt: skip
+def test_numbers_and_words_that_nothing_can_hold_are_refused_in_words(changes):
+    with pytest.raises(ValueError, match="Nothing was painted") as caught:
+        checked(request(**changes), Limits())
+    assert len(str(caught.value)) < 300
+
+
 def test_everything_wrong_with_a_request_is_reported_at_once():
     bad = request(
         prompts=("x" * 601, "a {subject}", "{", "{0}"),
@@ -260,6 +285,8 @@ def test_settings_survive_json():
         ({"adapters": [{"label": "a"}]}, "label, file, sha256"),
         ({"scheduler": "nope"}, "one of as saved"),
         ({"num_inference_steps": 2.5}, "a whole number"),
+        ({"strengths": [10**400]}, "a list of numbers"),
+        ({"guidance_scale": float("nan")}, "a number"),
     ],
 )
 def test_foreign_settings_are_refused(change, words):

@@ -2,8 +2,10 @@
 
 import html
 import json
+import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from gradio_client import Client
 
 from app import views
 from app.__main__ import main, parse_args
-from app.adapters import AdapterShelf
+from app.adapters import MAX_LABEL, AdapterShelf, default_label
 from app.compare import Cell
-from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths
-from app.output import difference, enlarged, heat_map, png, report, sheet
-from app.request import Adapter, CompareRequest, Limits, Scheduler
+from app.foreign import name_of
+from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths, unwritable
+from app.output import column_lines, difference, enlarged, heat_map, png, report, settings_line, sheet
+from app.request import Adapter, Column, CompareRequest, Limits, Scheduler, problems
 from app.saved import View, write_zip
 from app.serve import launch, open_studio
 from app.sessions import MAX_SESSIONS, Sessions
@@ -30,7 +33,7 @@ from app.tabs.taking import KINDS
 from app.votes import make_ballot
 from app_fixtures import make_lora_file, make_pipeline
 
-NASTY = "<script>alert(1)</script> ${1+1} {{value}} <img src=x onerror=alert(1)>"
+NASTY = "<script>alert(1)</script> ${1+1} {{value}} <img src=x onerror=alert(1)> \x1b[2J \u202e"
 ADAPTERS = {name: Adapter(name, f"/somewhere/{name}.safetensors", name * 8) for name in ("one", "two")}
 
 
@@ -76,6 +79,32 @@ def test_what_cannot_be_read_is_said(read, text):
         read(text)
 
 
+def test_what_the_fields_would_change_is_named():
+    """Such a request would be another one when it is painted again."""
+    adapters = (ADAPTERS["one"],)
+    sound = CompareRequest(prompts=("a {x}",), seeds=(1,), adapters=adapters, placeholders={"x": ("cat", "big dog")})
+    assert unwritable(sound) == []
+    assert unwritable(replace(sound, placeholders={"x": ("red, big",)})) == ["placeholders"]
+    assert unwritable(replace(sound, prompts=(" a {x}",), seeds=(1, 1))) == ["prompts", "seeds"]
+
+
+def test_a_line_is_what_a_text_field_shows_as_one():
+    """`str.splitlines` ends lines at more characters than a text field does."""
+    fields = ["a\u2028b\x0bc\x85d\r\ne", "x = p\u2028q", "0", [], "1", True, "", 5, 4, "DDIM"]
+    asked = read_request(*fields, adapters={}, limits=Limits())
+    assert asked.prompts == ("a\u2028b\x0bc\x85d", "e")
+    assert asked.placeholders == {"x": ("p\u2028q",)}
+    assert unwritable(asked) == []
+
+
+@pytest.mark.parametrize(("place", "value"), [(7, None), (7, 2.5), (7, float("inf")), (8, None), (8, 10**400)])
+def test_numbers_that_are_none_are_said(place, value):
+    fields = ["a", "", "0", [], "1", True, "", 5, 4, "DDIM"]
+    fields[place] = value
+    with pytest.raises(ValueError, match="steps is a whole number|guidance is a number"):
+        read_request(*fields, adapters={}, limits=Limits())
+
+
 def test_all_fields_are_read_before_anything_is_said():
     fields = ["a", "?", "x", ["gone"], "y", True, "", 5, 4, "DDIM"]
     with pytest.raises(ValueError, match=r"(?s)placeholder.*seeds.*strengths.*gone is not here"):
@@ -104,7 +133,7 @@ def test_enlarging_repeats_whole_pixels():
 
 def test_the_sheet_holds_every_picture_and_leaves_the_unpainted_empty():
     request, cells = comparison()
-    full, partial = sheet(request, cells), sheet(request, cells[:-1])
+    full, partial = sheet(request, cells, "base"), sheet(request, cells[:-1], "base")
     assert full.size == partial.size
     colours = {colour for _, colour in full.getcolors(100_000)}
     assert {cell.image.getpixel((0, 0)) for cell in cells} <= colours
@@ -125,7 +154,7 @@ def test_the_zip_opens_the_page_again_and_names_no_path(tmp_path):
 
 def test_the_report_is_whole_and_escaped():
     request, cells = comparison(NASTY.replace("{", "").replace("}", ""), label="<b>bold</b>")
-    text = report(request, cells[:-1])
+    text = report(request, cells[:-1], "sticker <b>base")
     assert "<script" not in text
     assert "<b>bold" not in text
     assert "onerror=alert(1)&gt;" in text
@@ -133,6 +162,24 @@ def test_the_report_is_whole_and_escaped():
     assert text.count('src="data:image/png;base64,') == 3
     assert "default-src 'none'" in text
     assert "not painted" in text
+    assert "base sticker &lt;b&gt;base · 25 steps" in text
+
+
+def test_sheet_and_report_say_what_the_images_have_in_common():
+    request, _ = comparison()
+    said = settings_line(replace(request, negative_prompt="blur"), "sticker-sd")
+    assert (
+        said
+        == "base sticker-sd · 25 steps · guidance 4 · scheduler as saved · negative prompt “blur” · same noise in a row"
+    )
+
+
+def test_settings_in_the_report_are_those_of_the_comparison():
+    """Also where their words cannot be printed as they are."""
+    asked = CompareRequest(prompts=("e\u0301 \u202e \u2028 \x07 猫",), seeds=(0,))
+    text = html.unescape(re.search(r"<pre>(.*)</pre>", report(asked, [], "base"), re.DOTALL)[1])
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert CompareRequest.from_dict(json.loads(text), {}) == asked
 
 
 def test_pictures_carry_no_words():
@@ -175,6 +222,26 @@ def test_a_comparison_can_be_stopped_while_it_waits_for_its_turn(tmp_path):
     assert not session.begin(request).is_set(), "the next one starts afresh"
 
 
+def test_names_keep_what_differs_and_fit():
+    """The ends of names, where kohya's epochs and the strengths are."""
+    long = "a-very-long-name-of-a-training-that-somebody-thought-of-at-length"
+    names = [default_label(Path(f"runs/x/kohya/{long}-{epoch:06d}.safetensors")) for epoch in (5, 10)]
+    labels = [name_of(name, MAX_LABEL) for name in names]
+    assert [label[-7:] for label in labels] == ["-000005", "-000010"]
+    assert {len(label) for label in labels} == {MAX_LABEL}
+    column = Column(Adapter(labels[0], "p", "s"), 0.25)
+    assert column_lines(column, 10) == ["a-very-lon", "th-000005".rjust(10, "…"), "× 0.25"]
+    assert "<small>× 0.25</small>" in views.column_head(column)
+    assert name_of("caf\u0065\u0301 \u202egnp.exe\n\x1b[2J", 60) == "caf\u00e9  gnp.exe  [2J"
+
+
+def test_a_second_file_of_the_longest_name_can_be_compared(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    added = [session.add_adapter(Adapter("x" * MAX_LABEL, "p", sha)) for sha in "ab"]
+    asked = CompareRequest(prompts=("a",), seeds=(0,), adapters=tuple(added))
+    assert problems(asked, Limits()) == []
+
+
 def test_two_files_of_one_name_get_two_labels(tmp_path):
     session = Sessions(tmp_path).of("a")
     first = session.add_adapter(Adapter("lora", "p", "1"))
@@ -190,12 +257,18 @@ def test_the_page_escapes_what_people_write(tmp_path):
     session = Sessions(tmp_path).of("a")
     request, cells = comparison("PROMPT", label="<b>bold</b>")
     session.show(request, cells)
-    texts = [views.message(NASTY), views.grid(session), views.flip(session, *cells[:2]), views.header(NASTY)]
+    texts = [
+        views.message(f"{NASTY} \ud800"),
+        views.grid(session),
+        views.flip(session, *cells[:2]),
+        views.header(NASTY),
+    ]
     texts.append(views.table((NASTY,), [(NASTY, NASTY)], NASTY))
     for text in texts:
         assert "<script" not in text
         assert "<img src=x" not in text
         assert "<b>bold" not in text
+        assert not {"\x1b", "\u202e", "\ud800"} & set(text)
     assert html.escape("<b>bold</b>") in texts[1]
 
 

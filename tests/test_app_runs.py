@@ -253,6 +253,14 @@ def test_the_first_prompt_is_what_was_taught(race):
     assert first_prompt({"instance_prompt": "a sticker of sks animal"}) == PROMPT
     assert first_prompt({"instance_prompt": "a photo of sks dog"}) == "a photo of sks dog"
     assert first_prompt({"instance_prompt": None}) == PROMPT
+    for taught in ("a {subject}", "{", "x" * 601, "two\nlines", "\ud800"):
+        assert first_prompt({"instance_prompt": taught}) == PROMPT
+
+
+def test_a_broken_run_does_not_keep_the_page_from_starting(race, capsys):
+    (race / "demo" / "lora" / "run.json").write_text("[" * 100_000)
+    assert first_options((race / "demo",))["method"] == "reslora"
+    assert "lora/run.json is no JSON" in capsys.readouterr().out
 
 
 def test_a_language_models_run_is_shown_without_the_bases_loss(race):

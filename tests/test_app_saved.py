@@ -106,7 +106,7 @@ def test_settings_name_their_base():
 # ---------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"{'a': 1}"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"{'a': 1}", b'{"prompts": ["\\ud800"]}'])
 def test_files_that_are_no_settings_are_refused(tmp_path, content):
     (tmp_path / "settings.json").write_bytes(content)
     with pytest.raises(ValueError, match="not a settings file"):
@@ -178,6 +178,7 @@ def test_no_more_pixels_are_decoded_than_fit(archive, monkeypatch):
 @pytest.mark.parametrize(
     "picture",
     [{"row": 4}, {"row": -1}, {"row": True}, {"column": 3}, {"file": 5}, {"seconds": "1"}, {"seconds": float("inf")},
+     {"seconds": 10**400},
      {"more": 1}],
 )  # fmt: skip
 def test_pictures_without_a_place_are_refused(archive, picture):

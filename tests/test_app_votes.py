@@ -120,6 +120,12 @@ def test_csv_reads_back_and_holds_no_formula():
     assert not any(cell.startswith("=") for row in rows for cell in row)
 
 
+def test_an_empty_prompt_stays_empty_in_the_csv():
+    chosen = ballot(prompts=("",))
+    vote_for(chosen, chosen.first)
+    assert next(csv.DictReader(io.StringIO(votes_csv(chosen))))["prompt"] == ""
+
+
 def test_two_equal_columns_make_no_ballot():
     chosen = ballot()
     request = CompareRequest(prompts=("a",), seeds=(0,), adapters=ADAPTERS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 
 from app import views
+from app.forms import unwritable
 from app.output import png, report, sheet
 from app.request import CompareRequest, digests_in, joined, problems
 from app.saved import open_saved, saved_cells, saved_view, settings_json, write_zip
@@ -53,11 +54,11 @@ def written(session: Session, kind: str, base: str) -> Path:
     path = session.folder / "out" / KINDS[kind][1]
     path.parent.mkdir(exist_ok=True)
     if kind == "sheet":
-        path.write_bytes(png(sheet(asked, cells)))
+        path.write_bytes(png(sheet(asked, cells, base)))
     elif kind == "zip":
         write_zip(path, asked, cells, session.view, base)
     else:
-        text = report(asked, cells) if kind == "report" else settings_json(asked, cells, session.view, base)
+        text = report(asked, cells, base) if kind == "report" else settings_json(asked, cells, session.view, base)
         path.write_text(text, encoding="utf-8")
     return path
 
@@ -75,6 +76,8 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     asked = CompareRequest.from_dict(data, dict.fromkeys(wanted, "") | at_hand)  # pictures need no adapters
     if found := problems(asked, limits):
         raise ValueError(joined("Nothing was opened", found))
+    if found := unwritable(asked):
+        raise ValueError(joined("Nothing was opened: the page's fields cannot hold all values of", found))
     cells = saved_cells(data, asked, saved.read)
     if absent := [adapter.label for adapter in asked.adapters if not adapter.path and not cells]:
         raise ValueError(joined("Add the files of these adapters first, then open the settings again", absent))

@@ -89,7 +89,7 @@ def vote_tab(studio: Studio, tab: gr.Tab) -> None:
         """Only here do the columns' names reach the page."""
         session = session_of(request)
         path = session.folder / "votes.csv"
-        path.write_text(votes_csv(session.ballot))
+        path.write_text(votes_csv(session.ballot), encoding="utf-8", newline="")
         return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True)]
 
     tab.select(columns, None, [first, second], **LIGHT, **PRIVATE)
