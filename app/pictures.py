@@ -1,8 +1,10 @@
-"""Pictures as people hand them in: opened by Pillow, turned upright, on white where they are transparent."""
+"""Pictures as people hand them in: opened by Pillow, upright, in sRGB, on white where they are transparent."""
 
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from reslora_diffusion.utils.images import upright_rgb
 
 MAX_SIDE = 1024
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -20,22 +22,14 @@ def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
     for path in paths:
         try:
             with Image.open(path) as image:
-                pictures.append(upright(image))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+                picture = upright_rgb(image)
+            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+            pictures.append(picture)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             broken.append(Path(path).name)
     if broken:
         raise ValueError(f"no pictures: {', '.join(broken)}")
     return pictures
-
-
-def upright(image: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(image)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    return picture
 
 
 def pictures_in(folder: Path) -> list[str]:

@@ -95,7 +95,14 @@ class Views:
         """All that `of` depends on."""
         mask = hashlib.sha256(picture.mask.read_bytes()).hexdigest() if picture.mask else self.alpha_mask
         cut, flip = self.cut(picture), self.flip
-        return {"picture": picture.digest, "mask": mask, "cut": cut, "flip": flip, "by": self.interpolation.name}
+        colour = {"colour": "sRGB"} if picture.profile or picture.colour_fault else {}
+        return {
+            "picture": picture.digest,
+            "mask": mask,
+            "cut": cut,
+            "flip": flip,
+            "by": self.interpolation.name,
+        } | colour
 
     def of(self, picture: Picture) -> Seen:
         size, box, corners = self.cut(picture)

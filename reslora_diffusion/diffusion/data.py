@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..problems import listing
+from ..utils.images import colour_of, eight_bits, upright_rgb
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 METADATA_FILE = "metadata.jsonl"
@@ -32,13 +33,18 @@ def extension_problems(where: str, extension: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own."""
+    """A picture that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own.
+
+    `profile` is the colour profile that it is converted to sRGB from, `colour_fault` says why one is not followed.
+    """
 
     path: Path
     size: tuple[int, int]
     digest: str
     caption: str | None = None
     mask: Path | None = None
+    profile: str | None = None
+    colour_fault: str | None = None
 
 
 @dataclass
@@ -113,8 +119,10 @@ def look_at(path: Path) -> Picture:
     """Decode a picture for its upright size; raises what PIL raises if it does not decode."""
     with Image.open(path) as image:
         image.load()
-        size = eight_bits(ImageOps.exif_transpose(image)).size
-    return Picture(path, size, hashlib.sha256(path.read_bytes()).hexdigest())
+        upright = eight_bits(ImageOps.exif_transpose(image))
+        colour = colour_of(upright)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Picture(path, upright.size, digest, profile=colour.profile, colour_fault=colour.fault)
 
 
 def add_captions(found: Scan, entries: list[Path]) -> None:
@@ -180,27 +188,10 @@ def add_masks(found: Scan, folder: Path) -> None:
     ]
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits by its upper 8: Pillow's own conversion makes all above 255 white.
-
-    Raises:
-        ValueError: floating point, which may be of any range.
-    """
-    if image.mode == "F":
-        raise ValueError("floating point (mode F) does not say what is white; wanted 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # older Pillow reads 16 bits as I
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    return image
-
-
 def open_upright(path: Path) -> Image.Image:
-    """RGB, turned as its EXIF orientation says; what is transparent becomes white."""
+    """RGB in sRGB, turned as its EXIF orientation says; what is transparent becomes white."""
     with Image.open(path) as image:
-        image = eight_bits(ImageOps.exif_transpose(image))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright_rgb(image)
 
 
 def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:

@@ -48,12 +48,24 @@ def describe(found: Scan, title: str, prompt: str | None, buckets: list[Size]) -
         yield f"  prompt: {prompt!r}"
     if found.skipped:
         yield f"  skipped: {listing((f'{name} ({reason})' for name, reason in found.skipped.items()), NAMED)}"
+    yield from describe_colours(found)
     for names in found.duplicates:
         yield f"  identical: {listing(names)}"
     if buckets:
         yield from describe_sizes(found, buckets)
     if masked := sum(picture.mask is not None for picture in found.pictures):
         yield f"  masks: {masked}"
+
+
+def describe_colours(found: Scan) -> Iterator[str]:
+    """Lines on the pictures whose numbers are not taken for sRGB, or are although their profile is another."""
+    converted = Counter(picture.profile for picture in found.pictures if picture.profile)
+    if converted:
+        profiles = listing(f"{count} from {profile}" for profile, count in converted.most_common())
+        yield f"  converted to sRGB by their colour profiles: {converted.total()} ({profiles})"
+    faults = [f"{picture.path.name} ({picture.colour_fault})" for picture in found.pictures if picture.colour_fault]
+    if faults:
+        yield f"  taken for sRGB: {listing(faults)}"
 
 
 def describe_sizes(found: Scan, buckets: list[Size]) -> Iterator[str]:

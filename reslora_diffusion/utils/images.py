@@ -1,0 +1,108 @@
+"""Images as a model is to see them: upright, 8 bits, sRGB, and white where they are transparent.
+
+    file  ->  turned as EXIF says  ->  8 bits  ->  sRGB by its colour profile (ICC)  ->  on white  ->  RGB
+
+Numbers mean colours only together with a profile: the same green is (120, 220, 90) in Adobe RGB and (27, 221, 86) in
+sRGB. Models are trained on sRGB and write it. A file without a profile is taken for sRGB, as browsers do; grey and CMYK
+profiles are followed too. Opacity is never converted.
+"""
+
+import io
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from PIL import Image, ImageCms, ImageOps
+
+ROUNDING = 2  # levels of 255 by which profiles of sRGB differ among each other
+CHANNELS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's mode for the colour space of a profile
+
+
+class Colour(NamedTuple):
+    """What a file's profile does to its colours. One of the three is given where there is something to say."""
+
+    profile: str | None = None  # name of the profile that it is converted from
+    fault: str | None = None  # why its profile is not followed
+    transform: ImageCms.ImageCmsTransform | None = None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper 8: Pillow's own conversion makes all above 255 white.
+
+    Raises:
+        ValueError: floating point, which may be of any range.
+    """
+    if image.mode == "F":
+        raise ValueError("floating point (mode F) does not say what is white; wanted 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # older Pillow reads 16 bits as I
+        info = image.info
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image.info = dict(info)
+    return image
+
+
+def opaque_mode(image: Image.Image) -> str:
+    """The mode of an image's colours: RGB for palettes and other encodings of RGB."""
+    return {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+
+
+def colour_of(image: Image.Image) -> Colour:
+    """How an image is converted to sRGB. Where its profile is sRGB up to rounding, it is not converted at all."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        missing = "it is CMYK without a colour profile" if image.mode == "CMYK" else None
+        return Colour(fault=missing)
+    return colour_of_profile(bytes(profile), opaque_mode(image))
+
+
+@lru_cache(maxsize=64)
+def colour_of_profile(profile: bytes, mode: str) -> Colour:
+    """`colour_of` for an image of this mode with this profile."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = CHANNELS.get(source.profile.xcolor_space)
+        if space is None or (space != mode and not (space == "RGB" and mode == "L")):
+            return Colour(fault=f"its colour profile is for {source.profile.xcolor_space.strip()}, not for {mode}")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), space, "RGB")
+        name = " ".join((source.profile.profile_description or "").split()) or "a profile without a name"
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        return Colour(fault=f"its colour profile cannot be read ({str(error).strip() or type(error).__name__})")
+    if space == "RGB" and is_identity(transform):
+        return Colour()
+    return Colour(profile="".join(c for c in name if c.isprintable())[:60], transform=transform)
+
+
+def is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform of RGB leaves a grid of colours as they are, up to rounding."""
+    colours = list(product(range(0, 256, 51), repeat=3))
+    grid = Image.new("RGB", (len(colours), 1))
+    grid.putdata(colours)
+    before, after = grid.tobytes(), transform.apply(grid).tobytes()
+    return max(abs(a - b) for a, b in zip(before, after, strict=True)) <= ROUNDING
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """An image of 8 bits with its colours in sRGB, as L, RGB or RGBA; its profile is dropped."""
+    colour = colour_of(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    flat = image.convert(opaque_mode(image)) if image.mode not in ("L", "RGB", "CMYK") else image
+    if colour.transform is not None:
+        flat = flat.convert(colour.transform.input_mode)
+        flat = colour.transform.apply(flat)
+    elif flat.mode == "CMYK" or alpha is not None:
+        flat = flat.convert("RGB")
+    else:
+        flat = flat.copy()
+    if alpha is not None:
+        flat.putalpha(alpha)
+    flat.info.pop("icc_profile", None)  # else whoever saves and opens it converts it again
+    flat.info.pop("transparency", None)
+    return flat
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as RGB in sRGB, turned as its EXIF orientation says, and white where it is transparent."""
+    image = in_srgb(eight_bits(ImageOps.exif_transpose(image)))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
