@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from .export.base import check_base, check_merge, check_pair, check_stored
 from .export.header import read_headers
 from .export.limits import CheckFailed, check_weights, parse_rank
+from .problems import printable_lines
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
@@ -33,10 +34,10 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except CheckFailed as error:
-            typer.echo(f"reslora: {error}", err=True)
+            typer.echo(printable_lines(f"reslora: {error}"), err=True)
             raise typer.Exit(CHECK_FAILED) from error
         except (ValueError, OSError) as error:
-            typer.echo(f"reslora: {error}", err=True)
+            typer.echo(printable_lines(f"reslora: {error}"), err=True)
             raise typer.Exit(BAD_INPUT) from error
 
 
@@ -179,7 +180,7 @@ def verify(
     Example:
       reslora verify my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    read_headers(source)
+    read_headers(source, beside=True)
     if base:
         check_base(base)
     from .export.verify import verify_lora

@@ -32,6 +32,16 @@ class BadInput(ValueError):
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
 
+class Unusable(BadInput):
+    """A file of somebody else cannot be read: one message that begins with its name."""
+
+    def __init__(self, path: object, problems: Iterable[str]) -> None:
+        super().__init__(problems)
+        self.path = path
+        lines = "\n".join([f"{path} cannot be used:", *(f"  - {problem}" for problem in self.problems)])
+        self.args = (lines,)
+
+
 class Stopped(RuntimeError):
     """Training cannot go on; says what is kept."""
 
@@ -46,10 +56,26 @@ def refuse(problems: Iterable[str]) -> None:
         raise BadInput(problems)
 
 
+LONGEST_NAME = 200  # characters of a name in a message
+
+
+def printable(text: object, limit: int | None = 200) -> str:
+    """One line without control characters, which could move a terminal's cursor, recolour it or look like a line of
+    ours, and without what no encoding can write (lone surrogates)."""
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def printable_lines(text: object) -> str:
+    """The same of a text of several lines."""
+    return "\n".join(printable(line, None) for line in str(text).split("\n"))
+
+
 def listing(names: Iterable[object], shown: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    """The first few names, which may be a stranger's, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(printable(name, LONGEST_NAME) for name in names[:shown]) + more
 
 
 def is_first_process() -> bool:
@@ -105,5 +131,5 @@ def run_program(program: Callable[[], object]) -> int:
         return 0
     if is_first_process():
         print("\n".join(found), end="\n" if found else "", flush=True)
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)
     return code

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from .plain_lora import STARTS_AT_THE_BASE, changes_the_base
+
 FORMAT_VERSION = 1  # of saved configurations and calibrations; a newer one is refused
 # Stands among the factors of an adapter whose layers are linked. diffusers refuses a LoRA file that has a name without
 # "lora" in it, vLLM one with a name that is no factor's: nobody takes these factors for a plain LoRA.
@@ -47,9 +49,6 @@ VARIANTS = (
     "monteclora_config",
     "kasa_config",
 )
-# Initialisations with B A != 0 that take the difference out of the base weights of the same layer.
-CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -70,11 +69,6 @@ class ShortcutFields:
         default=False, metadata={"help": "Cut block chains where the number of tokens changes."}
     )
     reslora_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of this configuration."})
-
-
-def changes_the_base(init_lora_weights: object) -> bool:
-    """Whether an initialisation starts with B A != 0 and takes the difference out of the base weights."""
-    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(CHANGES_THE_BASE)
 
 
 def faults(given: Mapping[str, Any]) -> list[str]:

@@ -27,8 +27,9 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..plain_lora import changes_the_base
 from ..problems import listing
-from ..rules import VARIANTS, changes_the_base
+from ..rules import VARIANTS
 from .attach import DEFAULT_ADAPTER, get_controller
 from .chains import Site
 from .config import MergeMethod, Shortcut

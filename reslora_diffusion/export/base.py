@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..problems import Unusable, listing
 from ..stored import Files, Unknown
 from .flux import parts_of
 from .geometry import family_of_widths
-from .header import Header, unusable
-from .keys import classic_path, flat_path, listing
+from .header import Header
+from .keys import classic_path, flat_path
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
     from torch import nn
@@ -145,7 +146,7 @@ def check_base_name(name: str) -> list[str]:
 def check_base(name: str) -> None:
     """Raises ValueError if `name` can be no model."""
     if problems := check_base_name(name):
-        raise unusable(name, problems)
+        raise Unusable(name, problems)
 
 
 def check_merge(

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..problems import listing
 from .base import check_base_name, is_transposed
 from .factors import Components, Loss, from_matrix
-from .keys import CLIP_COMPONENTS, COMPONENTS, DENOISERS, Dialect, classic_path, listing
+from .keys import CLIP_COMPONENTS, COMPONENTS, DENOISERS, Dialect, classic_path
 from .peft_folder import MODEL
 from .progress import progress
 from .report import ExportReport

@@ -45,6 +45,11 @@ def on_cpu(factors: LoraFactors) -> LoraFactors:
     return LoraFactors(factors.lora_A.detach().cpu(), factors.lora_B.detach().cpu(), float(factors.scaling))
 
 
+def computable(tensor: Tensor) -> Tensor:
+    """Eight-bit floats as float16, which holds every one of them exactly; torch does not compute with them."""
+    return tensor.half() if tensor.dtype.itemsize == 1 else tensor
+
+
 def rank_of(factors: LoraFactors) -> int:
     return factors.lora_A.shape[0]
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..problems import listing
 from ..utils.files import partial_name, replace_folder
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
 from .header import open_safetensors
-from .keys import DENOISERS, flat_path, listing
+from .keys import DENOISERS, flat_path
 from .limits import CheckFailed
 from .peft_folder import MODEL
 from .progress import progress

@@ -9,29 +9,38 @@ name.
 """
 
 import json
-import math
-import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .keys import COMPONENTS, Dialect, listing
-from .parsing import Key, parse_all, structure_problems
+from ..plain_lora import not_plain
+from ..problems import Unusable, listing, printable
+from .keys import COMPONENTS, Dialect
+from .parsing import Key, beside_lora, parse_all, structure_problems
+from .scaling import StatedScaling
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FOLDER = "kohya"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-UNMERGED = "is an unmerged ResLoRA; merge it (merged_factors), or take its run's export"
 LARGEST_CONFIG = 2**20  # bytes; real ones have a few thousand
+READABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WHOLE = ("I64", "I32", "I16", "I8", "U8")  # as some write alpha
+# What libraries raise on data that nobody foresaw. Whatever it is, the fault is the file's.
+BAD_DATA = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Header:
-    """A sound LoRA file before its tensors are read. `configs` holds PEFT configurations by component, where there
-    are any; under "" the one that applies to all components."""
+    """A sound LoRA file before its tensors are read.
+
+    `configs` holds PEFT configurations by component, where there are any; under "" the one that applies to all
+    components. `beside` holds tensors that are no LoRA, by name, and what they are: a trained head, new tokens.
+    """
 
     path: Path
     dialect: Dialect
@@ -40,6 +49,8 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     configs: dict[str, dict]
+    scalings: dict[str, StatedScaling] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
     def modules(self) -> dict[tuple[str, str], dict[str, str]]:
         """(component, path) -> part -> name of its tensor; of two CLIP layouts, the first."""
@@ -48,17 +59,43 @@ class Header:
             found[key.component, key.path].setdefault(key.part, name)
         return dict(found)
 
+    def twins(self) -> Iterator[tuple[Key, str, str]]:
+        """What is there in both CLIP layouts: the key, and the names of the two tensors."""
+        modules = self.modules()
+        for name, key in self.keys.items():
+            if (first := modules[key.component, key.path][key.part]) != name:
+                yield key, first, name
+
     def scaling(self, component: str, path: str, rank: int, alpha: float | None) -> float:
         """Scaling of a module: its own alpha first, then a configuration; 1 without either, as every loader has it."""
         if alpha is not None:
             return alpha / rank
-        config = self.configs.get(component) or self.configs.get("")
-        return stated_scaling(config, path, rank) if config else 1.0
+        stated = self.scalings.get(component) or self.scalings.get("")
+        return stated.of(path, rank) if stated else 1.0
 
 
-def unusable(path: Path | str, problems: list[str]) -> ValueError:
-    """The one message about a file."""
-    return ValueError("\n".join([f"{path} cannot be used:", *(f"  - {problem}" for problem in problems)]))
+def given_twice(unlike: Iterable[str]) -> str:
+    """What is wrong where tensors in the two CLIP layouts differ."""
+    unlike = sorted(set(unlike))
+    return f"{len(unlike)} modules are given twice, with different values: {listing(unlike)}"
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Inside, whatever a damaged or hostile file makes libraries raise becomes the one message about it.
+
+    Raises:
+        Unusable: a BadInput and ValueError too.
+    """
+    try:
+        yield
+    except Unusable:
+        raise
+    except BAD_DATA as error:
+        if str(error).startswith(str(path)):  # one of ours
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise Unusable(path, [f"{kind}{printable(error, 500)}"]) from error
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -112,29 +149,14 @@ def parts(source: Path) -> list[tuple[Path, str | None]]:
     )
 
 
-# --------------------------------------------------------------------------------------------------- scaling
-
-
-def stated_scaling(config: dict, path: str, rank: int) -> float:
-    """Scaling of one module under a PEFT configuration: alpha / r, patterns first, or alpha / sqrt(r)."""
-
-    def lookup(patterns: dict | None, default: float) -> float:
-        names = (path, path.removeprefix("text_model."))
-        hits = (v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in names))
-        return next(hits, default)
-
-    try:
-        alpha = float(lookup(config.get("alpha_pattern"), config.get("lora_alpha", rank)))
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise ValueError(f"the configuration that comes with it states no alpha for {path}: {error}") from None
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+# --------------------------------------------------------------------------------------------- configurations
 
 
 def json_object(text: str, where: str) -> dict:
     """A JSON object, or a ValueError that says where it was expected."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a JSON {type(value).__name__}, wanted an object")
@@ -149,11 +171,8 @@ def peft_config_beside(path: Path) -> dict:
     if (size := file.stat().st_size) > LARGEST_CONFIG:
         raise ValueError(f"{PEFT_CONFIG} beside it has {size} bytes, more than any configuration")
     config = json_object(file.read_text(encoding="utf-8", errors="replace"), PEFT_CONFIG)
-    kind = config.get("peft_type")
-    if kind == "RESLORA" and config.get("shortcut") != "none":
-        raise ValueError(UNMERGED)
-    if kind not in ("LORA", "RESLORA") or config.get("use_dora"):
-        raise ValueError(f"is {'DoRA' if config.get('use_dora') else kind} by its {PEFT_CONFIG}; wanted plain LORA")
+    if "peft_type" not in config:
+        raise ValueError(f"{PEFT_CONFIG} beside it states no peft_type; wanted LORA")
     return config
 
 
@@ -166,43 +185,56 @@ def embedded_configs(metadata: dict[str, str]) -> dict[str, dict]:
             configs[component][entry] = value
         else:  # as `unet.save_lora_adapter` writes it
             configs[""][name] = value
-    if any(config.get("shortcut", "none") != "none" for config in configs.values()):
-        raise ValueError(UNMERGED)
     return dict(configs)
 
 
 # ---------------------------------------------------------------------------------------------------- header
 
 
-def read_headers(source: str | Path) -> list[Header]:
+def read_headers(source: str | Path, *, beside: bool = False) -> list[Header]:
     """The headers of a LoRA, one for each file that belongs to it.
+
+    Args:
+        source: a file or folder.
+        beside: whether modules that were trained beside the LoRA may be there; else they are refused by name.
 
     Raises:
         ValueError: one message with everything that is wrong.
     """
-    return [read_header(path, component) for path, component in parts(Path(source))]
+    with reading(source):
+        return [read_header(path, component, beside) for path, component in parts(Path(source))]
 
 
-def read_header(path: Path, folder_component: str | None = None) -> Header:
+def read_header(path: Path, folder_component: str | None = None, beside: bool = False) -> Header:
     """The header of one file."""
-    with open_safetensors(path, framework="np") as file:
+    with reading(path), open_safetensors(path, framework="np") as file:
         metadata = dict(file.metadata() or {})
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {name: part.get_dtype() for name, part in slices.items()}
-    keys, problems = parse_all(list(shapes), folder_component)
+    more = beside_lora(shapes)
+    keys, problems = parse_all([name for name in shapes if name not in more], folder_component)
     problems += structure_problems(keys, shapes)
-    if whole := [n for n, key in keys.items() if key.part != "alpha" and not dtypes[n].startswith(("F", "BF"))]:
-        problems.append(f"{len(whole)} tensors are {dtypes[whole[0]]}, not floating-point: {listing(whole)}")
-    configs = {}
+    if strange := [n for n, key in keys.items() if dtypes[n] not in READABLE + WHOLE * (key.part == "alpha")]:
+        kinds = ", ".join(sorted({dtypes[name] for name in strange}))
+        wanted = f"not floating-point as {', '.join(READABLE)} are"
+        problems.append(f"{len(strange)} tensors are {kinds}, {wanted}: {listing(strange)}")
+    if more and not beside:
+        problems.append(
+            f"holds {listing(dict.fromkeys(more.values()))} beside the LoRA, which would be lost: {listing(more)}. "
+            "PEFT's own merge_and_unload uses them"
+        )
+    configs, scalings = {}, {}
     try:
-        configs = embedded_configs(metadata)
+        configs, where = embedded_configs(metadata), DIFFUSERS_METADATA
         if any(key.dialect is Dialect.PEFT for key in keys.values()):
-            configs = {"": peft_config_beside(path)}
+            configs, where = {"": peft_config_beside(path)}, PEFT_CONFIG
+        problems += dict.fromkeys(problem for config in configs.values() for problem in not_plain(config, where))
+        scalings = {component: StatedScaling(config) for component, config in configs.items()}
     except ValueError as error:
         problems.append(str(error))
     if problems:
         if architecture := metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version"):
-            problems.append(f"its header says it is for {architecture[:80]}")
-        raise unusable(path, problems)
-    return Header(path, next(iter(keys.values())).dialect, metadata, keys, shapes, dtypes, configs)
+            problems.append(f"its header says it is for {printable(architecture, 80)}")
+        raise Unusable(path, problems)
+    return Header(path, next(iter(keys.values())).dialect, metadata, keys, shapes, dtypes, configs, scalings, more)

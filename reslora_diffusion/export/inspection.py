@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..problems import Unusable, listing, printable
 from .geometry import Family, family_of_widths
-from .header import Header, read_headers
-from .keys import COMPONENTS, Dialect, listing
+from .header import Header, given_twice, read_headers, reading
+from .keys import COMPONENTS, Dialect
 from .limits import LOSSY_ERROR
 from .progress import progress
 from .spectra import Arrays, energy_spectrum, needed
-from .tables import printable, table
+from .tables import table
 
 LARGEST = 5  # modules shown by norm
 # What a header may say about training: our name -> keys, the first that is there counts.
@@ -141,14 +142,14 @@ class Inspection:
         largest = sorted(self.modules, key=lambda m: -m.norm)[:LARGEST]
         head = ("component", "modules", "ranks", "needed", "alphas", "norm", "norms of modules")
         lines = [
-            f"{listing(map(str, self.files), 8)}: {self.size_bytes / 2**20:.1f} MiB",
+            f"{printable(', '.join(map(str, self.files)), None)}: {self.size_bytes / 2**20:.1f} MiB",
             f"a LoRA for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
             f"sha256 {listing(self.sha256, 8)}",
             "",
             *table(head, rows),
             "",
             f"a rank of {self.rank_needed} would hold it with at most {LOSSY_ERROR:.0%} error in any module",
-            "strongest: " + ", ".join(f"{m.component}.{m.path} ({m.norm:.2g})" for m in largest),
+            "strongest: " + listing(f"{m.component}.{m.path} ({m.norm:.2g})" for m in largest),
         ]
         if self.facts:
             lines += ["", *table(("its header says", ""), [(k, printable(v)) for k, v in self.facts.items()])]
@@ -170,7 +171,7 @@ def inspect_lora(source: str | Path) -> Inspection:
     Raises:
         ValueError: it is no LoRA file, with everything that is wrong with it.
     """
-    headers = read_headers(source)
+    headers = read_headers(source, beside=True)
     modules = [facts for header in headers for facts in module_facts(header)]
     widths = defaultdict(dict)
     for m in modules:
@@ -195,13 +196,17 @@ def inspect_lora(source: str | Path) -> Inspection:
 
 def module_facts(header: Header) -> Iterator[ModuleFacts]:
     """One module after the other, in the order of the file."""
-    with Arrays(header) as array:
+    with reading(header.path), Arrays(header) as array:
+        unlike = [f"{key.component}.{key.path}" for key, *names in header.twins() if not array.alike(*names)]
+        if unlike:
+            raise Unusable(header.path, [given_twice(unlike)])
         for (component, path), names in progress(list(header.modules().items()), "measuring"):
             A, B = array(names["A"]), array(names["B"])
             rank, alpha = A.shape[0], float(array(names["alpha"]).item()) if "alpha" in names else None
             scaling = header.scaling(component, path, rank, alpha)
             finite = bool(np.isfinite(A).all() and np.isfinite(B).all() and np.isfinite(scaling))
             energies = scaling**2 * energy_spectrum(A.reshape(rank, -1), B.reshape(len(B), -1)) if finite else None
+            finite = energies is not None and bool(np.isfinite(energies).all())
             yield ModuleFacts(
                 component,
                 path,
@@ -245,6 +250,9 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
     said = next((f for f, marks in MARKS.items() if any(mark in says for mark in marks)), None)
     if said and family in MARKS and said is not family:
         found.append(f"its header says {said}, its shapes say {family}")
+    if header.beside:
+        kinds = listing(dict.fromkeys(header.beside.values()))
+        found.append(f"beside the LoRA it holds {kinds}, which PEFT alone loads: {listing(header.beside)}")
     return found
 
 

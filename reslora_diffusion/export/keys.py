@@ -15,7 +15,7 @@ resnet j of down block i is `input_blocks[1 + i(L+1) + j]`, and of up block i `o
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from enum import StrEnum
 
 from .flux import from_kohya_name
@@ -223,9 +223,3 @@ PEFT_PREFIX = "base_model.model."
 def peft_keys(path: str) -> tuple[str, str]:
     """Keys of lora_A and lora_B in PEFT's `adapter_model.safetensors`."""
     return f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight"
-
-
-def listing(names: Iterable[str], limit: int = 4) -> str:
-    """`a, b, c, d and 12 more`: names for an error message."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

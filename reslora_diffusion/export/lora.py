@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
 from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of
 from .geometry import Family, family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
-from .keys import COMPONENTS, Dialect, Naming, classic_path, listing
+from .keys import COMPONENTS, Dialect, Naming, classic_path
 from .limits import LARGEST_EXPORT, Rank
 from .proof import errors_against, health_problems, prove
 from .ranks import at_rank, smallest_rank

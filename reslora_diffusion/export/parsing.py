@@ -1,6 +1,7 @@
 """What the names of a LoRA file's tensors say, and what is wrong with them: pure functions of names and shapes.
 
 parse_key             one name, of any dialect and age -> dialect, component, module path, part
+beside_lora           of a PEFT file, what was trained beside the LoRA: a head, tokens, an embedding
 parse_all             all of a file -> keys, and problems: other kinds of adapter, other models, unknown names
 structure_problems    mixed dialects, missing partners, ranks that disagree
 """
@@ -8,11 +9,13 @@ structure_problems    mixed dialects, missing partners, ranks that disagree
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..problems import listing
 from ..rules import UNMERGED_KEY
 from .flux import parts_of
-from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya, listing
+from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya
 
 
 class Key(NamedTuple):
@@ -51,6 +54,15 @@ DOTTED_KEY = re.compile(
     r"|\.to_(?P<proj>q|k|v|out)_lora\.(?P<processor>down|up)\.weight"  # attention processors of 2023
     r"|\.(?P<alpha>alpha))"
 )
+MODULE_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+LONGEST_NAME = 500  # characters; real ones have up to 150
+TRAINED = {  # of what is no LoRA in a PEFT file
+    r"\.token_adapter\.|trainable_tokens_delta": "trained tokens (trainable_token_indices)",
+    r"\.(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.": "a whole embedding or output layer",
+    r"\.(score|classifier|classification_head|qa_outputs|pooler)\.": "a trained head",
+    r"\.bias$": "trained biases",
+    r"": "trained modules (modules_to_save)",
+}
 UNET_ROOTS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 CLIP_ROOTS = ("text_model.encoder.layers.", "encoder.layers.")
 
@@ -81,6 +93,8 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
         component = "text_encoder" if path.startswith(CLIP_ROOTS) else "model"
     else:
         raise ValueError(f"{key} starts with none of {', '.join(COMPONENTS)}")
+    if not MODULE_PATH.fullmatch(path):
+        raise ValueError(f"{key} names no module")
     path = classic_path(component, path)
     if proj := match["proj"]:
         clip = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
@@ -90,11 +104,27 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
     return Key(dialect, component, path, SIDES[side] if side else "alpha")
 
 
+def beside_lora(names: Iterable[str]) -> dict[str, str]:
+    """Tensors of a PEFT file that are no part of its LoRA, and what they are."""
+    return {
+        name: next(kind for pattern, kind in TRAINED.items() if re.search(pattern, name))
+        for name in names
+        if len(name) <= LONGEST_NAME
+        and name.startswith(PEFT_PREFIX)
+        and ".lora_" not in name
+        and not any(re.search(pattern, name) for pattern in NOT_PLAIN)
+    }
+
+
 def parse_all(names: list[str], folder_component: str | None = None) -> tuple[dict[str, Key], list[str]]:
     """Every key parsed, and what cannot be: `(keys, problems)`."""
     parsed, strange, problems = {}, [], []
     kinds = defaultdict(list)
+    if long := [name for name in names if len(name) > LONGEST_NAME]:
+        problems.append(f"{len(long)} names have more than {LONGEST_NAME} characters: {listing(long, 2)}")
     for name in names:
+        if len(name) > LONGEST_NAME:
+            continue
         kind = next((kind for pattern, kind in NOT_PLAIN.items() if re.search(pattern, name)), None)
         if kind:
             kinds[kind].append(name)
@@ -107,11 +137,10 @@ def parse_all(names: list[str], folder_component: str | None = None) -> tuple[di
     if strange:
         is_for = next((kind for pattern, kind in FOREIGN.items() if any(re.search(pattern, k) for k in strange)), None)
         meant = f"; they are those of {is_for}" if is_for else ""
-        problems.append(
-            f"{len(strange)} of {len(names)} keys are no LoRA of Stable Diffusion{meant}: {listing(strange)}"
-        )
+        known = "PEFT" if any(name.startswith(PEFT_PREFIX) for name in strange) else "Stable Diffusion"
+        problems.append(f"{len(strange)} of {len(names)} keys are no LoRA of {known}{meant}: {listing(strange)}")
     if not names:
-        problems.append("holds no tensors")
+        problems.append("holds no tensors of a LoRA")
     return parsed, problems
 
 

@@ -20,12 +20,13 @@ from torch import nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
 from .base import base_layer, base_problems, is_transposed
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
-from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, listing, peft_keys
+from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, peft_keys
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, size_problem
 from .proof import TOLERANCE, compare, errors_against, health_problems, misreading

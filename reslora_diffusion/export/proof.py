@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..problems import listing
 from .factors import Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_names
 from .header import open_safetensors
-from .keys import Naming, from_kohya, listing, projects
+from .keys import Naming, from_kohya, projects
 from .limits import CheckFailed
 from .progress import progress
 from .reader import read_lora

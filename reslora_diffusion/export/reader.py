@@ -9,13 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from .factors import Components
+from ..problems import Unusable
+from .factors import Components, computable
 from .flux import split
-from .header import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, Header, locate, open_safetensors, read_headers, unusable
-from .keys import Dialect, listing
+from .header import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    Header,
+    given_twice,
+    locate,
+    open_safetensors,
+    read_headers,
+    reading,
+)
+from .keys import Dialect
 
 __all__ = ["DIFFUSERS_FILE", "PEFT_CONFIG", "PEFT_FILE", "LoraFile", "locate", "read_lora"]
 
@@ -30,10 +42,15 @@ class LoraFile:
     metadata: dict[str, str]
     dtypes: Counter[str]
     alphas: dict[tuple[str, str], float] = field(default_factory=dict)
+    configs: dict[str, dict] = field(default_factory=dict)  # PEFT's, as in the header
 
 
-def read_lora(source: str | Path) -> LoraFile:
+def read_lora(source: str | Path, *, beside: bool = False) -> LoraFile:
     """Read any LoRA file or folder.
+
+    Args:
+        source: a file or folder.
+        beside: whether modules that were trained beside the LoRA may be there; only the LoRA is read.
 
     >>> lora = read_lora("my_lora.safetensors")
     >>> lora.dialect, lora.components["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].lora_A.shape
@@ -41,7 +58,7 @@ def read_lora(source: str | Path) -> LoraFile:
     Raises:
         ValueError: one message with everything that is wrong with the file.
     """
-    files = [read_tensors(header) for header in read_headers(source)]
+    files = [read_tensors(header) for header in read_headers(source, beside=beside)]
     first, *rest = files
     for other in rest:
         for component, modules in other.components.items():
@@ -54,26 +71,26 @@ def read_lora(source: str | Path) -> LoraFile:
 def read_tensors(header: Header) -> LoraFile:
     """The tensors of a file whose structure is sound."""
     components: Components = defaultdict(dict)
-    alphas, unlike = {}, []
+    alphas: dict[tuple[str, str], float] = {}
     dtypes: Counter[str] = Counter()
-    with open_safetensors(header.path) as file:
-        modules = header.modules()
-        for name, key in header.keys.items():  # both CLIP layouts may be there, if they agree
-            first = modules[key.component, key.path][key.part]
-            if first != name and not torch.equal(file.get_tensor(first), file.get_tensor(name)):
-                unlike.append(f"{key.component}.{key.path}")
-        for (component, path), names in modules.items():
+    with reading(header.path), open_safetensors(header.path) as file:
+        twins = [(key, file.get_tensor(first), file.get_tensor(second)) for key, first, second in header.twins()]
+        if unlike := [f"{key.component}.{key.path}" for key, *pair in twins if not same_bits(*pair)]:
+            raise Unusable(header.path, [given_twice(unlike)])
+        for (component, path), names in header.modules().items():
             A, B = file.get_tensor(names["A"]), file.get_tensor(names["B"])
+            dtypes.update(str(tensor.dtype).removeprefix("torch.") for tensor in (A, B))
+            A, B = computable(A), computable(B)
             alpha = file.get_tensor(names["alpha"]).item() if "alpha" in names else None
             scaling = header.scaling(component, path, A.shape[0], alpha)
             if alpha is not None or header.configs:
                 alphas[component, path] = scaling * A.shape[0]
             components[component][path] = LoraFactors(A, B, scaling)
-            dtypes.update(str(tensor.dtype).removeprefix("torch.") for tensor in (A, B))
-    if unlike:
-        unlike = sorted(set(unlike))
-        problem = f"{len(unlike)} modules are given twice, with different values: {listing(unlike)}"
-        raise unusable(header.path, [problem])
     if header.dialect is Dialect.KOHYA and "transformer" in components:
         components["transformer"] = split(components["transformer"])
-    return LoraFile(header.path, header.dialect, dict(components), header.metadata, dtypes, alphas)
+    return LoraFile(header.path, header.dialect, dict(components), header.metadata, dtypes, alphas, header.configs)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are stored alike; NaN is like NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

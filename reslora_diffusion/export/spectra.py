@@ -11,6 +11,8 @@ import numpy as np
 from .header import Header, open_safetensors
 from .limits import LOSSY_ERROR
 
+LARGEST_SIZE = 1e75  # of a product of numbers whose fourth power is computed
+
 
 class Arrays:
     """Tensors of a safetensors file as float64 arrays, by name."""
@@ -30,6 +32,17 @@ class Arrays:
     def __exit__(self, *error: object) -> None:
         self.file.__exit__(*error)
 
+    def alike(self, *names: str) -> bool:
+        """Whether tensors are stored alike; NaN is like NaN."""
+
+        def stored(name: str) -> tuple[object, ...]:
+            entry = self.entries[name]
+            begin, end = entry["data_offsets"]
+            bits = np.fromfile(self.path, np.uint8, end - begin, offset=self.start + begin)
+            return entry["dtype"], tuple(entry["shape"]), bits.tobytes()
+
+        return len({stored(name) for name in names}) == 1
+
     def __call__(self, name: str) -> np.ndarray:
         if self.dtypes[name] in ("F16", "F32", "F64"):
             return self.file.get_tensor(name).astype(np.float64)
@@ -43,7 +56,10 @@ class Arrays:
 
 
 def energy_spectrum(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    """Squared singular values of B A, largest first."""
+    """Squared singular values of B A, largest first; infinite where they are too large for float64."""
+    size = float(np.abs(A).max(initial=0)) * float(np.abs(B).max(initial=0))
+    if not 0 < size < LARGEST_SIZE:
+        return np.full(min(len(A), A.shape[1], len(B)), size and np.inf)
     if len(A) > min(A.shape[1], len(B)):  # more rank than the matrix can have: it is the smaller of the two
         D = B @ A if A.shape[1] >= len(B) else (B @ A).T
         return np.linalg.eigvalsh(D @ D.T)[::-1].clip(min=0)

@@ -34,13 +34,15 @@ from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..problems import listing, printable
 from .base import check_base_name, misfits, unfit
-from .factors import Components
-from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, listing, projects
+from .factors import Components, computable
+from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, projects
 
 Models = dict[str, nn.Module]
 ADAPTER = "proof"
-CLIP_MODULE = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+MOST_LAYERS = 100  # of a CLIP text encoder; the largest one has 32
+CLIP_MODULE = re.compile(r"text_model\.encoder\.layers\.(\d{1,9})\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 
 
 # -------------------------------------------------------------------------------------------------- hollow models
@@ -173,13 +175,25 @@ def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
         parent = root
         for name in parents:
             if name not in parent._modules:
-                parent.add_module(name, Place())
+                put(parent, name, Place())
             parent = parent._modules[name]
         (_, width, *kernel), out = factors.lora_A.shape, factors.lora_B.shape[0]
         with torch.device("meta"):
             layer = nn.Conv2d(width, out, tuple(kernel)) if kernel else nn.Linear(width, out)
-        parent.add_module(leaf, hollow(layer))
+        put(parent, leaf, hollow(layer))
     return root
+
+
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Add a module, if such a name can be one.
+
+    Raises:
+        ValueError: it cannot, as `forward` cannot.
+    """
+    try:
+        parent.add_module(name, module)
+    except KeyError as error:
+        raise ValueError(f"{printable(name)} cannot be the name of a module: {error}") from None
 
 
 def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected: bool) -> nn.Module:
@@ -192,7 +206,8 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected:
         ValueError: the paths are not those of a CLIP text encoder.
     """
     matches = {path: CLIP_MODULE.fullmatch(path) for path in modules}
-    if strange := [path for path, match in matches.items() if match is None]:
+    strange = [path for path, match in matches.items() if match is None or int(match[1]) >= MOST_LAYERS]
+    if strange:
         raise ValueError(f"{component} has modules that are not of a CLIP text encoder: {listing(strange)}")
     sizes: dict[str, int] = {}
     for path, factors in modules.items():
@@ -251,13 +266,18 @@ def quiet() -> Iterator[None]:
 
 
 def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
-    """What a model's LoRA layers hold, by classic path."""
-    return {
+    """What a model's LoRA layers hold, by classic path; a layer that the loader left without values holds nothing."""
+    found = {
         classic_path(component, name): LoraFactors(
             layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach(), layer.scaling[ADAPTER]
         )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
+    }
+    return {
+        path: f._replace(lora_A=computable(f.lora_A), lora_B=computable(f.lora_B))
+        for path, f in found.items()
+        if not (f.lora_A.is_meta or f.lora_B.is_meta)
     }
 
 
@@ -295,8 +315,16 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
     return {component: found for component, model in models.items() if (found := arrived(model, component))}
 
 
-def load_peft(folder: Path, model: nn.Module, component: str) -> dict[str, LoraFactors]:
+def load_peft(
+    folder: Path, model: nn.Module, component: str, targets: list[str] | None = None
+) -> dict[str, LoraFactors]:
     """`PeftModel.from_pretrained`, and what is in the model afterwards.
+
+    Args:
+        folder: of PEFT.
+        model: to load into; it is changed.
+        component: of which pipeline part, or "model".
+        targets: the modules that `target_modules` means, where PEFT shall not find out itself.
 
     Raises:
         ValueError: PEFT refuses the folder.
@@ -305,6 +333,7 @@ def load_peft(folder: Path, model: nn.Module, component: str) -> dict[str, LoraF
         try:
             config = PeftConfig.from_pretrained(str(folder))
             config.task_type = None  # a stand-in has no generation methods
+            config.target_modules = config.target_modules if targets is None else targets
             PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
         except Exception as error:
             raise ValueError(f"PEFT does not load {folder.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Text for terminals: tables, and strings from strangers' headers made harmless."""
+"""Tables of text for terminals."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,9 +9,3 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """One line without control characters, which could move a terminal's cursor or recolour it."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..problems import listing
 from .factors import Components, concatenated
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
-from .keys import COMPONENTS, Dialect, listing
+from .keys import COMPONENTS, Dialect
 from .limits import Rank, check_weights
 from .lora import export_lora, write_lora_file
 from .peft_folder import export_peft_components

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
+from ..problems import listing
 from .base import check_base, misfits
 from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
 from .inspection import sha256
-from .keys import COMPONENTS, Dialect, Naming, listing
+from .keys import COMPONENTS, Dialect, Naming
 from .lora import REPORT_FILE
 from .proof import (
     TOLERANCE,
@@ -32,6 +33,7 @@ from .proof import (
     misreading,
 )
 from .reader import LoraFile, read_lora
+from .scaling import endless_fields, matched
 from .tables import table
 
 LARGEST_REPORT = 2**24  # bytes; the report of SDXL has half a million
@@ -91,7 +93,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
     source = Path(source)
     recorded, problems = recorded_hashes(source)
     files, others = files_of(source, recorded)
-    loras = [read_lora(path) for path in files]
+    loras = [read_lora(path, beside=True) for path in files]
     first = loras[0]
     components = first.components
     models = base_models(base, components) if base else {}
@@ -156,6 +158,9 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
     family, naming = family_of(components), naming_of(components)
     if lora.dialect is Dialect.KOHYA and "transformer" in components:
         naming = Naming.FLUX
+    endless = [f for config in lora.configs.values() for c in components.values() for f in endless_fields(config, c)]
+    if endless:
+        return [], [f"diffusers was not tried: it may never end with the expressions in {listing(set(endless))}"]
     checks, problems = diffusers_checks([lora.path], components, EXACT, naming, models)
     if lora.dialect is Dialect.KOHYA:
         checks += check_names(lora.path, components, family)
@@ -170,13 +175,20 @@ def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[s
 
     checks, problems = [], []
     for component, modules in lora.components.items():
+        config = lora.configs.get(component) or lora.configs.get("", {})
+        targets = None
+        if endless := endless_fields(config, modules):
+            if endless != ["target_modules"]:
+                problems.append(f"PEFT was not tried: it may never end with the expressions in {listing(endless)}")
+                continue
+            targets = matched(config["target_modules"], modules)
         model = like(models[component]) if component in models else stand_ins({component: modules})[component]
         folder = lora.path.parent
         if len(lora.components) > 1:
             folder = folder.parent / component
         wanted: Components = {component: modules}
         try:
-            got = {component: load_peft(folder, model, component)}
+            got = {component: load_peft(folder, model, component, targets)}
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..problems import listing
 from .factors import Components, folded, padded
 from .flux import join
 from .geometry import Family
-from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, listing, projects, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, projects, to_kohya
 from .progress import progress
 
 ARCHITECTURES = {
