@@ -1,12 +1,24 @@
 """Token ids and labels: what is learned, how examples are padded and packed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_tiny import DECODERS, adapted, build
-from reslora_diffusion.llm.encoding import IGNORED, Collator, encode, encode_all, encode_prompt, pack, packing_problem
+from reslora_diffusion.llm.encoder import Encoder
+from reslora_diffusion.llm.encoding import (
+    IGNORED,
+    Collator,
+    encode,
+    encode_all,
+    encode_prompt,
+    pack,
+    packing_problem,
+    segments,
+)
 from reslora_diffusion.problems import BadInput
 
 WORDS = "<pad> <s> </s> [UNK] user assistant system : a b c d e f g h".split()
@@ -80,6 +92,154 @@ def test_conversations_that_cannot_be_cut_are_named(tokenizer):
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(BadInput, match="row 1: the chat template rewrites earlier turns"):
         encode_all([LONG_TALK], tokenizer, max_length=99)
+
+
+REWRITING = (  # as Qwen3, Phi-3 and GPT-OSS do: the last answer is written in another way than earlier ones
+    "{% for m in messages %}{{ m['role'] }} : {% if loop.last and m['role'] == 'assistant' %}h {% endif %}"
+    "{{ m['content'] }} {% if m['role'] == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def test_answers_that_a_template_rewrites_later_are_learned_one_by_one(tokenizer):
+    tokenizer.chat_template = REWRITING
+    examples, dropped = encode_all([LONG_TALK], tokenizer, max_length=99)
+    assert [words(one["input_ids"]) for one in examples] == [
+        "system : h user : a b assistant : h c </s>",
+        "system : h user : a b assistant : c </s> user : d assistant : h e f </s>",
+    ]
+    assert [words(one["labels"]) for one in examples] == ["_ " * 9 + "h c </s>", "_ " * 16 + "h e f </s>"]
+    assert dropped == 0
+    assert encode(LONG_TALK, tokenizer) == examples[1]
+    assert [text for text, _ in segments(LONG_TALK, tokenizer, None)][1] == "h e f </s> "
+    prompt = encode_prompt(LONG_TALK[:-1], tokenizer)
+    assert examples[1]["input_ids"][: len(prompt)] == prompt
+
+
+def test_what_a_template_refuses_is_said_by_row(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + TEMPLATE
+    )
+    with pytest.raises(BadInput) as caught:
+        encode_all([TALK, LONG_TALK, TALK, LONG_TALK], tokenizer, max_length=99, where="train")
+    message = "train row 2, 4: the chat template does not take the conversation: no system turn, please"
+    assert caught.value.problems == [message]
+    tokenizer.chat_template = "{{ messages[0].content + 3 }}"
+    with pytest.raises(BadInput, match="row 1: the chat template does not take the conversation: can only concatenate"):
+        encode_all([TALK], tokenizer, max_length=99)
+
+
+def test_an_answer_that_a_template_leaves_out_is_not_learned_as_nothing(tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'][:1] }}")
+    with pytest.raises(BadInput, match="row 1: the chat template leaves out or changes part of the answer 'e f'"):
+        encode_all([LONG_TALK], tokenizer, max_length=99)
+
+
+def test_text_is_given_in_parts_to_templates_that_want_parts(tokenizer):
+    content = "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    plain = encode(LONG_TALK, with_template(tokenizer, TEMPLATE))
+    assert encode(LONG_TALK, with_template(tokenizer, TEMPLATE.replace("{{ m['content'] }}", content))) == plain
+
+
+def with_template(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def learned(example) -> list[int]:
+    return [i for i in example["labels"] if i != IGNORED]
+
+
+def test_a_special_token_at_the_end_of_a_response_is_not_its_end(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["g"]})
+    talk = [TALK[0], {"role": "assistant", "content": "c g"}]
+    for template in (None, TEMPLATE.replace("{{ eos_token }} ", "")):
+        tokenizer.chat_template = template
+        example = encode(talk, tokenizer)
+        assert words(learned(example)) == "c g </s>"
+        assert example["end"] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("closing", "text", "end"),
+    [
+        ("h ", "c h", "h"),  # as <|eot_id|>, where the tokenizer's end token is another
+        ("g h ", "c g h", "h"),  # as Command R's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
+        ("h {{ eos_token }} ", "c h </s>", "</s>"),  # as Phi-3: generation stops at what it knows
+        ("f ", "c f </s>", "</s>"),  # ordinary text, which no generation stops at
+    ],
+)
+def test_the_end_that_is_taught_is_the_one_that_is_known(tokenizer, closing, text, end):
+    tokenizer.add_tokens(["g", "h"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }} ", closing)
+    example = encode(TALK, tokenizer)
+    assert words(learned(example)) == text
+    assert example["end"] == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_without_an_end_token_nothing_is_trained_unless_the_template_closes_its_turns(tokenizer):
+    tokenizer.eos_token = None
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="train row 1, 2: the tokenizer has no end token"):
+        encode_all([TALK, TALK], tokenizer, max_length=99, where="train")
+    tokenizer.add_tokens(["h"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }} ", "h ")
+    assert words(learned(encode(TALK, tokenizer))) == "c h"
+
+
+def test_tokens_without_rows_are_named_with_their_rows(tokenizer):
+    talks = [TALK, [TALK[0], {"role": "assistant", "content": "g h"}]]
+    with pytest.raises(BadInput, match=r"row 2: the model's embedding has 14 rows and none for 'g' \(14\), 'h' \(15\)"):
+        encode_all(talks, tokenizer, max_length=99, rows=14)
+    assert len(encode_all(talks, tokenizer, max_length=99, rows=16)[0]) == 2
+
+
+# ------------------------------------------------------------------------------------ templates of real models
+
+SINGLE = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+MULTI = [*SINGLE, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]
+THOUGHT = [SINGLE[0], {"role": "assistant", "content": "<think>\nadd them\n</think>\n\n4"}]
+RESPONSES = {  # what is learned behind the prompt that generation starts from: of SINGLE, of THOUGHT, of both of MULTI
+    "llama3": ("4<|eot_id|>", None, ["4<|eot_id|>", "Yes<|eot_id|>"]),
+    "phi3": ("4<|end|>\n</s>", None, ["4<|end|>\n</s>", "Yes<|end|>\n</s>"]),
+    "qwen3": (
+        "<think>\n\n</think>\n\n4<|im_end|>\n",
+        "<think>\nadd them\n</think>\n\n4<|im_end|>\n",
+        ["<think>\n\n</think>\n\n4<|im_end|>\n", "<think>\n\n</think>\n\nYes<|im_end|>\n"],
+    ),
+    "gptoss": (
+        "<|channel|>final<|message|>4<|return|>",
+        None,
+        ["<|channel|>final<|message|>4<|return|>", "<|channel|>final<|message|>Yes<|return|>"],
+    ),
+    "deepseek_r1_distill": (
+        "\n</think>\n\n4<｜end▁of▁sentence｜>",
+        "add them\n</think>\n\n4<｜end▁of▁sentence｜>",
+        ["\n</think>\n\n4<｜end▁of▁sentence｜>", "\n</think>\n\nYes<｜end▁of▁sentence｜>"],
+    ),
+    "nemotron_3_nano": (
+        "</think>4<|im_end|>\n",
+        "add them\n</think>\n\n4<|im_end|>\n",
+        ["</think>4<|im_end|>\n", "</think>Yes<|im_end|>\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_templates_of_models_as_trl_ships_them(tokenizer, name):
+    folder = Path(pytest.importorskip("trl").__file__).with_name("chat_templates")
+    tokenizer.chat_template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    single, thought, multi = RESPONSES[name]
+    for talk, wanted in ((SINGLE, single), (THOUGHT, thought)):
+        if wanted is not None:
+            context, response = segments(talk, tokenizer, None)
+            given = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+            assert (context, response) == ((given, False), (wanted, True))
+    found = [piece for pieces in Encoder(tokenizer).sequences(MULTI) for piece in pieces if piece.learned]
+    assert [piece.text for piece in found] == multi
 
 
 def test_long_examples_stop_the_run_or_are_dropped(tokenizer):

@@ -106,6 +106,8 @@ def test_faults_of_rows_are_listed_with_their_numbers():
         assert part in shown
     with pytest.raises(BadInput, match="does not end with the assistant's turn"):
         conversations([{"messages": TALK[:1]}])
+    with pytest.raises(BadInput, match="row 1: the conversation begins with the assistant's turn"):
+        conversations([{"messages": [TALK[1], *TALK]}])
     with pytest.raises(BadInput, match="no rows"):
         conversations([])
 

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -204,6 +205,29 @@ def test_conversations_without_a_task_and_a_merged_model(folders, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(output / "merged")("a").input_ids
+
+
+def test_the_end_that_is_taught_is_written_where_generation_finds_it(folders, tmp_path, capsys):
+    """A base model whose end token is </s>, with a chat template that closes turns by <s>."""
+    shutil.copytree(folders["model"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folders["model"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{{ bos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {"task": None, "dataset_name": folders["talks"], "max_steps": 2, "warmup_steps": 0}
+    output = run(folders, tmp_path / "out", model_name_or_path=tmp_path / "model", save_merged_model=True, **options)
+    shown = capsys.readouterr().out
+    assert "answers end with '<s>' (1)" in shown
+    assert "the base's generation does not stop there" in shown
+    for folder in (output, output / "merged"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 1]
+    run(folders, tmp_path / "plain", **options)
+    shown = capsys.readouterr().out
+    assert "answers end with '</s>' (2)" in shown
+    assert "does not stop there" not in shown
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == 2
 
 
 def test_options_from_a_file_and_the_command_line_wins(folders, tmp_path):

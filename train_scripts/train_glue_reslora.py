@@ -70,8 +70,8 @@ def train(
     config = models.load_config(options, kind, num_labels=task.num_labels)
     context = models.context_length(config)
     refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
-    tokenizer = models.load_tokenizer(options)
-    data = prepare(options, tokenizer, rows or read(options), training.seed)
+    tokenizer = models.load_tokenizer(options, config)
+    data = prepare(options, tokenizer, rows or read(options), training.seed, models.embedding_rows(config))
 
     destination = take_destination(training)
     set_seed(training.seed)

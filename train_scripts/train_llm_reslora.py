@@ -15,6 +15,7 @@ What comes out, in --output_dir:
 
     adapter_config.json, adapter_model.safetensors   a plain LoRA for PEFT and vLLM, which need nothing of ours
     export_report.json                               what was proved about it
+    generation_config.json                           the base's, and the tokens that answers were taught to end with
     results.json                                     exact match on the test rows: base, as trained, as exported
     predictions.jsonl                                every test answer of the exported LoRA
     history.json, run.json                           losses and evaluations; command, options, versions
@@ -83,13 +84,19 @@ def train(
     config = models.load_config(options, kind)
     context = models.context_length(config)
     refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
-    tokenizer = models.load_tokenizer(options)
+    tokenizer = models.load_tokenizer(options, config)
     options.max_length = options.max_length or min(1024, context or 1024)
-    data = llm_data.prepare(options, tokenizer, rows or reading.read(options, training.seed))
+    stops = models.stored_stops(options, config)
+    data = llm_data.prepare(
+        options, tokenizer, rows or reading.read(options, training.seed), models.embedding_rows(config), stops
+    )
+    data.notes += models.end_notes(tokenizer, data.ends, stops)
 
     destination = take_destination(training)
     set_seed(training.seed)
-    model = models.add_adapter(models.load_model(options, config, kind), options, kind)
+    model = models.load_model(options, config, kind)
+    models.stop_at(model, data.ends)
+    model = models.add_adapter(model, options, kind)
     collate = Collator(tokenizer.pad_token_id)
     if options.packing:
         refuse(filter(None, [packing_problem(model, collate, data.train)]))
@@ -132,8 +139,9 @@ def train(
     export(trainer, options, kind)
     if trainer.is_world_process_zero():
         print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
+        models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
         if options.save_merged_model:
-            models.save_merged(options, output, tokenizer)
+            models.save_merged(options, output, tokenizer, data.ends)
         if destination:
             print(f"pushed to {destination.send(output)}")
     trainer.accelerator.wait_for_everyone()

@@ -1,106 +1,47 @@
-"""From conversations to token ids, with the loss on what the assistant says and nowhere else.
-
-    text     <s>Question: 12 + 7\\nAnswer:  ( 12 + 7 ). The answer is 19.</s>
-    labels   -100 ...              -100  ids of the response, with its end token
-
-Prompt and response are tokenised apart, so that in training the response follows exactly the ids that generation will
-start from. With a chat template every turn of the assistant is learned; without one (or with a prompt template) a
-conversation is one prompt and one response.
+"""From conversations to batches: examples by `Encoder`, packed and padded.
 
 `pack` puts several examples into one sequence. Positions start anew with each, from which transformers builds a mask
-that lets no example see another (not all of its models do, hence `packing_problem`); shortcuts add up values of one
-token only, so they need no mask.
+that lets no example see another; flash attention, which has no mask, is given the lengths of the examples instead. Not
+all models go by either, hence `packing_problem`. Shortcuts add up values of one token only, so they need no mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..problems import BadInput, listing
+from .encoder import IGNORED, Encoded, Encoder
 from .records import Messages
 
-IGNORED = -100
-PROMPT_TEMPLATE = "{prompt}\n"
-
-
-class Encoded(TypedDict):
-    """One example: labels are the ids of learned tokens, `IGNORED` elsewhere. Equal lengths."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-def prompt_text(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None) -> str:
-    """What the model is given before the assistant's next turn."""
-    if prompt_template is None and tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return (prompt_template or PROMPT_TEMPLATE).replace("{prompt}", messages[-1]["content"])
+SHOWN = 10
 
 
 def segments(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None
 ) -> list[tuple[str, bool]]:
-    """The conversation as `(text, learned)` pieces, in order.
+    """The conversation as `(text, learned)` pieces, in order; the last answer's if the template rewrites earlier turns.
 
     Raises:
         ValueError: the conversation cannot be cut into prompts and responses.
     """
-    if prompt_template is not None or not tokenizer.chat_template:
-        if len(messages) != 2:
-            raise ValueError(f"{len(messages)} turns, but without a chat template there is one prompt and one response")
-        return [(prompt_text(messages[:1], tokenizer, prompt_template), False), (messages[1]["content"], True)]
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        context = prompt_text(messages[:number], tokenizer, None)
-        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not (context.startswith(done) and whole.startswith(context)):
-            raise ValueError(
-                f"the chat template rewrites earlier turns at turn {number + 1}; wanted one answer per row"
-            )
-        pieces += [(context[len(done) :], False), (whole[len(context) :], True)]
-        done = whole
-    return pieces
+    return [(piece.text, piece.learned) for piece in Encoder(tokenizer, prompt_template).sequences(messages)[-1]]
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None) -> Encoded:
-    """Token ids and labels of one conversation."""
-    example = Encoded(input_ids=[], labels=[])
-    templated = prompt_template is None and bool(tokenizer.chat_template)
-    for text, learned in segments(messages, tokenizer, prompt_template):
-        ids = token_ids(text, tokenizer, beginning=not templated and not example["input_ids"])
-        if learned and (not ids or ids[-1] not in tokenizer.all_special_ids) and not ends_itself(text, tokenizer):
-            ids = [*ids, tokenizer.eos_token_id]
-        example["input_ids"] += ids
-        example["labels"] += ids if learned else [IGNORED] * len(ids)
-    return example
+    """Token ids and labels of one conversation; of its last answer if the template rewrites earlier turns."""
+    encoder = Encoder(tokenizer, prompt_template)
+    return encoder.encode(encoder.sequences(messages)[-1])
 
 
 def encode_prompt(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None
 ) -> list[int]:
     """Token ids that generation of the last turn starts from."""
-    templated = prompt_template is None and bool(tokenizer.chat_template)
-    if templated:
-        return token_ids(prompt_text(messages, tokenizer, prompt_template), tokenizer, beginning=False)
-    return token_ids(prompt_text(messages[-1:], tokenizer, prompt_template), tokenizer, beginning=True)
-
-
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, beginning: bool) -> list[int]:
-    """Ids of a piece; `beginning` adds what the tokenizer puts before a text (not what it puts after)."""
-    ids = tokenizer(text, add_special_tokens=beginning).input_ids
-    return ids[:-1] if beginning and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def ends_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template closed the turn: many write a line break after the end token."""
-    return text.rstrip().endswith(tuple(tokenizer.all_special_tokens))
+    return Encoder(tokenizer, prompt_template).encode_prompt(messages)
 
 
 def encode_all(
@@ -112,23 +53,29 @@ def encode_all(
     drop_long: bool = False,
     where: str = "data",
     numbers: Sequence[int] | None = None,
+    rows: int | None = None,
+    ends: Collection[int] = (),
 ) -> tuple[list[Encoded], int]:
     """`(examples, how many were dropped for their length)`; `numbers` are those that conversations are known by.
 
     Raises:
         BadInput: conversations that cannot be cut, or, without `drop_long`, that exceed `max_length` tokens.
     """
-    kept, long, problems = [], {}, []
+    encoder = Encoder(tokenizer, prompt_template, rows, ends)
+    kept: list[Encoded] = []
+    long: dict[int, int] = {}
+    faults: dict[str, list[int]] = {}
     for number, messages in zip(numbers or range(1, len(conversations) + 1), conversations, strict=True):
         try:
-            example = encode(messages, tokenizer, prompt_template)
+            examples = [encoder.encode(pieces) for pieces in encoder.sequences(messages)]
         except ValueError as error:
-            problems.append(f"{where} row {number}: {error}")
+            faults.setdefault(str(error), []).append(number)
             continue
-        if len(example["input_ids"]) > max_length:
-            long[number] = len(example["input_ids"])
+        if (longest := max(len(example["input_ids"]) for example in examples)) > max_length:
+            long[number] = longest
         else:
-            kept.append(example)
+            kept += examples
+    problems = row_problems(faults, where)
     if long and not drop_long:
         shown = listing(f"row {number} ({length})" for number, length in long.items())
         problems.append(
@@ -138,8 +85,15 @@ def encode_all(
     if not kept and not problems:
         problems.append(f"{where}: no example fits into --max_length {max_length}")
     if problems:
-        raise BadInput(problems[:10])
+        raise BadInput(problems)
     return kept, len(long)
+
+
+def row_problems(faults: Mapping[str, Sequence[int]], where: str) -> list[str]:
+    """One problem for each kind of fault, with the rows that have it."""
+    problems = [f"{where} row {listing(rows)}: {fault}" for fault, rows in faults.items()]
+    more = [f"{where}: {len(problems) - SHOWN} more faults like these"] if len(problems) > SHOWN else []
+    return problems[:SHOWN] + more
 
 
 def pack(examples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:

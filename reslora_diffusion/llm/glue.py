@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..problems import listing, refuse
 from .options import GlueOptions
-from .records import Row, carve, choose, column_problems, read_rows
+from .records import Row, carve, choose, column_problems, numbers_of, read_rows
 
 SOURCE = "nyu-mll/glue"
 if TYPE_CHECKING:
@@ -139,17 +139,33 @@ def read(options: GlueOptions) -> dict[str, Sequence[Row]]:
 
 
 def prepare(
-    options: GlueOptions, tokenizer: "PreTrainedTokenizerBase", found: Mapping[str, Sequence[Row]], seed: int
+    options: GlueOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    found: Mapping[str, Sequence[Row]],
+    seed: int,
+    embedded: int | None = None,
 ) -> GlueData:
-    """Set a share of train apart, and encode."""
+    """Set a share of train apart, and encode.
+
+    Raises:
+        BadInput: rows with tokens beyond the `embedded` ones, those that the model has an embedding for.
+    """
+    from .encoder import rowless
+
     task = GLUE[str(options.task_name)]
     train, validation = carve(found["train"], options.validation_fraction, seed, options.max_validation_examples)
 
-    def encoded(rows: Sequence[Row]) -> list[dict]:
-        return [encode_row(task, row, tokenizer, options.max_length) for row in rows]
-
-    reported = {name: encoded(found[name]) for name in task.reported}
-    return GlueData(encoded(choose(train, options.max_train_examples, seed)), encoded(validation), reported)
+    splits = {"train": choose(train, options.max_train_examples, seed), "validation": validation}
+    examples: dict[str, list[dict]] = {}
+    problems = []
+    for name, rows in (splits | {f"reported {name}": found[name] for name in task.reported}).items():
+        examples[name] = [encode_row(task, row, tokenizer, options.max_length) for row in rows]
+        for number, example in zip(numbers_of(rows), examples[name], strict=True):
+            if fault := rowless(example["input_ids"], tokenizer, embedded):
+                problems.append(f"{name.removeprefix('reported ')} row {number}: {fault}")
+    refuse(problems[:10])
+    reported = {name: examples[f"reported {name}"] for name in task.reported}
+    return GlueData(examples["train"], examples["validation"], reported)
 
 
 def row_problems(task: GlueTask, rows: Sequence[Row], where: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -54,14 +56,21 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
     return config
 
 
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer, with something to pad with."""
+def embedding_rows(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model has an embedding for."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def load_tokenizer(options: ModelOptions, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with something to pad with that the model has an embedding for. Padding is never attended to, so
+    any token serves."""
     name = str(options.tokenizer_name or options.model_name_or_path)
     revision = None if options.tokenizer_name else options.model_revision
     with looking_up("--tokenizer_name", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    rows = embedding_rows(config) or len(tokenizer)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -100,6 +109,50 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskT
         )
 
 
+def stops_of(generation: GenerationConfig | None) -> list[int]:
+    """Tokens that generation stops at."""
+    found = generation.eos_token_id if generation is not None else None
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def stored_stops(options: ModelOptions, config: PreTrainedConfig) -> list[int]:
+    """Tokens that the model's generation stops at as its files say, before its weights are read."""
+    try:
+        name, revision = str(options.model_name_or_path), options.model_revision
+        return stops_of(GenerationConfig.from_pretrained(name, revision=revision))
+    except (OSError, ValueError):  # there is no such file: transformers derives one from the configuration
+        return stops_of(GenerationConfig.from_model_config(config))
+
+
+def stop_at(model: nn.Module, ends: Sequence[int]) -> None:
+    """Let the model's generation stop at more tokens."""
+    generation = model.generation_config
+    stops = [*stops_of(generation), *(end for end in ends if end not in stops_of(generation))]
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+
+
+def end_notes(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], stops: Sequence[int]) -> list[str]:
+    """The tokens that answers end with in training, and what to do where the base's generation does not stop there."""
+    names = listing(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+    notes = [f"answers end with {names}"]
+    if [end for end in ends if end not in stops]:
+        notes.append(
+            "the base's generation does not stop there: give the exported LoRA's generation_config.json to whoever "
+            "generates with it, as GenerationConfig.from_pretrained(output_dir) does, or vllm serve --generation-config"
+        )
+    return notes
+
+
+def save_generation(model: nn.Module, folder: Path) -> None:
+    """Write `generation_config.json`; without the base's other settings if they contradict each other."""
+    generation = model.generation_config
+    try:
+        generation.save_pretrained(folder)
+    except ValueError:
+        kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**kept).save_pretrained(folder)
+
+
 def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) -> PeftModel:
     """The model with a fresh adapter in float32 on it.
 
@@ -112,12 +165,13 @@ def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) ->
         raise BadInput([str(error)]) from error
 
 
-def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
     """The base with an exported LoRA merged into it, as `AutoModelForCausalLM` loads it: <adapter>/merged."""
     base = AUTO[TaskType.CAUSAL_LM].from_pretrained(
         options.model_name_or_path, revision=options.model_revision, dtype=DTYPES[options.dtype]
     )
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    stop_at(merged, ends)
     fresh, target = adapter / ".merged", adapter / "merged"
     shutil.rmtree(fresh, ignore_errors=True)
     merged.save_pretrained(fresh)

@@ -181,4 +181,6 @@ def fault_of(messages: Messages) -> str | None:
             return f"the {message['role']}'s text is {str(message['content'])[:80]!r}, wanted some text"
     if not messages or messages[-1]["role"] != "assistant":
         return "the conversation does not end with the assistant's turn"
+    if messages[0]["role"] == "assistant":
+        return "the conversation begins with the assistant's turn, wanted a turn before it that it answers"
     return None
