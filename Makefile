@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: demo demo-llm test test-slow lint check format clean
+.PHONY: demo demo-llm test test-slow lint check evidence-check format clean
 
 demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
 	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
@@ -25,6 +25,9 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 check: lint test  ## the gate
+
+evidence-check: $(VENV)/installed  ## docs/evidence.md is what the result files make of it
+	$(BIN)/python -m benchmarks.race report --check
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,116 @@
+"""Methods by name: an adapter and what is added to it, `reslora-block+rite`.
+
+    lora, rslora, pissa, dora                      PEFT's adapters, on our code path where they have one
+    reslora-input, reslora-block, reslora-middle   the shortcuts
+    +loraplus +rite +pro +scaled_adamw +reflora    the optimizer
+    +fold                                          fold the shortcut in at `fold_at` of the steps
+    +distill                                       teach the merged model what the unmerged one says
+
+rsLoRA is LoRA at another scale and is covered by the search over alpha; it is here so that its own choice can be raced.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from reslora_diffusion.methods.optimizers import LoraPro, LoraRite, RefLora, ScaledAdamW, factor_pairs
+
+ADAPTERS = ("lora", "rslora", "pissa", "dora", "reslora-input", "reslora-block", "reslora-middle")
+OPTIMIZERS = {"rite": LoraRite, "pro": LoraPro, "scaled_adamw": ScaledAdamW, "reflora": RefLora}
+ADDITIONS = (*OPTIMIZERS, "loraplus", "fold", "distill")
+OPTIONS = {  # of each part, with the values taken where a plan names none
+    "reslora-block": {"num_previous": 1},
+    "reslora-middle": {"num_previous": None},
+    "loraplus": {"loraplus_lr_ratio": 4.0},
+    "rite": {"beta2": 0.999},
+    "pro": {"damping": 1e-8},
+    "scaled_adamw": {"damping": 1e-2},
+    "reflora": {"damping": 1e-4},
+    "fold": {"fold_at": 0.7},
+    "distill": {"distillation_steps": 40},
+}
+WITH_MIDDLE = {name: kind.conflicts["middle"] for name, kind in OPTIMIZERS.items() if "middle" in kind.conflicts}
+WITH_DORA = {name: kind.conflicts["dora"] for name, kind in OPTIMIZERS.items() if "dora" in kind.conflicts}
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of a name."""
+
+    adapter: str
+    additions: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shortcut(self) -> str:
+        return self.adapter.removeprefix("reslora-") if self.adapter.startswith("reslora-") else "none"
+
+    @property
+    def optimizer(self) -> str | None:
+        return next((part for part in self.additions if part in OPTIMIZERS), None)
+
+
+def parse_method(word: str) -> Method:
+    adapter, *additions = word.split("+")
+    defaults = {name: value for part in (adapter, *additions) for name, value in OPTIONS.get(part, {}).items()}
+    return Method(adapter, tuple(additions), defaults)
+
+
+def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
+    """What is unknown in a name or its options, and which of its parts do not go together."""
+    method = parse_method(word)
+    problems = []
+    if method.adapter not in ADAPTERS:
+        problems.append(f"got the adapter {method.adapter!r}, wanted one of {', '.join(ADAPTERS)}")
+    problems += [
+        f"got +{part}, wanted one of +{', +'.join(ADDITIONS)}" for part in method.additions if part not in ADDITIONS
+    ]
+    chosen = [part for part in method.additions if part in OPTIMIZERS or part == "loraplus"]
+    if len(chosen) > 1:
+        problems.append(f"+{' and +'.join(chosen)} are two optimizers; wanted one")
+    for part in method.additions:
+        if method.shortcut == "middle" and part in WITH_MIDDLE:
+            problems.append(f"+{part}: {WITH_MIDDLE[part]}")
+        if method.adapter == "dora" and part in WITH_DORA:
+            problems.append(f"+{part}: {WITH_DORA[part]}")
+        if part in ("fold", "distill") and method.shortcut not in ("input", "middle"):
+            problems.append(f"+{part} is for reslora-input and reslora-middle; {method.adapter} merges exactly")
+    for name, values in options.items():
+        if name not in method.defaults:
+            known = ", ".join(method.defaults) or "none"
+            problems.append(f"got the option {name!r}; it has {known}")
+        elif not values:
+            problems.append(f"{name}: got no value to try")
+    return problems
+
+
+def make_optimizer(method: Method, model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> Any:
+    """The optimizer of the adapter's parameters, without weight decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if method.optimizer is not None:
+        own = dict(options)
+        betas = {"betas": (0.9, own.pop("beta2"))} if "beta2" in own else {}
+        known = {name: own[name] for name in ("damping",) if name in own}
+        kind = OPTIMIZERS[method.optimizer]
+        return kind(trained.values(), factor_pairs(model), lr=learning_rate, weight_decay=0.0, **betas, **known)
+    ratio = options.get("loraplus_lr_ratio", 1.0)
+    up = [p for name, p in trained.items() if ".lora_B." in name]
+    rest = [p for name, p in trained.items() if ".lora_B." not in name]
+    groups = [{"params": rest, "lr": learning_rate}, {"params": up, "lr": learning_rate * ratio}]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+
+
+def schedule_of(name: str, steps: int, warmup: int) -> Any:
+    """Factor on the learning rate at a step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, steps - warmup)
+        return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[name]
+
+    return factor

@@ -1,0 +1,54 @@
+"""Results in a folder: one JSON file a run, named by what the run is a function of. What is there is not run again."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import machine
+from reslora_diffusion.utils.files import write_text
+
+from .plan import FORMAT_VERSION, Plan, fingerprint
+
+STAGES = ("tune", "final", "controls")
+
+
+def facts_of(plan: Plan, stage: str, method: str, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What a run is a function of."""
+    task = plan.task.model_dump()
+    if stage == "tune":
+        task["evaluations"] = 1
+    return {"task": task, "stage": stage, "method": method, "setting": dict(setting), "seed": seed}
+
+
+def path_of(folder: Path, facts: Mapping[str, Any]) -> Path:
+    return folder / facts["stage"] / facts["method"] / f"{fingerprint(dict(facts))}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises `ValueError` for a file of another format."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{path}: got results of format {content.get('format')!r}, wanted {FORMAT_VERSION}")
+    if content["result"]["loss"] is None:
+        content["result"]["loss"] = math.inf
+    return content
+
+
+def write(path: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """A loss that is not finite is written as null."""
+    cleaned = {name: None if value == math.inf else value for name, value in result.items()}
+    content = {"format": FORMAT_VERSION, **facts, "result": cleaned, "machine": machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def all_of(folder: Path, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Results of this plan's task; those of another are passed over."""
+    for stage in STAGES:
+        for path in sorted((folder / stage).glob("*/*.json")):
+            content = read(path)
+            wanted = facts_of(plan, stage, content["method"], content["setting"], content["seed"])["task"]
+            if content["task"] == wanted:
+                yield content
