@@ -64,7 +64,7 @@ def rows_of(plan: Plan, folder: Path) -> tuple[list[list[str]], dict[str, Compar
         else:
             row += ["reference", "", ""]
         row += [spread([c["result"].get(metric, math.nan) for c in contents]) for metric in metrics_of(entries)]
-        row += [gap(contents), reached(contents, reference), spread([c["result"]["seconds"] for c in contents], 2)]
+        row += [gap(contents), reached(contents, reference), spread([c["result"]["cpu_seconds"] for c in contents], 2)]
         row += [robustness(plan, final[name], setting)] if name in final else [""]
         rows.append(row)
     return rows, compared
@@ -126,7 +126,7 @@ def section(plan: Plan, folder: Path) -> list[str]:
         "",
     ]
     factors = " / ".join(f"{f:.2g}" for f in plan.final.robustness)
-    head += [*metrics, "merge gap", f"steps to {plan.reference}'s loss", "seconds", f"loss at lr × {factors}"]
+    head += [*metrics, "merge gap", f"steps to {plan.reference}'s loss", "CPU seconds", f"loss at lr × {factors}"]
     lines += ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
     edges = [
         f"{word} ({', '.join(name for name, inside in found.items() if not inside)})"
