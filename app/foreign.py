@@ -4,6 +4,8 @@ import json
 import sys
 import unicodedata
 
+from reslora_diffusion.problems import printable_lines
+
 
 def parsed_json(content: bytes) -> object:
     """The value.
@@ -28,8 +30,7 @@ def lines_of(text: str) -> list[str]:
 def printable(text: object) -> str:
     """Lines without control characters, which could reorder what is read or look like words of ours, and without what
     no encoding can write. Unicode's normal form C, so that equal words are equal."""
-    lines = unicodedata.normalize("NFC", str(text)).split("\n")
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+    return printable_lines(unicodedata.normalize("NFC", str(text)))
 
 
 def name_of(text: str, length: int) -> str:

@@ -25,13 +25,13 @@ def build_demo(studio: Studio) -> gr.Blocks:
         watch = train_watch()
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
-                adapters, arrival = compare_tab(studio, demo)
+                adapters, arrival, news = compare_tab(studio, demo)
             with gr.Tab("Race", id="race") as tab:
                 race_tab(studio, tab)
             with gr.Tab("Blind vote", id="vote") as tab:
                 vote_tab(studio, tab)
-            with gr.Tab("Measures", id="measures"):
-                measures_tab(studio)
+            with gr.Tab("Measures", id="measures") as tab:
+                measures_tab(studio, tab, news)
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
             with gr.Tab("Train", id="train"):

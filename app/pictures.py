@@ -1,32 +1,50 @@
-"""Pictures as people hand them in: opened by Pillow, upright, in sRGB, on white where they are transparent."""
+"""Images as people hand them in, converted as the trainer converts them: upright, in sRGB, on white."""
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from reslora_diffusion.utils.images import upright_rgb
 
+from .foreign import printable
+
 MAX_SIDE = 1024
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # none of them runs another program
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What Pillow raises on files that are damaged or made to break it.
+UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, Image.DecompressionBombError)
+
+
+def read_picture(path: Path, side: int = MAX_SIDE) -> Image.Image:
+    """In RGB, at most `side` wide and high.
+
+    Raises:
+        ValueError: it is no image that can be read, and why where the reason is ours.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            picture = upright_rgb(image)
+    except UNREADABLE as error:
+        reason = f" ({error})" if type(error) is ValueError else ""
+        raise ValueError(f"{printable(path.name)}{reason}") from None
+    picture.thumbnail((side, side))
+    return picture
 
 
 def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
-    """At most `most` pictures in RGB, at most `MAX_SIDE` wide and high.
+    """At most `most` images.
 
     Raises:
-        ValueError: there are too many, or some are no pictures.
+        ValueError: there are too many, or some are no images.
     """
     if len(paths) > most:
         raise ValueError(f"{len(paths)} pictures; at most {most} are read")
     pictures, broken = [], []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                picture = upright_rgb(image)
-            picture.thumbnail((MAX_SIDE, MAX_SIDE))
-            pictures.append(picture)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            broken.append(Path(path).name)
+            pictures.append(read_picture(Path(path)))
+        except ValueError as problem:
+            broken.append(str(problem))
     if broken:
         raise ValueError(f"no pictures: {', '.join(broken)}")
     return pictures

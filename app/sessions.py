@@ -15,7 +15,9 @@ from PIL import Image
 
 from .compare import Cell
 from .foreign import shortened
+from .measures import Measure
 from .output import png
+from .pictures import read_picture
 from .request import Adapter, CompareRequest, Limits
 from .runs import Run
 from .saved import View
@@ -36,6 +38,7 @@ class Session:
     view: View = field(default_factory=View)
     resume: tuple[CompareRequest, View] | None = None  # what to look at once opened settings have been painted again
     ballot: Ballot | None = None
+    measured: list[Measure] = field(default_factory=list)  # of the cells that are shown now
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
     looked_at: float = 0.0  # the page's clock, when the fields were last looked at for what to expect
@@ -58,13 +61,14 @@ class Session:
         return self.cancel
 
     def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
-        self.request, self.cells, self.addresses = request, [], {}
+        self.request, self.cells, self.addresses, self.measured = request, [], {}, []
         for file in self.folder.glob("pictures/*.png"):
             file.unlink()
         for cell in cells:
             self.add(cell)
 
     def add(self, cell: Cell) -> None:
+        self.measured = []
         self.cells.append(cell)
         self.addresses[id(cell)] = self.address(cell.image)
 
@@ -80,14 +84,12 @@ class Session:
         try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self.thumbnails:
-                with Image.open(path) as image:
-                    small = image.convert("RGB")
-                small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                small = read_picture(path, THUMBNAIL_SIDE)
                 if len(self.thumbnails) >= MAX_THUMBNAILS:
                     oldest = self.thumbnails.pop(next(iter(self.thumbnails)))
                     Path(oldest.partition("=")[2]).unlink(missing_ok=True)
                 self.thumbnails[key] = self.address(small, "samples")
-        except (OSError, Image.DecompressionBombError):
+        except (OSError, ValueError):
             return None
         return self.thumbnails[key]
 

@@ -189,18 +189,22 @@ def measures(request: CompareRequest, found: Sequence[Measure]) -> str:
     return table(("measure", *(c.label for c in columns)), lines, "Measures: mean (95 % interval), n")
 
 
+EARLIER = "This round is of an earlier comparison. Begin another round for the one on the Compare tab."
+
+
 def ballot(session: Session) -> str:
     """The pair to vote on. Both pictures get new files, so that nothing links them to the grid's."""
     current, count = session.ballot.current, len(session.ballot.pairs)
+    earlier = message(EARLIER, "warn") if session.ballot.request is not session.request else ""
     if current is None:
-        return message(f"All {count} pairs have a vote. The result says which column was which.", "good")
+        return earlier + message(f"All {count} pairs have a vote. The result says which column was which.", "good")
     images = "".join(
         f'<img src="{session.address(cell.image)}" alt="{side} picture">'
         for side, cell in (("left", current.left), ("right", current.right))
     )
     number = len(session.ballot.votes) + 1
     title = f"<p>{escaped(current.row.prompt)} <small>({number} of {count})</small></p>"
-    return f'<div class="ballot">{title}{images}</div>'
+    return f'{earlier}<div class="ballot">{title}{images}</div>'
 
 
 def vote_result(ballot: Ballot) -> str:

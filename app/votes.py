@@ -53,6 +53,7 @@ class Pair:
 class Ballot:
     """One visitor's round of pairs of two columns, in an order and with sides that nobody knows."""
 
+    request: CompareRequest
     first: Column
     second: Column
     pairs: list[Pair]
@@ -82,6 +83,15 @@ class Ballot:
         return list(zip(self.pairs, self.votes, strict=False))
 
 
+def default_pair(columns: Sequence[Column]) -> tuple[int, int]:
+    """The last column and the one before it, by number; of another adapter at the same strength if there is one."""
+    last = len(columns) - 1
+    equals = (
+        i for i in range(last - 1, -1, -1) if columns[i].adapter and columns[i].strength == columns[last].strength
+    )
+    return next(equals, max(0, last - 1)), last
+
+
 def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, second: Column) -> Ballot:
     """All rows that both columns painted, shuffled.
 
@@ -100,7 +110,7 @@ def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, s
     if not pairs:
         raise ValueError("these two columns have no pictures in common; compare them first")
     shuffler.shuffle(pairs)
-    return Ballot(first, second, pairs)
+    return Ballot(request, first, second, pairs)
 
 
 @dataclass(frozen=True)

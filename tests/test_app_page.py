@@ -24,6 +24,7 @@ from app.adapters import MAX_LABEL, AdapterShelf, default_label
 from app.compare import Cell
 from app.foreign import name_of
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths, unwritable
+from app.measures import measure
 from app.output import column_lines, difference, enlarged, heat_map, png, report, settings_line, sheet
 from app.request import Adapter, Column, CompareRequest, Limits, Scheduler, problems
 from app.saved import View, write_zip
@@ -293,6 +294,18 @@ def test_a_ballot_gives_no_side_away(tmp_path):
     assert text.count("<img") == 2
     assert not any(word in text for word in ("base", "one", "× 1", "file.safetensors"))
     assert not any(address in text for address in session.addresses.values())
+
+
+def test_figures_and_rounds_of_an_earlier_comparison_are_not_taken_for_this_one(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison()
+    session.show(request, cells)
+    session.measured = measure(request, cells, [], "sks")
+    session.ballot = make_ballot(request, cells, *request.columns)
+    assert "earlier comparison" not in views.ballot(session)
+    session.show(*comparison())
+    assert session.measured == []
+    assert "earlier comparison" in views.ballot(session)
 
 
 # ------------------------------------------------------------------------------------------ command and API

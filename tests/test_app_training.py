@@ -1,6 +1,7 @@
 """Training from the page: what is asked becomes a configuration file, a process, and an adapter to compare."""
 
 import dataclasses
+import io
 import time
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from app.runs import read_run
 from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
 from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.checks import check
+from reslora_diffusion.diffusion.data import open_upright
 from reslora_diffusion.diffusion.options import known_flags, parse
+from test_utils_images import WIDE
 
 # Behaves as the script does towards its caller: rows, a bar, an end on SIGTERM after the step under way.
 STAND_IN = """
@@ -115,6 +118,18 @@ def test_pictures_are_upright_small_and_white_behind(tmp_path):
     assert large.size == (MAX_SIDE, MAX_SIDE // 2)
 
 
+def test_pictures_are_converted_as_the_trainer_converts_them(tmp_path):
+    """Grey of 16 bits keeps its shades, and a colour profile is followed."""
+    ramp = Image.new("I;16", (4, 1))
+    ramp.putdata([0, 16_000, 32_000, 65_535])
+    ramp.save(tmp_path / "grey.png")
+    Image.new("RGB", (4, 4), (120, 220, 90)).save(tmp_path / "wide.png", icc_profile=WIDE)
+    grey, wide = read_pictures(pictures_in(tmp_path), 3)
+    assert [grey.getpixel((x, 0))[0] for x in range(4)] == [0, 62, 125, 255]
+    assert wide.getpixel((0, 0)) == open_upright(tmp_path / "wide.png").getpixel((0, 0))
+    assert wide.getpixel((0, 0))[0] < 60, "no longer the numbers of the file"
+
+
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x80\x04 pickle")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
@@ -122,6 +137,30 @@ def test_what_is_no_picture_is_named(tmp_path):
         read_pictures(pictures_in(tmp_path), 3)
     with pytest.raises(ValueError, match="at most 1"):
         read_pictures(pictures_in(tmp_path), 1)
+
+
+def outcome(path: str) -> Image.Image | str:
+    """The image, or what is said of it."""
+    try:
+        return read_pictures([path], 1)[0]
+    except ValueError as problem:
+        return str(problem)
+
+
+def test_damaged_and_foreign_pictures_are_named_and_nothing_else_is_raised(tmp_path):
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(good, "PNG")
+    Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
+    (tmp_path / "float.tiff").rename(tmp_path / "float.png")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for place in range(8, len(good.getvalue()), 3):
+        content = bytearray(good.getvalue())
+        content[place] ^= 0xFF
+        (tmp_path / f"{place:03}.png").write_bytes(content)
+    named = {Path(path).name for path in pictures_in(tmp_path) if isinstance(outcome(path), str)}
+    assert {"float.png", "script.png"} < named
+    with pytest.raises(ValueError, match=r"float\.png \(floating point.*, script\.png$"):
+        read_pictures([str(tmp_path / "float.png"), str(tmp_path / "script.png")], 2)
 
 
 # ---------------------------------------------------------------------------------------------------- process

@@ -12,7 +12,7 @@ from PIL import Image
 from app.compare import Cell
 from app.intervals import sign_test, wilson_interval
 from app.request import Adapter, Column, CompareRequest
-from app.votes import Choice, Verdict, conclusion, make_ballot, tallies, tally, votes_csv
+from app.votes import Choice, Verdict, conclusion, default_pair, make_ballot, tallies, tally, votes_csv
 
 ADAPTERS = (Adapter("=one", "p", "a"), Adapter("two", "q", "b"))
 
@@ -124,6 +124,15 @@ def test_an_empty_prompt_stays_empty_in_the_csv():
     chosen = ballot(prompts=("",))
     vote_for(chosen, chosen.first)
     assert next(csv.DictReader(io.StringIO(votes_csv(chosen))))["prompt"] == ""
+
+
+def test_the_pair_offered_first_is_of_one_strength():
+    request = CompareRequest(prompts=("a",), seeds=(0,), adapters=ADAPTERS, strengths=(0.5, 1.0))
+    pair = [request.columns[i].label for i in default_pair(request.columns)]
+    assert pair == ["=one × 1", "two × 1"]
+    alone = CompareRequest(prompts=("a",), seeds=(0,), adapters=ADAPTERS[:1])
+    assert default_pair(alone.columns) == (0, 1)
+    assert default_pair(alone.columns[:1]) == (0, 0)
 
 
 def test_two_equal_columns_make_no_ballot():

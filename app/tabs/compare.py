@@ -28,8 +28,9 @@ SHOW_STATUS = """() => {
 WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 
 
-def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Dependency]:
-    """Returns the adapters' control, which a training adds to, and the event that fills it when somebody comes."""
+def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Dependency, list[Dependency]]:
+    """Returns the adapters' control, which a training adds to, the event that fills it when somebody comes, and the
+    events after which other images are shown."""
     comparer, limits = studio.comparer, studio.comparer.limits
     # Gradio writes a value that comes for a folded field when it is unfolded, over what may have been typed by then:
     # these fields are filled when the page is built, not when somebody comes.
@@ -157,7 +158,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
                 session.add(cell)
                 if shown.is_due():
                     yield views.message(f"{len(session.cells)} of {count} pictures."), views.grid(session)
-        except ValueError as problem:
+        except (ValueError, RuntimeError) as problem:  # of a file, or of the machine, such as its memory
+            done = f"Ended by an error after {len(session.cells)} of {count} pictures, which stay."
+            yield views.message(done, "bad"), views.grid(session)
             raise refusal(problem) from None
         if session.cancel is cancel:
             yield finished(session, count), views.grid(session)
@@ -248,7 +251,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
     )
     look.refresh(opening)
     arrival = demo.load(arrive, None, [*unfolded, more, *results, *look.controls], **LIGHT, **PRIVATE)
-    return adapters, arrival
+    return adapters, arrival, [painting, opening]
 
 
 class Pace:

@@ -67,11 +67,14 @@ class Looking:
         shown += [gr.update(visible=False)] * 3 + [""]
         if session.request is None or None in (i, a, b):
             return shown
+        rows, columns = session.request.rows, session.request.columns
+        if i >= len(rows) or max(a, b) >= len(columns):  # of the comparison before
+            return shown
         session.view = View(chosen, i, a, b)
         if not single:
             return shown
         painted = {(c.row, c.column): c for c in session.cells}
-        columns, line = session.request.columns, session.request.rows[i]
+        line = rows[i]
         first, second = (painted.get((line, columns[j])) for j in (a, b))
         if first is None or second is None:
             shown[5] = views.message(NOT_PAINTED, "warn")

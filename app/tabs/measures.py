@@ -1,6 +1,9 @@
 """Measures: figures about the pictures of the Compare tab."""
 
+from collections.abc import Sequence
+
 import gradio as gr
+from gradio.events import Dependency
 
 from app import learned, views
 from app.measures import measure
@@ -18,7 +21,8 @@ EXPLANATION = (
 )
 
 
-def measures_tab(studio: Studio) -> None:
+def measures_tab(studio: Studio, tab: gr.Tab, news: Sequence[Dependency]) -> None:
+    """`news` are the events after which other images are shown."""
     gr.HTML(views.message(EXPLANATION), padding=False)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -51,18 +55,28 @@ def measures_tab(studio: Studio) -> None:
         chosen: str, paths: list[str] | None, subject_word: str, clip_name: str, dino_name: str, request: gr.Request
     ) -> str:
         session = studio.sessions.of(request.session_hash)
-        if not session.cells:
+        cells = list(session.cells)
+        if not cells:
             raise refusal("Compare something first: the measures are of the pictures of the Compare tab.")
         try:
             files = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
             pictures = read_pictures(files, MAX_REFERENCES)
-            values = measure(session.request, session.cells, pictures, subject_word.strip())
+            values = measure(session.request, cells, pictures, subject_word.strip())
             models = learned.load(clip_name, dino_name)
-            values += learned.learned_measures(session.cells, pictures, subject_word.strip(), *models)
+            values += learned.learned_measures(cells, pictures, subject_word.strip(), *models)
         except ValueError as problem:
             raise refusal(problem) from None
+        session.measured = values
         return views.measures(session.request, values)
+
+    def clear_stale(request: gr.Request) -> str | dict:
+        """Figures of images that are gone are taken away."""
+        return gr.skip() if studio.sessions.of(request.session_hash).measured else ""
 
     run.click(take, [subject, references, word, clip, dino], result, **HEAVY, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, references, **LIGHT, **PRIVATE)
-    references.clear(lambda: "", None, result, **LIGHT, **PRIVATE)
+    asked_anew = [subject.input, references.upload, references.clear, word.input, clip.input, dino.input]
+    gr.on(asked_anew, lambda: "", None, result, **LIGHT, **PRIVATE)
+    tab.select(clear_stale, None, result, **LIGHT, **PRIVATE)
+    for event in news:
+        event.then(clear_stale, None, result, **LIGHT, **PRIVATE)

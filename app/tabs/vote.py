@@ -6,7 +6,7 @@ from app import views
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
 from app.tabs import refusal
-from app.votes import Choice, make_ballot, votes_csv
+from app.votes import Choice, default_pair, make_ballot, votes_csv
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
@@ -50,22 +50,25 @@ def vote_tab(studio: Studio, tab: gr.Tab) -> None:
         return [views.ballot(session), *voting, *[gr.Button(interactive=bool(ballot.votes))] * 2]
 
     def columns(request: gr.Request) -> list:
+        """The columns of the comparison; those of the round that goes on stay chosen."""
         session = session_of(request)
         if session.request is None:
             return [gr.skip()] * 2
-        _, choices = views.pair_choices(session.request)
-        return [
-            gr.Dropdown(choices=choices, value=max(0, len(choices) - 2)),
-            gr.Dropdown(choices=choices, value=len(choices) - 1),
-        ]
+        labels, ballot = [column.label for column in session.request.columns], session.ballot
+        pair = [labels[i] for i in default_pair(session.request.columns)]
+        if ballot and ballot.request is session.request:
+            pair = [ballot.first.label, ballot.second.label]
+        return [gr.Dropdown(choices=labels, value=label) for label in pair]
 
-    def start(a: int | None, b: int | None, request: gr.Request) -> list:
+    def start(first: str | None, second: str | None, request: gr.Request) -> list:
         session = session_of(request)
-        if session.request is None or a is None or b is None:
+        if session.request is None or first is None or second is None:
             raise refusal("Compare something first: votes are on the pictures of the Compare tab.")
-        listed = session.request.columns
+        listed = {column.label: column for column in session.request.columns}
+        if gone := [label for label in (first, second) if label not in listed]:
+            raise refusal(f"The comparison has no column {gone[0]} any more: choose from the ones it has.")
         try:
-            session.ballot = make_ballot(session.request, session.cells, listed[a], listed[b])
+            session.ballot = make_ballot(session.request, session.cells, listed[first], listed[second])
         except ValueError as problem:
             raise refusal(problem) from None
         return [*state(session), "", gr.DownloadButton(interactive=False)]
