@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 EXIT_CODE = 2
 QUIT_CODE = 130  # as shells say of Ctrl-C
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -48,6 +49,14 @@ class Stopped(RuntimeError):
 
 class Interrupted(Exception):
     """A signal stopped a run where nothing is lost; says how to continue."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the machine did not suffice. Each device and library says it differently."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
 
 
 def refuse(problems: Iterable[str]) -> None:

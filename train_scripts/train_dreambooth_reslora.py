@@ -106,16 +106,17 @@ def train(run: "Run", step: int) -> int:
                 for batch in run.batches(step, micro):
                     whole.backward(batch)
             loss = average_gradients(run.parameters, total.clone(), accelerator.num_processes)
-            grad_norm = whole.update()
-            step += 1
-            run.log(step, loss, grad_norm)
-            run.lr_scheduler.step()
+            with run.changing():
+                grad_norm = whole.update()
+                step += 1
+                run.log(step, loss, grad_norm)
+                run.lr_scheduler.step()
+                if run.ema:
+                    run.ema.update(run.tensors, step)
+                if run.is_handover_step(step):
+                    run.hand_over()
+                    whole.forget()
 
-            if run.ema:
-                run.ema.update(run.tensors, step)
-            if run.is_handover_step(step):
-                run.hand_over()
-                whole.forget()
             if step % args.checkpointing_steps == 0:
                 run.save(step, args.checkpoints_total_limit)
             if run.is_validation_step(step):
@@ -288,22 +289,22 @@ def main(args: Namespace) -> Path:
 
 def teach(args: Namespace, plan: "Plan") -> Path:
     """One run, from its models to its exported files."""
-    with nothing_to_lose():
+    from reslora_diffusion.diffusion.rescue import enough_memory, rescued
+
+    with nothing_to_lose(), enough_memory(args):
         run, first_step = prepare(args, plan)
         if first_step == 0:
             run.validate(0)
     started = time.monotonic()
     try:
-        step = train(run, first_step)
+        with rescued(run, "training"):
+            step = train(run, first_step)
     finally:
         run.close()
     if step < plan.max_train_steps:
         raise Interrupted(f"after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
-    try:
+    with rescued(run, "merging"):
         merged, exported = run.finish(step)
-    except KeyboardInterrupt:
-        run.keep(step)
-        raise Interrupted(f"after step {step}, while merging; continue by --resume_from_checkpoint latest") from None
     if exported:
         print(merged)
         print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
-from ..problems import BadInput
+from ..problems import BadInput, listing, refuse
 from .attn_processor import set_attn_processors
 from .distributed import shard
 from .families import Family
@@ -57,10 +58,29 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
         )
     except (OSError, ValueError) as error:
         raise BadInput([f"{name} cannot be loaded: {error}"]) from error
+    refuse(f"{name}: {problem}" for problem in broken_weights(pipeline))
     pipeline.set_progress_bar_config(disable=True)
     if args.clip_skip:
         leave_out_layers(pipeline.text_encoder, args.clip_skip)
     return pipeline
+
+
+@torch.no_grad()
+def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
+    """What is wrong with the numbers in a base, whose losses and images would be NaN whatever is trained on it."""
+    for part, model in pipeline.components.items():
+        if not isinstance(model, nn.Module):
+            continue
+        floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype in DTYPES.values()}
+        # A sum is not finite if a number is not, and reads each number once without a copy.
+        doubtful = [name for name, tensor in floating.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+        if broken := [name for name in doubtful if not floating[name].isfinite().all()]:
+            several = "1 tensor" if len(broken) == 1 else f"{len(broken)} tensors"
+            hold = "holds" if len(broken) == 1 else "hold"
+            yield (
+                f"{several} of the {part} {hold} NaN or infinity: {listing(broken)}; wanted another copy of the model "
+                "(a download or a merge went wrong)"
+            )
 
 
 def prepare_models(

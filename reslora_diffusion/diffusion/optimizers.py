@@ -131,3 +131,12 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, max_tra
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+
+
+def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
+    """Put a fresh schedule where it is after `step` steps."""
+    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
+    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(step)
+    lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]

@@ -6,8 +6,8 @@ Methods are called by every process alike; only the main one writes. What is ran
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -36,9 +36,10 @@ from .loss import Denoiser
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
 from .models import DTYPES, base_model_name
-from .optimizers import DECIDED, make_lr_scheduler
+from .optimizers import DECIDED, fast_forward, make_lr_scheduler
 from .randomness import Stream, seed_of
 from .record import export_name, options, versions
+from .rescue import written_elsewhere
 from .sampling import Batch, Sampler
 from .validation import SHEET, Painter, fixed_noise_loss
 
@@ -70,6 +71,8 @@ class Run:
     loss_base: float
     lr_scheduler: LRScheduler = field(init=False)
     handed_over: bool = field(init=False, default=False)
+    step: int = field(init=False, default=0)  # steps that are done
+    settled: bool = field(init=False, default=True)  # whether all that a step changes belongs to that step
     saved_step: int | None = field(init=False, default=None)
     seen: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -185,7 +188,16 @@ class Run:
         try:
             write_checkpoint(self.output, step, write, limit)
         except (OSError, SafetensorError) as error:
-            raise Stopped(f"checkpoint-{step} cannot be written: {error}") from error
+            other = written_elsewhere(self.output, step, write)
+            raise Stopped(f"checkpoint-{step} cannot be written: {error}{other}") from error
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, adapters and optimizer go from one step to the next; an error in there leaves neither."""
+        self.settled = False
+        yield
+        self.step += 1
+        self.settled = True
 
     def keep(self, step: int) -> None:
         """A checkpoint without its LoRA; no process waits for another."""
@@ -220,7 +232,7 @@ class Run:
         self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
         fast_forward(self.lr_scheduler, facts["step"])
         self.scaler.load_state_dict(facts["scaler"])
-        self.saved_step = facts["step"]
+        self.step = self.saved_step = facts["step"]
         return facts["step"]
 
     # ------------------------------------------------------------------------------------------ look
@@ -303,11 +315,12 @@ class Run:
     def export(
         self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
     ) -> ExportReport:
-        """Write the plain LoRA of now."""
+        """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered, as kohya numbers it."""
+        name = export_name(self.args)
         return export_lora(
             folder,
             factors,
-            name=export_name(self.args),
+            name=name if folder == self.output else f"{name}-{step:06d}",
             dtype=DTYPES[self.args.save_precision],
             facts=self.facts(step, report),
         )
@@ -317,17 +330,12 @@ class Run:
         of the export."""
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
-        tensors = self.trained()
         with self.averaged():
             self.calibrate(self.args.distillation_steps or 0)
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
-            try:
-                exported = self.export(self.output, self.adapters.factors(), step, merged)
-            except ValueError as error:
-                self.write_checkpoint(step, lambda folder: None, tensors)
-                raise Stopped(f"nothing was exported: {error}; checkpoint-{step} holds the adapters") from error
+            exported = self.export(self.output, self.adapters.factors(), step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
         self.plot()
         tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
@@ -339,12 +347,3 @@ class Run:
         """Let the trackers write what they hold."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
-    """Put a fresh schedule where it is after `step` steps."""
-    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
-    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
-    for group, base, factor in rates:
-        group["lr"] = base * factor(step)
-    lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
