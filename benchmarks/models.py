@@ -125,3 +125,9 @@ SUBJECTS = {
 
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs, return_dict=False)[0]
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that most of a model consists of, under the names that diffusers and transformers know them by."""
+    kinds = getattr(model, "_repeated_blocks", None) or model._no_split_modules
+    return [module for module in model.modules() if type(module).__name__ in kinds]

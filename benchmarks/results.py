@@ -44,10 +44,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def write_results(path: str | Path, kind: str, results: Any, **facts: Any) -> None:
-    """One result file; `kind` is the benchmark that made it."""
+def write_results(path: str | Path, kind: str, results: Any, *, quiet: bool = False, **facts: Any) -> None:
+    """One result file; `kind` is the benchmark that made it, and unless `quiet` the path is printed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, "machine": machine(), "command": " ".join(sys.argv[1:]), **facts, "results": results}
     write_text(path, json.dumps(content, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    if not quiet:
+        print(f"\nwritten: {path}")

@@ -1,10 +1,9 @@
 """How long one training step takes, and how much memory: every variant of `benchmarks.variants` in one process.
 
-    python -m benchmarks.step [--device cpu|cuda] [--output FILE]
+    python -m benchmarks.step [--device cpu|cuda] [--model NAME ...] [--output FILE]
 
-Timings of a busy machine drift by more than the differences that matter. So variants take turns, in a new random order
-each round; each round gives one ratio to PEFT's LoRA; and the table has the median and quartiles of those ratios. PEFT
-takes part twice: the ratio of the two ("peft again") is what noise alone does.
+Variants take turns (`benchmarks.timing`), and PEFT's LoRA is the yardstick. PEFT takes part twice: the ratio of the two
+("peft again") is what noise alone does.
 
     CPU     processor time of one thread; models: a UNet that is bound by launching operations, the one of the embedded
             pipeline, one that is bound by arithmetic, a small Llama; float32. Processor time does not count what
@@ -18,17 +17,14 @@ updates by AdamW after. `overhead` is (t - floor) / (peft - floor), the share th
 """
 
 import argparse
+import copy
 import gc
-import math
-import random
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,32 +33,58 @@ from torch import Tensor, nn
 
 from reslora_diffusion.diffusion.capture import WARM_UP, CudaGraphs
 
-from .models import SUBJECTS, Subject, output
+from .models import SUBJECTS, Subject, output, repeated_blocks
 from .results import FOLDER, write_results
+from .timing import LEAST, MOST, clock_of, compare, cpu_time, peak_memory, table
 from .variants import VARIANTS
 
 AGAIN = "peft again"
 LARGE = ("floor", "peft", AGAIN, "peft_autocast", "lora", "input", "block", "middle", "lora_frozen", "input_frozen")
+LARGE += ("block_frozen", "middle_frozen")
 MAIN = ("floor", "peft", AGAIN, "lora", "input", "block", "middle")
 DEFAULT = [name for name in VARIANTS if not name.endswith("_frozen")] + ["lora_frozen", "input_frozen"]
-LEAST, MOST = 3, 12  # rounds of a case on a GPU
 # model, batch, number of rounds
 CPU_CASES = [("tiny_unet", 1, 60), ("sticker_unet", 4, 20), ("proxy_unet", 2, 8), ("tiny_llama", 2, 30)]
-# model, batch, mode; models are made once for neighbours
-CUDA_CASES = [("sd15", 4, "eager"), ("sd15", 1, "eager"), ("sd15", 1, "graph"), ("sd15", 4, "graph")]
-CUDA_CASES += [("sd15", batch, mode) for batch in (1, 4) for mode in ("whole step, eager", "whole step, graph")]
-CUDA_CASES += [("sd15", 8, "eager"), ("sd15", 8, "graph"), ("llama_1b", 1, "eager"), ("llama_1b", 4, "eager")]
-CUDA_CASES += [("sdxl", 1, "eager"), ("sdxl", 1, "graph"), ("sdxl", 4, "eager"), ("sdxl", 8, "eager")]
-CUDA_CASES += [("sd15", 4, "compiled")]
 
 
-def build(variant: str, of: Subject, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A fresh model, adapted."""
+class Case(NamedTuple):
+    """What is compared on a GPU: a model of `benchmarks.models`, its batch size, and how steps are launched."""
+
+    subject: str
+    batch: int
+    mode: str  # "eager", "graph", "whole step, eager", "whole step, graph", "compiled", "compiled blocks"
+
+    def __str__(self) -> str:
+        return f"{self.subject}, batch {self.batch}, {self.mode}"
+
+
+CUDA_CASES = [Case("sd15", 4, "eager"), Case("sd15", 1, "eager"), Case("sd15", 1, "graph"), Case("sd15", 4, "graph")]
+CUDA_CASES += [Case("sd15", batch, mode) for batch in (1, 4) for mode in ("whole step, eager", "whole step, graph")]
+CUDA_CASES += [Case("sd15", 8, "eager"), Case("sd15", 8, "graph")]
+CUDA_CASES += [Case("llama_1b", 1, "eager"), Case("llama_1b", 4, "eager")]
+CUDA_CASES += [Case("sdxl", 1, "eager"), Case("sdxl", 1, "graph"), Case("sdxl", 4, "eager"), Case("sdxl", 8, "eager")]
+CUDA_CASES += [Case("sd15", 4, "compiled")]
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def frozen(of: Subject, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The base model, with random weights."""
     torch.manual_seed(0)
     with device:
         model: nn.Module = of.make()
     model.train().requires_grad_(False)
-    nn.Module.to(model, dtype)
+    return nn.Module.to(model, dtype)
+
+
+def build(
+    variant: str, of: Subject, device: torch.device, dtype: torch.dtype, base: nn.Module | None = None
+) -> nn.Module:
+    """An adapted model of its own; it shares the frozen weights of `base`, where that is given."""
+    base = frozen(of, device, dtype) if base is None else base
+    model = copy.deepcopy(base, {id(each): each for each in [*base.parameters(), *base.buffers()]})
+    torch.manual_seed(0)
     VARIANTS[variant.removesuffix(" again")].adapt(model, of.targets, device.type == "cuda")
     return model
 
@@ -71,10 +93,44 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def prepare(model: nn.Module, inputs: dict[str, Tensor], autocast: bool = False, mode: str = "eager") -> Callable:
+class Models:
+    """The variants of each subject, made when they are first asked for; those of one subject share their base."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.bases: dict[str, nn.Module] = {}
+        self.made: dict[tuple[str, str], nn.Module] = {}
+
+    def base(self, subject: str) -> nn.Module:
+        """The frozen model."""
+        if subject not in self.bases:
+            self.bases[subject] = frozen(SUBJECTS[subject], self.device, self.dtype)
+        return self.bases[subject]
+
+    def __call__(self, subject: str, variant: str) -> nn.Module:
+        key = (subject, variant)
+        if key not in self.made:
+            self.made[key] = build(variant, SUBJECTS[subject], self.device, self.dtype, self.base(subject))
+        return self.made[key]
+
+    def forget(self, subject: str) -> None:
+        """Free the memory of a subject that is not needed any more."""
+        self.bases.pop(subject, None)
+        self.made = {key: model for key, model in self.made.items() if key[0] != subject}
+
+
+# ---------------------------------------------------------------------------------------------------------- steps
+
+
+def prepare(
+    model: nn.Module, inputs: dict[str, Tensor], autocast: bool = False, mode: str = "eager", backend: str = "inductor"
+) -> Callable:
     """A function that does one step of a model, and returns the loss."""
     parameters, device = trained(model), next(model.parameters()).device.type
-    forward = torch.compile(output, dynamic=False) if mode == "compiled" else output
+    forward = torch.compile(output, dynamic=False, backend=backend) if mode == "compiled" else output
+    if mode == "compiled blocks":
+        for block in repeated_blocks(model):
+            block.compile(dynamic=False, backend=backend)
     precision = partial(torch.autocast, device, torch.bfloat16) if autocast else nullcontext
 
     def step() -> Tensor:
@@ -104,7 +160,7 @@ def prepare(model: nn.Module, inputs: dict[str, Tensor], autocast: bool = False,
     return whole_step if mode.startswith("whole") else step
 
 
-def as_graph(step: Callable[[], Tensor], graphs: CudaGraphs) -> Callable[[], Any]:
+def as_graph(step: Callable[[], Any], graphs: CudaGraphs) -> Callable[[], Any]:
     """The step recorded once as a CUDA graph, and replayed."""
     with graphs.aside():
         for _ in range(WARM_UP):
@@ -112,106 +168,16 @@ def as_graph(step: Callable[[], Tensor], graphs: CudaGraphs) -> Callable[[], Any
     return graphs.record(step)
 
 
-# -------------------------------------------------------------------------------------------------------- clocks
+# ---------------------------------------------------------------------------------------------------------- cases
 
 
-def cpu_time(step: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that this thread computed."""
-    began = time.thread_time()
-    step()
-    return {"seconds": time.thread_time() - began}
-
-
-def cuda_time(step: Callable[[], Any], steps: int = 4) -> dict[str, float]:
-    """Seconds per step on the device, and on the host until the last launch."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    begin.record()
-    for _ in range(steps):
-        step()
-    end.record()
-    host = time.perf_counter() - began
-    torch.cuda.synchronize()
-    return {"seconds": begin.elapsed_time(end) / 1000 / steps, "host_seconds": host / steps}
-
-
-def peak_memory(step: Callable[[], Any]) -> float:
-    """Gigabytes above what is there before the step."""
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-# ----------------------------------------------------------------------------------------------------- comparison
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values * 3
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def compare(
-    steps: dict[str, Callable[[], Any]],
-    clock: Callable[[Callable[[], Any]], dict[str, float]],
-    rounds: int,
-    until: float = math.inf,
-) -> dict[str, dict[str, Any]]:
-    """Time all of them in turn; by variant its times and its ratios to PEFT, round by round.
-
-    After `until`, on the monotonic clock, there are no more than `LEAST` rounds.
-    """
-    order = random.Random(0)
-    names = list(steps)
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(-2, rounds):
-        if turn >= LEAST and time.monotonic() > until:
-            break
-        order.shuffle(names)
-        for name in names:
-            measured = clock(steps[name])
-            if turn >= 0:
-                times[name].append(measured)
-    seconds = {name: [each["seconds"] for each in measured] for name, measured in times.items()}
-    found = {}
-    for name, own in seconds.items():
-        found[name] = {
-            "seconds": quartiles(own),
-            "ratio": quartiles([a / b for a, b in zip(own, seconds["peft"], strict=True)]),
-            "rounds": len(own),
-        }
-        if "host_seconds" in times[name][0]:
-            found[name]["host_seconds"] = statistics.median(each["host_seconds"] for each in times[name])
-    floor, peft = (found[name]["seconds"][0] for name in ("floor", "peft"))
-    for values in found.values():
-        values["overhead"] = (values["seconds"][0] - floor) / (peft - floor)
-    return found
-
-
-def table(found: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'':20}{'ms (median)':>14}{'x PEFT':>9}{'quartiles':>16}{'overhead':>10}{'host ms':>9}{'peak GB':>9}"]
-    for name, values in found.items():
-        low, middle, high = values["ratio"]
-        host = f"{1000 * values['host_seconds']:.1f}" if "host_seconds" in values else ""
-        peak = f"{values['peak']:.2f}" if "peak" in values else ""
-        lines.append(
-            f"{name:20}{1000 * values['seconds'][1]:>14.2f}{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>16}"
-            f"{values['overhead']:>10.2f}{host:>9}{peak:>9}"
-        )
-    return "\n".join(lines)
-
-
-def on_cpu(variants: list[str], scale: float) -> dict[str, Any]:
+def on_cpu(variants: list[str], scale: float, subjects: Sequence[str]) -> dict[str, Any]:
     """All cases of a CPU."""
     torch.set_num_threads(1)
     found = {}
     for subject, batch, rounds in CPU_CASES:
+        if subject not in subjects:
+            continue
         of, cpu = SUBJECTS[subject], torch.device("cpu")
         names = [name for name in variants if VARIANTS[name].on_cpu]
         if "unet" not in subject:
@@ -224,93 +190,93 @@ def on_cpu(variants: list[str], scale: float) -> dict[str, Any]:
     return found
 
 
-def takes_part(name: str, subject: str, batch: int, mode: str) -> bool:
+def takes_part(name: str, case: Case) -> bool:
     """Whether a variant is measured: not all fit a card at once, or the time."""
-    if "llama" in subject and name.endswith("_frozen"):
+    if "llama" in case.subject and name.endswith("_frozen"):
         return False
-    return name in MAIN or (mode == "eager" and (name in LARGE or not (subject == "sdxl" or batch == 8)))
-
-
-def build_all(names: list[str], subject: str, device: torch.device) -> dict[str, nn.Module]:
-    """By variant, as many as there is memory for."""
-    models = {}
-    for name in names:
-        try:
-            models[name] = build(name, SUBJECTS[subject], device, torch.bfloat16)
-        except RuntimeError as error:
-            print(f"{subject}: {name} left out: {str(error).splitlines()[0]}", flush=True)
-    return models
+    few = case.subject == "sdxl" or case.batch == 8
+    return name in MAIN or (case.mode == "eager" and (name in LARGE or not few))
 
 
 def measure(
-    key: str, models: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, rounds: int, share: float, end: float
+    case: Case, names: list[str], models: Models, rounds: int, share: float, end: float, backend: str
 ) -> dict[str, dict[str, Any]]:
-    """One case on a GPU: of all the models that can; what cannot is named. Empty if `floor` or `peft` cannot.
+    """One case, of all the variants that can; what cannot is named. Empty if `floor` or `peft` cannot.
 
-    Up to `share` there may be more than the least number of rounds; no model begins after `end`.
+    Up to `share` there may be more than the least number of rounds; no variant begins after `end`.
     """
-    steps: dict[str, Callable[[], Any]] = {}
-    peaks = {}
-    graphs = CudaGraphs()
-    for name, model in models.items():
+    device, steps, peaks = models.device, {}, {}
+    inputs = SUBJECTS[case.subject].inputs(case.batch, device, models.dtype)
+    graphs = CudaGraphs() if case.mode.endswith("graph") else None
+    for name in names:
         if time.monotonic() > end:
-            print(f"{key}: {name} left out, the time is over", flush=True)
+            print(f"{case}: {name} left out, the time is over", flush=True)
             continue
         try:
-            step = prepare(model, inputs, VARIANTS[name.removesuffix(" again")].autocast, mode)
+            model = models(case.subject, name)
+            step = prepare(model, inputs, VARIANTS[name.removesuffix(" again")].autocast, case.mode, backend)
             step()
-            peaks[name] = peak_memory(step)
-            steps[name] = as_graph(step, graphs) if mode.endswith("graph") else step
+            peaks[name] = peak_memory(device, step)
+            steps[name] = step if graphs is None else as_graph(step, graphs)
             steps[name]()
         except RuntimeError as error:
             steps.pop(name, None)
-            print(f"{key}: {name} left out: {str(error).splitlines()[0]}", flush=True)
+            print(f"{case}: {name} left out: {str(error).splitlines()[0]}", flush=True)
     if not {"floor", "peft"} <= steps.keys():
         return {}
-    measured = compare(steps, cuda_time, rounds, share)
-    return {name: values | {"peak": peaks[name]} for name, values in measured.items()}
+    measured = compare(steps, clock_of(device, steps["peft"]), rounds, share)
+    return {name: values | ({"peak": peaks[name]} if peaks[name] else {}) for name, values in measured.items()}
 
 
-def clean() -> None:
+def clean(models: Models, case: Case) -> None:
+    """Free what a case leaves behind, models excepted."""
+    if case.mode == "compiled blocks":
+        for (subject, _), model in models.made.items():
+            for block in repeated_blocks(model) if subject == case.subject else ():
+                block._compiled_call_impl = None
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
 
 
-def on_cuda(variants: list[str], scale: float, minutes: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The cases of a GPU, as many as fit the time and the memory; what does not fit is named."""
+def measure_all(
+    cases: Sequence[Case],
+    variants: Sequence[str],
+    models: Models,
+    seconds: float,
+    *,
+    scale: float = 1.0,
+    backend: str = "inductor",
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The cases in order, as many as fit the time and the memory; what does not fit is named."""
     torch._dynamo.config.recompile_limit = 64  # variants share their code, each is compiled by itself
-    device, until, left = torch.device("cuda"), time.monotonic() + 60 * minutes, len(CUDA_CASES)
-    for subject, group in groupby(CUDA_CASES, key=lambda case: case[0]):
-        cases = list(group)
-        names = [name for name in [*variants, AGAIN] if any(takes_part(name, *case) for case in cases)]
-        models = build_all(names, subject, device) if time.monotonic() < until else {}
-        for _, batch, mode in cases:
-            key, now = f"{subject}, batch {batch}, {mode}", time.monotonic()
-            share, left = now + (until - now) / left, left - 1
-            if now > until:
-                print(f"\n{key}: left out, {minutes} minutes are over", flush=True)
-                continue
-            chosen = {name: model for name, model in models.items() if takes_part(name, subject, batch, mode)}
-            inputs = SUBJECTS[subject].inputs(batch, device, torch.bfloat16)
-            try:
-                found = measure(key, chosen, inputs, mode, max(LEAST, round(MOST * scale)), share, until)
-            except RuntimeError as error:
-                print(f"{key}: left out: {str(error).splitlines()[0]}", flush=True)
-                found = {}
-            if found:
-                print(f"\n{key}\n{table(found)}", flush=True)
-                yield key, found
-            del chosen
-            clean()
-        models.clear()
-        clean()
+    until = time.monotonic() + seconds
+    for place, case in enumerate(cases):
+        now = time.monotonic()
+        share = now + (until - now) / (len(cases) - place)
+        if now > until:
+            print(f"\n{case}: left out, {seconds:.0f} seconds are over", flush=True)
+            continue
+        names = [name for name in dict.fromkeys([*variants, AGAIN]) if takes_part(name, case)]
+        try:
+            found = measure(case, names, models, max(LEAST, round(MOST * scale)), share, until, backend)
+        except RuntimeError as error:
+            print(f"{case}: left out: {str(error).splitlines()[0]}", flush=True)
+            found = {}
+        if found:
+            print(f"\n{case}\n{table(found)}", flush=True)
+            yield str(case), found
+        if case.subject not in {later.subject for later in cases[place + 1 :]}:
+            models.forget(case.subject)
+        clean(models, case)
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    subjects = [case[0] for case in [*CPU_CASES, *CUDA_CASES]]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", nargs="+", default=subjects, choices=list(dict.fromkeys(subjects)), metavar="NAME")
     parser.add_argument("--variant", nargs="+", default=DEFAULT, choices=VARIANTS, help="floor and peft are added")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of rounds")
     parser.add_argument("--minutes", type=float, default=7.0, help="on a GPU, start no further case after this long")
@@ -322,10 +288,12 @@ def main() -> None:
     path = args.output or FOLDER / f"step-{args.device}.json"
     keep = partial(write_results, path, "step", clock="thread time" if args.device == "cpu" else "events")
     if args.device == "cpu":
-        keep(on_cpu(variants, args.scale))
+        keep(on_cpu(variants, args.scale, args.model))
     else:
         found: dict[str, Any] = {}
-        for case, values in on_cuda(variants, args.scale, args.minutes):
+        cases = [case for case in CUDA_CASES if case.subject in args.model]
+        models = Models(torch.device("cuda"), torch.bfloat16)
+        for case, values in measure_all(cases, variants, models, 60 * args.minutes, scale=args.scale):
             keep(found := found | {case: values})  # what there is stays, whatever comes after
         if not found:
             parser.exit(1, "no case fits this card\n")

@@ -7,18 +7,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.models import SUBJECTS
-from benchmarks.step import (
-    CUDA_CASES,
-    DEFAULT,
-    LARGE,
-    LEAST,
-    MAIN,
-    build,
-    compare,
-    prepare,
-    takes_part,
-    trained,
-)
+from benchmarks.step import CUDA_CASES, DEFAULT, LARGE, MAIN, Case, build, prepare, takes_part, trained
+from benchmarks.timing import LEAST, compare
 
 
 @pytest.mark.parametrize("variant", ["floor", "peft", "input", "block_frozen"])
@@ -48,10 +38,10 @@ def test_a_case_ends_in_time() -> None:
 
 def test_every_case_has_its_yardsticks_and_some_case_every_variant() -> None:
     assert {"floor", "peft"} < set(MAIN)
-    assert all(any(takes_part(name, *case) for case in CUDA_CASES) for name in DEFAULT)
-    assert not takes_part("kohya", "sdxl", 1, "eager")
-    assert all(takes_part(name, *case) for case in CUDA_CASES for name in MAIN)
-    assert takes_part(LARGE[-1], "sd15", 8, "eager")
+    assert all(any(takes_part(name, case) for case in CUDA_CASES) for name in DEFAULT)
+    assert not takes_part("kohya", Case("sdxl", 1, "eager"))
+    assert all(takes_part(name, case) for case in CUDA_CASES for name in MAIN)
+    assert takes_part(LARGE[-1], Case("sd15", 8, "eager"))
 
 
 def test_a_variant_for_which_there_was_no_memory_leaves_a_gap() -> None:
