@@ -118,7 +118,7 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = []
     for name, best in gains(results).items():
         memory = f", {best['memory']:+.1%} of the peak memory" if best["memory"] > -1 else ""
-        worth = "" if max(best.values()) >= GAIN else f": gains less than {GAIN:.0%} everywhere, may be deleted"
+        worth = f": gains less than {GAIN:.0%} everywhere, may be deleted" if max(best.values()) < GAIN else ""
         lines.append(f"{name}: at best {best['time']:+.1%} of the time{memory}{worth}")
     return lines
 
