@@ -208,7 +208,7 @@ def merge(
       reslora merge my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 fused
     """
     headers = read_headers(source)
-    check_merge(source, base, output, overwrite)
+    check_merge(source, base, output, overwrite, scale=scale)
     check_stored(headers, base)
     from .export.fusing import fuse
 

@@ -48,7 +48,8 @@ class Files:
         for suffix in dict.fromkeys((f".{variant}" if variant else "", "", ".fp16")):
             if path := self.path(f"{folder}{stem}{suffix}.safetensors"):
                 return shapes_in(path)
-            if index := self.path(f"{folder}{stem}.safetensors.index{suffix}.json"):
+            names = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
+            if index := self.path(f"{folder}{names[0]}") or self.path(f"{folder}{names[1]}"):  # now, and before 2024
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 paths = [self.path(f"{folder}{shard}") for shard in shards]
                 if None not in paths:

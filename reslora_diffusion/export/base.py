@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,10 +151,23 @@ def check_base(name: str) -> None:
 
 
 def check_merge(
-    source: str | Path, base: str, output: Path, overwrite: bool = False, unhealthy: Sequence[str] = ()
+    source: str | Path,
+    base: str,
+    output: Path,
+    overwrite: bool = False,
+    unhealthy: Sequence[str] = (),
+    scale: float = 1.0,
 ) -> None:
     """Raises ValueError if a LoRA cannot be merged into a base of that name, or its result not be put there."""
     problems = [*check_base_name(base), *taken(output, overwrite), *unhealthy]
+    if not math.isfinite(scale):
+        problems.append(f"scale: got {scale}, wanted a finite number")
+    if (
+        output.exists()
+        and Path(base).exists()
+        and output.resolve() in (Path(base).resolve(), *Path(base).resolve().parents)
+    ):
+        problems.append(f"{output} is or holds the base, which is being read; choose another output")
     if problems:
         raise ValueError("\n".join([f"{source} cannot be merged into {base}:", *(f"  - {p}" for p in problems)]))
 

@@ -1,18 +1,19 @@
-"""Fuse a LoRA into its base: W' = W + scale * delta_weight, added in float32, stored in the base's precision.
+"""Fuse a LoRA into its base: W' = W + scale * delta_weight, added in float32, stored in the precision W has.
 
 A base is a diffusers pipeline or a transformers model, in a folder or on the hub. What can be checked from its
-configurations is checked before its weights are loaded; what was written is read back and compared.
+configurations is checked before its weights are read. Its files are copied tensor by tensor (`rewriting`), and read
+back: the fused weights are what was computed, and all others are the base's, bit for bit.
 """
 
+import json
 import shutil
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
@@ -20,21 +21,22 @@ from ..problems import listing
 from ..utils.files import partial_name, replace_folder
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
-from .header import open_safetensors
-from .keys import DENOISERS, flat_path
+from .keys import flat_path
 from .limits import CheckFailed
 from .peft_folder import MODEL
 from .progress import progress
 from .proof import health_problems
 from .reader import read_lora
-from .standins import fitting_models, model_class, pipeline_index, transformers_config
+from .rewriting import WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
+from .standins import Models, fitting_models, pipeline_index, snapshot
 
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
+QUANTISED = "quantization_config"
 
 
 @dataclass(frozen=True)
 class FuseReport:
-    """A fused model. `rounding` is the largest share of a module's delta that the base's precision swallowed."""
+    """A fused model. `rounding` is the largest share of a module's delta that the base's precision swallowed;
+    `untouched` counts the other tensors, which are the base's bit for bit, or cast if a precision was asked for."""
 
     path: Path
     base: str
@@ -42,11 +44,18 @@ class FuseReport:
     scale: float
     dtype: str
     rounding: float
+    untouched: int = 0
+    precisions: dict[str, str] = field(default_factory=dict)
+    is_cast: bool = False
 
     def __str__(self) -> str:
+        same = "are the base's in that precision" if self.is_cast else "are the base's, bit for bit"
+        kinds = ", ".join(f"{component} {kind}" for component, kind in self.precisions.items())
         return (
             f"{self.modules} modules of {self.base} fused at scale {self.scale:g}; storing them as {self.dtype} cost "
-            f"at most {self.rounding:.1e} of a module's delta\nwrote {self.path}"
+            f"at most {self.rounding:.1e} of a module's delta\n"
+            f"the other {self.untouched} tensors {same}; stored as {kinds}\n"
+            f"wrote {self.path}"
         )
 
 
@@ -64,10 +73,10 @@ def fuse(
 
     Args:
         source: any LoRA file or folder.
-        base: folder or hub name of a diffusers pipeline or transformers model.
+        base: folder or hub name of a diffusers pipeline or transformers model, with safetensors weights.
         output: a new folder; one that holds something is replaced only with `overwrite`.
         scale: strength of the LoRA.
-        dtype: precision of the result; the base's own if not given.
+        dtype: precision of the result; every tensor keeps the base's own if not given.
         variant: of the base's weight files, such as "fp16".
 
     >>> fuse("my_lora.safetensors", "stable-diffusion-v1-5/stable-diffusion-v1-5", "fused")
@@ -79,94 +88,163 @@ def fuse(
     """
     output = Path(output)
     lora = read_lora(source)
-    check_merge(source, base, output, overwrite, health_problems(lora.components))
-    fitting_models(lora.components, base)
-    model, parts = load_whole(base, dtype, variant)
-    rounding, written = 0.0, {}
-    if tied := tied_weights(lora.components, parts):
-        raise ValueError(f"{source} cannot be merged into {base}: {listing(tied)} share their weight with other layers")
-    layers = {component: dict(parts[component].named_modules()) for component in lora.components}
-    todo = [(c, path, f) for c, modules in lora.components.items() for path, f in modules.items()]
-    for component, path, factors in progress(todo, "fusing"):
-        layer = base_layer(layers[component], path)
-        delta = scale * dense(factors, layer)
-        exact = layer.weight.data.float() + delta
-        fused = exact.to(layer.weight.dtype)
-        if not fused.isfinite().all():
-            raise CheckFailed(f"{component}.{path} overflows {fused.dtype} with the LoRA in it; nothing was written")
-        if size := delta.norm().item():
-            rounding = max(rounding, ((fused.float() - exact).norm() / size).item())
-        layer.weight.data = fused
-        written[component, path] = fused
+    check_merge(source, base, output, overwrite, health_problems(lora.components), scale)
+    models = fitting_models(lora.components, base)
+    if tied := tied_weights(lora.components, models):
+        raise ValueError(f"{source} cannot be merged into {base}: {tied_problem(tied)}")
+    folder = snapshot(base, variant)
+    files = weight_files(folder, variant)
+    free = shutil.disk_usage(next(place for place in output.absolute().parents if place.exists())).free
+    if (size := size_of(files.values())) > free:
+        raise ValueError(f"{output} needs {size / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free there")
+    fusion = Fusion(lora.components, models, files, scale, dtype)
     fresh = partial_name(output)
     try:
-        save_whole(model, base, fresh)
-        if unlike := [f"{c}.{path}" for (c, path), w in written.items() if not is_stored(fresh, c, path, w)]:
-            raise CheckFailed(f"{len(unlike)} fused modules were not written as computed: {listing(unlike)}")
+        copy_others(folder, fresh, dtype)
+        for name in components_in(folder):
+            copy_others(folder / name, fresh / name, dtype)
+        for component, weights in progress(list(files.items()), "fusing"):
+            change = fusion.change(component)
+            place = fresh if component == MODEL else fresh / component
+            rewritten(weights, place, change, dtype)
+            if unlike := differences(weights, place, change, dtype):
+                what = f"{len(unlike)} tensors of {component} were not written as computed"
+                raise CheckFailed(f"{what}: {listing(unlike)}")
         replace_folder(fresh, output)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    kinds = sorted({str(w.dtype).removeprefix("torch.") for w in written.values()})
-    return FuseReport(output, base, len(written), scale, ", ".join(kinds), rounding)
+    copies = {c: component_weights(output if c == MODEL else output / c, None) for c in files}
+    return FuseReport(
+        output,
+        base,
+        modules=len(fusion.stored),
+        scale=scale,
+        dtype=", ".join(sorted(set(fusion.stored.values()))),
+        rounding=max(fusion.rounding.values()),
+        untouched=sum(1 for weights in files.values() for _ in weights.tensors()) - len(fusion.stored),
+        precisions=precisions(copies),
+        is_cast=dtype is not None,
+    )
 
 
-def dense(factors: LoraFactors, layer: nn.Module) -> Tensor:
+class Fusion:
+    """Which tensors of which files a LoRA changes, and into what.
+
+    Raises:
+        ValueError: a module's weight is not in the files under a name that is known, or is quantised.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        models: Models,
+        files: Mapping[str, WeightFiles],
+        scale: float,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.scale, self.dtype = scale, dtype
+        self.factors: dict[tuple[str, str], tuple[str, LoraFactors, bool]] = {}
+        self.rounding: dict[tuple[str, str], float] = {}
+        self.stored: dict[tuple[str, str], str] = {}
+        missing = []
+        for component, modules in components.items():
+            names = {name for _, name in files[component].tensors()}
+            layers = dict(models[component].named_modules())
+            prefix = getattr(models[component], "base_model_prefix", "")
+            for path, factors in modules.items():
+                bare = (path, flat_path(path), path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
+                name = next((f"{place}.weight" for place in bare if f"{place}.weight" in names), None)
+                if name is None:
+                    missing.append(f"{component}.{path}")
+                else:
+                    transposed = is_transposed(base_layer(layers, path))
+                    self.factors[component, name] = (path, factors, transposed)
+        if missing:
+            raise ValueError(f"the base's files have no weight of that name for {listing(missing)}")
+
+    def change(self, component: str):
+        """The change of one component's tensors, for `rewriting`."""
+
+        def changed(name: str, weight: Tensor) -> Tensor:
+            key = component, name
+            if key not in self.factors:
+                return weight
+            path, factors, transposed = self.factors[key]
+            if not weight.is_floating_point() or weight.dtype.itemsize == 1:
+                kind = f"{weight.dtype}, which is no precision to add in"
+                raise ValueError(f"{component}.{path} of the base is stored as {kind}; merge into the original weights")
+            delta = self.scale * dense(factors, weight.shape, transposed)
+            exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
+            fused = exact.to(self.dtype or weight.dtype)
+            if not fused.isfinite().all():
+                raise CheckFailed(
+                    f"{component}.{path} overflows {fused.dtype} with the LoRA in it; nothing was written"
+                )
+            size = delta.norm().item()
+            self.rounding[key] = ((fused.to(exact.dtype) - exact).norm() / size).item() if size else 0.0
+            self.stored[key] = str(fused.dtype).removeprefix("torch.")
+            return fused
+
+        return changed
+
+
+def weight_files(folder: Path, variant: str | None) -> dict[str, WeightFiles]:
+    """The weights of every model of a base, by component.
+
+    Raises:
+        ValueError: one has none that can be used, with what there is.
+    """
+    places = [folder / name for name in components_in(folder)]
+    if not places:
+        refuse_quantised(folder)
+        return {MODEL: component_weights(folder, variant)}
+    problems, found = [], {}
+    for path in (place for place in places if (place / "config.json").is_file()):
+        try:
+            refuse_quantised(path)
+            found[path.name] = component_weights(path, variant)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def refuse_quantised(folder: Path) -> None:
+    config = folder / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(QUANTISED):
+        raise ValueError(f"{folder} is quantised ({QUANTISED} in its config.json); merge into the original weights")
+
+
+def components_in(folder: Path) -> list[str]:
+    """The components of a pipeline's folder; none of another folder."""
+    if not (folder / DiffusionPipeline.config_name).is_file():
+        return []
+    stated = pipeline_index(str(folder)) or {}
+    named = [name for name, kind in stated.items() if isinstance(kind, list | tuple) and kind[0] is not None]
+    return sorted(name for name in named if (folder / name).is_dir())
+
+
+def dense(factors: LoraFactors, shape: torch.Size, transposed: bool) -> Tensor:
     """Float32 delta_weight in the shape of a layer's weight."""
     A, B = matrices(factors)
     delta = (B @ A).float()
-    return delta.T if is_transposed(layer) else delta.reshape(layer.weight.shape)
+    return delta.T if transposed else delta.reshape(shape)
 
 
-def tied_weights(components: Components, parts: dict[str, nn.Module]) -> list[str]:
+def tied_weights(components: Components, models: Models) -> list[str]:
     """Modules whose weight is also another's, such as an output layer's that is the embedding: both would change."""
     tied = []
     for component, modules in components.items():
-        model = parts[component]
-        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        layers = dict(model.named_modules())
-        tied += [f"{component}.{path}" for path in modules if uses[id(base_layer(layers, path).weight)] > 1]
+        pairs = dict(getattr(models[component], "all_tied_weights_keys", None) or {})
+        names = {*pairs, *pairs.values()}
+        tied += [f"{component}.{path}" for path in modules if {f"{path}.weight", f"{flat_path(path)}.weight"} & names]
     return tied
 
 
-def load_whole(base: str, dtype: torch.dtype | None, variant: str | None) -> tuple[object, dict[str, nn.Module]]:
-    """The base with its weights, and its models by component."""
-    if pipeline_index(base) is None:
-        config = transformers_config(base)
-        cls = model_class(base, "transformers", config.architectures[0])
-        model = cls.from_pretrained(base, dtype=dtype or "auto")
-        return model, {MODEL: model}
-    folder = base if Path(base).is_dir() else DiffusionPipeline.download(base, variant=variant)
-    dtype = dtype or stored_dtype(Path(folder))
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
-    return pipeline, {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Precision of a pipeline's denoiser on disk."""
-    for component in DENOISERS:
-        for path in sorted((folder / component).glob("*.safetensors")):
-            with open_safetensors(path, framework="np") as file:
-                kinds = {file.get_slice(name).get_dtype() for name in list(file.keys())[:8]}
-            return STORED.get(kinds.pop(), torch.float32)
-    return torch.float32
-
-
-def save_whole(model: object, base: str, folder: Path) -> None:
-    """Everything that is needed to load it again, tokenizer included."""
-    model.save_pretrained(folder, safe_serialization=True)
-    if isinstance(model, transformers.PreTrainedModel):
-        try:
-            transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        except (OSError, ValueError):
-            pass  # a model without a tokenizer of its own
-
-
-def is_stored(folder: Path, component: str, path: str, weight: Tensor) -> bool:
-    """Whether a written model holds exactly this weight, under either of CLIP's names."""
-    place = folder if component == MODEL else folder / component
-    names = {f"{path}.weight", f"{flat_path(path)}.weight"}
-    for file_path in place.glob("*.safetensors"):
-        with open_safetensors(file_path) as file:
-            for name in names & set(file.keys()):
-                return torch.equal(file.get_tensor(name), weight)
-    return False
+def tied_problem(tied: list[str]) -> str:
+    """The one message about them."""
+    return (
+        f"{listing(tied)} share their weight with other layers, which a merge would change too; use the LoRA unmerged, "
+        "or untie the base first (tie_word_embeddings=False, and a copy of the embedding as output layer)"
+    )
