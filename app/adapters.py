@@ -4,22 +4,25 @@ What a picture was really painted with is taken from the layers: the adapters th
 each one's strength as its scaling now over its scaling when it was loaded. A switch that leaves anything else behind
 is an error, not a picture. Likewise for loading: what the layers hold is compared with the file, module by module.
 
-Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first.
+Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first;
+diffusers' loader gets the factors that were read, and never sees the file.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export.base import base_problems
-from reslora_diffusion.export.factors import relative_error
+from reslora_diffusion.export.factors import common_rank, relative_error
 from reslora_diffusion.export.inspection import Inspection, inspect_lora
 from reslora_diffusion.export.keys import flat_path
 from reslora_diffusion.export.reader import LoraFile, read_lora
+from reslora_diffusion.export.writer import diffusers_tensors, uniform
 
 from .foreign import name_of
 from .request import Adapter, Column, Limits, joined
@@ -82,12 +85,10 @@ class AdapterShelf:
             raise ValueError(joined(f"{adapter.label} does not fit the loaded base", card.mismatches))
         if len(self.loaded) >= MAX_LOADED:
             self.unload(next(iter(self.loaded)))
-        path = Path(adapter.path)
-        self.pipe.load_lora_weights(
-            path.parent, weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
-        )
+        lora = read_lora(Path(adapter.path))
+        self.pipe.load_lora_weights(tensors_of(lora), adapter_name=name)
         self.loaded[name] = {layer: layer.scaling[name] for layer in self.layers() if name in layer.scaling}
-        if unlike := self.differences(name, read_lora(path)):
+        if unlike := self.differences(name, lora):
             self.unload(name)
             raise ValueError(joined(f"{adapter.label} did not arrive in the pipeline as its file has it", unlike))
         return name
@@ -151,6 +152,12 @@ class AdapterShelf:
         if uneven := {n: s for n, s in strengths.items() if max(s) - min(s) > STRENGTH_TOLERANCE}:
             raise RuntimeError(f"layers disagree about the strength of {', '.join(uneven)}")
         return {name: max(values) for name, values in strengths.items()}
+
+
+def tensors_of(lora: LoraFile) -> dict[str, Tensor]:
+    """A file's factors as diffusers' loader takes them, without the file's header: it may hold regular expressions
+    that never end, and whoever runs them holds the whole process."""
+    return diffusers_tensors(uniform(lora.components, common_rank(lora.components), torch.float32))
 
 
 def mismatches(inspection: Inspection, lora: LoraFile, models: dict[str, nn.Module]) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from app.adapters import AdapterShelf
 from app.compare import Comparer
@@ -178,6 +180,26 @@ def test_broken_files_are_refused(folder, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         AdapterShelf(make_pipeline(folder / "pipe")).card(path)
+
+
+ENDLESS = "(([a-z_0-9.]+)+)+!"
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_no_expression_of_a_header_is_run_to_its_end(comparer, folder, files, field):
+    """PEFT runs those that diffusers finds in the header, and Python's engine holds every thread meanwhile."""
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"], "peft_type": "LORA"}
+    settings[field] = {ENDLESS: 2} if field.endswith("_pattern") else ENDLESS
+    header = {f"unet.{name}": value for name, value in settings.items()}
+    path = folder / f"endless-{field}.safetensors"
+    save_file(load_file(files["two"]), path, {"lora_adapter_metadata": json.dumps(header)})
+    began = time.monotonic()
+    try:
+        card = comparer.shelf.card(path)
+        comparer.shelf.load(card.adapter)
+    except ValueError as problem:
+        assert field in str(problem)  # noqa: PT017 (either of the two is right)
+    assert time.monotonic() - began < 5
 
 
 def test_estimate_counts_and_scales_with_steps(comparer):
