@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     checkpoint, rows = check(options, values, task_problems(options), lambda: read(options), metrics)
     with importing():
         training = training_arguments(values)
-    refuse(launcher_problems(options))
+    refuse(launcher_problems(options, training))
     return train(options, training, rows, checkpoint)
 
 

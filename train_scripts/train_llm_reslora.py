@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     with importing():
         training = training_arguments(values)
-    refuse(launcher_problems(options))
+    refuse(launcher_problems(options, training))
     return train(options, training, rows, checkpoint)
 
 
@@ -75,10 +75,10 @@ def train(
 
     from reslora_diffusion.llm import data as llm_data
     from reslora_diffusion.llm import models
-    from reslora_diffusion.llm.encoding import Collator, pack, packing_problem
+    from reslora_diffusion.llm.encoding import Collator, pack, uses_flash_attention
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.results import export, history, start_record, write_json
-    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, Quiz, calibration_batches
+    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, PackingProbe, Quiz, calibration_batches
 
     kind = TaskType.CAUSAL_LM
     config = models.load_config(options, kind)
@@ -97,9 +97,7 @@ def train(
     model = models.load_model(options, config, kind)
     models.stop_at(model, data.ends)
     model = models.add_adapter(model, options, kind)
-    collate = Collator(tokenizer.pad_token_id)
-    if options.packing:
-        refuse(filter(None, [packing_problem(model, collate, data.train)]))
+    collate = Collator(tokenizer.pad_token_id, lengths=uses_flash_attention(model))
     calibration = calibration_batches(
         data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
     )
@@ -125,6 +123,8 @@ def train(
         distillation_steps=options.distillation_steps,
         quiz=quiz,
     )
+    if options.packing:
+        trainer.add_callback(PackingProbe(collate, data.train, trainer.accelerator))
     counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)}
     start_record(trainer, options, examples=counts, notes=data.notes)
 

@@ -8,7 +8,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..environment import missing_packages, unwritable
 from ..problems import BadInput, refuse
@@ -17,6 +17,9 @@ from .model_checks import stored_problems
 from .options import ModelOptions
 from .records import is_json_lines
 from .resuming import checkpoint_of, checkpoints_in
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 TRACKERS = {  # of transformers, and the package that each needs
@@ -152,6 +155,9 @@ def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
     problems += tracker_problems(training.report_to)
+    attention = options.attn_implementation or ""
+    if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
+        problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
     if training.push_to_hub and training.hub_strategy not in ("every_save", "end"):
         problems.append(
             f"--hub_strategy: got {training.hub_strategy}; what is uploaded is the exported LoRA, once, at the end"
@@ -200,10 +206,15 @@ def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]
         yield f"{name}: refines what was fitted on data; got --merge_method {options.merge_method}"
 
 
-def launcher_problems(options: ModelOptions) -> Iterator[str]:
+def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
     """What does not run as training is distributed; asked once `TrainingArguments` are made, which find that out."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if training.n_gpu > 1 and getattr(options, "packing", False) and "flash" in (options.attn_implementation or ""):
+        yield (
+            f"--packing with {options.attn_implementation}: {training.n_gpu} GPUs of one process share out rows, not their "
+            f"lengths; wanted a process for each, by accelerate launch --num_processes {training.n_gpu}"
+        )
     if not is_deepspeed_zero3_enabled():
         return
     if getattr(options, "save_merged_model", False):

@@ -30,6 +30,9 @@ from reslora_diffusion import (
     merged_forward,
 )
 
+from ..problems import refuse
+from .encoder import Encoded
+from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
 from .resuming import write_checksums
 
@@ -205,6 +208,25 @@ class Handover(TrainerCallback):
             recall_factors(model)
             calibrate(model, self.calibration, run_model)
             handover(model)
+
+
+class PackingProbe(TrainerCallback):
+    """Tries out, once the model is where it is trained, whether packed examples see each other.
+
+    Raises:
+        BadInput: they do.
+    """
+
+    def __init__(self, collate: Collator, examples: Sequence[Encoded], accelerator: Accelerator) -> None:
+        self.collate, self.examples, self.accelerator = collate, examples, accelerator
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        with self.accelerator.autocast():
+            problem = packing_problem(getattr(model, "module", model), self.collate, self.examples)
+        recall_factors(model)
+        refuse([problem] if problem else [])
 
 
 def restore_shortcut(model: nn.Module, checkpoint: str) -> None:
