@@ -212,7 +212,7 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
 
     if training.n_gpu > 1 and getattr(options, "packing", False) and "flash" in (options.attn_implementation or ""):
         yield (
-            f"--packing with {options.attn_implementation}: {training.n_gpu} GPUs of one process share out rows, not their "
+            f"--packing with {options.attn_implementation}: several GPUs of one process share out rows, not their "
             f"lengths; wanted a process for each, by accelerate launch --num_processes {training.n_gpu}"
         )
     if not is_deepspeed_zero3_enabled():
