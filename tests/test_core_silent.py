@@ -1,5 +1,6 @@
 """What once was wrong without a word: each test holds the right value, and fails on the code that had the fault."""
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,16 @@ import torch
 import transformers
 from diffusers import Lumina2Transformer2DModel, StableDiffusionPipeline, UNetMotionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -365,3 +375,129 @@ def test_layers_that_run_twice_in_a_forward_are_plain_lora() -> None:
         assert explain(model).links == 2
         model(input_ids=torch.arange(6)[None]).last_hidden_state.sum().backward()
         assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+# --------------------------------------------------------------------------------- factors that others put in place
+
+
+@pytest.mark.parametrize("shortcut", LINKED)
+def test_factors_that_eva_replaces_are_linked_anew(shortcut: str) -> None:
+    """After a forward, kernels went on with the old factors: wrong outputs, and new ones without a gradient."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LLAMA_TARGETS, "shortcut": shortcut}
+    config = ResLoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM")
+    model = get_peft_model(build("llama").float(), config).double()
+    args = inputs("llama")
+    output("llama", model, args)
+    batches = [{"input_ids": inputs("llama", batch=8, seed=n)[0]} for n in range(4)]
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    model.double()
+    ranks = {module.r["default"] for module in model.modules() if isinstance(module, LoraLayer)}
+    assert len(ranks) > 1
+    randomise(model)
+    output("llama", model, args).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
+    again = get_peft_model(build("llama"), copy.deepcopy(model.peft_config["default"])).double()
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert torch.allclose(output("llama", model, args), output("llama", again, args), atol=1e-12)
+    assert explain(model).to_dict() == explain(again).to_dict()
+    if shortcut == "block":
+        want = output("llama", model, args)
+        merged = model.merge_and_unload()
+        assert torch.allclose(output("llama", merged, args), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("shortcut", ["none", *LINKED])
+def test_factors_that_are_replaced_are_used(shortcut: str) -> None:
+    """By `update_layer`, in the layer that another one reads and in the one that reads."""
+    model = adapted("llama", shortcut)
+    args = inputs("llama")
+    before = output("llama", model, args)
+    for number in (1, 2):
+        layer = model.get_submodule(f"model.layers.{number}.self_attn.q_proj")
+        layer.update_layer("default", 3, 6, model.peft_config["default"])
+    randomise(model.double(), seed=2)
+    fresh = adapted("llama", shortcut)
+    randomise(fresh, seed=2)
+    got = output("llama", model, args)
+    assert torch.allclose(got, output("llama", fresh, args), atol=1e-12)
+    assert (got - before).abs().max() > 1e-3
+
+
+def test_a_layer_that_is_taken_away_is_no_link() -> None:
+    """EVA removes layers of rank 0."""
+    model = adapted("llama", "middle", target_modules=["q_proj"])
+    args = inputs("llama")
+    output("llama", model, args)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    attached = [name for chain in explain(model).chains for site in chain.sites for name in [site.name]]
+    assert attached == [f"model.layers.{n}.self_attn.q_proj" for n in (1, 2, 3)]
+    assert explain(model).links == 2
+    output("llama", model, args).sum().backward()
+    assert "model.layers.0.self_attn.q_proj" not in merged_factors(calibrated("llama", model))
+
+
+class Rungs(nn.Module):
+    """A stack whose layers do not feed each other, so that what an adapter adds is linear in each layer's B A."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([layer(x) for layer, x in zip(self.layers, inputs, strict=True)])
+
+
+def two_adapters(first: dict, second: dict) -> PeftModel:
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["0", "1", "2"]}
+    model = get_peft_model(Rungs(), ResLoraConfig(**(settings | first)), "a")
+    model.add_adapter("b", ResLoraConfig(**(settings | second)))
+    randomise(model.double())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize("shortcut", ["none", *LINKED])
+def test_combining_adapters_is_right_or_refused(shortcut: str, kind: str) -> None:
+    """The combination adds what the two add. `svd` refactors layers one by one, which was wrong for `middle`."""
+    model = two_adapters({"shortcut": shortcut}, {"shortcut": shortcut})
+    weights, x = {"a": 0.5, "b": 2.0}, torch.randn(3, 5, 6, dtype=torch.float64)
+    if (shortcut, kind) == ("middle", "svd"):
+        with pytest.raises(ValueError, match=r"'svd' takes each layer's B A apart.*'middle'.*wanted 'cat'"):
+            model.add_weighted_adapter(list(weights), list(weights.values()), "c", kind)
+        assert "c" not in model.peft_config
+        return
+    model.add_weighted_adapter(list(weights), list(weights.values()), "c", kind, svd_rank=4)
+    model.double()
+    with model.disable_adapter():
+        base = model(x)
+    added = {}
+    for name in ("a", "b", "c"):
+        model.set_adapter(name)
+        added[name] = model(x) - base
+    wanted = sum(weight * added[name] for name, weight in weights.items())
+    assert torch.allclose(added["c"], wanted, atol=1e-6)
+    assert wanted.abs().max() > 1e-1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"shortcut": "input"}, {"shortcut": "block"}),
+        ({"shortcut": "block"}, {"shortcut": "none"}),
+        ({"shortcut": "block", "num_previous": 1}, {"shortcut": "block", "num_previous": 2}),
+        ({"shortcut": "input"}, {"shortcut": "input", "target_modules": ["0", "2"]}),
+    ],
+)
+def test_adapters_of_different_links_are_not_combined(first: dict, second: dict) -> None:
+    """They were joined as the first one's are."""
+    model = two_adapters(first, second)
+    with pytest.raises(ValueError, match=r"joined differently.*merged_factors, reslora_diffusion.export.combine"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
+
+
+def test_middle_is_not_combined_where_scalings_differ_in_a_chain() -> None:
+    options = {"shortcut": "middle", "alpha_pattern": {"layers.1": 8}}
+    with pytest.raises(ValueError, match="whose scalings differ here"):
+        two_adapters(options, options).add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")

@@ -15,6 +15,7 @@ Inside `merged_forward` it computes the plain LoRA that it will be exported as.
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -80,8 +81,9 @@ class Controller:
         self.corrections_while_merged: dict[str, Tensor] = {}
         self.skipped: dict[str, int] = {}
         self.fusion = Fusion()
+        self.homes = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
         self.root_name, self.root = find_root(model, list(layers))
-        parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in layers}
+        parents = set(map(id, self.homes.values()))
         self.fusible = [m for m in model.modules() if id(m) in parents and hasattr(m, "fused_projections")]
         self.gone = False
         self.link()
@@ -97,6 +99,7 @@ class Controller:
         shortcut = self.config.effective_shortcut
         self.shortcut = shortcut
         self.fusion.forget()
+        self.places = self.present_places()
         dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
         self.chains = build_chains(self.sites.values(), shortcut, self.config.same_resolution_only)
@@ -110,6 +113,51 @@ class Controller:
                 running_sum = shortcut is Shortcut.MIDDLE and self.config.num_previous is None
                 self.readers[site.name] = min(later, 1 if running_sum else self.config.num_previous or later)
 
+    def refresh(self) -> None:
+        """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation."""
+        if all(home.get(key) is module for home, key, module in self.places):
+            return
+        layers = {name: layer for name, layer in self.layers.items() if self.is_present(name, layer)}
+        if not layers:  # the adapter is gone
+            return
+        self.layers, before = layers, self.places
+        self.places = self.present_places()
+        if len(before) == len(self.places) and not any(
+            new is not old and "weight" in new._parameters  # rather than a wrapper around the old one
+            for (*_, new), (*_, old) in zip(self.places, before, strict=True)
+        ):
+            return
+        ranks = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
+        self.sites = {n: replace(site, rank=ranks[n]) for n, site in self.sites.items() if n in ranks}
+        self.calibration, self.calibrated_at = {}, {}
+        self.link()
+
+    def present_places(self) -> list[tuple[Any, str, Any]]:
+        """Where layers and factors stand now: dictionary of a parent, key, module."""
+        found: list[tuple[Any, str, Any]] = []
+        for name, layer in self.layers.items():
+            home, key = self.homes[name]._modules, name.rpartition(".")[2]
+            found.append((home, key, home[key]))
+            for side in (layer.lora_A._modules, layer.lora_B._modules):
+                found.append((side, self.adapter_name, side[self.adapter_name]))
+        return found
+
+    def is_present(self, name: str, layer: Any) -> bool:
+        """Whether a layer is where it was, or wrapped, and has this adapter."""
+        found = self.homes[name]._modules.get(name.rpartition(".")[2])
+        inside = found is layer or (found is not None and any(module is layer for module in found.modules()))
+        return inside and self.adapter_name in layer.lora_A
+
+    @property
+    def joined(self) -> list[list[str]]:
+        """Names of the layers of each chain in which some are joined."""
+        return [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]
+
+    def scales_chains_evenly(self) -> bool:
+        """Whether the layers of each chain have one scaling."""
+        scalings = [{self.layers[name].scaling[self.adapter_name] for name in chain} for chain in self.joined]
+        return all(len(found) == 1 for found in scalings)
+
     @property
     def is_plain(self) -> bool:
         """Whether no layer is joined to another, so that the factors are those of a plain LoRA."""
@@ -117,7 +165,7 @@ class Controller:
 
     def roots_of_chains(self, model: nn.Module) -> dict[str, nn.Module]:
         """The outermost of the modules that run whole chains: one for a UNet, two for an encoder and its decoder."""
-        names = [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]
+        names = self.joined
         if self.shortcut not in (Shortcut.INPUT, Shortcut.MIDDLE) or not names:
             return {self.root_name: self.root}
         found = dict(find_root(model, chain) for chain in names)
@@ -150,6 +198,8 @@ class Controller:
 
     def open(self, root: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the root."""
+        if not torch.compiler.is_compiling():  # the form that is compiled reads factors where they are
+            self.refresh()
         self.gone = self.is_gone()
         if self.gone:  # `close` will take the hooks away
             return

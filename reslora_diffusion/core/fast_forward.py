@@ -47,6 +47,7 @@ class Fusion:
         self.packed: dict[tuple[str, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.packed_with_grad = False
         self.sharded = False
+        self.is_open = False  # inside a forward of the root
         self.said: set[str] = set()
 
     def __deepcopy__(self, memo: dict) -> "Fusion":
@@ -83,6 +84,7 @@ class Fusion:
         """Pack the factors of a forward that begins."""
         if torch.compiler.is_compiling():
             return
+        self.is_open = True
         if not self.alone:
             self.alone = {name: self.group(controller, (name,)) for name in controller.sites}
             pairs = [(group.down_modules[0], group.up_modules[0][0]) for group in self.alone.values()]
@@ -119,6 +121,7 @@ class Fusion:
 
     def close(self) -> None:
         """Inverse of `open`."""
+        self.is_open = False
         self.ready.clear()
         self.packed.clear()
 
@@ -146,6 +149,9 @@ class Fusion:
                 return output
             controller.retract(site)
         group = self.alone.get(site.name) or self.group(controller, (site.name,))
+        if not self.is_open and not group.is_current(controller):
+            controller.refresh()
+            group = self.group(controller, (site.name,))
         if why_plain(controller, group, x) is not None:
             return None
         scaling = group.scalings[0][controller.adapter_name]

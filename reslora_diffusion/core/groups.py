@@ -46,6 +46,17 @@ class Group:
     publishes: Publishes
     unfit: str | None  # why it can never be fused
 
+    def is_current(self, controller: "Controller") -> bool:
+        """Whether the layers still have the factors that they had."""
+        layers, adapter = controller.layers, controller.adapter_name
+        return all(
+            layers[part].lora_A[adapter] is module for part, module in zip(self.down, self.down_modules, strict=True)
+        ) and all(
+            layers[part].lora_B[adapter] is module
+            for window, modules in zip(self.up, self.up_modules, strict=True)
+            for part, module in zip(window, modules, strict=True)
+        )
+
     @classmethod
     def of(cls, controller: "Controller", names: tuple[str, ...]) -> "Group":
         adapter, shortcut = controller.adapter_name, controller.shortcut

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..problems import listing
 from ..rules import UNMERGED_KEY
-from .chains import runs_twice
+from .chains import Site, runs_twice
 from .config import PeftType, ResLoraConfig, Shortcut
 from .controller import Controller, Unjoined
 from .functional import delta_weight
@@ -47,8 +47,13 @@ class ResLoraVariant(LoraVariant):
 
     def __init__(self, controller: Controller, name: str) -> None:
         self.controller = controller
-        self.site = controller.sites[name]
+        self.name = name
         self.merged_delta: Tensor | None = None
+
+    @property
+    def site(self) -> Site:
+        """The layer's place in the chains as they are now."""
+        return self.controller.sites[self.name]
 
     def supports_lora_conversion(self) -> bool:
         return False  # B A alone is not what was trained; `export` writes the plain LoRA that is
@@ -137,6 +142,22 @@ class ResLoraModel(LoraModel):
             if (controller := find_controller(self.model, name)) is not None:
                 corrections_of(controller)  # raises, if it does, before the first layer is changed
         super().merge_adapter(adapter_names, safe_merge)
+
+    def add_weighted_adapter(  # type: ignore[override]
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Any = "svd",
+        **options: Any,
+    ) -> None:
+        """As PEFT's, where one adapter of this method can be what is asked for.
+
+        Raises:
+            ValueError: the adapters are joined differently, or the combination does not keep what the shortcut needs.
+        """
+        refuse_combination(self.model, adapters, combination_type)
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
         controller = find_controller(self.model, adapter_name)
@@ -259,6 +280,34 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
             layer.forward = FastForward(layer)  # type: ignore[attr-defined]
 
 
+def refuse_combination(model: nn.Module, adapters: list[str], combination_type: str) -> None:
+    """Raise `ValueError` if adapters cannot be combined into one of the same shortcut.
+
+    Side by side (`cat`) they can, where their links are the same. By SVD of each layer's own B A they cannot for
+    `middle`, whose B_n A_{n-1} x needs the factors of neighbours in one basis.
+    """
+    controllers = {name: find_controller(model, name) for name in adapters}
+    ours = {name: one for name, one in controllers.items() if one is not None and not one.is_plain}
+    ways = [(one.shortcut, one.config.num_previous, one.joined) for one in ours.values()]
+    problems = []
+    if ours and (len(ours) < len(controllers) or any(way != ways[0] for way in ways)):
+        kinds = ", ".join(f"{name!r} by {str(ours[name].shortcut) if name in ours else 'none'}" for name in controllers)
+        problems.append(f"the layers of the adapters are joined differently ({kinds}), and one adapter has one way")
+    elif len(ours) > 1 and ways[0][0] is Shortcut.MIDDLE:
+        if combination_type.endswith("svd"):
+            problems.append(
+                f"combination_type {combination_type!r} takes each layer's B A apart anew, and shortcut 'middle' "
+                "multiplies factors of several layers; wanted 'cat' or 'linear'"
+            )
+        elif any(not one.scales_chains_evenly() for one in ours.values()):
+            problems.append("shortcut 'middle' multiplies factors of several layers, whose scalings differ here")
+    if problems:
+        raise ValueError(
+            "add_weighted_adapter: " + "; ".join(problems) + ". Or combine the plain LoRAs that they merge into "
+            "(merged_factors, reslora_diffusion.export.combine)"
+        )
+
+
 def say_what_is_alone(controller: Controller) -> None:
     """Log which layers the shortcut joins to no other; as a warning where that is all of a role."""
     found = controller.explain()
@@ -291,6 +340,7 @@ def find_controller(model: nn.Module, adapter_name: str) -> Controller | None:
     for module in model.modules():
         variant = getattr(module, "lora_variant", {}).get(adapter_name)
         if isinstance(variant, ResLoraVariant):
+            variant.controller.refresh()
             return variant.controller
     return None
 
