@@ -2,6 +2,7 @@
 
     export RUN OUT     inspect FILE     verify FILE     merge FILE --base MODEL OUT
     resize FILE        combine A B      convert FILE    extract TUNED BASE
+    train   train-llm   glue   compare   env            the programs, see `programs`
 
 Each command is a thin view of the function of the same name in `reslora_diffusion.export`. Input is looked at before
 torch is imported, so that `--help`, `inspect` and bad input answer at once.
@@ -12,17 +13,18 @@ Exit codes: 0 done, 1 a check failed (nothing was written), 2 the input cannot b
 import json
 import os
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
+from .choices import Modules, Precision, Target
 from .export.base import check_base, check_merge, check_pair, check_stored
 from .export.header import read_headers
 from .export.limits import CheckFailed, check_weights, parse_rank
 from .problems import printable_lines
+from .programs import add_commands
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
@@ -43,7 +45,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="LoRA files that provably load: export, inspect, verify, merge, resize, combine, convert, extract.\n\n"
+    help="Train, and LoRA files that provably load: export, inspect, verify, merge, resize, combine, convert.\n\n"
     "Exit codes: 0 done, 1 a check failed and nothing was written, 2 the input cannot be used.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,35 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-
-class Precision(StrEnum):
-    """Of a written file."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-    @property
-    def dtype(self):
-        import torch
-
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self]
-
-
-class Target(StrEnum):
-    """Whose format a file is converted to."""
-
-    DIFFUSERS = "diffusers"
-    KOHYA = "kohya"
-    PEFT = "peft"
-
-
-class Modules(StrEnum):
-    """Of which layers a LoRA is extracted."""
-
-    TRANSFORMER = "transformer"
-    ALL = "all"
 
 
 LoraSource = Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file, or folder of an export or of PEFT")]
@@ -337,6 +310,9 @@ def extract(
     target = output or Path(f"{Path(tuned).name}-lora")
     settings = {"modules": str(modules), "dtype": dtype.dtype, "variant": variant}
     typer.echo(str(extract(tuned, base, target, rank, **settings)))
+
+
+add_commands(app)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from .utils.stopping import watch_parent
+
 EXIT_CODE = 2
 QUIT_CODE = 130  # as shells say of Ctrl-C
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
@@ -120,6 +122,7 @@ def run_program(program: Callable[[], object]) -> int:
     it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        watch_parent()
     atexit.register(gc.freeze)  # the process ends: its memory goes back without a last look through it
     found: list[str] = []
     try:

@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from accelerate import Accelerator
 
+from ..utils.stopping import asked_to_stop
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,6 +41,7 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        asked_to_stop.set()
         # Not print: the signal may have come in the middle of one.
         os.write(
             2, f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)\n".encode()

@@ -1,0 +1,32 @@
+"""Values of the `reslora` command's options."""
+
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    """Of a written file."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def dtype(self):
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self]
+
+
+class Target(StrEnum):
+    """Whose format a file is converted to."""
+
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+    PEFT = "peft"
+
+
+class Modules(StrEnum):
+    """Of which layers a LoRA is extracted."""
+
+    TRANSFORMER = "transformer"
+    ALL = "all"

@@ -1,0 +1,167 @@
+"""The programs of `train_scripts/` and the page as commands: `reslora train`, `train-llm`, `glue`, `compare`, `env`.
+
+    reslora train --instance_data_dir my_dog ...                 in this process: it is told to stop, saves, and ends
+    reslora train --num_processes 2 ...                          by `accelerate launch`, which is waited for
+    reslora train --config_file fsdp2.yaml ...                   likewise, as accelerate's configuration says
+
+Everything else is the program's own option. Nothing stands between the terminal and a training in this process. Where
+several processes train, Ctrl-C and SIGTERM are passed on to each of them, and the command returns when all have saved.
+"""
+
+import json
+import os
+import platform
+import runpy
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PACKAGES = (
+    "reslora-diffusion torch diffusers transformers peft accelerate safetensors tokenizers huggingface-hub numpy "
+    "pillow gradio datasets trl bitsandbytes xformers triton"
+).split()
+LAUNCH_OPTIONS = (
+    "--config_file --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --gpu_ids"
+).split()
+THEIR_OWN = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+}
+
+
+def beside(name: str) -> Path:
+    """A file of the repository, or of the wheel, which lays it down in the same way."""
+    return Path(__file__).resolve().parent.parent / name
+
+
+def launch_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Options of `accelerate launch` among the words of a command line, and the rest.
+
+    >>> launch_words(["--num_processes", "2", "--rank=4"])
+    (['--num_processes', '2', '--multi_gpu'], ['--rank=4'])
+    """
+    launch, rest, words = [], [], list(words)
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0] in LAUNCH_OPTIONS:
+            launch += [word] if "=" in word or not words else [word, words.pop(0)]
+        elif word == "--multi_gpu":
+            launch.append(word)
+        else:
+            rest.append(word)
+    names = {word.partition("=")[0] for word in launch}
+    if names and not {"--config_file", "--multi_gpu"} & names:
+        launch.append("--multi_gpu")  # without it accelerate starts one process, whatever number is asked for
+    return launch, rest
+
+
+def start(script: str, words: list[str]) -> int:
+    """Run a program with these options; returns its exit code."""
+    launch, rest = launch_words(words)
+    path = beside("train_scripts") / script
+    if launch:
+        return wait_for([sys.executable, "-m", "accelerate.commands.launch", *launch, str(path), *rest])
+    sys.argv = [str(path), *rest]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0
+
+
+def wait_for(command: list[str]) -> int:
+    """Run a launcher, pass signals on to the processes that it started, and wait for its end.
+
+    The launcher is in a session of its own: it does not see Ctrl-C, which would end it before they have saved.
+    """
+    launcher = subprocess.Popen(command, start_new_session=True)
+
+    def pass_on(number: int, _: object) -> None:
+        import psutil  # accelerate needs it too
+
+        workers = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+        for worker in workers or ([psutil.Process(launcher.pid)] if launcher.poll() is None else []):
+            worker.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(context: typer.Context) -> None:
+    """Teach a diffusion model a subject (train_dreambooth_reslora.py); `reslora train --help` lists its options."""
+    raise typer.Exit(start("train_dreambooth_reslora.py", context.args))
+
+
+def train_llm(context: typer.Context) -> None:
+    """Fine-tune a language model (train_llm_reslora.py)."""
+    raise typer.Exit(start("train_llm_reslora.py", context.args))
+
+
+def glue(context: typer.Context) -> None:
+    """Fine-tune a classifier on a GLUE task (train_glue_reslora.py)."""
+    raise typer.Exit(start("train_glue_reslora.py", context.args))
+
+
+def compare(context: typer.Context) -> None:
+    """Open the page that compares LoRA with ResLoRA."""
+    sys.path.insert(0, str(beside("")))
+    sys.argv = ["reslora compare", *context.args]
+    runpy.run_module("app", run_name="__main__")
+
+
+def env(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="an output_dir: its options are printed too")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Print what a bug report needs: versions, devices, and the options of a run."""
+    found = environment(run)
+    typer.echo(
+        json.dumps(found, indent=2) if as_json else "\n".join(f"- {name}: {value}" for name, value in found.items())
+    )
+
+
+def environment(run: Path | None = None) -> dict[str, str]:
+    """Versions and devices by name; with a run also its command and options, which hold no secrets."""
+    import torch
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        found[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+    found["devices"] = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "no CUDA device"
+    if torch.backends.mps.is_available():
+        found["devices"] = "Apple MPS"
+    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    settings = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
+    found |= {name: os.environ[name] for name in settings if name in os.environ}
+    if run is not None:
+        try:
+            record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+            found |= {"command": " ".join(record["command"]), "options": json.dumps(record["options"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{run} has no run.json that can be read: {error}") from error
+    return found
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("train", **THEIR_OWN)(train)
+    app.command("train-llm", **THEIR_OWN)(train_llm)
+    app.command("glue", **THEIR_OWN)(glue)
+    app.command("compare", **THEIR_OWN)(compare)
+    app.command("env")(env)
