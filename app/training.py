@@ -124,7 +124,7 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
         options |= {
             "validation_prompt": list(r.validation_prompt),
             "num_validation_images": 2,
-            "guidance_scale": CompareRequest.guidance_scale,
+            "validation_guidance_scale": CompareRequest.guidance_scale,
             "validation_steps": max(1, r.max_train_steps // SAMPLES_PER_RUN),
         }
     if r.class_prompt:

@@ -321,7 +321,10 @@ def test_foreign_settings_are_refused(change, words):
 def test_the_trainers_races_open_as_settings(files, adapters):
     """`--compare` ends in a comparison.json, whose adapters are found by their content."""
     asked = Namespace(
-        validation_prompt=["a cat", "a dog"], num_validation_images=2, num_inference_steps=9, guidance_scale=3.0
+        validation_prompt=["a cat", "a dog"],
+        num_validation_images=2,
+        num_inference_steps=9,
+        validation_guidance_scale=3.0,
     )
     data = app_settings({name: path.parent for name, path in files.items()}, asked)
     assert digests_in(data) == {adapter.sha256 for adapter in adapters}

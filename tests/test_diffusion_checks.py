@@ -128,7 +128,7 @@ def test_resuming_says_what_it_passes_over_and_where_a_run_is_over(tmp_path, cap
     assert "continuing from" in said
     again = script.parse_args(["--config", str(run / "run.json"), "--output_dir", "elsewhere"])
     assert (again.max_train_steps, again.learning_rate, again.output_dir) == (3, 0.01, "elsewhere")
-    assert not again.unknown
+    assert not again.problems
 
 
 def test_all_problems_come_in_one_message(refused, tmp_path):

@@ -96,7 +96,7 @@ def test_options_of_the_sibling_scripts():
         ["--lora_layers", "attn.to_k, attn.to_q", "--upcast_before_saving", "--prodigy_decouple=False"]
         + ["--prodigy_safeguard_warmup", "--no-prodigy_use_bias_correction", "--output_kohya_format", "--cache_latents"]
     )
-    assert args.unknown == []
+    assert not args.problems
     assert args.target_modules == ["attn.to_k", "attn.to_q"]
     assert args.save_precision == "fp32"
     prodigy = args.prodigy_decouple, args.prodigy_safeguard_warmup, args.prodigy_use_bias_correction
@@ -120,11 +120,11 @@ def test_adapters_in_some_blocks_alone(tmp_path):
         f"transformer.transformer_blocks.1.attn.{part}" for part in ("to_k", "to_q")
     }
     kept = parse(["--config", str(tmp_path / "run" / "run.json")])
-    assert (kept.lora_blocks, kept.target_modules) == ("1", ["attn.to_k", "attn.to_q"])
+    assert (kept.lora_blocks, kept.target_modules) == ([1], ["attn.to_k", "attn.to_q"])
     with pytest.raises(BadInput, match="--lora_blocks: got 99, wanted blocks from 0 to"):
         check(arguments(tmp_path / "other", lora_blocks="0,99", **own))
-    with pytest.raises(BadInput, match="got 'one', wanted numbers"):
-        arguments(tmp_path / "other", lora_blocks="one", **own)
+    with pytest.raises(BadInput, match="--lora_blocks: got 'one', wanted a whole number"):
+        check(arguments(tmp_path / "other", lora_blocks="one", **own))
 
 
 def test_weight_decay_of_the_text_encoder():

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import PROMPT, train
+from dreambooth import PROMPT, SUBJECTS, arguments, script, train
 from reslora_diffusion.diffusion.families import FAMILIES, Texts
 from reslora_diffusion.diffusion.families.base import OF_FLOWS
+from reslora_diffusion.diffusion.optimizers import make_optimizer
 from reslora_diffusion.diffusion.randomness import Stream, generator
 from reslora_diffusion.export import verify_lora
 from reslora_diffusion.problems import BadInput
@@ -212,12 +213,60 @@ def test_a_dry_run_foresees_what_a_step_keeps(tmp_path, build, capsys):
     }
     train(tmp_path / "run", **options, dry_run=True)
     said = capsys.readouterr().out
-    told = "trained at guidance 3.5 (--training_guidance_scale), pictures at 3.5 (--guidance_scale)"
+    told = "trained at guidance 3.5 (--training_guidance_scale, diffusers' --guidance_scale), images at 3.5"
     assert (told in said) == (build is tiny_pipeline_flux)
     foreseen = float(re.search(r"activations about ([\d.]+) MB", said)[1])
     train(tmp_path / "run", **options)
     measured = float(re.search(r"activations ([\d.]+) MB", capsys.readouterr().out)[1])
     assert foreseen == pytest.approx(measured, rel=0.3)
+
+
+def test_a_dry_run_says_with_what_a_family_is_trained(tmp_path, capsys, monkeypatch):
+    """The defaults of diffusers' script for the family, at the command line and from a file."""
+    words = ["--pretrained_model_name_or_path", str(saved(tiny_pipeline_flux)), "--instance_data_dir"]
+    words += [
+        str(SUBJECTS / "octopus"),
+        "--instance_prompt",
+        PROMPT,
+        "--resolution",
+        "64",
+        "--max_sequence_length",
+        "24",
+    ]
+    words += ["--train_text_encoder", "--rank", "16", "--dry_run", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "flux.yaml").write_text("guidance_scale: 1\n")
+    for given in (["--guidance_scale=1"], ["--config", str(tmp_path / "flux.yaml")]):
+        script.main(script.parse_args([*words, *given]))
+        said = capsys.readouterr().out
+        for line in (
+            "FLUX.1; options that are not given have the defaults of diffusers' script for it",
+            "2 steps are few: without --max_train_steps a run is one pass over the data",
+            "on cpu: the frozen base in float32, adapters in float32",
+            "rank 16, lora_alpha 4, scale 0.25; on the denoiser and text encoders",
+            "optimizer adamw: learning rate 0.0001, of the text encoders 5e-06, weight decay 0.0001, of the text "
+            "encoders 0.001; schedule constant",
+            "trained at guidance 1 (--training_guidance_scale, diffusers' --guidance_scale), images at 3.5",
+        ):
+            assert line in said, said
+    script.main(script.parse_args([*words, "--max_train_steps=2", "--method=lora", "--mixed_precision=bf16"]))
+    said = capsys.readouterr().out
+    assert "are few" not in said
+    assert "on cpu: the frozen base in bfloat16, adapters in float32\nLoRA: rank 16" in said
+    with pytest.raises(BadInput, match="--guidance_scale and --training_guidance_scale are the same for FLUX.1"):
+        script.main(script.parse_args([*words, "--guidance_scale=1", "--training_guidance_scale=2"]))
+
+
+def test_groups_of_parameters_have_the_rates_of_the_family(tmp_path):
+    """5e-6 for the text encoders of SDXL, where 5e-4 was taken before; --scale_lr leaves it alone, as in diffusers."""
+    options = arguments(tmp_path, pretrained_model_name_or_path=saved(tiny_pipeline_xl), train_text_encoder=True)
+    options.given -= {"learning_rate", "resolution"}
+    options.scale_lr = True
+    options.take_defaults(FAMILIES["StableDiffusionXLPipeline"])
+    weight = {"a.lora_A.weight": torch.nn.Parameter(torch.zeros(2, 2))}
+    unet, text = make_optimizer({"unet": weight, "text_encoder": weight}, options).param_groups
+    assert (unet["lr"], unet["weight_decay"]) == (1e-4 * options.train_batch_size, 1e-4)
+    assert (text["lr"], text["weight_decay"]) == (5e-6, 1e-3)
+    assert options.resolution == 1024
 
 
 @pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3_without_t5, tiny_pipeline_flux])
@@ -278,7 +327,7 @@ def test_options_of_another_family_are_refused_in_one_message(tmp_path):
             resolution=136,
             snr_gamma=5.0,
             prediction_type="epsilon",
-            clip_skip=1,
+            skip_clip_layers=1,
             target_modules=["to_q", "proj_in"],
         )
     assert len(refusal.value.problems) == 5
@@ -286,7 +335,7 @@ def test_options_of_another_family_are_refused_in_one_message(tmp_path):
         "--resolution: got 136, wanted a multiple of 8 that is at least 8 and at most 128 for this model",
         "--snr_gamma does not apply to Stable Diffusion 3: it belongs to diffusion",
         "--prediction_type does not apply",
-        "--clip_skip does not apply to Stable Diffusion 3: it leaves out layers of the one CLIP of",
+        "--skip_clip_layers does not apply to Stable Diffusion 3: it leaves out layers of the one CLIP of",
         "target module 'proj_in' matches nothing in the transformer",
     ):
         assert words in str(refusal.value)

@@ -1,87 +1,140 @@
 """The command line: diffusers' flags with diffusers' defaults, configuration files, and what wins over what."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from dreambooth import arguments, script
-from reslora_diffusion.diffusion.flags import KOHYA_NAMES
-from reslora_diffusion.diffusion.options import build_parser, known_flags
+from other_trainers import DIFFUSERS, KOHYA
+from reslora_diffusion.diffusion.checks import bad_combinations
+from reslora_diffusion.diffusion.families import FAMILIES
+from reslora_diffusion.diffusion.model_checks import adapter_settings
+from reslora_diffusion.diffusion.options import DreamBoothOptions, known_flags, parse, stored_options
+from reslora_diffusion.diffusion.options.answers import (
+    DEFAULT_HERE,
+    NOT_HERE,
+    NOT_SUPPORTED,
+    answer,
+    renamed,
+    unanswered,
+)
+from reslora_diffusion.diffusion.processes import FlowMatching
 from reslora_diffusion.diffusion.record import options
+from reslora_diffusion.options import facts_of
 from reslora_diffusion.problems import BadInput
 
-# examples/dreambooth/train_dreambooth_lora.py of diffusers 0.40; flags that are off by default have False.
-DIFFUSERS = {
-    "pretrained_model_name_or_path": None,
-    "revision": None,
-    "variant": None,
-    "tokenizer_name": None,
-    "instance_data_dir": None,
-    "class_data_dir": None,
-    "instance_prompt": None,
-    "class_prompt": None,
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 50,
-    "with_prior_preservation": False,
-    "prior_loss_weight": 1.0,
-    "num_class_images": 100,
-    "output_dir": "lora-dreambooth-model",
-    "seed": None,
-    "resolution": 512,
-    "center_crop": False,
-    "train_text_encoder": False,
-    "train_batch_size": 4,
-    "sample_batch_size": 4,
-    "num_train_epochs": 1,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 5e-4,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "dataloader_num_workers": 0,
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-2,
-    "adam_epsilon": 1e-08,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "allow_tf32": False,
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "prior_generation_precision": None,
-    "local_rank": -1,
-    "enable_xformers_memory_efficient_attention": False,
-    "pre_compute_text_embeddings": False,
-    "tokenizer_max_length": None,
-    "text_encoder_use_attention_mask": None,
-    "validation_images": None,
-    "class_labels_conditioning": None,
-    "rank": 4,
-    "image_interpolation_mode": "lanczos",
-    "lora_dropout": 0.0,
+# What `DreamBoothOptions` leaves open (None) and the family, or the code that trains it, decides.
+OPEN = {
+    "max_sequence_length": lambda family, options: family.t5_length(options),
+    "guidance_scale": lambda family, options: family.training_guidance({"guidance_embeds": True}, options),
+    "image_column": lambda family, options: options.image_column or "image",
+    **{
+        name: lambda family, options, name=name: {**FLOW, **family.flow}[name]
+        for name in ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs")
+    },
 }
+FLOW = {item.name: item.default for item in fields(FlowMatching)}
 
 
-def test_flags_of_diffusers_are_here_with_their_defaults():
-    ours = vars(build_parser().parse_args([]))
-    assert {name: ours.get(name, "missing") for name in DIFFUSERS} == DIFFUSERS
+def resolved(family: str, *words: str) -> DreamBoothOptions:
+    """Options as they are for models of a family."""
+    options = parse(words)
+    options.take_defaults(FAMILIES[family])
+    return options
+
+
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_flags_of_diffusers_are_here_with_the_defaults_of_the_script_for_the_family(family):
+    options, wanted = resolved(family, "--train_text_encoder"), DIFFUSERS[family] | {"train_text_encoder": True}
+    found = {}
+    for name in wanted:
+        if name in NOT_SUPPORTED:
+            found[name] = wanted[name]
+        elif name in OPEN:
+            found[name] = OPEN[name](FAMILIES[family], options)
+        else:
+            found[name] = getattr(options, {"lora_layers": "target_modules"}.get(name, name))
+    assert found | {"optimizer": None} == wanted | {"optimizer": None}
+    assert options.optimizer == wanted.get("optimizer", "AdamW").lower()
+    assert not options.problems
+
+
+def test_what_diffusers_scripts_have_without_a_flag_is_the_same_too():
+    """Their SD3 and Flux scripts resize bilinearly, and only Flux's has an alpha that is not the rank."""
+    for family in DIFFUSERS:
+        options = resolved(family, "--rank", "16")
+        assert options.image_interpolation_mode == ("bilinear" if "3" in family or "Flux" in family else "lanczos")
+        assert adapter_settings(options)["lora_alpha"] == (4 if "Flux" in family else 16)
+
+
+def test_what_is_given_wins_over_the_defaults_of_a_family():
+    words = ["--learning_rate", "5e-4", "--resolution", "512", "--lora_alpha", "8", "--text_encoder_lr", "1e-5"]
+    for family in DIFFUSERS:
+        options = resolved(family, "--train_text_encoder", *words)
+        given = (options.learning_rate, options.resolution, options.lora_alpha, options.text_encoder_lr)
+        assert given == (5e-4, 512, 8, 1e-5)
+
+
+def test_prodigy_has_one_learning_rate_as_in_diffusers_scripts():
+    options = resolved("FluxPipeline", "--train_text_encoder", "--optimizer", "Prodigy", "--learning_rate", "1.0")
+    assert (options.text_encoder_lr, options.adam_weight_decay_text_encoder) == (None, 1e-3)
+    options = resolved("FluxPipeline", "--optimizer=prodigy", "--loraplus_lr_ratio=16", "--train_text_encoder")
+    assert [p for p in bad_combinations(options) if "prodigy has one learning rate" in p and "loraplus" in p]
+
+
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_guidance_scale_means_what_it_means_in_the_scripts_that_have_it(family):
+    options = resolved(family, "--guidance_scale=1")
+    trained = FAMILIES[family].training_guidance({"guidance_embeds": True}, options)
+    generated = FAMILIES[family].painting_guidance(options)
+    assert (trained, generated) == ((1.0, 3.5) if family == "FluxPipeline" else (None, 1.0))
+    assert "guidance_scale" not in options.recorded()
+
+
+def test_clip_skip_is_never_guessed():
+    """2 leaves out one layer in kohya's scripts, and two in diffusers' pipelines."""
+    (problem,) = parse(["--clip_skip", "2"]).problems
+    assert "--skip_clip_layers 1 is diffusers' clip_skip=1 and kohya's --clip_skip 2" in problem
+
+
+def test_every_option_of_kohyas_is_answered():
+    assert len(KOHYA) == len(set(KOHYA)) == 228
+    assert unanswered(KOHYA) == []
+    here = set(facts_of(DreamBoothOptions))
+    answered = [*renamed(), *DEFAULT_HERE, *NOT_HERE]
+    assert len(answered) == len(set(answered))
+    assert not here & set(answered)
+    assert set(answered) <= set(KOHYA), "an answer to an option that kohya's scripts do not have"
+    named = {word.rstrip(":;,.)`") for name in answered for word in answer(name).split() if word.startswith("--")}
+    ours = named - {f"--{name}" for name in KOHYA}
+    assert ours <= {*known_flags(), "--base"}, "an answer names an option that is not here"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--network_dim", "--network_dim of kohya's scripts is --rank here"),
+        ("--cache_text_encoder_outputs", "is not needed: prompts are encoded once unless --train_text_encoder"),
+        ("--ip_noise_gamma", "is not here: the noise that is added is the noise that is predicted"),
+        ("--sdpa", "is not needed: attention is PyTorch's scaled_dot_product_attention"),
+        ("--network_alpha", "is --lora_alpha here, whose default is 1 in kohya's scripts and --rank here"),
+        ("--use_dora", "--use_dora is not supported, because"),
+        ("--rnak", "unknown option --rnak (did you mean --rank?)"),
+        ("--unheard_of", "unknown option --unheard_of"),
+    ],
+)
+def test_an_option_that_is_not_here_is_answered_on_the_command_line_and_in_a_file(tmp_path, word, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{word[2:]}: 0.5\n")
+    for words in ([word, "0.5"], [f"{word}=0.5"], ["--config", str(path)]):
+        (problem,) = parse(words).problems
+        assert said in problem
 
 
 def test_every_option_explains_itself():
-    assert [action.dest for action in build_parser()._actions if not action.help] == []
+    assert [name for name, facts in facts_of(DreamBoothOptions).items() if not facts.help] == []
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json", ".toml"])
@@ -105,7 +158,7 @@ def test_a_configuration_file_sets_options_and_the_command_line_wins(tmp_path, s
     assert (args.rank, args.learning_rate, args.train_text_encoder) == (8, 2e-4, False)
     assert args.validation_prompt == ["a dog", "a cat"]
     assert dict(args.rank_pattern) == {"attn1.to_q": 2}
-    assert args.unknown == []
+    assert not args.problems
 
 
 def test_the_resolved_options_are_a_configuration_that_gives_the_same_options(tmp_path):
@@ -135,34 +188,61 @@ def test_a_bad_configuration_file_is_one_clear_error(tmp_path, name, text, wante
         script.parse_args(["--config", str(tmp_path / name)])
 
 
-def test_unknown_keys_of_a_file_and_unknown_words_fail(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("rnak: 8\n")
-    args = script.parse_args(["--config", str(path), "--shortcutt", "block"])
-    with pytest.raises(BadInput) as error:
-        script.main(args)
-    assert "--rnak" in str(error.value)
-    assert "wanted --rank?" in str(error.value)
-    assert "wanted --shortcut?" in str(error.value)
-
-
-def test_flags_of_kohyas_scripts_are_answered_with_ours(tmp_path):
-    assert {word for ours in KOHYA_NAMES.values() for word in ours.split() if word.startswith("--")} <= {
-        f"{flag}{comma}" for flag in known_flags() for comma in ("", ",")
-    }
-    assert not {f"--{name}" for name in KOHYA_NAMES} & set(known_flags())
-    words = ["--network_dim", "8", "--min_snr_gamma=5", "stray", "--enable_bucket", "--unheard_of", "1"]
+def test_all_problems_of_a_command_line_come_in_one_message(tmp_path):
+    """Nothing stops at the first one: missing, unknown and stray words, wrong kinds, choices and bounds, folders."""
+    words = ["--rank", "many", "--lora_dropout", "1.5", "--shortcut", "sideways", "--num_previous", "some"]
+    words += ["--network_dim", "8", "--min_snr_gamma=5", "stray", "--rnak", "1", "--seed", "--center_crop=perhaps"]
+    words += ["--learning_rate", "1e-4", "2e-4", "--lr_pattern", "attn", "--instance_data_dir", str(tmp_path / "none")]
     with pytest.raises(BadInput) as error:
         script.main(script.parse_args(words))
-    assert error.value.problems[1:6] == [
-        "got '--network_dim', which is no option; wanted --rank?",
-        "got '--min_snr_gamma=5', which is no option; wanted --snr_gamma?",
-        "got 'stray', which is no option",
-        "got '--enable_bucket', which is no option; wanted --aspect_ratio_buckets auto?",
-        "got '--unheard_of', which is no option",
+    assert error.value.problems == [
+        "--pretrained_model_name_or_path is required",
+        "--network_dim of kohya's scripts is --rank here",
+        "--min_snr_gamma of kohya's scripts is --snr_gamma here",
+        "got 'stray', which belongs to no option",
+        "unknown option --rnak (did you mean --rank?)",
+        "got '2e-4', which belongs to no option",
+        "--rank: got 'many', wanted a whole number",
+        "--num_previous: got 'some', wanted a whole number or all",
+        "--seed: got nothing, wanted a whole number",
+        "--center_crop: got 'perhaps', wanted true or false",
+        "--lr_pattern: got 'attn', wanted name=a number",
+        "--shortcut: got 'sideways', wanted none, input, block, middle",
+        "--lora_dropout: got 1.5, wanted 0 or more and below 1",
+        f"{tmp_path / 'none'} is missing; wanted pictures",
     ]
 
 
-def test_a_word_of_a_wrong_type_is_bad_input():
-    with pytest.raises(BadInput, match="--rank: invalid int value: 'many'"):
-        script.parse_args(["--rank", "many"])
+def test_a_file_is_read_by_the_same_rules_as_a_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "rank: many\nlearning_rate: 1e-4\nmixed_precision: no\nseed: [1, 2]\ncenter_crop: 3\nvariant: 1.0\n"
+    )
+    options = parse(["--config", str(path), "--resolution", "big"])
+    assert (options.learning_rate, options.mixed_precision, options.variant) == (1e-4, "no", "1.0")
+    assert options.problems == [
+        "--rank: got 'many', wanted a whole number",
+        "--seed: got '1 2', wanted a whole number",
+        "--center_crop: got '3', wanted true or false",
+        "--resolution: got 'big', wanted a whole number",
+    ]
+
+
+def test_help_names_every_option_and_the_defaults_of_families(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name} " in said for name in facts_of(DreamBoothOptions))
+    assert "cropped to. (default: 512, SDXL 1024)" in said
+
+
+def test_records_of_earlier_versions_are_read_with_their_meaning(tmp_path):
+    """`guidance_scale` was that of images for every model, `clip_skip` diffusers'."""
+    old = {"rank": 4, "guidance_scale": 3.5, "training_guidance_scale": 1.0, "clip_skip": 1, "use_dora": None}
+    old |= {"lora_blocks": "12,30", "rank_pattern": {"attn2": 2}, "output_kohya_format": False}
+    (tmp_path / "run.json").write_text(json.dumps({"command": [], "options": old}))
+    for read in (parse(["--config", str(tmp_path / "run.json")]), stored_options(old)):
+        read.take_defaults(FAMILIES["FluxPipeline"])
+        assert (read.training_guidance_scale, read.validation_guidance_scale) == (1.0, 3.5)
+        assert (read.skip_clip_layers, read.lora_blocks, read.rank_pattern) == (1, [12, 30], {"attn2": 2})
+        assert not read.problems

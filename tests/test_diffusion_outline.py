@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from dreambooth import ROOT, SUBJECTS, arguments, words
 from reslora_diffusion.diffusion.model_checks import model_problems
-from reslora_diffusion.diffusion.optimizer_names import optimizer_names
+from reslora_diffusion.diffusion.options.training import OPTIMIZER_PACKAGES, OPTIMIZERS
 from reslora_diffusion.diffusion.outline import LINEAR, Outline, is_target, read_outline
 from reslora_diffusion.diffusion.skeleton import load_skeleton
 from tiny import (
@@ -75,7 +74,7 @@ def test_files_tell_what_the_modules_are(both):
 
 
 def test_layers_that_are_left_out_are_in_neither(tmp_path):
-    args = arguments(tmp_path, clip_skip=1)
+    args = arguments(tmp_path, skip_clip_layers=1)
     outline, skeleton = read_outline(args), load_skeleton(args)
     assert outline.layers == skeleton.layers
     assert outline.layers["text_encoder"].keys() < read_outline(arguments(tmp_path)).layers["text_encoder"].keys()
@@ -111,7 +110,7 @@ def test_targets_are_matched_as_peft_matches_them(both):
     for layers in outline.layers.values():
         matched = {name for name in layers if is_target(name, targets)}
         assert matched == {name for name in layers if check_target_module_exists(config, name)}
-    args = Namespace(**vars(arguments("out", train_text_encoder=True, rank=3, rank_pattern=["to_q=2"])))
+    args = arguments("out", train_text_encoder=True, rank=3, rank_pattern=["to_q=2"])
     wanted = 0
     for model, config in skeleton.adapters(args).values():
         model.add_adapter(config, "counted")
@@ -160,13 +159,13 @@ def test_files_that_do_not_tell_leave_it_to_the_libraries(tmp_path, fault):
     assert read_outline(arguments(tmp_path / "out", pretrained_model_name_or_path=folder)) is None
 
 
-def test_optimizers_read_from_the_source_are_those_of_torch():
+def test_optimizers_that_may_be_chosen_are_those_of_torch():
     found = {
         name.lower(): name
         for name, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     }
-    assert optimizer_names() == {k: v for k, v in found.items() if k not in ("optimizer", "lbfgs", "sparseadam")}
+    assert set(OPTIMIZERS) - set(OPTIMIZER_PACKAGES) == set(found) - {"optimizer", "lbfgs", "sparseadam"}
 
 
 def cached(folder: Path, cache: Path, name: str) -> None:

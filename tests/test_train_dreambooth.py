@@ -507,7 +507,7 @@ def test_shuffled_captions_are_trained_and_what_is_kept_serves_another_seed(tmp_
 
 def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
     options = {"max_train_steps": 1, "validation_prompt": [PROMPT], "num_validation_images": 1}
-    folder = train(tmp_path / "run", clip_skip=1, train_text_encoder=True, **options)
+    folder = train(tmp_path / "run", skip_clip_layers=1, train_text_encoder=True, **options)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
     pipe.set_progress_bar_config(disable=True)
     inner = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
@@ -530,8 +530,8 @@ def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
     here = program.replace('"."', json.dumps(str(folder))).replace('base = "', f'base = "{folder}/')
     exec(here, names)
     assert len(getattr(names["pipe"].text_encoder, "text_model", names["pipe"].text_encoder).encoder.layers) == 1
-    with pytest.raises(ValueError, match="--clip_skip: got 2, wanted less than the 2 layers of the text_encoder"):
-        train(tmp_path / "too-many", clip_skip=2)
+    with pytest.raises(ValueError, match="--skip_clip_layers: got 2, wanted less than the 2 layers"):
+        train(tmp_path / "too-many", skip_clip_layers=2)
 
 
 def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_path):

@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, method: str) -> float:
     words += [f"--class_data_dir={args.output_dir / 'class_images'}", f"--num_class_images={min(40, 2 * steps)}"]
     words += [f"--output_dir={folder}", f"--rank={args.rank}", f"--learning_rate={args.learning_rate}"]
     words += ["--train_text_encoder", "--train_batch_size=4", f"--max_train_steps={steps}", "--resolution=64"]
-    words += [f"--guidance_scale={args.guidance_scale}", f"--seed={args.seed}", "--report_to=none"]
+    words += [f"--validation_guidance_scale={args.guidance_scale}", f"--seed={args.seed}", "--report_to=none"]
     words += [f"--validation_steps={max(1, steps // LOOKS)}", f"--checkpointing_steps={steps + 1}"]
     words += ["--validation_prompt", *prompts(args)[:WATCHED], "--num_validation_images=1"]
     if method == "reslora":

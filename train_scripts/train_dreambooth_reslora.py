@@ -166,7 +166,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
             accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
     args.seed = resolve_seed(args, checkpoint, accelerator)
-    args.guidance_scale = family.painting_guidance(args)
+    args.validation_guidance_scale = family.painting_guidance(args)
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 
     if args.push_to_hub and accelerator.is_main_process:
@@ -215,7 +215,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         resolution=args.resolution,
         seed=args.seed,
         num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.validation_guidance_scale,
         text_is_frozen=not args.train_text_encoder,
         folder=output,
         tokens=family.read(pipeline, ["", *args.validation_prompt], args) if args.validation_prompt else None,

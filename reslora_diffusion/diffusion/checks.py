@@ -6,12 +6,11 @@ is nothing wrong, or if only they know: settings of an optimizer, and a model wh
 no format that tells shapes.
 """
 
-import difflib
 import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +21,13 @@ from ..problems import BadInput, listing, refuse
 from .buckets import Size, parse_buckets
 from .checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
-from .data import INTERPOLATIONS, extension_problems
+from .data import extension_problems
 from .dataset import dataset_options
-from .flags import KOHYA_NAMES, NOT_SUPPORTED
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
-from .optimizer_names import OTHERS, name_of, name_problems
-from .options import known_flags
+from .options import DreamBoothOptions
+from .options.training import OPTIMIZER_PACKAGES
 from .outline import Outline, read_outline
 from .record import differences
 from .variants import variant_problems
@@ -37,44 +35,6 @@ from .variants import variant_problems
 if TYPE_CHECKING:
     from .skeleton import Skeleton
 
-CHOICES = {
-    "method": ("lora", "reslora"),
-    "shortcut": (None, "none", "input", "block", "middle"),
-    "merge_method": (None, "least_squares", "paper_input", "paper_weight", "drop"),
-    "mixed_precision": (None, "no", "fp16", "bf16"),
-    "prior_generation_precision": (None, "no", "fp32", "fp16", "bf16"),
-    "save_precision": ("fp32", "fp16", "bf16"),
-    "prediction_type": (None, "epsilon", "v_prediction"),
-    "loss_type": ("l2", "huber", "smooth_l1"),
-    "weighting_scheme": (None, "none", "sigma_sqrt", "logit_normal", "mode", "cosmap"),
-    "precondition_outputs": (None, 0, 1),
-    "huber_schedule": ("constant", "exponential", "snr"),
-    "image_interpolation_mode": tuple(INTERPOLATIONS),
-    "report_to": ("tensorboard", "wandb", "comet_ml", "all", "none"),
-    "lr_scheduler": (
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-    ),
-}
-AT_LEAST_ONE = (
-    "rank num_class_images sample_batch_size resolution train_batch_size gradient_accumulation_steps num_train_epochs "
-    "max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "num_inference_steps crops_per_image calibration_batches distillation_steps tokenizer_max_length "
-    "max_sequence_length repeats clip_skip"
-).split()
-POSITIVE = (
-    "learning_rate text_encoder_lr lora_alpha snr_gamma adam_epsilon max_grad_norm lr_power loraplus_lr_ratio "
-    "scale_weight_norms huber_c handover logit_std"
-).split()
-NOT_NEGATIVE = (
-    "seed lr_warmup_steps num_validation_images dataloader_num_workers prior_loss_weight noise_offset guidance_scale "
-    "training_guidance_scale keep_tokens adam_weight_decay adam_weight_decay_text_encoder"
-).split()
-SHARES = "lora_dropout adam_beta1 adam_beta2 caption_dropout_rate ema_decay handover validation_split".split()
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
 
 
@@ -106,11 +66,23 @@ class Look:
             raise BadInput(dict.fromkeys(self.problems), inventory(self.concepts, args, sizes))
 
 
-def look(args: Namespace) -> Look:
-    """Raises `BadInput` with every problem found, unless torch may know of more."""
+def look(args: DreamBoothOptions) -> Look:
+    """Fill in the defaults of the model's family, and look for problems without torch.
+
+    Raises:
+        BadInput: every problem found, unless torch may know of more.
+    """
     missing = missing_models(args)
-    found = Look([*missing.values(), *unknown_words(args.unknown)], [])
-    for find in (bad_values, bad_combinations, adapter_problems, missing_packages, name_problems, bad_output):
+    outline, misfits = None, []
+    try:
+        without = replace(args, **dict.fromkeys(missing))  # the rest can still be held against each other
+        if without.pretrained_model_name_or_path and (outline := read_outline(without)):
+            args.take_defaults(outline.family)
+    except BadInput as error:
+        misfits = error.problems
+    known = bool(missing or args.problems or misfits or outline)
+    found = Look([*missing.values(), *args.problems], [], outline)
+    for find in (bad_values, bad_combinations, adapter_problems, missing_packages, bad_output):
         found.problems += find(args)
     found.problems += [*variant_problems(args), *launcher_problems(args), *bad_weights(args)]
     try:
@@ -118,15 +90,12 @@ def look(args: Namespace) -> Look:
     except BadInput as error:
         found.problems += error.problems
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
-    known = bool(missing or args.unknown)
-    there = Namespace(**vars(args) | dict.fromkeys(missing))  # the rest can still be held against each other
     try:
-        if there.pretrained_model_name_or_path and (outline := read_outline(there)):
-            found.outline, known = outline, True
-            found.buckets = fit(outline, there)
+        if outline:
+            found.buckets = fit(outline, replace(args, **dict.fromkeys(missing)))
     except BadInput as error:
-        found.problems += error.problems
-        known = True
+        misfits = error.problems
+    found.problems += misfits
     if not found.problems:
         found.problems += past_the_end(args, length(args, found.concepts)[0])
     if found.problems and known and (args.optimizer_args or args.network_weights):
@@ -144,6 +113,9 @@ def check(args: Namespace, found: Look | None = None) -> Plan:
     skeleton = None
     try:
         skeleton = load_skeleton(args)
+        args.take_defaults(skeleton.family)
+        if found.outline is None:
+            found.problems += bad_output(args)
         found.buckets = found.buckets or fit(skeleton, args)
     except BadInput as error:
         found.problems += error.problems
@@ -207,42 +179,13 @@ def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
         yield f"--resume_from_checkpoint: {checkpoint.name} has {done} steps behind it; this run is to end at {steps}"
 
 
-def unknown_words(words: list[str]) -> Iterator[str]:
-    known, flag = known_flags(), ""
-    for word in words:
-        if word.startswith("-") or not flag or "=" in flag:  # else it is the value of what has been named
-            close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-            wanted = KOHYA_NAMES.get(word.split("=")[0].removeprefix("--")) or (close[0] if close else "")
-            yield f"got {word!r}, which is no option" + (f"; wanted {wanted}?" if wanted else "")
-        flag = word if word.startswith("-") else ""
-
-
-def bad_values(args: Namespace) -> Iterator[str]:
-    given = vars(args)
-    for name, choices in CHOICES.items():
-        if given[name] not in choices:
-            yield f"--{name}: got {given[name]!r}, wanted {', '.join(str(c) for c in choices if c is not None)}"
-    rules = (
-        (AT_LEAST_ONE, lambda v: v >= 1, "1 or more"),
-        (POSITIVE, lambda v: v > 0, "a number above 0"),
-        (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
-        (SHARES, lambda v: 0 <= v < 1, "0 or more and below 1"),
-    )
-    for names, holds, wanted in rules:
-        for name in names:
-            value = given[name]
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                yield f"--{name}: got {value}, wanted {wanted}"
-    if args.num_previous not in (None, "all") and args.num_previous < 0:
-        yield f"--num_previous: got {args.num_previous}, wanted 0 or more, or all"
+def bad_values(args: DreamBoothOptions) -> Iterator[str]:
+    yield from args.value_problems()
     if args.resolution >= 1 and args.resolution % 8:
         yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
     if args.export_name and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.export_name):
         yield f"--export_name: got {args.export_name!r}, wanted letters, digits and . _ + -"
     yield from extension_problems("--caption_extension", args.caption_extension)
-    for name, reason in NOT_SUPPORTED.items():
-        if given[name] is not None:
-            yield f"--{name} is not supported, because {reason}"
 
 
 def bad_combinations(args: Namespace) -> Iterator[str]:
@@ -256,7 +199,7 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         yield "--pre_compute_text_embeddings cannot be used with --train_text_encoder: the embeddings change"
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
-        if getattr(args, name) is not None and not args.train_text_encoder:
+        if getattr(args, name) is not None and name in args.given and not args.train_text_encoder:
             yield f"--{name} is used only with --train_text_encoder"
     if args.keep_tokens and not args.shuffle_caption:
         yield "--keep_tokens is used only with --shuffle_caption"
@@ -273,6 +216,10 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
             yield f"--distillation_steps refines what was fitted on data; got --merge_method {args.merge_method}"
         if args.calibration_batches < 2:
             yield "--distillation_steps holds out one of --calibration_batches; got 1, wanted 2 or more"
+    if args.optimizer == "prodigy":  # it raises at its first step
+        for name, one in (("text_encoder_lr", args.learning_rate), ("loraplus_lr_ratio", 1.0), ("lr_pattern", {})):
+            if (value := getattr(args, name)) not in (None, one):
+                yield f"--{name}: prodigy has one learning rate, --learning_rate, for all parameters; got {value}"
     if args.cuda_graph and args.gradient_checkpointing and args.lora_dropout:
         yield "--cuda_graph with --gradient_checkpointing cannot repeat a dropout; got --lora_dropout, wanted 0"
     if args.snr_gamma is not None and args.debiased_estimation_loss:
@@ -284,7 +231,7 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
 
 
 def missing_packages(args: Namespace) -> Iterator[str]:
-    package = OTHERS.get(name_of(args).lower())
+    package = "bitsandbytes" if args.use_8bit_adam else OPTIMIZER_PACKAGES.get(args.optimizer)
     needed = {
         "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}": (package, package is not None),
         "--enable_xformers_memory_efficient_attention": (

@@ -8,27 +8,17 @@ They come from the command line (`--instance_data_dir` or `--dataset_name`, ...)
 `4_sks cat` is two concepts, 10 and 4 repeats, with the prompts "sks dog" and "sks cat".
 """
 
-import json
 import re
-import tomllib
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..option_parser import parse_file
 from ..problems import BadInput, listing
 from .data import Picture, Scan, extension_problems, scan
 from .dataset import pictures_of_dataset
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": json.loads,
-    ".toml": tomllib.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-}
 KINDS = {
     "instance_data_dir": str,
     "instance_prompt": str,
@@ -83,18 +73,6 @@ class Concept:
                 reason = f"{listing(bare)} have no caption of their own" if bare else "there are pictures to be made"
                 problems = [*problems, f"--with_prior_preservation needs --class_prompt: {reason}"]
         return problems
-
-
-def parse_file(flag: str, path: Path) -> Any:
-    """What a yaml, json or toml file says; raises `BadInput`."""
-    if path.suffix.lower() not in PARSERS:
-        raise BadInput([f"{flag} {path}: wanted a file named {', '.join(PARSERS)}"])
-    try:
-        return PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise BadInput([f"{flag} {path}: {error.strerror}"]) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadInput([f"{flag} {path} does not parse: {error}"]) from error
 
 
 def read_concepts(path: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,11 @@ def pictures_of_dataset(args: Namespace) -> Path:
 
 
 def columns(rows: "Dataset", args: Namespace) -> tuple[str, str | None]:
-    """Of pictures, by default the first that holds some, and of captions, if they are wanted; raises `BadInput`."""
+    """The column of images (by default `image`, else the first that holds images) and that of captions, if any.
+
+    Raises:
+        BadInput: a column that is not there or holds something else.
+    """
     import datasets
 
     kinds: dict[str, Any] = rows.features
@@ -91,7 +95,7 @@ def columns(rows: "Dataset", args: Namespace) -> tuple[str, str | None]:
     if not pictures and not problems:
         problems.append(f"--dataset_name: {args.dataset_name} has no column of pictures; it has {listing(kinds)}")
     refuse(problems)
-    return args.image_column or pictures[0], args.caption_column
+    return args.image_column or ("image" if "image" in pictures else pictures[0]), args.caption_column
 
 
 def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Path) -> None:

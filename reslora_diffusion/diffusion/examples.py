@@ -55,7 +55,7 @@ def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) ->
             resolution=args.resolution,
             batch_size=args.sample_batch_size,
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=args.validation_guidance_scale,
             progress=accelerator.is_local_main_process,
         )
     accelerator.wait_for_everyone()

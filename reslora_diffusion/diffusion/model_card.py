@@ -59,11 +59,10 @@ def usage(args: Namespace, prompt: str) -> list[str]:
     lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{given})")
     if changes:
         lines.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config{changes})")
-    if args.clip_skip:  # of the pipeline's own `clip_skip` the empty prompt knows nothing
+    if args.skip_clip_layers:  # of the pipeline's own `clip_skip` the empty prompt knows nothing
         lines.append('encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder')
-        lines.append(
-            f"encoder.layers = encoder.layers[:-{args.clip_skip}]  # as trained, with --clip_skip {args.clip_skip}"
-        )
+        count = args.skip_clip_layers
+        lines.append(f"encoder.layers = encoder.layers[:-{count}]  # as trained, with --skip_clip_layers {count}")
     where = args.hub_model_id if args.push_to_hub else "."
     lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
     length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length else ""

@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..problems import listing
@@ -40,7 +41,7 @@ def adapter_problems(args: Namespace) -> Iterator[str]:
     """What is wrong with an adapter for whatever model."""
     yield from (fault for fault in faults(adapter_settings(args)) if not fault.startswith(CHECKED_BEFORE))
     for option in PATTERNS:
-        for pattern, _ in getattr(args, option):
+        for pattern in getattr(args, option):
             if fault := fault_of_pattern(pattern):
                 yield f"--{option}: {pattern!r} is no regular expression: {fault}"
 
@@ -55,8 +56,11 @@ def fault_of_pattern(pattern: str) -> str | None:
 
 def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
     """What does not fit this model."""
-    sound = {name: [item for item in getattr(args, name) if not fault_of_pattern(item[0])] for name in PATTERNS}
-    args = Namespace(**vars(args) | sound | {"rank": max(1, args.rank)})
+    sound = {
+        name: {pattern: value for pattern, value in getattr(args, name).items() if not fault_of_pattern(pattern)}
+        for name in PATTERNS
+    }
+    args = replace(args, **sound, rank=max(1, args.rank))
     name, family, config = args.pretrained_model_name_or_path, outline.family, outline.denoiser_config
     channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
     if channels != latent_channels:
@@ -80,10 +84,16 @@ def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
         value = getattr(args, option)
         if value is not None and value is not False:
             yield f"--{option} does not apply to {family.title}: it {reason}"
+    guided = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
+    if args.guidance_scale not in (None, getattr(args, guided)):
+        yield (
+            f"--guidance_scale and --{guided} are the same for {family.title}; got {args.guidance_scale:g} and "
+            f"{getattr(args, guided):g}"
+        )
     if args.training_guidance_scale is not None and family.training_guidance(config, args) is None:
         yield (
-            f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. "
-            "That of validation pictures is --guidance_scale"
+            f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. The "
+            "guidance of validation images is --validation_guidance_scale"
         )
     if family.fixed_encoder and (args.max_sequence_length or 0) > LONGEST_FOR_T5:
         yield f"--max_sequence_length: got {args.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
@@ -99,7 +109,7 @@ def pattern_problems(outline: Outline, args: Namespace) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
     names = [name for _, name, _ in outline.adapted(args)]
     for option in PATTERNS:
-        for pattern, _ in getattr(args, option):
+        for pattern in getattr(args, option):
             if names and not any(matches(pattern, name) for name in names):
                 yield (
                     f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "

@@ -60,8 +60,8 @@ def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
         raise BadInput([f"{name} cannot be loaded: {error}"]) from error
     refuse(f"{name}: {problem}" for problem in broken_weights(pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    if args.clip_skip:
-        leave_out_layers(pipeline.text_encoder, args.clip_skip)
+    if args.skip_clip_layers:
+        leave_out_layers(pipeline.text_encoder, args.skip_clip_layers)
     return pipeline
 
 

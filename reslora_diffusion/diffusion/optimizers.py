@@ -15,7 +15,6 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .optimizer_names import name_of, optimizer_names
 from .outline import matches
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
@@ -24,8 +23,11 @@ FUSED = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """By one of `optimizer_names`."""
-    name = name.lower()
+    """The class of an optimizer by its name in the options.
+
+    Raises:
+        KeyError: this version of torch does not have it.
+    """
     if name == "adamw8bit":
         import bitsandbytes
 
@@ -38,7 +40,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         from prodigyopt import Prodigy
 
         return Prodigy
-    return getattr(torch.optim, optimizer_names()[name])
+    return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
+
+
+def name_of(args: Namespace) -> str:
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer
 
 
 def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, An
     chosen = {name: value for name, value in chosen.items() if name in known}
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
         chosen.pop("fused", None)
-    return chosen | {name: literal(value) for name, value in args.optimizer_args}
+    return chosen | {name: literal(value) for name, value in args.optimizer_args.items()}
 
 
 def literal(text: str) -> Any:
@@ -77,10 +83,12 @@ def optimizer_problems(args: Namespace) -> list[str]:
     """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
         kind = optimizer_class(name_of(args))
-    except (ImportError, KeyError):
+    except ImportError:
         return []
+    except KeyError:
+        return [f"--optimizer: torch {torch.__version__} has no {args.optimizer}"]
     known = set(inspect.signature(kind).parameters) - {"params", "self"}
-    unknown = [name for name, _ in args.optimizer_args if name not in known]
+    unknown = [name for name in args.optimizer_args if name not in known]
     problems = [
         f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
     ]
@@ -95,20 +103,25 @@ def optimizer_problems(args: Namespace) -> list[str]:
     return problems
 
 
+def learning_rate_factor(args: Namespace, processes: int) -> int:
+    """The factor of `--scale_lr` on `--learning_rate`; a `--text_encoder_lr` is taken as it is, as in diffusers."""
+    return args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
+
+
 def parameter_groups(
     components: Mapping[str, Mapping[str, nn.Parameter]], args: Namespace, processes: int
 ) -> list[dict[str, Any]]:
     """Groups of equal learning rate. `components`: parameters by component and name."""
-    scale = args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
+    scale = learning_rate_factor(args, processes)
     groups: dict[tuple, dict[str, Any]] = {}
     for component, parameters in components.items():
         text = component.startswith("text_encoder")
-        base = (args.text_encoder_lr if text else None) or args.learning_rate
+        base = (args.text_encoder_lr if text else None) or args.learning_rate * scale
         decay = args.adam_weight_decay_text_encoder if text else None
         for name, parameter in parameters.items():
             layer, _, factor = name.partition(".lora_")
-            pattern = next((f for regex, f in args.lr_pattern if matches(regex, layer)), 1.0)
-            lr = base * scale * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
+            pattern = next((f for regex, f in args.lr_pattern.items() if matches(regex, layer)), 1.0)
+            lr = base * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
             own = {} if decay is None else {"weight_decay": decay}
             group = groups.setdefault((component, lr), {"params": [], "lr": lr, **own})
             group["params"].append(parameter)

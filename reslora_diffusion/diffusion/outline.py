@@ -60,7 +60,7 @@ def is_target(name: str, targets: Iterable[str]) -> bool:
 
 def blocks_of(args: Namespace) -> list[int]:
     """`--lora_blocks`."""
-    return [int(block) for block in (args.lora_blocks or "").split(",") if block.strip()]
+    return args.lora_blocks or []
 
 
 def rank_of(args: Namespace, name: str) -> int:
@@ -78,10 +78,10 @@ def family_of(index: Mapping[str, Any], name: str) -> Family:
 
 
 def left_out(args: Namespace, family: Family, part: str, hidden_layers: int) -> int:
-    """How many of a text encoder's last layers `--clip_skip` leaves out; raises `BadInput`."""
-    count = 0 if "clip_skip" in family.not_here else max(0, args.clip_skip or 0)
+    """How many of a text encoder's last layers `--skip_clip_layers` leaves out; raises `BadInput`."""
+    count = 0 if "skip_clip_layers" in family.not_here else max(0, args.skip_clip_layers or 0)
     if count >= hidden_layers:
-        raise BadInput([f"--clip_skip: got {count}, wanted less than the {hidden_layers} layers of the {part}"])
+        raise BadInput([f"--skip_clip_layers: got {count}, wanted less than the {hidden_layers} layers of the {part}"])
     return count
 
 

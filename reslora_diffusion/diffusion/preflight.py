@@ -1,19 +1,30 @@
 """What a run is about to do, printed before it does it; `--dry_run` stops after this."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from ..rules import ShortcutFields
+from .checkpoints import find_checkpoint
 from .checks import Plan
 from .concepts import Concept
 from .estimate import BACKWARD, Kept, on_paper
 from .inventory import inventory
 from .launcher import processes, world_size
 from .loss import Denoiser
+from .model_checks import adapter_settings
 from .models import base_dtype
+from .optimizers import learning_rate_factor, name_of
+from .options import DreamBoothOptions
+from .record import changes
 from .sampling import Batch
 
+FEW = 50  # steps in which no subject is learnt
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
@@ -43,6 +54,47 @@ def memory(plan: Plan, args: Namespace) -> str:
     )
 
 
+def training(plan: Plan, args: DreamBoothOptions, count: int) -> Iterator[str]:
+    """Lines on the device, the adapters and the optimizer."""
+    precision = str(base_dtype(args)).removeprefix("torch.")
+    yield f"on {PartialState().device}: the frozen base in {precision}, adapters in float32"
+    yield adapter_line(args)
+    yield optimizer_line(args, count)
+    if args.resume_from_checkpoint and (found := find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)):
+        for name, was, now in changes(args, found):
+            yield f"continued with --{name} {now}; {found.name} had {was}"
+
+
+def adapter_line(args: DreamBoothOptions) -> str:
+    """Which adapter is trained, of what size."""
+    settings = {item.name: item.default for item in fields(ShortcutFields)} | adapter_settings(args)
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if args.use_rslora else rank)
+    if args.method == "lora":
+        kind = "LoRA"
+    else:
+        reach = settings["num_previous"]
+        kind = f"ResLoRA, shortcut {settings['shortcut']}, num_previous {'all' if reach is None else reach}"
+    where = " and text encoders" if args.train_text_encoder else ""
+    others = [f"--{name}" for name in ("rank_pattern", "alpha_pattern") if getattr(args, name)]
+    apart = f", except for {' and '.join(others)}" if others else ""
+    return f"{kind}: rank {rank}, lora_alpha {alpha:g}, scale {scale:g}{apart}; on the denoiser{where}"
+
+
+def optimizer_line(args: DreamBoothOptions, count: int) -> str:
+    """Which optimizer trains it, at what rates."""
+    rate = args.learning_rate * learning_rate_factor(args, count)
+    parts = [f"learning rate {rate:g}"]
+    if args.train_text_encoder:
+        parts.append(f"of the text encoders {args.text_encoder_lr or rate:g}")
+    parts.append(f"weight decay {args.adam_weight_decay:g}")
+    if args.train_text_encoder and args.adam_weight_decay_text_encoder is not None:
+        parts.append(f"of the text encoders {args.adam_weight_decay_text_encoder:g}")
+    parts += [f"--{name} {value}" for name in ("loraplus_lr_ratio", "lr_pattern") if (value := getattr(args, name))]
+    warm = f" with {args.lr_warmup_steps} steps of warm-up" if args.lr_scheduler != "constant" else ""
+    return f"optimizer {name_of(args)}: {', '.join(parts)}; schedule {args.lr_scheduler}{warm}"
+
+
 def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
     """Bytes that a training forward keeps, weights apart: most of what a step takes beyond the models."""
     kept = Kept(*denoiser.models)
@@ -66,7 +118,11 @@ def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int, kept
 def preflight(plan: Plan, args: Namespace, count: int | None = None) -> list[str]:
     """Lines on the whole run, of `count` processes (of as many as the launcher says, if not given)."""
     count = count or world_size()
-    lines = [f"{args.pretrained_model_name_or_path}: {plan.skeleton.family.title}"]
+    family = plan.skeleton.family
+    lines = [
+        f"{args.pretrained_model_name_or_path}: {family.title}; options that are not given have the defaults of "
+        "diffusers' script for it"
+    ]
     lines += inventory(plan.concepts, args, plan.buckets)
     for concept in plan.concepts:
         lines += cut_off(concept, plan)
@@ -78,10 +134,17 @@ def preflight(plan: Plan, args: Namespace, count: int | None = None) -> list[str
         f"{plan.max_train_steps} steps of {batch} pictures{joined}: "
         f"{plan.max_train_steps / plan.steps_per_epoch:.1f} passes of {plan.steps_per_epoch} steps"
     )
-    family = plan.skeleton.family
+    if plan.max_train_steps < FEW and not args.given & {"max_train_steps", "num_train_epochs"}:
+        lines.append(
+            f"{plan.max_train_steps} steps are few: without --max_train_steps a run is one pass over the data; a "
+            "subject takes some hundreds"
+        )
+    lines += training(plan, args, count)
     guidance = family.training_guidance(plan.skeleton.denoiser.config, args)
-    if guidance is not None:  # diffusers' script calls it --guidance_scale
-        painted = f"pictures at {family.painting_guidance(args):g} (--guidance_scale)"
-        lines.append(f"trained at guidance {guidance:g} (--training_guidance_scale), {painted}")
+    if guidance is not None:
+        lines.append(
+            f"trained at guidance {guidance:g} (--training_guidance_scale, diffusers' --guidance_scale), images at "
+            f"{family.painting_guidance(args):g} (--validation_guidance_scale)"
+        )
     lines.append(memory(plan, args))
     return lines + ([on_paper(plan, args)] if args.dry_run else [])  # a run measures instead, once models are loaded

@@ -17,17 +17,16 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..problems import BadInput
+from ..problems import BadInput, refuse
 from ..utils.files import write_text
 from .checkpoints import find_checkpoint
 from .checks import Look, check, look
-from .options import build_parser
+from .options import override
 from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_picture
 
@@ -42,7 +41,7 @@ def contender(word: str, args: Namespace) -> Namespace:
     method, _, shortcut = head.partition("-")
     if head not in HEADS:
         raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
-    own = copy(args)
+    own = args.copy()
     own.compare, own.method = None, method
     own.output_dir = str(Path(args.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
     own.shortcut = shortcut or args.shortcut
@@ -53,9 +52,7 @@ def contender(word: str, args: Namespace) -> Namespace:
     words = [f"--{setting}" for setting in filter(None, settings.split(","))]
     if shared := [setting for setting in words if setting[2:].partition("=")[0] in SHARED]:
         raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])
-    own, unknown = build_parser().parse_known_args(words, namespace=own)
-    if unknown:
-        raise BadInput([f"--compare: {word} sets {', '.join(unknown)}, which is no option"])
+    refuse(f"--compare: {word}: {problem}" for problem in override(own, words))
     return own
 
 
@@ -108,7 +105,7 @@ def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
         own.seed = args.seed
         state.print(f"\n--- {name}, {number} of {len(runs)}", flush=True)
         folders[name] = run(own)
-    args.guidance_scale = own.guidance_scale  # the family's, if none was given
+    args.validation_guidance_scale = own.validation_guidance_scale  # the family's, if none was given
     if not args.dry_run and state.is_main_process:
         write_comparison(Path(args.output_dir), folders, args)
     return Path(args.output_dir)
@@ -145,7 +142,7 @@ def app_settings(folders: dict[str, Path], args: Namespace) -> dict[str, Any]:
             for name, path in files.items()
         ],
         "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": args.validation_guidance_scale,
     }
 
 

@@ -7,6 +7,7 @@ import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,26 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ..environment import without_secrets
 from ..utils.files import write_text
 from .checkpoints import stored_facts
-from .options import build_parser
+from .options import BINDING, DreamBoothOptions, stored_options
+from .options.training import TrainingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 FILE = "run.json"
+LENGTH = ("max_train_steps", "num_train_epochs")
 PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
-SECRET = ("hub_token",)
-PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern", "optimizer_args")
-# What a checkpoint depends on: a run that continues from one must agree on these.
-BINDING = (
-    "pretrained_model_name_or_path seed method shortcut num_previous handover rank lora_alpha use_rslora lora_dropout "
-    "target_modules lora_blocks train_text_encoder text_encoder_target_modules rank_pattern alpha_pattern "
-    "train_batch_size gradient_accumulation_steps instance_prompt class_prompt with_prior_preservation "
-    "prior_loss_weight resolution aspect_ratio_buckets snr_gamma debiased_estimation_loss loss_type huber_c "
-    "huber_schedule noise_offset weighting_scheme logit_mean logit_std mode_scale precondition_outputs "
-    "max_sequence_length skip_t5 clip_skip training_guidance_scale caption_dropout_rate prediction_type "
-    "rescale_betas_zero_snr random_flip center_crop crops_per_image repeats caption_extension shuffle_caption "
-    "keep_tokens validation_split mask_data_dir alpha_mask optimizer use_8bit_adam use_ema ema_decay"
-).split()
 
 
 def versions() -> dict[str, str]:
@@ -48,10 +38,7 @@ def versions() -> dict[str, str]:
 
 def options(args: Namespace) -> dict[str, Any]:
     """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
-    hidden = (*SECRET, "unknown", "config", "dry_run", "local_rank")
-    values = {name: value for name, value in vars(args).items() if name not in hidden}
-    values |= {name: dict(values[name]) for name in PATTERNS}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return args.recorded()
 
 
 def trackable(args: Namespace) -> dict[str, Any]:
@@ -79,11 +66,22 @@ def write_record(args: Namespace, facts: dict[str, Any]) -> None:
 
 def differences(args: Namespace, checkpoint: Path) -> Iterator[str]:
     """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
-    own, stored, parser = options(args), stored_facts(checkpoint)["options"], build_parser()
+    stored = stored_options(stored_facts(checkpoint)["options"])
     for name in BINDING:
-        was = stored.get(name, parser.get_default(name))  # the default, if the checkpoint is older than the option
-        if was != own[name] and not (name == "seed" and args.seed is None):
-            yield f"{checkpoint} was trained with --{name} {was!r}, got {own[name]!r}; wanted the same"
+        was, own = getattr(stored, name), getattr(args, name)
+        if name == "lora_alpha":  # not given, it is the rank
+            was, own = was or float(stored.rank), own or float(args.rank)
+        if was != own and not (name == "seed" and args.seed is None):
+            yield f"{checkpoint} was trained with --{name} {was!r}, got {own!r}; wanted the same"
+
+
+def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Options of training that may differ from a checkpoint's, and do: name, the checkpoint's value, ours."""
+    stored = stored_options(stored_facts(checkpoint)["options"])
+    for item in fields(TrainingOptions):
+        was, own = getattr(stored, item.name), getattr(args, item.name)
+        if item.name not in BINDING and item.name not in LENGTH and was != own:
+            yield item.name, was, own
 
 
 def export_name(args: Namespace) -> str:

@@ -37,6 +37,7 @@ from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
 from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler
+from .options import IN_HEADER
 from .randomness import Stream, seed_of
 from .record import export_name, options, versions
 from .rescue import written_elsewhere
@@ -45,10 +46,6 @@ from .validation import SHEET, Painter, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
-TOLD_IN_HEADERS = (
-    "learning_rate text_encoder_lr train_batch_size gradient_accumulation_steps lr_scheduler optimizer resolution "
-    "snr_gamma noise_offset mixed_precision"
-).split()
 PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
@@ -296,14 +293,14 @@ class Run:
 
     def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
         """What the headers of the LoRA's files say of its training; kohya's `ss_*` are made from the same names."""
-        args = {name: getattr(self.args, name) for name in TOLD_IN_HEADERS}
+        args = {name: getattr(self.args, name) for name in IN_HEADER}
         facts = {
             **args,
             "method": self.args.method,
             **self.method,
             "num_previous": self.args.num_previous,
             "handover": self.args.handover,
-            "ss_clip_skip": self.args.clip_skip and self.args.clip_skip + 1,  # kohya counts from 1
+            "ss_clip_skip": self.args.skip_clip_layers and self.args.skip_clip_layers + 1,  # kohya counts from 1
             "base_model": base_model_name(self.args),
             "trigger_words": self.args.instance_prompt,
             "steps": step,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..processes import Process
 
-OF_ONE_CLIP = {"clip_skip": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
+OF_ONE_CLIP = {"skip_clip_layers": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
 OF_FLOWS = dict.fromkeys(
     "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
 )
@@ -35,7 +35,7 @@ OF_DIFFUSION = dict.fromkeys(
 
 
 def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
-    """`clip_skip`: what came before the last layers goes through the final norm, as diffusers' pipelines do it."""
+    """`skip_clip_layers`: the final norm reads what came before the last layers, as in diffusers' pipelines."""
     encoder = getattr(text_encoder, "text_model", text_encoder).encoder
     encoder.layers = encoder.layers[:-count]
 
@@ -77,6 +77,7 @@ class Family(ABC):
     fixed_tokenizer: str | None = None
     max_sequence_length = 77  # tokens of a prompt that T5 is given, as in diffusers' script for the family
     guidance_scale = 7.5  # of pictures
+    is_guided = False  # whether it has models that are given the guidance in training
 
     def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:
         return getattr(pipeline, self.denoiser)
@@ -101,7 +102,8 @@ class Family(ABC):
 
     def painting_guidance(self, args: Namespace) -> float:
         """Guidance of validation and class pictures."""
-        return self.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        given = args.validation_guidance_scale
+        return self.guidance_scale if given is None else given
 
     def training_guidance(self, config: Mapping[str, Any], args: Namespace) -> float | None:
         """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""

@@ -44,6 +44,7 @@ class Flux(FlowFamily):
     )
     max_sequence_length = 512
     guidance_scale = 3.5
+    is_guided = True
     flow = {"weighting_scheme": "none", "precondition_outputs": False}
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:

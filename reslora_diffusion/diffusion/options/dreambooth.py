@@ -1,0 +1,72 @@
+"""All options of DreamBooth training, and what depends on the family of the model.
+
+Names of options that diffusers' scripts have are theirs, others are kohya's where there is one. Defaults are those of
+diffusers' script for the family of the model: `take_defaults` fills them in once the family is known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from ...options import default_of, facts_of, value_problems
+from .adapter import AdapterOptions
+from .data import DataOptions
+from .model import ModelOptions
+from .output import OutputOptions
+from .training import TrainingOptions
+
+if TYPE_CHECKING:
+    from ..families import Family
+
+
+@dataclass
+class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptions, OutputOptions):
+    """Teach a Stable Diffusion or FLUX.1 pipeline a subject by LoRA or ResLoRA, and export a standard LoRA.
+
+    Attributes:
+        given: names of the options that were given; all others have the defaults of the model's family.
+        problems: what was wrong with the command line or the file.
+    """
+
+    given: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+    def copy(self) -> DreamBoothOptions:
+        return copy.deepcopy(self)
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Take values that were given."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.given |= values.keys()
+
+    def take_defaults(self, family: Family) -> None:
+        """Give options that were not given the defaults of diffusers' script for this family."""
+        kind = family.pipeline_class
+        for item in fields(self):
+            if item.name in FACTS and item.name not in self.given and (families := FACTS[item.name].families):
+                setattr(self, item.name, families.get(kind, default_of(item)))
+        alone = self.optimizer == "prodigy"  # its learning rate is one for all, as in diffusers' scripts
+        for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
+            if name not in self.given and (not self.train_text_encoder or (alone and name == "text_encoder_lr")):
+                setattr(self, name, None)
+        if self.guidance_scale is not None:
+            name = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
+            if name not in self.given:
+                self.update({name: self.guidance_scale})
+
+    def recorded(self) -> dict[str, Any]:
+        """Options by name as `run.json` holds them, in JSON's types."""
+        values = {name: getattr(self, name) for name, facts in FACTS.items() if facts.recorded}
+        return {name: str(v) if name == "concepts" and v else v for name, v in values.items()}
+
+    def value_problems(self) -> Iterable[str]:
+        return value_problems(self)
+
+
+FACTS = facts_of(DreamBoothOptions)
+BINDING = [name for name, facts in FACTS.items() if facts.binds]
+IN_HEADER = [name for name, facts in FACTS.items() if facts.in_header]

@@ -1,0 +1,80 @@
+"""Command line and `--config` file to `DreamBoothOptions`, and options as earlier versions recorded them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...option_parser import Given, Reader, parse_file
+from ...problems import BadInput
+from .answers import NOT_SUPPORTED, answer
+from .dreambooth import DreamBoothOptions
+from .model import FAMILY_TITLES
+
+PROGRAM = "train_dreambooth_reslora.py"
+
+
+@cache
+def reader() -> Reader:
+    return Reader(DreamBoothOptions, PROGRAM, answer, FAMILY_TITLES)
+
+
+def known_flags() -> list[str]:
+    return reader().known_flags()
+
+
+def read_config(path: Path) -> Given:
+    """Options in a configuration file; raises `BadInput` if it is none."""
+    config = parse_file("--config", path)
+    if not isinstance(config, dict):
+        raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
+    if isinstance(config.get("options"), dict) and "command" in config:  # the `run.json` of an earlier run
+        config = renamed_since(config["options"])
+    return reader().mapping(config, ignored=NOT_SUPPORTED)
+
+
+def renamed_since(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded options under the names that they have now."""
+    options = dict(recorded)
+    if "validation_guidance_scale" not in options:  # `guidance_scale` meant that of images, for every model
+        options["validation_guidance_scale"] = options.pop("guidance_scale", None)
+    if "clip_skip" in options:
+        options["skip_clip_layers"] = options.pop("clip_skip")
+    return options
+
+
+def stored_options(recorded: Mapping[str, Any]) -> DreamBoothOptions:
+    """Options that a checkpoint holds; those that it is older than have their defaults."""
+    options = DreamBoothOptions()
+    options.update(reader().mapping(renamed_since(recorded), ignored=NOT_SUPPORTED).values)
+    return options
+
+
+def parse(argv: Sequence[str] | None = None) -> DreamBoothOptions:
+    """Options from a command line (by default that of the program) and from its `--config` file.
+
+    Raises:
+        BadInput: the file cannot be read; said together with what is wrong with the command line.
+    """
+    given, options = reader().command_line(argv), DreamBoothOptions()
+    if path := given.values.get("config"):
+        try:
+            file = read_config(path)
+        except BadInput as error:
+            raise BadInput([*error.problems, *given.problems]) from error
+        options.update(file.values)
+        options.problems += file.problems
+    options.update(given.values)
+    options.problems += given.problems
+    options.local_rank = int(os.environ.get("LOCAL_RANK", options.local_rank))
+    if options.upcast_before_saving and "save_precision" not in options.given:
+        options.save_precision = "fp32"
+    return options
+
+
+def override(options: DreamBoothOptions, words: Sequence[str]) -> list[str]:
+    """Change options by words of a command line; returns what is wrong with the words."""
+    given = reader().command_line(words)
+    options.update(given.values)
+    return given.problems

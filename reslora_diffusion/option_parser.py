@@ -1,0 +1,210 @@
+"""Options read from command lines and files, by the same rules, with every problem collected instead of the first.
+
+    given = Reader(Options, "program").command_line(["--rank", "many", "--rnak", "8"])
+    given.values      {}
+    given.problems    ["unknown option --rnak (did you mean --rank?)", "--rank: got 'many', wanted a whole number"]
+
+No heavy library is imported here, so that `--help` and bad options are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .options import convert, default_of, facts_of, is_switch, takes_many
+from .problems import BadInput
+
+CLOSE = 0.75  # how alike two names must be for one to be suggested in place of the other
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+}
+
+
+def parse_file(flag: str, path: Path) -> Any:
+    """The content of a YAML, JSON or TOML file; raises `BadInput`."""
+    if path.suffix.lower() not in PARSERS:
+        raise BadInput([f"{flag} {path}: wanted a file named {', '.join(PARSERS)}"])
+    try:
+        return PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BadInput([f"{flag} {path}: {error.strerror}"]) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadInput([f"{flag} {path} does not parse: {error}"]) from error
+
+
+@dataclass
+class Given:
+    """What was given: values by name of the option, and everything that is wrong with the rest."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class Collect(argparse.Action):
+    """Notes each option with its words, for `Reader` to convert."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        namespace.found.append((option_string.removeprefix("--"), list(values)))
+
+
+class Parser(argparse.ArgumentParser):
+    """Splits a command line into options and words; whatever it finds itself is raised as `BadInput`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput([message])
+
+
+class Formatter(argparse.HelpFormatter):
+    """Shows one name for the value of an option, however many words it takes."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar) if isinstance(action, Collect) else super()._format_args(action, default_metavar)
+
+
+class Reader:
+    """Reads options of one dataclass from command lines and from files.
+
+    Args:
+        kind: the dataclass.
+        program: its name in `--help`.
+        answer: what to say of an option that is unknown by this name (without dashes), if more is known than its
+            spelling.
+        family_titles: short names of families of models, for their defaults in `--help`.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        program: str,
+        answer: Callable[[str], str | None] = lambda name: None,
+        family_titles: Mapping[str, str] | None = None,
+    ) -> None:
+        self.kind, self.answer, self.family_titles = kind, answer, family_titles or {}
+        self.facts, self.kinds = facts_of(kind), typing.get_type_hints(kind)
+        self.names = {alias: name for name, facts in self.facts.items() for alias in (name, *facts.aliases)}
+        self.parser = Parser(
+            prog=program,
+            usage="%(prog)s [--option VALUE ...]",
+            description=(kind.__doc__ or "").strip().splitlines()[0],
+            allow_abbrev=False,
+            formatter_class=Formatter,
+        )
+        for group in (*kind.__bases__, kind):
+            own = [name for name in group.__dict__.get("__annotations__", {}) if name in self.facts]
+            title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".") if own else ""
+            add = self.parser.add_argument_group(title).add_argument if own else None
+            for name in own if add else ():
+                flags = [f"--{alias}" for alias in (name, *self.facts[name].aliases)]
+                flags += [f"--no-{name}"] if is_switch(self.kinds[name]) else []
+                add(*flags, nargs="*", action=Collect, metavar=self.metavar(name), help=self.help_of(name))
+
+    def known_flags(self) -> list[str]:
+        return [flag for action in self.parser._actions for flag in action.option_strings]
+
+    def metavar(self, name: str) -> str:
+        if is_switch(self.kinds[name]):
+            return ""
+        word = {"int": "N", "float": "X", "dict": "NAME=VALUE ..."}
+        text = str(self.kinds[name])
+        return next((shown for part, shown in word.items() if part in text), "A B ..." if "list" in text else "TEXT")
+
+    def help_of(self, name: str) -> str:
+        item, facts = next(i for i in dataclasses.fields(self.kind) if i.name == name), self.facts[name]
+        default = default_of(item)
+        silent = default in (None, False, [], {}) and not facts.families
+        shown = [*map(str, default)] if isinstance(default, list) else [str(default)]
+        text = f"{facts.help}{' One of ' + ', '.join(map(str, facts.choices)) + '.' if facts.choices else ''}"
+        others = [f"{self.family_titles.get(family, family)} {value}" for family, value in facts.families.items()]
+        own = [] if default is None else [" ".join(shown)]
+        return (text if silent else f"{text} (default: {', '.join([*own, *others])})").replace("%", "%%")
+
+    def command_line(self, argv: Sequence[str] | None = None) -> Given:
+        """Options on a command line."""
+        namespace, given, stray = argparse.Namespace(found=[]), Given(), []
+        _, unknown = self.parser.parse_known_args(sys.argv[1:] if argv is None else list(argv), namespace)
+        for flag, words in namespace.found:
+            name = self.names.get(flag) or self.names[flag.removeprefix("no-")]
+            if flag not in self.names:  # --no-flag
+                given.values[name] = False
+                stray += words
+                continue
+            if not takes_many(self.kinds[name]):
+                stray += words[1:]
+                words = words[:1]
+            self.take(given, flag, name, words)
+        unknown_ones = [
+            *self.unknown_options(unknown),
+            *(f"got {word!r}, which belongs to no option" for word in stray),
+        ]
+        given.problems = [*unknown_ones, *given.problems]
+        return given
+
+    def mapping(self, config: Mapping[str, Any], ignored: Iterable[str] = ()) -> Given:
+        """Options in a file. A value that is null counts as not given; so does one that is `ignored` and off."""
+        given = Given()
+        for flag, value in config.items():
+            if value is None or value in ([], {}) or (flag in ignored and value is False):
+                continue
+            if flag not in self.names:
+                given.problems += self.unknown_options([f"--{flag}"])
+                continue
+            name = self.names[flag]
+            self.take(given, flag, name, self.words_of(name, value))
+        return given
+
+    def words_of(self, name: str, value: Any) -> list[str]:
+        """The words of a command line that say the same as a value in a file."""
+        if isinstance(value, bool):  # YAML reads `no` as false
+            return ["no" if value is False and "no" in self.facts[name].choices else str(value).lower()]
+        if isinstance(value, dict):
+            return [f"{key}={inner}" for key, inner in value.items()]
+        if isinstance(value, list):
+            return [f"{i[0]}={i[1]}" if isinstance(i, list) and len(i) == 2 else str(i) for i in value]
+        return [str(value)]
+
+    def take(self, given: Given, flag: str, name: str, words: Sequence[str]) -> None:
+        """Note one option and its value, or what is wrong with it."""
+        kind = self.kinds[name]
+        if takes_many(kind) and not words:
+            given.problems.append(f"--{flag}: got nothing, wanted one or more")
+            return
+        if flag != name and takes_many(kind):  # such as diffusers' --lora_layers, with commas between the names
+            words = [part.strip() for word in words for part in word.split(",") if part.strip()]
+        try:
+            value = convert(kind, words)
+            given.values[name] = value.lower() if self.facts[name].lower else value
+        except ValueError as error:
+            got = repr(" ".join(words)) if words else "nothing"
+            choices = self.facts[name].choices
+            told = ", ".join(map(str, choices)) if choices else error
+            given.problems.append(f"--{flag}: got {got}, wanted {told}")
+
+    def unknown_options(self, words: Sequence[str]) -> Iterator[str]:
+        """An answer to each word that is no option; words that follow an unknown option are its values."""
+        known, inside = self.known_flags(), False
+        for word in words:
+            if word.startswith("-"):
+                yield self.unknown_option(word, known)
+                inside = "=" not in word
+            elif not inside:
+                yield f"got {word!r}, which belongs to no option"
+
+    def unknown_option(self, word: str, known: Sequence[str]) -> str:
+        flag = word.split("=")[0]
+        if answer := self.answer(flag.lstrip("-")):
+            return answer
+        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1, cutoff=CLOSE)
+        return f"unknown option {flag}" + (f" (did you mean {near[0]}?)" if near else "")
