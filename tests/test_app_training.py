@@ -220,7 +220,7 @@ def test_the_script_takes_the_configuration(trainer, tmp_path):
     trainer.base = str(tmp_path / "base")
     training = trainer.start(dataclasses.replace(ASKED, method=Method.BLOCK), [PICTURE] * 2, "me")
     args = parse(["--config", str(training.folder / CONFIG)])
-    assert (args.shortcut, args.validation_prompt, args.unknown) == ("block", ["a cat", "a dog"], [])
+    assert (args.shortcut, args.validation_prompt, args.problems) == ("block", ["a cat", "a dog"], [])
     assert check(args).max_train_steps == 5
 
 

@@ -118,7 +118,8 @@ def test_a_handover_is_recorded_anew_and_a_resumed_run_continues_bit_for_bit(tmp
         {"method": "lora", "mixed_precision": "fp16", "learning_rate": 2**-10},
         {"shortcut": "input", "optimizer": "sgd", "optimizer_args": ["momentum=0.5"], "handover": 0.5},
         {"shortcut": "none", "optimizer": "adam", "mixed_precision": "bf16", "loraplus_lr_ratio": 4},
-        {"shortcut": "input", "train_text_encoder": True, "pretrained_model_name_or_path": "xl"},
+        {"shortcut": "input", "train_text_encoder": True, "text_encoder_lr": 2**-7}
+        | {"pretrained_model_name_or_path": "xl"},
     ],
     ids=["fp16", "sgd", "bf16", "xl"],  # where a text encoder's last layer has no gradients
 )

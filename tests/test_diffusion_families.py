@@ -262,8 +262,9 @@ def test_groups_of_parameters_have_the_rates_of_the_family(tmp_path):
     options.given -= {"learning_rate", "resolution"}
     options.scale_lr = True
     options.take_defaults(FAMILIES["StableDiffusionXLPipeline"])
-    weight = {"a.lora_A.weight": torch.nn.Parameter(torch.zeros(2, 2))}
-    unet, text = make_optimizer({"unet": weight, "text_encoder": weight}, options).param_groups
+    parts = ("unet", "text_encoder")
+    weights = {part: {"a.lora_A.weight": torch.nn.Parameter(torch.zeros(2, 2))} for part in parts}
+    unet, text = make_optimizer(weights, options).param_groups
     assert (unet["lr"], unet["weight_decay"]) == (1e-4 * options.train_batch_size, 1e-4)
     assert (text["lr"], text["weight_decay"]) == (5e-6, 1e-3)
     assert options.resolution == 1024
