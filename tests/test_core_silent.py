@@ -30,6 +30,8 @@ from reslora_diffusion import (
     calibrate,
     explain,
     export_pipeline,
+    get_controller,
+    handover,
     merged_factors,
     merged_state_dict,
     relative_output_errors,
@@ -501,3 +503,27 @@ def test_middle_is_not_combined_where_scalings_differ_in_a_chain() -> None:
     options = {"shortcut": "middle", "alpha_pattern": {"layers.1": 8}}
     with pytest.raises(ValueError, match="whose scalings differ here"):
         two_adapters(options, options).add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
+
+
+# ------------------------------------------------------------------------------------------------ what PEFT asks for
+
+
+def test_peft_sees_its_own_configuration_and_the_type() -> None:
+    config = ResLoraConfig(r=2, target_modules=["q_proj"], shortcut="block")
+    model = get_peft_model(build("llama"), config)
+    assert model.peft_config["default"] is config
+    assert model.get_model_status().peft_types == {"default": "RESLORA"}
+    other = get_peft_model(build("llama"), config)
+    handover(other)
+    assert (other.peft_config["default"].shortcut, config.shortcut) == ("none", "block")
+    assert get_controller(other).config is other.peft_config["default"]
+    copied = copy.deepcopy(other)
+    assert get_controller(copied).config is copied.peft_config["default"]
+
+
+def test_what_peft_refuses_for_lora_is_refused() -> None:
+    """Mamba's kernels read the weight of `out_proj` past its layer; PEFT asks for the type LORA by name."""
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
+    model = transformers.MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        get_peft_model(model, ResLoraConfig(r=2, target_modules=["out_proj"], shortcut="block"))

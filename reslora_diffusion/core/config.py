@@ -7,7 +7,7 @@ Everything is checked when the configuration is made, and every fault is in one 
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 from peft import LoraConfig
 
@@ -16,7 +16,7 @@ from ..rules import FORMAT_VERSION, MergeMethod, Shortcut, ShortcutFields, fault
 __all__ = ["FORMAT_VERSION", "MergeMethod", "PeftType", "ResLoraConfig", "Shortcut"]
 
 
-class PeftType(StrEnum):
+class PeftType(str, Enum):  # noqa: UP042 (`str()` of it is "PeftType.RESLORA", as PEFT's status takes it apart)
     """Our key in PEFT's tables of methods, whose own enumeration is closed."""
 
     RESLORA = "RESLORA"

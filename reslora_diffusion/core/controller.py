@@ -12,6 +12,7 @@ chain with m = num_previous computes, with z = A x at rank r and D the dropout o
 Inside `merged_forward` it computes the plain LoRA that it will be exported as.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -62,13 +63,14 @@ class Controller:
         self,
         model: nn.Module,
         adapter_name: str,
-        config: ResLoraConfig,
+        configs: dict[str, Any],
         layers: dict[str, LoraLayer],
         unlinked: dict[str, str],
         unjoined: dict[str, Unjoined],
     ) -> None:
         self.adapter_name = adapter_name
-        self.config = config
+        self.configs = configs  # `peft_config` of the model
+        self.config: ResLoraConfig = configs[adapter_name]
         self.layers = layers
         self.unjoined = unjoined
         shapes = {name: (*layer_shape(layer), layer.r[adapter_name]) for name, layer in layers.items()}
@@ -112,6 +114,11 @@ class Controller:
                 later = len(chain.sites) - 1 - place
                 running_sum = shortcut is Shortcut.MIDDLE and self.config.num_previous is None
                 self.readers[site.name] = min(later, 1 if running_sum else self.config.num_previous or later)
+
+    def own_config(self) -> ResLoraConfig:
+        """The configuration, to be changed: users give one to several models, so the model gets a copy in its place."""
+        self.config = self.configs[self.adapter_name] = copy.copy(self.config)
+        return self.config
 
     def refresh(self) -> None:
         """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation."""

@@ -41,7 +41,7 @@ def handover(
         for name, layer in controller.layers.items():
             weight: Any = layer.lora_A[adapter_name].weight
             weight.copy_(placed_like(factors[name].lora_A.to(weight.dtype), weight))
-    controller.config.shortcut = Shortcut.NONE
+    controller.own_config().shortcut = Shortcut.NONE
     controller.calibration = {}
     controller.calibrated_at = {}
     controller.link()
@@ -58,7 +58,7 @@ def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer 
             "handover of 'block' makes wider factors, and FSDP has sharded those that are; hand over before sharding, "
             "use DistributedDataParallel, or export without handover: block merges exactly"
         )
-    config, fresh = controller.config, {}
+    config, fresh = controller.own_config(), {}
     for name, layer in controller.layers.items():
         window = [name, *controller.windows[name]]
         A, B = concatenated([(old[n][0].weight, old[n][1].weight) for n in window])

@@ -127,13 +127,17 @@ class ResLoraModel(LoraModel):
     """PEFT's LoRA model whose layers compute with shortcuts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A copy of its own: a handover changes it, and users give one configuration to several models.
-        config: Any = copy.copy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        config: Any = self.peft_config[adapter_name]
         if kwargs.get("state_dict") is None:
             refuse_unmatched_targets(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        install(model, adapter_name, config)
+        install(model, adapter_name, self.peft_config)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Refuse what PEFT refuses for LoRA: Mamba's kernels read some weights past their layers."""
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = "LORA"
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         from .merging import corrections_of
@@ -236,12 +240,16 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
     )
 
 
-def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
+def install(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
     """Give every linear layer of a freshly injected adapter its variant, and the adapter its controller.
+
+    Args:
+        configs: `peft_config` of the model.
 
     Convolutions, embeddings, `nn.MultiheadAttention` and `target_parameters` (fused experts) stay PEFT's plain LoRA; an
     adapter of nothing else has no controller.
     """
+    config: ResLoraConfig = configs[adapter_name]
     layers: dict[str, LoraLayer] = {}
     names: dict[int, list[str]] = {}
     silent = []
@@ -271,7 +279,7 @@ def install(model: nn.Module, adapter_name: str, config: ResLoraConfig) -> None:
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
     if config.effective_shortcut in (Shortcut.INPUT, Shortcut.MIDDLE):
         unlinked |= {name: "runs more than once in a forward" for name in layers if runs_twice(model, name)}
-    controller = Controller(model, adapter_name, config, layers, unlinked, unjoined)
+    controller = Controller(model, adapter_name, configs, layers, unlinked, unjoined)
     say_what_is_alone(controller)
     for name, layer in layers.items():
         layer.lora_variant[adapter_name] = ResLoraVariant(controller, name)
