@@ -53,6 +53,16 @@ def test_captions_come_from_metadata_then_text_files_then_the_prompt(folder):
     assert found.uncaptioned == ["2.png", "3.png", "4.png"]
 
 
+def test_only_a_line_feed_ends_a_row_of_the_metadata(folder):
+    captions = ["a\u2028b", "c\x85d"]
+    rows = [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(captions)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    found = scan(folder)
+    assert found.problems == []
+    assert [picture.caption for picture in found.pictures[:2]] == captions
+
+
 def test_equal_pictures_are_found(folder):
     shutil.copy(folder / "0.png", folder / "again.png")
     assert scan(folder).duplicates == [["0.png", "again.png"]]

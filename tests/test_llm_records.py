@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from reslora_diffusion.llm.records import carve, choose, conversations, read_json_lines, read_rows
+from reslora_diffusion.llm.records import (
+    carve,
+    choose,
+    conversations,
+    form_of,
+    read_json_lines,
+    read_rows,
+    unread_columns,
+)
 from reslora_diffusion.problems import BadInput
 
 TALK = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
@@ -32,6 +40,26 @@ def test_every_bad_line_is_shown_with_its_number(tmp_path):
     assert len(caught.value.problems) == 4
     for number, text in ((2, "empty"), (3, "column 15"), (4, "got list, wanted an object"), (6, "nope")):
         assert any(f"line {number}:" in problem and text in problem for problem in caught.value.problems)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    rows = [{"prompt": f"a{mark}b", "response": "c"} for mark in "\u2028\u2029\x85"]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file = tmp_path / "data.jsonl"
+    for end in ("\n", "\r\n"):
+        file.write_text(end.join(lines) + end, encoding="utf-8", newline="")
+        assert read_json_lines(file) == rows
+    file.write_text("\n".join(lines) + "\n\n  \n", encoding="utf-8")
+    assert read_json_lines(file) == rows
+
+
+def test_lines_that_json_itself_gives_up_on(tmp_path):
+    file = write(tmp_path / "data.jsonl", '{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000)
+    with pytest.raises(BadInput) as caught:
+        read_json_lines(file)
+    assert ["digits" in caught.value.problems[0], "nested too deeply" in caught.value.problems[1]] == [True, True]
+    with pytest.raises(BadInput, match="row 1: the user's text has half of a surrogate pair"):
+        conversations([json.loads('{"prompt": "\\ud800", "response": "b"}')])
 
 
 def test_many_bad_lines_are_counted(tmp_path):
@@ -79,6 +107,36 @@ def test_a_path_that_is_not_there_is_not_looked_for_elsewhere(tmp_path):
 )
 def test_forms_of_a_conversation(row):
     assert conversations([row]) == [TALK]
+
+
+ALPACA = {"instruction": "Add.", "input": "1 and 1", "output": "2", "text": "Below is an instruction ..."}
+ADDED = [{"role": "user", "content": "Add.\n\n1 and 1"}, {"role": "assistant", "content": "2"}]
+
+
+def test_the_input_of_an_instruction_belongs_to_the_prompt():
+    assert conversations([ALPACA]) == conversations([ALPACA], "instruction", "output") == [ADDED]
+    dolly = {"instruction": "Add.", "context": "1 and 1", "response": "2", "category": "sums"}
+    assert conversations([dolly]) == conversations([dolly], "instruction", "response") == [ADDED]
+    for empty in ("", " ", None):
+        found = conversations([ALPACA, ALPACA | {"input": empty}])
+        assert [talk[0]["content"] for talk in found] == ["Add.\n\n1 and 1", "Add."]
+    assert conversations([{"prompt": "a", "input": "b", "response": "c"}])[0][0]["content"] == "a"
+    assert conversations([ALPACA], "input", "output")[0][0]["content"] == "1 and 1"
+    assert unread_columns([ALPACA], form_of([ALPACA])) == ["text"]
+    assert unread_columns([ALPACA], form_of([ALPACA], "input", "output")) == ["instruction", "text"]
+
+
+def test_a_system_column_is_the_turn_before_the_prompt():
+    system = {"role": "system", "content": "Be brief."}
+    for name in ("system", "system_prompt"):
+        row = {"question": "1 + 1", "response": "2", name: "Be brief."}
+        assert conversations([row, row | {name: ""}], "question") == [[system, *TALK], TALK]
+
+
+@pytest.mark.parametrize("row", [{"messages": TALK, "tools": [{"name": "add"}]}, ALPACA | {"history": [["a", "b"]]}])
+def test_columns_that_would_change_the_conversation_are_not_passed_over(row):
+    with pytest.raises(BadInput, match="row 2: got '(tools|history)', which is not read"):
+        conversations([row | {"tools": [], "history": None}, row])
 
 
 def test_columns_by_name():

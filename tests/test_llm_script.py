@@ -26,7 +26,9 @@ from transformers import (
 
 from hub import Hub
 from llm_tiny import load_script
+from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.generation import generate
+from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.problems import BadInput
 
@@ -348,6 +350,14 @@ def test_bad_lines_are_shown_by_number(folders, tmp_path):
     found = problems(folders, tmp_path, task=None, dataset_name=tmp_path / "data")
     assert any("train.jsonl line 2: the line is empty" in problem for problem in found)
     assert any("train.jsonl line 3: not JSON" in problem for problem in found)
+
+
+def test_what_is_not_read_is_said(folders, tmp_path):
+    write_lines(tmp_path / "data" / "train.jsonl", [{"prompt": "a", "response": "b", "source": "web", "id": None}] * 4)
+    write_lines(tmp_path / "data" / "dev.jsonl", [{"prompt": "a", "response": "b"}])
+    found = reading.read(LlmOptions(dataset_name=str(tmp_path / "data")), seed=0).notes
+    assert f"{tmp_path / 'data'}: files that are not read: dev.jsonl" in found
+    assert "train: columns that are not read: source" in found
 
 
 def test_rows_are_shown_by_their_place_in_the_file_though_some_are_set_apart(folders, tmp_path):

@@ -33,7 +33,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     if args.adapter != "none":
         model = PeftModel.from_pretrained(model, args.adapter).eval()
-    questions = [json.loads(line)["messages"] for line in args.questions.read_text().splitlines()]
+    with args.questions.open(encoding="utf-8") as lines:  # not str.splitlines, which divides at U+2028 too
+        questions = [json.loads(line)["messages"] for line in lines if line.strip()]
     responses = []
     for start in range(0, len(questions), args.batch_size):
         inputs = tokenizer.apply_chat_template(

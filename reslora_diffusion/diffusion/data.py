@@ -8,7 +8,6 @@ beside the picture, the prompt given for the whole folder. Masks: a folder of pi
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ..json_lines import lines_of, parse
 from ..problems import listing
 from ..utils.images import colour_of, eight_bits, upright_rgb
 
@@ -160,9 +160,9 @@ def metadata_rows(found: Scan) -> dict[str, str]:
     path, rows = found.folder / METADATA_FILE, {}
     if not path.is_file():
         return rows
-    for number, line in enumerate(read_text(path, found).splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(path, found)), 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse(line) if line.strip() else None
             rows |= {row["file_name"]: row["text"].strip()} if row else {}
         except (ValueError, KeyError, TypeError, AttributeError):
             found.problems.append(f'{path}, line {number}: got {line[:60]!r}, wanted {{"file_name": ..., "text": ...}}')

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..json_lines import lines_of
 from ..utils.files import atomic_write, write_text
 
 FILE = "metrics.jsonl"
@@ -27,7 +28,7 @@ class NonFiniteLoss(RuntimeError):
 def read_history(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics, in the order of steps; a line that a full disk or a kill cut off is none."""
     path, rows = Path(run) / FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in lines_of(path.read_text(encoding="utf-8")) if path.is_file() else ():
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..problems import BadInput, listing, refuse
 from .options import LlmOptions
-from .records import Messages, Row, carve, choose, conversations, read_rows
+from .records import Form, Messages, Row, carve, choose, conversations, form_of, read_rows, unread_columns
 from .tasks import TASKS, Task, usable
 
 Rows = Sequence[Row]
@@ -93,12 +93,15 @@ def read(options: LlmOptions, seed: int) -> Reading:
         BadInput: every problem of the first stage that has any: files, then columns and answers.
     """
     found = Reading(dict(zip(("train", "validation", "test"), rows_of(options, seed), strict=True)))
+    found.notes += file_notes(options)
     task = TASKS[options.task] if options.task else None
     problems: list[str] = []
     for name, rows in found.rows.items():
         try:
             if task is None:
-                talks = conversations(rows, options.prompt_column, options.response_column, name) if rows else []
+                columns = options.prompt_column, options.response_column
+                talks = conversations(rows, *columns, name) if rows else []
+                found.notes += column_notes(rows, form_of(rows, *columns), name)
             else:
                 judge = test_judge(options) if name == "test" else task
                 rows, unread = usable(judge, rows, name)
@@ -111,6 +114,28 @@ def read(options: LlmOptions, seed: int) -> Reading:
             problems += error.problems
     refuse(problems)
     return found
+
+
+def file_notes(options: LlmOptions) -> list[str]:
+    """Files of a local folder that are no split of ours, such as dev.jsonl."""
+    folder = Path(options.dataset_name or "")
+    read = {"train", "validation", *(["test"] if options.task else [])}
+    others = (
+        sorted(path.name for path in folder.glob("*.jsonl") if path.stem not in read) if options.dataset_name else []
+    )
+    return [f"{folder}: files that are not read: {listing(others)}"] if others else []
+
+
+def column_notes(rows: Rows, form: Form, name: str) -> list[str]:
+    """Which columns were read together, and which were not read at all."""
+    notes = []
+    if form.context_column and any(row.get(form.context_column) for row in rows):
+        notes.append(f"{name}: prompts are {form.prompt_column!r} and, after a blank line, {form.context_column!r}")
+    if form.system_column and any(row.get(form.system_column) for row in rows):
+        notes.append(f"{name}: {form.system_column!r} is the turn of the system")
+    if unread := unread_columns(rows, form) if rows else []:
+        notes.append(f"{name}: columns that are not read: {listing(unread, 12)}")
+    return notes
 
 
 def test_judge(options: LlmOptions) -> Task:
