@@ -1,7 +1,7 @@
 """JSON Lines: one JSON value per line.
 
-Only a line feed ends a line, with or without a carriage return before it. `str.splitlines` also divides at U+2028, U+0085
-and others, which JSON allows within a string, and which `json.dumps(..., ensure_ascii=False)` writes as they are.
+Only a line feed ends a line, with or without a carriage return before it. `str.splitlines` also divides at U+2028,
+U+0085 and others, which JSON allows within a string and which `json.dumps(..., ensure_ascii=False)` writes as they are.
 """
 
 import json
