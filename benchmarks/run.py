@@ -30,6 +30,10 @@ MEASURES = ("seconds", "processor", "memory")
 THEIRS = "diffusers"
 
 
+class ScriptFailed(SystemExit):
+    """A script ended with an error; the message has the end of what it said."""
+
+
 def run_once(program: list[str], file: Path | None = None) -> dict[str, Any]:
     """Seconds of one process by the clock and of the processor, its peak memory in MB, and its parts if it tells."""
     with tempfile.TemporaryFile("w+") as said:
@@ -41,7 +45,7 @@ def run_once(program: list[str], file: Path | None = None) -> dict[str, Any]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
-            raise SystemExit(f"{' '.join(program)}\nfailed:\n{said.read()[-6000:]}")
+            raise ScriptFailed(f"{' '.join(program)}\nfailed:\n{said.read()[-6000:]}")
     found: dict[str, Any] = {
         "seconds": wall,
         "processor": usage.ru_utime + usage.ru_stime,
@@ -68,6 +72,7 @@ def options(args: argparse.Namespace, steps: int, output: Path) -> list[str]:
         "seed": 0,
         "output_dir": output,
     }
+    given |= {"mixed_precision": args.mixed_precision} if args.mixed_precision else {}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
@@ -77,9 +82,23 @@ def run_script(program: list[str], extra: list[str], args: argparse.Namespace, s
         return run_once([*program, *options(args, steps, Path(folder) / "run"), *extra], file)
 
 
-def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Medians of the whole runs, seconds per step and of all the rest, ratios to diffusers' script in each round."""
-    short = {name: run_script(*script, args, FEW) for name, script in scripts.items()}
+def measure(
+    scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace, left_out: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Medians of the whole runs, seconds per step and of all the rest, ratios to diffusers' script in each round.
+
+    A script that fails in its short run is noted in `left_out` with the reason, if that is given.
+    """
+    short = {}
+    for name, script in scripts.items():
+        try:
+            short[name] = run_script(*script, args, FEW)
+        except ScriptFailed as error:
+            if left_out is None:
+                raise
+            print(error, flush=True)
+            left_out[name] = str(error).strip().splitlines()[-1]
+    scripts = {name: script for name, script in scripts.items() if name in short}
     rounds = [
         {name: run_script(*script, args, args.steps) for name, script in scripts.items()} for _ in range(args.rounds)
     ]
@@ -106,6 +125,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--mixed_precision", choices=["fp16", "bf16"], help="for all scripts")
     parser.add_argument("--steps", type=int, default=200, help=f"of the whole run; more than {FEW}")
     parser.add_argument("--rounds", type=int, default=3, help="whole runs of each script")
     parser.add_argument("--diffusers_script", type=Path, help="their train_dreambooth_lora.py, to compare with")

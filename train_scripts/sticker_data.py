@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 RESOLUTION = 64
 FONT_SIZE = 109  # the one strike the bitmap font contains
 FONT_PATHS = (
+    str(Path.home() / ".local/share/fonts/NotoColorEmoji.ttf"),
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",

@@ -97,6 +97,11 @@ class Painter(nn.Module):
             norm_num_groups=16,
         )
 
+    def load_weights(self, pipeline: Path) -> None:
+        """Take the weights of a finished pipeline."""
+        for name, kind in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel)):
+            getattr(self, name).load_state_dict(kind.from_pretrained(pipeline, subfolder=name).state_dict())
+
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
 

@@ -53,7 +53,7 @@ def stage_args(description: str | None, parser: argparse.ArgumentParser | None =
 def environment() -> dict[str, str]:
     """The environment of a process that uses this repository without installing it."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
     return os.environ | quiet | {"PYTHONPATH": path}
 
 
