@@ -25,17 +25,17 @@ def build_demo(studio: Studio) -> gr.Blocks:
         watch = train_watch()
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
-                adapters, arrival, news = compare_tab(studio, demo)
+                compare = compare_tab(studio, demo)
             with gr.Tab("Race", id="race") as tab:
                 race_tab(studio, tab)
             with gr.Tab("Blind vote", id="vote") as tab:
-                vote_tab(studio, tab)
+                vote_tab(studio, tab, compare)
             with gr.Tab("Measures", id="measures") as tab:
-                measures_tab(studio, tab, news)
+                measures_tab(studio, tab, compare)
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
             with gr.Tab("Train", id="train"):
-                train_tab(studio, adapters, arrival, *watch)
+                train_tab(studio, compare.adapters, compare.arrival, *watch)
 
         def leave(request: gr.Request) -> None:
             studio.sessions.close(request.session_hash)

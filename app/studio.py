@@ -1,5 +1,6 @@
 """Everything the tabs share: the pipeline, the visitors, the trainer, the folders that may be read."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,9 @@ from .forms import unwritable
 from .pictures import pictures_in
 from .request import Adapter, CompareRequest, Limits, problems
 from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
-from .sessions import Sessions
+from .sessions import Session, Sessions
 from .training import Trainer
+from .verdict import Findings, findings
 
 HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that paint, in one queue for all visitors
 LIGHT = {"concurrency_limit": 16, "show_progress": "hidden"}
@@ -49,6 +51,23 @@ class Studio:
     @property
     def first_prompt(self) -> str:
         return self.first_request.prompts[0] if self.first_request else PROMPT
+
+    def findings(self, session: Session) -> Findings | None:
+        """What may be said of a visitor's comparison now."""
+        if session.request is None:
+            return None
+        gaps = {}
+        for column in session.request.columns:
+            with suppress(ValueError):
+                if column.adapter and (gap := self.merge_gap(column.adapter)):
+                    gaps[column] = gap
+        return findings(session.request, session.measured, session.ballot, gaps)
+
+    def merge_gap(self, adapter: Adapter) -> str | None:
+        """By the header of its file; nothing where that is gone."""
+        if not adapter.path or not Path(adapter.path).is_file():
+            return None
+        return self.comparer.shelf.card(Path(adapter.path)).inspection.facts.get("merge gap")
 
     def run_folders(self) -> dict[str, Path]:
         return find_runs(self.runs)

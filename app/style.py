@@ -62,7 +62,8 @@ footer { opacity: .7; } footer .divider { display: none; }
 .message.good::before { content: "✓ "; color: #16a34a; font-weight: 700; }
 
 /* Empty until there is something: Gradio prefixes selectors at every comma, hence one :has for each. */
-:is(#pair_note, #train_curves, #train_samples):not(:has(.message)):not(:has(figure)):not(:has(table)) { display: none; }
+:is(#pair_note, #train_curves, #train_samples, #verdict):not(:has(.message)):not(:has(figure)):not(:has(table)) {
+  display: none; }
 #again { align-self: flex-start; width: auto; padding-inline: 24px; }
 input[role=combobox] { text-overflow: ellipsis; padding-right: 1.6rem !important; }
 .strip { display: flex; flex-wrap: wrap; gap: 6px; }

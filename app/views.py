@@ -9,6 +9,7 @@ from .measures import DRIFT, Measure
 from .output import by_place, difference, escaped
 from .request import Column, CompareRequest
 from .sessions import Session
+from .verdict import Findings
 from .votes import Ballot, Tally, conclusion, tallies, tally
 
 STRONGEST = 5  # modules of a file card
@@ -220,6 +221,20 @@ def vote_result(ballot: Ballot) -> str:
     lines.append(line("overall", tally(ballot.votes)))
     head = ("prompt", first, second, "ties", "both bad", f"{first} wins (95 % interval)", "sign test, p")
     return message(conclusion(ballot)) + table(head, lines, "Votes")
+
+
+def verdict(found: Findings | None) -> str:
+    """What may be said of two columns, and the figures that it is said from."""
+    if found is None:
+        return ""
+    lines = [
+        (name, difference, "" if name in found.shown else "not shown") for name, difference in found.differences.items()
+    ]
+    differences = table(("measure", "difference (95 % interval), n", ""), lines, "Row by row") if lines else ""
+    merges = "; ".join(f"{label} {gap}" for label, gap in found.gaps.items())
+    gaps = message(f"Merge gap, as the files say: {merges}.") if merges else ""
+    said = "\n".join([f"{found.first.label} against {found.second.label}", *found.sentences()])
+    return f'<section aria-label="Verdict">{message(said)}{differences}{gaps}</section>'
 
 
 def pair_choices(request: CompareRequest) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

@@ -58,6 +58,7 @@ class Ballot:
     second: Column
     pairs: list[Pair]
     votes: list[Verdict] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)  # how many votes there were each time the result was looked at
 
     @property
     def current(self) -> Pair | None:

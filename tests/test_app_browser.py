@@ -467,6 +467,7 @@ def test_vote_by_keyboard_and_without_a_leak(visit, tmp_path):
     expect(page.locator("#vote_pair")).to_contain_text("All 2 pairs have a vote")
     page.locator("#vote_reveal").press("Enter")
     expect(page.locator("#vote_result")).to_contain_text("too few to say anything")
+    expect(page.locator("#verdict")).to_contain_text("1 of 1 decided votes are for")
     assert downloaded(page, "#download_votes", tmp_path / "votes.csv").read_text().count("\n") == 3
 
 
@@ -476,6 +477,8 @@ def test_measures_and_file_card(visit):
     page.click("#measure")
     expect(page.locator("#measures")).to_contain_text("diversity")
     show(page, "Compare")
+    expect(page.locator("#verdict")).to_contain_text("lora × 1 against reslora × 1")
+    expect(page.locator("#verdict")).to_contain_text("that is not to say that there is none")
     set_steps(page, 1)
     fill(page, "seeds", "5")
     expect(page.locator("#expected")).to_contain_text("3 pictures, about")
@@ -483,6 +486,7 @@ def test_measures_and_file_card(visit):
     expect(page.locator("#status")).to_contain_text("3 pictures in")
     show(page, "Measures")
     expect(page.locator("#measures")).to_have_text("")  # those of the pictures before are gone
+    expect(page.locator("#verdict")).to_have_text("")
     show(page, "Files")
     expect(page.locator("#card")).to_contain_text("Fits the loaded base")
     expect(page.locator("#card")).to_contain_text("sha256")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -28,9 +29,17 @@ SHOW_STATUS = """() => {
 WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 
 
-def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Dependency, list[Dependency]]:
-    """Returns the adapters' control, which a training adds to, the event that fills it when somebody comes, and the
-    events after which other images are shown."""
+@dataclass(frozen=True)
+class CompareTab:
+    """What the other tabs need of this one."""
+
+    adapters: gr.CheckboxGroup  # a training adds to it
+    arrival: Dependency  # the event that fills it when somebody comes
+    news: list[Dependency]  # the events after which other images are shown
+    verdict: gr.HTML  # votes and measures fill it
+
+
+def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
     comparer, limits = studio.comparer, studio.comparer.limits
     # Gradio writes a value that comes for a folded field when it is unfolded, over what may have been typed by then:
     # these fields are filled when the page is built, not when somebody comes.
@@ -94,6 +103,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
             again = gr.Button("Paint again", variant="primary", size="sm", visible=False, elem_id="again")
             look = looking(studio)
             takeaway(studio)
+            verdict = gr.HTML(elem_id="verdict", padding=False)
 
     fields = [prompts, placeholders, seeds, adapters, strengths, include_base, negative, steps, guidance, scheduler]
     unfolded = [prompts, seeds, adapters, strengths, include_base]
@@ -215,6 +225,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
         values = [value for field, value in zip(fields, filled(session, asked), strict=True) if field in unfolded]
         return [*values, of_runs, done, views.grid(session), *look.values(session, View.of(asked))]
 
+    def judge(request: gr.Request) -> str:
+        return views.verdict(studio.findings(session_of(request)))
+
     def halt(request: gr.Request) -> None:
         session_of(request).cancel.set()
 
@@ -251,7 +264,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> tuple[gr.CheckboxGroup, Depe
     )
     look.refresh(opening)
     arrival = demo.load(arrive, None, [*unfolded, more, *results, *look.controls], **LIGHT, **PRIVATE)
-    return adapters, arrival, [painting, opening]
+    for event in (painting, opening):
+        event.then(judge, None, verdict, **LIGHT, **PRIVATE)
+    return CompareTab(adapters, arrival, [painting, opening], verdict)
 
 
 class Pace:

@@ -1,15 +1,13 @@
 """Measures: figures about the pictures of the Compare tab."""
 
-from collections.abc import Sequence
-
 import gradio as gr
-from gradio.events import Dependency
 
 from app import learned, views
 from app.measures import measure
 from app.pictures import pictures_in, read_pictures
 from app.studio import HEAVY, LIGHT, PRIVATE, Studio
 from app.tabs import refusal
+from app.tabs.compare import CompareTab
 
 MAX_REFERENCES = 32
 OWN = "pictures of my own"
@@ -21,8 +19,7 @@ EXPLANATION = (
 )
 
 
-def measures_tab(studio: Studio, tab: gr.Tab, news: Sequence[Dependency]) -> None:
-    """`news` are the events after which other images are shown."""
+def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
     gr.HTML(views.message(EXPLANATION), padding=False)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -53,7 +50,7 @@ def measures_tab(studio: Studio, tab: gr.Tab, news: Sequence[Dependency]) -> Non
 
     def take(
         chosen: str, paths: list[str] | None, subject_word: str, clip_name: str, dino_name: str, request: gr.Request
-    ) -> str:
+    ) -> tuple[str, str]:
         session = studio.sessions.of(request.session_hash)
         cells = list(session.cells)
         if not cells:
@@ -67,16 +64,16 @@ def measures_tab(studio: Studio, tab: gr.Tab, news: Sequence[Dependency]) -> Non
         except ValueError as problem:
             raise refusal(problem) from None
         session.measured = values
-        return views.measures(session.request, values)
+        return views.measures(session.request, values), views.verdict(studio.findings(session))
 
     def clear_stale(request: gr.Request) -> str | dict:
         """Figures of images that are gone are taken away."""
         return gr.skip() if studio.sessions.of(request.session_hash).measured else ""
 
-    run.click(take, [subject, references, word, clip, dino], result, **HEAVY, **PRIVATE)
+    run.click(take, [subject, references, word, clip, dino], [result, compare.verdict], **HEAVY, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, references, **LIGHT, **PRIVATE)
     asked_anew = [subject.input, references.upload, references.clear, word.input, clip.input, dino.input]
     gr.on(asked_anew, lambda: "", None, result, **LIGHT, **PRIVATE)
     tab.select(clear_stale, None, result, **LIGHT, **PRIVATE)
-    for event in news:
+    for event in compare.news:
         event.then(clear_stale, None, result, **LIGHT, **PRIVATE)

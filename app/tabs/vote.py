@@ -6,6 +6,7 @@ from app import views
 from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
 from app.tabs import refusal
+from app.tabs.compare import CompareTab
 from app.votes import Choice, default_pair, make_ballot, votes_csv
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
@@ -17,7 +18,7 @@ INTRODUCTION = (
 )
 
 
-def vote_tab(studio: Studio, tab: gr.Tab) -> None:
+def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
     gr.HTML(views.message(INTRODUCTION), padding=False)
     with gr.Row():
         first = gr.Dropdown(label="One column", choices=[], min_width=140, elem_id="vote_first")
@@ -93,11 +94,13 @@ def vote_tab(studio: Studio, tab: gr.Tab) -> None:
         session = session_of(request)
         path = session.folder / "votes.csv"
         path.write_text(votes_csv(session.ballot), encoding="utf-8", newline="")
-        return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True)]
+        session.ballot.seen.append(len(session.ballot.votes))
+        found = views.verdict(studio.findings(session))
+        return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True), found]
 
     tab.select(columns, None, [first, second], **LIGHT, **PRIVATE)
     begin.click(start, [first, second], [*outputs, result, out], **LIGHT, **PRIVATE)
     for choice, button in buttons.items():
         button.click(cast(choice), None, outputs, trigger_mode="once", **LIGHT, **PRIVATE)
     back.click(undo, None, outputs, **LIGHT, **PRIVATE)
-    reveal.click(show, None, [result, out], **LIGHT, **PRIVATE)
+    reveal.click(show, None, [result, out, compare.verdict], **LIGHT, **PRIVATE)
