@@ -30,7 +30,8 @@ from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.tasks import TASKS
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.llm.trainer import ExportedTrainer
+from reslora_diffusion.problems import BadInput, Stopped
 
 script = load_script("train_llm_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
@@ -238,6 +239,46 @@ def test_options_from_a_file_and_the_command_line_wins(folders, tmp_path):
     output = script.main([*words(folders, tmp_path / "out", max_steps=2, warmup_steps=0), f"--config={file}"])
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 4  # --rank=2 and one predecessor
     assert json.loads((output / "run.json").read_text())["options"]["target_modules"] == ["q_proj", "up_proj"]
+
+
+def test_what_is_about_to_happen_is_said_first(folders, tmp_path, capsys):
+    options = {"max_steps": None, "eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
+    more = {"shortcut": "block", "num_previous": 2, "gradient_accumulation_steps": 2, "target_modules": "v_proj"}
+    run(folders, tmp_path / "out", task=None, dataset_name=folders["talks"], **options | more)
+    shown = capsys.readouterr().out.splitlines()
+    for line in (
+        "on cpu: the frozen base in float32, adapters in float32",
+        "ResLoRA, shortcut block, num_previous 2: rank 2, lora_alpha 4, scale 2; 288 trained parameters",
+        "adamw_torch_fused: learning rate 0.01, linear, warm-up 0.06 of the steps, weight decay 0",
+        "6 steps of 8 examples x 2 accumulated; 18 in a pass over the data",
+    ):
+        assert line in shown
+    assert any(line.startswith("only 6 steps: the 3 passes of the default are few") for line in shown)
+
+
+def test_out_of_memory_keeps_the_last_step_and_says_what_needs_less(folders, tmp_path, monkeypatch):
+    step = ExportedTrainer.training_step
+
+    def out_of_memory(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return step(self, *args, **kwargs)
+
+    options = {"shortcut": "middle", "load_best_model_at_end": False}
+    whole = run(folders, tmp_path / "whole", **options)
+    monkeypatch.setattr(ExportedTrainer, "training_step", out_of_memory)
+    with pytest.raises(Stopped) as caught:
+        run(folders, tmp_path / "out", **options)
+    message = str(caught.value)
+    assert "out of memory in step 4 (CUDA out of memory. Tried to allocate 2.00 GiB.)" in message
+    assert "checkpoint-3 is kept, continue by --resume_from_checkpoint latest" in message
+    advice = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2, --gradient_checkpointing true, --dtype"
+    assert f"these options need less: {advice} bfloat16" in message
+    monkeypatch.setattr(ExportedTrainer, "training_step", step)
+    resumed = run(folders, tmp_path / "out", **options, resume_from_checkpoint="latest")
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------- the hub

@@ -61,7 +61,9 @@ def train(
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
     from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.preflight import past_the_end
     from reslora_diffusion.llm.publishing import take_destination
+    from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
     from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
 
@@ -76,7 +78,8 @@ def train(
     destination = take_destination(training)
     set_seed(training.seed)
     config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-    model = models.add_adapter(models.load_model(options, config, kind), options, kind)
+    with enough_memory(options, training):
+        model = models.add_adapter(models.load_model(options, config, kind), options, kind)
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     calibration = calibration_batches(
         data.train, DataCollatorWithPadding(tokenizer), training, options.calibration_examples
@@ -85,29 +88,31 @@ def train(
     def metrics(found: "EvalPrediction") -> dict[str, float]:
         return measure(task, found.predictions, found.label_ids)
 
-    trainer = ExportedTrainer(
-        model,
-        training,
-        data_collator=collate,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
-        calibration=calibration,
-        distillation_steps=options.distillation_steps,
-    )
+    with enough_memory(options, training):
+        trainer = ExportedTrainer(
+            model,
+            training,
+            data_collator=collate,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            compute_metrics=metrics,
+            callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+            calibration=calibration,
+            distillation_steps=options.distillation_steps,
+        )
+    refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})
 
-    trainer.train(resume_from_checkpoint=checkpoint)
-
     output = Path(training.output_dir)
-    results = {"task": options.task_name, "method": options.method, **trainer.outcome(data.validation)}
-    if is_reslora(model):
-        trainer.merged = False
-        results["as trained"] = {
-            name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
-        }
+    with rescued(trainer, options):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results = {"task": options.task_name, "method": options.method, **trainer.outcome(data.validation)}
+        if is_reslora(model):
+            trainer.merged = False
+            results["as trained"] = {
+                name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
+            }
     export(trainer, options, kind)
 
     reloaded = PeftModel.from_pretrained(models.load_model(options, config, kind), output)

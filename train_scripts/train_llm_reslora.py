@@ -76,7 +76,9 @@ def train(
     from reslora_diffusion.llm import data as llm_data
     from reslora_diffusion.llm import models
     from reslora_diffusion.llm.encoding import Collator, pack, uses_flash_attention
+    from reslora_diffusion.llm.preflight import past_the_end
     from reslora_diffusion.llm.publishing import take_destination
+    from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
     from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, PackingProbe, Quiz, calibration_batches
 
@@ -94,9 +96,10 @@ def train(
 
     destination = take_destination(training)
     set_seed(training.seed)
-    model = models.load_model(options, config, kind)
-    models.stop_at(model, data.ends)
-    model = models.add_adapter(model, options, kind)
+    with enough_memory(options, training):
+        model = models.load_model(options, config, kind)
+        models.stop_at(model, data.ends)
+        model = models.add_adapter(model, options, kind)
     collate = Collator(tokenizer.pad_token_id, lengths=uses_flash_attention(model))
     calibration = calibration_batches(
         data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
@@ -111,28 +114,30 @@ def train(
             training.per_device_eval_batch_size,
             options.num_beams,
         )
-    trainer = ExportedTrainer(
-        model,
-        training,
-        data_collator=collate,
-        train_dataset=pack(data.train, options.max_length) if options.packing else data.train,
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-        callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
-        calibration=calibration,
-        distillation_steps=options.distillation_steps,
-        quiz=quiz,
-    )
+    with enough_memory(options, training):
+        trainer = ExportedTrainer(
+            model,
+            training,
+            data_collator=collate,
+            train_dataset=pack(data.train, options.max_length) if options.packing else data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+            calibration=calibration,
+            distillation_steps=options.distillation_steps,
+            quiz=quiz,
+        )
     if options.packing:
         trainer.add_callback(PackingProbe(collate, data.train, trainer.accelerator))
     counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)}
+    refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples=counts, notes=data.notes)
 
-    trainer.train(resume_from_checkpoint=checkpoint)
-
     output = Path(training.output_dir)
-    results = {"task": options.task, "method": options.method, **trainer.outcome(data.validation)}
-    results |= judge(trainer, options, data)
+    with rescued(trainer, options):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results = {"task": options.task, "method": options.method, **trainer.outcome(data.validation)}
+        results |= judge(trainer, options, data)
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
         write_json(output / "history.json", history(trainer))

@@ -27,6 +27,7 @@ from ..environment import without_secrets
 from ..utils.files import replace_files, write_text
 from .models import DTYPES
 from .options import ModelOptions
+from .preflight import preflight
 from .trainer import ExportedTrainer, is_reslora, recall_factors, shortcut_of
 
 WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
@@ -90,9 +91,10 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
     facts["chains"] = None if chains is None else chains.to_dict()
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "run.json", record(options, trainer.args, **facts))
-    print(f"LoRA, {facts['trained_parameters']} parameters" if chains is None else chains)
-    for note in facts.get("notes", ()):
-        print(note)
+    if chains is not None:
+        print(chains)
+    for line in (*preflight(trainer, options, facts["trained_parameters"]), *facts.get("notes", ())):
+        print(line)
 
 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:

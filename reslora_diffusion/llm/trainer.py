@@ -150,6 +150,10 @@ class ExportedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.calibration, self.quiz, self.distillation_steps = calibration, quiz, distillation_steps
 
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.args.output_dir)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
         with as_exported(model, self.calibration) if self.merged else nullcontext():
