@@ -334,8 +334,7 @@ def test_a_layer_joined_to_nothing_is_said_and_computes_plain_lora(
     hidden = (x @ base[0].T + biases[0]).relu()
     wanted = hidden @ base[1].T + biases[1] + 3 * hidden @ A.T @ B.T
     assert torch.allclose(model(x), wanted, atol=1e-12)
-    calibrate(model, [x], lambda m, batch: m(batch))
-    assert torch.allclose(delta_weight(merged_factors(model)["2"]), 3 * B @ A, atol=1e-12)
+    assert torch.allclose(delta_weight(merged_factors(model)["2"]), 3 * B @ A, atol=1e-12)  # nothing to calibrate
     assert (3 * B @ A).abs().max() > 1e-2
     assert max(relative_output_errors(model, [x], lambda m, batch: m(batch)).values()) < 1e-12
 

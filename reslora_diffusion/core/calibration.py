@@ -30,10 +30,9 @@ STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers ta
 
 def needs_calibration(controller: Controller) -> bool:
     """Whether merging depends on data."""
-    return controller.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) and controller.config.merge_method in (
-        MergeMethod.LEAST_SQUARES,
-        MergeMethod.PAPER_INPUT,
-    )
+    methods = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
+    depends = controller.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) and not controller.is_plain
+    return depends and controller.config.merge_method in methods
 
 
 @contextmanager
@@ -176,7 +175,7 @@ def relative_output_errors(
     for shortcuts that merge exactly.
     """
     controller = get_controller(model, adapter_name)
-    if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK):
+    if controller.is_plain or controller.shortcut is Shortcut.BLOCK:
         return dict.fromkeys(controller.sites, 0.0)
     observer = OutputErrors(controller, corrections_of(controller))
     observe(controller, observer, model, batches, forward, mask)

@@ -61,7 +61,7 @@ def distill(
         ValueError: `calibrate` was not called, the adapter is not active, or there is no batch to hold out.
     """
     controller = get_controller(model, adapter_name)
-    if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK):
+    if controller.is_plain or controller.shortcut is Shortcut.BLOCK:
         return Distillation(0.0, 0.0, False)
     controller.require_active()
     problems = []

@@ -119,7 +119,7 @@ def corrections_of(controller: Controller) -> dict[str, Tensor]:
         ValueError: the method needs `calibrate` first.
     """
     method = MergeMethod(controller.config.merge_method)
-    if controller.shortcut in (Shortcut.NONE, Shortcut.BLOCK) or method is MergeMethod.DROP:
+    if controller.is_plain or controller.shortcut is Shortcut.BLOCK or method is MergeMethod.DROP:
         return {name: torch.zeros_like(controller.lora_A(name).detach()) for name in controller.sites}
     if method is MergeMethod.PAPER_WEIGHT:
         return paper_weight(controller)
