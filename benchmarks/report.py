@@ -16,6 +16,8 @@ from typing import Any
 
 from reslora_diffusion.utils.files import write_text
 
+from .gpu.stages import STAGES
+from .plots import plot_steps
 from .results import FOLDER
 from .run import MEASURES
 
@@ -38,7 +40,8 @@ NAMES = {
     "lora_frozen": "ours, LoRA, `save_memory`",
     **{f"{kind}_frozen": f"ours, `{kind}`, `save_memory`" for kind in ("input", "block", "middle")},
 }
-KINDS = ("counting", "step", "run", "startup")
+TITLES = {"machine": "The GPU", "correctness": "Correctness on the GPU", "kernels": "What each kernel gains on the GPU"}
+KINDS = ("counting", "step", "run", "startup", *TITLES)
 RUN_AIM = 0.6
 TIME_AIM, MEMORY_AIM, OVERHEAD_AIM = 1.0, 0.75, 0.45
 OURS = ("lora", "input", "block", "middle")
@@ -156,8 +159,9 @@ def run_section(content: dict[str, Any]) -> str:
     missed = [name for name, ratio in times.items() if name != "diffusers" and ratio > RUN_AIM]
     outcome = f" **Missed** by {', '.join(missed)}." if missed else ""
     head = ["", "seconds", "processor seconds", "peak memory, MB", "seconds a step", "besides steps", "parts"]
+    where_run = ", CUDA" if "device" in content["machine"] else ""
     return (
-        f"## A whole DreamBooth run\n\n{content['steps']} steps at batch {content['batch_size']}, "
+        f"## A whole DreamBooth run{where_run}\n\n{content['steps']} steps at batch {content['batch_size']}, "
         f"{content['resolution']} px, without validation: medians of {content['turns']} runs that took turns. "
         f"In brackets: times diffusers' own script, median and range of the rounds (aim {RUN_AIM}).{outcome}\n\n"
         f"{markdown(head, rows)}\n\n{where(content['machine'])}"
@@ -184,6 +188,11 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
                     low, middle, high = found[name]["ratio"]
                     cells.append(marked(f"{middle:.2f} ({low:.2f} to {high:.2f})", middle, TIME_AIM))
                 rows.append([f"time, {case} ({kind})", *cells])
+                saved = [found.get(f"{name}_frozen", {}).get("peak") for name in OURS]
+                if any(saved):
+                    ratios = [peak and peak / found["peft"]["peak"] for peak in saved]
+                    cells = [marked(f"{ratio:.2f}", ratio, MEMORY_AIM) if ratio else "" for ratio in ratios]
+                    rows.append([f"peak memory with `save_memory`, {case} ({kind})", "", *cells])
         elif content["kind"] == "counting":
             for case, found in content["results"].items():
                 for key, label in (("operations", "operations"), ("bytes", "memory traffic"), ("peak", "peak memory")):
@@ -201,12 +210,39 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([markdown(head, rows), " ".join([note, *machines])])
 
 
+def lines_section(content: dict[str, Any]) -> str:
+    """What a result file says of itself."""
+    lines = "\n".join(f"- {line.strip()}" for line in content["summary"])
+    return f"## {TITLES[content['kind']]}\n\n{lines}\n\n{where(content['machine'])}"
+
+
+def gpu_section(measured: bool) -> str:
+    """How to measure on a GPU."""
+    rows = [[stage.letter, stage.name, stage.what, f"{stage.seconds} s", f"`{stage.file}`"] for stage in STAGES]
+    return "\n\n".join(
+        [
+            "## On a GPU",
+            "" if measured else "No time on a GPU has been measured yet.",
+            "`python -m benchmarks.gpu --out DIR --budget 480` measures in one call whatever only a GPU can tell. "
+            "Stages run in this order, each in a process of its own with a time limit; one that fails does not stop "
+            "the next. `--stages bf` picks stages, `--help` says the rest, and `--device cpu --tiny` tries the programs "
+            "without a GPU. The times are estimates for an H100; the budget is divided in proportion to them.",
+            markdown(["stage", "", "measures", "time", "file in DIR"], rows),
+            "A machine without network needs diffusers, PEFT and a font from elsewhere: `benchmarks/gpu_kit.sh "
+            ".gpu-kit` gathers them and prints the command to run there. It takes the path of diffusers' "
+            "`examples/dreambooth/train_dreambooth_lora.py` as a second argument, and then stage e compares with it.",
+            "Copy the result files into `benchmarks/results` and run `python -m benchmarks.report`: this page and the "
+            "README's table then have them. `sticker-sd.tar` from stage g holds the weights that changed.",
+        ]
+    ).replace("\n\n\n\n", "\n\n")
+
+
 def document(results: dict[str, dict[str, Any]]) -> str:
     make = {"counting": counting_section, "startup": startup_section, "run": run_section}
+    make |= dict.fromkeys(TITLES, lines_section)
     parts = ["# Performance", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`."]
     measured = [content["machine"] for content in results.values() if content["kind"] == "step"]
-    if not any("device" in machine for machine in measured):
-        parts.append("No time on a GPU has been measured yet: `python -m benchmarks.step` does so where there is one.")
+    parts.append(gpu_section(any("device" in machine for machine in measured)))
     for stem, content in results.items():
         if content["kind"] == "step":
             picture = os.path.relpath(FOLDER / f"{stem}.png", DOCUMENT.parent)
@@ -222,6 +258,9 @@ def main() -> None:
     args = parser.parse_args()
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
     results = {stem: content for stem, content in found.items() if content.get("kind") in KINDS}
+    for stem, content in results.items():
+        if content["kind"] == "step" and not args.check and not (FOLDER / f"{stem}.png").exists():
+            plot_steps(FOLDER / f"{stem}.json")
     wanted = {DOCUMENT: document(results)}
     text = README.read_text(encoding="utf-8")
     if all(mark in text for mark in MARKS):

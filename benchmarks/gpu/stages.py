@@ -18,17 +18,18 @@ class Stage:
     module: str
     file: str
     seconds: int  # estimate on an H100 with defaults; time is divided in proportion to these
+    what: str
     extra: tuple[str, ...] = ()
 
 
 STAGES = (
-    Stage("a", "machine", "machine", "machine.json", 15),
-    Stage("b", "correctness", "correctness", "correctness.json", 80),
-    Stage("c", "images", "steps", "step-cuda.json", 165, ("--subjects", "images")),
-    Stage("d", "language", "steps", "step-cuda.json", 50, ("--subjects", "language")),
-    Stage("e", "run", "run", "run-cuda.json", 80),
-    Stage("f", "kernels", "kernels", "kernels-cuda.json", 45),
-    Stage("g", "pretraining", "pretraining", "pretraining.json", 45),
+    Stage("a", "machine", "machine", "machine.json", 15, "bandwidth, matrix products, launches"),
+    Stage("b", "correctness", "correctness", "correctness.json", 80, "`pytest -m gpu`, every kernel against float64"),
+    Stage("c", "images", "steps", "step-cuda.json", 165, "a step of SD1.5 and SDXL", ("--subjects", "images")),
+    Stage("d", "language", "steps", "step-cuda.json", 50, "a step of a 1B Llama", ("--subjects", "language")),
+    Stage("e", "run", "run", "run-cuda.json", 80, "a whole DreamBooth run"),
+    Stage("f", "kernels", "kernels", "kernels-cuda.json", 45, "each kernel and memory-saving form by itself"),
+    Stage("g", "pretraining", "pretraining", "pretraining.json", 45, "more training of the embedded pipeline"),
 )
 
 
