@@ -224,9 +224,9 @@ def gpu_section(measured: bool) -> str:
             "## On a GPU",
             "" if measured else "No time on a GPU has been measured yet.",
             "`python -m benchmarks.gpu --out DIR --budget 480` measures in one call whatever only a GPU can tell. "
-            "Stages run in this order, each in a process of its own with a time limit; one that fails does not stop "
-            "the next. `--stages bf` picks stages, `--help` says the rest, and `--device cpu --tiny` tries the programs "
-            "without a GPU. The times are estimates for an H100; the budget is divided in proportion to them.",
+            "Stages run in this order, each in a process of its own with a time limit, and one that fails does not "
+            "stop the next. `--stages bf` picks stages, `--help` says the rest, and `--device cpu --tiny` tries the "
+            "programs without a GPU. The times are estimates for an H100; the budget is divided in proportion to them.",
             markdown(["stage", "", "measures", "time", "file in DIR"], rows),
             "A machine without network needs diffusers, PEFT and a font from elsewhere: `benchmarks/gpu_kit.sh "
             ".gpu-kit` gathers them and prints the command to run there. It takes the path of diffusers' "
