@@ -4,12 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dreambooth import SUBJECTS, arguments, call, script, train
+from dreambooth import SCRIPT, SUBJECTS, arguments, call, environment, script, train, words
 from reslora_diffusion.diffusion.variants import variant_problems
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
@@ -385,3 +386,33 @@ def test_what_no_library_is_needed_for_is_said_without_one(words):
     assert "--pretrained_model_name_or_path" in done.stdout
     assert "--instance_data_dir is required" in done.stdout
     assert done.stdout.endswith("[]\n")
+
+
+def test_a_single_file_and_an_address_are_no_models_and_are_said_so(refused, tmp_path):
+    file = tmp_path / "dreamlike.safetensors"
+    file.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    said = refused(pretrained_model_name_or_path=file, rank=0)
+    assert f"{file} is a single file; wanted a folder or a hub name (StableDiffusionPipeline.from_single_file(" in said
+    assert "--rank: got 0" in said
+    assert "is a single file" in refused(pretrained_vae_model_name_or_path=file)
+    said = refused(pretrained_model_name_or_path="https://huggingface.co/nobody/sks")
+    assert "is an address; wanted a folder, or the hub's OWNER/NAME" in said
+
+
+def test_a_hub_out_of_reach_is_the_reason_given_and_flags_come_first(tmp_path):
+    """The real client, and an endpoint at which nobody listens."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *words(tmp_path / "out", pretrained_model_name_or_path="nobody/sks", rank=0),
+    ]
+    reached = environment() | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    started = time.monotonic()
+    done = subprocess.run(command, env=reached, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert time.monotonic() - started < 30  # five seconds of patience, and the imports
+    problems = [line for line in done.stderr.splitlines() if line.startswith("  - ")]
+    assert problems[0] == "  - --rank: got 0, wanted 1 or more"
+    assert "nobody/sks" in problems[1]
+    assert "it is not on this machine, and http://127.0.0.1:9 cannot be reached" in problems[1]
+    assert "model_index" not in done.stderr

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, train
@@ -80,7 +81,8 @@ def test_every_problem_is_named(tmp_path, dataset):
 
 
 def test_rows_without_a_picture_are_named(tmp_path):
-    rows = {"image": [str(PICTURES[0]), None], "other": [str(PICTURES[1])] * 2}
+    first, second = ({"bytes": path.read_bytes(), "path": None} for path in PICTURES[:2])
+    rows = {"image": [first, None], "other": [second] * 2}
     pictures = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -150,3 +152,26 @@ def test_what_is_not_supported_says_why(tmp_path):
         "--do_edm_style_training",
         "--lora_blocks",
     ]
+
+
+@pytest.mark.parametrize("kind", ["a file of the machine", "a link", "an address", "a folder above"])
+def test_rows_name_no_files_outside_their_dataset(tmp_path, kind):
+    """A row of a parquet file may hold a path instead of an image."""
+    folder, outside = tmp_path / "octopus", tmp_path / "private.png"
+    folder.mkdir()
+    shutil.copy(PICTURES[0], outside)
+    if kind == "a link":
+        (folder / "link.png").symlink_to(outside)
+    path = {
+        "a file of the machine": str(outside),
+        "a link": str(folder / "link.png"),
+        "an address": "https://example.org/a.png",
+        "a folder above": str(folder / ".." / "private.png"),
+    }[kind]
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": PICTURES[1].read_bytes(), "path": None}, {"path": path}]})
+    table = rows.cast_column("image", datasets.Image()).data.table  # its own writer would fetch the address
+    parquet.write_table(table, folder / "train.parquet")
+    with pytest.raises(BadInput, match="may name files of its own folder alone") as raised:
+        check(of_dataset(tmp_path, folder))
+    assert f"{path!r} in row 1" in str(raised.value)
+    assert not list((tmp_path / "cache").rglob("*.png"))

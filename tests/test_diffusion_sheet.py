@@ -1,5 +1,8 @@
 """Contact sheets: labels stay where they belong however long they are, and pictures keep their places."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -67,3 +70,20 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_picture(Image.new("RGB", (2, 2), "blue"), path)
     assert path.read_bytes() == before
+
+
+def test_images_given_by_path_are_opened_one_at_a_time(tmp_path):
+    paths = []
+    for number in range(60):
+        paths.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(paths[-1])
+    columns = {f"step {n}": paths[n * 2 : n * 2 + 2] for n in range(30)}
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 8, before[1]))
+    try:
+        sheet = contact_sheet(columns, ["a", "a"], side=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    loaded = {label: [Image.open(path) for path in several] for label, several in columns.items()}
+    assert sheet.tobytes() == contact_sheet(loaded, ["a", "a"], side=2).tobytes()

@@ -547,6 +547,42 @@ def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_pa
     assert sorted(path.name for path in classes.glob("0*.png")) == made
 
 
+def test_class_images_are_a_function_of_seed_and_number(tmp_path):
+    """Whatever was there before, and wherever it was broken off."""
+    options = {"with_prior_preservation": True, "class_prompt": "food", "max_train_steps": 1, "sample_batch_size": 2}
+    train(tmp_path / "one", class_data_dir=tmp_path / "whole", num_class_images=5, **options)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert [name[:4] for name in sorted(whole)] == [f"{n:04d}" for n in range(5)]
+    torn = tmp_path / "torn"  # what two processes may leave: 0, 2 and 4 are there, 4 of them only half
+    torn.mkdir()
+    for name in sorted(whole)[0:3:2]:
+        (torn / name).write_bytes(whole[name])
+    Image.open(SUBJECTS / "cake" / "0.png").save(torn / "mine.png")
+    train(tmp_path / "two", class_data_dir=torn, num_class_images=6, **options)
+    assert {path.name: path.read_bytes() for path in torn.glob("0*.png")} == whole
+
+
+def test_images_and_captions_that_changed_since_a_checkpoint_are_said(tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(SUBJECTS / "octopus", folder)
+    names = sorted(path.name for path in folder.glob("*.png"))
+    train(tmp_path / "run", instance_data_dir=folder, max_train_steps=1, checkpointing_steps=1)
+    options = {"instance_data_dir": folder, "resume_from_checkpoint": "latest"}
+    capsys.readouterr()
+    train(tmp_path / "run", max_train_steps=1, **options)
+    assert "since the checkpoint" not in capsys.readouterr().out
+    (folder / names[0]).unlink()
+    (folder / names[1]).with_suffix(".txt").write_text("another caption")
+    shutil.copy(SUBJECTS / "cake" / "0.png", folder / names[2])
+    shutil.copy(SUBJECTS / "cake" / "1.png", folder / "new.png")
+    train(tmp_path / "run", max_train_steps=2, **options)
+    said = capsys.readouterr().out
+    assert "1 images were added since the checkpoint: instance 1/new.png" in said
+    assert f"1 images of the checkpoint are gone: instance 1/{names[0]}" in said
+    assert f"changed since the checkpoint, image: instance 1/{names[2]}" in said
+    assert f"changed since the checkpoint, caption: instance 1/{names[1]}" in said
+
+
 def test_a_run_may_start_from_a_lora_of_any_program(tmp_path, capsys):
     options = {"method": "lora", "train_text_encoder": True, "save_precision": "fp32", "lora_alpha": 8}
     first = train(tmp_path / "first", **options)

@@ -26,8 +26,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from reslora_diffusion.diffusion.data import open_upright, scan
 from reslora_diffusion.diffusion.sheet import contact_sheet
 
@@ -116,7 +114,7 @@ def draw_sheet(args: argparse.Namespace) -> Path:
     subject = [open_upright(picture.path) for picture in scan(args.instance_data_dir).pictures]
     columns = {TRAINING_PICTURES: subject[: len(rows)]}
     for label in ("base", *RUNS):
-        columns[label] = [Image.open(args.output_dir / "pictures" / label / name) for name in names]
+        columns[label] = [args.output_dir / "pictures" / label / name for name in names]
     path = args.output_dir / "contact_sheet.png"
     contact_sheet(columns, rows).save(path)
     return path

@@ -138,6 +138,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
 
     from reslora_diffusion.diffusion import models
     from reslora_diffusion.diffusion.adapters import add_adapters
+    from reslora_diffusion.diffusion.changes import changes, data_of
     from reslora_diffusion.diffusion.checkpoints import broken_in, find_checkpoint, stored_facts
     from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
@@ -175,6 +176,9 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
 
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)
+    data = data_of(concepts)
+    for change in changes(stored_facts(checkpoint).get("data"), data) if checkpoint else ():
+        accelerator.print(change)
     pipeline = models.load_pipeline(args, dtype)
     process = family.process(pipeline, args)
     adapters = add_adapters(pipeline, plan.skeleton, args)
@@ -233,6 +237,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
         started = time.monotonic()
         loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
+        models.refuse_base(args, dtype, loss_base)
         seconds = time.monotonic() - started
     if args.network_weights and not checkpoint:
         accelerator.print(f"{args.network_weights} fills {start_from(args.network_weights, adapters)} layers")
@@ -254,6 +259,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
         history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
         ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,
         loss_base=loss_base,
+        data=data,
     )
     if checkpoint:
         run.restore(checkpoint)

@@ -131,13 +131,28 @@ def length(args: Namespace, concepts: list[Concept]) -> tuple[int, int]:
     return args.max_train_steps or args.num_train_epochs * per_epoch, per_epoch
 
 
+# What makes a folder of a single file.
+CLASSES_BY_OPTION = {
+    "pretrained_model_name_or_path": "StableDiffusionPipeline",
+    "pretrained_vae_model_name_or_path": "AutoencoderKL",
+    "tokenizer_name": "",
+}
+
+
 def missing_models(args: Namespace) -> dict[str, str]:
     """Why there is nothing to look at under an option, as far as this machine can tell."""
     problems = {}
-    for option in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name"):
+    for option in CLASSES_BY_OPTION:
         name = getattr(args, option) or ""
         folder = Path(name)
-        if name and not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
+        if re.match(r"https?://", name):
+            problems[option] = f"--{option}: {name} is an address; wanted a folder, or the hub's OWNER/NAME"
+        elif folder.is_file():
+            kind = CLASSES_BY_OPTION[option]
+            problems[option] = f"--{option}: {name} is a single file; wanted a folder or a hub name" + (
+                f" ({kind}.from_single_file({folder.name!r}).save_pretrained('folder') makes one)" if kind else ""
+            )
+        elif name and not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
             problems[option] = f"--{option}: {name} is missing; wanted a folder or a hub name"
     option, name = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     if not name:

@@ -12,13 +12,14 @@ import json
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..hub import first_line, unreachable
 from ..problems import BadInput, listing, refuse
 from ..utils.files import replace_folder
 from .data import METADATA_FILE, PICTURE_SUFFIXES
@@ -48,22 +49,29 @@ def pictures_of_dataset(args: Namespace) -> Path:
     """The folder; raises `BadInput` if there is no such dataset or column."""
     if find_spec("datasets") is None:
         raise BadInput(["--dataset_name needs the package datasets: pip install datasets"])
+    name = args.dataset_name
+    why = None if Path(name).exists() else unreachable()
     import datasets
 
-    name = args.dataset_name
     try:
         rows = datasets.load_dataset(name, args.dataset_config_name, split=SPLIT, cache_dir=args.cache_dir)
     except Exception as error:  # of the hub, the file system, the formats that a dataset may have
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = f"it is not on this machine, and {why}" if why else first_line(error)
         raise BadInput([f"--dataset_name {name} cannot be loaded: {reason}"]) from error
     image, caption = columns(rows, args)
     cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     key = hashlib.sha256(json.dumps([rows._fingerprint, image, caption]).encode()).hexdigest()[:24]
     if not (cache / key).is_dir():
+        from huggingface_hub.constants import HF_HUB_CACHE
+
         cache.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=cache, prefix=f".{key}-"))
         try:
-            write_pictures(rows, image, caption, fresh)
+            downloads = [
+                Path(place, "downloads") for place in (args.cache_dir, datasets.config.HF_DATASETS_CACHE) if place
+            ]
+            own = [Path(name), Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"), *downloads]
+            write_pictures(rows, image, caption, fresh, own)
             if not (cache / key).is_dir():  # another process may have been as quick
                 replace_folder(fresh, cache / key)
         finally:
@@ -98,22 +106,42 @@ def columns(rows: "Dataset", args: Namespace) -> tuple[str, str | None]:
     return args.image_column or ("image" if "image" in pictures else pictures[0]), args.caption_column
 
 
-def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Path) -> None:
-    """The files as they are in the dataset, and `metadata.jsonl` if there are captions; raises `BadInput`."""
+def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Path, own: Sequence[Path]) -> None:
+    """The files as they are in the dataset, and `metadata.jsonl` if there are captions.
+
+    Args:
+        own: folders that rows may name files of: the dataset's, and the caches that it was downloaded to.
+
+    Raises:
+        BadInput: rows without a picture, or that name a file elsewhere.
+    """
     import datasets
 
-    lines, empty = [], []
+    lines, empty, foreign = [], [], []
+    places = [place.resolve() for place in own if place.is_dir()]
     rows = rows.select_columns([image] if caption is None else [image, caption])  # others are not even decoded
     for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
         if row[image] is None:
             empty.append(number)
             continue
-        data = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
+        data = row[image]["bytes"]
+        if data is None:
+            path = Path(row[image]["path"] or "").resolve()
+            if not path.is_file() or not any(path.is_relative_to(place) for place in places):
+                foreign.append(f"{row[image]['path']!r} in row {number}")
+                continue
+            data = path.read_bytes()
         name = f"{number:05d}{suffix_of(data)}"
         (folder / name).write_bytes(data)
         if caption is not None and (row[caption] or "").strip():
             lines.append(json.dumps({"file_name": name, "text": row[caption]}))
-    refuse([f"--image_column: rows without a picture in {image!r}: {listing(empty)}"] if empty else [])
+    problems = [f"--image_column: rows without a picture in {image!r}: {listing(empty)}"] if empty else []
+    if foreign:
+        problems.append(
+            "--dataset_name: a dataset may name files of its own folder alone, no others and no addresses; "
+            f"got {listing(foreign)}"
+        )
+    refuse(problems)
     if lines:
         (folder / METADATA_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..problems import refuse
+from ..utils.files import sweep
 from .cache import Example, Text, Views, encode_pictures
 from .checks import Plan
 from .concepts import Concept
@@ -18,8 +19,10 @@ from .data import INTERPOLATIONS, scan
 from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
 from .models import DTYPES, load_pipeline
-from .prior import generate_class_pictures
+from .prior import generate_class_pictures, missing_numbers
 from .wordings import wordings
+
+ABANDONED = 3600  # seconds: a file that has been half-written for so long belongs to no run any more
 
 
 def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerator: Accelerator) -> list[Concept]:
@@ -40,9 +43,10 @@ def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerato
 
 def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) -> None:
     folder = concept.classes.folder
-    have = len(scan(folder, may_be_empty=True).pictures)  # another concept may have filled it meanwhile
+    sweep(folder, older_than=ABANDONED)
+    numbers = missing_numbers(scan(folder, may_be_empty=True), concept.num_class_images)  # others may share the folder
     accelerator.wait_for_everyone()
-    if have < concept.num_class_images:
+    if numbers:
         precision = args.prior_generation_precision or (
             "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
         )
@@ -50,7 +54,9 @@ def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) ->
             load_pipeline(args, DTYPES[precision]).to(accelerator.device),
             folder,
             concept.class_prompt,
-            range(have + accelerator.process_index, concept.num_class_images, accelerator.num_processes),
+            numbers,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
             seed=args.seed,
             resolution=args.resolution,
             batch_size=args.sample_batch_size,

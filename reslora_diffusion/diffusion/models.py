@@ -1,5 +1,6 @@
 """From options to a pipeline on its device, and what can be let go of before training."""
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -81,6 +82,15 @@ def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
                 f"{several} of the {part} {hold} NaN or infinity: {listing(broken)}; wanted another copy of the model "
                 "(a download or a merge went wrong)"
             )
+
+
+def refuse_base(args: Namespace, dtype: torch.dtype, loss: float) -> None:
+    """Raise `BadInput` if the loss of the untouched base is not finite: no learning rate would help."""
+    if not math.isfinite(loss):
+        name, precision = args.pretrained_model_name_or_path, str(dtype).removeprefix("torch.")
+        wanted = "--mixed_precision no" if dtype == torch.bfloat16 else "--mixed_precision bf16 or no"
+        wanted = "images and prompts that it can be computed on" if dtype == torch.float32 else wanted
+        refuse([f"{name}: its loss is {loss} in {precision} before anything is trained; wanted {wanted}"])
 
 
 def prepare_models(

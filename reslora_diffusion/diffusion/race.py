@@ -152,7 +152,7 @@ def draw_sheet(folders: dict[str, Path], args: Namespace) -> Image.Image:
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
     start = "start" if args.network_weights else "base"
     chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
-    columns = {label: [Image.open(folder / name) for name in names] for label, folder in chosen.items()}
+    columns = {label: [folder / name for name in names] for label, folder in chosen.items()}
     return contact_sheet(
         columns, [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
     )

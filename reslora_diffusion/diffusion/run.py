@@ -26,6 +26,7 @@ from reslora_diffusion.export import ExportReport, export_lora, save_merged
 from ..problems import Stopped, listing, refuse
 from ..utils.files import write_text
 from .adapters import Adapters
+from .changes import Data
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .checks import Plan
 from .ema import Ema
@@ -66,6 +67,7 @@ class Run:
     history: History
     ema: Ema | None
     loss_base: float
+    data: Data  # what is trained on
     lr_scheduler: LRScheduler = field(init=False)
     handed_over: bool = field(init=False, default=False)
     step: int = field(init=False, default=0)  # steps that are done
@@ -177,6 +179,7 @@ class Run:
                 "handed_over": self.handed_over,
                 "options": options(self.args),
                 "versions": versions(),
+                "data": self.data,
                 "scaler": self.scaler.state_dict(),
             }
             save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
@@ -276,10 +279,7 @@ class Run:
                     pixels = np.stack([np.asarray(image) for image in images])
                     tracker.log_images({"validation": pixels}, step=step, **PICTURE_TRACKERS[tracker.name])
         if 0 < step < self.plan.max_train_steps:  # before there is nothing to plot; at the end `finish` does it
-            self.plot()
-
-    def plot(self) -> None:
-        plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+            plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
 
     def shown(self) -> dict[str, str]:
         """What a progress bar says."""
@@ -334,7 +334,7 @@ class Run:
                 return merged, None
             exported = self.export(self.output, self.adapters.factors(), step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
-        self.plot()
+        plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
         tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
         pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
         write_text(self.output / "README.md", model_card(self.args, tag, prompt, str(merged).splitlines(), pictures))

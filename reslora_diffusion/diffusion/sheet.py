@@ -19,10 +19,13 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(fresh, format="PNG")
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], side: int = 160) -> Image.Image:
+def contact_sheet(
+    columns: Mapping[str, Sequence[Image.Image | Path]], rows: Sequence[str], side: int = 160
+) -> Image.Image:
     """A picture for each row in each column; equal row labels one below the other are written once.
 
-    Pictures keep their shape inside squares of `side` pixels.
+    Pictures keep their shape inside squares of `side` pixels. Those given by path are opened one at a time: a long run
+    has more of them than a process may hold open.
     """
     font = ImageFont.load_default(14)
     heads = {label: wrapped(label, side, font) for label in columns}
@@ -43,11 +46,18 @@ def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[s
     for x, (label, images) in enumerate(columns.items()):
         left = LEFT + x * (side + MARGIN)
         draw.multiline_text((left, MARGIN), "\n".join(heads[label]), fill="black", font=font, spacing=SPACING)
-        for top, image in zip(tops, images, strict=False):
+        for top, image in zip(tops, map(opened, images), strict=False):
             ratio = side / max(image.size)
             size = (round(image.width * ratio), round(image.height * ratio))
             sheet.paste(image.convert("RGB").resize(size), (left, top))
     return sheet
+
+
+def opened(image: Image.Image | Path) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    with Image.open(image) as file:
+        return file.convert("RGB")
 
 
 def height_of(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> int:

@@ -7,6 +7,7 @@ run is planned with: adapters fit it, tokenizers count its tokens, a forward thr
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
 import diffusers
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTraine
 
 from reslora_diffusion.core.config import ResLoraConfig
 
+from ..hub import unreachable
 from ..problems import BadInput
 from .families.base import leave_out_layers
 from .model_checks import adapter_settings
@@ -58,6 +60,7 @@ def load_skeleton(args: Namespace) -> Skeleton:
         BadInput: they cannot be read, or are not of a family that is trained here.
     """
     name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    why = None if Path(name).is_dir() else unreachable()
     try:
         index = DiffusionPipeline.load_config(name, **where)
         family = family_of(index, name)
@@ -92,6 +95,8 @@ def load_skeleton(args: Namespace) -> Skeleton:
         if isinstance(error, BadInput):
             raise
         reason = f"lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        if why and isinstance(error, OSError):
+            reason = f"it is not on this machine, and {why}"
         raise BadInput([f"--pretrained_model_name_or_path: {name} cannot be loaded: {reason}"]) from error
     return Skeleton(
         family,

@@ -101,7 +101,7 @@ class Painter:
         steps = sorted((self.folder / SAMPLES).glob("step-*"))
         names = [f"{p}-{n}.png" for p in range(len(self.prompts)) for n in range(self.num_images)]
         columns = {
-            f"step {int(step.name[5:])}": [Image.open(step / name) for name in names]
+            f"step {int(step.name[5:])}": [step / name for name in names]
             for step in steps
             if all((step / name).is_file() for name in names)
         }

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from reslora_diffusion.export import read_lora
 from reslora_diffusion.export.factors import Components, rank_of
 from reslora_diffusion.export.keys import classic_path
+from reslora_diffusion.export.proof import health_problems
 
 from ..problems import listing
 from .adapters import ADAPTER, Adapters
@@ -39,6 +40,7 @@ def weights_problems(args: Namespace, outline: Outline) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"{where}: {error}"
         return
+    yield from (f"{where}: {problem}" for problem in health_problems(components) if "NaN" in problem)
     adapted = {
         (component, classic_path(component, name)): (layer, rank_asked(args, name))
         for component, name, layer in outline.adapted(args)

@@ -16,6 +16,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,14 +148,17 @@ def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike])
         flush(parent)
 
 
-def sweep(folder: str | os.PathLike) -> list[str]:
-    """Remove what a killed program left in `folder`, and return the names. The caller holds the folder's lock.
+def sweep(folder: str | os.PathLike, older_than: float = 0.0) -> list[str]:
+    """Remove what a killed program left in `folder`, and return the names.
 
+    The caller holds the folder's lock, or leaves alone what has changed within `older_than` seconds.
     A folder that was moved aside by `replace_folder`, and whose place is still empty, is moved back.
     """
     folder, removed = Path(folder), []
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
+            if older_than and time.time() - path.lstat().st_mtime < older_than:
+                continue
             if path.name.endswith(STALE) and path.is_dir():
                 place = path.with_name(path.name.removeprefix(".").removesuffix(STALE))
                 if not place.exists():
