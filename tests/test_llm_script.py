@@ -384,6 +384,22 @@ def test_models_of_another_task_are_refused_before_their_weights_are_read(folder
         assert any(kind in problem and "wanted a causal language model" in problem for problem in found)
 
 
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_an_adapted_output_layer_that_is_the_embedding_is_not_merged(folders, tmp_path, method):
+    """The exported LoRA is right; merged into the weight that both share, it would change the embedding as well."""
+    tied = AutoModelForCausalLM.from_pretrained(folders["model"])
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    shutil.copytree(folders["model"], tmp_path / "model")
+    tied.save_pretrained(tmp_path / "model")
+    options = {"model_name_or_path": tmp_path / "model", "target_modules": "lm_head", "method": method}
+    found = problems(folders, tmp_path, **options, save_merged_model=True)
+    assert len(found) == 1
+    assert found[0].startswith("--save_merged_model: lm_head share their weight with other layers")
+    output = run(folders, tmp_path / "out", **options, max_steps=2, warmup_steps=0)
+    assert (output / "adapter_model.safetensors").is_file()
+
+
 def test_bad_lines_are_shown_by_number(folders, tmp_path):
     write_lines(tmp_path / "data" / "train.jsonl", [{"prompt": "a", "response": "b"}])
     with (tmp_path / "data" / "train.jsonl").open("a") as file:

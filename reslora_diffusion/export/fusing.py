@@ -7,13 +7,13 @@ back: the fused weights are what was computed, and all others are the base's, bi
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
@@ -233,13 +233,16 @@ def dense(factors: LoraFactors, shape: torch.Size, transposed: bool) -> Tensor:
 
 
 def tied_weights(components: Components, models: Models) -> list[str]:
-    """Modules whose weight is also another's, such as an output layer's that is the embedding: both would change."""
-    tied = []
-    for component, modules in components.items():
-        pairs = dict(getattr(models[component], "all_tied_weights_keys", None) or {})
-        names = {*pairs, *pairs.values()}
-        tied += [f"{component}.{path}" for path in modules if {f"{path}.weight", f"{flat_path(path)}.weight"} & names]
-    return tied
+    """Modules whose weight is also another's, by component."""
+    return [f"{name}.{path}" for name, modules in components.items() for path in tied_paths(models[name], modules)]
+
+
+def tied_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Those of a model's modules whose weight is also another's, such as an output layer's that is the embedding: a
+    merge would change both."""
+    pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    names = {*pairs, *pairs.values()}
+    return [path for path in paths if {f"{path}.weight", f"{flat_path(path)}.weight"} & names]
 
 
 def tied_problem(tied: list[str]) -> str:

@@ -88,7 +88,14 @@ def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: 
         has = listing(leaves_of(layers), 12)
         return [f"--target_modules: PEFT knows no default for {config.model_type}; it has {has}"]
     targets = [target for target in targets if target != "all-linear"]
-    return [*layer_problems(layers, targets, options.rank)]
+    problems = [*layer_problems(layers, targets, options.rank)]
+    if getattr(options, "save_merged_model", False):
+        from ..export.fusing import tied_paths, tied_problem
+
+        adapted = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
+        if tied := tied_paths(model, adapted):
+            problems.append(f"--save_merged_model: {tied_problem(tied)}")
+    return problems
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
