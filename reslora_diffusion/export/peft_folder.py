@@ -2,7 +2,8 @@
 
     out/
       adapter_config.json          peft_type LORA; one rank r, lora_alpha = r, so scaling is 1 for every module
-      adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r]
+      adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r], and what the
+                                   model has trained beside: a head, tokens (`beside`)
       export_report.json
 
 The configuration holds only fields that every PEFT knows: it is strict about the others. A diffusion model's parts are
@@ -23,6 +24,7 @@ from reslora_diffusion.core.functional import LoraFactors
 from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
 from .base import base_layer, base_problems, is_transposed
+from .beside import Beside, hold_values, missing_head, trained_beside, unlike
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
@@ -51,6 +53,7 @@ def export_peft(
     facts: Mapping[str, object] | None = None,
     model: nn.Module | None = None,
     component: str = MODEL,
+    beside: Beside | None = None,
 ) -> ExportReport:
     """Write and prove a PEFT adapter folder.
 
@@ -60,8 +63,11 @@ def export_peft(
         base_model: name or folder of the base, for `adapter_config.json`.
         task_type: PEFT's: "CAUSAL_LM", "SEQ_CLS", ..., or None.
         dtype, rank, allow_lossy, facts: as in `export_lora`.
-        model: the base; names and shapes are checked against it, and `target_modules` shortens to what it allows.
+        model: the base; names and shapes are checked against it, and `target_modules` shortens to what it allows. Of
+            a PEFT model, what it has trained beside the factors is written too: `modules_to_save`, tokens, a resized
+            embedding.
         component: "model", or what part of a diffusion pipeline this is.
+        beside: what was trained beside, where it was gathered already (`beside.trained_beside`).
 
     >>> report = export_peft("out", merged_factors(llm), base_model="meta-llama/...", model=llm)
     >>> print(report)   # with the --max-lora-rank that vLLM needs
@@ -76,18 +82,22 @@ def export_peft(
     modules = {classic_path(component, path.removeprefix(PEFT_PREFIX)): on_cpu(f) for path, f in factors.items()}
     components = {component: modules} if modules else {}
     models = {component: unwrapped(model)} if model is not None else {}
+    if beside is None:
+        beside = trained_beside(model, base_model=base_model) if model is not None else Beside({}, {})
     problems = health_problems(components) + base_problems(components, models)
+    problems += [problem] if (problem := missing_head(task_type, beside.tensors)) else []
     if problems:
         raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
     cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
     if problem := size_problem(output_dir, cut, file_rank, dtype):
         raise ValueError(f"this LoRA cannot be exported: {problem}")
     stored = uniform(cut, file_rank, dtype)[component]
-    config = adapter_config(component, modules, file_rank, base_model, task_type, models.get(component))
+    config = adapter_config(component, modules, file_rank, base_model, task_type, models.get(component)) | beside.fields
     with fresh_folder(output_dir) as fresh:
-        save_tensors(peft_tensors(component, stored), fresh / PEFT_FILE, metadata=reslora_header(facts))
+        more = {f"{PEFT_PREFIX}{name}": value.cpu().contiguous().clone() for name, value in beside.tensors.items()}
+        save_tensors(peft_tensors(component, stored) | more, fresh / PEFT_FILE, metadata=reslora_header(facts))
         (fresh / PEFT_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        checks = prove_peft(fresh, component, cut[component], dtype, models.get(component))
+        checks = prove_peft(fresh, component, cut[component], dtype, models.get(component), beside)
         paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
         report = ExportReport(
             folder=output_dir,
@@ -99,13 +109,13 @@ def export_peft(
             asked_rank=rank,
             rank_needed=None,
             losses=losses,
-            errors=errors_against(read_lora(fresh).components, components),
+            errors=errors_against(read_lora(fresh, beside=True).components, components),
             norms={(component, path): delta_norm(f) for path, f in modules.items()},
             ranks={(component, path): rank_of(f) for path, f in modules.items()},
             checks=checks,
             versions=loader_versions(),
             facts={key: str(value) for key, value in facts.items()},
-            notes=[vllm_note(file_rank)] if component == MODEL else [],
+            notes=([vllm_note(file_rank)] if component == MODEL else []) + beside_notes(beside),
         )
         (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
         replace_files(fresh, output_dir, (*paths.values(), REPORT_FILE))
@@ -138,6 +148,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The base under PEFT's and torch.compile's wrappers."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def beside_notes(beside: Beside) -> list[str]:
+    """What else the folder holds, which other programs than PEFT do not load."""
+    return [f"and what was trained beside the factors, for PEFT: {listing(beside.tensors)}"] if beside.tensors else []
 
 
 def vllm_note(rank: int) -> str:
@@ -200,19 +215,25 @@ def target_modules(component: str, paths: list[str], found: Mapping[str, nn.Modu
 
 
 def prove_peft(
-    folder: Path, component: str, wanted: Mapping[str, LoraFactors], dtype: torch.dtype, model: nn.Module | None
+    folder: Path,
+    component: str,
+    wanted: Mapping[str, LoraFactors],
+    dtype: torch.dtype,
+    model: nn.Module | None,
+    beside: Beside,
 ) -> list:
-    """Load the folder by PEFT into a hollow model, and compare.
+    """Load the folder by PEFT into a hollow model, and compare the factors and all that was trained beside them.
 
     Raises:
         CheckFailed: it does not mean what it should.
     """
     from peft import __version__
 
-    from .standins import like, load_peft, stand_ins
+    from .standins import ADAPTER, like, load_peft, stand_ins
 
     tolerance = TOLERANCE[dtype]
     hollow = like(model) if model is not None else stand_ins({component: dict(wanted)})[component]
+    hold_values(hollow, beside)
     try:
         got = {component: load_peft(folder, hollow, component)}
     except ValueError as error:
@@ -220,6 +241,8 @@ def prove_peft(
     check = compare(f"PEFT {__version__}", PEFT_FILE, got, {component: dict(wanted)}, tolerance)
     problems = [problem] if (problem := misreading(check, tolerance)) else []
     problems += health_problems(got)
+    if beside.fields and (lost := unlike(trained_beside(hollow, ADAPTER).tensors, beside.tensors)):
+        problems.append(f"PEFT does not read what was trained beside the factors: {listing(lost)}")
     if problems:
         raise CheckFailed(f"the export failed its proof; nothing was replaced: {listing(problems)}")
     return [check]

@@ -43,6 +43,7 @@ class LoraFile:
     dtypes: Counter[str]
     alphas: dict[tuple[str, str], float] = field(default_factory=dict)
     configs: dict[str, dict] = field(default_factory=dict)  # PEFT's, as in the header
+    beside: dict[str, str] = field(default_factory=dict)  # what else the file holds, as in the header
 
 
 def read_lora(source: str | Path, *, beside: bool = False) -> LoraFile:
@@ -88,7 +89,9 @@ def read_tensors(header: Header) -> LoraFile:
             components[component][path] = LoraFactors(A, B, scaling)
     if header.dialect is Dialect.KOHYA and "transformer" in components:
         components["transformer"] = split(components["transformer"])
-    return LoraFile(header.path, header.dialect, dict(components), header.metadata, dtypes, alphas, header.configs)
+    return LoraFile(
+        header.path, header.dialect, dict(components), header.metadata, dtypes, alphas, header.configs, header.beside
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -327,7 +327,7 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
 
 
 def load_peft(
-    folder: Path, model: nn.Module, component: str, targets: list[str] | None = None
+    folder: Path, model: nn.Module, component: str, targets: list[str] | None = None, factors_alone: bool = False
 ) -> dict[str, LoraFactors]:
     """`PeftModel.from_pretrained`, and what is in the model afterwards.
 
@@ -336,6 +336,7 @@ def load_peft(
         model: to load into; it is changed.
         component: of which pipeline part, or "model".
         targets: the modules that `target_modules` means, where PEFT shall not find out itself.
+        factors_alone: leave out what was trained beside them, which a stand-in has no place for.
 
     Raises:
         ValueError: PEFT refuses the folder.
@@ -345,6 +346,8 @@ def load_peft(
             config = PeftConfig.from_pretrained(str(folder))
             config.task_type = None  # a stand-in has no generation methods
             config.target_modules = config.target_modules if targets is None else targets
+            if factors_alone:
+                config.modules_to_save = config.trainable_token_indices = None
             PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
         except Exception as error:
             raise ValueError(f"PEFT does not load {folder.name}: {error}") from error

@@ -105,6 +105,8 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         problems=problems + health_problems(components),
         notes=[f"{path.name} is of another export than {REPORT_FILE}, and was not looked at" for path in others],
     )
+    if more := [name for lora in loras for name in lora.beside]:
+        result.notes.append(f"what stands beside the LoRA was not compared: {listing(more)}")
     if base:
         result.problems += misfits(components, models, base)
     for lora in loras:
@@ -188,7 +190,7 @@ def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[s
             folder = folder.parent / component
         wanted: Components = {component: modules}
         try:
-            got = {component: load_peft(folder, model, component, targets)}
+            got = {component: load_peft(folder, model, component, targets, factors_alone=True)}
         except ValueError as error:
             problems.append(str(error))
             continue

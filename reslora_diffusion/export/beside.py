@@ -1,0 +1,121 @@
+"""What a PEFT model has trained beside its factors, and how PEFT stores it.
+
+    modules_to_save           whole modules, such as the head of a classifier: `score.weight`
+    trainable_token_indices   rows of an embedding: `embed_tokens.token_adapter.trainable_tokens_delta` [tokens, width]
+    a resized vocabulary      the whole embedding and output layer
+
+Names are those in the base model; in `adapter_model.safetensors` they have PEFT's prefix.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from reslora_diffusion.core.sharding import whole
+
+from ..stored import Files, Unknown
+
+DEFAULT_ADAPTER = "default"
+# Tasks whose models PEFT wraps a head of, and where it looks for one.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+class Beside(NamedTuple):
+    """Tensors by name, and the fields of `adapter_config.json` by which PEFT finds them."""
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+
+
+def trained_beside(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, base_model: str | None = None) -> Beside:
+    """What `model` has trained beside the factors of an adapter; a collective where weights are sharded.
+
+    Args:
+        model: PEFT's, or one with PEFT's layers in it.
+        adapter_name: of the adapter.
+        base_model: folder or hub name of the base, to find out whether the vocabulary was resized.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    tensors: dict[str, Tensor] = {}
+    saved, has_tokens = [], False
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            keys = module.adapter_state_dict_load_map(adapter_name)
+            state = module.state_dict() if keys else {}
+            tensors |= {f"{name}.{key}": whole(state[held]) for key, held in keys.items()}
+            tokens = any("trainable_tokens" in key for key in keys)
+            has_tokens |= tokens
+            saved += [name.rpartition(".")[2]] if keys and not tokens else []
+    fields: dict[str, Any] = {}
+    if saved:
+        fields["modules_to_save"] = sorted(set(saved))
+    if has_tokens:
+        fields["trainable_token_indices"] = config.trainable_token_indices
+    if not has_tokens and base_model and was_resized(base, base_model):
+        tensors |= embeddings(base, set(tensors))
+    return Beside({name: value.detach() for name, value in tensors.items()}, fields)
+
+
+def was_resized(model: nn.Module, base_model: str) -> bool:
+    """Whether a language model has another number of tokens than its base, as far as this machine knows."""
+    try:
+        stated = Files(base_model, None).json("config.json")
+    except (Unknown, OSError, ValueError):
+        return False
+    vocabulary = stated.get("vocab_size") or stated.get("text_config", {}).get("vocab_size")
+    return vocabulary is not None and vocabulary != getattr(getattr(model, "config", None), "vocab_size", vocabulary)
+
+
+def embeddings(model: nn.Module, known: set[str]) -> dict[str, Tensor]:
+    """Input embedding and output layer, unless they are adapted or saved already."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for layer in filter(None, layers):
+        name = names[id(layer)]
+        if isinstance(layer, nn.Linear | nn.Embedding) and f"{name}.weight" not in known:
+            found[f"{name}.weight"] = whole(layer.weight)
+    return found
+
+
+def missing_head(task_type: str | None, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong where PEFT will look for a trained head that is not there."""
+    wanted = HEADS.get(str(task_type), ())
+    if not wanted or any(part in wanted for name in tensors for part in name.split(".")):
+        return None
+    return (
+        f"task_type {task_type} makes PEFT look for a trained head ({' or '.join(wanted)}), and there is none; give "
+        "the trained PEFT model as `model`, or another task_type"
+    )
+
+
+def hold_values(model: nn.Module, beside: Beside) -> None:
+    """Give the modules of a hollow model that PEFT copies or fills memory of their own."""
+    names = {name.partition(".token_adapter.")[0] for name in beside.tensors}
+    for name, module in model.named_modules():
+        if (
+            name in names
+            or any(f"{name}.{part}" in names for part in ("weight", "bias"))
+            or any(
+                tensor.startswith(f"{name}.")
+                and name.rpartition(".")[2] in (beside.fields.get("modules_to_save") or ())
+                for tensor in beside.tensors
+            )
+        ):
+            for part in module.modules():
+                for key, parameter in part._parameters.items():
+                    if parameter is not None:
+                        part._parameters[key] = nn.Parameter(torch.zeros_like(parameter).contiguous(), False)
+
+
+def unlike(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names of what did not arrive as it was written."""
+    return sorted(
+        name
+        for name in got.keys() | wanted.keys()
+        if name not in got or name not in wanted or not torch.equal(got[name].to(wanted[name]), wanted[name])
+    )
