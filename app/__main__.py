@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from warnings import filterwarnings
 
-from reslora_diffusion.problems import importing
-
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("assets") / "sticker-sd"
 SUBJECTS = Path("assets") / "subjects"
@@ -87,12 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     filterwarnings("ignore", "Already found a `peft_config`")  # several adapters on one model are what this is about
-    with importing():
-        try:
-            from gradio import Blocks  # noqa: F401
-        except ImportError:
-            sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
-        from .serve import launch, open_studio
+    try:
+        from gradio import Blocks  # noqa: F401
+    except ImportError:
+        sys.exit("The page needs Gradio: pip install 'reslora-diffusion[app]'")
+    from .serve import launch, open_studio
 
     for warning in warnings(args):
         print(warning, file=sys.stderr)

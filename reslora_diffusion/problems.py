@@ -1,12 +1,6 @@
-"""How programs begin and end: quickly, and on bad input with one message that has every problem, exit code 2.
+"""How programs end: on bad input with one message that names every problem, and an exit code for each end."""
 
-Importing torch and the libraries on it makes a million objects that stay until the end. The garbage collector looks
-through all of them again and again while they come, and once more when Python ends, which takes two of four seconds.
-"""
-
-import atexit
 import errno
-import gc
 import os
 import signal
 import sys
@@ -95,20 +89,6 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Inside, imports are not held up by the garbage collector, which never looks at them afterwards either."""
-    if "torch" in sys.modules:  # there is little left to come, and there may be garbage that freezing would keep
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-@contextmanager
 def nothing_to_lose() -> Iterator[None]:
     """Inside, Ctrl-C ends a run that has not begun."""
     try:
@@ -123,7 +103,6 @@ def run_program(program: Callable[[], object]) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         watch_parent()
-    atexit.register(gc.freeze)  # the process ends: its memory goes back without a last look through it
     found: list[str] = []
     try:
         program()

@@ -93,6 +93,17 @@ def test_rows_without_a_picture_are_named(tmp_path):
     assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()] * 2
 
 
+def test_images_are_in_the_column_image_wherever_it_stands(tmp_path):
+    """As in diffusers' scripts; a column of masks or conditions may come first."""
+    features = datasets.Features({"condition": datasets.Image(), "image": datasets.Image()})
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = {"condition": [str(PICTURES[0])], "image": [str(PICTURES[1])]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    (concept,) = check(of_dataset(tmp_path, folder)).concepts
+    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()]
+
+
 def test_options_of_the_sibling_scripts():
     args = parse(
         ["--lora_layers", "attn.to_k, attn.to_q", "--upcast_before_saving", "--prodigy_decouple=False"]

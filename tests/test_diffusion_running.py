@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -280,28 +278,6 @@ def test_exit_codes(capsys):
     assert "2 problems:\n  - a\n  - b" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         run_program(raising(FileNotFoundError(2, "a mistake of ours")))
-
-
-IMPORTS = """
-import gc, sys
-from reslora_diffusion.problems import importing
-try:
-    with importing():
-        collecting = gc.isenabled()
-        import torch
-        raise ImportError
-except ImportError:
-    print(collecting, gc.isenabled(), gc.get_freeze_count() > 100_000)
-count = gc.get_freeze_count()
-with importing():
-    print(gc.isenabled())
-print(gc.get_freeze_count() == count)
-"""
-
-
-def test_imports_are_frozen_once_and_the_collector_goes_on():
-    said = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["False", "True", "True", "True", "True"]
 
 
 def test_the_second_signal_acts_as_before():

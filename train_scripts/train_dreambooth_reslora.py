@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.problems import Interrupted, importing, is_first_process, nothing_to_lose, run_program
+from reslora_diffusion.problems import Interrupted, is_first_process, nothing_to_lose, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -281,7 +281,7 @@ def main(args: Namespace) -> Path:
     from reslora_diffusion.diffusion.checkpoints import alone_in
     from reslora_diffusion.diffusion.checks import check
 
-    with nothing_to_lose(), importing():
+    with nothing_to_lose():
         plan = check(args)
         from reslora_diffusion.diffusion.preflight import preflight
 

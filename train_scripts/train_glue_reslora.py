@@ -30,7 +30,7 @@ from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import GlueOptions, parse, training_arguments
-from reslora_diffusion.problems import importing, refuse, run_program
+from reslora_diffusion.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options, values = parse(GlueOptions, argv, DEFAULTS)
     metrics = GLUE[options.task_name].metrics if options.task_name in GLUE else ()
     checkpoint, rows = check(options, values, task_problems(options), lambda: read(options), metrics)
-    with importing():
-        training = training_arguments(values)
+    training = training_arguments(values)
     refuse(launcher_problems(options, training))
     return train(options, training, rows, checkpoint)
 

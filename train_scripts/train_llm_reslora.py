@@ -35,7 +35,7 @@ from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
-from reslora_diffusion.problems import importing, refuse, run_program
+from reslora_diffusion.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import TrainingArguments
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         lambda: reading.read(options, values.seed),
         metrics=["exact_match"] if options.task else [],
     )
-    with importing():
-        training = training_arguments(values)
+    training = training_arguments(values)
     refuse(launcher_problems(options, training))
     return train(options, training, rows, checkpoint)
 

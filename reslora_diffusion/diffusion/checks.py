@@ -18,6 +18,7 @@ from reslora_diffusion.export.header import read_headers
 
 from .. import environment
 from ..problems import BadInput, listing, refuse
+from ..stored import Files
 from .buckets import Size, parse_buckets
 from .checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
@@ -50,7 +51,7 @@ class Plan:
 
 
 @dataclass
-class Look:
+class Findings:
     """What was found without torch. The outline is None where the files of the model do not tell."""
 
     problems: list[str]
@@ -66,7 +67,7 @@ class Look:
             raise BadInput(dict.fromkeys(self.problems), inventory(self.concepts, args, sizes))
 
 
-def look(args: DreamBoothOptions) -> Look:
+def quick_check(args: DreamBoothOptions) -> Findings:
     """Fill in the defaults of the model's family, and look for problems without torch.
 
     Raises:
@@ -80,8 +81,8 @@ def look(args: DreamBoothOptions) -> Look:
             args.take_defaults(outline.family)
     except BadInput as error:
         misfits = error.problems
-    known = bool(missing or args.problems or misfits or outline)
-    found = Look([*missing.values(), *args.problems], [], outline)
+    known = bool(missing or args.problems or misfits or outline) or not is_on_this_machine(args)
+    found = Findings([*missing.values(), *args.problems], [], outline)
     for find in (bad_values, bad_combinations, adapter_problems, missing_packages, bad_output):
         found.problems += find(args)
     found.problems += [*variant_problems(args), *launcher_problems(args), *bad_weights(args)]
@@ -105,9 +106,14 @@ def look(args: DreamBoothOptions) -> Look:
     return found
 
 
-def check(args: Namespace, found: Look | None = None) -> Plan:
+def is_on_this_machine(args: DreamBoothOptions) -> bool:
+    """Whether the model is a folder or in the hub's cache; else it takes the hub, and time, to learn more."""
+    return Files(args.pretrained_model_name_or_path, args.revision).path("model_index.json") is not None
+
+
+def check(args: Namespace, found: Findings | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
-    found = found or look(args)
+    found = found or quick_check(args)
     from .skeleton import load_skeleton
 
     skeleton = None

@@ -25,7 +25,7 @@ from PIL import Image
 from ..problems import BadInput, refuse
 from ..utils.files import write_text
 from .checkpoints import find_checkpoint
-from .checks import Look, check, look
+from .checks import Findings, check, quick_check
 from .options import override
 from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_picture
@@ -61,14 +61,14 @@ def contenders(args: Namespace) -> dict[str, Namespace]:
     words = list(dict.fromkeys(name for word in args.compare for name in split_names(word)))
     found: dict[str, Namespace] = {}
     problems: dict[str, list[str]] = {}  # and who has them
-    looks: dict[str, Look] = {}
+    looks: dict[str, Findings] = {}
     folders: list[str] = []  # what is in them
     if len(words) < 2:
         problems[f"--compare: got {', '.join(words)}, wanted two contenders or more"] = words
 
     def quick(word: str) -> None:
         found[word] = contender(word, args)
-        looks[word] = look(found[word])
+        looks[word] = quick_check(found[word])
 
     for examine in (quick, lambda word: check(found[word], looks[word])):  # of all, before torch is waited for
         for word in words:
