@@ -84,7 +84,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def call(output_dir: Path, *prefix: str, **options: object) -> subprocess.CompletedProcess:
-    """A run in a process of its own, by `python script` unless `prefix` says otherwise."""
+def call(
+    output_dir: Path, *prefix: str, changed: dict[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess:
+    """A run in a process of its own, by `python script` unless `prefix` says otherwise; `changed` variables."""
     command = [*(prefix or (sys.executable,)), str(SCRIPT), *words(output_dir, **options)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    variables = environment() | (changed or {})
+    return subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from reslora_diffusion.export.header import read_headers
 
 from .. import environment
+from ..hub import unreachable
 from ..problems import BadInput, listing, refuse
 from ..stored import Files
 from .buckets import Size, parse_buckets
@@ -114,6 +115,10 @@ def is_on_this_machine(args: DreamBoothOptions) -> bool:
 def check(args: Namespace, found: Findings | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
     found = found or quick_check(args)
+    name = args.pretrained_model_name_or_path
+    if not Path(name).is_dir() and (why := unreachable()) and not is_on_this_machine(args):
+        found.problems.append(f"--pretrained_model_name_or_path: {name} is not on this machine, and {why}")
+        found.refuse(args)
     from .skeleton import load_skeleton
 
     skeleton = None
