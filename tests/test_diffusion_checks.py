@@ -265,12 +265,12 @@ def test_the_exit_code_is_2_and_the_message_is_all_there_is(tmp_path, without_we
 def test_a_hub_that_cannot_be_reached_is_named_and_bad_options_do_not_wait_for_it(tmp_path):
     """Nothing is retried for half a minute, and the reason is not a file of the model."""
     away = {"pretrained_model_name_or_path": "nobody/nothing", "num_train_epochs": 1}
-    for environment, options, said in (
+    for variables, options, said in (
         ({"HF_HUB_OFFLINE": "1"}, {}, "nobody/nothing is not on this machine, and HF_HUB_OFFLINE is set"),
         (NOWHERE, {}, "nobody/nothing is not on this machine, and http://127.0.0.1:9 cannot be reached: "),
         (NOWHERE, {"rank": 0}, "--rank: got 0, wanted 1 or more"),
     ):
-        done = call(tmp_path / "out", changed=environment, **away, **options)
+        done = call(tmp_path / "out", changed=variables, **away, **options)
         first, problem = done.stderr.strip().splitlines()
         assert (done.returncode, first) == (2, "1 problem:"), done.stderr
         assert said in problem
