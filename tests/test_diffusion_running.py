@@ -22,10 +22,10 @@ from reslora_diffusion.diffusion.checkpoints import (
 )
 from reslora_diffusion.diffusion.ema import Ema
 from reslora_diffusion.diffusion.history import History, NonFiniteLoss, plot_losses, read_history, smooth
-from reslora_diffusion.diffusion.interruption import Interruption
 from reslora_diffusion.diffusion.model_card import usage
 from reslora_diffusion.diffusion.optimizers import fast_forward, make_lr_scheduler, make_optimizer
 from reslora_diffusion.diffusion.record import export_name
+from reslora_diffusion.interruption import Interruption
 from reslora_diffusion.problems import BadInput, Interrupted, Stopped, run_program
 from reslora_diffusion.utils.state_files import BrokenState
 

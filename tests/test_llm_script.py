@@ -1,9 +1,12 @@
 """train_llm_reslora.py from end to end on a tiny model: what it writes, how it resumes, what it refuses."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.llm.trainer import ExportedTrainer
-from reslora_diffusion.problems import BadInput, Stopped
+from reslora_diffusion.problems import BadInput, Interrupted, Stopped
 
 script = load_script("train_llm_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
@@ -438,3 +441,30 @@ def test_an_earlier_run_is_not_overwritten(folders, tmp_path):
         shutil.rmtree(checkpoint)
     assert any("holds an adapter already" in problem for problem in problems(folders, tmp_path))
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_bit_for_bit(folders, tmp_path):
+    options = {"eval_strategy": "no", "load_best_model_at_end": False, "lr_scheduler_type": "constant", "task": None}
+    options |= {"dataset_name": folders["talks"], "shortcut": "middle", "max_new_tokens": None}
+    output, handlers = tmp_path / "out", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def ask() -> None:
+        while not (output / "checkpoint-2" / "checksums.json").is_file():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(
+        Interrupted, match=r"after step \d+ of 100000; continue by --resume_from_checkpoint latest"
+    ) as told:
+        run(folders, output, max_steps=100_000, save_steps=2, save_total_limit=2, **options)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    done = int(str(told.value).split()[2])
+    assert (output / f"checkpoint-{done}" / "checksums.json").is_file()
+    assert not (output / "adapter_model.safetensors").exists()
+    steps = done + 2
+    run(folders, output, max_steps=steps, save_steps=steps, resume_from_checkpoint="latest", **options)
+    whole = run(folders, tmp_path / "whole", max_steps=steps, save_steps=steps, **options)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (output, whole))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []

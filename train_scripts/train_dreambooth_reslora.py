@@ -89,7 +89,7 @@ def train(run: "Run", step: int) -> int:
     from reslora_diffusion.diffusion.capture import whole_step
     from reslora_diffusion.diffusion.compilation import compiled
     from reslora_diffusion.diffusion.distributed import average_gradients
-    from reslora_diffusion.diffusion.interruption import Interruption
+    from reslora_diffusion.interruption import Interruption
 
     args, steps, accelerator = run.args, run.plan.max_train_steps, run.accelerator
     device, say = accelerator.device, accelerator.print

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import BadInput, is_first_process, listing, refuse
+from ..utils.files import flush_tree, write_text
 from .options import ModelOptions
 
 CHECKSUMS = "checksums.json"
@@ -35,9 +36,8 @@ def write_checksums(folder: Path) -> None:
     """Write `checksums.json` beside the finished files of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     digests = {path.relative_to(folder).as_posix(): digest(path) for path in files}
-    fresh = folder / f".{CHECKSUMS}"
-    fresh.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(folder / CHECKSUMS)
+    flush_tree(folder)
+    write_text(folder / CHECKSUMS, json.dumps(digests, indent=2) + "\n")
 
 
 def digest(path: Path) -> str:

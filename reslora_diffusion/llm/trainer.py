@@ -30,7 +30,8 @@ from reslora_diffusion import (
     merged_forward,
 )
 
-from ..problems import refuse
+from ..interruption import Interruption
+from ..problems import Interrupted, refuse
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
@@ -154,6 +155,24 @@ class ExportedTrainer(Trainer):
     def output_folder(self) -> Path:
         return Path(self.args.output_dir)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`; Ctrl-C and SIGTERM finish the step and save.
+
+        Raises:
+            Interrupted: it was told to stop, and has saved.
+        """
+        with Interruption(self.accelerator) as interruption:
+            stop = StopWhenAsked(interruption)
+            self.add_callback(stop)
+            try:
+                outcome = super().train(*args, **kwargs)
+            finally:
+                self.remove_callback(stop)
+        if stop.step is not None and stop.step < self.state.max_steps:
+            done = f"after step {stop.step} of {self.state.max_steps}"
+            raise Interrupted(f"{done}; continue by --resume_from_checkpoint latest")
+        return outcome
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
         with as_exported(model, self.calibration) if self.merged else nullcontext():
@@ -198,6 +217,21 @@ class ExportedTrainer(Trainer):
             self.accelerator.print(merging)
             found["merging"] = merging.to_dict()
         return found
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves and ends the training after the step in which it was told to stop; `step` is that step."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self.interruption = interruption
+        self.step: int | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interruption.requested():
+            self.step = state.global_step
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            args.load_best_model_at_end = False  # nothing is exported now
 
 
 class Handover(TrainerCallback):

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from accelerate import Accelerator
 
-from ..utils.stopping import asked_to_stop
+from .utils.stopping import asked_to_stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
