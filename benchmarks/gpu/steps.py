@@ -17,17 +17,18 @@ from ..results import write_results
 from ..step import LARGE, Case, Models, measure_all
 from .stages import RESERVE, stage_args
 
+# What can fail stands last: a recording that breaks off may keep the process from drawing random numbers.
 CASES = {
     "images": [
         Case("sd15", 1, "eager"),
         Case("sd15", 4, "eager"),
+        Case("sdxl", 1, "eager"),
         Case("sd15", 1, "graph"),
         Case("sd15", 4, "graph"),
-        Case("sdxl", 1, "eager"),
         Case("sdxl", 1, "graph"),
         Case("sd15", 1, "compiled blocks"),
     ],
-    "language": [Case("llama_1b", 1, "eager"), Case("llama_1b", 1, "graph"), Case("llama_1b", 1, "compiled blocks")],
+    "language": [Case("llama_1b", 1, "eager"), Case("llama_1b", 1, "compiled blocks"), Case("llama_1b", 1, "graph")],
 }
 TINY_CASES = {
     "images": [Case("tiny_unet", 1, "eager"), Case("tiny_unet", 2, "whole step, eager")],
