@@ -14,6 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers.utils import import_utils
 
 from benchmarks import forced, report
 from benchmarks.gpu import __main__ as stages
@@ -21,6 +22,7 @@ from benchmarks.gpu import correctness, kernels, steps
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.models import SUBJECTS, output, repeated_blocks
 from benchmarks.step import Models, build, frozen
+from tape import Tapes
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "benchmarks" / "gpu_kit.sh"
@@ -170,6 +172,20 @@ def test_a_wrong_kernel_is_found() -> None:
     name, factor = next((n, f) for n, f in setting.factors.items() if n.endswith("lora_B"))
     factor.data *= 1.01
     assert not any(row["passed"] for row in setting.eager()), name
+
+
+@pytest.mark.parametrize("subject", ["tiny_unet", "tiny_llama"])
+def test_a_replay_is_judged_by_the_inputs_that_it_got(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tape of operators, which stands in for a CUDA graph."""
+    monkeypatch.setattr(correctness, "CudaGraphs", Tapes)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        import_utils, "is_cuda_stream_capturing", lambda: True
+    )  # transformers asks nothing of values then
+    setting = correctness.Setting(subject, "middle", torch.float32, CPU)
+    assert [row["passed"] for row in setting.graph()] == [True]
+    setting.reference = lambda inputs: setting.wanted  # what the recorded inputs would give
+    assert [row["passed"] for row in setting.graph()] == [False]
 
 
 def test_models_of_one_subject_share_their_frozen_weights_alone() -> None:
