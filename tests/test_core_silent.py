@@ -526,3 +526,18 @@ def test_what_peft_refuses_for_lora_is_refused() -> None:
     model = transformers.MambaForCausalLM(config)
     with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
         get_peft_model(model, ResLoraConfig(r=2, target_modules=["out_proj"], shortcut="block"))
+
+
+@pytest.mark.filterwarnings("ignore:the factors of adapter")
+@pytest.mark.parametrize("shortcut", LINKED)
+def test_transformers_own_saving_and_loading(shortcut: str, tmp_path: Path) -> None:
+    """It writes the type RESLORA beside the factors; its loader drops the calibration, which merging then asks for."""
+    model = calibrated("llama", adapted("llama", shortcut))
+    model.save_pretrained(tmp_path)
+    loaded = build("llama")
+    loaded.load_adapter(tmp_path)
+    args = inputs("llama")
+    assert torch.equal(output("llama", loaded.double(), args), output("llama", model, args))
+    if shortcut != "block":
+        with pytest.raises(ValueError, match="call calibrate"):
+            merged_factors(loaded)
