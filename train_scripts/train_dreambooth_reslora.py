@@ -32,12 +32,11 @@ docs/training.md says more.
 import os
 import sys
 import time
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reslora_diffusion.diffusion.options import parse
+from reslora_diffusion.diffusion.options import DreamBoothOptions, parse
 from reslora_diffusion.problems import Interrupted, is_first_process, nothing_to_lose, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
@@ -55,7 +54,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` sho
     from reslora_diffusion.diffusion.sampling import Batch
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: list[str] | None = None) -> DreamBoothOptions:
     """Options from the command line and `--config`. `main` checks them."""
     return parse(argv)
 
@@ -130,7 +129,7 @@ def train(run: "Run", step: int) -> int:
     return step
 
 
-def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
+def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
     """From options to a `Run` and the number of steps it has behind it."""
     import torch
     from accelerate import Accelerator
@@ -266,7 +265,7 @@ def prepare(args: Namespace, plan: "Plan") -> tuple["Run", int]:
     return run, step
 
 
-def main(args: Namespace) -> Path:
+def main(args: DreamBoothOptions) -> Path:
     """Train, export, and return the output folder.
 
     Raises:
@@ -293,7 +292,7 @@ def main(args: Namespace) -> Path:
     return Path(args.output_dir)
 
 
-def teach(args: Namespace, plan: "Plan") -> Path:
+def teach(args: DreamBoothOptions, plan: "Plan") -> Path:
     """One run, from its models to its exported files."""
     from reslora_diffusion.diffusion.rescue import enough_memory, rescued
 

@@ -5,7 +5,6 @@ chain, from which its factors are merged (`merged_factors`), perhaps after calib
 does it compute what will be exported.
 """
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from reslora_diffusion import (
 )
 
 from ..problems import listing, refuse
+from .options import DreamBoothOptions
 from .randomness import Stream, seed_of
 from .sampling import Batch
 from .skeleton import Skeleton
@@ -40,7 +40,7 @@ ADAPTER = "default"
 Forward = Callable[[nn.Module, Batch], object]
 
 
-def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: Namespace) -> "Adapters":
+def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: DreamBoothOptions) -> "Adapters":
     """Freeze the pipeline and put fresh float32 adapters on it; equal seeds give equal adapters."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):

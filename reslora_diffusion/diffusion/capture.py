@@ -18,7 +18,6 @@ takes the steps that an uncaptured one takes, with learning rates rounded to flo
 
 import copy
 import gc
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..problems import Stopped
+from .options import DreamBoothOptions
 
 WARM_UP = 3  # calls before a recording, as in torch's own examples
 Backward = Callable[[Any], None]  # of a batch: a dataclass of tensors
@@ -215,7 +215,7 @@ def whole_step(
     backward: Backward,
     update: Update,
     optimizer: torch.optim.Optimizer,
-    args: Namespace,
+    args: DreamBoothOptions,
     device: torch.device,
     say: Callable[[str], object],
 ) -> Step:

@@ -8,9 +8,8 @@ no format that tells shapes.
 
 import math
 import re
-from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ class Findings:
     outline: Outline | None = None
     buckets: list[Size] = field(default_factory=list)
 
-    def refuse(self, args: Namespace) -> None:
+    def refuse(self, args: DreamBoothOptions) -> None:
         """Raise `BadInput` if there is any problem, with what is in the folders."""
         if self.problems:
             square = args.resolution >= 1 and not args.aspect_ratio_buckets  # other sizes are told by the model
@@ -77,7 +76,7 @@ def quick_check(args: DreamBoothOptions) -> Findings:
     missing = missing_models(args)
     outline, misfits = None, []
     try:
-        without = replace(args, **dict.fromkeys(missing))  # the rest can still be held against each other
+        without = args.changed(**dict.fromkeys(missing))  # the rest can still be held against each other
         if without.pretrained_model_name_or_path and (outline := read_outline(without)):
             args.take_defaults(outline.family)
     except BadInput as error:
@@ -94,7 +93,7 @@ def quick_check(args: DreamBoothOptions) -> Findings:
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
     try:
         if outline:
-            found.buckets = fit(outline, replace(args, **dict.fromkeys(missing)))
+            found.buckets = fit(outline, args.changed(**dict.fromkeys(missing)))
     except BadInput as error:
         misfits = error.problems
     found.problems += misfits
@@ -112,7 +111,7 @@ def is_on_this_machine(args: DreamBoothOptions) -> bool:
     return Files(args.pretrained_model_name_or_path, args.revision).path("model_index.json") is not None
 
 
-def check(args: Namespace, found: Findings | None = None) -> Plan:
+def check(args: DreamBoothOptions, found: Findings | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
     found = found or quick_check(args)
     name = args.pretrained_model_name_or_path
@@ -135,7 +134,7 @@ def check(args: Namespace, found: Findings | None = None) -> Plan:
     return Plan(found.concepts, found.buckets, *length(args, found.concepts), skeleton)
 
 
-def length(args: Namespace, concepts: list[Concept]) -> tuple[int, int]:
+def length(args: DreamBoothOptions, concepts: list[Concept]) -> tuple[int, int]:
     """Steps of a run, and of a pass over the data."""
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
@@ -150,7 +149,7 @@ CLASSES_BY_OPTION = {
 }
 
 
-def missing_models(args: Namespace) -> dict[str, str]:
+def missing_models(args: DreamBoothOptions) -> dict[str, str]:
     """Why there is nothing to look at under an option, as far as this machine can tell."""
     problems = {}
     for option in CLASSES_BY_OPTION:
@@ -173,7 +172,7 @@ def missing_models(args: Namespace) -> dict[str, str]:
     return problems
 
 
-def fit(outline: Outline, args: Namespace) -> list[Size]:
+def fit(outline: Outline, args: DreamBoothOptions) -> list[Size]:
     """Sizes that the model is trained at; raises `BadInput` with what does not fit it."""
     problems, buckets = [*model_problems(outline, args)], [(args.resolution, args.resolution)]
     try:
@@ -185,7 +184,7 @@ def fit(outline: Outline, args: Namespace) -> list[Size]:
     return buckets
 
 
-def slow_problems(args: Namespace, outline: Outline | None) -> list[str]:
+def slow_problems(args: DreamBoothOptions, outline: Outline | None) -> list[str]:
     """What takes torch to find: settings that an optimizer does not take, a LoRA to start from that does not fit."""
     from .optimizers import optimizer_problems
 
@@ -197,7 +196,7 @@ def slow_problems(args: Namespace, outline: Outline | None) -> list[str]:
     return problems
 
 
-def past_the_end(args: Namespace, steps: int) -> Iterator[str]:
+def past_the_end(args: DreamBoothOptions, steps: int) -> Iterator[str]:
     """A checkpoint that has more steps behind it than the run is to have."""
     wanted = args.resume_from_checkpoint
     checkpoint = find_checkpoint(Path(args.output_dir), wanted) if wanted else None
@@ -214,7 +213,7 @@ def bad_values(args: DreamBoothOptions) -> Iterator[str]:
     yield from extension_problems("--caption_extension", args.caption_extension)
 
 
-def bad_combinations(args: Namespace) -> Iterator[str]:
+def bad_combinations(args: DreamBoothOptions) -> Iterator[str]:
     if not args.instance_data_dir and not args.concepts and not args.dataset_name:
         yield "--instance_data_dir is required, or --concepts, or --dataset_name"
     yield from dataset_options(args)
@@ -256,7 +255,7 @@ def bad_combinations(args: Namespace) -> Iterator[str]:
         yield "--hub_token would be exposed to --report_to wandb; log in by `hf auth login` instead"
 
 
-def missing_packages(args: Namespace) -> Iterator[str]:
+def missing_packages(args: DreamBoothOptions) -> Iterator[str]:
     package = "bitsandbytes" if args.use_8bit_adam else OPTIMIZER_PACKAGES.get(args.optimizer)
     needed = {
         "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}": (package, package is not None),
@@ -269,7 +268,7 @@ def missing_packages(args: Namespace) -> Iterator[str]:
     yield from environment.missing_packages((flag, package) for flag, (package, wanted) in needed.items() if wanted)
 
 
-def bad_weights(args: Namespace) -> Iterator[str]:
+def bad_weights(args: DreamBoothOptions) -> Iterator[str]:
     """A file to start from that is no LoRA."""
     try:
         if args.network_weights:
@@ -278,7 +277,7 @@ def bad_weights(args: Namespace) -> Iterator[str]:
         yield f"--network_weights {args.network_weights}: {error}"
 
 
-def bad_output(args: Namespace) -> Iterator[str]:
+def bad_output(args: DreamBoothOptions) -> Iterator[str]:
     kept = Path(args.encoding_cache_dir) if args.encoding_cache_dir else None
     if kept and kept.exists() and not kept.is_dir():
         yield f"--encoding_cache_dir: {kept} is a file, wanted a folder"

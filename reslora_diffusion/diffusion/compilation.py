@@ -6,7 +6,6 @@ their shapes cost no compilation. A machine that lacks something trains without,
 what is compiled, too.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from .loss import Denoiser
+from .options import DreamBoothOptions
 
 FIRST_STEPS = "compiling: the first step of every picture size takes a minute or more"
 
@@ -33,7 +33,7 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def compiled(
-    denoiser: Denoiser, args: Namespace, device: torch.device, buckets: int, say: Callable[[str], object]
+    denoiser: Denoiser, args: DreamBoothOptions, device: torch.device, buckets: int, say: Callable[[str], object]
 ) -> Denoiser:
     """The denoiser for training steps: the same weights, and its model compiled if that was asked for and can be."""
     if not args.compile:

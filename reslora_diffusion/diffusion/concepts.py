@@ -9,7 +9,6 @@ They come from the command line (`--instance_data_dir` or `--dataset_name`, ...)
 """
 
 import re
-from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ..option_parser import parse_file
 from ..problems import BadInput, listing
 from .data import Picture, Scan, extension_problems, scan
 from .dataset import pictures_of_dataset
+from .options import DreamBoothOptions
 
 KINDS = {
     "instance_data_dir": str,
@@ -104,7 +104,7 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def concepts_of(args: Namespace) -> list[Concept]:
+def concepts_of(args: DreamBoothOptions) -> list[Concept]:
     """Every concept of a run, its folders looked at. Problems of folders and prompts are in the concepts."""
     entries: list[dict[str, Any]] = [{}] if args.instance_data_dir else []
     if args.concepts:

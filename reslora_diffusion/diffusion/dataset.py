@@ -11,7 +11,6 @@ import io
 import json
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..hub import first_line, unreachable
 from ..problems import BadInput, listing, refuse
 from ..utils.files import replace_folder
 from .data import METADATA_FILE, PICTURE_SUFFIXES
+from .options import DreamBoothOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,7 @@ SPLIT = "train"
 TEXT = ("string", "large_string")
 
 
-def dataset_options(args: Namespace) -> Iterator[str]:
+def dataset_options(args: DreamBoothOptions) -> Iterator[str]:
     """What of these options does not go together."""
     if args.dataset_name is None:
         for name in ("dataset_config_name", "image_column", "caption_column"):
@@ -45,7 +45,7 @@ def dataset_options(args: Namespace) -> Iterator[str]:
         yield "--mask_data_dir goes by the names of pictures in a folder; got --dataset_name"
 
 
-def pictures_of_dataset(args: Namespace) -> Path:
+def pictures_of_dataset(args: DreamBoothOptions) -> Path:
     """The folder; raises `BadInput` if there is no such dataset or column."""
     if find_spec("datasets") is None:
         raise BadInput(["--dataset_name needs the package datasets: pip install datasets"])
@@ -79,7 +79,7 @@ def pictures_of_dataset(args: Namespace) -> Path:
     return cache / key
 
 
-def columns(rows: "Dataset", args: Namespace) -> tuple[str, str | None]:
+def columns(rows: "Dataset", args: DreamBoothOptions) -> tuple[str, str | None]:
     """The column of images (by default `image`, else the first that holds images) and that of captions, if any.
 
     Raises:

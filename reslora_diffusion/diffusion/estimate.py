@@ -7,7 +7,6 @@ activations   bytes that the forward keeps for the backward, weights apart
 
 import copy
 import time
-from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checks import Plan
 from .families import Tokens
 from .models import base_dtype
+from .options import DreamBoothOptions
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
 EDGE = 1024  # of the matrices that the device is timed on
@@ -67,7 +67,7 @@ class Kept:
         return sum(self.sizes.values())
 
 
-def estimate(plan: Plan, args: Namespace) -> Estimate:
+def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
     """Of one training step at the largest of the sizes that are trained on."""
     skeleton, dtype = plan.skeleton, base_dtype(args)
     family, meta = skeleton.family, {"device": "meta"}
@@ -118,7 +118,7 @@ def speed(dtype: torch.dtype) -> float:
     return best
 
 
-def on_paper(plan: Plan, args: Namespace) -> str:
+def on_paper(plan: Plan, args: DreamBoothOptions) -> str:
     """A line for `--dry_run`."""
     flops, kept = estimate(plan, args)
     seconds = flops / speed(base_dtype(args))

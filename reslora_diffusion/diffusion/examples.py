@@ -1,6 +1,5 @@
 """From a plan to encoded examples: class pictures made where they are missing, everything encoded once."""
 
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +18,16 @@ from .data import INTERPOLATIONS, scan
 from .disk_cache import DiskCache, identity
 from .families import Family, Texts, Tokens
 from .models import DTYPES, load_pipeline
+from .options import DreamBoothOptions
 from .prior import generate_class_pictures, missing_numbers
 from .wordings import wordings
 
 ABANDONED = 3600  # seconds: a file that has been half-written for so long belongs to no run any more
 
 
-def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerator: Accelerator) -> list[Concept]:
+def complete_class_pictures(
+    concepts: list[Concept], args: DreamBoothOptions, accelerator: Accelerator
+) -> list[Concept]:
     """Concepts with the class pictures that they want, after making those that are missing; each process makes its
     share. Concepts that name one folder share its pictures."""
     complete = []
@@ -41,7 +43,7 @@ def complete_class_pictures(concepts: list[Concept], args: Namespace, accelerato
     return complete
 
 
-def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) -> None:
+def make_missing(concept: Concept, args: DreamBoothOptions, accelerator: Accelerator) -> None:
     folder = concept.classes.folder
     sweep(folder, older_than=ABANDONED)
     numbers = missing_numbers(scan(folder, may_be_empty=True), concept.num_class_images)  # others may share the folder
@@ -68,7 +70,9 @@ def make_missing(concept: Concept, args: Namespace, accelerator: Accelerator) ->
 
 
 @torch.no_grad()
-def prepare_texts(pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace) -> dict[str, Text]:
+def prepare_texts(
+    pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: DreamBoothOptions
+) -> dict[str, Text]:
     """What a training step needs of each prompt: tokens if the text encoders are trained, else texts."""
     found: Tokens | Texts = family.read(pipeline, prompts, args)
     if not args.train_text_encoder:
@@ -78,7 +82,7 @@ def prepare_texts(pipeline: DiffusionPipeline, family: Family, prompts: list[str
 
 
 def kept_texts(
-    pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: Namespace, kept: DiskCache | None
+    pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: DreamBoothOptions, kept: DiskCache | None
 ) -> dict[str, Text]:
     """`prepare_texts`, of those prompts that are not kept already. Tokens of encoders that are trained are not."""
     prompts = list(dict.fromkeys(prompts))
@@ -122,7 +126,7 @@ class Encoded(NamedTuple):
 
 
 def encode_examples(
-    pipeline: DiffusionPipeline, plan: Plan, concepts: list[Concept], args: Namespace, progress: bool
+    pipeline: DiffusionPipeline, plan: Plan, concepts: list[Concept], args: DreamBoothOptions, progress: bool
 ) -> Encoded:
     """Every picture and prompt of a run; the autoencoder encodes in float32."""
     kept = DiskCache(Path(args.encoding_cache_dir)) if args.encoding_cache_dir else None

@@ -3,7 +3,6 @@
 No torch in here: it should be there at once.
 """
 
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -11,11 +10,12 @@ from ..problems import listing
 from .buckets import Size, nearest
 from .concepts import Concept
 from .data import Scan
+from .options import DreamBoothOptions
 
 NAMED = 20  # pictures that one line names
 
 
-def inventory(concepts: Sequence[Concept], args: Namespace, buckets: list[Size]) -> list[str]:
+def inventory(concepts: Sequence[Concept], args: DreamBoothOptions, buckets: list[Size]) -> list[str]:
     """Lines on every folder; `buckets` is empty where the sizes to train at could not be told."""
     lines = []
     for concept in concepts:

@@ -1,8 +1,9 @@
 """What a launcher left in the environment: how many processes there are, and what it is configured for. No torch."""
 
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
+
+from .options import DreamBoothOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate looks for them
@@ -42,7 +43,7 @@ def shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def launcher_problems(args: Namespace) -> Iterator[str]:
+def launcher_problems(args: DreamBoothOptions) -> Iterator[str]:
     """What a launcher is configured for and this training cannot do."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision is None and precision not in PRECISIONS:

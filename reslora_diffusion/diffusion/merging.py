@@ -4,7 +4,6 @@ The gap is measured on noise that no training step saw: the loss as trained, and
 and plain LoRA merge exactly, so their gap is rounding.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from reslora_diffusion.core import report as core
 from .adapters import Adapters, Forward
 from .cache import Example
 from .loss import Denoiser
+from .options import DreamBoothOptions
 from .randomness import Stream, seed_of
 from .sampling import Batch, Sampler
 from .validation import fixed_noise_loss
@@ -42,7 +42,7 @@ class Evaluation:
     def of(
         cls,
         sampler: Sampler,
-        args: Namespace,
+        args: DreamBoothOptions,
         held_out: Sequence[Example] = (),
         process: int = 0,
         processes: int = 1,

@@ -2,7 +2,6 @@
 
 import json
 import os
-from argparse import Namespace
 from pathlib import Path
 
 from reslora_diffusion.export.header import DIFFUSERS_FILE
@@ -10,9 +9,10 @@ from reslora_diffusion.export.header import DIFFUSERS_FILE
 from ..problems import listing
 from .families.base import scheduler_changes
 from .models import base_model_name
+from .options import DreamBoothOptions
 
 
-def model_card(args: Namespace, tag: str, prompt: str, lines: list[str], pictures: list[str]) -> str:
+def model_card(args: DreamBoothOptions, tag: str, prompt: str, lines: list[str], pictures: list[str]) -> str:
     """`prompt` is one that was trained, `lines` what merging cost."""
     base, local = base_model_name(args), Path(args.pretrained_model_name_or_path).is_dir()
     tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
@@ -42,7 +42,7 @@ def model_card(args: Namespace, tag: str, prompt: str, lines: list[str], picture
     )
 
 
-def usage(args: Namespace, prompt: str) -> list[str]:
+def usage(args: DreamBoothOptions, prompt: str) -> list[str]:
     """A program that paints with the adapter, by the same process as it was trained with."""
     more = {name: value for name in ("revision", "variant") if (value := getattr(args, name))}
     more |= {"text_encoder_3": None, "tokenizer_3": None} if args.skip_t5 else {}
@@ -74,7 +74,7 @@ def literal(value: str | bool | None) -> str:
     return json.dumps(value) if isinstance(value, str) else str(value)
 
 
-def place(name: str, args: Namespace) -> str:
+def place(name: str, args: DreamBoothOptions) -> str:
     """Where a model is: a hub name, or as seen from the adapter's folder, with a word on it."""
     folder = Path(name)
     if not folder.is_dir():

@@ -1,13 +1,12 @@
 """What of the options does not fit the model, whether its outline was read from files or made by the libraries."""
 
 import re
-from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from ..problems import listing
 from ..rules import faults
+from .options import DreamBoothOptions
 from .outline import BLOCKS, LINEAR, Outline, blocks_of, is_target, matches, rank_of
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
@@ -18,7 +17,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern")
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 
 
-def adapter_settings(args: Namespace) -> dict[str, Any]:
+def adapter_settings(args: DreamBoothOptions) -> dict[str, Any]:
     """Arguments of either method's configuration, targets apart. Options that were not given keep its own defaults."""
     settings: dict[str, Any] = {
         "r": args.rank,
@@ -37,7 +36,7 @@ def adapter_settings(args: Namespace) -> dict[str, Any]:
     return settings
 
 
-def adapter_problems(args: Namespace) -> Iterator[str]:
+def adapter_problems(args: DreamBoothOptions) -> Iterator[str]:
     """What is wrong with an adapter for whatever model."""
     yield from (fault for fault in faults(adapter_settings(args)) if not fault.startswith(CHECKED_BEFORE))
     for option in PATTERNS:
@@ -54,13 +53,13 @@ def fault_of_pattern(pattern: str) -> str | None:
     return None
 
 
-def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
+def model_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
     """What does not fit this model."""
     sound = {
         name: {pattern: value for pattern, value in getattr(args, name).items() if not fault_of_pattern(pattern)}
         for name in PATTERNS
     }
-    args = replace(args, **sound, rank=max(1, args.rank))
+    args = args.changed(**sound, rank=max(1, args.rank))
     name, family, config = args.pretrained_model_name_or_path, outline.family, outline.denoiser_config
     channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
     if channels != latent_channels:
@@ -105,7 +104,7 @@ def model_problems(outline: Outline, args: Namespace) -> Iterator[str]:
     yield from block_problems(outline, args)
 
 
-def pattern_problems(outline: Outline, args: Namespace) -> Iterator[str]:
+def pattern_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
     names = [name for _, name, _ in outline.adapted(args)]
     for option in PATTERNS:
@@ -117,7 +116,7 @@ def pattern_problems(outline: Outline, args: Namespace) -> Iterator[str]:
                 )
 
 
-def block_problems(outline: Outline, args: Namespace) -> Iterator[str]:
+def block_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
     """Blocks that the model does not have."""
     names = outline.layers[outline.family.denoiser]
     blocks = {int(name.split(".")[1]) for name in names if re.fullmatch(rf"{BLOCKS}\.\d+", name)}
@@ -125,7 +124,7 @@ def block_problems(outline: Outline, args: Namespace) -> Iterator[str]:
         yield f"--lora_blocks: got {listing(absent)}, wanted blocks from 0 to {max(blocks)}"
 
 
-def target_problems(outline: Outline, component: str, targets: list[str], args: Namespace) -> Iterator[str]:
+def target_problems(outline: Outline, component: str, targets: list[str], args: DreamBoothOptions) -> Iterator[str]:
     """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
     layers = outline.layers[component]
     for target in sorted(set(targets)):

@@ -2,7 +2,6 @@
 
 import math
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,17 +21,18 @@ from .families import Family
 from .families.base import leave_out_layers
 from .frozen import save_memory
 from .launcher import shards
+from .options import DreamBoothOptions
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def base_dtype(args: Namespace) -> torch.dtype:
+def base_dtype(args: DreamBoothOptions) -> torch.dtype:
     """Precision of the frozen base: the option, else what `accelerate launch` was configured with."""
     return DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
 
 
-def load_pipeline(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
+def load_pipeline(args: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipeline:
     """The base, on the CPU, without its safety checker.
 
     Raises:
@@ -84,7 +84,7 @@ def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
             )
 
 
-def refuse_base(args: Namespace, dtype: torch.dtype, loss: float) -> None:
+def refuse_base(args: DreamBoothOptions, dtype: torch.dtype, loss: float) -> None:
     """Raise `BadInput` if the loss of the untouched base is not finite: no learning rate would help."""
     if not math.isfinite(loss):
         name, precision = args.pretrained_model_name_or_path, str(dtype).removeprefix("torch.")
@@ -94,7 +94,11 @@ def refuse_base(args: Namespace, dtype: torch.dtype, loss: float) -> None:
 
 
 def prepare_models(
-    pipeline: DiffusionPipeline, family: Family, trained: dict[str, nn.Module], args: Namespace, device: torch.device
+    pipeline: DiffusionPipeline,
+    family: Family,
+    trained: dict[str, nn.Module],
+    args: DreamBoothOptions,
+    device: torch.device,
 ) -> None:
     """Move to the device, and set the switches that leave the numbers alone."""
     denoiser = family.denoiser_of(pipeline)
@@ -144,7 +148,7 @@ def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: 
         torch.cuda.empty_cache()
 
 
-def base_model_name(args: Namespace) -> str:
+def base_model_name(args: DreamBoothOptions) -> str:
     """As it stands in a file header: a hub name, or the name of a folder without the machine's path to it."""
     path = Path(args.pretrained_model_name_or_path)
     return path.resolve().name if path.is_dir() else args.pretrained_model_name_or_path

@@ -6,7 +6,6 @@ lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXi
 
 import ast
 import inspect
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .options import DreamBoothOptions
 from .outline import matches
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
@@ -43,11 +43,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
 
 
-def name_of(args: Namespace) -> str:
+def name_of(args: DreamBoothOptions) -> str:
     return "adamw8bit" if args.use_8bit_adam else args.optimizer
 
 
-def settings(kind: type[torch.optim.Optimizer], args: Namespace) -> dict[str, Any]:
+def settings(kind: type[torch.optim.Optimizer], args: DreamBoothOptions) -> dict[str, Any]:
     """Keyword arguments: those of Adam and Prodigy where the optimizer knows them, then `--optimizer_args`."""
     known = inspect.signature(kind).parameters
     chosen: dict[str, Any] = {
@@ -79,7 +79,7 @@ def literal(text: str) -> Any:
         return text
 
 
-def optimizer_problems(args: Namespace) -> list[str]:
+def optimizer_problems(args: DreamBoothOptions) -> list[str]:
     """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
         kind = optimizer_class(name_of(args))
@@ -103,13 +103,13 @@ def optimizer_problems(args: Namespace) -> list[str]:
     return problems
 
 
-def learning_rate_factor(args: Namespace, processes: int) -> int:
+def learning_rate_factor(args: DreamBoothOptions, processes: int) -> int:
     """The factor of `--scale_lr` on `--learning_rate`; a `--text_encoder_lr` is taken as it is, as in diffusers."""
     return args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
 
 
 def parameter_groups(
-    components: Mapping[str, Mapping[str, nn.Parameter]], args: Namespace, processes: int
+    components: Mapping[str, Mapping[str, nn.Parameter]], args: DreamBoothOptions, processes: int
 ) -> list[dict[str, Any]]:
     """Groups of equal learning rate. `components`: parameters by component and name."""
     scale = learning_rate_factor(args, processes)
@@ -129,13 +129,13 @@ def parameter_groups(
 
 
 def make_optimizer(
-    components: Mapping[str, Mapping[str, nn.Parameter]], args: Namespace, processes: int = 1
+    components: Mapping[str, Mapping[str, nn.Parameter]], args: DreamBoothOptions, processes: int = 1
 ) -> torch.optim.Optimizer:
     kind = optimizer_class(name_of(args))
     return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **settings(kind, args))
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, max_train_steps: int) -> LRScheduler:
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: DreamBoothOptions, max_train_steps: int) -> LRScheduler:
     return get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,

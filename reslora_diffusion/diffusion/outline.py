@@ -7,7 +7,6 @@
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from ..problems import BadInput
 from ..stored import Files, Unknown
 from .buckets import Grid
 from .families import FAMILIES, Family
+from .options import DreamBoothOptions
 
 BLOCKS = "transformer_blocks"  # what --lora_blocks counts
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -58,12 +58,12 @@ def is_target(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def blocks_of(args: Namespace) -> list[int]:
+def blocks_of(args: DreamBoothOptions) -> list[int]:
     """`--lora_blocks`."""
     return args.lora_blocks or []
 
 
-def rank_of(args: Namespace, name: str) -> int:
+def rank_of(args: DreamBoothOptions, name: str) -> int:
     """Of an adapted layer."""
     return next((rank for pattern, rank in dict(args.rank_pattern).items() if matches(pattern, name)), args.rank)
 
@@ -77,7 +77,7 @@ def family_of(index: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[kind]
 
 
-def left_out(args: Namespace, family: Family, part: str, hidden_layers: int) -> int:
+def left_out(args: DreamBoothOptions, family: Family, part: str, hidden_layers: int) -> int:
     """How many of a text encoder's last layers `--skip_clip_layers` leaves out; raises `BadInput`."""
     count = 0 if "skip_clip_layers" in family.not_here else max(0, args.skip_clip_layers or 0)
     if count >= hidden_layers:
@@ -112,7 +112,7 @@ class Outline:
     def grid(self) -> Grid:
         return self.family.grid(self.denoiser_config, self.vae_scale_factor)
 
-    def targets(self, args: Namespace) -> dict[str, list[str]]:
+    def targets(self, args: DreamBoothOptions) -> dict[str, list[str]]:
         """Target modules of each component that is trained."""
         part = self.family.denoiser
         found = {part: args.target_modules or [*self.family.target_modules]}
@@ -125,19 +125,19 @@ class Outline:
             found |= dict.fromkeys(self.family.text_encoders, args.text_encoder_target_modules)
         return found
 
-    def adapted(self, args: Namespace) -> Iterator[tuple[str, str, Layer]]:
+    def adapted(self, args: DreamBoothOptions) -> Iterator[tuple[str, str, Layer]]:
         """(component, name, layer) of everything that an adapter is put on."""
         for component, targets in self.targets(args).items():
             for name, layer in self.layers[component].items():
                 if is_target(name, targets):
                     yield component, name, layer
 
-    def adapter_size(self, args: Namespace) -> int:
+    def adapter_size(self, args: DreamBoothOptions) -> int:
         """How many parameters are trained."""
         return sum(rank_of(args, name) * sum(layer.shape) for _, name, layer in self.adapted(args))
 
 
-def read_outline(args: Namespace) -> Outline | None:
+def read_outline(args: DreamBoothOptions) -> Outline | None:
     """None where the files on this machine do not tell, or not in the layout that the families have.
 
     Raises:

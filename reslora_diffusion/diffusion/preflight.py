@@ -1,7 +1,6 @@
 """What a run is about to do, printed before it does it; `--dry_run` stops after this."""
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -42,7 +41,7 @@ def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int)
     return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - length)
 
 
-def memory(plan: Plan, args: Namespace) -> str:
+def memory(plan: Plan, args: DreamBoothOptions) -> str:
     """What weights and optimizer take; activations depend on the device's kernels."""
     skeleton, each = plan.skeleton, base_dtype(args).itemsize
     parts = [skeleton.denoiser, *(skeleton.text_encoders.values() if args.train_text_encoder else ())]
@@ -104,7 +103,7 @@ def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
     return kept.bytes
 
 
-def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int, kept: int) -> str:
+def expectation(plan: Plan, args: DreamBoothOptions, seconds: float, forwards: int, kept: int) -> str:
     """How long training will take, from the seconds that so many pictures took forwards, and what a forward keeps."""
     pictures = args.train_batch_size * args.gradient_accumulation_steps
     pictures *= 2 if any(concept.classes for concept in plan.concepts) else 1
@@ -115,7 +114,7 @@ def expectation(plan: Plan, args: Namespace, seconds: float, forwards: int, kept
     )
 
 
-def preflight(plan: Plan, args: Namespace, count: int | None = None) -> list[str]:
+def preflight(plan: Plan, args: DreamBoothOptions, count: int | None = None) -> list[str]:
     """Lines on the whole run, of `count` processes (of as many as the launcher says, if not given)."""
     count = count or world_size()
     family = plan.skeleton.family

@@ -15,7 +15,6 @@ in a folder of its own, and what it sees is a function of (seed, step) alone, so
 import hashlib
 import json
 import re
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..problems import BadInput, refuse
 from ..utils.files import write_text
 from .checkpoints import find_checkpoint
 from .checks import Findings, check, quick_check
-from .options import override
+from .options import DreamBoothOptions, override
 from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_picture
 
@@ -35,13 +34,13 @@ HEADS = ("lora", "reslora", "reslora-none", "reslora-input", "reslora-block", "r
 APP_FORMAT_VERSION = 1  # of the app's settings files
 
 
-def contender(word: str, args: Namespace) -> Namespace:
+def contender(word: str, args: DreamBoothOptions) -> DreamBoothOptions:
     """Options of one contender; raises `BadInput`."""
     head, _, settings = word.partition(":")
     method, _, shortcut = head.partition("-")
     if head not in HEADS:
         raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
-    own = args.copy()
+    own = args.changed()
     own.compare, own.method = None, method
     own.output_dir = str(Path(args.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
     own.shortcut = shortcut or args.shortcut
@@ -56,10 +55,10 @@ def contender(word: str, args: Namespace) -> Namespace:
     return own
 
 
-def contenders(args: Namespace) -> dict[str, Namespace]:
+def contenders(args: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
     """Options by name; raises `BadInput` with the problems of all of them."""
     words = list(dict.fromkeys(name for word in args.compare for name in split_names(word)))
-    found: dict[str, Namespace] = {}
+    found: dict[str, DreamBoothOptions] = {}
     problems: dict[str, list[str]] = {}  # and who has them
     looks: dict[str, Findings] = {}
     folders: list[str] = []  # what is in them
@@ -89,7 +88,7 @@ def split_names(word: str) -> list[str]:
     return word.split(",") if ":" not in word else [word]
 
 
-def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
+def race(args: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -> Path:
     """Let `run` train every contender, one after the other; returns the folder of the comparison."""
     if not args.validation_prompt and args.instance_prompt:
         args.validation_prompt = [args.instance_prompt]
@@ -111,7 +110,7 @@ def race(args: Namespace, run: Callable[[Namespace], Path]) -> Path:
     return Path(args.output_dir)
 
 
-def write_comparison(output: Path, folders: dict[str, Path], args: Namespace) -> None:
+def write_comparison(output: Path, folders: dict[str, Path], args: DreamBoothOptions) -> None:
     from .history import plot_losses, read_history
 
     plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
@@ -130,7 +129,7 @@ def write_comparison(output: Path, folders: dict[str, Path], args: Namespace) ->
         print(f"{name:<{width}}  trained {row['loss_trained']:.5f}  as exported {row['loss_merged']:.5f}")
 
 
-def app_settings(folders: dict[str, Path], args: Namespace) -> dict[str, Any]:
+def app_settings(folders: dict[str, Path], args: DreamBoothOptions) -> dict[str, Any]:
     """The same prompts for all exported files, as the app reads it."""
     files = {name: folder / "pytorch_lora_weights.safetensors" for name, folder in folders.items()}
     return {
@@ -146,7 +145,7 @@ def app_settings(folders: dict[str, Path], args: Namespace) -> dict[str, Any]:
     }
 
 
-def draw_sheet(folders: dict[str, Path], args: Namespace) -> Image.Image:
+def draw_sheet(folders: dict[str, Path], args: DreamBoothOptions) -> Image.Image:
     """Columns: where they start, which is the base (step 0 of any of them), then each contender's last pictures."""
     names = [f"{p}-{n}.png" for p in range(len(args.validation_prompt)) for n in range(args.num_validation_images)]
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}

@@ -5,7 +5,6 @@ import platform
 import re
 import secrets
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -36,17 +35,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def options(args: Namespace) -> dict[str, Any]:
+def options(args: DreamBoothOptions) -> dict[str, Any]:
     """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
     return args.recorded()
 
 
-def trackable(args: Namespace) -> dict[str, Any]:
+def trackable(args: DreamBoothOptions) -> dict[str, Any]:
     """Options as trackers take them."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
 
 
-def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
+def resolve_seed(args: DreamBoothOptions, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
     """The seed given, else the checkpoint's, else one drawn for all processes."""
     if args.seed is not None:
         return args.seed
@@ -58,13 +57,13 @@ def resolve_seed(args: Namespace, checkpoint: Path | None, accelerator: "Acceler
     return broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
 
 
-def write_record(args: Namespace, facts: dict[str, Any]) -> None:
+def write_record(args: DreamBoothOptions, facts: dict[str, Any]) -> None:
     """Write `run.json`: command, options, versions and what the caller found out."""
     record = {"command": without_secrets(sys.argv), "options": options(args), "versions": versions(), **facts}
     write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
 
 
-def differences(args: Namespace, checkpoint: Path) -> Iterator[str]:
+def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
     """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
     stored = stored_options(stored_facts(checkpoint)["options"])
     for name in BINDING:
@@ -84,7 +83,7 @@ def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, An
             yield item.name, was, own
 
 
-def export_name(args: Namespace) -> str:
+def export_name(args: DreamBoothOptions) -> str:
     """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
     folder = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(args.output_dir).resolve().name)
     return args.export_name or folder.strip("-_.+") or "lora"

@@ -11,7 +11,6 @@ import gc
 import shutil
 import tempfile
 import traceback
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from ..problems import BadInput, Interrupted, Stopped, is_out_of_memory, listing
 from ..utils.files import write_text
 from .checkpoints import checkpoints_in, write_checkpoint
+from .options import DreamBoothOptions
 
 if TYPE_CHECKING:
     from .run import Run
@@ -31,7 +31,7 @@ CONTINUE = "continue by --resume_from_checkpoint latest"
 EXPECTED = (OSError, MemoryError, ValueError)  # their messages are for users; others are faults of the program
 
 
-def memory_advice(args: Namespace, training: bool = True) -> str:
+def memory_advice(args: DreamBoothOptions, training: bool = True) -> str:
     """The three options that save the most memory, among those that are not used yet."""
     several = args.train_batch_size > 1
     smaller = max(1, args.train_batch_size // 2)
@@ -59,7 +59,7 @@ def release_memory() -> None:
 
 
 @contextmanager
-def enough_memory(args: Namespace) -> Iterator[None]:
+def enough_memory(args: DreamBoothOptions) -> Iterator[None]:
     """Inside, nothing has been trained yet; raises `Stopped` with advice where the memory does not suffice."""
     failure = None
     try:

@@ -5,7 +5,6 @@ Methods are called by every process alike; only the main one writes. What is ran
 """
 
 import json
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
 from .models import DTYPES, base_model_name
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler
-from .options import IN_HEADER
+from .options import IN_HEADER, DreamBoothOptions
 from .randomness import Stream, seed_of
 from .record import export_name, options, versions
 from .rescue import written_elsewhere
@@ -54,7 +53,7 @@ PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 class Run:
     """The parts of one training run."""
 
-    args: Namespace
+    args: DreamBoothOptions
     plan: Plan
     accelerator: Accelerator
     adapters: Adapters

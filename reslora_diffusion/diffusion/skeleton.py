@@ -5,7 +5,6 @@ run is planned with: adapters fit it, tokenizers count its tokens, a forward thr
 """
 
 import re
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..hub import unreachable
 from ..problems import BadInput
 from .families.base import leave_out_layers
 from .model_checks import adapter_settings
+from .options import DreamBoothOptions
 from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of, left_out
 
 TOKENIZERS = {
@@ -40,7 +40,7 @@ class Skeleton(Outline):
     text_encoders: dict[str, nn.Module]
     windows: list[tuple[PreTrainedTokenizerBase, int]]  # and how many tokens of a prompt its encoder is given
 
-    def adapters(self, args: Namespace) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
+    def adapters(self, args: DreamBoothOptions) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
         """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
         models = {self.family.denoiser: self.denoiser, **self.text_encoders}
         return {
@@ -53,7 +53,7 @@ def layers_in(model: nn.Module) -> dict[str, Layer]:
     return layers_of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
-def load_skeleton(args: Namespace) -> Skeleton:
+def load_skeleton(args: DreamBoothOptions) -> Skeleton:
     """Read the configurations of `--pretrained_model_name_or_path`.
 
     Raises:

@@ -5,9 +5,10 @@ diffusers takes a component's files of the variant, else its plain ones; some co
 
 import json
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+
+from .options import DreamBoothOptions
 
 PLAIN = "plain ones"
 WEIGHTS = re.compile(
@@ -21,14 +22,14 @@ def variants_in(folder: Path) -> set[str]:
     return {match[1] or PLAIN for match in names if match}
 
 
-def unused_parts(args: Namespace) -> set[str]:
+def unused_parts(args: DreamBoothOptions) -> set[str]:
     """Components whose weights are not loaded."""
     unused = {"safety_checker"}
     unused |= {"vae"} if args.pretrained_vae_model_name_or_path else set()
     return unused | ({"text_encoder_3"} if args.skip_t5 else set())
 
 
-def variant_problems(args: Namespace) -> Iterator[str]:
+def variant_problems(args: DreamBoothOptions) -> Iterator[str]:
     """Of a hub name nothing is known before diffusers asks for it, and it asks before it downloads."""
     folder = Path(args.pretrained_model_name_or_path or "")
     try:

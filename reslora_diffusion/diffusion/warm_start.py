@@ -7,7 +7,6 @@ The rows that the file does not fill are as fresh as without it. Plain LoRA only
 compute something else.
 """
 
-from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +19,7 @@ from reslora_diffusion.export.proof import health_problems
 
 from ..problems import listing
 from .adapters import ADAPTER, Adapters
+from .options import DreamBoothOptions
 from .outline import Outline
 from .outline import rank_of as rank_asked
 
@@ -32,7 +32,7 @@ def read_weights(source: str) -> Components:
     }
 
 
-def weights_problems(args: Namespace, outline: Outline) -> Iterator[str]:
+def weights_problems(args: DreamBoothOptions, outline: Outline) -> Iterator[str]:
     """Why the file cannot be trained on as this run would."""
     where = f"--network_weights {args.network_weights}"
     try:

@@ -6,12 +6,13 @@ Texts are encoded once, so the orders are drawn once: a few of each caption, a f
 """
 
 import random
-from argparse import Namespace
+
+from .options import DreamBoothOptions
 
 ORDERS = 8  # of a caption, at most
 
 
-def wordings(caption: str, args: Namespace) -> list[str]:
+def wordings(caption: str, args: DreamBoothOptions) -> list[str]:
     """The caption, and with `--shuffle_caption` other orders of its tags."""
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     kept, rest = tags[: args.keep_tokens], tags[args.keep_tokens :]

@@ -11,11 +11,11 @@ What a family is called and consists of is known without torch, which only the w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..buckets import Grid
+from ..options import DreamBoothOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,7 +40,7 @@ def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
     encoder.layers = encoder.layers[:-count]
 
 
-def scheduler_changes(args: Namespace) -> dict[str, str | bool]:
+def scheduler_changes(args: DreamBoothOptions) -> dict[str, str | bool]:
     """What the options say of the schedule of noise; the rest is the base's own."""
     given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -96,21 +96,21 @@ class Family(ABC):
         """Of the latents that a denoiser of this configuration works on."""
         return config["in_channels"]
 
-    def t5_length(self, args: Namespace) -> int:
+    def t5_length(self, args: DreamBoothOptions) -> int:
         """Tokens of a prompt that T5 is given."""
         return args.max_sequence_length or self.max_sequence_length
 
-    def painting_guidance(self, args: Namespace) -> float:
+    def painting_guidance(self, args: DreamBoothOptions) -> float:
         """Guidance of validation and class pictures."""
         given = args.validation_guidance_scale
         return self.guidance_scale if given is None else given
 
-    def training_guidance(self, config: Mapping[str, Any], args: Namespace) -> float | None:
+    def training_guidance(self, config: Mapping[str, Any], args: DreamBoothOptions) -> float | None:
         """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""
         return None
 
     @abstractmethod
-    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
         """The forward process of the base, as the options change it; the pipeline then paints by the same."""
 
     def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
@@ -129,11 +129,11 @@ class Family(ABC):
         ]
         return torch.stack(ids, dim=1)
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor | None:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor | None:
         """What a text encoder that is never trained makes of prompts [P, L2, D]."""
         return None
 
-    def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tokens:
+    def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tokens:
         """What `encode` is given, on the pipeline's device."""
         import torch
 
@@ -180,7 +180,7 @@ class UNetFamily(Family):
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
 
-    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
         """Prediction type and zero-terminal SNR are the base's own if not given."""
         from diffusers import DDPMScheduler
 
@@ -198,7 +198,7 @@ class FlowFamily(Family):
     denoiser = "transformer"
     flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
 
-    def process(self, pipeline: DiffusionPipeline, args: Namespace) -> Process:
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
         """Noise levels are shifted as the base's scheduler shifts them for every size alike."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -208,7 +208,7 @@ class FlowFamily(Family):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
         return FlowMatching(scheduler, **{**self.flow, **given})
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
         import torch
 
         encoder, tokenizer = (getattr(pipeline, name) for name in (self.fixed_encoder, self.fixed_tokenizer))

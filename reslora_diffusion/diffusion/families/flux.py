@@ -11,11 +11,11 @@ paints, its pipeline shifts them by the size of the picture.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..buckets import Grid
+from ..options import DreamBoothOptions
 from .base import OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Flux(FlowFamily):
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor * CELL, vae_scale_factor * CELL)
 
-    def training_guidance(self, config: Mapping[str, Any], args: Namespace) -> float | None:
+    def training_guidance(self, config: Mapping[str, Any], args: DreamBoothOptions) -> float | None:
         given = args.training_guidance_scale
         return (self.guidance_scale if given is None else given) if config.get("guidance_embeds") else None
 

@@ -9,11 +9,11 @@ its place, as diffusers' own.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..buckets import Grid
+from ..options import DreamBoothOptions
 from .base import OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class StableDiffusion3(FlowFamily):
         patch = vae_scale_factor * config["patch_size"]
         return Grid(patch, patch, patch * config["pos_embed_max_size"])
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: Namespace) -> Tensor:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
         if pipeline.text_encoder_3 is not None:
             return super().fixed(pipeline, prompts, args)
         import torch

@@ -34,8 +34,12 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
     given: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
-    def copy(self) -> DreamBoothOptions:
-        return copy.deepcopy(self)
+    def changed(self, **values: Any) -> DreamBoothOptions:
+        """A copy with other values."""
+        other = copy.deepcopy(self)
+        for name, value in values.items():
+            setattr(other, name, value)
+        return other
 
     def update(self, values: dict[str, Any]) -> None:
         """Take values that were given."""
