@@ -15,8 +15,6 @@ from reslora_diffusion.diffusion.variants import variant_problems
 from reslora_diffusion.problems import BadInput
 from tiny import tiny_pipeline_folder
 
-NOWHERE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-
 
 @pytest.fixture(scope="module")
 def without_weights(tmp_path_factory):
@@ -260,20 +258,6 @@ def test_the_exit_code_is_2_and_the_message_is_all_there_is(tmp_path, without_we
     done = call(tmp_path / "out", rank=0, pretrained_model_name_or_path=without_weights)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["1 problem:", "  - --rank: got 0, wanted 1 or more"]
-
-
-def test_a_hub_that_cannot_be_reached_is_named_and_bad_options_do_not_wait_for_it(tmp_path):
-    """Nothing is retried for half a minute, and the reason is not a file of the model."""
-    away = {"pretrained_model_name_or_path": "nobody/nothing", "num_train_epochs": 1}
-    for variables, options, said in (
-        ({"HF_HUB_OFFLINE": "1"}, {}, "nobody/nothing is not on this machine, and HF_HUB_OFFLINE is set"),
-        (NOWHERE, {}, "nobody/nothing is not on this machine, and http://127.0.0.1:9 cannot be reached: "),
-        (NOWHERE, {"rank": 0}, "--rank: got 0, wanted 1 or more"),
-    ):
-        done = call(tmp_path / "out", changed=variables, **away, **options)
-        first, problem = done.stderr.strip().splitlines()
-        assert (done.returncode, first) == (2, "1 problem:"), done.stderr
-        assert said in problem
 
 
 def test_a_repository_that_cannot_be_reached(refused, monkeypatch):

@@ -81,7 +81,7 @@ def quick_check(args: DreamBoothOptions) -> Findings:
             args.take_defaults(outline.family)
     except BadInput as error:
         misfits = error.problems
-    known = bool(missing or args.problems or misfits or outline) or not is_on_this_machine(args)
+    known = bool(missing or args.problems or misfits or outline)
     found = Findings([*missing.values(), *args.problems], [], outline)
     for find in (bad_values, bad_combinations, adapter_problems, missing_packages, bad_output):
         found.problems += find(args)
@@ -116,7 +116,7 @@ def check(args: DreamBoothOptions, found: Findings | None = None) -> Plan:
     found = found or quick_check(args)
     name = args.pretrained_model_name_or_path
     if not Path(name).is_dir() and (why := unreachable()) and not is_on_this_machine(args):
-        found.problems.append(f"--pretrained_model_name_or_path: {name} is not on this machine, and {why}")
+        found.problems.append(f"--pretrained_model_name_or_path {name}: it is not on this machine, and {why}")
         found.refuse(args)
     from .skeleton import load_skeleton
 
