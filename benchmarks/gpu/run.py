@@ -77,13 +77,13 @@ def scripts(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def lines(found: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list[str]:
+    """One line for each script: the whole run, its steps by our own clock where there is one, and the ratio."""
     rows = []
     for name, values in found.items():
         ratio = f", {median(values['ratios']['seconds']):.2f} x diffusers" if "ratios" in values else ""
-        rows.append(
-            f"{name}: {values['seconds']:.1f} s, a step {values['seconds_per_step']:.3f} s, "
-            f"besides steps {values['seconds_besides']:.1f} s{ratio}"
-        )
+        own = values.get("phases", {}).get("steps")
+        steps = f"about {values['seconds_per_step']:.3f} s a step" if own is None else f"of these steps {own:.1f} s"
+        rows.append(f"{name}: {values['seconds']:.1f} s, {steps}{ratio}")
     return rows + [f"{name}: left out: {why}" for name, why in left_out.items()]
 
 
