@@ -113,6 +113,16 @@ class Models:
             self.made[key] = build(variant, SUBJECTS[subject], self.device, self.dtype, self.base(subject))
         return self.made[key]
 
+    def all(self, subject: str, variants: Sequence[str]) -> dict[str, nn.Module]:
+        """By variant, as many as there is memory for."""
+        found = {}
+        for variant in variants:
+            try:
+                found[variant] = self(subject, variant)
+            except RuntimeError as error:
+                print(f"{subject}: {variant} left out: {str(error).splitlines()[0]}", flush=True)
+        return found
+
     def forget(self, subject: str) -> None:
         """Free the memory of a subject that is not needed any more."""
         self.bases.pop(subject, None)
@@ -208,12 +218,13 @@ def measure(
     device, steps, peaks = models.device, {}, {}
     inputs = SUBJECTS[case.subject].inputs(case.batch, device, models.dtype)
     graphs = CudaGraphs() if case.mode.endswith("graph") else None
-    for name in names:
+    made = models.all(case.subject, names)
+    gc.freeze()  # or each of many collections would go through all of the models
+    for name, model in made.items():
         if time.monotonic() > end:
             print(f"{case}: {name} left out, the time is over", flush=True)
             continue
         try:
-            model = models(case.subject, name)
             step = prepare(model, inputs, VARIANTS[name.removesuffix(" again")].autocast, case.mode, backend)
             step()
             peaks[name] = peak_memory(device, step)
@@ -234,6 +245,7 @@ def clean(models: Models, case: Case) -> None:
         for (subject, _), model in models.made.items():
             for block in repeated_blocks(model) if subject == case.subject else ():
                 block._compiled_call_impl = None
+    gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
