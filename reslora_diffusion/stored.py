@@ -3,7 +3,7 @@
     Files("folder", None).shapes("unet")                   {"conv_in.weight": (320, 4, 3, 3), ...}
     Files("owner/name", "main").json("unet/config.json")   of the hub's local cache; nothing is fetched
 
-Where they do not tell, `Unknown` is raised, and whoever asked asks the libraries.
+Where they do not tell, or hold something else than they should, `Unknown` is raised, and the caller asks the libraries.
 """
 
 import json
@@ -36,9 +36,16 @@ class Files:
         return found if found and found.is_file() else None
 
     def json(self, file: str) -> dict[str, Any]:
+        """The object in a JSON file."""
         if (path := self.path(file)) is None:
             raise Unknown(file)
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise Unknown(file) from error
+        if not isinstance(found, dict):
+            raise Unknown(file)
+        return found
 
     def shapes(self, folder: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
         """Shapes of a component's tensors by name; of a whole transformers model under "". Every precision that it is
@@ -50,21 +57,32 @@ class Files:
                 return shapes_in(path)
             names = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
             if index := self.path(f"{folder}{names[0]}") or self.path(f"{folder}{names[1]}"):  # now, and before 2024
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                shards = shards_in(index)
                 paths = [self.path(f"{folder}{shard}") for shard in shards]
                 if None not in paths:
                     return {name: shape for path in paths for name, shape in shapes_in(path).items()}
         raise Unknown(folder)
 
 
+def shards_in(index: Path) -> set[str]:
+    """The files that the weights of a model are spread over, as its index names them."""
+    try:
+        return {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Unknown(index.name) from error
+
+
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """From the header of a safetensors file; weights that are packed, as quantised ones are, have none to tell."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(LARGEST_HEADER, path.stat().st_size):
+    """Shapes from the header of a safetensors file. Weights that are packed, as quantised ones are, tell none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(LARGEST_HEADER, path.stat().st_size):
+                raise Unknown(path.name)
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if any(entry["dtype"].startswith(("U", "I")) for name, entry in header.items() if name.endswith(".weight")):
             raise Unknown(path.name)
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    if any(entry["dtype"].startswith(("U", "I")) for name, entry in header.items() if name.endswith(".weight")):
-        raise Unknown(path.name)
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Unknown(path.name) from error

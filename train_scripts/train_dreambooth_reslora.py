@@ -137,8 +137,8 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
 
     from reslora_diffusion.diffusion import models
     from reslora_diffusion.diffusion.adapters import add_adapters
-    from reslora_diffusion.diffusion.changes import changes, data_of
-    from reslora_diffusion.diffusion.checkpoints import broken_in, find_checkpoint, stored_facts
+    from reslora_diffusion.diffusion.changes import data_changes, data_of
+    from reslora_diffusion.diffusion.checkpoints import broken_in, find_checkpoint, restoring, stored_facts
     from reslora_diffusion.diffusion.ema import Ema
     from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
     from reslora_diffusion.diffusion.history import History
@@ -176,7 +176,7 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
     dtype = models.base_dtype(args)
     concepts = complete_class_pictures(plan.concepts, args, accelerator)
     data = data_of(concepts)
-    for change in changes(stored_facts(checkpoint).get("data"), data) if checkpoint else ():
+    for change in data_changes(stored_facts(checkpoint).get("data"), data) if checkpoint else ():
         accelerator.print(change)
     pipeline = models.load_pipeline(args, dtype)
     process = family.process(pipeline, args)
@@ -261,7 +261,8 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
         data=data,
     )
     if checkpoint:
-        run.restore(checkpoint)
+        with restoring(checkpoint):
+            run.restore(checkpoint)
     return run, step
 
 

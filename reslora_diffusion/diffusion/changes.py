@@ -37,7 +37,7 @@ def data_of(concepts: Sequence[Concept]) -> Data:
     return found
 
 
-def changes(was: object, now: Data) -> Iterator[str]:
+def data_changes(was: object, now: Data) -> Iterator[str]:
     """Lines on what differs from the data of a checkpoint. Checkpoints of earlier versions do not say theirs."""
     if not isinstance(was, Mapping):
         return

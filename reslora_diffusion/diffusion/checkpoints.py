@@ -73,6 +73,17 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     return next((path for path in candidates if fault_of(path) is None), None)
 
 
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Inside, a checkpoint is read; raises `BadInput` if it does not hold what a run wants to know. One without
+    checksums, of an earlier version, may hold anything."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise BadInput([f"--resume_from_checkpoint: {folder} cannot be continued from: {reason}"]) from error
+
+
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], limit: int | None = None) -> Path:
     """Let `write` fill a folder, put it in its place, and then remove the oldest beyond `limit`."""
     folder, fresh = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"

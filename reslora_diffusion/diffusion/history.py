@@ -28,9 +28,11 @@ class NonFiniteLoss(RuntimeError):
 def read_history(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics, in the order of steps; a line that a full disk or a kill cut off is none."""
     path, rows = Path(run) / FILE, []
-    for line in lines_of(path.read_text(encoding="utf-8")) if path.is_file() else ():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

@@ -50,7 +50,7 @@ def resolve_seed(args: DreamBoothOptions, checkpoint: Path | None, accelerator: 
     if args.seed is not None:
         return args.seed
     if checkpoint is not None:
-        return stored_facts(checkpoint)["options"]["seed"]
+        return stored_facts(checkpoint).get("options", {}).get("seed", 0)
     from accelerate.utils import broadcast_object_list
 
     drawn = [secrets.randbelow(2**32)]
@@ -65,7 +65,7 @@ def write_record(args: DreamBoothOptions, facts: dict[str, Any]) -> None:
 
 def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
     """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
-    stored = stored_options(stored_facts(checkpoint)["options"])
+    stored = stored_options(stored_facts(checkpoint).get("options", {}))
     for name in BINDING:
         was, own = getattr(stored, name), getattr(args, name)
         if name == "lora_alpha":  # not given, it is the rank
@@ -76,7 +76,7 @@ def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
 
 def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
     """Options of training that may differ from a checkpoint's, and do: name, the checkpoint's value, ours."""
-    stored = stored_options(stored_facts(checkpoint)["options"])
+    stored = stored_options(stored_facts(checkpoint).get("options", {}))
     for item in fields(TrainingOptions):
         was, own = getattr(stored, item.name), getattr(args, item.name)
         if item.name not in BINDING and item.name not in LENGTH and was != own:

@@ -91,9 +91,12 @@ def load_skeleton(args: DreamBoothOptions) -> Skeleton:
         other = args.pretrained_vae_model_name_or_path
         other_vae = AutoencoderKL.load_config(other) if other else None
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, BadInput):
-            raise
+        missing = [key for key in ("latent_channels", "block_out_channels") if key not in vae]
+        if missing or not isinstance(scheduler, dict):
+            raise KeyError(*missing or ["an object in scheduler_config.json"])
+    except BadInput:
+        raise
+    except Exception as error:  # libraries raise whatever a file that holds something else makes them
         reason = f"lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
         if why and isinstance(error, OSError):
             reason = f"it is not on this machine, and {why}"

@@ -34,7 +34,7 @@ def variant_problems(args: DreamBoothOptions) -> Iterator[str]:
     folder = Path(args.pretrained_model_name_or_path or "")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no folder, or named by other checks
+    except (OSError, ValueError, RecursionError):  # no folder, or named by other checks
         return
     if not isinstance(index, dict):
         return
