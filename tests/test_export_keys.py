@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -14,6 +15,7 @@ from reslora_diffusion.export import export_lora, read_lora
 from reslora_diffusion.export.geometry import (
     GEOMETRIES,
     Family,
+    a1111_applies,
     a1111_module,
     a1111_modules,
     comfyui_names,
@@ -138,6 +140,31 @@ def test_an_export_for_the_real_architecture_is_proved_and_read_back(tmp_path, f
         assert family_of(found) is family
         active = {c: {path for path, f in modules.items() if f.lora_B.any()} for c, modules in found.items()}
         assert active == {c: set(modules) for c, modules in components.items()}
+
+
+def test_a1111_uses_attention_of_open_clip_only_where_it_is_whole(tmp_path, family, models):
+    """Its rule: `if module_q and module_k and module_v and module_out`, with what one file holds of a layer."""
+    component = "text_encoder_2" if family is Family.SDXL else "text_encoder"
+    prefix = {Family.SDXL: "lora_te2", Family.SD2: "lora_te"}.get(family)
+    components = {
+        "unet": rank_one(models["unet"], "unet", ("attn2.to_k",)),
+        component: rank_one(models[component], component, ("q_proj", "v_proj", "3.mlp.fc1")),
+    }
+    report = export_lora(tmp_path, components, models=models, name="x")
+    a1111 = next(check for check in report.checks if check.loader.startswith("A1111"))
+    assert (a1111.matched, a1111.expected) == (len(report.losses),) * 2
+    tensors = load_file(tmp_path / "kohya/x.safetensors")
+    held = {name.partition(".")[0] for name in tensors}
+    for n in range(CLIPS[family][component][2] if prefix else 0):
+        layer = f"{prefix}_text_model_encoder_layers_{n}_self_attn"
+        assert {f"{layer}_{part}_proj" for part in ("q", "k", "v", "out")} <= held
+        assert tensors[f"{layer}_q_proj.lora_up.weight"].any()
+        assert not tensors[f"{layer}_k_proj.lora_up.weight"].any()
+    trained = {name for name in held if tensors[f"{name}.lora_up.weight"].any()}
+    kept = a1111_applies(trained, family)
+    lost = {name for name in trained if prefix and name.startswith(prefix) and "self_attn" in name}
+    assert kept == trained - lost  # as it was without the zeros: 0 of 32 layers of SDXL's second encoder
+    assert bool(lost) == (family is not Family.SD1)
 
 
 def test_families_are_told_apart_by_shape():

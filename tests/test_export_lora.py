@@ -162,13 +162,17 @@ def test_half_precision_costs_what_rounding_costs(tmp_path, components, dtype):
 
 
 def test_the_diffusers_file_is_portable(out, components):
-    """No alphas, no metadata, one rank, and CLIP keys in both layouts: what every version reads alike."""
+    """No alphas, one rank, metadata that says the same, CLIP keys in both layouts: every version reads it alike."""
     with safe_open(out / DIFFUSERS, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata()
         ranks = {file.get_slice(k).get_shape()[0] for k in keys if "lora_A" in k}
     assert ranks == {4}
     assert not any("alpha" in key for key in keys)
-    assert "lora_adapter_metadata" not in metadata
+    stated = json.loads(metadata["lora_adapter_metadata"])
+    assert {name.partition(".")[2] for name in stated} == {"r", "lora_alpha", "target_modules"}
+    for component, modules in components.items():
+        assert stated[f"{component}.r"] == stated[f"{component}.lora_alpha"] == 4
+        assert stated[f"{component}.target_modules"] == sorted(name.removeprefix("text_model.") for name in modules)
     assert all(key.startswith(("unet.", "text_encoder.")) for key in keys)
     layer = "encoder.layers.0.mlp.fc1.lora_A.weight"
     assert {f"text_encoder.{layer}", f"text_encoder.text_model.{layer}"} <= keys

@@ -9,7 +9,7 @@ from their behaviour, independently of `keys.to_sgm`, so that the proof of an ex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -61,7 +61,8 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-CLIP_LAYER = [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+ATTENTION_PARTS = ("q", "k", "v", "out")
+CLIP_LAYER = [f"self_attn.{p}_proj" for p in ATTENTION_PARTS] + ["mlp.fc1", "mlp.fc2"]
 
 
 def family_of(components: Components) -> Family:
@@ -195,13 +196,33 @@ def a1111_module(name: str, family: Family) -> str:
     return name.replace("lora_unet_", "diffusion_model_")  # SDXL files carry Stability's names already
 
 
+def is_open_clip(component: str, family: Family) -> bool:
+    """Whether Stability's tree holds a text encoder as OpenCLIP, whose attention is one `nn.MultiheadAttention`."""
+    return component == "text_encoder_2" or (component == "text_encoder" and family is Family.SD2)
+
+
+def a1111_applies(names: Collection[str], family: Family) -> set[str]:
+    """Of the names in a kohya file, those whose modules A1111 patches.
+
+    It patches the attention of an OpenCLIP encoder only where q, k, v and out are all in the file
+    (`network_apply_weights`: `if module_q and module_k and module_v and module_out`), and else passes it over.
+    """
+    tree = a1111_modules(family)
+    found = {name for name in names if a1111_module(name, family) in tree}
+    encoders = ("lora_te2_",) if family is Family.SDXL else ("lora_te_",) if family is Family.SD2 else ()
+    attention = re.compile(rf"((?:{'|'.join(encoders)}).+_self_attn)_(?:q|k|v|out)_proj")
+    layers = {name: match[1] for name in found if encoders and (match := attention.fullmatch(name))}
+    whole = {layer for layer in layers.values() if all(f"{layer}_{part}_proj" in found for part in ATTENTION_PARTS)}
+    return {name for name in found if name not in layers or layers[name] in whole}
+
+
 def a1111_modules(family: Family) -> set[str]:
     """Names of the modules in A1111's tree of this base."""
     geometry = GEOMETRIES[family]
     tree = {f"diffusion_model_{sgm.replace('.', '_')}" for _, sgm in unet_pairs(geometry)}
     for component, layers in geometry.clip_layers.items():
         slot = ("0_" if component == "text_encoder" else "1_") if family is Family.SDXL else ""
-        open_clip = family is Family.SD2 or component == "text_encoder_2"
+        open_clip = is_open_clip(component, family)
         for n in range(layers):
             if open_clip:
                 leaves = ("attn", "attn_out_proj", "mlp_c_fc", "mlp_c_proj")

@@ -33,7 +33,15 @@ from .proof import errors_against, health_problems, prove
 from .ranks import at_rank, smallest_rank
 from .reader import read_lora
 from .report import ExportReport, loader_versions
-from .writer import diffusers_tensors, kohya_header, kohya_tensors, reslora_header, save_tensors, uniform
+from .writer import (
+    diffusers_metadata,
+    diffusers_tensors,
+    kohya_header,
+    kohya_tensors,
+    reslora_header,
+    save_tensors,
+    uniform,
+)
 
 REPORT_FILE = "export_report.json"
 
@@ -141,7 +149,8 @@ def write_proved(
         for path in placed.values():
             path.parent.mkdir(exist_ok=True)
         if path := placed.get(Dialect.DIFFUSERS):
-            save_tensors(diffusers_tensors(stored), path, metadata=reslora_header(facts))
+            metadata = reslora_header(facts) | diffusers_metadata(stored, file_rank)
+            save_tensors(diffusers_tensors(stored), path, metadata=metadata)
         if path := placed.get(Dialect.KOHYA):
             tensors = kohya_tensors(stored, naming)
             header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)

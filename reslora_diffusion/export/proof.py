@@ -21,7 +21,7 @@ from torch import nn
 
 from ..problems import listing
 from .factors import Components, relative_error
-from .geometry import GEOMETRIES, Family, a1111_module, a1111_modules, comfyui_names
+from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
 from .header import open_safetensors
 from .keys import Naming, from_kohya, projects
 from .limits import CheckFailed
@@ -112,12 +112,12 @@ def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCh
     """The names in a kohya file, looked up in ComfyUI's and A1111's maps of the base."""
     if family not in GEOMETRIES:
         return []
-    comfyui, a1111 = comfyui_names(family), a1111_modules(family)
+    comfyui = comfyui_names(family)
     with open_safetensors(path) as file:
         names = {key.partition(".")[0] for key in file.keys()}
     modules = {(c, path) for c, paths in wanted.items() for path in paths}
     in_comfyui = {comfyui[name] for name in names if name in comfyui} & modules
-    in_a1111 = {from_kohya(name) for name in names if a1111_module(name, family) in a1111} & modules
+    in_a1111 = {from_kohya(name) for name in a1111_applies(names, family)} & modules
     return [
         LoaderCheck(
             f"{program}'s names", path.name, len(known), len(modules), None, sorted(map(".".join, modules - known))

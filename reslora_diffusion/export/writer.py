@@ -1,9 +1,10 @@
 """The tensors and headers of the two files of an export. No single file satisfies every loader, hence two.
 
-    pytorch_lora_weights.safetensors   diffusers: PEFT keys. No alpha tensors (its loader refuses them) and no
-                                       `lora_adapter_metadata` (its fields are strict, and differ between versions);
-                                       the CLIP text encoder's keys in the classic and the flat layout, because a
-                                       diffusers that does not translate them finds only the one it runs on.
+    pytorch_lora_weights.safetensors   diffusers: PEFT keys. No alpha tensors (its loader refuses them); of
+                                       `lora_adapter_metadata` only fields that every PEFT knows (it is strict about
+                                       the others), which repeat what the tensors say; the CLIP text encoder's keys in
+                                       the classic and the flat layout, because a diffusers that does not translate
+                                       them finds only the one it runs on.
     kohya/<name>.safetensors           ComfyUI, A1111, Forge, kohya: classic names only (Forge refuses a file with a
                                        dozen unknown keys), one alpha for all modules (diffusers misreads several).
 
@@ -32,7 +33,8 @@ from reslora_diffusion.core.functional import LoraFactors
 from ..problems import listing
 from .factors import Components, folded, padded
 from .flux import join
-from .geometry import Family
+from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip
+from .header import DIFFUSERS_METADATA
 from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, projects, to_kohya
 from .progress import progress
 
@@ -95,15 +97,29 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
     return tensors
 
 
+def diffusers_metadata(components: Components, rank: int) -> dict[str, str]:
+    """`lora_adapter_metadata` as diffusers' `save_lora_weights` writes it; it repeats that alpha is the rank."""
+    stated: dict[str, object] = {}
+    for component, modules in components.items():
+        paths = recognisable(component, modules, Dialect.DIFFUSERS)
+        targets = sorted(flat_path(path) if component in CLIP_COMPONENTS else path for path in paths)
+        fields = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+        stated |= {f"{component}.{field}": value for field, value in fields.items()}
+    return {DIFFUSERS_METADATA: json.dumps(stated, sort_keys=True)}
+
+
 def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
     """Tensors of the kohya file: up, down and alpha, equal to the rank: one for all, but of FLUX.1's joined layers."""
     tensors = {}
     for component, modules in components.items():
         named = join(modules) if naming is Naming.FLUX and component == "transformer" else modules
-        for path, factors in recognisable(component, named, Dialect.KOHYA).items():
+        named = recognisable(component, named, Dialect.KOHYA)
+        if is_open_clip(component, family_of(components)) and naming is not Naming.FLUX:
+            named = whole_attention(named)
+        for path, factors in named.items():
             name = to_kohya(component, path, naming)
-            tensors[f"{name}.lora_down.weight"] = factors.lora_A
-            tensors[f"{name}.lora_up.weight"] = factors.lora_B
+            tensors[f"{name}.lora_down.weight"] = factors.lora_A.clone()
+            tensors[f"{name}.lora_up.weight"] = factors.lora_B.clone()
             tensors[f"{name}.alpha"] = torch.tensor(float(factors.lora_A.shape[0]))
     return tensors
 
@@ -115,6 +131,19 @@ def out_projection(modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]
     A, B = f.lora_A.new_zeros(len(f.lora_A), width), f.lora_A.new_zeros(width, len(f.lora_A))
     layer = path.rpartition(".self_attn." if ".self_attn." in path else ".mlp.")[0]
     return {f"{layer}.self_attn.out_proj": LoraFactors(A, B, 1.0)}
+
+
+def whole_attention(modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """The same LoRA of an OpenCLIP text encoder, with modules of zeros where a layer's attention lacks some of q, k, v
+    and out: A1111 uses none of them otherwise (`geometry.a1111_applies`)."""
+    whole = dict(modules)
+    for path, factors in modules.items():
+        layer, attention, _ = path.partition(".self_attn.")
+        if attention:
+            zeros = LoraFactors(torch.zeros_like(factors.lora_A), torch.zeros_like(factors.lora_B), 1.0)
+            for part in ATTENTION_PARTS:
+                whole.setdefault(f"{layer}.self_attn.{part}_proj", zeros)
+    return whole
 
 
 def recognisable(component: str, modules: Mapping[str, LoraFactors], dialect: Dialect) -> dict[str, LoraFactors]:
