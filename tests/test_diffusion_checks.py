@@ -184,6 +184,17 @@ def test_captions_of_pictures_that_are_not_there(refused, tmp_path):
     assert "line 2: got" in message
 
 
+def test_captions_under_the_extension_of_kohyas_scripts(refused, tmp_path):
+    """Trained without, every picture would have the same prompt."""
+    folder = pictures(tmp_path / "captions", "a.png")
+    (folder / "a.caption").write_text("a dog")
+    wanted = "has captions that are not read: a.caption; wanted --caption_extension .caption"
+    assert wanted in refused(instance_data_dir=folder)
+    assert "not read" not in refused(instance_data_dir=folder, caption_extension=".caption", rank=0)
+    (folder / "a.txt").write_text("a cat")
+    assert "not read" not in refused(instance_data_dir=folder, rank=0)
+
+
 def test_a_caption_that_is_not_text(refused, tmp_path):
     folder = pictures(tmp_path / "latin", "a.png")
     (folder / "a.txt").write_bytes("Käse".encode("latin-1"))

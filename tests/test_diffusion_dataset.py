@@ -98,7 +98,8 @@ def test_images_are_in_the_column_image_wherever_it_stands(tmp_path):
     features = datasets.Features({"condition": datasets.Image(), "image": datasets.Image()})
     folder = tmp_path / "rows"
     folder.mkdir()
-    rows = {"condition": [str(PICTURES[0])], "image": [str(PICTURES[1])]}
+    first, second = ({"bytes": path.read_bytes(), "path": None} for path in PICTURES[:2])
+    rows = {"condition": [first], "image": [second]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     (concept,) = check(of_dataset(tmp_path, folder)).concepts
     assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()]

@@ -1,6 +1,5 @@
 """Batches as a function of (seed, step): the same for every method, every split over processes, and after a resume."""
 
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from reslora_diffusion.diffusion.data import look_at, scan
 from reslora_diffusion.diffusion.families import Texts
 from reslora_diffusion.diffusion.processes import Diffusion
 from reslora_diffusion.diffusion.sampling import Batch, Sampler, chunks
-from reslora_diffusion.diffusion.wordings import wordings
+from reslora_diffusion.diffusion.tag_orders import tag_orders
 from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
@@ -155,17 +154,15 @@ def test_every_wording_of_a_caption_is_drawn_with_its_own_text():
 
 def test_tags_are_put_in_other_orders_behind_those_that_are_kept():
     caption = "sks,  cat, sitting, outdoors, sun"
-    asked = Namespace(shuffle_caption=True, keep_tokens=1)
-    orders = wordings(caption, asked)
-    assert orders == wordings(caption, asked)
+    orders = tag_orders(caption, keep_tokens=1)
+    assert orders == tag_orders(caption, keep_tokens=1)
     assert orders[0] == caption
     assert len(set(orders)) == len(orders) == 8
     for order in orders:
         first, *rest = [tag.strip() for tag in order.split(",")]
         assert (first, sorted(rest)) == ("sks", ["cat", "outdoors", "sitting", "sun"])
-    assert len(wordings("sks, cat, sitting", asked)) == 2
-    assert wordings("sks, cat", asked) == ["sks, cat"]
-    assert wordings(caption, Namespace(shuffle_caption=False, keep_tokens=0)) == [caption]
+    assert len(tag_orders("sks, cat, sitting", keep_tokens=1)) == 2
+    assert tag_orders("sks, cat", keep_tokens=1) == ["sks, cat"]
 
 
 def test_chunks_differ_from_pass_to_pass_and_are_of_one_size():

@@ -34,7 +34,7 @@ Text = Texts | Tokens  # of one prompt, so without the first dimension
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its prompt, of one concept. `texts` holds the wordings of the prompt; mostly there is one.
+    """One picture and its prompt, of one concept. `texts` holds the orders of its tags; mostly there is one.
 
     Shapes: mean, logvar [views, C, h, w]; mask [views, 1, h, w]; time_ids [views, 6].
     """
@@ -147,7 +147,7 @@ def encode_pictures(
     Args:
         vae: in the precision to encode with.
         prompt: of pictures without a caption.
-        texts: of each prompt its wordings, and what the training step needs of them.
+        texts: for each prompt the orders of its tags, and what the training step needs of them.
         batch_size: views that the autoencoder sees at once.
         threads: that decode pictures.
         progress: title of the progress bar; none if None.

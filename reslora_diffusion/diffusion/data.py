@@ -21,6 +21,7 @@ from ..utils.images import colour_of, eight_bits, upright_rgb
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 METADATA_FILE = "metadata.jsonl"
+CAPTION_EXTENSIONS = frozenset({".txt", ".caption"})  # by default in diffusers' world, and in kohya's scripts
 # By the names that diffusers' scripts take; nearest_exact is torchvision's word for what Pillow calls nearest.
 INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
 
@@ -137,6 +138,13 @@ def add_captions(found: Scan, entries: list[Path]) -> None:
         found.problems.append(f"{found.folder} has captions without a picture: {listing(orphans)}")
     captions = {stem: read_text(texts[stem], found) for stem in texts.keys() & stems}
     rows = metadata_rows(found)
+    bare = {picture.path.stem for picture in found.pictures if picture.path.name not in rows} - captions.keys()
+    for other in CAPTION_EXTENSIONS - {found.caption_extension}:
+        if unread := [path.name for path in entries if path.suffix.lower() == other and path.stem in bare]:
+            found.problems.append(
+                f"{found.folder} has captions that are not read: {listing(unread)}; wanted --caption_extension "
+                f"{other}, or these files elsewhere"
+            )
     if absent := rows.keys() - {picture.path.name for picture in found.pictures}:
         found.problems.append(
             f"{found.folder / METADATA_FILE} names pictures that are not there: {listing(sorted(absent))}"

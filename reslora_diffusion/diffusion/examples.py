@@ -20,7 +20,7 @@ from .families import Family, Texts, Tokens
 from .models import DTYPES, load_pipeline
 from .options import DreamBoothOptions
 from .prior import generate_class_pictures, missing_numbers
-from .wordings import wordings
+from .tag_orders import tag_orders
 
 ABANDONED = 3600  # seconds: a file that has been half-written for so long belongs to no run any more
 
@@ -130,7 +130,10 @@ def encode_examples(
 ) -> Encoded:
     """Every picture and prompt of a run; the autoencoder encodes in float32."""
     kept = DiskCache(Path(args.encoding_cache_dir)) if args.encoding_cache_dir else None
-    worded = {prompt: wordings(prompt, args) for prompt in prompts_of(concepts)}
+    worded = {
+        prompt: tag_orders(prompt, args.keep_tokens) if args.shuffle_caption else [prompt]
+        for prompt in prompts_of(concepts)
+    }
     every = ["", *(wording for several in worded.values() for wording in several)]
     texts = kept_texts(pipeline, plan.skeleton.family, every, args, kept)
     views = Views(
