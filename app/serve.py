@@ -10,6 +10,7 @@ from .sessions import Sessions
 from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
 from .training import Trainer
+from .visits import Visits
 
 MAX_UPLOAD = "2gb"
 QUEUE_SIZE = 32
@@ -32,7 +33,7 @@ def open_studio(
         base: folder of a pipeline, or its hub name where it is in the local cache.
         folder: for the visitors' pictures.
         prompt: of the first pictures; if not given, the one that the first adapters were taught.
-        train_dir: for trainings started from the page; outside of `folder`, of which files are served.
+        train_dir: for trainings started from the page and what is kept of visits; outside of `folder`, which is served.
         subjects_dir: folders of pictures to train and to measure on, one for each subject.
     """
     pipe = load_pipeline(base, device)
@@ -50,6 +51,7 @@ def open_studio(
         runs,
         subjects,
         first_subject(options, subjects),
+        visits=Visits(train_dir / "visits"),
     )
     studio.paint_first(prompt or first_prompt(options), first_steps)
     return studio

@@ -21,6 +21,7 @@ from .pictures import read_picture
 from .request import Adapter, CompareRequest, Limits
 from .runs import Run
 from .saved import View
+from .visits import Visit
 from .votes import Ballot
 
 MAX_LABEL = Limits().label_characters
@@ -45,6 +46,8 @@ class Session:
     waits: bool = False  # a comparison was asked for, and has not begun
     race: list[Run] = field(default_factory=list)
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
+    visit: Visit | None = None  # where it is kept beyond this session
+    arrived: bool = False  # the fields are those of this visit, and changes of them are kept
     training_seen: tuple | None = None  # what the page last showed of a training
 
     def ask(self) -> None:

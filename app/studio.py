@@ -18,6 +18,7 @@ from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
 from .sessions import Session, Sessions
 from .training import Trainer
 from .verdict import Findings, findings
+from .visits import Visits
 
 HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that paint, in one queue for all visitors
 LIGHT = {"concurrency_limit": 16, "show_progress": "hidden"}
@@ -38,6 +39,7 @@ class Studio:
     first_subject: str | None = None  # the one that the first adapters were taught
     first_request: CompareRequest | None = None
     first_cells: tuple[Cell, ...] = ()
+    visits: Visits = field(default_factory=lambda: Visits(None))
 
     def paint_first(self, prompt: str, num_inference_steps: int) -> None:
         """What every visitor sees before asking for anything: the first adapters at hand, on one prompt."""

@@ -449,6 +449,45 @@ def test_two_visitors_do_not_see_each_other(visit, tmp_path):
 # ------------------------------------------------------------------------------------------- vote and measures
 
 
+def test_a_reload_loses_nothing_and_starting_afresh_does(visit, folder, studio):
+    page = visit()
+    file = make_lora_file(folder / "added", folder / "base", 5)
+    upload(page, "#adapter_files", file.rename(folder / "added.safetensors"))
+    expect(page.get_by_role("checkbox", name="added", exact=True)).to_be_checked()
+    page.get_by_role("checkbox", name="lora", exact=True).uncheck()
+    set_steps(page, 1)
+    fill(page, "prompts", "a lighthouse")
+    fill(page, "seeds", "3-5")
+    expect(page.locator("#expected")).to_contain_text("9 pictures, about")
+    page.click("#run")
+    expect(page.locator("#status")).to_contain_text("9 pictures in")
+    show(page, "Blind vote")
+    expect(page.locator("#vote_second input")).to_have_value("added × 1")
+    page.click("#vote_begin")
+    page.click("#vote_left")
+    expect(page.locator("#vote_pair")).to_contain_text("2 of 3")
+    show(page, "Compare")
+    fill(page, "prompts", "not yet {asked")
+    expect(page.locator("#expected")).to_contain_text("braces do not pair")
+
+    page.reload()
+    expect(page.locator("#grid")).to_contain_text("a lighthouse")
+    expect(page.locator("#grid img")).to_have_count(9)
+    expect(page.locator("#status")).to_contain_text("9 pictures in")
+    expect(page.locator("#prompts textarea")).to_have_value("not yet {asked")
+    expect(page.locator("#seeds :is(input, textarea)")).to_have_value("3-5")
+    expect(page.get_by_role("checkbox", name="added", exact=True)).to_be_checked()
+    expect(page.get_by_role("checkbox", name="lora", exact=True)).not_to_be_checked()
+    show(page, "Blind vote")
+    expect(page.locator("#vote_pair")).to_contain_text("2 of 3")
+    expect(page.locator("#vote_second input")).to_have_value("added × 1")
+    show(page, "Compare")
+    page.click("#afresh")
+    expect(page.locator("#grid")).to_contain_text("a cat")
+    arrived(page)
+    expect(page.get_by_role("checkbox", name="added", exact=True)).to_have_count(0)
+
+
 def test_vote_by_keyboard_and_without_a_leak(visit, tmp_path):
     page = visit(390)
     page.get_by_role("tab", name="Blind vote").press("Enter")

@@ -25,6 +25,19 @@ NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or 
 SHOW_STATUS = """() => {
   if (window.innerWidth < 700) document.getElementById('status').scrollIntoView();
 }"""
+# A tab of the browser has its own work, which a reload finds again. Private windows may have no storage.
+KEY_OF_TAB = """() => {
+  const fresh = [...crypto.getRandomValues(new Uint8Array(16))].map((v) => v.toString(16).padStart(2, '0')).join('');
+  try {
+    const key = sessionStorage.getItem('reslora-visit') || fresh;
+    sessionStorage.setItem('reslora-visit', key);
+    return [key];
+  } catch { return [fresh]; }
+}"""
+AFRESH = """() => {
+  try { sessionStorage.removeItem('reslora-visit'); } catch {}
+  location.reload();
+}"""
 # The last input of an event that looks at the fields: when it did.
 WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 
@@ -92,12 +105,15 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 )
             expected = gr.HTML(elem_id="expected", padding=False)
             looked_at = gr.Number(0, visible=False)
+            key = gr.Textbox("", visible=False)
             with gr.Row(elem_classes="tools"):
                 run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-            saved_files = gr.UploadButton(
-                "Open a comparison (.zip or .json)", file_count="multiple", size="sm", elem_id="saved_files"
-            )
+            with gr.Row(elem_classes="tools"):
+                saved_files = gr.UploadButton(
+                    "Open a comparison (.zip or .json)", file_count="multiple", size="sm", elem_id="saved_files"
+                )
+                afresh = gr.Button("Start afresh", size="sm", min_width=100, elem_id="afresh")
         with gr.Column(scale=9, min_width=320, elem_classes="results"):
             status = gr.HTML(elem_id="status", min_height=48, padding=False)
             again = gr.Button("Paint again", variant="primary", size="sm", visible=False, elem_id="again")
@@ -128,7 +144,11 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         session = session_of(request)
         session.looked_at = max(session.looked_at, when)
         said = expectation(session, values)
-        return said if when >= session.looked_at else gr.skip()
+        if when < session.looked_at:
+            return gr.skip()
+        if session.visit and session.arrived:
+            session.visit.write_fields(values)
+        return said
 
     def expectation(session: Session, values: list) -> str:
         try:
@@ -152,6 +172,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             raise refusal(problem) from None
         count, seconds = comparer.estimate(asked)
         cancel = session.begin(asked)
+        if session.visit:
+            session.visit.show(asked, [], studio.base_name, View.of(asked))
 
         told, shown = Pace(), Pace()
 
@@ -166,6 +188,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 if session.cancel is not cancel:
                     return  # the visitor looks at another comparison by now
                 session.add(cell)
+                if session.visit:
+                    session.visit.add(asked, session.cells, studio.base_name, View.of(asked))
                 if shown.is_due():
                     yield views.message(f"{len(session.cells)} of {count} pictures."), views.grid(session)
         except (ValueError, RuntimeError) as problem:  # of a file, or of the machine, such as its memory
@@ -176,7 +200,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             yield finished(session, count), views.grid(session)
 
     def add_files(paths: list[str] | None, chosen: list[str], request: gr.Request) -> gr.CheckboxGroup:
-        return added({Path(path).name: Path(path) for path in paths or []}, None, chosen, session_of(request))
+        return added({Path(path).name: Path(path) for path in paths or []}, True, chosen, session_of(request))
 
     def add_of_runs(label: str | None, chosen: list[str], request: gr.Request) -> list:
         files = studio.adapter_files()
@@ -184,19 +208,22 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             return [gr.skip()] * 2
         if label not in files:
             raise refusal(f"There is no adapter {label} any more.")
-        return [added({label: files[label]}, label, chosen, session_of(request)), None]
+        return [added({label: files[label]}, False, chosen, session_of(request)), None]
 
-    def added(paths: dict[str, Path], label: str | None, chosen: list[str], session: Session) -> gr.CheckboxGroup:
-        """The files that fit join the adapters; the others are named with the reason."""
+    def added(paths: dict[str, Path], uploaded: bool, chosen: list[str], session: Session) -> gr.CheckboxGroup:
+        """The files that fit join the adapters; the others are named with the reason. Uploads go by their own names."""
         problems = []
         for name, path in paths.items():
             try:
-                card = comparer.shelf.card(path, label)
+                card = comparer.shelf.card(path, path.stem if uploaded else name)
             except ValueError as problem:
                 problems.append(str(problem).replace(str(path), name))
                 continue
             if card.fits:
-                chosen = [*chosen, session.add_adapter(card.adapter).label]
+                own = session.add_adapter(card.adapter)
+                if session.visit and uploaded:
+                    session.add_adapter(session.visit.keep(own))
+                chosen = [*chosen, own.label]
             else:
                 problems.append("\n".join([f"{name} does not fit the loaded base:", *card.mismatches]))
         if problems:
@@ -209,6 +236,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             asked, base = opened(studio, session, [Path(path) for path in paths or []])
         except ValueError as problem:
             raise refusal(problem, "This cannot be opened") from None
+        if session.visit:
+            session.visit.show(asked, session.cells, studio.base_name, session.view)
         return [
             *filled(session, asked),
             said(session, base, studio.base_name),
@@ -217,13 +246,38 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             *look.values(session, session.view),
         ]
 
-    def arrive(request: gr.Request) -> list:
+    def arrive(key: str, request: gr.Request) -> list:
+        """What this tab of the browser had before a reload, or else what everybody sees first."""
         session, asked = session_of(request), studio.first_request
+        session.visit = studio.visits.of(key)
         session.show(asked, studio.first_cells)
+        restored = restore(session)
+        count = len(session.request.rows) * len(session.request.columns)
+        done = finished(session, count) if session.adapters else views.message(NO_ADAPTER)
         of_runs = gr.Dropdown(choices=list(studio.adapter_files()), value=None)
-        done = finished(session, len(studio.first_cells)) if session.adapters else views.message(NO_ADAPTER)
-        values = [value for field, value in zip(fields, filled(session, asked), strict=True) if field in unfolded]
-        return [*values, of_runs, done, views.grid(session), *look.values(session, View.of(asked))]
+        values = filled(session, session.request)
+        if typed := session.visit.fields() if session.visit else None:
+            here = [label for label in typed[3] if label in session.adapters]
+            values = [*typed[:3], gr.CheckboxGroup(choices=list(session.adapters), value=here), *typed[4:]]
+        elif not restored:  # gradio would write them over what is typed into folded fields meanwhile
+            values = [value if f in unfolded else gr.skip() for f, value in zip(fields, values, strict=True)]
+        session.arrived = True
+        return [*values, of_runs, done, views.grid(session), *look.values(session, View.of(session.request))]
+
+    def restore(session: Session) -> bool:
+        """Adapters, comparison and round of the visit, as far as they can be read."""
+        visit = session.visit
+        for adapter in visit.adapters() if visit else ():
+            session.add_adapter(adapter)
+        if not visit or not (files := visit.comparison()):
+            return False
+        try:
+            opened(studio, session, files)
+        except ValueError:
+            return False
+        session.resume = None
+        session.ballot = visit.ballot(session.request, session.cells)
+        return True
 
     def judge(request: gr.Request) -> str:
         return views.verdict(studio.findings(session_of(request)))
@@ -263,7 +317,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         open_files, saved_files, [*fields, *results, again, *look.controls], **LIGHT, **PRIVATE
     )
     look.refresh(opening)
-    arrival = demo.load(arrive, None, [*unfolded, more, *results, *look.controls], **LIGHT, **PRIVATE)
+    arrival = demo.load(arrive, key, [*fields, more, *results, *look.controls], js=KEY_OF_TAB, **LIGHT, **PRIVATE)
+    afresh.click(None, None, None, js=AFRESH, **PRIVATE)
     for event in (painting, opening):
         event.then(judge, None, verdict, **LIGHT, **PRIVATE)
     return CompareTab(adapters, arrival, [painting, opening], verdict)

@@ -33,7 +33,7 @@ def files_tab(studio: Studio, tab: gr.Tab) -> None:
         return look(Path(adapters[label].path), label) if label in adapters else views.message(NONE)
 
     def upload(path: str) -> str:
-        return look(Path(path), None)
+        return look(Path(path), Path(path).stem)
 
     tab.select(choices, None, chosen, **LIGHT, **PRIVATE)
     chosen.change(show, chosen, card, **LIGHT, **PRIVATE)

@@ -45,21 +45,24 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         return studio.sessions.of(request.session_hash)
 
     def state(session: Session) -> list:
-        """The pair to be voted on, and which buttons work."""
+        """The pair to be voted on, and which buttons work; the round is kept as it is now."""
         ballot = session.ballot
+        if session.visit and ballot.request is session.request:
+            session.visit.write_ballot(ballot)
         voting = [gr.Button(interactive=ballot.current is not None)] * len(buttons)
         return [views.ballot(session), *voting, *[gr.Button(interactive=bool(ballot.votes))] * 2]
 
     def columns(request: gr.Request) -> list:
-        """The columns of the comparison; those of the round that goes on stay chosen."""
+        """The columns of the comparison, and the round that goes on, whose columns stay chosen."""
         session = session_of(request)
         if session.request is None:
-            return [gr.skip()] * 2
+            return [gr.skip()] * (2 + len(outputs))
         labels, ballot = [column.label for column in session.request.columns], session.ballot
         pair = [labels[i] for i in default_pair(session.request.columns)]
         if ballot and ballot.request is session.request:
             pair = [ballot.first.label, ballot.second.label]
-        return [gr.Dropdown(choices=labels, value=label) for label in pair]
+        pickers = [gr.Dropdown(choices=labels, value=label) for label in pair]
+        return [*pickers, *(state(session) if ballot else [gr.skip()] * len(outputs))]
 
     def start(first: str | None, second: str | None, request: gr.Request) -> list:
         session = session_of(request)
@@ -95,10 +98,11 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         path = session.folder / "votes.csv"
         path.write_text(votes_csv(session.ballot), encoding="utf-8", newline="")
         session.ballot.seen.append(len(session.ballot.votes))
+        state(session)
         found = views.verdict(studio.findings(session))
         return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True), found]
 
-    tab.select(columns, None, [first, second], **LIGHT, **PRIVATE)
+    tab.select(columns, None, [first, second, *outputs], **LIGHT, **PRIVATE)
     begin.click(start, [first, second], [*outputs, result, out], **LIGHT, **PRIVATE)
     for choice, button in buttons.items():
         button.click(cast(choice), None, outputs, trigger_mode="once", **LIGHT, **PRIVATE)
