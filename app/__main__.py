@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 from warnings import filterwarnings
 
+from .foreign import ALONE
+
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("assets") / "sticker-sd"
 SUBJECTS = Path("assets") / "subjects"
-ALONE = ("127.0.0.1", "localhost", "::1")
 
 
 def beside(relative: Path) -> Path:
@@ -39,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--server_name", default="127.0.0.1", help="address to listen on")
     add("--server_port", type=int, help="(default: the first that is free from 7860 on)")
+    add("--allowed_hosts", metavar="NAME", nargs="+", default=[], help="names of a proxy that passes requests on")
     add("--auth", metavar="USER:PASSWORD", help="ask for these before anything is shown")
     add("--share", action="store_true", help="publish through Gradio's relay; anybody with the link may look and train")
     add("--inbrowser", action="store_true", help="open the page in a browser")
@@ -114,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             launch(
                 studio,
+                allowed_hosts=args.allowed_hosts,
                 server_name=args.server_name,
                 server_port=args.server_port,
                 auth=tuple(args.auth.split(":", 1)) if args.auth else None,

@@ -1,10 +1,13 @@
-"""What comes from elsewhere: JSON that may be anything, and words that may hold any character."""
+"""What comes from elsewhere: JSON that may be anything, words that may hold any character, and
+who asks."""
 
 import json
 import sys
 import unicodedata
 
 from reslora_diffusion.problems import printable_lines
+
+ALONE = ("127.0.0.1", "localhost", "::1")  # names of this machine under which no other reaches it
 
 
 def parsed_json(content: bytes) -> object:

@@ -1,10 +1,14 @@
 """From folders to a page that answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .compare import Comparer, load_pipeline
+from .foreign import ALONE
+from .guard import Guard
 from .page import build_demo
 from .sessions import Sessions
 from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
@@ -57,8 +61,16 @@ def open_studio(
     return studio
 
 
-def launch(studio: Studio, **options) -> gr.Blocks:
-    """Serve the page; from the disk, nothing but the visitors' own pictures."""
+def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.Blocks:
+    """Serve the page; from the disk, nothing but the visitors' own pictures.
+
+    Args:
+        studio: what is served.
+        allowed_hosts: names beside this machine's own that requests may come under, such as a proxy's.
+        options: of `gr.Blocks.launch`.
+    """
+    alone = options.get("server_name", ALONE[0]) in ALONE and not options.get("share")
+    guard = Middleware(Guard, hosts={*ALONE, *map(str.lower, allowed_hosts)} if alone else None)
     studio.sessions.root.mkdir(parents=True, exist_ok=True)
     demo = build_demo(studio)
     demo.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
@@ -72,6 +84,7 @@ def launch(studio: Studio, **options) -> gr.Blocks:
         ssr_mode=False,
         strict_cors=True,
         show_error=True,
+        app_kwargs={"middleware": [guard]},
         **options,
     )
     return demo

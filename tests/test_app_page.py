@@ -22,8 +22,9 @@ from app import views
 from app.__main__ import main, parse_args
 from app.adapters import MAX_LABEL, AdapterShelf, default_label
 from app.compare import Cell
-from app.foreign import name_of
+from app.foreign import ALONE, name_of
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths, unwritable
+from app.guard import Guard
 from app.measures import measure
 from app.output import column_lines, difference, enlarged, heat_map, png, report, settings_line, sheet
 from app.request import Adapter, Column, CompareRequest, Limits, Scheduler, problems
@@ -347,6 +348,42 @@ def test_the_api_paints(address):
     assert "lora × 0.5" in grid
     with zipfile.ZipFile(client.predict(api_name="/zip")) as archive:
         assert len([name for name in archive.namelist() if name.startswith("images/")]) == 8
+
+
+def test_the_api_goes_by_names(address):
+    client = Client(address, verbose=False)
+    named = client.view_api(return_format="dict")["named_endpoints"]["/compare"]["parameters"]
+    names = [parameter["parameter_name"] for parameter in named]
+    assert names == [
+        "prompts", "placeholders", "seeds", "adapters", "strengths", "include_base", "negative_prompt",
+        "num_inference_steps", "guidance_scale", "scheduler",
+    ]  # fmt: skip
+    asked = dict(zip(names, FIELDS, strict=True))
+    status, _ = client.predict(**dict(reversed(asked.items())), api_name="/compare")
+    assert "8 pictures" in status
+    settings = json.loads(Path(client.predict(api_name="/settings")).read_text())
+    assert [settings["num_inference_steps"], len(settings["pictures"])] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "[::1]:7860"}, 200), ({"Host": "evil.example"}, 403),
+     ({"Host": "127.0.0.1.evil.example"}, 403), ({"Host": "["}, 403), ({"Origin": "http://localhost:1"}, 200),
+     ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403)],
+)  # fmt: skip
+def test_requests_under_foreign_names_are_refused(address, headers, status):
+    answer = httpx.get(f"{address}config", headers=headers)
+    assert answer.status_code == status
+    upload = httpx.post(f"{address}gradio_api/upload", headers=headers, files={"files": ("a.txt", b"a")})
+    assert upload.status_code == status
+    if status == 200:
+        assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
+        assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"]
+
+
+def test_names_are_left_alone_where_others_are_to_look():
+    assert Guard(None, None).foreign("gallery.example", "https://gallery.example") is None
+    assert Guard(None, {*ALONE, "gallery.example"}).foreign("gallery.example", "https://gallery.example") is None
 
 
 @pytest.mark.parametrize(

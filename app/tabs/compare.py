@@ -164,8 +164,23 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         session_of(request).ask()
         return ["Grid", gr.Button(visible=False)]
 
-    def paint(request: gr.Request, progress: gr.Progress = gr.Progress(), *values) -> Iterator[tuple]:  # noqa: B008
-        session = session_of(request)
+    def paint(
+        prompts: str,
+        placeholders: str,
+        seeds: str,
+        adapters: list[str],
+        strengths: str,
+        include_base: bool,
+        negative_prompt: str,
+        num_inference_steps: float,
+        guidance_scale: float,
+        scheduler: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[tuple]:
+        """The parameters' names are those of the API."""
+        session, sampling = session_of(request), (num_inference_steps, guidance_scale, scheduler)
+        values = (prompts, placeholders, seeds, adapters, strengths, include_base, negative_prompt, *sampling)
         try:
             asked = read(session, values)
         except ValueError as problem:
