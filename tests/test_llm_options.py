@@ -72,6 +72,19 @@ def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):
         training_arguments(parse(LlmOptions, ["--eval_strategy=no"], {})[1])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_deepspeed_creates_weights_in_the_precision_that_was_asked_for(dtype, monkeypatch):
+    """Its configuration alone decides that, and is the shipped one again when DeepSpeed wraps the model."""
+    shipped = json.loads((ROOT / "train_scripts" / "configs" / "accelerate" / "deepspeed_zero3.json").read_text())
+    live = dict(shipped)
+    monkeypatch.setattr(models, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(models, "deepspeed_config", lambda: live)
+    with models.held_in(dtype):
+        enabled = [name for name in ("bf16", "fp16") if live.get(name, {}).get("enabled")]
+        assert enabled == {"bfloat16": ["bf16"], "float16": ["fp16"], "float32": []}[dtype]
+    assert live == shipped
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_files_of_a_model_tell_its_layers_as_its_modules_do(tmp_path, name):
     model = MODELS[name][0]()

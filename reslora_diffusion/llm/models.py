@@ -1,7 +1,8 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from reslora_diffusion import ResLoraConfig
@@ -106,7 +108,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:
     """The frozen model with its weights."""
     name = str(options.model_name_or_path)
-    with looking_up("--model_name_or_path", name):
+    with looking_up("--model_name_or_path", name), held_in(options.dtype):
         return AUTO[task_type].from_pretrained(
             name,
             config=config,
@@ -114,6 +116,28 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskT
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
         )
+
+
+@contextmanager
+def held_in(dtype: str) -> Iterator[None]:
+    """Inside, DeepSpeed ZeRO-3 creates weights in a precision of ours.
+
+    `deepspeed.zero.Init` takes the precision from DeepSpeed's configuration, whatever `from_pretrained` is told: in
+    float32 without a section "bf16" or "fp16". The section is gone again when DeepSpeed wraps the model, since it would
+    make an engine of half precision, and the adapters are trained in float32.
+    """
+    config = deepspeed_config() if is_deepspeed_zero3_enabled() else None
+    section = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    if config is None or section is None:
+        yield
+        return
+    before = {name: config.pop(name) for name in ("bf16", "fp16") if name in config}
+    config[section] = {"enabled": True}
+    try:
+        yield
+    finally:
+        del config[section]
+        config.update(before)
 
 
 def stops_of(generation: GenerationConfig | None) -> list[int]:

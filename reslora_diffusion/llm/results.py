@@ -66,12 +66,21 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
 
 
+def kind_of(parameter: nn.Parameter) -> str:
+    """The precision that a parameter is held in, also by the parts that DeepSpeed ZeRO-3 has made of it."""
+    return str(getattr(parameter, "ds_tensor", parameter).dtype).removeprefix("torch.")
+
+
 def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) -> None:
     """Write `run.json`, and show what is going to be trained."""
     if not trainer.is_world_process_zero():
         return
     model, output = trainer.model, Path(trainer.args.output_dir)
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts["held_in"] = {
+        name: ", ".join(sorted({kind_of(p) for p in model.parameters() if p.requires_grad == trained}))
+        for name, trained in (("frozen", False), ("trained", True))
+    }
     facts["processes"] = f"{trainer.accelerator.num_processes}, {trainer.accelerator.distributed_type}"
     chains = explain(model) if is_reslora(model) else None
     facts["chains"] = None if chains is None else chains.to_dict()
