@@ -80,8 +80,10 @@ def train(output_dir: Path, **options: object) -> Path:
     return script.main(arguments(output_dir, **options))
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def environment(*folders: Path) -> dict[str, str]:
+    """The environment of a process that finds this repository, `folders`, and what this process finds by PYTHONPATH."""
+    path = os.pathsep.join(filter(None, [str(ROOT), *map(str, folders), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def call(

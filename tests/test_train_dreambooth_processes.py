@@ -134,7 +134,7 @@ def test_the_program_imports_nothing_heavy_to_answer_for_its_options():
     code = "import sys, train_dreambooth_reslora as s; s.parse_args(['--rank', '8']); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPT.parent}"},
+        env=environment(SCRIPT.parent),
         capture_output=True,
         text=True,
     )
