@@ -158,8 +158,15 @@ def training_status(training: Training) -> str:
         text += "; finishing this step and saving" if training.stopped else ""
         return progress(step, total, f"{name}: {text}")
     if training.failed:
-        return message("\n".join([f"{name} ended with an error:", *training.log()]), "bad")
+        how = "ended with an error" if (signal := training.killed_by) is None else f"was killed from outside ({signal})"
+        return message("\n".join([f"{name} {how}, after {step} of {total} steps:", *training.log()]), "bad")
+    adapter = training.adapter()
+    where = f"{adapter_label(training, adapter)} is offered to the Compare tab" if adapter else "no adapter was written"
     if training.stopped:
-        kept = "its last checkpoint is among the adapters" if training.adapter() else "before anything was saved"
-        return message(f"{name} was stopped at step {step} of {total}; {kept}.", "warn")
-    return message(f"{name}: {step} steps done. It is among the adapters of the Compare tab.", "good")
+        return message(f"{name} was stopped at step {step} of {total}; {where}.", "warn")
+    return message(f"{name}: {step} steps done; {where}.", "good" if adapter else "bad")
+
+
+def adapter_label(training: Training, adapter: Path) -> str:
+    """The run's name, with the checkpoint's where it is of one."""
+    return "/".join([training.folder.name, *adapter.parent.relative_to(training.folder).parts])

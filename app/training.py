@@ -156,8 +156,17 @@ class Training:
     def failed(self) -> bool:
         return not self.running and self.process.returncode != 0 and not self.stopped
 
+    @property
+    def killed_by(self) -> str | None:
+        """The signal that ended it, such as SIGKILL where memory ran out; None if it ended by itself."""
+        code = self.process.poll()
+        return signal.Signals(-code).name if code is not None and code < 0 else None
+
     def step(self) -> int:
-        rows = [row["step"] for row in read_rows(self.folder / METRICS) if "loss" in row]
+        try:
+            rows = [row["step"] for row in read_rows(self.folder / METRICS) if "loss" in row]
+        except ValueError:  # said where the run is read
+            rows = []
         step = max(rows, default=0)
         if step and self.first_seen is None:
             self.first_seen = (step, time.monotonic())

@@ -11,7 +11,7 @@ from PIL import Image
 from app.forms import read_train_request
 from app.pictures import MAX_SIDE, pictures_in, read_pictures
 from app.run_views import training_status
-from app.runs import read_run
+from app.runs import ADAPTER, read_run
 from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
 from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.checks import check
@@ -201,6 +201,26 @@ def test_the_servers_end_ends_the_training(trainer):
     trainer.close()
     assert not training.running
     assert training.log()[-1] == "saved"
+
+
+def test_what_became_of_a_training_is_said_as_it_is(trainer):
+    training = trainer.start(ASKED, [PICTURE], "me")
+    training.process.wait(60)
+    assert "no adapter was written" in training_status(training)
+    (training.folder / "checkpoint-3").mkdir()
+    (training.folder / "checkpoint-3" / ADAPTER).touch()
+    assert f"{training.folder.name}/checkpoint-3 is offered" in training_status(training)
+    (training.folder / ADAPTER).touch()
+    assert f"{training.folder.name} is offered" in training_status(training)
+
+
+def test_a_training_that_was_killed_says_so(trainer):
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    wait(lambda: training.step() > 0)
+    training.process.kill()
+    training.process.wait(60)
+    assert training.failed
+    assert "was killed from outside (SIGKILL)" in training_status(training)
 
 
 def test_a_failure_shows_what_the_script_said(trainer):

@@ -191,7 +191,7 @@ def train_tab(
         if file is None:
             return gr.skip()
         try:
-            card = studio.comparer.shelf.card(file, training.folder.name)
+            card = studio.comparer.shelf.card(file, run_views.adapter_label(training, file))
         except ValueError as problem:
             gr.Warning(views.plain(problem), duration=None)
             return gr.skip()
