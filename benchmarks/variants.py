@@ -148,12 +148,14 @@ class PaperBlock(nn.Module):
 
 def paper(kind: str) -> Callable[[nn.Module, list[str], bool], None]:
     def adapt(model: nn.Module, targets: list[str], on_gpu: bool) -> None:
-        from reslora_diffusion.core.chains import build_chains, find_sites
+        from reslora_diffusion.core.chains import build_chains
+        from reslora_diffusion.core.discovery import find_sites
+        from reslora_diffusion.core.shortcuts import SHORTCUTS
 
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_adapted(n, targets)}
         shapes = {name: (layer.in_features, layer.out_features, RANK) for name, layer in layers.items()}
         blocks = nn.ModuleList()
-        for chain in build_chains(find_sites(model, shapes), Shortcut(kind)):
+        for chain in build_chains(find_sites(model, shapes), SHORTCUTS[Shortcut(kind)].links):
             made: list[PaperBlock] = []
             for site in chain.sites:
                 made.append(PaperBlock(layers[site.name], kind, made))

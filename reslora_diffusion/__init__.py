@@ -1,43 +1,47 @@
 """Residual low-rank adapters (ResLoRA, arXiv 2402.18039) for diffusers, transformers and PEFT.
 
->>> from reslora_diffusion import ResLoraConfig, attach, calibrate, merged_factors
+>>> from reslora_diffusion import ResLoraConfig, attach, merged_factors
 >>> attach(unet, ResLoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 >>> ...  # train
->>> calibrate(unet, batches, lambda unet, batch: unet(**batch))
 >>> factors = merged_factors(unet)  # a plain LoRA, ready for `reslora_diffusion.export.export_lora`
 
-Names are resolved on first use, so that `import reslora_diffusion` and the command line answer at once. PEFT learns of
-`ResLoraConfig` with the first of them, or right here if it is imported already.
+The default shortcut, `block`, merges exactly; `input` and `middle` want `calibrate(unet, batches)` first.
+
+Names are resolved on first use, so that `import reslora_diffusion` and the command line answer at once.
 """
 
-import sys
 from importlib import import_module
 from typing import Any
 
+from .registration import register_with_peft
+
 HOMES = {
+    "AdaptedModel": "core.attach",
     "LoraFactors": "core.functional",
     "MergeMethod": "core.config",
-    "MergeReport": "core.report",
+    "MergeReport": "core.merging.report",
     "ResLoraConfig": "core.config",
     "Shortcut": "core.config",
     "attach": "core.attach",
-    "calibrate": "core.calibration",
+    "calibrate": "core.merging.calibrate",
     "detach": "core.attach",
-    "distill": "core.distillation",
+    "distill": "core.merging.distill",
     "explain": "core.attach",
+    "explain_kernels": "core.attach",
     "export_pipeline": "export.pipeline",
+    "factor_pairs": "methods.optimizers.pairs",
     "get_controller": "core.attach",
-    "handover": "core.handover",
-    "merge_report": "core.report",
-    "merged_factors": "core.merging",
-    "merged_forward": "core.merging",
-    "merged_state_dict": "core.state_dict",
-    "relative_output_errors": "core.calibration",
+    "handover": "core.merging.fold",
+    "merge_report": "core.merging.report",
+    "merged_factors": "core.merging.merge",
+    "merged_forward": "core.merging.merge",
+    "merged_state_dict": "core.merging.state_dict",
+    "optimize_for_training": "diffusion.optimize",
+    "relative_output_errors": "core.merging.calibrate",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605
 
-if "peft" in sys.modules:  # so that `PeftModel.from_pretrained` of an unmerged adapter works
-    import_module(".core", __name__)
+register_with_peft()  # so that `PeftModel.from_pretrained` of an unmerged adapter works
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from models import build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, explain, get_controller
 from reslora_diffusion.core.chains import Site, build_chains, windows
 from reslora_diffusion.core.config import Shortcut
+from reslora_diffusion.core.shortcuts import SHORTCUTS
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -100,7 +101,7 @@ def test_link_counts(name: str) -> None:
         controller = get_controller(model)
         assert len(controller.sites) == sites
         for shortcut, links in zip(("input", "middle", "block"), counts, strict=True):
-            chains = build_chains(controller.sites.values(), Shortcut(shortcut))
+            chains = build_chains(controller.sites.values(), SHORTCUTS[Shortcut(shortcut)].links)
             assert sum(len(chain.sites) - 1 for chain in chains) == links, shortcut
             assert sum(len(chain.sites) for chain in chains) == sites
 
@@ -143,7 +144,7 @@ def test_equal_widths_at_other_resolutions_are_not_joined() -> None:
 
 def test_windows_do_not_cross_the_ends_of_chains() -> None:
     sites = [Site(str(n), "q", 4, 4, 2, "a" if n < 3 else "b") for n in range(6)]
-    chains = build_chains(sites, Shortcut.MIDDLE)
+    chains = build_chains(sites, SHORTCUTS[Shortcut.MIDDLE].links)
     assert windows(chains, None) == {"0": (), "1": ("0",), "2": ("1", "0"), "3": (), "4": ("3",), "5": ("4", "3")}
     assert windows(chains, 1)["2"] == ("1",)
     assert windows(chains, 0)["2"] == ()

@@ -20,9 +20,9 @@ from reslora_diffusion import (
     merged_forward,
     relative_output_errors,
 )
-from reslora_diffusion.core import calibration
-from reslora_diffusion.core.merging import RIDGE, least_squares_correction
-from reslora_diffusion.core.statistics import Moments
+from reslora_diffusion.core.merging import calibrate as calibration
+from reslora_diffusion.core.merging.corrections import RIDGE, least_squares_correction
+from reslora_diffusion.core.merging.statistics import Moments
 
 BATCHES = [inputs("llama", batch=4, seed=n) for n in range(6)]
 HELD_OUT = [inputs("llama", batch=4, seed=n) for n in range(100, 103)]

@@ -1,6 +1,6 @@
 """ResLoRA as a PEFT method: every way in, switching, merging, saving, and what the rest of PEFT sees.
 
-Written for PEFT 0.21: what `core.peft_bridge` touches of PEFT is asserted by name below.
+What `core.peft` touches of PEFT is asserted by name below, for the versions that it names.
 """
 
 import copy
@@ -48,7 +48,10 @@ def calibrated(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_what_the_bridge_touches_is_there() -> None:
+def test_what_core_peft_touches_is_there() -> None:
+    from reslora_diffusion.core.peft import VERSIONS
+
+    assert peft.__version__.startswith(VERSIONS), f"core.peft was written for PEFT {VERSIONS}: check its list of names"
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
@@ -269,10 +272,11 @@ def test_a_process_without_this_package_refuses_the_file(tmp_path) -> None:
     assert "RESLORA" in done.stderr
 
 
-def test_importing_the_package_after_peft_is_enough_to_load_the_file(tmp_path) -> None:
+@pytest.mark.parametrize("order", ["peft, reslora_diffusion", "reslora_diffusion, peft"])
+def test_importing_the_package_is_enough_to_load_the_file_in_any_order(order: str, tmp_path) -> None:
     peft_llama("input").save_pretrained(tmp_path)
     code = (
-        "import sys, peft, reslora_diffusion\n"
+        f"import sys, {order}\n"
         f"config = peft.PeftConfig.from_pretrained({str(tmp_path)!r})\n"
         "print(type(config).__name__, 'diffusers' in sys.modules)"
     )

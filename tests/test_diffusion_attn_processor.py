@@ -8,12 +8,13 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from models import FLUX_TARGETS, UNET_TARGETS, build, inputs, output, randomise
-from reslora_diffusion import ResLoraConfig, attach, calibrate, get_controller, merged_forward
+from reslora_diffusion import ResLoraConfig, attach, calibrate, explain_kernels, get_controller, merged_forward
 from reslora_diffusion.diffusion.attn_processor import (
     ResLoRAAttnProcessor,
     set_attn_processors,
     unset_attn_processors,
 )
+from reslora_diffusion.diffusion.optimize import optimize_for_training, restore_after_training
 
 JOINT = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -95,14 +96,16 @@ def adapted_unet(shortcut: str = "input") -> nn.Module:
 def test_it_really_prepares() -> None:
     model, calls = adapted_unet("middle"), []
     set_attn_processors(model)
-    controller = get_controller(model)
-    fusion = controller.fusion
-    original = fusion.prepare
-    fusion.prepare = lambda c, names, x: (original(c, names, x), calls.append((names, set(fusion.ready))))
+    adapter = get_controller(model)
+    original = adapter.prepare
+    adapter.prepare = lambda names, x: (original(names, x), calls.append((names, set(adapter.prepared))))
     output("unet", model, inputs("unet"))
     assert calls
-    assert all(set(names) == ready for names, ready in calls)
-    assert fusion.ready == {}
+    assert all(set(names) == prepared for names, prepared in calls)
+    assert adapter.prepared == {}
+    kernels = {name: choice[0] for name, choice in explain_kernels(model).layers.items()}
+    assert kernels["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"] == "grouped"
+    assert kernels["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"] == "fused"
 
 
 def test_it_owns_no_weights_and_swapping_loses_nothing() -> None:
@@ -163,7 +166,7 @@ def test_merged_forward_and_copies() -> None:
         assert torch.allclose(output("unet", model, args), wanted, atol=1e-12)
     other = copy.deepcopy(model)
     processor = next(iter(other.attn_processors.values()))
-    assert processor.controller is get_controller(other)
+    assert processor.adapter is get_controller(other)
     assert torch.allclose(output("unet", other, args), output("unet", model, args), atol=1e-12)
 
 
@@ -178,3 +181,19 @@ def test_fused_projections_are_refused_while_the_adapter_is_live() -> None:
     model.fuse_lora()
     model.fuse_qkv_projections()
     assert torch.allclose(output("unet", model, args), whole, atol=1e-11)
+
+
+def test_optimize_for_training_and_back() -> None:
+    model, (_, kwargs) = adapted_unet("block"), unet()
+    wanted, wanted_gradients = gradients_of(model, kwargs)
+    assert optimize_for_training(model) == {"attention": 0, "memory": 0}  # on a CPU, unless it is asked for
+    found = optimize_for_training(model, attention=True, memory=True)
+    assert found["attention"] == len(model.attn_processors)
+    assert found["memory"] > 20
+    got, gradients = gradients_of(model, kwargs)
+    assert (got - wanted).abs().max() < 1e-11
+    for name, gradient in wanted_gradients.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), name
+    restore_after_training(model)
+    assert not any(isinstance(p, ResLoRAAttnProcessor) for p in model.attn_processors.values())
+    assert torch.equal(gradients_of(model, kwargs)[0], wanted)

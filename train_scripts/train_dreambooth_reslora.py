@@ -101,10 +101,12 @@ def train(run: "Run", step: int) -> int:
     with Interruption(accelerator) as interruption, bar:
         while step < steps:
             total.zero_()
+            run.schedule.before_step(step)
             for micro in range(args.gradient_accumulation_steps):
                 for batch in run.batches(step, micro):
                     whole.backward(batch)
             loss = average_gradients(run.parameters, total.clone(), accelerator.num_processes)
+            run.schedule.after_backward(step)
             with run.changing():
                 grad_norm = whole.update()
                 step += 1
@@ -112,8 +114,7 @@ def train(run: "Run", step: int) -> int:
                 run.lr_scheduler.step()
                 if run.ema:
                     run.ema.update(run.tensors, step)
-                if run.is_handover_step(step):
-                    run.hand_over()
+                if run.after_step(step):
                     whole.forget()
 
             if step % args.checkpointing_steps == 0:

@@ -64,7 +64,7 @@ def train(
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
-    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, calibration_batches, is_reslora
+    from reslora_diffusion.llm.trainer import ExportedTrainer, calibration_batches, fold_at, is_reslora
 
     task = GLUE[options.task_name]
     kind = TaskType.SEQ_CLS
@@ -96,7 +96,7 @@ def train(
             eval_dataset=data.validation,
             processing_class=tokenizer,
             compute_metrics=metrics,
-            callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+            callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],
             calibration=calibration,
             distillation_steps=options.distillation_steps,
         )

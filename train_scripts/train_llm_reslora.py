@@ -79,7 +79,7 @@ def train(
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
-    from reslora_diffusion.llm.trainer import ExportedTrainer, Handover, PackingProbe, Quiz, calibration_batches
+    from reslora_diffusion.llm.trainer import ExportedTrainer, PackingProbe, Quiz, calibration_batches, fold_at
 
     kind = TaskType.CAUSAL_LM
     config = models.load_config(options, kind)
@@ -121,7 +121,7 @@ def train(
             train_dataset=pack(data.train, options.max_length) if options.packing else data.train,
             eval_dataset=data.validation,
             processing_class=tokenizer,
-            callbacks=[Handover(options.handover_at, calibration)] if options.handover_at else [],
+            callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],
             calibration=calibration,
             distillation_steps=options.distillation_steps,
             quiz=quiz,

@@ -1,5 +1,5 @@
 """The method, for any torch model: torch and PEFT only. Importing it makes PEFT know `ResLoraConfig`."""
 
-from .peft_bridge import register
+from .peft.model import register
 
 register()

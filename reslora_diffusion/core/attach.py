@@ -4,30 +4,60 @@
 the `add_adapter` of diffusers and transformers do the same on the models that they know. `detach` is its inverse.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .adapter import Adapter
 from .chains import Explanation
 from .config import ResLoraConfig
-from .controller import Controller
-from .peft_bridge import find_controller
+from .kernels.report import KernelReport
+from .peft.variant import find_adapter
 
 DEFAULT_ADAPTER = "default"
 
 
-def attach(model: nn.Module, config: ResLoraConfig, adapter_name: str = DEFAULT_ADAPTER) -> Controller:
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model and the name of an adapter on it: what `attach` returns, and what every function here takes."""
+
+    model: nn.Module
+    adapter_name: str = DEFAULT_ADAPTER
+
+    @property
+    def adapter(self) -> Adapter:
+        return get_controller(self.model, self.adapter_name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer should be given: the parameters of the model that are trained."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def explain(self) -> Explanation:
+        return explain(self.model, self.adapter_name)
+
+    def detach(self) -> None:
+        detach(self.model, self.adapter_name)
+
+    def __str__(self) -> str:
+        return f"{type(self.model).__name__}, adapter {self.adapter_name!r}: {str(self.explain()).splitlines()[0]}"
+
+
+def attach(model: nn.Module, config: ResLoraConfig, adapter_name: str = DEFAULT_ADAPTER) -> AdaptedModel:
     """Freeze `model` and put a trainable adapter on it, in place.
 
-    >>> attach(unet, ResLoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], shortcut="block"))
+    >>> adapted = attach(unet, ResLoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    >>> optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-4)
 
     Raises:
         ValueError: the configuration does not fit the model, or the name is taken.
     """
-    if find_controller(model, adapter_name) is not None:
+    if find_adapter(model, adapter_name) is not None:
         raise ValueError(f"adapter {adapter_name!r} is on this model already; wanted another name, or detach it first")
     inject_adapter_in_model(config, model, adapter_name)
-    return get_controller(model, adapter_name)
+    return AdaptedModel(model, adapter_name)
 
 
 def detach(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> None:
@@ -36,14 +66,14 @@ def detach(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> None:
     Raises:
         ValueError: there is no such adapter.
     """
-    controller = get_controller(model, adapter_name)
+    adapter = get_controller(model, adapter_name)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
             layer.delete_adapter(adapter_name)
             if not layer.lora_A and not layer.lora_embedding_A:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
-    controller.remove_hooks()
+    adapter.remove_hooks()
     own = model.__dict__
     own.get("peft_config", {}).pop(adapter_name, None)
     if own.get("peft_config") == {}:
@@ -52,18 +82,23 @@ def detach(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> None:
             own["_hf_peft_config_loaded"] = False
 
 
-def get_controller(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Controller:
-    """The controller of an adapter of `model`, or of any module around it.
+def get_controller(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter:
+    """The `Adapter` of `model`, or of any module around it.
 
     Raises:
         ValueError: there is no such ResLoRA adapter.
     """
-    controller = find_controller(model, adapter_name)
-    if controller is None:
+    adapter = find_adapter(model, adapter_name)
+    if adapter is None:
         raise ValueError(f"{type(model).__name__} has no ResLoRA adapter {adapter_name!r}; see attach")
-    return controller
+    return adapter
 
 
 def explain(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Explanation:
     """Which layers of an adapted model are joined: `print` it, or take `.to_dict()`."""
     return get_controller(model, adapter_name).explain()
+
+
+def explain_kernels(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> KernelReport:
+    """Which kernel computed each layer in the last forward, and why: `print` it, or take `.layers`."""
+    return get_controller(model, adapter_name).explain_kernels()

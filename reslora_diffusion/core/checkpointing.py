@@ -2,7 +2,7 @@
 
 Both libraries put a function on the modules that checkpoint, `_gradient_checkpointing_func`, and call it as
 `func(forward, *args)`; `forward` then runs twice. `cover_checkpointing` wraps that function so that both runs are
-inside the contexts of every adapter with shortcuts (`Controller.context_fn`); `uncover_checkpointing` is its inverse.
+inside the contexts of every adapter with shortcuts (`Adapter.context_fn`); `uncover_checkpointing` is its inverse.
 Functions that say they are reentrant are refused at once, others when a shortcut is first read without gradients.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .context import REENTRANT
+from .forward_state import REENTRANT
 
 ATTRIBUTE = "_gradient_checkpointing_func"
 
@@ -25,9 +25,9 @@ class HasContexts(Protocol):
 class Segment:
     """A checkpointed forward: its first call is inside the first contexts, every later one inside the second."""
 
-    def __init__(self, forward: Any, controllers: list[HasContexts]) -> None:
+    def __init__(self, forward: Any, adapters: list[HasContexts]) -> None:
         self.forward = forward
-        self.pairs = [controller.context_fn() for controller in controllers]
+        self.pairs = [adapter.context_fn() for adapter in adapters]
         self.ran = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,10 +43,10 @@ class CoveredCheckpoint:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.controllers: list[HasContexts] = []
+        self.adapters: list[HasContexts] = []
 
     def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(Segment(forward, self.controllers), *args, **kwargs)
+        return self.function(Segment(forward, self.adapters), *args, **kwargs)
 
 
 def is_reentrant(function: Any) -> bool:
@@ -58,8 +58,8 @@ def may_checkpoint(root: nn.Module) -> list[nn.Module]:
     return [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def cover_checkpointing(modules: Iterable[nn.Module], controller: HasContexts) -> None:
-    """Make those `modules` that checkpoint carry the controller's values.
+def cover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> None:
+    """Make those `modules` that checkpoint carry the adapter's values.
 
     Raises:
         RuntimeError: one of them checkpoints reentrantly.
@@ -73,15 +73,15 @@ def cover_checkpointing(modules: Iterable[nn.Module], controller: HasContexts) -
                 raise RuntimeError(REENTRANT)
             function = CoveredCheckpoint(function)
             setattr(module, ATTRIBUTE, function)
-        if not any(known is controller for known in function.controllers):
-            function.controllers.append(controller)
+        if not any(known is adapter for known in function.adapters):
+            function.adapters.append(adapter)
 
 
-def uncover_checkpointing(modules: Iterable[nn.Module], controller: HasContexts) -> None:
+def uncover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> None:
     """Inverse of `cover_checkpointing`."""
     for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
         if isinstance(function, CoveredCheckpoint):
-            function.controllers = [known for known in function.controllers if known is not controller]
-            if not function.controllers:
+            function.adapters = [known for known in function.adapters if known is not adapter]
+            if not function.adapters:
                 setattr(module, ATTRIBUTE, function.function)

@@ -1,23 +1,57 @@
-"""ResLoRA's arithmetic as plain functions of tensors (arXiv 2402.18039, section 3.2).
+"""The one operation that every adapted layer computes, and the arithmetic it is made of.
 
-Block n of a chain has the frozen weight W_n, lora_A = A_n [r, in], lora_B = B_n [out, r] and scaling s = alpha / r.
-With x_n [..., in] the input of block n, what the adapter adds to W_n x_n is
+    y = W x + b + sum_j s_j U_j z_j        z = D r + c
 
-    none     s B_n A_n x_n
-    input    s B_n A_n (x_n + x_{n-1})
-    block    s (sum_{k=0..m} B_{n-k} A_{n-k}) x_n           = s [B_n, B_{n-1}, ...] [A_n; A_{n-1}; ...] x_n
-    middle   s B_n (sum_{k=0..m} A_{n-k} x_{n-k})
+    x [..., in]     input of the layer            W [out, in], b [out]     the frozen layer
+    D_j [r_j, in]   down-projections              U_j [out, r_j]           up-projections, lora_A and lora_B of PEFT
+    r [..., in]     what D reads: x, or x and what a shortcut or dropout makes of it
+    c [..., R]      what a shortcut carries in at rank R = sum_j r_j
+    s_j             alpha / r, times the gate of block j: a float, or a scalar on the device
 
-Everything is written so that no tensor as wide as x is added up, stored or differentiated twice: the two inputs of
-`input` meet at rank r, the sum of `middle` is kept at rank r, and `block` is one LoRA of rank (m + 1) r.
+A shortcut (`core.shortcuts`) builds the `LinearOp` of a layer, a kernel (`core.kernels`) computes it. Nothing here
+knows of adapters, chains or models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Publish(Enum):
+    """What an operation hands on besides y, for a later layer of the chain to read."""
+
+    NOTHING = auto()
+    AHEAD = auto()  # `ahead` x: the down-projection of the next layer, of this layer's input
+    OWN = auto()  # D r, without what was carried in
+    SUM = auto()  # z = D r + c
+
+
+class LinearOp(NamedTuple):
+    """What one adapted layer computes; see the module.
+
+    Where the frozen layer must compute its own output (quantised, hooked, trained), `base` is that output, and `weight`
+    and `bias` are None. `transform` is applied to W x + sum_j s_j U_j z_j, before the bias is added (DoRA).
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    D: Sequence[Tensor]
+    U: Sequence[Tensor]
+    scalings: Sequence[float | Tensor]
+    read: Tensor | None = None  # r, where it is not x
+    carry: Tensor | None = None
+    publish: Publish = Publish.NOTHING
+    ahead: Tensor | None = None  # [r of the next layer, in], for Publish.AHEAD
+    base: Tensor | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+
+
+Kernel = Callable[[LinearOp], tuple[Tensor, Tensor | None]]  # y, and what is published
 
 
 class LoraFactors(NamedTuple):
@@ -36,14 +70,26 @@ def delta_weight(factors: LoraFactors) -> Tensor:
     return factors.scaling * (factors.lora_B @ factors.lora_A)
 
 
-def down(x: Tensor, lora_A: Tensor) -> Tensor:
-    """A x: [..., in] -> [..., r]."""
-    return F.linear(x, lora_A)
+def concatenated(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`(A, B)` of sum_k B_k A_k, exactly: [R, in] and [out, R] with R the sum of the ranks."""
+    lora_A, lora_B = zip(*blocks, strict=True)
+    if len(blocks) == 1:
+        return lora_A[0], lora_B[0]
+    return torch.cat(lora_A), torch.cat(lora_B, dim=1)
 
 
-def down_sum(x: Tensor, previous: Tensor, lora_A: Tensor) -> Tensor:
-    """A (x + previous) without the sum: [..., in], [..., in] -> [..., r]."""
-    return F.linear(x, lora_A) + F.linear(previous, lora_A)
+def side_by_side(D: Sequence[Tensor], U: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """[R, in] and [out, R] of the parts of an operation."""
+    return D[0] if len(D) == 1 else torch.cat(tuple(D)), U[0] if len(U) == 1 else torch.cat(tuple(U), dim=1)
+
+
+def scaled_parts(op: LinearOp) -> tuple[Sequence[Tensor], float]:
+    """`(U, s)` with one s for all parts: scalings that differ, or are on the device, are multiplied into U."""
+    scaling = op.scalings[0]
+    for other in op.scalings:
+        if other is not scaling or isinstance(scaling, Tensor):
+            return [s * up for s, up in zip(op.scalings, op.U, strict=True)], 1.0
+    return op.U, scaling  # type: ignore[return-value]
 
 
 def up_add(result: Tensor, z: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -54,9 +100,13 @@ def up_add(result: Tensor, z: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return flat.view(result.shape)
 
 
-def concatenated(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """`(A, B)` of sum_k B_k A_k, exactly: [R, in] and [out, R] with R the sum of the ranks."""
-    lora_A, lora_B = zip(*blocks, strict=True)
-    if len(blocks) == 1:
-        return lora_A[0], lora_B[0]
-    return torch.cat(lora_A), torch.cat(lora_B, dim=1)
+def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """scaling * a b, without a pass of its own for the scaling."""
+    if scaling == 1:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
+
+
+def version_of(value: Tensor) -> int | None:
+    """The number of times that a tensor was changed in place; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or value.is_inference() else value._version

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reslora_diffusion import (
+    AdaptedModel,
     LoraFactors,
-    MergeMethod,
     ResLoraConfig,
     Shortcut,
     attach,
@@ -24,7 +24,6 @@ from reslora_diffusion import (
     distill,
     explain,
     get_controller,
-    handover,
     merged_factors,
     merged_forward,
     relative_output_errors,
@@ -70,6 +69,10 @@ class Adapters:
     def config(self) -> ResLoraConfig:
         """Of the denoiser's adapter; all have one method."""
         return get_controller(self.models[self.denoiser], ADAPTER).config
+
+    def handles(self) -> list[AdaptedModel]:
+        """The adapters, as schedules take them."""
+        return [AdaptedModel(model, ADAPTER) for model in self.models.values()]
 
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
@@ -157,19 +160,6 @@ class Adapters:
         if self.config.shortcut is Shortcut.NONE:
             return []
         return [f"{name}: {str(explain(model, ADAPTER)).splitlines()[0]}" for name, model in self.models.items()]
-
-    def hand_over(self, optimizer: torch.optim.Optimizer) -> None:
-        """Fold the shortcuts into plain LoRA and train on from there; calibrate first."""
-        for model in self.models.values():
-            handover(model, ADAPTER, optimizer)
-
-    def become_handed_over(self, optimizer: torch.optim.Optimizer) -> None:
-        """The form that `hand_over` leaves, for a checkpoint's values to be loaded into: no calibration is needed."""
-        for model in self.models.values():
-            config = get_controller(model, ADAPTER).config
-            config.merge_method, method = MergeMethod.DROP, config.merge_method
-            handover(model, ADAPTER, optimizer)
-            config.merge_method = method
 
     # ------------------------------------------------------------------------------------------ health
 

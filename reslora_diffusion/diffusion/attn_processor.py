@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reslora_diffusion import get_controller
+from reslora_diffusion.core.adapter import Adapter
 from reslora_diffusion.core.attach import DEFAULT_ADAPTER
-from reslora_diffusion.core.controller import Controller
 
 OWN = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -30,8 +30,8 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 class ResLoRAAttnProcessor:
     """Prepares the bottlenecks of one attention, then runs the processor it wraps. Made by `wrap_processor`."""
 
-    def __init__(self, inner: Any, controller: Controller, name: str) -> None:
-        self.inner, self.controller, self.name = inner, controller, name
+    def __init__(self, inner: Any, adapter: Adapter, name: str) -> None:
+        self.inner, self.adapter, self.name = inner, adapter, name
 
     def prepare(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> None:
         joint = getattr(attn, "add_k_proj", None) is not None
@@ -44,8 +44,7 @@ class ResLoRAAttnProcessor:
             self.prepare_group(ADDED, encoder_hidden_states)
 
     def prepare_group(self, leaves: tuple[str, ...], x: Tensor) -> None:
-        names = [f"{self.name}.{leaf}" for leaf in leaves]
-        self.controller.fusion.prepare(self.controller, names, x)
+        self.adapter.prepare([f"{self.name}.{leaf}" for leaf in leaves], x)
 
 
 class One:
@@ -71,7 +70,7 @@ class WithoutDivisionByOne(AbstractContextManager):
             setattr(self.module, self.name, self.factor)
 
 
-def wrap_processor(inner: Any, controller: Controller, name: str) -> ResLoRAAttnProcessor:
+def wrap_processor(inner: Any, adapter: Adapter, name: str) -> ResLoRAAttnProcessor:
     """A `ResLoRAAttnProcessor` whose `__call__` has the signature of `inner`'s.
 
     diffusers drops every keyword that it does not find in the signature of a processor, so the wrapper must show the
@@ -86,11 +85,11 @@ def wrap_processor(inner: Any, controller: Controller, name: str) -> ResLoRAAttn
             return self.inner(attn, hidden_states, *args, **kwargs)
 
     def reduce(self: ResLoRAAttnProcessor) -> tuple:
-        return wrap_processor, (self.inner, self.controller, self.name)
+        return wrap_processor, (self.inner, self.adapter, self.name)
 
     call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
     kind = type("ResLoRAAttnProcessor", (ResLoRAAttnProcessor,), {"__call__": call, "__reduce__": reduce})
-    return kind(inner, controller, name)
+    return kind(inner, adapter, name)
 
 
 def set_attn_processors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> list[str]:
@@ -100,14 +99,14 @@ def set_attn_processors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -
     >>> if unet.device.type == "cuda":  # on a CPU, slicing the stacked product costs more than it saves
     ...     set_attn_processors(unet)
     """
-    controller = get_controller(model, adapter_name)
+    adapter = get_controller(model, adapter_name)
     wrapped = []
     for name, module in model.named_modules():
-        adapted = any(f"{name}.{leaf}" in controller.layers for leaf in OWN + ADDED)
+        adapted = any(f"{name}.{leaf}" in adapter.layers for leaf in OWN + ADDED)
         if adapted and hasattr(module, "set_processor"):
             current = module.processor
             inner = current.inner if isinstance(current, ResLoRAAttnProcessor) else current
-            module.set_processor(wrap_processor(inner, controller, name))
+            module.set_processor(wrap_processor(inner, adapter, name))
             wrapped.append(name)
     return wrapped
 
@@ -118,4 +117,4 @@ def unset_attn_processors(model: nn.Module) -> None:
         current = getattr(module, "processor", None)
         if isinstance(current, ResLoRAAttnProcessor):
             module.set_processor(current.inner)
-            current.controller.fusion.compute_alone()
+            current.adapter.prepare_nothing()

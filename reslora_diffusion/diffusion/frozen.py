@@ -21,7 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from reslora_diffusion.core.fused_layer import can_be_remade
+from reslora_diffusion.core.kernels.fused import can_be_remade
 
 from .attn_processor import WithoutDivisionByOne
 

@@ -7,7 +7,7 @@ and plain LoRA merge exactly, so their gap is rounding.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from reslora_diffusion.core import report as core
+from reslora_diffusion.core.merging import report as core
 
 from .adapters import Adapters, Forward
 from .cache import Example

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
+from reslora_diffusion.methods.schedules import Change, Fold, Schedule
 
 from ..problems import Stopped, listing, refuse
 from ..utils.files import write_text
@@ -68,15 +69,17 @@ class Run:
     loss_base: float
     data: Data  # what is trained on
     lr_scheduler: LRScheduler = field(init=False)
-    handed_over: bool = field(init=False, default=False)
+    schedule: Schedule = field(init=False)
     step: int = field(init=False, default=0)  # steps that are done
     settled: bool = field(init=False, default=True)  # whether all that a step changes belongs to that step
     saved_step: int | None = field(init=False, default=None)
     seen: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.method = self.adapters.merging()  # as trained: after a handover the adapters are plain LoRA
+        self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
         self.collect_tensors()
+        self.schedule = Fold(self.args.handover, self.calibrate, self.optimizer)
+        self.schedule.start(self.adapters.handles(), self.plan.max_train_steps)
         self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
 
     def collect_tensors(self) -> None:
@@ -122,24 +125,20 @@ class Run:
         there = listing(path.name for path in checkpoints_in(self.output)) or "no checkpoint"
         raise Stopped(f"{error}; {kept}. In {self.output}: {there}. A lower --learning_rate may help") from error
 
-    # ------------------------------------------------------------------------------------------ handover
+    # ------------------------------------------------------------------------------------------ schedule
 
-    def is_handover_step(self, step: int) -> bool:
-        """From its share of the steps on, once: resumed with another length, a run may have passed it."""
-        due = self.args.handover is not None and step >= max(1, round(self.args.handover * self.plan.max_train_steps))
-        return due and not self.handed_over
+    def after_step(self, step: int) -> Change:
+        """`step` steps are done: let the schedule change what is due. Returns what it has changed."""
+        change = self.schedule.after_step(step)
+        self.follow(change)
+        return change
 
-    def hand_over(self) -> None:
-        """Fold the shortcuts into plain LoRA; what is trained from here on is what will be exported."""
-        self.calibrate()
-        self.adapters.hand_over(self.optimizer)
-        self.after_handover()
-
-    def after_handover(self) -> None:
-        self.handed_over = True
-        self.collect_tensors()
-        if self.ema is not None:
-            self.ema.start(self.tensors)
+    def follow(self, change: Change) -> None:
+        """Train what is to be trained now, and average it from here on."""
+        if change & Change.PARAMETERS:
+            self.collect_tensors()
+            if self.ema is not None:
+                self.ema.start(self.tensors)
 
     # ------------------------------------------------------------------------------------------ save and restore
 
@@ -175,7 +174,7 @@ class Run:
             owner = nn.ModuleDict(self.adapters.models)
             facts = {
                 "step": step,
-                "handed_over": self.handed_over,
+                "schedule": self.schedule.state_dict(),
                 "options": options(self.args),
                 "versions": versions(),
                 "data": self.data,
@@ -216,9 +215,8 @@ class Run:
     def restore(self, folder: Path) -> int:
         """Inverse of `save`; returns the step."""
         facts = stored_facts(folder)
-        if facts["handed_over"]:
-            self.adapters.become_handed_over(self.optimizer)
-            self.after_handover()
+        state = facts.get("schedule", {"folded": facts.get("handed_over", False)})  # checkpoints of version 0.1
+        self.follow(self.schedule.load_state_dict(state))
         decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
         owner = nn.ModuleDict(self.adapters.models)
         tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from reslora_diffusion.core.attach import DEFAULT_ADAPTER
-from reslora_diffusion.core.peft_bridge import find_controller
-from reslora_diffusion.core.state_dict import adapter_factors
+from reslora_diffusion.core.merging.state_dict import adapter_factors
+from reslora_diffusion.core.peft.variant import find_adapter
 
 from .lora import export_lora
 from .report import ExportReport
@@ -64,7 +64,7 @@ def export_pipeline(
 
 def method_of(adapted: Mapping[str, nn.Module], adapter_name: str) -> dict[str, object]:
     """How the first ResLoRA component was trained and merged; nothing for plain LoRA."""
-    controllers = (find_controller(model, adapter_name) for model in adapted.values())
+    controllers = (find_adapter(model, adapter_name) for model in adapted.values())
     if (first := next(filter(None, controllers), None)) is None:
         return {}
     merge_method = "none" if first.is_plain else str(first.config.merge_method)

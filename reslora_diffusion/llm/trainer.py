@@ -20,15 +20,16 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput
 
 from reslora_diffusion import (
+    AdaptedModel,
     ResLoraConfig,
     Shortcut,
     calibrate,
     distill,
     get_controller,
-    handover,
     merge_report,
     merged_forward,
 )
+from reslora_diffusion.methods.schedules import Fold, Schedule
 
 from ..interruption import Interruption
 from ..problems import Interrupted, refuse
@@ -234,18 +235,35 @@ class StopWhenAsked(TrainerCallback):
             args.load_best_model_at_end = False  # nothing is exported now
 
 
-class Handover(TrainerCallback):
-    """Folds the shortcut into plain LoRA after a share of the steps, so that the rest trains what is exported."""
+class Scheduled(TrainerCallback):
+    """Calls a schedule at its hooks in a `transformers.Trainer`."""
 
-    def __init__(self, share: float, calibration: Sequence[Batch]) -> None:
-        self.share, self.calibration = share, calibration
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if state.global_step == round(self.share * state.max_steps):
-            model = getattr(model, "module", model)
-            recall_factors(model)
-            calibrate(model, self.calibration, run_model)
-            handover(model)
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.schedule.start([AdaptedModel(getattr(model, "module", model))], state.max_steps)
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.before_step(state.global_step)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.after_backward(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.after_step(state.global_step)
+
+
+def fold_at(share: float, model: nn.Module, calibration: Sequence[Batch]) -> Scheduled:
+    """Fold the shortcut of `model` into plain LoRA after a share of the steps."""
+
+    def calibrated() -> None:
+        recall_factors(model)
+        calibrate(model, calibration, run_model)
+
+    return Scheduled(Fold(share, calibrated))
 
 
 class PackingProbe(TrainerCallback):
@@ -268,7 +286,7 @@ class PackingProbe(TrainerCallback):
 
 
 def restore_shortcut(model: nn.Module, checkpoint: str) -> None:
-    """Compute as the checkpoint did: one from after a handover is plain LoRA, one from before has its shortcut."""
+    """Compute as the checkpoint did: one from after a fold is plain LoRA, one from before has its shortcut."""
     stored = Path(checkpoint, "adapter_config.json")
     if is_reslora(model) and stored.is_file():
         controller = get_controller(model)

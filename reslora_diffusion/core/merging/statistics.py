@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..utils.files import atomic_write
-from .chains import Site
-from .config import Shortcut
-from .controller import Controller
-from .sharding import is_distributed
+from ...utils.files import atomic_write
+from ..adapter import Adapter
+from ..config import Shortcut
+from ..layer import AdaptedLayer
+from ..sharding import is_distributed
 
 
 def flat(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def all_reduce(values: list[Tensor]) -> None:
 class Tokens:
     """What all observers share: which tokens count."""
 
-    controller: Controller
+    adapter: Adapter
     mask: Tensor | None = field(default=None, kw_only=True)
 
     def start_batch(self, mask: Tensor | None = None) -> None:
@@ -103,24 +103,22 @@ class Moments(Tokens):
         self.seen.clear()
         self.inputs.clear()
 
-    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
-        middle = self.controller.shortcut is Shortcut.MIDDLE
+    def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
+        middle = self.adapter.shortcut is Shortcut.MIDDLE
         if middle:
-            self.inputs[site.name] = x
-        if site.name not in self.sites or not previous:
+            self.inputs[layer.name] = x
+        if layer.name not in self.sites or not values:
             return
         rows = self.rows(x)
-        self.add_second(site.name, x, rows)
+        self.add_second(layer.name, x, rows)
         if middle:
-            bottleneck = sum((self.rows(z) for _, z in previous[1:]), self.rows(previous[0][1]))
-            window = self.controller.windows[site.name]
-            others = {name: self.inputs[name] for name in window if name in self.inputs}
+            others = {other.name: self.inputs[other.name] for other in layer.window if other.name in self.inputs}
         else:
-            lora_A = self.controller.lora_A(site.name).detach()
-            bottleneck = self.rows(previous[0][1]) @ lora_A.to(rows.dtype).T
-            others = {site.name: previous[0][1]}
-        add(self.cross, site.name, bottleneck.T @ rows)
-        inner = self.inner[site.name]
+            others = {layer.name: values[0][1]}
+        lora_A = self.adapter.lora_A(layer.name).detach().to(rows.dtype)
+        added = self.adapter.path.added(lora_A, [self.rows(value) for _, value in values])
+        add(self.cross, layer.name, added.T @ rows)
+        inner = self.inner[layer.name]
         add(inner, "", rows.square().sum())
         for name, other in others.items():
             if other.shape == x.shape:
@@ -167,12 +165,12 @@ class Norms(Tokens):
     total: dict[str, Tensor] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)
 
-    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
+    def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
         rows = self.rows(x)
-        if self.controller.shortcut is Shortcut.MIDDLE:
-            rows = rows @ self.controller.lora_A(site.name).detach().to(rows.dtype).T
-        add(self.total, site.name, rows.norm())
-        self.count[site.name] = self.count.get(site.name, 0) + 1
+        if self.adapter.shortcut is Shortcut.MIDDLE:
+            rows = rows @ self.adapter.lora_A(layer.name).detach().to(rows.dtype).T
+        add(self.total, layer.name, rows.norm())
+        self.count[layer.name] = self.count.get(layer.name, 0) + 1
 
     def mean(self, name: str) -> float:
         return (self.total[name] / self.count[name]).item()
@@ -199,17 +197,16 @@ class OutputErrors(Tokens):
     lost: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
 
-    def see(self, site: Site, x: Tensor, previous: list[tuple[str, Tensor]]) -> None:
+    def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
         rows = self.rows(x)
-        lora_A, lora_B = (factor.detach().to(rows.dtype) for factor in self.controller.factors(site.name))
+        lora_A, lora_B = (factor.detach().to(rows.dtype) for factor in self.adapter.factors(layer.name))
         own = rows @ lora_A.T
-        added = torch.zeros_like(own)
-        for _, value in previous:
-            added += self.rows(value) @ lora_A.T if self.controller.shortcut is Shortcut.INPUT else self.rows(value)
+        read = [self.rows(value) for _, value in values]
+        added = self.adapter.path.added(lora_A, read) if read else torch.zeros_like(own)
         gram = lora_B.T @ lora_B
-        error, kept = added - rows @ self.corrections[site.name].to(rows).T, own + added
-        add(self.lost, site.name, ((error @ gram) * error).sum())
-        add(self.whole, site.name, ((kept @ gram) * kept).sum())
+        error, kept = added - rows @ self.corrections[layer.name].to(rows).T, own + added
+        add(self.lost, layer.name, ((error @ gram) * error).sum())
+        add(self.whole, layer.name, ((kept @ gram) * kept).sum())
 
     def all_reduce(self) -> None:
         all_reduce([*self.lost.values(), *self.whole.values()])

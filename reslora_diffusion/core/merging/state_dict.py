@@ -14,10 +14,12 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .attach import DEFAULT_ADAPTER
-from .functional import LoraFactors
-from .merging import merged_factors, plain_lora_factors
-from .peft_bridge import find_controller, is_mark
+from ..attach import DEFAULT_ADAPTER
+from ..functional import LoraFactors
+from ..peft.model import is_mark
+from ..peft.variant import find_adapter
+from .factors import plain_lora_factors
+from .merge import merged_factors
 
 
 def merged_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
@@ -57,7 +59,7 @@ def adapter_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> di
     Raises:
         ValueError: as above.
     """
-    if find_controller(model, adapter_name) is not None:
+    if find_adapter(model, adapter_name) is not None:
         return merged_factors(model, adapter_name)
     return plain_lora_factors(model, adapter_name)
 

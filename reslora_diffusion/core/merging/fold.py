@@ -1,4 +1,4 @@
-"""Folding a shortcut into plain LoRA in the middle of training, and training on.
+"""Folding a shortcut into plain LoRA in the middle of training, and training on; `methods.schedules.Fold` says when.
 
 After `handover` the adapter is plain LoRA (shortcut none) that computes what `merged_forward` computed, so what is
 exported at the end is exactly what was trained. `input` and `middle` change A in place, A <- A + C: parameters,
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import DEFAULT_ADAPTER, get_controller
-from .config import Shortcut
-from .controller import Controller
-from .functional import concatenated
-from .merging import joined_factors
-from .sharding import is_sharded, placed_like
+from ..adapter import Adapter
+from ..attach import DEFAULT_ADAPTER, get_controller
+from ..config import Shortcut
+from ..functional import concatenated
+from ..sharding import is_sharded, placed_like
+from .factors import joined_factors
 
 
 @torch.no_grad()
@@ -31,38 +31,41 @@ def handover(
 
     Raises:
         ValueError: the merge method needs `calibrate` first.
-        RuntimeError: `block`, and FSDP has sharded its factors: a wider layer cannot take their place.
+        RuntimeError: `block`, and FSDP has sharded its factors: a wider layer cannot take their place; or there are
+            frozen factors in the windows.
     """
-    controller = get_controller(model, adapter_name)
-    if controller.shortcut is Shortcut.BLOCK:
-        concatenate_blocks(controller, optimizer)
+    adapter = get_controller(model, adapter_name)
+    if adapter.shortcut is Shortcut.BLOCK:
+        if adapter.frozen:
+            raise RuntimeError("'block' cannot be folded once there are frozen factors; it merges exactly as it is")
+        concatenate_blocks(adapter, optimizer)
     else:
-        factors = joined_factors(controller)
-        for name, layer in controller.layers.items():
+        factors = joined_factors(adapter)
+        for name, layer in adapter.layers.items():
             weight: Any = layer.lora_A[adapter_name].weight
             weight.copy_(placed_like(factors[name].lora_A.to(weight.dtype), weight))
-    controller.own_config().shortcut = Shortcut.NONE
-    controller.calibration = {}
-    controller.calibrated_at = {}
-    controller.link()
+    adapter.own_config().shortcut = Shortcut.NONE
+    adapter.calibration = {}
+    adapter.calibrated_at = {}
+    adapter.link()
 
 
-def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer | None) -> None:
+def concatenate_blocks(adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> None:
     """Give each layer the factors of its whole window as its own."""
-    adapter = controller.adapter_name
+    own_name = adapter.adapter_name
     old: dict[str, tuple[Any, Any]] = {
-        name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, layer in controller.layers.items()
+        name: (layer.lora_A[own_name], layer.lora_B[own_name]) for name, layer in adapter.layers.items()
     }
     if any(is_sharded(module.weight) for modules in old.values() for module in modules):
         raise RuntimeError(
             "handover of 'block' makes wider factors, and FSDP has sharded those that are; hand over before sharding, "
             "use DistributedDataParallel, or export without handover: block merges exactly"
         )
-    config, fresh = controller.own_config(), {}
-    for name, layer in controller.layers.items():
-        window = [name, *controller.windows[name]]
+    config, fresh = adapter.own_config(), {}
+    for name, layer in adapter.layers.items():
+        window = [name, *adapter.windows[name]]
         A, B = concatenated([(old[n][0].weight, old[n][1].weight) for n in window])
-        scaling = layer.scaling[adapter]
+        scaling = layer.scaling[own_name]
         grown = (
             nn.Linear(A.shape[1], A.shape[0], bias=False, device="meta"),
             nn.Linear(B.shape[1], B.shape[0], bias=False, device="meta"),
@@ -74,14 +77,14 @@ def concatenate_blocks(controller: Controller, optimizer: torch.optim.Optimizer 
             for side, module in enumerate(grown):
                 move_state(optimizer, [old[n][side].weight for n in window], module.weight, side)
         fresh[name] = grown
-        layer.r[adapter] = len(A)
-        controller.sites[name] = replace(controller.sites[name], rank=len(A))
-        layer.lora_alpha[adapter] = scaling * (len(A) ** 0.5 if config.use_rslora else len(A))
+        layer.r[own_name] = len(A)
+        adapter.sites[name] = replace(adapter.sites[name], rank=len(A))
+        layer.lora_alpha[own_name] = scaling * (len(A) ** 0.5 if config.use_rslora else len(A))
         config.rank_pattern = {**(config.rank_pattern or {}), f"^{name}": len(A)}
-        config.alpha_pattern = {**(config.alpha_pattern or {}), f"^{name}": layer.lora_alpha[adapter]}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), f"^{name}": layer.lora_alpha[own_name]}
     for name, (lora_A, lora_B) in fresh.items():
-        layer = controller.layers[name]
-        layer.lora_A[adapter], layer.lora_B[adapter] = lora_A, lora_B
+        layer = adapter.layers[name]
+        layer.lora_A[own_name], layer.lora_B[own_name] = lora_A, lora_B
         if optimizer is not None:  # only now: a block's moments go into those of every block that reaches it
             for module in old[name]:
                 optimizer.state.pop(module.weight, None)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .attach import DEFAULT_ADAPTER, get_controller
-from .calibration import Mask, evaluating, relative_output_errors
-from .controller import Forward
-from .merging import merged_forward
+from ..adapter import Forward
+from ..attach import DEFAULT_ADAPTER, get_controller
+from .calibrate import Mask, call, evaluating, relative_output_errors
+from .merge import merged_forward
 
 EXACT = 1e-5  # relative output error below which a link is called exact
 
@@ -50,11 +50,23 @@ class MergeReport:
         return "\n".join(lines)
 
 
+def loss_of(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch).loss`.
+
+    Raises:
+        ValueError: the model returns none, because the batch has no labels or models of its kind never do.
+    """
+    loss = getattr(call(model, batch), "loss", None)
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} returns no loss; give batches with labels, or `loss`")
+    return loss
+
+
 def merge_report(
     model: nn.Module,
     batches: Sequence[Any],
-    forward: Forward,
-    loss: Callable[[nn.Module, Any], Any],
+    forward: Forward = call,
+    loss: Callable[[nn.Module, Any], Any] = loss_of,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     mask: Mask | None = None,
@@ -63,12 +75,12 @@ def merge_report(
 
     Args:
         batches: held out, read several times.
-        forward: runs the model on a batch.
+        forward: runs the model on a batch; `model(**batch)` if not given.
         mask: which tokens of a batch count in the layers' errors, as in `calibrate`.
-        loss: of a batch, a float or a tensor of one number; averaged over batches.
+        loss: of a batch, a float or a tensor of one number, averaged over batches; `model(**batch).loss` if not given.
     """
-    controller = get_controller(model, adapter_name)
-    controller.require_active()
+    adapter = get_controller(model, adapter_name)
+    adapter.require_active()
 
     def mean_loss() -> float:
         with evaluating(model):
@@ -78,8 +90,8 @@ def merge_report(
     with merged_forward(model, adapter_name):
         merged = mean_loss()
     return MergeReport(
-        shortcut=str(controller.shortcut),
-        merge_method=str(controller.config.merge_method),
+        shortcut=str(adapter.shortcut),
+        merge_method=str(adapter.config.merge_method),
         loss_trained=trained,
         loss_merged=merged,
         output_errors=relative_output_errors(model, batches, forward, adapter_name, mask=mask),

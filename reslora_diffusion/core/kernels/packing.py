@@ -1,9 +1,10 @@
 """The factors of a whole adapter, cast and laid side by side once per forward.
 
-Layers that are computed together (`core.fused`) want their down-projections as one matrix, and the shortcuts `input`
-and `block` want those of neighbours beside their own; a base in bf16 wants all of them in bf16. `pack` makes every
-such matrix at once: one buffer, one multi-tensor copy, one node of the autograd graph. Its backward sums the gradients
-of a factor over all the places that it was copied to, in the factor's own precision.
+`input` and `block` want the factors of neighbours beside a layer's own, a base in bf16 wants all of them in bf16, and
+matrices that follow each other in memory are one matrix to layers that are computed together (`core.kernels.grouped`).
+`pack` makes all matrices of a model at once, in the order given: one buffer, one multi-tensor copy, one node of the
+autograd graph. Its backward sums the gradients of a factor over all the places that it was copied to, in the factor's
+own precision.
 """
 
 from collections.abc import Sequence
@@ -74,9 +75,3 @@ class Pack(torch.autograd.Function):
 def pack(layouts: Sequence[Layout], factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """For each layout the matrix [sum r, in] or [out, sum r] of its factors, in `dtype`."""
     return Pack.apply(tuple(layouts), dtype, *factors)
-
-
-def concatenate(parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-    """One matrix of `pack` by itself."""
-    cast = [part.to(dtype) for part in parts]
-    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=dim)

@@ -8,10 +8,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import inputs, output
-from reslora_diffusion.core import fast_forward, forms
-from reslora_diffusion.core.forms import LOW_RANK, Form, cheapest, cost
-from reslora_diffusion.core.fused_layer import FusedLinear, Publishes
-from reslora_diffusion.core.whole_layer import WholeLinear
+from reslora_diffusion import explain_kernels
+from reslora_diffusion.core import kernels
+from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
+from reslora_diffusion.core.kernels import choose, runlora
+from reslora_diffusion.core.kernels.fused import fused_linear
+from reslora_diffusion.core.kernels.runlora import LOW_RANK, Form, cheapest, cost, runlora_linear
 from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
 
 FORMS = [
@@ -39,7 +41,8 @@ def test_first_and_second_derivatives(form: Form, parts: int) -> None:
     given = (leaf(2, 3, 4), *factors(parts, 1, 4, 3))
 
     def run(x: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
-        return WholeLinear.apply(form, 0.5, x, linear.weight, linear.bias, *both)
+        op = LinearOp(x, linear.weight, linear.bias, both[:parts], both[parts:], (0.5,) * parts)
+        return runlora_linear(op, form)[0]
 
     def plainly(x: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
         delta = sum(U @ D for D, U in zip(both[:parts], both[parts:], strict=True))
@@ -67,8 +70,8 @@ def test_multiplications_are_as_counted(
 ) -> None:
     for_x, for_factors = wanted
     form = Form(form.y, form.factors or not for_factors, form.x or not for_x, form.keeps and for_x)
-    monkeypatch.setattr(forms, "PASS", 0)
-    monkeypatch.setattr(forms, "LAUNCH", 0)
+    monkeypatch.setattr(runlora, "PASS", 0)
+    monkeypatch.setattr(runlora, "LAUNCH", 0)
     rows, width, out = 6, 5, 3
     given = [factor.detach().requires_grad_(for_factors) for factor in factors(parts, 2, width, out)]
     rank = sum(len(factor) for factor in given[:parts])
@@ -76,7 +79,8 @@ def test_multiplications_are_as_counted(
     weight = leaf(out, width).detach()
     in_place = {torch.ops.aten.addmm_: lambda into, a, b, **options: 2 * a[0] * a[1] * b[1]}  # not counted by itself
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        y = WholeLinear.apply(form, 1.0, x, weight, None, *given)
+        op = LinearOp(x, weight, None, given[:parts], given[parts:], (1.0,) * parts)
+        y, _ = runlora_linear(op, form)
         if y.requires_grad:
             y.sum().backward()
     frozen = rows * width * out * (1 + for_x)
@@ -101,7 +105,9 @@ def test_nothing_more_is_kept_than_in_the_low_rank_form(rows: int, width: int, o
     x, weight, given = leaf(rows, width), leaf(out, width).detach(), factors(parts, 16, width, out)
     own = {tensor.untyped_storage()._cdata for tensor in (x, weight, *given)}
 
-    def kept(function: type[torch.autograd.Function], *args: object) -> int:
+    op = LinearOp(x, weight, None, given[:parts], given[parts:], (1.0,) * parts)
+
+    def kept(kernel: Kernel) -> int:
         seen: dict[int, int] = {}
 
         def see(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,12 +115,10 @@ def test_nothing_more_is_kept_than_in_the_low_rank_form(rows: int, width: int, o
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-            function.apply(*args, *given)
+            kernel(op)
         return sum(size for storage, size in seen.items() if storage not in own)
 
-    form = cheapest(rows, width, out, sum(len(factor) for factor in given[:parts]), parts)
-    low = kept(FusedLinear, Publishes.NOTHING, 1.0, parts, x, weight, None, None, None)
-    assert kept(WholeLinear, form, 1.0, x, weight, None) <= low
+    assert kept(runlora_linear) <= kept(fused_linear)
 
 
 @pytest.mark.parametrize("name", ["unet", "llama"])
@@ -123,13 +127,8 @@ def test_nothing_more_is_kept_than_in_the_low_rank_form(rows: int, width: int, o
 def test_every_form_agrees_with_the_naive_reference(
     form: Form, shortcut: str, num_previous: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = []
-
-    def chosen(*shape: object) -> Form:
-        used.append(shape)
-        return form
-
-    monkeypatch.setattr(fast_forward, "cheapest", chosen)
+    monkeypatch.setattr(runlora, "cheapest", lambda *shape: form)
+    monkeypatch.setattr(kernels, "by_cost", kernels.by_cost.__wrapped__)
     model, args = adapted(name, shortcut, num_previous), inputs(name)
     base, blocks = reference_of(name, model, shortcut, num_previous)
     got, wanted = output(name, model, args), output(name, base, args)
@@ -139,17 +138,31 @@ def test_every_form_agrees_with_the_naive_reference(
     assert_same_gradients(model, blocks)
     with torch.no_grad():
         assert (output(name, model, args) - wanted).abs().max() < 1e-10
-    assert used or shortcut == "middle"
+    choices = list(explain_kernels(model).layers.values())
     if shortcut in ("none", "block"):
-        assert len(used) == 2 * len(blocks)
+        assert {kernel for kernel, _ in choices} == {"fused" if form == LOW_RANK else "runlora"}
+    elif shortcut == "input" and form != LOW_RANK:  # the first of a chain reads itself
+        assert ("runlora", f"the least arithmetic: {form}") in choices
 
 
 @pytest.mark.parametrize("factors_in", [torch.bfloat16, torch.float32])
-def test_a_base_in_low_precision_is_never_merged(factors_in: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_forward, "cheapest", lambda *shape: pytest.fail("the form was chosen by count"))
+def test_a_base_in_low_precision_is_never_merged(factors_in: torch.dtype) -> None:
     model = adapted("llama", "block", 1).bfloat16()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(factors_in)
     loss_of(output("llama", model, inputs("llama")).double()).backward()
     assert all(p.grad is not None and p.grad.dtype == factors_in for p in model.parameters() if p.requires_grad)
+    assert {kernel for kernel, _ in explain_kernels(model).layers.values()} == {"fused"}
+
+
+def test_choose_asks_for_shapes_precision_and_what_crosses_layers() -> None:
+    x, weight = torch.randn(64, 8), torch.randn(8, 8)
+    op = LinearOp(x, weight, None, [torch.randn(2, 8)], [torch.randn(8, 2)], [1.0])
+    assert choose(op).name == "runlora"
+    assert choose(op._replace(carry=torch.randn(64, 2))).name == "fused"
+    assert choose(op._replace(read=torch.randn(64, 8))).name == "fused"
+    assert choose(op._replace(publish=Publish.SUM)).name == "fused"
+    half = op._replace(x=x.bfloat16(), weight=weight.bfloat16())
+    assert choose(half).why == "one node for each layer"
+    assert choose(op._replace(weight=weight.double())).name == "plain"

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .functional import version_of
+
 REENTRANT = (
     "reentrant activation checkpointing cuts the shortcuts between layers out of the gradient. Use non-reentrant "
     'checkpointing, `gradient_checkpointing_kwargs={"use_reentrant": False}`, or shortcut="block"'
@@ -37,23 +39,36 @@ TIED = (
 )
 
 
-def version_of(value: Tensor) -> int | None:
-    """Counts the changes of a tensor in place; None where nobody does."""
-    return None if torch.compiler.is_compiling() or value.is_inference() else value._version
-
-
 class Published(NamedTuple):
-    """A value, and its version when it was published."""
+    """What a layer hands on, with its version when it was published.
+
+    `projected` tells, for `input`, A_{n+1} x_n at rank r from x_n itself.
+    """
 
     value: Tensor
     version: int | None
+    projected: bool
 
-    def read(self, key: str) -> Tensor:
-        """The value, if it still is what it was; raises `RuntimeError`."""
+    def unchanged(self, name: str) -> "Published":
+        """Itself, if the value still is what it was.
+
+        Raises:
+            RuntimeError: it was changed in place.
+        """
         now = version_of(self.value)
         if now is not None and self.version is not None and now != self.version:
-            raise RuntimeError(CHANGED.format(layer=key.split()[0]))
-        return self.value
+            raise RuntimeError(CHANGED.format(layer=name))
+        return self
+
+
+class Sum(NamedTuple):
+    """The latest x + x', and what it was made of; layers that read the same two share it."""
+
+    x: Tensor
+    version: int | None
+    previous: Tensor
+    total: Tensor
+    with_grad: bool
 
 
 class Scope:
@@ -63,34 +78,42 @@ class Scope:
         self.parent = parent
         self.values: dict[str, Published] = {}
         self.captured = {} if captured is None else captured
-        # The latest of x, its version, x', x + x'; with gradients?
-        self.sum: tuple[Tensor, int | None, Tensor, Tensor, bool] | None = None
+        self.latest: Sum | None = None
 
-    def put(self, key: str, value: Published) -> None:
-        """Visible here and to all that comes after, in this segment and in the ones around it."""
-        self.values[key] = value
+    def put(self, name: str, published: Published) -> None:
+        """Make a value visible here and to all that comes after, in this segment and in the ones around it."""
+        self.values[name] = published
         if self.parent is not None:
-            self.parent.put(key, value)
+            self.parent.put(name, published)
 
-    def get(self, key: str) -> Tensor | None:
-        if self.parent is None or key in self.values:
-            found = self.values.get(key) or self.captured.get(key)
-            return None if found is None else found.read(key)
-        value = self.parent.get(key)
-        if value is not None:
+    def get(self, name: str) -> Published | None:
+        if self.parent is None or name in self.values:
+            found = self.values.get(name) or self.captured.get(name)
+            return None if found is None else found.unchanged(name)
+        found = self.parent.get(name)
+        if found is not None:
             # Detached, so that no segment holds another's graph; as differentiable as the original, so that the second
             # run saves as many tensors as the first.
-            kept = value.detach().requires_grad_(value.requires_grad)
-            self.captured[key] = Published(kept, version_of(kept))
-        return value
+            value = found.value
+            copy = value.detach().requires_grad_(value.requires_grad)
+            self.captured[name] = Published(copy, version_of(copy), found.projected)
+        return found
 
-    def drop(self, key: str) -> None:
-        self.values.pop(key, None)
+    def drop(self, name: str) -> None:
+        self.values.pop(name, None)
         if self.parent is not None:
-            self.parent.drop(key)
+            self.parent.drop(name)
+
+    def sum(self, x: Tensor, previous: Tensor) -> Tensor:
+        """x + previous, computed once for all layers that read the two."""
+        version, with_grad, known = version_of(x), torch.is_grad_enabled(), self.latest
+        same = known is not None and known.x is x and known.previous is previous and known.with_grad == with_grad
+        if known is None or not same or version is None or known.version != version:
+            known = self.latest = Sum(x, version, previous, x + previous.to(x.dtype), with_grad)
+        return known.total
 
 
-class ForwardContext:
+class ForwardState:
     """The open scopes of one (model, adapter)."""
 
     def __init__(self) -> None:
@@ -99,8 +122,8 @@ class ForwardContext:
         self.with_grad = False
         self.outer: list[tuple[Scope | None, set[str], bool]] = []
 
-    def __deepcopy__(self, memo: dict) -> "ForwardContext":
-        return ForwardContext()
+    def __deepcopy__(self, memo: dict) -> "ForwardState":
+        return ForwardState()
 
     def open(self) -> None:
         """Begin a forward; one that began before and is not over waits."""
@@ -112,21 +135,21 @@ class ForwardContext:
         if self.outer:
             self.scope, self.written, self.with_grad = self.outer.pop()
 
-    def put(self, key: str, value: Tensor) -> None:
+    def put(self, name: str, value: Tensor, projected: bool = False) -> None:
         """Publish a value of this forward.
 
         Raises:
-            RuntimeError: it was published before.
+            RuntimeError: the layer published one before.
         """
         scope = self.scope
         assert scope is not None
-        if key in scope.values or (not isinstance(scope, RecomputedScope) and key in self.written):
-            raise RuntimeError(TIED.format(layer=key.split()[0]))
-        self.written.add(key)
-        scope.put(key, Published(value, version_of(value)))
+        if name in scope.values or (not isinstance(scope, RecomputedScope) and name in self.written):
+            raise RuntimeError(TIED.format(layer=name))
+        self.written.add(name)
+        scope.put(name, Published(value, version_of(value), projected))
 
-    def get(self, key: str) -> Tensor | None:
-        """A value of this forward, or None if there is none.
+    def get(self, name: str) -> Published | None:
+        """What a layer published in this forward, or None.
 
         Raises:
             RuntimeError: gradients are off though the root's forward began with them: reentrant checkpointing. Or the
@@ -134,17 +157,17 @@ class ForwardContext:
         """
         if self.with_grad and not torch.is_grad_enabled():
             raise RuntimeError(REENTRANT)
-        return self.scope.get(key) if self.scope is not None else None
+        return self.scope.get(name) if self.scope is not None else None
 
-    def drop(self, key: str) -> None:
+    def drop(self, name: str) -> None:
         """Forget a value that nobody will read again."""
         if self.scope is not None:
-            self.scope.drop(key)
+            self.scope.drop(name)
 
-    def retract(self, key: str) -> None:
+    def retract(self, name: str) -> None:
         """Inverse of `put`."""
-        self.drop(key)
-        self.written.discard(key)
+        self.drop(name)
+        self.written.discard(name)
 
     def segment(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Contexts of a checkpointed segment's first and second run."""
@@ -157,28 +180,28 @@ class RecomputedScope(Scope):
 
 
 class FirstRun(AbstractContextManager):
-    def __init__(self, context: ForwardContext) -> None:
-        self.context = context
+    def __init__(self, state: ForwardState) -> None:
+        self.state = state
         self.captured: dict[str, Published] = {}
 
     def __enter__(self) -> None:
-        self.outer = self.context.scope
+        self.outer = self.state.scope
         kind = RecomputedScope if isinstance(self.outer, RecomputedScope) else Scope
-        self.context.scope = kind(self.outer, self.captured)
+        self.state.scope = kind(self.outer, self.captured)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.context.scope, self.outer = self.outer, None
+        self.state.scope, self.outer = self.outer, None
 
 
 class SecondRun(AbstractContextManager):
-    def __init__(self, context: ForwardContext, first: FirstRun) -> None:
-        self.context, self.first = context, first
+    def __init__(self, state: ForwardState, first: FirstRun) -> None:
+        self.state, self.first = state, first
 
     def __enter__(self) -> None:
-        self.outer = self.context.scope, self.context.with_grad
-        self.context.scope = RecomputedScope(captured=self.first.captured)
-        self.context.with_grad = True
+        self.outer = self.state.scope, self.state.with_grad
+        self.state.scope = RecomputedScope(captured=self.first.captured)
+        self.state.with_grad = True
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.context.scope, self.context.with_grad = self.outer
+        self.state.scope, self.state.with_grad = self.outer
         del self.outer

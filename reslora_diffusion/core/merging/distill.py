@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attach import DEFAULT_ADAPTER, get_controller
-from .calibration import evaluating
-from .config import MergeMethod, Shortcut
-from .controller import Controller
-from .merging import computing_as, joined_factors
-from .sharding import is_distributed
+from ..adapter import Adapter
+from ..attach import DEFAULT_ADAPTER, get_controller
+from ..config import MergeMethod
+from ..sharding import is_distributed
+from .calibrate import call, evaluating
+from .factors import computing_as, joined_factors
 from .statistics import all_reduce
 
 HELD_OUT = 8  # one batch of so many, and at least one, is not trained on
@@ -38,10 +38,19 @@ class Distillation(NamedTuple):
     kept: bool
 
 
+def output_of(model: nn.Module, batch: Any) -> Tensor:
+    """The tensor by which models are compared if nothing else is said."""
+    found = call(model, batch)
+    for name in ("logits", "sample", "last_hidden_state"):
+        if hasattr(found, name):
+            return getattr(found, name)
+    return found if isinstance(found, Tensor) else found[0]
+
+
 def distill(
     model: nn.Module,
     batches: Sequence[Any],
-    output: Output,
+    output: Output = output_of,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     steps: int = 100,
@@ -52,7 +61,8 @@ def distill(
 
     Args:
         batches: what `output` takes, at least two; with several processes each has its own.
-        output: the tensor that the model gives on a batch, by which models are compared.
+        output: the tensor that the model gives on a batch, by which models are compared: the logits, the sample, or
+            the first of what `model(**batch)` returns, if not given.
         steps: of Adam, each on one batch; a step costs about one and a half of training.
         learning_rate: of the first step, relative to the root mean square of a layer's A + C; decays to zero.
         distance: of the merged model's output from the unmerged one's, a tensor of one number.
@@ -60,35 +70,35 @@ def distill(
     Raises:
         ValueError: `calibrate` was not called, the adapter is not active, or there is no batch to hold out.
     """
-    controller = get_controller(model, adapter_name)
-    if controller.is_plain or controller.shortcut is Shortcut.BLOCK:
+    adapter = get_controller(model, adapter_name)
+    if adapter.merges_exactly:
         return Distillation(0.0, 0.0, False)
-    controller.require_active()
+    adapter.require_active()
     problems = []
     if len(batches) < 2:
         problems.append(f"got {len(batches)} batches, wanted at least 2: one is held out")
-    if controller.config.merge_method in (MergeMethod.DROP, MergeMethod.PAPER_WEIGHT):
-        problems.append(f"merge_method {controller.config.merge_method} keeps no correction that could be refined")
+    if adapter.config.merge_method in (MergeMethod.DROP, MergeMethod.PAPER_WEIGHT):
+        problems.append(f"merge_method {adapter.config.merge_method} keeps no correction that could be refined")
     if problems:
         raise ValueError("distill: " + "; ".join(problems))
     held_out, train = list(batches[::HELD_OUT]), [b for n, b in enumerate(batches) if n % HELD_OUT]
-    student = {name: f._replace(lora_A=at_least_float32(f.lora_A)) for name, f in joined_factors(controller).items()}
+    student = {name: f._replace(lora_A=at_least_float32(f.lora_A)) for name, f in joined_factors(adapter).items()}
     with evaluating(model):
-        before = mean_distance(controller, student, model, held_out, output, distance)
+        before = mean_distance(adapter, student, model, held_out, output, distance)
         with torch.enable_grad():
-            descend(controller, student, model, train, output, distance, steps, learning_rate, before)
-        after = mean_distance(controller, student, model, held_out, output, distance)
+            descend(adapter, student, model, train, output, distance, steps, learning_rate, before)
+        after = mean_distance(adapter, student, model, held_out, output, distance)
     kept = after < before
     if kept:
-        controller.calibration = {
-            name: f.lora_A.detach().to(controller.calibration[name]) - controller.lora_A(name).detach()
+        adapter.calibration = {
+            name: f.lora_A.detach().to(adapter.calibration[name]) - adapter.lora_A(name).detach()
             for name, f in student.items()
         }
     return Distillation(before, after, kept)
 
 
 def descend(
-    controller: Controller,
+    adapter: Adapter,
     student: dict,
     model: nn.Module,
     batches: Sequence[Any],
@@ -106,7 +116,7 @@ def descend(
     for step in range(steps):
         batch = batches[step % len(batches)]
         target = teach(model, batch, output)
-        with computing_as(controller, student):  # the backward too: checkpointing computes parts again in it
+        with computing_as(adapter, student):  # the backward too: checkpointing computes parts again in it
             distance(output(model, batch), target).div(scale or 1.0).backward(inputs=leaves)
         average([A.grad for A in leaves if A.grad is not None])
         optimizer.step()
@@ -123,13 +133,13 @@ def teach(model: nn.Module, batch: Any, output: Output) -> Tensor:
 
 
 def mean_distance(
-    controller: Controller, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
+    adapter: Adapter, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
 ) -> float:
     """d over batches."""
     values = []
     for batch in batches:
         target = teach(model, batch, output)
-        with computing_as(controller, student):
+        with computing_as(adapter, student):
             values.append(distance(output(model, batch), target))
     mean = torch.stack(values).float().mean()
     average([mean])

@@ -1,26 +1,21 @@
-"""One adapted linear layer as one node of the autograd graph:
-
-    z = D r + c     D [R, in]; r [..., in]: x, or x and what a shortcut adds to it; c [..., r]: carried in at rank r
-    y = W x + b + s U z                                                                              U [out, r]
-
-and, for the layers that come after (`Publishes`): further rows of D x (`input`: A_{n+1} x_n), D x (`middle`), or z
-(`middle` over all predecessors). Backward, with g = dL/dy and h = dL/d(published):
+"""The operation as one node of the autograd graph. With g = dL/dy and h = dL/d(published), and z = D r + c:
 
     t = s g U (+ h)     dc = t     dU = s g^T z     dD = t^T r     dr = t D     dx = g W (+ dr)
 
 Nothing as wide as x is added up, stored or read twice: scaling and sums ride in matrix products (`addmm`), and only
 references to r, the factors and z are kept. Where x says how it can be made again from a tensor that is kept anyway
-(`can_be_remade`), not even x is. `core.fused` is the same for several layers that read one x; this is the form with the
-least host work, which is what a small layer on a CPU takes most of its time for.
+(`can_be_remade`), not even x is. This is the form with the least host work, which is what a small layer on a CPU takes
+most of its time for; `core.kernels.grouped` is the same for several layers that read one x.
 """
 
-from collections.abc import Callable
-from enum import Enum, auto
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..functional import LinearOp, Publish, scaled_parts, scaled_product, side_by_side
 
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # by its overload: to look that up takes longer than the rest
 REMAKE = "remade_from"  # attribute of a tensor: (function, source, version of the tensor)
@@ -45,35 +40,21 @@ def shaped(y: Tensor, lead: torch.Size) -> Tensor:
     return UNSAFE_VIEW(y, (*lead, y.shape[-1]))
 
 
-class Publishes(Enum):
-    """What a layer hands on besides its output."""
-
-    NOTHING = auto()
-    NEXT = auto()  # rows of D x beyond the layer's own: the down-projections of the layers after, on this x
-    OWN = auto()  # D x without what was carried in
-    SUM = auto()  # D x with what was carried in
-
-
-def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
-    """scaling * a b, without a pass of its own for the scaling."""
-    if scaling == 1:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
-
-
-def stacked(parts: tuple[Tensor, ...] | list[Tensor], downs: int) -> tuple[Tensor, Tensor]:
-    """`(D, U)` of their parts, side by side."""
-    D = parts[0] if downs == 1 else torch.cat(parts[:downs])
-    return D, parts[downs] if len(parts) == downs + 1 else torch.cat(parts[downs:], dim=1)
+def fused_linear(op: LinearOp) -> tuple[Tensor, Tensor | None]:
+    """y, and what is published; a kernel."""
+    U, scaling = scaled_parts(op)
+    D = op.D if op.ahead is None else (*op.D, op.ahead)
+    found = FusedLinear.apply(op.publish, scaling, len(D), op.x, op.weight, op.bias, op.read, op.carry, *D, *U)
+    return found if op.publish is not Publish.NOTHING else (found, None)
 
 
 class FusedLinear(torch.autograd.Function):
-    """See the module. `parts` are first `downs` matrices that make up D, then those that make up U."""
+    """See the module. `parts` are first `downs` matrices that make up D (the last of them `ahead`), then those of U."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        publishes: Publishes,
+        publish: Publish,
         scaling: float,
         downs: int,
         x: Tensor,
@@ -83,25 +64,25 @@ class FusedLinear(torch.autograd.Function):
         carry: Tensor | None,
         *parts: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        D, U = stacked(parts, downs)
+        D, U = side_by_side(parts[:downs], parts[downs:])
         rows, rank = x.reshape(-1, x.shape[-1]), U.shape[1]
         r = rows if read is None else read.reshape(-1, read.shape[-1])
         flat = None if carry is None else carry.reshape(-1, rank)
-        if flat is not None and publishes is Publishes.SUM:
+        if flat is not None and publish is Publish.SUM:
             published = z = torch.addmm(flat, r, D.t())
         else:
             published = z = F.linear(r, D)
-            if publishes is Publishes.NEXT:
+            if publish is Publish.AHEAD:
                 published, z = z[:, rank:], z[:, :rank]
             if flat is not None:
-                z = z + flat if publishes is Publishes.OWN else z.add_(flat)
+                z = z + flat if publish is Publish.OWN else z.add_(flat)
         y = F.linear(rows, weight, bias).addmm_(z, U.t(), alpha=scaling)
         ctx.remake, kept = what_to_keep(x) if read is None else (None, read)
         ctx.save_for_backward(kept, weight, carry, z, D, U, *(parts if len(parts) > 2 else ()))
-        ctx.publishes, ctx.scaling, ctx.downs, ctx.apart = publishes, scaling, downs, read is not None
+        ctx.publish, ctx.scaling, ctx.downs, ctx.apart = publish, scaling, downs, read is not None
         ctx.set_materialize_grads(False)
         lead = x.shape[:-1]
-        if publishes is Publishes.NOTHING:
+        if publish is Publish.NOTHING:
             return shaped(y, lead)
         return shaped(y, lead), published.view(*lead, published.shape[-1])
 
@@ -111,15 +92,15 @@ class FusedLinear(torch.autograd.Function):
         read = kept if ctx.remake is None else ctx.remake(kept)
         r, rank = read.reshape(-1, read.shape[-1]), U.shape[1]
         if torch.is_grad_enabled():  # for a second derivative, which a value from inside forward would cut off
-            D, U = stacked(parts, ctx.downs) if parts else (D, U)
+            D, U = side_by_side(parts[: ctx.downs], parts[ctx.downs :]) if parts else (D, U)
             z = F.linear(r, D[:rank]) if carry is None else F.linear(r, D[:rank]) + carry.reshape(-1, rank)
         g = r.new_zeros(len(r), len(U)) if g is None else g.reshape(-1, len(U))
         h = None if h is None else h.reshape(len(r), h.shape[-1])
-        if h is not None and ctx.publishes is Publishes.SUM:
+        if h is not None and ctx.publish is Publish.SUM:
             t_c = t = torch.addmm(h, g, U, alpha=ctx.scaling)
         else:
             t_c = t = scaled_product(g, U, ctx.scaling)
-            if ctx.publishes is Publishes.NEXT:
+            if ctx.publish is Publish.AHEAD:
                 t = torch.cat((t, r.new_zeros(len(r), len(D) - rank) if h is None else h), dim=1)
             elif h is not None:
                 t = t + h
@@ -137,6 +118,11 @@ class FusedLinear(torch.autograd.Function):
         dD, dU = torch.mm(t.t(), r), scaled_product(g.t(), z, ctx.scaling)
         if not parts:
             return None, None, None, dx, None, None, dr, dc, dD, dU
-        into_D, into_U = parts[: ctx.downs], parts[ctx.downs :]
-        dD, dU = dD.split([len(A) for A in into_D]), dU.split([B.shape[1] for B in into_U], dim=1)
-        return None, None, None, dx, None, None, dr, dc, *dD, *dU
+        return None, None, None, dx, None, None, dr, dc, *split(dD, dU, parts[: ctx.downs], parts[ctx.downs :])
+
+
+def split(dD: Tensor, dU: Tensor, D: Sequence[Tensor], U: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the parts that matrices were put together from."""
+    down = (dD,) if len(D) == 1 else torch.split_with_sizes(dD, [len(A) for A in D])
+    up = (dU,) if len(U) == 1 else torch.split_with_sizes(dU, [B.shape[1] for B in U], dim=1)
+    return *down, *up

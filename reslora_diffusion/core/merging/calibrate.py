@@ -1,6 +1,6 @@
 """Running batches through an adapted model: to find what its merge needs, and to see what the merge loses.
 
-    calibrate                 batches -> statistics (`core.statistics`) -> C of every layer (`core.merging`)
+    calibrate                 batches -> statistics (`.statistics`) -> C of every layer (`.corrections`)
     relative_output_errors    batches -> sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) of every layer
 
 The model runs in evaluation mode and without gradients, on batches like those it was trained on. Where they are padded,
@@ -8,7 +8,7 @@ The model runs in evaluation mode and without gradients, on batches like those i
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import DEFAULT_ADAPTER, get_controller
-from .config import MergeMethod, Shortcut
-from .controller import Controller, Forward
-from .merging import corrections_of, least_squares, paper_input
-from .sharding import is_distributed
+from ..adapter import Adapter, Forward
+from ..attach import DEFAULT_ADAPTER, get_controller
+from ..config import MergeMethod
+from ..sharding import is_distributed
+from .corrections import corrections_of, least_squares, paper_input
 from .statistics import Moments, Norms, OutputErrors, load_statistics, save_statistics
 
 RESUME_EVERY = 16  # batches between two writes of a resume file
@@ -28,11 +28,21 @@ Mask = Callable[[Any], Tensor | None]
 STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers take more passes over the batches
 
 
-def needs_calibration(controller: Controller) -> bool:
+def call(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)`: what runs a model on a batch if nothing else is given.
+
+    Raises:
+        TypeError: the batch does not have names.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"got a batch of type {type(batch).__name__}, wanted a dict for model(**batch), or `forward`")
+    return model(**batch)
+
+
+def needs_calibration(adapter: Adapter) -> bool:
     """Whether merging depends on data."""
-    methods = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
-    depends = controller.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE) and not controller.is_plain
-    return depends and controller.config.merge_method in methods
+    by_data = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
+    return not adapter.merges_exactly and adapter.config.merge_method in by_data
 
 
 @contextmanager
@@ -49,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def observe(
-    controller: Controller,
+    adapter: Adapter,
     observer: Any,
     model: nn.Module,
     batches: Iterable[Any],
@@ -61,10 +71,10 @@ def observe(
 
     With `resume_file`, sums are put down there as they grow, and batches that are in it already are not run again.
     """
-    controller.require_active()
-    done = load_statistics(resume_file, observer, controller_device(controller)) if resume_file else 0
+    adapter.require_active()
+    done = load_statistics(resume_file, observer, adapter_device(adapter)) if resume_file else 0
     count = 0
-    controller.observer = observer
+    adapter.observer = observer
     try:
         with evaluating(model):
             for batch in batches:
@@ -76,7 +86,7 @@ def observe(
                 if resume_file and count % RESUME_EVERY == 0:
                     save_statistics(resume_file, observer, count)
     finally:
-        controller.observer = None
+        adapter.observer = None
         observer.start_batch()
     if resume_file and count > done:
         save_statistics(resume_file, observer, count)
@@ -84,15 +94,15 @@ def observe(
     return count
 
 
-def controller_device(controller: Controller) -> torch.device:
-    return controller.factors(next(iter(controller.layers)))[0].device
+def adapter_device(adapter: Adapter) -> torch.device:
+    return adapter.factors(next(iter(adapter.layers)))[0].device
 
 
-def passes(controller: Controller, limit: int) -> list[list[str]]:
+def passes(adapter: Adapter, limit: int) -> list[list[str]]:
     """Layers in groups whose second moments fit in `limit` bytes; in one order everywhere, as factors are gathered."""
     groups: list[list[str]] = [[]]
     used = 0
-    for site in sorted(controller.sites.values(), key=lambda site: site.in_features):
+    for site in sorted(adapter.sites.values(), key=lambda site: site.in_features):
         size = 4 * site.in_features**2
         if used + size > limit and groups[-1]:
             groups.append([])
@@ -105,7 +115,7 @@ def passes(controller: Controller, limit: int) -> list[list[str]]:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    forward: Forward,
+    forward: Forward = call,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     mask: Mask | None = None,
@@ -119,7 +129,7 @@ def calibrate(
     Args:
         batches: what `forward` takes. Read once if the statistics fit in `statistics_bytes`, else once per group of
             layers, and must then be a sequence.
-        forward: runs the model on a batch, as in training; what it returns is not used.
+        forward: runs the model on a batch, as in training; what it returns is not used. `model(**batch)` if not given.
         mask: which tokens [batch, length] of a batch count; all if not given.
         statistics_bytes: bound on the memory of second moments.
         resume_file: where sums are kept, one file for each process and group of layers, so that a calibration that was
@@ -129,13 +139,13 @@ def calibrate(
         ValueError: the adapter is not active, there are no batches, or they can be read only once where that is not
             enough.
     """
-    controller = get_controller(model, adapter_name)
-    if not needs_calibration(controller):
+    adapter = get_controller(model, adapter_name)
+    if not needs_calibration(adapter):
         return
-    groups = passes(controller, statistics_bytes)
-    by_norms = controller.config.merge_method == MergeMethod.PAPER_INPUT
+    groups = passes(adapter, statistics_bytes)
+    by_norms = adapter.config.merge_method == MergeMethod.PAPER_INPUT
     if by_norms:
-        groups = [list(controller.sites)]
+        groups = [list(adapter.sites)]
     if len(groups) > 1 and not isinstance(batches, Sequence):
         raise ValueError(
             f"the statistics take {len(groups)} passes over the batches (statistics_bytes={statistics_bytes}); got "
@@ -144,14 +154,14 @@ def calibrate(
     corrections: dict[str, Tensor] = {}
     for number, group in enumerate(groups):
         file = numbered(resume_file, number) if resume_file else None
-        observer: Any = Norms(controller) if by_norms else Moments(controller, set(group))
-        if observe(controller, observer, model, batches, forward, mask, file) == 0:
+        observer: Any = Norms(adapter) if by_norms else Moments(adapter, set(group))
+        if observe(adapter, observer, model, batches, forward, mask, file) == 0:
             raise ValueError("calibrate: got no batches")
         solve: Any = paper_input if by_norms else least_squares
-        found = {name: solve(controller, controller.sites[name], observer) for name in group}
-        corrections |= {name: correction.to(controller.lora_A(name)) for name, correction in found.items()}
-    controller.calibration = corrections
-    controller.calibrated_at = {name: controller.version(name) for name in corrections}
+        found = {name: solve(adapter, adapter.sites[name], observer) for name in group}
+        corrections |= {name: correction.to(adapter.lora_A(name)) for name, correction in found.items()}
+    adapter.calibration = corrections
+    adapter.calibrated_at = {name: adapter.version(name) for name in corrections}
 
 
 def numbered(file: str | os.PathLike, group: int) -> Path:
@@ -164,7 +174,7 @@ def numbered(file: str | os.PathLike, group: int) -> Path:
 def relative_output_errors(
     model: nn.Module,
     batches: Iterable[Any],
-    forward: Forward,
+    forward: Forward = call,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     mask: Mask | None = None,
@@ -174,9 +184,9 @@ def relative_output_errors(
     sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) over `batches`, which calibration should not have seen. Zero
     for shortcuts that merge exactly.
     """
-    controller = get_controller(model, adapter_name)
-    if controller.is_plain or controller.shortcut is Shortcut.BLOCK:
-        return dict.fromkeys(controller.sites, 0.0)
-    observer = OutputErrors(controller, corrections_of(controller))
-    observe(controller, observer, model, batches, forward, mask)
-    return observer.relative()
+    adapter = get_controller(model, adapter_name)
+    if adapter.merges_exactly:
+        return dict.fromkeys(adapter.sites, 0.0)
+    observer = OutputErrors(adapter, corrections_of(adapter))
+    observe(adapter, observer, model, batches, forward, mask)
+    return dict.fromkeys(adapter.sites, 0.0) | observer.relative()

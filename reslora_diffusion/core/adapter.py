@@ -1,0 +1,341 @@
+"""One adapter on one model: its layers, their chains, and the hooks around a forward of the model.
+
+An `Adapter` is reached from every adapted layer (`layer.lora_variant[adapter_name].adapter`) and from nowhere else: it
+is no module, holds no parameters, and goes with its layers through `deepcopy`. What a layer computes is in
+`core.shortcuts` and `core.layer`; what the adapter merges into is in `core.merging`.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .chains import Explanation, build_chains, windows
+from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
+from .config import ResLoraConfig, Shortcut
+from .discovery import find_sites
+from .functional import Publish, version_of
+from .kernels import can_be_grouped, grouped_linears, in_group, why_plain
+from .kernels.report import KernelReport
+from .layer import AdaptedLayer, Gate, Prepared, Shared
+from .packed import Packer
+from .places import Places
+from .roots import are_whole, find_root, find_roots, is_fused, may_be_fused
+from .sharding import whole
+from .shortcuts import SHORTCUTS, ResidualPath
+
+FUSED_PROJECTIONS = (
+    "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
+    "unfuse_qkv_projections(), or merge the adapter first (fuse_lora)"
+)
+DATA_PARALLEL = (
+    "torch.nn.DataParallel runs its replicas in threads that share one ResLoRA context; use DistributedDataParallel "
+    "(accelerate launch, torchrun)"
+)
+ALONE = SHORTCUTS[Shortcut.NONE]  # what a layer computes that is joined to no other: plain LoRA
+Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
+
+
+class Unjoined(NamedTuple):
+    """A layer that is adapted by plain LoRA beside the chains, such as a convolution."""
+
+    layer: LoraLayer
+    kind: str
+    has_factors: bool  # of a linear map or a convolution, as `LoraFactors` holds them
+
+
+class Adapter(Shared):
+    """Adapter `adapter_name` of `model`. Made by injecting a `ResLoraConfig`; found by `get_controller`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        configs: dict[str, Any],
+        layers: dict[str, LoraLayer],
+        unlinked: dict[str, str],
+        unjoined: dict[str, Unjoined],
+    ) -> None:
+        super().__init__(adapter_name)
+        self.configs = configs  # `peft_config` of the model
+        self.config: ResLoraConfig = configs[adapter_name]
+        self.layers = layers
+        self.unjoined = unjoined
+        shapes = {name: (*layer_shape(layer), layer.r[adapter_name]) for name, layer in layers.items()}
+        self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
+        self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
+        self.calibrated_at: dict[str, int] = {}
+        self.corrections_while_merged: dict[str, Tensor] = {}
+        self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `prepare` computes together
+        self.packer = Packer()
+        self.adapted: dict[str, AdaptedLayer] = {}
+        self.homes = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+        self.root_name, self.root = find_root(model, list(layers))
+        self.attentions = may_be_fused(model, self.homes.values())
+        self.gone = False
+        self.link()
+        self.roots = (find_roots(model, self.joined) if self.crosses_layers else {}) or {self.root_name: self.root}
+        self.checkpointing = [module for root in self.roots.values() for module in may_checkpoint(root)]
+        self.hooks: list[Any] = []
+        for root in self.roots.values():
+            self.hooks.append(root.register_forward_pre_hook(self.open))
+            self.hooks.append(root.register_forward_hook(self.close, always_call=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: not the layers, which refer to each other as far as chains reach."""
+        return self.__dict__ | {"adapted": {}, "packed": {}, "prepared": {}}
+
+    # ------------------------------------------------------------------------------------------------- chains
+
+    @property
+    def path(self) -> ResidualPath:
+        return SHORTCUTS[self.shortcut]
+
+    @property
+    def joined(self) -> list[list[str]]:
+        """Names of the layers of each chain in which some are joined."""
+        return [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no layer is joined to another, so that the factors are those of a plain LoRA."""
+        return not self.joined
+
+    @property
+    def crosses_layers(self) -> bool:
+        """Whether layers read values that others compute, and not their factors alone."""
+        return self.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether the plain LoRA that it merges into computes the same on any data."""
+        return self.is_plain or self.path.merges_exactly
+
+    def link(self) -> None:
+        """Build the chains of the configuration as it is now, and tell each layer its place in them."""
+        self.shortcut = self.config.effective_shortcut
+        path, m = self.path, self.config.num_previous
+        dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
+        self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
+        self.chains = build_chains(self.sites.values(), path.links, self.config.same_resolution_only)
+        self.windows = windows(self.chains, m)
+        self.packer.forget()
+        self.places = Places(self.adapter_name, self.homes, self.layers)
+        self.adapted = {name: AdaptedLayer(site, self.layers[name], self) for name, site in self.sites.items()}
+        running_sum = self.shortcut is Shortcut.MIDDLE and m is None
+        for chain in self.chains:
+            members = [self.adapted[site.name] for site in chain.sites]
+            for place, layer in enumerate(members):
+                layer.path = path if len(members) > 1 else ALONE
+                layer.window = tuple(self.adapted[name] for name in self.windows[layer.name])
+                layer.blocks = layer.path.blocks(layer)
+                if self.crosses_layers:
+                    later = len(members) - 1 - place
+                    layer.sums = running_sum
+                    layer.readers = min(later, 1 if running_sum else m or later)
+                    layer.reads = layer.window[:1] if running_sum else layer.window
+                    layer.follower = members[place + 1] if later else None
+
+    def layer(self, name: str) -> AdaptedLayer:
+        """A layer of the adapter; a copy of an adapter makes its layers on first use."""
+        if not self.adapted:
+            self.link()
+        return self.adapted[name]
+
+    def own_config(self) -> ResLoraConfig:
+        """The configuration, to be changed: users give one to several models, so the model gets a copy in its place."""
+        self.config = self.configs[self.adapter_name] = copy.copy(self.config)
+        return self.config
+
+    def refresh(self) -> None:
+        """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation."""
+        if self.places.hold() or not (layers := self.places.present(self.layers)):
+            return
+        before, self.places = self.places, Places(self.adapter_name, self.homes, layers)
+        self.layers = layers
+        if self.places.differ_from(before):
+            ranks = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
+            self.sites = {n: replace(site, rank=ranks[n]) for n, site in self.sites.items() if n in ranks}
+            self.calibration, self.calibrated_at = {}, {}
+            self.link()
+
+    def explain(self) -> Explanation:
+        """Which layers are joined."""
+        return Explanation(
+            self.shortcut, self.config.num_previous, self.chains, {n: u.kind for n, u in self.unjoined.items()}
+        )
+
+    def explain_kernels(self) -> KernelReport:
+        """Which kernel computed each layer in the last forward, and why."""
+        choices = {name: self.layer(name).choice for name in self.sites}
+        return KernelReport({name: choice and (choice.name, choice.why) for name, choice in choices.items()})
+
+    # ------------------------------------------------------------------------------------------------ factors
+
+    def lora_A(self, name: str) -> Tensor:
+        """`lora_A` of one layer, as it is; gathered where it is sharded."""
+        layer: Any = self.layers[name]
+        return whole(layer.lora_A[self.adapter_name].weight)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`(lora_A, lora_B)` of one layer, likewise."""
+        layer: Any = self.layers[name]
+        return self.lora_A(name), whole(layer.lora_B[self.adapter_name].weight)
+
+    def version(self, name: str) -> int:
+        """The number of changes of one layer's `lora_A`, of a shard too."""
+        layer: Any = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight._version
+
+    # ---------------------------------------------------------------------------------------- the root's forward
+
+    def open(self, root: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the root."""
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        self.gone = self.is_gone()
+        if self.gone:  # `close` will take the hooks away
+            return
+        if any(map(is_fused, self.attentions)) and not self.is_idle():
+            raise RuntimeError(FUSED_PROJECTIONS)
+        if not self.adapted:
+            self.link()
+        if not torch.compiler.is_compiling():
+            self.pack()
+        if self.shortcut is Shortcut.NONE:
+            return
+        if getattr(root, "_is_replica", False):
+            raise RuntimeError(DATA_PARALLEL)
+        if self.crosses_layers:
+            if torch.is_grad_enabled():
+                cover_checkpointing(self.checkpointing, self)
+            self.context.open()
+
+    def close(self, root: nn.Module, args: tuple, output: object) -> None:
+        """Forward hook of the root; runs after an exception too."""
+        self.context.close()
+        self.prepared.clear()
+        self.packed.clear()
+        if self.gone:
+            self.remove_hooks()
+
+    def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For `torch.utils.checkpoint(..., use_reentrant=False, context_fn=...)` around part of the model."""
+        return self.context.segment()
+
+    def is_gone(self) -> bool:
+        """Whether the adapter was deleted, or its layers unloaded, behind our back."""
+        name, layer = next(iter(self.layers.items()))
+        variant = layer.lora_variant.get(self.adapter_name)
+        if getattr(variant, "adapter", None) is not self:
+            return True
+        found: nn.Module | None = self.root
+        for part in filter(None, name.removeprefix(self.root_name).split(".")):
+            found = None if found is None else found._modules.get(part)
+        return found is not layer
+
+    def is_idle(self) -> bool:
+        """Whether the layers compute without this adapter: merged, disabled, not active, or gone."""
+        layer = next(iter(self.layers.values()))
+        active = self.adapter_name in layer.active_adapters and not layer.disable_adapters and not layer.merged
+        return not active or self.is_gone()
+
+    def require_active(self) -> None:
+        """Raise `ValueError` unless the adapter computes with its shortcuts now."""
+        if self.is_idle() or self.merged is not None:
+            raise ValueError(
+                f"adapter {self.adapter_name!r} does not compute with its shortcuts now: it is merged, disabled, not "
+                f"active, or inside merged_forward; wanted set_adapter({self.adapter_name!r}), and none of these"
+            )
+
+    def remove_hooks(self) -> None:
+        """Inverse of what the constructor hung on the model."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        uncover_checkpointing(self.checkpointing, self)
+
+    # ------------------------------------------------------------------------- what is done for several layers
+
+    def pack(self) -> None:
+        """Cast and lay together the factors of a forward that begins, where that saves work (`core.packed`)."""
+        name = self.adapter_name
+        modules = [module for layer in self.adapted.values() for module in (layer.downs[name], layer.ups[name])]
+        factors: list[Any] = [module._parameters.get("weight") for module in modules]
+        self.ordinary = are_whole(factors)
+        device = factors[0].device.type if self.ordinary else "cpu"
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self.ordinary and not (autocast or self.gates or self.frozen or self.merged is not None or self.is_idle()):
+            ahead = self.shortcut is Shortcut.INPUT and self.dropless and self.observer is None
+            self.packed_with_grad = torch.is_grad_enabled()
+            self.packed = self.packer.pack(self.adapted, factors, self.groups, ahead)
+
+    def prepare(self, names: Sequence[str], x: Tensor) -> None:
+        """Compute several layers that are about to be called with the same `x` [..., in], where that saves work."""
+        together = tuple(name for name in names if name in self.sites)
+        if len(together) < 2 or self.is_idle() or self.merged is not None or self.observer is not None:
+            return
+        layers = [self.layer(name) for name in together]
+        if x.ndim > 3 or self.transform is not None or len(layers[0].module.active_adapters) > 1:
+            return  # images, channels first; adapters one by one
+        if any(layer.why_apart() or why_plain(x, *layer.frozen()) for layer in layers):
+            return
+        if self.groups.get(together[0]) != together:  # they are packed together from the next forward on
+            self.groups.update(dict.fromkeys(together, together))
+            self.packer.forget()
+        ops, version, choice = [layer.path.op(layer, x) for layer in layers], version_of(x), in_group(len(together))
+        if not can_be_grouped(ops):
+            for name in together:
+                self.context.retract(name)
+            return
+        for layer, op, (y, value) in zip(layers, ops, grouped_linears(ops), strict=True):
+            layer.choice = choice
+            if value is not None:
+                layer.publish(value, op.publish is Publish.AHEAD)
+            self.prepared[layer.name] = Prepared(x, version, y)
+
+    def prepare_nothing(self) -> None:
+        """Inverse of `prepare`: layers are packed one by one again."""
+        self.groups.clear()
+        self.packer.forget()
+
+    # ------------------------------------------------------------------------------- what schedules may change
+
+    def set_gates(self, gates: Mapping[str, Gate]) -> None:
+        """Multiply s B A of some blocks by a gate, in every layer that uses them; blocks without one are open.
+
+        A number of 0 saves the products of the block; a scalar on the device can change without recompilation.
+
+        Raises:
+            ValueError: a layer is not in this adapter.
+        """
+        self.refuse_strangers(gates)
+        self.gates = dict(gates)
+
+    def add_frozen(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put one more pair (A, B) beside the factors of some layers, under the same scaling, and never train it.
+
+        Raises:
+            ValueError: a layer is not in this adapter, or its shortcut does not merge exactly.
+        """
+        self.refuse_strangers(factors)
+        if not self.path.merges_exactly:
+            raise ValueError(f"frozen factors are for shortcuts none and block; got {str(self.shortcut)!r}")
+        for name, (A, B) in factors.items():
+            self.frozen.setdefault(name, []).append((A.detach(), B.detach()))
+
+    def refuse_strangers(self, names: Iterable[str]) -> None:
+        if strange := [name for name in names if name not in self.sites]:
+            known = next(iter(self.sites))
+            raise ValueError(
+                f"adapter {self.adapter_name!r} has no layers {', '.join(strange)}; it has such as {known}"
+            )
+
+
+def layer_shape(layer: Any) -> tuple[int, int]:
+    return layer.in_features, layer.out_features

@@ -1,0 +1,138 @@
+"""Who computes an operation: `choose` says which kernel and why. A kernel is a function
+
+    LinearOp -> (y, what is published)
+
+that knows nothing of adapters, and each of them computes every operation; `plain` is the definition, the others are
+equal to rounding.
+
+    plain      torch's own functions                       under autocast, functorch, tracing; odd bases, torch.compile
+    fused      one node of the autograd graph              everywhere else
+    runlora    the form with the least arithmetic          float32 and float64 on a CPU, where nothing crosses layers
+    grouped    several operations that read one x          attention on a GPU (`Adapter.prepare`)
+    closed     nothing of low rank                         blocks whose gate is the number 0
+
+docs/LOG.md has the timings that chose between them. No GPU has been timed: there `fused` and `grouped` are chosen by
+counts of launches and bytes.
+"""
+
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..functional import Kernel, LinearOp
+from . import runlora
+from .fused import fused_linear
+from .grouped import can_be_grouped, grouped_linear, grouped_linears
+from .plain import closed_linear, plain_linear
+from .runlora import LOW_RANK, fits, runlora_linear, shape_of
+
+__all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "why_plain"]
+
+KERNELS: dict[str, Kernel] = {
+    "plain": plain_linear,
+    "fused": fused_linear,
+    "runlora": runlora_linear,
+    "grouped": grouped_linear,
+    "closed": closed_linear,
+}
+ORDINARY = (nn.Parameter, Tensor)
+
+
+class Choice(NamedTuple):
+    """A kernel, its name, and why it was chosen."""
+
+    name: str
+    why: str
+    kernel: Kernel
+
+
+def choose(op: LinearOp, why: str | None = None) -> Choice:
+    """The kernel for an operation, a function of its shapes and of torch's modes.
+
+    Args:
+        why: what the frozen layer computes its own output for, where it does.
+    """
+    why = why_plain(op.x, op.weight, op.bias) if op.base is None else why or "the frozen layer computes its own output"
+    if is_closed(op):
+        choice = CLOSED
+    elif why is not None:
+        choice = because(why)
+    elif op.read is not None and op.ahead is not None:
+        choice = because("it reads another tensor than the next layer wants projected")
+    elif op.x.is_cpu and fits(op):
+        choice = by_cost(*shape_of(op))
+    else:
+        choice = FUSED
+    return choice if op.transform is None else transformed(choice)
+
+
+def is_closed(op: LinearOp) -> bool:
+    """Whether no part of an operation adds anything, as far as that is known without asking the device."""
+    for scaling in op.scalings:
+        if isinstance(scaling, Tensor) or scaling != 0:
+            return False
+    return True
+
+
+def why_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """What keeps operations on x and a frozen layer from every kernel but `plain`, if anything."""
+    if under_autocast(x):
+        return "autocast"
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "functorch or forward-mode differentiation"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "a base layer that is trained"
+    if weight.dtype != x.dtype or type(weight) not in ORDINARY:
+        return "a base layer that is sharded or of another precision than its input"
+    return None
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast decides the precision of operations on x."""
+    if x.is_cpu:  # to ask for the name of the device takes longer than the rest
+        return torch.is_autocast_enabled("cpu")
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+@lru_cache(maxsize=256)
+def because(why: str) -> Choice:
+    """The plain kernel, with a reason."""
+    return Choice("plain", why, plain_linear)
+
+
+@lru_cache(maxsize=4096)
+def by_cost(*shape: int) -> Choice:
+    """The form with the least arithmetic for these arguments of `cheapest`."""
+    form = runlora.cheapest(*shape)
+    if form == LOW_RANK:
+        return Choice("fused", "the least arithmetic goes through rank R", fused_linear)
+    return Choice("runlora", f"the least arithmetic: {form}", partial(runlora_linear, form=form))
+
+
+FUSED = Choice("fused", "one node for each layer", fused_linear)
+CLOSED = Choice("closed", "its gate is 0", closed_linear)
+
+
+def in_group(names: int) -> Choice:
+    """The kernel of operations that are computed together."""
+    return Choice("grouped", f"{names} layers read one tensor", grouped_linear)
+
+
+def transformed(choice: Choice) -> Choice:
+    """The same kernel, followed by the transform of the operation."""
+    return choice._replace(kernel=partial(with_transform, choice.kernel))
+
+
+def with_transform(kernel: Kernel, op: LinearOp) -> tuple[Tensor, Tensor | None]:
+    """transform(W x + sum_j s_j U_j z_j) + b."""
+    assert op.transform is not None
+    base = op.base if op.base is None or op.bias is None else op.base - op.bias
+    y, value = kernel(op._replace(base=base, bias=None, transform=None))
+    y = op.transform(y)
+    return y if op.bias is None else y + op.bias, value

@@ -1,0 +1,196 @@
+"""Which of several equal ways to compute an adapted layer takes the least arithmetic, and these ways (RunLoRA, arXiv
+2312.03415). They are for operations that read x itself, and neither carry nor publish anything: plain LoRA, `block`,
+and the last layers of a chain.
+
+With x [T, in], W [out, in], D [R, in], U [out, R], V = W + s U D and g = dL/dy [T, out], multiplications beside x W^T
+and g W:
+
+                through rank R                                  through matrices as large as W
+    y           z = x D^T, z U^T           T R (in + out)       x V^T                        R in out
+    dD, dU      t = s g U, t^T x, s g^T z  T R (in + 2 out)     G = g^T x, s U^T G, s G D^T  (T + 2 R) in out
+    dx          t D                        T R in               g V                          R in out
+
+and where one of them needs a z, t or V that no other has left behind, that too. Large matrices win where there are many
+more rows than features and R is not small beside these: small models, long sequences, and `block`, whose R is the sum
+over its window. The choice is a function of shapes, the same in every run; nothing is timed. Passes over memory and
+launches are counted as well, as so many multiplications: that ranks the forms as they rank when measured (docs/LOG.md).
+
+Only for weights and factors in float32 or float64: in bf16, W + s U D loses most of a small update.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import LinearOp, Publish, scaled_parts, scaled_product, side_by_side
+from .fused import shaped, split, what_to_keep
+
+log = logging.getLogger(__name__)
+EXACT = (torch.float32, torch.float64)
+PASS = 20  # multiplications in the time that it takes to write an element of V beside computing it
+LAUNCH = 1e5  # multiplications in the time that it takes to begin an operation: 2 us at 50 a nanosecond
+SMALL = 2**16  # elements of a V that may be kept for backward whatever the low-rank form keeps: 256 KiB in float32
+
+
+class Form(NamedTuple):
+    """Which of y, (dD, dU) and dx go through large matrices, and whether V is kept from y for dx.
+
+    A gradient that is not wanted is said to go through them: nothing goes through rank R for it.
+    """
+
+    y: bool
+    factors: bool
+    x: bool
+    keeps: bool
+
+    @property
+    def entirely(self) -> bool:
+        """Whether nothing goes through rank R."""
+        return self.y and self.factors and self.x
+
+    def __str__(self) -> str:
+        large = [name for name, yes in (("y", self.y), ("dD and dU", self.factors), ("dx", self.x)) if yes]
+        return f"{', '.join(large) or 'nothing'} through matrices as large as W"
+
+
+LOW_RANK = Form(False, False, False, False)
+
+
+def cost(
+    form: Form, rows: int, width: int, out: int, rank: int, parts: int = 1, for_x: bool = True, for_factors: bool = True
+) -> float:
+    """Multiplications of a forward and backward beside those of the frozen layer, with what `PASS` and `LAUNCH` add."""
+    z, t, V = rows * rank * width, rows * rank * out, (rank + PASS) * width * out
+    stack, products = (0, parts) if parts == 1 or form.entirely else (2, 1)  # D and U are put together, or not
+    total, launches = (V, stack + products) if form.y else (z + t, stack + 2)
+    if for_factors and form.factors:
+        total += (rows + 2 * rank) * width * out
+        launches += 1 + 2 * parts
+    elif for_factors:
+        total += z + 2 * t + (z if form.y else 0)
+        launches += 3 + stack + (1 if form.y else 0)
+    if for_x and form.x:
+        total += 0 if form.keeps else V
+        launches += 0 if form.keeps else products
+    elif for_x:
+        total += z + (t if form.factors else 0)
+        launches += 2 if form.factors else 1
+    return total + LAUNCH * launches
+
+
+@lru_cache(maxsize=4096)
+def cheapest(
+    rows: int, width: int, out: int, rank: int, parts: int = 1, for_x: bool = True, for_factors: bool = True
+) -> Form:
+    """The form that costs least, of those that keep no more for backward than the low-rank form, or little.
+
+    Args:
+        rank: R, the sum over all parts.
+        parts: how many factors D is put together from, and U.
+        for_x, for_factors: which gradients will be wanted.
+    """
+    low_rank_keeps = (rows * rank if for_factors else 0) + (rank * (width + out) if parts > 1 else 0)
+    may_keep = for_x and width * out <= max(low_rank_keeps, SMALL)
+    every = [Form(y, factors, x, may_keep and y and x) for y, factors, x in product((False, True), repeat=3)]
+    forms = [form for form in every if (form.factors or for_factors) and (form.x or for_x)]
+    best = min(forms, key=lambda form: cost(form, rows, width, out, rank, parts, for_x, for_factors))
+    log.debug("%d rows, %d to %d features, rank %d: %s", rows, width, out, rank, best)
+    return best
+
+
+def fits(op: LinearOp) -> bool:
+    """Whether the operation is one that can go through large matrices at all."""
+    return op.publish is Publish.NOTHING and op.carry is None and op.read is None and op.x.dtype in EXACT
+
+
+def shape_of(op: LinearOp) -> tuple[int, int, int, int, int, bool, bool]:
+    """The arguments of `cheapest` for an operation that fits."""
+    x, D = op.x, op.D
+    parts, (rank, width) = len(D), D[0].shape
+    if parts > 1:
+        rank += sum([len(part) for part in D[1:]])
+    with_grad = torch.is_grad_enabled()
+    return (
+        x.numel() // width, width, len(op.U[0]), rank, parts,
+        with_grad and x.requires_grad, with_grad and D[0].requires_grad,
+    )  # fmt: skip
+
+
+def runlora_linear(op: LinearOp, form: Form | None = None) -> tuple[Tensor, None]:
+    """y, in a form or in the cheapest; a kernel, for operations that fit."""
+    U, scaling = scaled_parts(op)
+    return WholeLinear.apply(form or cheapest(*shape_of(op)), scaling, op.x, op.weight, op.bias, *op.D, *U), None
+
+
+def merged_weight(weight: Tensor, D: Sequence[Tensor], U: Sequence[Tensor], scaling: float) -> Tensor:
+    """V [out, in]."""
+    V = torch.addmm(weight, U[0], D[0], alpha=scaling)
+    for down, up in zip(D[1:], U[1:], strict=True):
+        V.addmm_(up, down, alpha=scaling)
+    return V
+
+
+class WholeLinear(torch.autograd.Function):
+    """See the module; `parts` are D_1.. and then U_1.. Where anything goes through rank R, they are put together.
+
+    V is made again in backward where to keep it would take more memory than what the low-rank form keeps.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, form: Form, scaling: float, x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor
+    ) -> Tensor:
+        count, rows, V, z = len(parts) // 2, x.reshape(-1, x.shape[-1]), None, None
+        pairs = parts if count == 1 or form.entirely else side_by_side(parts[:count], parts[count:])
+        if form.y:
+            half = len(pairs) // 2
+            V = merged_weight(weight, pairs[:half], pairs[half:], scaling)
+            y = F.linear(rows, V, bias)
+        else:
+            z = F.linear(rows, pairs[0])
+            y = F.linear(rows, weight, bias).addmm_(z, pairs[1].t(), alpha=scaling)
+        ctx.remake, kept = what_to_keep(x)
+        z, V = None if form.factors else z, V if form.keeps else None
+        ctx.save_for_backward(kept, weight, V, z, *pairs, *(() if pairs is parts else parts))
+        ctx.form, ctx.scaling, ctx.pairs = form, scaling, len(pairs)
+        return shaped(y, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        kept, weight, V, z, *pairs = ctx.saved_tensors
+        pairs, parts = pairs[: ctx.pairs], pairs[ctx.pairs :]
+        x = kept if ctx.remake is None else ctx.remake(kept)
+        form, scaling = ctx.form, ctx.scaling
+        _, _, for_x, _, _, *for_parts = ctx.needs_input_grad
+        for_factors, half = any(for_parts), len(for_parts) // 2
+        if torch.is_grad_enabled():  # for a second derivative, which a value from inside forward would cut off
+            V = z = None
+            pairs = side_by_side(parts[:half], parts[half:]) if parts else pairs
+        D, U = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))
+        low_factors, low_x = for_factors and not form.factors, for_x and not form.x
+        if low_factors or low_x:
+            t = scaled_product(g, U[0], scaling)
+        dx = None
+        if low_x:
+            dx = torch.mm(g, weight).addmm_(t, D[0]).view(x.shape)
+        elif for_x:
+            dx = torch.mm(g, merged_weight(weight, D, U, scaling) if V is None else V).view(x.shape)
+        if not for_factors:
+            return None, None, dx, None, None, *[None] * len(for_parts)
+        if low_factors:
+            z = F.linear(rows, D[0]) if z is None else z
+            dD, dU = [torch.mm(t.t(), rows)], [scaled_product(g.t(), z, scaling)]
+        else:
+            G = torch.mm(g.t(), rows)
+            dD = [scaled_product(up.t(), G, scaling) for up in U]
+            dU = [scaled_product(G, down.t(), scaling) for down in D]
+        if not parts:
+            return None, None, dx, None, None, *dD, *dU
+        return None, None, dx, None, None, *split(dD[0], dU[0], parts[:half], parts[half:])

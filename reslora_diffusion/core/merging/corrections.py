@@ -1,0 +1,116 @@
+"""What merging adds to lora_A, delta_weight = s B (A + C), so that the rank stays r.
+
+    none, block     C is not needed: these merge exactly
+    input, middle   the methods differ in C:
+
+    least_squares   C = G + (P - G S)(S + l I)^{-1}: of all C, the one that makes C x come nearest to what the shortcut
+                    added at the bottleneck. The ridge l = RIDGE * tr(S) / in pulls towards G = sum_k a_k A_k, which
+                    takes x_{n-k} for a_k x_n. So directions that calibration never saw get a sensible value, and a
+                    layer that reads the same tensor as its predecessor (cross-attention k and v) merges exactly.
+    paper_input     x_{n-k} = a_k x_n with a_k = f_{n-k} / f_n, a ratio of norms; middle in the scalar form:
+                    C = (sum_k a_k) A_n                                        (arXiv 2402.18039, section 3.3, merge_bi)
+    paper_weight    the norms of merged weights instead, f_j = ||W_j + s B_j A_j*||_F, as x_j is made by layer j - 1:
+                    a_k = f_{n-k-1} / f_{n-1}, C = sum_k a_k A_k                                            (merge_bw)
+    drop            C = 0
+
+A_k is A_n for `input`, where A_n reads x_{n-1} too, and A_{n-k} for `middle`. S, P, a, f: `core.merging.statistics`.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..chains import Site
+from ..config import MergeMethod, Shortcut
+from ..sharding import whole
+from .statistics import Moments, Norms
+
+RIDGE = 1e-3
+
+
+def least_squares_correction(guess: Tensor, second: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
+    """C [r, in] from G [r, in], S [in, in] and P [r, in], in float64."""
+    G, S, P = (value.double() for value in (guess, second, cross))
+    size = S.diagonal().mean()
+    if not size > 0:  # the layer read nothing but zeros
+        return G
+    S_ridge = S + ridge * size * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return G + torch.linalg.solve(S_ridge, P - G @ S, left=False)
+
+
+def neighbours(adapter: Adapter, site: Site) -> list[str]:
+    """Layers that the shortcut into `site` reads, nearest first; the first of several of `input` reads itself."""
+    layer = adapter.layer(site.name)
+    window = [other.name for other in layer.window]
+    return window or ([site.name] if adapter.shortcut is Shortcut.INPUT and layer.follower is not None else [])
+
+
+def factor_read(adapter: Adapter, site: Site, neighbour: str) -> Tensor:
+    """A_k: the down-projection that is applied to the input of `neighbour`."""
+    return adapter.path.projection(adapter.lora_A(site.name), adapter.lora_A(neighbour)).detach()
+
+
+def least_squares(adapter: Adapter, site: Site, moments: Moments) -> Tensor:
+    A = adapter.lora_A(site.name).detach()
+    if site.name not in moments.cross:
+        return torch.zeros_like(A)
+    inner = moments.inner[site.name]
+    guess = torch.zeros_like(A, dtype=torch.float64)
+    for name in neighbours(adapter, site):
+        key = site.name if adapter.shortcut is Shortcut.INPUT else name
+        if key in inner and inner[""] > 0:
+            guess += inner[key] / inner[""] * factor_read(adapter, site, name).double()
+    return least_squares_correction(guess, moments.second_of(site.name), moments.cross[site.name])
+
+
+def paper_input(adapter: Adapter, site: Site, norms: Norms) -> Tensor:
+    total = sum(norms.mean(name) / norms.mean(site.name) for name in neighbours(adapter, site))
+    return total * adapter.lora_A(site.name).detach()
+
+
+def paper_weight(adapter: Adapter) -> dict[str, Tensor]:
+    """C of every layer; f of a layer needs C of that layer, so chains are walked in order."""
+    corrections: dict[str, Tensor] = {}
+    for chain in adapter.chains:
+        size: list[float] = []
+        for place, site in enumerate(chain.sites):
+            A, B = (factor.detach() for factor in adapter.factors(site.name))
+            correction = torch.zeros_like(A)
+            for back, name in enumerate(neighbours(adapter, site), 1):
+                reaches = place - back - 1
+                ratio = size[reaches] / size[place - 1] if reaches >= 0 else 1.0
+                correction = correction + ratio * factor_read(adapter, site, name)
+            corrections[site.name] = correction
+            layer = adapter.layers[site.name]
+            base: Any = layer.get_base_layer()
+            W = whole(dequantize_module_weight(base).detach()).to(A)
+            delta = layer.scaling[adapter.adapter_name] * (B @ (A + correction))
+            size.append((W + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)).norm().item())
+    return corrections
+
+
+def corrections_of(adapter: Adapter) -> dict[str, Tensor]:
+    """C of every layer by the configured method.
+
+    Raises:
+        ValueError: the method needs `calibrate` first.
+    """
+    method = MergeMethod(adapter.config.merge_method)
+    if adapter.merges_exactly or method is MergeMethod.DROP:
+        return {name: torch.zeros_like(adapter.lora_A(name).detach()) for name in adapter.sites}
+    if method is MergeMethod.PAPER_WEIGHT:
+        return paper_weight(adapter)
+    if adapter.calibration.keys() != adapter.sites.keys():
+        raise ValueError(
+            f"merging shortcut {str(adapter.shortcut)!r} by {method} needs activations: call calibrate(model, "
+            "batches, forward) first, or choose merge_method='paper_weight' or 'drop', which need none"
+        )
+    versions = adapter.calibrated_at
+    if any(adapter.version(name) != version for name, version in versions.items()):
+        adapter.calibrated_at = {}
+        warnings.warn("the adapter was trained on since it was calibrated; calibrate it again", stacklevel=3)
+    return adapter.calibration

@@ -1,0 +1,121 @@
+"""The plain LoRA that an adapter merges into, layer by layer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+
+from ...plain_lora import changes_the_base
+from ...problems import listing
+from ...rules import VARIANTS
+from ..adapter import Adapter
+from ..chains import Site
+from ..functional import LoraFactors, concatenated
+from ..sharding import whole
+from .corrections import corrections_of
+
+MORE_THAN_FACTORS = (
+    "adapter {adapter!r} has more than factors of linear layers and convolutions, so no plain LoRA file can hold it; "
+    "use merge_and_unload, or adapt other layers"
+)
+
+
+def block_of(adapter: Adapter, name: str) -> LoraFactors:
+    """The factors of one block, with the frozen ones beside them."""
+    A, B = concatenated([adapter.factors(name), *adapter.frozen.get(name, ())])
+    return LoraFactors(A.detach(), B.detach(), adapter.layers[name].scaling[adapter.adapter_name])
+
+
+def plain_factors(adapter: Adapter, site: Site, correction: Tensor | None) -> LoraFactors:
+    """The plain LoRA of one layer, given C."""
+    window = [block_of(adapter, name) for name in adapter.windows[site.name]]
+    return adapter.path.plain(block_of(adapter, site.name), window, correction)
+
+
+def merged_factors_of(adapter: Adapter, site: Site) -> LoraFactors:
+    """The plain LoRA of one layer."""
+    return plain_factors(adapter, site, corrections_while_merging(adapter)[site.name])
+
+
+def corrections_while_merging(adapter: Adapter) -> dict[str, Tensor]:
+    """C of every layer, while some may be merged already: no C may depend on their merged weights."""
+    if not any(adapter.adapter_name in layer.merged_adapters for layer in adapter.layers.values()):
+        adapter.corrections_while_merged = corrections_of(adapter)
+    return adapter.corrections_while_merged
+
+
+def joined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
+    """The plain LoRA of the layers that shortcuts may join."""
+    corrections = corrections_while_merging(adapter)
+    return {name: plain_factors(adapter, site, corrections[name]) for name, site in adapter.sites.items()}
+
+
+def unjoined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
+    """The plain LoRA of the layers that no shortcut joins, such as convolutions.
+
+    Raises:
+        ValueError: a layer's adapter is not two factors of a linear map; all such layers are named.
+    """
+    problems = [f"  - {name}: {other.kind}" for name, other in adapter.unjoined.items() if not other.has_factors]
+    if problems:
+        raise ValueError("\n".join([f"{MORE_THAN_FACTORS.format(adapter=adapter.adapter_name)}:", *problems]))
+    return {name: factors_of(layer, adapter.adapter_name) for name, (layer, *_) in adapter.unjoined.items()}
+
+
+def factors_of(layer: Any, adapter_name: str) -> LoraFactors:
+    """The factors of one of PEFT's layers, as they are; gathered where they are sharded."""
+    A, B = (whole(side[adapter_name].weight).detach() for side in (layer.lora_A, layer.lora_B))
+    return LoraFactors(A, B, layer.scaling[adapter_name])
+
+
+def refuse_more_than_factors(config: LoraConfig) -> None:
+    """Raise `ValueError` if factors alone do not say what an adapter of this configuration changes."""
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r} trains biases, which are no factors and would be lost; use "
+            "merge_and_unload or save_pretrained, or train with bias='none'"
+        )
+    if changes_the_base(config.init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so the factors are no LoRA "
+            "of the base that others have; use merge_and_unload, or train with init_lora_weights=True"
+        )
+
+
+def plain_lora_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:
+    """The factors of a plain LoRA adapter, made by PEFT's `LoraConfig`, by module path.
+
+    Raises:
+        ValueError: there is no such adapter, or it is more than factors of linear layers and convolutions.
+    """
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA adapter {adapter_name!r}")
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    refuse_more_than_factors(config)
+    more = [name for name in VARIANTS if getattr(config, name, None)]
+    more += [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.lora_embedding_A or isinstance(layer, ParamWrapper) or layer.lora_bias[adapter_name]
+    ]
+    if more:
+        raise ValueError(f"{MORE_THAN_FACTORS.format(adapter=adapter_name)}: {listing(more)}")
+    return {name: factors_of(layer, adapter_name) for name, layer in layers.items()}
+
+
+@contextmanager
+def computing_as(adapter: Adapter, factors: dict[str, LoraFactors]) -> Iterator[None]:
+    """Inside, the layers that shortcuts may join compute plain LoRA with these factors."""
+    before, adapter.merged = adapter.merged, factors
+    try:
+        yield
+    finally:
+        adapter.merged = before

@@ -1,0 +1,67 @@
+"""What ResLoRA refuses of PEFT's operations, and why."""
+
+import difflib
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..adapter import Adapter
+from ..config import Shortcut
+from .variant import find_adapter
+
+
+def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raise `ValueError` if no module is meant by `target_modules`, naming those that come close."""
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if any(check_target_module_exists(config, name) for name in names) or config.target_parameters:
+        return
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", module), nn.Linear) and ".lora_" not in name
+    }
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    near = {name for target in wanted for name in difflib.get_close_matches(target, linear, n=3)}
+    offered = f"the nearest are {', '.join(sorted(near))}" if near else f"it has {', '.join(sorted(linear)[:12])}"
+    raise ValueError(
+        f"Target modules {targets} not found in the base model ({type(model).__name__}): no module has such a name; "
+        f"{offered}. Please check the target modules and try again."
+    )
+
+
+def refuse_combination(model: nn.Module, adapters: list[str], combination_type: str) -> None:
+    """Raise `ValueError` if adapters cannot be combined into one of the same shortcut.
+
+    Side by side (`cat`) they can, where their links are the same. By SVD of each layer's own B A they cannot for
+    `middle`, whose B_n A_{n-1} x needs the factors of neighbours in one basis.
+    """
+    found = {name: find_adapter(model, name) for name in adapters}
+    ours = {name: one for name, one in found.items() if one is not None and not one.is_plain}
+    ways = [(one.shortcut, one.config.num_previous, one.joined) for one in ours.values()]
+    problems = []
+    if ours and (len(ours) < len(found) or any(way != ways[0] for way in ways)):
+        kinds = ", ".join(f"{name!r} by {str(ours[name].shortcut) if name in ours else 'none'}" for name in found)
+        problems.append(f"the layers of the adapters are joined differently ({kinds}), and one adapter has one way")
+    elif len(ours) > 1 and ways[0][0] is Shortcut.MIDDLE:
+        if combination_type.endswith("svd"):
+            problems.append(
+                f"combination_type {combination_type!r} takes each layer's B A apart anew, and shortcut 'middle' "
+                "multiplies factors of several layers; wanted 'cat' or 'linear'"
+            )
+        elif not all(scales_chains_evenly(one) for one in ours.values()):
+            problems.append("shortcut 'middle' multiplies factors of several layers, whose scalings differ here")
+    if problems:
+        raise ValueError(
+            "add_weighted_adapter: " + "; ".join(problems) + ". Or combine the plain LoRAs that they merge into "
+            "(merged_factors, reslora_diffusion.export.combine)"
+        )
+
+
+def scales_chains_evenly(adapter: Adapter) -> bool:
+    """Whether the layers of each chain have one scaling."""
+    name = adapter.adapter_name
+    return all(len({adapter.layers[layer].scaling[name] for layer in chain}) == 1 for chain in adapter.joined)

@@ -1,0 +1,49 @@
+"""The modules whose forward is one forward of the chains: hooks on them open and close the state of an adapter."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_inside(name: str, ancestor: str) -> bool:
+    return not ancestor or name.startswith(f"{ancestor}.")
+
+
+def find_root(model: nn.Module, names: list[str]) -> tuple[str, nn.Module]:
+    """The lowest common ancestor of layers that has a forward of its own: whoever calls the layers calls it."""
+    paths = [name.split(".") for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common and type(model.get_submodule(".".join(common))).forward is nn.Module.forward:
+        common.pop()
+    name = ".".join(common)
+    return name, model.get_submodule(name)
+
+
+def find_roots(model: nn.Module, chains: Iterable[list[str]]) -> dict[str, nn.Module]:
+    """The outermost of the modules that run whole chains: one for a UNet, two for an encoder and its decoder."""
+    found = dict(find_root(model, chain) for chain in chains)
+    return {n: r for n, r in found.items() if not any(o != n and is_inside(n, o) for o in found)}
+
+
+def may_be_fused(model: nn.Module, homes: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules around layers on which `fuse_qkv_projections` of diffusers may be called."""
+    parents = set(map(id, homes))
+    return [module for module in model.modules() if id(module) in parents and hasattr(module, "fused_projections")]
+
+
+def is_fused(attention: Any) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` is in force; on older attentions undoing it leaves the flag."""
+    if not attention.fused_projections:
+        return False
+    return hasattr(attention, "unfuse_projections") or "Fused" in type(attention.processor).__name__
+
+
+def are_whole(weights: list[Any]) -> bool:
+    """Whether every weight is an ordinary tensor with all of its elements, not a shard or a parametrisation."""
+    return {type(weight) for weight in weights} <= {nn.Parameter, torch.Tensor} and all([w.numel() for w in weights])

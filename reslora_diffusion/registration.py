@@ -1,0 +1,43 @@
+"""PEFT learns of `ResLoraConfig`, in whatever order the two packages are imported.
+
+`PeftModel.from_pretrained` looks the type RESLORA up in PEFT's tables. If PEFT is imported already, `reslora_diffusion`
+writes itself there at once; if not, as soon as it is. So neither import is made slower by the other one's libraries.
+"""
+
+import importlib.util
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+CORE = "reslora_diffusion.core"  # importing it registers
+
+
+def register_with_peft() -> None:
+    """Register now, or when `peft` is imported."""
+    if "peft" in sys.modules:
+        import_module(CORE)
+    elif not any(isinstance(finder, AfterPeft) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AfterPeft())
+
+
+class AfterPeft(MetaPathFinder):
+    """Finds `peft` where it is found without this finder, and registers once it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            import_module(CORE)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
