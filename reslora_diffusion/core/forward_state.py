@@ -78,6 +78,7 @@ class Scope:
         self.parent = parent
         self.values: dict[str, Published] = {}
         self.captured = {} if captured is None else captured
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}  # what was captured, and its copy
         self.latest: Sum | None = None
 
     def put(self, name: str, published: Published) -> None:
@@ -93,9 +94,12 @@ class Scope:
         found = self.parent.get(name)
         if found is not None:
             # Detached, so that no segment holds another's graph; as differentiable as the original, so that the second
-            # run saves as many tensors as the first.
+            # run saves as many tensors as the first. What is one tensor for several layers stays one.
             value = found.value
-            copy = value.detach().requires_grad_(value.requires_grad)
+            original, copy = self.copies.get(id(value), (None, value))
+            if original is not value:
+                copy = value.detach().requires_grad_(value.requires_grad)
+                self.copies[id(value)] = value, copy
             self.captured[name] = Published(copy, version_of(copy), found.projected)
         return found
 
