@@ -64,11 +64,11 @@ class Fold(Schedule):
         """Give the adapters the form that folding leaves; no calibration is needed, as values are loaded afterwards."""
         if not state["folded"] or self.folded:
             return Change.NOTHING
-        configs = [get_controller(adapted.model, adapted.adapter_name).config for adapted in self.adapters]
-        methods = [config.merge_method for config in configs]
-        for config in configs:
-            config.merge_method = MergeMethod.DROP
+        adapters = [get_controller(adapted.model, adapted.adapter_name) for adapted in self.adapters]
+        methods = [adapter.config.merge_method for adapter in adapters]
+        for adapter in adapters:
+            adapter.own_config().merge_method = MergeMethod.DROP
         change = self.fold()
-        for config, method in zip(configs, methods, strict=True):
-            config.merge_method = method
+        for adapter, method in zip(adapters, methods, strict=True):
+            adapter.config.merge_method = method
         return change
