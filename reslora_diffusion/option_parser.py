@@ -70,8 +70,20 @@ class Parser(argparse.ArgumentParser):
 class Formatter(argparse.HelpFormatter):
     """Shows one name for the value of an option, however many words it takes."""
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        switch = isinstance(action, Collect) and not action.metavar
+        return ", ".join(action.option_strings) if switch else super()._format_action_invocation(action)
+
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return str(action.metavar) if isinstance(action, Collect) else super()._format_args(action, default_metavar)
+
+
+def groups(kind: type) -> Iterator[type]:
+    """The dataclasses that one is made of, in the order in which they are written."""
+    for base in kind.__bases__:
+        if base is not object:
+            yield from groups(base)
+    yield kind
 
 
 class Reader:
@@ -102,17 +114,18 @@ class Reader:
             allow_abbrev=False,
             formatter_class=Formatter,
         )
-        for group in (*kind.__bases__, kind):
-            own = [name for name in group.__dict__.get("__annotations__", {}) if name in self.facts]
-            title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".") if own else ""
-            add = self.parser.add_argument_group(title).add_argument if own else None
-            for name in own if add else ():
-                flags = [f"--{alias}" for alias in (name, *self.facts[name].aliases)]
-                flags += [f"--no-{name}"] if is_switch(self.kinds[name]) else []
-                add(*flags, nargs="*", action=Collect, metavar=self.metavar(name), help=self.help_of(name))
+        for group in groups(kind):
+            if own := [name for name in group.__dict__.get("__annotations__", {}) if name in self.facts]:
+                title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".")
+                self.add_group(title, own)
+        self.flags = {flag for action in self.parser._actions for flag in action.option_strings}
 
-    def known_flags(self) -> list[str]:
-        return [flag for action in self.parser._actions for flag in action.option_strings]
+    def add_group(self, title: str, names: Sequence[str]) -> None:
+        add = self.parser.add_argument_group(title).add_argument
+        for name in names:
+            flags = [f"--{alias}" for alias in (name, *self.facts[name].aliases)]
+            flags += [f"--no-{name}"] if is_switch(self.kinds[name]) else []
+            add(*flags, nargs="*", action=Collect, metavar=self.metavar(name), help=self.help_of(name))
 
     def metavar(self, name: str) -> str:
         if is_switch(self.kinds[name]):
@@ -131,10 +144,21 @@ class Reader:
         own = [] if default is None else [" ".join(shown)]
         return (text if silent else f"{text} (default: {', '.join([*own, *others])})").replace("%", "%%")
 
+    def written_here(self, word: str) -> str:
+        """`--learning-rate` and `--no_center_crop` as they are written here; other words as they are."""
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or flag in self.flags:
+            return word
+        if name not in self.names and name.startswith("no_") and is_switch(self.kinds.get(name[3:])):
+            name = f"no-{name[3:]}"
+        return f"--{name}{equals}{value}" if f"--{name}" in self.flags else word
+
     def command_line(self, argv: Sequence[str] | None = None) -> Given:
         """Options on a command line."""
         namespace, given, stray = argparse.Namespace(found=[]), Given(), []
-        _, unknown = self.parser.parse_known_args(sys.argv[1:] if argv is None else list(argv), namespace)
+        words = [self.written_here(word) for word in (sys.argv[1:] if argv is None else argv)]
+        _, unknown = self.parser.parse_known_args(words, namespace)
         for flag, words in namespace.found:
             name = self.names.get(flag) or self.names[flag.removeprefix("no-")]
             if flag not in self.names:  # --no-flag
@@ -169,6 +193,8 @@ class Reader:
         """The words of a command line that say the same as a value in a file."""
         if isinstance(value, bool):  # YAML reads `no` as false
             return ["no" if value is False and "no" in self.facts[name].choices else str(value).lower()]
+        if isinstance(value, dict) and not takes_many(self.kinds[name]):  # of an option that takes JSON
+            return [json.dumps(value)]
         if isinstance(value, dict):
             return [f"{key}={inner}" for key, inner in value.items()]
         if isinstance(value, list):
@@ -194,17 +220,17 @@ class Reader:
 
     def unknown_options(self, words: Sequence[str]) -> Iterator[str]:
         """An answer to each word that is no option; words that follow an unknown option are its values."""
-        known, inside = self.known_flags(), False
+        inside = False
         for word in words:
             if word.startswith("-"):
-                yield self.unknown_option(word, known)
+                yield self.unknown_option(word)
                 inside = "=" not in word
             elif not inside:
                 yield f"got {word!r}, which belongs to no option"
 
-    def unknown_option(self, word: str, known: Sequence[str]) -> str:
+    def unknown_option(self, word: str) -> str:
         flag = word.split("=")[0]
         if answer := self.answer(flag.lstrip("-")):
             return answer
-        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1, cutoff=CLOSE)
+        near = difflib.get_close_matches(flag, self.flags, n=1, cutoff=CLOSE)
         return f"unknown option {flag}" + (f" (did you mean {near[0]}?)" if near else "")

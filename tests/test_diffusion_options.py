@@ -1,6 +1,7 @@
 """The command line: diffusers' flags with diffusers' defaults, configuration files, and what wins over what."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -228,11 +229,19 @@ def test_a_file_is_read_by_the_same_rules_as_a_command_line(tmp_path):
     ]
 
 
+def test_names_are_read_with_hyphens_too():
+    """As transformers' parser reads them; `--no_flag` is `--no-flag`."""
+    read = parse(["--learning-rate", "0.5", "--train-text-encoder", "--no_center_crop", "--validation-prompt=a-b c"])
+    assert (read.learning_rate, read.train_text_encoder, read.center_crop) == (0.5, True, False)
+    assert read.validation_prompt == ["a-b c"]
+    assert not read.problems
+
+
 def test_help_names_every_option_and_the_defaults_of_families(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert all(f"--{name} " in said for name in facts_of(DreamBoothOptions))
+    assert all(re.search(rf"--{name}[ ,]", said) for name in facts_of(DreamBoothOptions))
     assert "cropped to. (default: 512, SDXL 1024)" in said
 
 

@@ -21,7 +21,7 @@ def reader() -> Reader:
 
 
 def known_flags() -> list[str]:
-    return reader().known_flags()
+    return sorted(reader().flags)
 
 
 def read_config(path: Path) -> Given:
