@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tiny import tiny_pipeline_folder, tiny_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("export", "inspect", "verify", "merge", "resize", "combine", "convert", "extract")
+TRAINING = ("train", "train-llm", "glue", "compare", "env")  # tests/test_programs.py
 SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 BASE = str(tiny_pipeline_folder())
 
@@ -58,7 +60,7 @@ def test_help_lists_the_commands(run):
     code, output = run("--help")
     assert code == 0
     listed = [line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == list(COMMANDS)
+    assert listed == [*COMMANDS, *TRAINING]
 
 
 def test_inspect(run, source, tmp_path):
@@ -251,3 +253,31 @@ def test_the_console_script_exits_with_the_code(source, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("verify",), ("merge", "out"), ("export", "out")])
+def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch, words):
+    """Not after a minute of retries, and not as a fault of the model."""
+    from huggingface_hub import constants
+
+    from reslora_diffusion.hub import unreachable
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    unreachable.cache_clear()
+    command, *rest = words
+    begin = time.monotonic()
+    code, output = run(command, source, *rest, "--base", "nobody/no-model-of-that-name")
+    unreachable.cache_clear()
+    assert code == 2
+    assert "is no folder here and not in the hub's cache, and http://127.0.0.1:9 cannot be reached" in output
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("words", [("verify",), ("merge", "out")])
+def test_a_single_file_is_no_base(run, source, words):
+    command, *rest = words
+    code, output = run(command, source, *rest, "--base", source)
+    assert code == 2
+    assert "is a single file; wanted the folder or hub name of a pipeline" in output

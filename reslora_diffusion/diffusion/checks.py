@@ -19,6 +19,7 @@ from .. import environment
 from ..hub import unreachable
 from ..problems import BadInput, listing, refuse
 from ..stored import Files
+from ..utils.names import file_name_problem
 from .buckets import Size, parse_buckets
 from .checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from .concepts import Concept, concepts_of
@@ -208,8 +209,8 @@ def bad_values(args: DreamBoothOptions) -> Iterator[str]:
     yield from args.value_problems()
     if args.resolution >= 1 and args.resolution % 8:
         yield f"--resolution: got {args.resolution}, wanted a multiple of 8"
-    if args.export_name and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.export_name):
-        yield f"--export_name: got {args.export_name!r}, wanted letters, digits and . _ + -"
+    if args.export_name and (problem := file_name_problem(args.export_name)):
+        yield f"--export_name: got {problem}"
     yield from extension_problems("--caption_extension", args.caption_extension)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import without_secrets
 from ..utils.files import write_text
+from ..utils.names import composed, file_name_from
 from .checkpoints import stored_facts
 from .options import BINDING, DreamBoothOptions, stored_options
 from .options.training import TrainingOptions
@@ -85,5 +85,4 @@ def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, An
 
 def export_name(args: DreamBoothOptions) -> str:
     """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
-    folder = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(args.output_dir).resolve().name)
-    return args.export_name or folder.strip("-_.+") or "lora"
+    return composed(args.export_name) if args.export_name else file_name_from(Path(args.output_dir).resolve().name)

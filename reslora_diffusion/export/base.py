@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..hub import unreachable
 from ..problems import Unusable, listing
 from ..stored import Files, Unknown
 from .flux import parts_of
@@ -139,9 +140,12 @@ def check_base_name(name: str) -> list[str]:
             f"{name} is a single file; wanted the folder or hub name of a pipeline "
             "(StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) makes one)"
         ]
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-        return []
-    return [f"{name} does not exist"]
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        return [f"{name} does not exist"]
+    files = Files(name, None)
+    if not any(files.path(index) for index in ("model_index.json", "config.json")) and (why := unreachable()):
+        return [f"{name} is no folder here and not in the hub's cache, and {why}"]
+    return []
 
 
 def check_base(name: str) -> None:

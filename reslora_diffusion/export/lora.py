@@ -12,7 +12,6 @@ folder beside the old files; reopen and prove; rename into place. A process kill
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
+from ..utils.names import composed, file_name_problem
 from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of
@@ -86,6 +86,7 @@ def export_lora(
         formats = ("diffusers", "kohya") if has_kohya_names(components) else ("diffusers",)
     if not formats or not set(formats) <= {"diffusers", "kohya"}:
         raise ValueError(f"formats: got {list(formats)}, wanted 'diffusers', 'kohya' or both")
+    name = composed(name)
     homes = {Dialect.DIFFUSERS: Path(DIFFUSERS_FILE), Dialect.KOHYA: Path(KOHYA_FOLDER, f"{name}.safetensors")}
     files = {Dialect(kind): homes[Dialect(kind)] for kind in formats}
     return write_proved(
@@ -191,8 +192,8 @@ def has_kohya_names(components: Components) -> bool:
 def input_problems(components: Components, name: str, files: Mapping[Dialect, Path]) -> list[str]:
     """Faults of the request itself."""
     problems = []
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) and Dialect.KOHYA in files:
-        problems.append(f"name {name!r} is not a file name (letters, digits and . _ + -)")
+    if Dialect.KOHYA in files and (problem := file_name_problem(name)):
+        problems.append(f"name {problem}")
     if strange := components.keys() - set(COMPONENTS):
         problems.append(f"components {sorted(strange)}; wanted some of {', '.join(COMPONENTS)}")
     if Dialect.KOHYA in files and not has_kohya_names(components):

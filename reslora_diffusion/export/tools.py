@@ -8,7 +8,6 @@ A target that ends in `.safetensors` is one file; any other is a folder with eve
 `export_lora`, or PEFT's folder for what only PEFT can hold.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ..problems import listing
+from ..utils.names import file_name_from
 from .factors import Components, concatenated
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
@@ -215,7 +215,7 @@ def refuse_overwriting(output: str | Path, sources: Sequence[str | Path]) -> Non
 
 def file_name(output: str | Path) -> str:
     """A name for the kohya file from the name of its folder."""
-    return re.sub(r"[^\w.+-]+", "-", Path(output).resolve().name).strip("-.+_") or "lora"
+    return file_name_from(Path(output).resolve().name)
 
 
 def kept_dtype(lora: LoraFile) -> torch.dtype:

@@ -10,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from ...rules import UNMERGED_KEY
+from ...utils.names import adapter_name_problem
 from ..config import PeftType, ResLoraConfig
 from ..merging.corrections import corrections_of
 from .install import install
@@ -30,6 +31,8 @@ class ResLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        if problem := adapter_name_problem(adapter_name):
+            raise ValueError(problem)
         if kwargs.get("state_dict") is None:
             refuse_unmatched_targets(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
