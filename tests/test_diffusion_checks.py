@@ -103,6 +103,8 @@ def pictures(folder, *names):
         ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, reslora"),
         ({"compare": ["lora"]}, "wanted two contenders or more"),
         ({"compare": ["lora", "reslora:seed=3"]}, "sets --seed=3, which all contenders share"),
+        ({"compare": ["lora", "reslora:max-train-steps=3"]}, "sets --max_train_steps=3, which all contenders share"),
+        ({"compare": ["lora", "reslora:rank=many"]}, "reslora:rank=many: --rank: got 'many', wanted a whole number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -109,13 +109,13 @@ def quick_check(args: DreamBoothOptions) -> Findings:
 
 def is_on_this_machine(args: DreamBoothOptions) -> bool:
     """Whether the model is a folder or in the hub's cache; else it takes the hub, and time, to learn more."""
-    return Files(args.pretrained_model_name_or_path, args.revision).path("model_index.json") is not None
+    return Files(args.pretrained_model_name_or_path or "", args.revision).path("model_index.json") is not None
 
 
 def check(args: DreamBoothOptions, found: Findings | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
     found = found or quick_check(args)
-    name = args.pretrained_model_name_or_path
+    name = args.pretrained_model_name_or_path or ""
     if not Path(name).is_dir() and (why := unreachable()) and not is_on_this_machine(args):
         found.problems.append(f"--pretrained_model_name_or_path {name}: it is not on this machine, and {why}")
         found.refuse(args)
@@ -257,16 +257,14 @@ def bad_combinations(args: DreamBoothOptions) -> Iterator[str]:
 
 
 def missing_packages(args: DreamBoothOptions) -> Iterator[str]:
-    package = "bitsandbytes" if args.use_8bit_adam else OPTIMIZER_PACKAGES.get(args.optimizer)
-    needed = {
-        "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}": (package, package is not None),
-        "--enable_xformers_memory_efficient_attention": (
-            "xformers",
-            args.enable_xformers_memory_efficient_attention,
-        ),
-        f"--report_to {args.report_to}": (args.report_to, args.report_to in ("tensorboard", "wandb", "comet_ml")),
-    }
-    yield from environment.missing_packages((flag, package) for flag, (package, wanted) in needed.items() if wanted)
+    needed = []
+    if package := "bitsandbytes" if args.use_8bit_adam else OPTIMIZER_PACKAGES.get(args.optimizer):
+        needed.append(("--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}", package))
+    if args.enable_xformers_memory_efficient_attention:
+        needed.append(("--enable_xformers_memory_efficient_attention", "xformers"))
+    if args.report_to in ("tensorboard", "wandb", "comet_ml"):
+        needed.append((f"--report_to {args.report_to}", args.report_to))
+    yield from environment.missing_packages(needed)
 
 
 def bad_weights(args: DreamBoothOptions) -> Iterator[str]:

@@ -17,7 +17,7 @@ NAMED = 20  # pictures that one line names
 
 def inventory(concepts: Sequence[Concept], args: DreamBoothOptions, buckets: list[Size]) -> list[str]:
     """Lines on every folder; `buckets` is empty where the sizes to train at could not be told."""
-    lines = []
+    lines: list[str] = []
     for concept in concepts:
         if concept.instance.folder.is_dir():  # what is missing is a problem, and there is nothing to tell of it
             lines += describe(concept.instance, "instance", concept.instance_prompt, buckets)

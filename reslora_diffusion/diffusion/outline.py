@@ -143,7 +143,7 @@ def read_outline(args: DreamBoothOptions) -> Outline | None:
     Raises:
         BadInput: the pipeline is not of a family that is trained here.
     """
-    files = Files(args.pretrained_model_name_or_path, args.revision)
+    files = Files(args.pretrained_model_name_or_path or "", args.revision)
     try:
         index = files.json("model_index.json")
         family = family_of(index, files.name)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ def training(plan: Plan, args: DreamBoothOptions, count: int) -> Iterator[str]:
 
 def adapter_line(args: DreamBoothOptions) -> str:
     """Which adapter is trained, of what size."""
-    settings = {item.name: item.default for item in fields(ShortcutFields)} | adapter_settings(args)
+    defaults: dict[str, Any] = {item.name: item.default for item in fields(ShortcutFields)}
+    settings = defaults | adapter_settings(args)
     rank, alpha = settings["r"], settings["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if args.use_rslora else rank)
     if args.method == "lora":

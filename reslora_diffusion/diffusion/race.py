@@ -49,15 +49,16 @@ def contender(word: str, args: DreamBoothOptions) -> DreamBoothOptions:
     if method == "lora" or shortcut in ("none", "block"):
         own.distillation_steps = None  # these merge exactly
     words = [f"--{setting}" for setting in filter(None, settings.split(","))]
-    if shared := [setting for setting in words if setting[2:].partition("=")[0] in SHARED]:
+    given = override(own, words)
+    if shared := [f"--{name}={value}" for name, value in given.values.items() if name in SHARED]:
         raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])
-    refuse(f"--compare: {word}: {problem}" for problem in override(own, words))
+    refuse(f"--compare: {word}: {problem}" for problem in given.problems)
     return own
 
 
 def contenders(args: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
     """Options by name; raises `BadInput` with the problems of all of them."""
-    words = list(dict.fromkeys(name for word in args.compare for name in split_names(word)))
+    words = list(dict.fromkeys(name for word in args.compare or [] for name in split_names(word)))
     found: dict[str, DreamBoothOptions] = {}
     problems: dict[str, list[str]] = {}  # and who has them
     looks: dict[str, Findings] = {}
@@ -147,11 +148,10 @@ def app_settings(folders: dict[str, Path], args: DreamBoothOptions) -> dict[str,
 
 def draw_sheet(folders: dict[str, Path], args: DreamBoothOptions) -> Image.Image:
     """Columns: where they start, which is the base (step 0 of any of them), then each contender's last pictures."""
-    names = [f"{p}-{n}.png" for p in range(len(args.validation_prompt)) for n in range(args.num_validation_images)]
+    prompts, each = args.validation_prompt or [], range(args.num_validation_images)
+    names = [f"{p}-{n}.png" for p in range(len(prompts)) for n in each]
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
     start = "start" if args.network_weights else "base"
     chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
     columns = {label: [folder / name for name in names] for label, folder in chosen.items()}
-    return contact_sheet(
-        columns, [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
-    )
+    return contact_sheet(columns, [prompt for prompt in prompts for _ in each])

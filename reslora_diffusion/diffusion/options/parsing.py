@@ -73,8 +73,8 @@ def parse(argv: Sequence[str] | None = None) -> DreamBoothOptions:
     return options
 
 
-def override(options: DreamBoothOptions, words: Sequence[str]) -> list[str]:
-    """Change options by words of a command line; returns what is wrong with the words."""
+def override(options: DreamBoothOptions, words: Sequence[str]) -> Given:
+    """Change options by words of a command line; returns what the words say, and what is wrong with them."""
     given = reader().command_line(words)
     options.update(given.values)
-    return given.problems
+    return given
