@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from dreambooth import PROMPT, train
 from reslora_diffusion.diffusion.checkpoints import checkpoints_in
+from reslora_diffusion.diffusion.history import History
 from reslora_diffusion.diffusion.loss import Denoiser
 from reslora_diffusion.diffusion.validation import Painter
 from reslora_diffusion.problems import BadInput, Stopped, is_out_of_memory
@@ -150,6 +151,21 @@ def test_a_state_that_the_output_folder_does_not_take_is_written_elsewhere(tmp_p
     (found,) = (tmp_path / "temporary").glob("run-*/checkpoint-2")
     assert f"it is in {found} instead: move it into {tmp_path / 'run'} to continue from it" in str(raised.value)
     assert_same(found / "state" / "state.safetensors", state(whole, 2))
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_after_a_whole_step(tmp_path, monkeypatch, whole):
+    write = History.write
+
+    def full(self, rows):
+        if any(row["step"] == 2 for row in rows):
+            raise OSError(28, "No space left on device", str(self.path))
+        write(self, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(History, "write", full)
+        with pytest.raises(Stopped, match="No space left on device: .*metrics.jsonl.* Kept: checkpoint-2"):
+            train(tmp_path / "run", use_ema=True)
+    assert_same(state(tmp_path / "run", 2), state(train(tmp_path / "ema", use_ema=True, checkpointing_steps=2), 2))
 
 
 def test_files_of_checkpoints_have_names_of_their_own(whole):

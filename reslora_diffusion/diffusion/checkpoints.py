@@ -99,7 +99,9 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     if limit is not None:
         there = [path for path in found_in(output_dir) if (path / STATE_FOLDER / FACTS).is_file()]
         for old in there[:-limit]:
-            shutil.rmtree(old)
+            hidden = old.with_name(f".{old.name}.old")  # half removed it must not look like a checkpoint
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
     return folder
 
 

@@ -6,7 +6,7 @@ Methods are called by every process alike; only the main one writes. What is ran
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -72,6 +72,7 @@ class Run:
     schedule: Schedule = field(init=False)
     step: int = field(init=False, default=0)  # steps that are done
     settled: bool = field(init=False, default=True)  # whether all that a step changes belongs to that step
+    unwritten: OSError | None = field(init=False, default=None)
     saved_step: int | None = field(init=False, default=None)
     seen: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -102,7 +103,10 @@ class Run:
         lr = self.lr_scheduler.get_last_lr()[0]
         self.history.add_step(step, loss, grad_norm, lr)
         if self.history.is_due():
-            self.flush(step)
+            try:
+                self.flush(step)
+            except OSError as error:
+                self.unwritten = error  # raised once the step is done, so that it is kept
 
     def flush(self, step: int) -> None:
         """Write what was measured up to now."""
@@ -196,6 +200,8 @@ class Run:
         yield
         self.step += 1
         self.settled = True
+        if self.unwritten:
+            raise self.unwritten
 
     def keep(self, step: int) -> None:
         """A checkpoint without its LoRA; no process waits for another."""
@@ -231,8 +237,6 @@ class Run:
         self.scaler.load_state_dict(facts["scaler"])
         self.step = self.saved_step = facts["step"]
         return facts["step"]
-
-    # ------------------------------------------------------------------------------------------ look
 
     def averaged(self) -> AbstractContextManager:
         """Inside, the adapters hold their moving average if there is one: what is shown and exported."""
@@ -338,6 +342,7 @@ class Run:
         return merged, exported
 
     def close(self) -> None:
-        """Let the trackers write what they hold."""
+        """Let the trackers write what they hold. A full disk must not hide why a run has ended."""
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with suppress(OSError):
+                tracker.finish()
