@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from benchmarks.gpu import correctness, kernels, steps
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.models import SUBJECTS, output, repeated_blocks
 from benchmarks.step import Models, build, frozen
+from reslora_diffusion import explain_kernels
 from tape import Tapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,30 +141,21 @@ def test_faults_of_the_command_line_are_named_together(tmp_path: Path, capsys: p
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def nodes(result: torch.Tensor) -> set[str]:
-    """The names of all nodes of an autograd graph."""
-    found, todo = set(), [result.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return {node.name() for node in found}
-
-
 @pytest.mark.parametrize("variant", ["lora", "input", "block", "middle"])
 def test_a_forced_kernel_computes(variant: str) -> None:
     of = SUBJECTS["tiny_unet"]
     model, inputs = build(variant, of, CPU, torch.float32), of.inputs(1, CPU, torch.float32)
-    marks = {"plain": (), "fused": ("FusedLinear", "WholeLinear"), "grouped": ("FusedLinears",)}
-    assert set(marks) == set(forced.kernels_of(model))
-    for kernel, wanted in marks.items():
+    kernels_ = forced.kernels_of(model)
+    assert kernels_ == ("plain", "fused", "runlora", "grouped")
+    for kernel in kernels_:
         forced.force(model, kernel)
         output(model, inputs)
-        found = {name.removesuffix("Backward") for name in nodes(output(model, inputs))}
-        own = found & {"FusedLinear", "WholeLinear", "FusedLinears"}
-        assert bool(own) == bool(wanted)
-        assert not wanted or own & set(wanted), (kernel, own)
+        used = Counter(name for name, _ in explain_kernels(model).layers.values())
+        if kernel in ("plain", "fused") or (kernel == "runlora" and variant in ("lora", "block")):
+            assert set(used) == {kernel}
+        else:
+            assert kernel in used
+            assert set(used) <= {kernel, "fused", "plain"}
 
 
 def test_a_wrong_kernel_is_found() -> None:

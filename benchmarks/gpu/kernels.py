@@ -10,7 +10,7 @@ much time. What gains nowhere is named at the end.
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,30 +74,53 @@ class Bench:
         return {name: values | ({"peak": peaks[name]} if peaks[name] else {}) for name, values in found.items()}
 
 
-def measure(args: Any, models: Models, until: float) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """All comparisons, those of kernels first; a comparison that raises is named."""
-    cases, rounds = (TINY_CASES, LEAST) if args.tiny else (CASES, MOST)
-    shortcuts = SHORTCUTS[:2] if args.tiny else SHORTCUTS
-    todo: list[tuple[str, str, str, int]] = []
-    for shortcut in shortcuts:
-        todo += [("kernels", shortcut, *case) for case in cases]
-    todo += [("forms", "block", *case) for case in cases if "llama" not in case[0]]
-    for place, (kind, variant, subject, batch) in enumerate(todo):
+class Comparison(NamedTuple):
+    """What is compared: the kernels, or the memory-saving forms, on one model."""
+
+    kind: str  # "kernels" or "forms"
+    subject: str
+    batch: int
+    precision: torch.dtype
+    variant: str
+
+    def __str__(self) -> str:
+        precision = str(self.precision).removeprefix("torch.")
+        return f"{self.kind}, {self.subject}, batch {self.batch}, {precision}, {self.variant}"
+
+
+def comparisons(tiny: bool) -> list[Comparison]:
+    """All of them, in the order of their value. RunLoRA's forms are for float32."""
+    if tiny:
+        cases, shortcuts, precision = TINY_CASES, SHORTCUTS[:2], torch.float32
+    else:
+        cases, shortcuts, precision = CASES, SHORTCUTS, torch.bfloat16
+    found = [Comparison("kernels", *case, precision, shortcut) for shortcut in shortcuts for case in cases]
+    found += [Comparison("forms", *case, precision, "block") for case in cases if "llama" not in case[0]]
+    if not tiny:
+        found += [Comparison("kernels", *case, torch.float32, "block") for case in (CASES[0], CASES[-1])]
+    return found
+
+
+def measure(args: Any, until: float) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """The comparisons that fit the time, each of them as many rounds as its share allows; what raises is named."""
+    device, todo, rounds = torch.device(args.device), comparisons(args.tiny), LEAST if args.tiny else MOST
+    models = {precision: Models(device, precision) for precision in {each.precision for each in todo}}
+    for place, each in enumerate(todo):
         now = time.monotonic()
-        name = f"{kind}, {subject}, batch {batch}, {variant}"
         if now > until:
-            print(f"{name}: left out, the time is over", flush=True)
+            print(f"{each}: left out, the time is over", flush=True)
             continue
         try:
-            bench = Bench(models, subject, batch, rounds)
-            ways = kernels_of(models.base(subject)) if kind == "kernels" else (None, *FRUGAL)
+            bench = Bench(models[each.precision], each.subject, each.batch, rounds)
+            kernels = each.kind == "kernels"
+            ways = kernels_of(bench.models.base(each.subject)) if kernels else (None, *FRUGAL)
             share = now + (until - now) / (len(todo) - place)
-            found = bench.compared(variant, ways, force if kind == "kernels" else only, share)
+            found = bench.compared(each.variant, ways, force if kernels else only, share)
         except RuntimeError as error:
-            print(f"{name}: {reason(error)}", flush=True)
+            print(f"{each}: {reason(error)}", flush=True)
             continue
-        print(f"\n{name}\n{table(found, next(iter(found)))}", flush=True)
-        yield name, found
+        print(f"\n{each}\n{table(found, next(iter(found)))}", flush=True)
+        yield str(each), found
 
 
 def gains(results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
@@ -126,12 +149,10 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 def main() -> None:
     args = stage_args(__doc__)
     warnings.filterwarnings("ignore")
-    device = torch.device(args.device)
-    if device.type == "cpu":
+    if args.device == "cpu":
         torch.set_num_threads(1)
-    models = Models(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, found in measure(args, models, time.monotonic() + args.seconds - RESERVE):
+    for name, found in measure(args, time.monotonic() + args.seconds - RESERVE):
         results[name] = found
         write_results(args.output, "kernels", results, summary=verdicts(results), quiet=True)
     if not results:

@@ -65,6 +65,7 @@ class Shared:
         self.packed_with_grad = False
         self.prepared: dict[str, Prepared] = {}
         self.skipped: dict[str, int] = {}  # links that could not be used, by layer
+        self.kernel: str | None = None  # the kernel that computes all operations; None leaves it to `choose`
         self.observer: Observer | None = None
         self.merged: dict[str, LoraFactors] | None = None  # inside `merged_forward`: what the layers compute instead
         self.gates: dict[str, Gate] = {}
@@ -103,7 +104,7 @@ class AdaptedLayer:
             op = op._replace(transform=shared.transform(self, op))
         if base is not None:
             op = op._replace(base=base)
-        choice = self.choice = choose(op, self.why)
+        choice = self.choice = choose(op, self.why, shared.kernel)
         y, value = choice.kernel(op)
         if self.reads and shared.merged is None:
             self.forget_read()

@@ -49,11 +49,12 @@ class Choice(NamedTuple):
     kernel: Kernel
 
 
-def choose(op: LinearOp, why: str | None = None) -> Choice:
+def choose(op: LinearOp, why: str | None = None, wanted: str | None = None) -> Choice:
     """The kernel for an operation, a function of its shapes and of torch's modes.
 
     Args:
         why: what the frozen layer computes its own output for, where it does.
+        wanted: the kernel to choose wherever it can compute the operation, to compare kernels.
     """
     why = why_plain(op.x, op.weight, op.bias) if op.base is None else why or "the frozen layer computes its own output"
     if is_closed(op):
@@ -62,6 +63,8 @@ def choose(op: LinearOp, why: str | None = None) -> Choice:
         choice = because(why)
     elif op.read is not None and op.ahead is not None:
         choice = because("it reads another tensor than the next layer wants projected")
+    elif wanted is not None and (wanted != "runlora" or fits(op)):
+        choice = Choice(wanted, "it was asked for", KERNELS[wanted])
     elif op.x.is_cpu and fits(op):
         choice = by_cost(*shape_of(op))
     else:
