@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 from peft import TaskType
@@ -13,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
 from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
-from reslora_diffusion.llm.options import GlueOptions, LlmOptions, build_parser, parse, training_arguments
+from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.resuming import checkpoint_of
-from reslora_diffusion.llm.training_fields import fields_of_training
+from reslora_diffusion.llm.training_options import TrainingOptions, option
 from reslora_diffusion.problems import BadInput
 from reslora_diffusion.stored import Files
 
@@ -23,34 +24,35 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transform
 HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
 
 
-def described(parser) -> list[tuple]:
-    """All that argparse goes by; of functions made for one option, what they were made with is in the choices."""
-    return [
-        (
-            *(getattr(action, name) for name in ("option_strings", "dest", "nargs", "const", "help", "required")),
-            (type(action), type(action.default), action.default),
-            action.choices and list(action.choices),
-            getattr(action.type, "__qualname__", action.type),
-        )
-        for action in parser._actions
-    ]
+def test_offered_options_are_those_of_the_class():
+    """Of the same names, and with the same defaults but for those that the scripts choose."""
+    real = {item.name: item for item in fields(TrainingArguments)}
+    ours = {item.name: item for item in fields(TrainingOptions)}
+    assert ours.keys() <= real.keys()
+    assert len(ours) > 90
+    changed = {
+        name for name, item in ours.items() if item.default is not MISSING and item.default != real[name].default
+    }
+    assert changed == {
+        "warmup_steps",
+        "eval_strategy",
+        "save_strategy",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "logging_steps",
+        "seed",
+    }
 
 
-@pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
-def test_the_fields_read_from_the_source_are_those_of_the_class(kind, monkeypatch):
-    quick = build_parser(kind, {"learning_rate": 3e-4})
-    assert fields_of_training() is not TrainingArguments
-    monkeypatch.setattr(options, "fields_of_training", lambda: TrainingArguments)
-    real = build_parser(kind, {"learning_rate": 3e-4})
-    assert described(quick) == described(real)
-    assert len(quick._actions) > 120
-    assert quick.format_help() == real.format_help()
+def test_an_option_that_the_installed_version_lacks_is_said(monkeypatch):
+    @dataclass
+    class Newer(TrainingOptions):
+        brand_new: bool = option(False, "Of a later version.")
 
-
-def test_a_source_that_is_not_understood_gives_way_to_the_class(monkeypatch):
-    expected = build_parser(LlmOptions, {}).format_help()
-    monkeypatch.setattr(options, "fields_of_training", lambda: 1 / 0)
-    assert build_parser(LlmOptions, {}).format_help() == expected
+    monkeypatch.setattr(options, "TrainingOptions", Newer)
+    assert training_arguments(parse(LlmOptions, [], {})[1]).seed == 0
+    with pytest.raises(BadInput, match="--brand_new: the installed version of transformers has no such"):
+        training_arguments(parse(LlmOptions, ["--brand_new"], {})[1])
 
 
 def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):

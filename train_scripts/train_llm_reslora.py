@@ -22,7 +22,7 @@ What comes out, in --output_dir:
     checkpoint-N/                                    PEFT's folder with the shortcut, and the Trainer's state
 
 Every evaluation is of the merged LoRA; the best step is chosen on validation rows; test rows are used once, at the end.
-`--resume_from_checkpoint latest` continues. All options of `transformers.TrainingArguments` apply (`--help`).
+`--resume_from_checkpoint latest` continues. `--help` lists our options and those of `transformers.TrainingArguments`.
 """
 
 import sys

@@ -158,10 +158,6 @@ def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
     attention = options.attn_implementation or ""
     if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
         problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
-    if training.push_to_hub and training.hub_strategy not in ("every_save", "end"):
-        problems.append(
-            f"--hub_strategy: got {training.hub_strategy}; what is uploaded is the exported LoRA, once, at the end"
-        )
     output = Path(training.output_dir)
     if not (output.exists() and not output.is_dir()) and (reason := unwritable(output)):
         problems.append(f"--output_dir {output}: cannot be made or written to: {reason}")

@@ -1,8 +1,9 @@
-"""The command lines of both language-model scripts: our options, then every field of `transformers.TrainingArguments`.
+"""The command lines of both language-model scripts: our options, then those of `transformers.TrainingArguments`.
 
-Order of authority: command line, `--config` file (YAML or JSON), the defaults below. The defaults of the method live
-in `ResLoraConfig`; `None` here means "not given". Nothing here imports torch, so `--help` and a bad command line answer
-at once: `parse` gives the training arguments as plain values, of which `training_arguments` makes the real ones.
+Order of authority: command line, `--config` file (YAML or JSON), the defaults of the script, those of the dataclasses.
+The defaults of the method live in `ResLoraConfig`; `None` here means "not given". Nothing here imports torch, so that
+`--help` and a bad command line answer at once: `parse` gives the training arguments as plain values, of which
+`training_arguments` makes the real ones.
 """
 
 import difflib
@@ -11,35 +12,18 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from ..problems import BadInput
+from ..problems import BadInput, refuse
 from .tasks import TASKS
-from .training_fields import fields_of_training
+from .training_options import TrainingOptions, option
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-DEFAULTS = {  # of training arguments, where both scripts differ from transformers
-    "warmup_steps": 0.06,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "logging_steps": 10,
-    "remove_unused_columns": False,
-    "report_to": ["none"],
-    "seed": 0,
-}
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -136,19 +120,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def build_parser(kind: type, defaults: dict[str, Any]) -> Parser:
-    """With every option of `TrainingArguments`, which is imported only if its source cannot be read."""
-
-    def of(training: type) -> Parser:
-        return Parser([kind, training], allow_abbrev=False, description=kind.__doc__)
-
-    try:
-        parser = of(fields_of_training())
-    except Exception:  # how transformers writes the class is its own affair
-        from transformers import TrainingArguments
-
-        parser = of(TrainingArguments)
+    """With the options of a script and those of training."""
+    parser = Parser([kind, TrainingOptions], allow_abbrev=False, description=kind.__doc__)
     parser.add_argument("--config", type=Path, help="YAML or JSON file of these options by name; the command line wins")
-    parser.set_defaults(**DEFAULTS | defaults)
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -157,7 +132,7 @@ def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> t
 
     Args:
         kind: `LlmOptions` or `GlueOptions`.
-        defaults: of training arguments, where the script's differ from `DEFAULTS`.
+        defaults: of training options, where the script's differ from those of `TrainingOptions`.
 
     Raises:
         BadInput: unknown options or values that do not parse.
@@ -168,7 +143,7 @@ def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> t
     given, unknown = parser.parse_known_args([*(as_words(read_config(file)) if file else []), *argv])
     if unknown:
         raise BadInput([unknown_option(word, parser) for word in unknown if word.startswith("--")] or [str(unknown)])
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in vars(given).items()}
+    values = vars(given)
     own = {item.name for item in fields(kind)}
     options = kind(**{name: value for name, value in values.items() if name in own})
     return options, Namespace(**{name: value for name, value in values.items() if name not in own | {"config"}})
@@ -178,8 +153,16 @@ def training_arguments(values: Namespace) -> "TrainingArguments":
     """Raises `BadInput` with what `TrainingArguments` finds wrong with them."""
     from transformers import TrainingArguments
 
+    offered = {item.name: item.default for item in fields(TrainingOptions)}
+    known = {item.name for item in fields(TrainingArguments)}
+    refuse(
+        f"--{name}: the installed version of transformers has no such training argument"
+        for name, default in offered.items()
+        if name not in known and getattr(values, name) != default
+    )
+    given = {name: value for name, value in vars(values).items() if name in known}
     try:
-        return TrainingArguments(**vars(values))
+        return TrainingArguments(**given, remove_unused_columns=False)  # examples hold ids and labels, nothing else
     except ValueError as error:
         raise BadInput([str(error)]) from error
 
