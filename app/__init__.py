@@ -4,8 +4,8 @@ reslora-compare                    # the embedded pipeline, with the demo's resu
 
 request.py     what is asked: prompts x seeds in rows, adapters x strengths in columns; checked before anything runs
 adapters.py    LoRA files on one pipeline, switched by name and read back
-compare.py     compare(request) -> an iterator of pictures
-measures.py    figures about those pictures, each with n and an interval; learned.py: with a CLIP and a DINO
+compare.py     compare(request) -> an iterator of images
+measures.py    figures about those images, each with n and an interval; learned.py: with a CLIP and a DINO
 votes.py       blind pairs, and the statistics of votes
 runs.py        what training runs left behind: adapters, losses, samples; charts.py: their curves
 training.py    the training script in a process of its own

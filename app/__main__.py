@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base", default=beside(EMBEDDED), help="folder of a pipeline, or its hub name if it is in the local cache")
     add("--runs", type=Path, nargs="+", help="folders of training runs, the only ones read (default: demo and runs)")
     add("--train_dir", type=Path, default=Path("runs", "from-page"), help="for runs started from the page")
-    add("--prompt", help="of the first pictures (default: what the first adapters were taught)")
+    add("--prompt", help="of the first images (default: what the first adapters were taught)")
     add("--device", default="cpu")
     add("--server_name", default="127.0.0.1", help="address to listen on")
     add("--server_port", type=int, help="(default: the first that is free from 7860 on)")
@@ -74,7 +74,7 @@ def warnings(args: argparse.Namespace) -> list[str]:
         found.append("--share: everything here passes through a relay, to anybody who has the link.")
     if args.auth is None and (args.share or args.server_name not in ALONE):
         found.append(
-            "Others can reach this page, paint and train on this machine, and no password is asked for; "
+            "Others can reach this page, generate images and train on this machine, and no password is asked for; "
             "--auth USER:PASSWORD asks."
         )
     return found

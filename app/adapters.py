@@ -1,8 +1,8 @@
 """LoRA files on one pipeline: each loaded once under a name of its own, switched by name, read back after each switch.
 
-What a picture was really painted with is taken from the layers: the adapters that are enabled, present and active, and
+What an image was really generated with is taken from the layers: the adapters that are enabled, present and active, and
 each one's strength as its scaling now over its scaling when it was loaded. A switch that leaves anything else behind
-is an error, not a picture. Likewise for loading: what the layers hold is compared with the file, module by module.
+is an error, not an image. Likewise for loading: what the layers hold is compared with the file, module by module.
 
 Files are read by `reslora_diffusion.export`, which opens nothing but safetensors and checks header and structure first;
 diffusers' loader gets the factors that were read, and never sees the file.
@@ -114,7 +114,7 @@ class AdapterShelf:
         del self.loaded[name]
 
     def switch(self, column: Column) -> str:
-        """Make the pipeline paint with one column and nothing else; returns what was read back.
+        """Make the pipeline generate with one column and nothing else; returns what was read back.
 
         Raises:
             RuntimeError: the layers do not hold what was asked.

@@ -1,10 +1,10 @@
-"""`Comparer.compare(request)` -> an iterator of painted cells.
+"""`Comparer.compare(request)` -> an iterator of generated cells.
 
 One pipeline stays in memory. For each cell, and under one lock: set the scheduler anew, switch the adapter, read the
-switch back, seed a CPU generator with the row's seed, paint. The generator depends on the seed alone, so the first
+switch back, seed a CPU generator with the row's seed, generate. The generator depends on the seed alone, so the first
 noise of a row is the same tensor in every column and on every machine.
 
-Painting order is row by row, so that a cancelled comparison still has whole rows to look at.
+Generating order is row by row, so that a cancelled comparison still has whole rows to look at.
 """
 
 import threading
@@ -38,7 +38,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Cell:
-    """One painted picture. `painted_with` is what the adapter layers held, not what was asked of them."""
+    """One generated image. `painted_with` is what the adapter layers held, not what was asked of them."""
 
     row: Row
     column: Column
@@ -52,7 +52,7 @@ class Cancelled(Exception):
 
 
 class Comparer:
-    """A pipeline that paints comparisons for any number of people, one cell at a time."""
+    """A pipeline that generates comparisons for any number of people, one cell at a time."""
 
     def __init__(self, pipe: DiffusionPipeline, limits: Limits | None = None):
         self.pipe = pipe
@@ -69,13 +69,13 @@ class Comparer:
         cancel: threading.Event | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Iterator[Cell]:
-        """Paint a request, yielding each cell as it is done.
+        """Generate a request, yielding each cell as it is done.
 
         `cancel` may be set from any thread; the iterator then ends after the denoising step under way, without the
-        picture that it belonged to. `on_step(cell, step)` is told about every step begun by the current cell.
+        image that it belonged to. `on_step(cell, step)` is told about every step begun by the current cell.
 
         Raises:
-            ValueError: before the first picture, with everything that is wrong with the request or its files.
+            ValueError: before the first image, with everything that is wrong with the request or its files.
         """
         checked(request, self.limits)
         with self.lock:
@@ -86,12 +86,14 @@ class Comparer:
         for index, (row, column) in enumerate(cells):
             try:
                 with self.lock:
-                    cell = self.paint(request, row, column, cancel, lambda step, i=index: on_step and on_step(i, step))
+                    cell = self.generate(
+                        request, row, column, cancel, lambda step, i=index: on_step and on_step(i, step)
+                    )
             except Cancelled:
                 return
             yield cell
 
-    def paint(
+    def generate(
         self, request: CompareRequest, row: Row, column: Column, cancel: threading.Event, on_step: Callable[[int], None]
     ) -> Cell:
         def step_ended(pipe, step: int, timestep, values: dict) -> dict:
@@ -123,13 +125,13 @@ class Comparer:
         return kind_of.from_config(self.saved_scheduler.config)
 
     def warm_up(self) -> None:
-        """Paint a picture of two steps: the first call is slow, and `estimate` needs a measured step."""
+        """Generate an image of two steps: the first call is slow, and `estimate` needs a measured step."""
         request = CompareRequest(prompts=("",), seeds=(0,), num_inference_steps=WARM_UP_STEPS)
         list(self.compare(request))
         list(self.compare(request))
 
     def estimate(self, request: CompareRequest) -> tuple[int, float]:
-        """(pictures, expected seconds), from the step times measured so far."""
+        """(images, expected seconds), from the step times measured so far."""
         if self.seconds_per_step is None:
             self.warm_up()
         count = picture_count(checked(request, self.limits))

@@ -104,7 +104,7 @@ def read_request(
     if "placeholders" not in unread:
         found += problems(request, limits)
     if found:
-        raise ValueError(joined("Nothing was painted", found))
+        raise ValueError(joined("Nothing was generated", found))
     return request
 
 

@@ -1,10 +1,10 @@
 """DreamBooth's measures (arXiv 2208.12242, 5.2), with a CLIP and a DINO that are on this machine already.
 
-    CLIP-I   mean cosine between image embeddings of a picture and of every reference
+    CLIP-I   mean cosine between image embeddings of an image and of every reference
     DINO     the same with a DINO's class token (the paper: ViT-S/16)
-    CLIP-T   cosine between the embeddings of a picture and of its prompt
+    CLIP-T   cosine between the embeddings of an image and of its prompt
 
-The first two are of the prompts with the subject's word: an adapter that puts the subject into every picture is not
+The first two are of the prompts with the subject's word: an adapter that puts the subject into every image is not
 to gain by it.
 
 Models are folders or names in the local cache of the hub; nothing is downloaded, nothing but safetensors is opened.
@@ -28,7 +28,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Clip:
-    """Unit embeddings of pictures and of texts, in one space."""
+    """Unit embeddings of images and of texts, in one space."""
 
     def __init__(self, name: str):
         self.model = AutoModel.from_pretrained(name, **LOCAL).eval()
@@ -46,7 +46,7 @@ class Clip:
 
 
 class Dino:
-    """Unit class tokens of pictures."""
+    """Unit class tokens of images."""
 
     def __init__(self, name: str):
         self.model = AutoModel.from_pretrained(name, **LOCAL).eval()

@@ -1,8 +1,8 @@
-"""Subject likeness: how much of a subject is in a picture, beyond a plain blob of its colour.
+"""Subject likeness: how much of a subject is in an image, beyond a plain blob of its colour.
 
     cut-out     the figure on a plain ground: the pixels that are further than GROUND from the border's median colour,
                 their bounding box stretched to 8 x 8; colour times mask, and half the mask
-    likeness    1 - |picture - reference|² / |best blob - reference|², at least 0, the best over the references
+    likeness    1 - |image - reference|² / |best blob - reference|², at least 0, the best over the references
 
 The best blob is the nearer of an ellipse and a box in the mean colour of the reference's figure. So 0 is what a blob of
 the right colour in the right place gets, or less, and 1 the subject itself. It knows no names, no style and no other
@@ -61,11 +61,11 @@ def blobs(reference: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(mask)[..., None] * mean for mask in (disc, np.ones((SIDE, SIDE)))]
 
 
-def likeness(picture: np.ndarray | None, references: Sequence[np.ndarray]) -> float:
+def likeness(image: np.ndarray | None, references: Sequence[np.ndarray]) -> float:
     """In [0, 1], of cut-outs."""
-    if picture is None:
+    if image is None:
         return 0.0
-    return max(0.0, *(1 - distance(picture, own) / max(PLAIN, from_blobs(own)) for own in references))
+    return max(0.0, *(1 - distance(image, own) / max(PLAIN, from_blobs(own)) for own in references))
 
 
 def from_blobs(reference: np.ndarray) -> float:
@@ -84,7 +84,7 @@ def references_problem(cut_outs: Sequence[np.ndarray | None]) -> str | None:
             f"not measured: {len(cut_outs) - len(found)} of {len(cut_outs)} references have no figure on plain ground"
         )
     if not found:
-        return "needs reference pictures"
+        return "needs reference images"
     if np.median([from_blobs(cut) for cut in found]) < PLAIN:
         return "not measured: the subject is hardly more than a blob of one colour"
     if len(found) > 1 and (alike := among_themselves(found)) < ALIKE:

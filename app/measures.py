@@ -1,15 +1,15 @@
-"""Figures about a comparison's pictures, by column, each with n and a 95 % interval. None needs a network.
+"""Figures about a comparison's images, by column, each with n and a 95 % interval. None needs a network.
 
     subject likeness     what is there of the subject beyond a blob of its colour: likeness.py
-    background obeyed    share of pictures whose plain ground has the colour that the prompt names
-    drift from the base  mean difference to the base's picture of the same row, on prompts without the subject's word
-    diversity            mean difference between pictures of one prompt from different seeds; noise is left out
-    pictures of noise    share of them, if there are any
+    background obeyed    share of images whose plain ground has the colour that the prompt names
+    drift from the base  mean difference to the base's image of the same row, on prompts without the subject's word
+    diversity            mean difference between images of one prompt from different seeds; noise is left out
+    images of noise    share of them, if there are any
 
 Differences are of pixels: mean |a - b| over the range of a channel, so that a figure which moved counts like one that
 changed. With a CLIP and a DINO at hand, `learned_measures` computes DreamBooth's.
 
-Each is checked on pictures whose order is known, generated ones among them: tests/test_app_likeness.py.
+Each is checked on images whose order is known, generated ones among them: tests/test_app_likeness.py.
 """
 
 import colorsys
@@ -30,7 +30,7 @@ from .output import by_place, difference
 from .request import Column, CompareRequest
 
 DRIFT = "drift from the base"
-NOISE = 0.5  # share of the difference of any two pixels that neighbours have; below 0.3 in sharp pictures, 1 in noise
+NOISE = 0.5  # share of the difference of any two pixels that neighbours have; below 0.3 in sharp images, 1 in noise
 HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (320, "purple"), (361, "red"))
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black", "gray", "brown")
 
@@ -115,7 +115,7 @@ def measure(
     obeyed = Measure("background obeyed", "needs a colour in a prompt", share=True)
     drift = Measure(DRIFT, "needs unrelated prompts and the base")
     diversity = Measure("diversity", "needs two seeds")
-    noise = Measure("pictures of noise", share=True)
+    noise = Measure("images of noise", share=True)
     places = by_place(cells)
     for cell in cells:
         row, column = cell.row, cell.column

@@ -1,6 +1,6 @@
 """What leaves the page to be looked at: a labelled sheet, and a report that opens without the app.
 
-Words of users are drawn as pixels or HTML-escaped. The report holds its pictures, no script, and a policy that lets it
+Words of users are drawn as pixels or HTML-escaped. The report holds its images, no script, and a policy that lets it
 load nothing.
 """
 
@@ -20,14 +20,14 @@ from .compare import Cell
 from .foreign import printable, shortened
 from .request import Column, CompareRequest
 
-SHOWN_SIDE = 256  # small pictures are enlarged to at least this, by whole factors
-FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map paints brightest
+SHOWN_SIDE = 256  # small images are enlarged to at least this, by whole factors
+FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map shows brightest
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 INK, PAPER, FAINT = "#1c1917", "#ffffff", "#78716c"
 
 
 def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
-    """Whole pixels, so that what is looked at is what was painted."""
+    """Whole pixels, so that what is looked at is what was generated."""
     factor = max(1, -(-side // max(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -50,7 +50,7 @@ def escaped(value: object) -> str:
 
 
 def png(image: Image.Image) -> bytes:
-    """Pixels only: no text chunk that could say where a picture comes from."""
+    """Pixels only: no text chunk that could say where an image comes from."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
@@ -75,10 +75,10 @@ def column_lines(column: Column, width: int) -> list[str]:
 
 
 def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Image:
-    """Rows and columns with their labels; cells that were not painted stay empty."""
+    """Rows and columns with their labels; cells that were not generated stay empty."""
     font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 15)
     bold = ImageFont.truetype(FONTS / "DejaVuSans-Bold.ttf", 15)
-    painted = by_place(cells)
+    generated = by_place(cells)
     side, gap, left, line = max(max(enlarged(c.image).size) for c in cells), 12, 260, 20
     rows, columns = request.rows, request.columns
     width = left + len(columns) * (side + gap) + gap
@@ -97,7 +97,7 @@ def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Im
         draw.text((gap, y + line * len(lines)), f"seed {row.seed}", font=font, fill=FAINT)
         for j, column in enumerate(columns):
             x = left + j * (side + gap)
-            if cell := painted.get((row, column)):
+            if cell := generated.get((row, column)):
                 canvas.paste(enlarged(cell.image), (x, y))
             else:
                 draw.rectangle((x, y, x + side, y + side), outline=FAINT)
@@ -125,11 +125,11 @@ pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px
 
 def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
     """One HTML file with everything in it."""
-    painted = by_place(cells)
+    generated = by_place(cells)
 
     def td(cell: Cell | None) -> str:
         if cell is None:
-            return "<td><small>not painted</small></td>"
+            return "<td><small>not generated</small></td>"
         data = base64.b64encode(png(cell.image)).decode()
         alt = escaped(f"{cell.column.label}: {cell.row.label}")
         note = f"{escaped(cell.painted_with)}, {cell.seconds:.1f} s"
@@ -138,7 +138,7 @@ def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
     head = "".join(f'<th scope="col">{escaped(column.label)}</th>' for column in request.columns)
     body = "".join(
         f'<tr><th scope="row">{escaped(row.prompt)}<br><small>seed {row.seed}</small></th>'
-        + "".join(td(painted.get((row, column))) for column in request.columns)
+        + "".join(td(generated.get((row, column))) for column in request.columns)
         + "</tr>"
         for row in request.rows
     )

@@ -23,12 +23,12 @@ def read_picture(path: Path, side: int = MAX_SIDE) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            picture = upright_rgb(image)
+            image = upright_rgb(image)
     except UNREADABLE as error:
         reason = f" ({error})" if type(error) is ValueError else ""
         raise ValueError(f"{printable(path.name)}{reason}") from None
-    picture.thumbnail((side, side))
-    return picture
+    image.thumbnail((side, side))
+    return image
 
 
 def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
@@ -38,16 +38,16 @@ def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
         ValueError: there are too many, or some are no images.
     """
     if len(paths) > most:
-        raise ValueError(f"{len(paths)} pictures; at most {most} are read")
-    pictures, broken = [], []
+        raise ValueError(f"{len(paths)} images; at most {most} are read")
+    images, broken = [], []
     for path in paths:
         try:
-            pictures.append(read_picture(Path(path)))
+            images.append(read_picture(Path(path)))
         except ValueError as problem:
             broken.append(str(problem))
     if broken:
-        raise ValueError(f"no pictures: {', '.join(broken)}")
-    return pictures
+        raise ValueError(f"no images: {', '.join(broken)}")
+    return images
 
 
 def pictures_in(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@
     cells    rows x columns, each from the same noise as the rest of its row
 
 A prompt with {placeholders} stands for all combinations of their values. Everything wrong with a request is reported
-at once, as one ValueError, before a picture is painted.
+at once, as one ValueError, before an image is generated.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Scheduler(StrEnum):
 class Limits:
     """What one request may ask of the machine."""
 
-    pictures: int = 200
+    images: int = 200
     prompt_characters: int = 600
     steps: int = 100
     strength: float = 1.5
@@ -58,7 +58,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Column:
-    """One way to paint: an adapter at a strength, or the base when there is none."""
+    """One way to generate: an adapter at a strength, or the base when there is none."""
 
     adapter: Adapter | None = None
     strength: float = 0.0
@@ -70,7 +70,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture's worth of input, the same for every column."""
+    """One image's worth of input, the same for every column."""
 
     prompt: str
     seed: int
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """Two people who ask the same get the same pictures."""
+    """Two people who ask the same get the same images."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -228,22 +228,22 @@ def problems(request: CompareRequest, limits: Limits) -> list[str]:
         found.append(f"steps lie between 1 and {limits.steps}; got {shortened(str(request.num_inference_steps))}")
     if not 0 <= request.guidance_scale <= limits.guidance:
         found.append(f"guidance lies between 0 and {limits.guidance:g}; got {shortened(str(request.guidance_scale))}")
-    if not found and (count := picture_count(request)) > limits.pictures:
-        found.append(f"this asks for {count:,} pictures; at most {limits.pictures} are painted at once")
+    if not found and (count := picture_count(request)) > limits.images:
+        found.append(f"this asks for {count:,} images; at most {limits.images} are generated at once")
     return found
 
 
 def checked(request: CompareRequest, limits: Limits) -> CompareRequest:
     """The request itself, if nothing is wrong with it."""
     if found := problems(request, limits):
-        raise ValueError(joined("Nothing was painted", found))
+        raise ValueError(joined("Nothing was generated", found))
     return request
 
 
 def settings_problems(data: object) -> list[str]:
     """What keeps data from being a `CompareRequest`: unknown names and wrong types.
 
-    base, view and pictures are the page's: saved.py.
+    base, view and images are the page's: saved.py.
     """
     if not isinstance(data, dict):
         return ["it holds no object of names and values"]

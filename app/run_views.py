@@ -104,7 +104,7 @@ def sample_table(
         for words, note in heads
     )
     body = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader">{clamped(row[0])}<small>picture {row[1] + 1}</small></th>'
+        f'<tr role="row"><th scope="row" role="rowheader">{clamped(row[0])}<small>image {row[1] + 1}</small></th>'
         f"{''.join(td(run, step, row) for run, step in columns)}</tr>"
         for row in rows
     )
@@ -127,7 +127,7 @@ def sample_order(name: str) -> tuple[int, int]:
 
 def sample_rows(run: Run) -> dict[tuple[str, int], str]:
     """(prompt, number of the image) -> file name, in the order of the run's prompts."""
-    files = {file for pictures in run.samples.values() for file in pictures}
+    files = {file for images in run.samples.values() for file in images}
     found = {}
     for file in sorted(files, key=sample_order):
         prompt, number = sample_order(file)

@@ -4,7 +4,7 @@
     <run>/metrics.jsonl                       a row for each step: loss, or validation_loss on noise that never changes
     <run>/merge_report.json                   that loss of the base, as trained, and as exported; the step it is of
     <run>/run.json                            the options
-    <run>/samples/step-N/<prompt>-<n>.png     validation pictures
+    <run>/samples/step-N/<prompt>-<n>.png     validation images
 
 A run is found below one of the folders given at the start and goes by its label; no path comes from the page. A run may
 be under way: files may be missing, and the last row may be half written.

@@ -1,13 +1,13 @@
-"""A comparison as files, and back: controls, pictures, and what was looked at.
+"""A comparison as files, and back: controls, images, and what was looked at.
 
     settings.json     the request of request.py, and beside it
-        base          name of the pipeline it was painted with
+        base          name of the pipeline it was generated with
         view          {"name": "Slider", "row": 0, "left": 0, "right": 2}
-        pictures      [{"row", "column", "file", "painted_with", "seconds"}], by the numbers of their row and column
+        images      [{"row", "column", "file", "painted_with", "seconds"}], by the numbers of their row and column
     comparison.zip    settings.json, images/<file>, sheet.png, report.html
 
 What is opened may come from anywhere: an archive is never unpacked onto the disk, names in it are only looked up, sizes
-are checked before anything is read, and nothing but PNG is decoded. Pictures that a file lacks can be painted again.
+are checked before anything is read, and nothing but PNG is decoded. Images that a file lacks can be generated again.
 """
 
 import io
@@ -33,7 +33,7 @@ PICTURE_KEYS = {"row", "column", "file", "painted_with", "seconds"}
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack a whole chunk, whatever a read asks for
 MAX_SETTINGS_BYTES = 2**20
 MAX_PICTURE_BYTES = 2**25
-MAX_PIXELS = 2**27  # of all pictures together
+MAX_PIXELS = 2**27  # of all images together
 MAX_WORDS = 200  # characters of `painted_with`
 
 
@@ -71,7 +71,7 @@ def slug(label: str) -> str:
 
 def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> str:
     rows, columns = request.rows, request.columns
-    pictures = [
+    images = [
         {
             "row": rows.index(cell.row),
             "column": columns.index(cell.column),
@@ -81,7 +81,7 @@ def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, ba
         }
         for name, cell in named(request, cells).items()
     ]
-    data = request.to_dict() | {"base": base, "view": asdict(view), "pictures": pictures}
+    data = request.to_dict() | {"base": base, "view": asdict(view), "pictures": images}
     return json.dumps(data, indent=1, ensure_ascii=False)
 
 
@@ -105,14 +105,14 @@ def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was handed in, before it is known to be a comparison. `read(file)` gives a picture's bytes, None without."""
+    """What was handed in, before it is known to be a comparison. `read(file)` gives an image's bytes, None without."""
 
     data: object
     read: Callable[[str], bytes | None]
 
 
 def open_saved(paths: Sequence[Path]) -> Saved:
-    """An archive, or a settings file with any of its pictures beside it.
+    """An archive, or a settings file with any of its images beside it.
 
     Raises:
         ValueError: it is neither.
@@ -124,7 +124,7 @@ def open_saved(paths: Sequence[Path]) -> Saved:
     if len(settings) == 1 and not archives:
         beside = {path.name: path for path in paths}
         return Saved(parsed(bounded(settings[0])), lambda name: bounded(beside[name]) if name in beside else None)
-    raise ValueError("Open one .zip of this page, or one settings .json, alone or together with its pictures")
+    raise ValueError("Open one .zip of this page, or one settings .json, alone or together with its images")
 
 
 def open_archive(path: Path) -> Saved:
@@ -175,7 +175,7 @@ def saved_view(data: dict, request: CompareRequest) -> View:
 
 
 def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes | None]) -> list[Cell]:
-    """The pictures of settings that are at hand, each at its place.
+    """The images of settings that are at hand, each at its place.
 
     Raises:
         ValueError: with everything that is wrong with them.
@@ -183,7 +183,7 @@ def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes
     rows, columns, cells, found, room = request.rows, request.columns, {}, [], MAX_PIXELS
     for number, said in enumerate(data.get("pictures", []), start=1):
         if not sound(said, len(rows), len(columns)):
-            found.append(f"picture {number} of the settings has no place in them")
+            found.append(f"image {number} of the settings has no place in them")
         elif content := read(said["file"]):
             i, j, words = said["row"], said["column"], said["painted_with"][:MAX_WORDS]
             try:
@@ -194,9 +194,9 @@ def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes
             room -= image.width * image.height
             cells[i, j] = Cell(rows[i], columns[j], image, words, float(said["seconds"]))
     if len(sizes := {cell.image.size for cell in cells.values()}) > 1:
-        found.append(f"the pictures have different sizes: {', '.join(f'{w} x {h}' for w, h in sorted(sizes))}")
+        found.append(f"the images have different sizes: {', '.join(f'{w} x {h}' for w, h in sorted(sizes))}")
     if found:
-        raise ValueError(joined("The pictures cannot be shown", found))
+        raise ValueError(joined("The images cannot be shown", found))
     return [cell for _, cell in sorted(cells.items())]
 
 

@@ -31,14 +31,14 @@ def open_studio(
     device: str = "cpu",
     first_steps: int = 25,
 ) -> Studio:
-    """Load the pipeline, find the adapters of the runs, and paint what visitors see first.
+    """Load the pipeline, find the adapters of the runs, and generate what visitors see first.
 
     Args:
         base: folder of a pipeline, or its hub name where it is in the local cache.
-        folder: for the visitors' pictures.
-        prompt: of the first pictures; if not given, the one that the first adapters were taught.
+        folder: for the visitors' images.
+        prompt: of the first images; if not given, the one that the first adapters were taught.
         train_dir: for trainings started from the page and what is kept of visits; outside of `folder`, which is served.
-        subjects_dir: folders of pictures to train and to measure on, one for each subject.
+        subjects_dir: folders of images to train and to measure on, one for each subject.
     """
     pipe = load_pipeline(base, device)
     comparer = Comparer(pipe)
@@ -57,12 +57,12 @@ def open_studio(
         first_subject(options, subjects),
         visits=Visits(train_dir / "visits"),
     )
-    studio.paint_first(prompt or first_prompt(options), first_steps)
+    studio.generate_first(prompt or first_prompt(options), first_steps)
     return studio
 
 
 def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.Blocks:
-    """Serve the page; from the disk, nothing but the visitors' own pictures.
+    """Serve the page; from the disk, nothing but the visitors' own images.
 
     Args:
         studio: what is served.

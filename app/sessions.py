@@ -1,6 +1,6 @@
 """What the server remembers of each visitor, apart from every other visitor.
 
-Pictures are served as files with random names out of one folder per session, itself randomly named: an address says
+Images are served as files with random names out of one folder per session, itself randomly named: an address says
 nothing about what is behind it, and cannot be guessed.
 """
 
@@ -37,7 +37,7 @@ class Session:
     request: CompareRequest | None = None
     cells: list[Cell] = field(default_factory=list)
     view: View = field(default_factory=View)
-    resume: tuple[CompareRequest, View] | None = None  # what to look at once opened settings have been painted again
+    resume: tuple[CompareRequest, View] | None = None  # what to look at once opened settings have been generated again
     ballot: Ballot | None = None
     measured: list[Measure] = field(default_factory=list)  # of the cells that are shown now
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
@@ -56,7 +56,7 @@ class Session:
         self.cancel, self.waits = threading.Event(), True
 
     def begin(self, request: CompareRequest) -> threading.Event:
-        """Its turn has come: forget the last one's pictures. It may have been stopped while it waited."""
+        """Its turn has come: forget the last one's images. It may have been stopped while it waited."""
         if not self.waits:
             self.ask()
         self.waits = False
@@ -76,14 +76,14 @@ class Session:
         self.addresses[id(cell)] = self.address(cell.image)
 
     def address(self, image: Image.Image, folder: str = "pictures") -> str:
-        """A new file of the picture, under a name that says nothing."""
+        """A new file of the image, under a name that says nothing."""
         path = self.folder / folder / f"{secrets.token_hex(12)}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png(image))
         return f"/gradio_api/file={path}"
 
     def thumbnail(self, path: Path) -> str | None:
-        """A small copy of a picture of a run; None while it cannot be read, such as half-way through its writing."""
+        """A small copy of an image of a run; None while it cannot be read, such as half-way through its writing."""
         try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self.thumbnails:

@@ -20,7 +20,7 @@ from .training import Trainer
 from .verdict import Findings, findings
 from .visits import Visits
 
-HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that paint, in one queue for all visitors
+HEAVY = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # events that generate, in one queue for all visitors
 LIGHT = {"concurrency_limit": 16, "show_progress": "hidden"}
 PRIVATE = {"api_visibility": "private"}
 FIRST_SEEDS = (0, 1)
@@ -35,13 +35,13 @@ class Studio:
     trainer: Trainer
     base_name: str
     runs: tuple[Path, ...] = ()
-    subjects: dict[str, Path] = field(default_factory=dict)  # folders of pictures that come with the pipeline
+    subjects: dict[str, Path] = field(default_factory=dict)  # folders of images that come with the pipeline
     first_subject: str | None = None  # the one that the first adapters were taught
     first_request: CompareRequest | None = None
     first_cells: tuple[Cell, ...] = ()
     visits: Visits = field(default_factory=lambda: Visits(None))
 
-    def paint_first(self, prompt: str, num_inference_steps: int) -> None:
+    def generate_first(self, prompt: str, num_inference_steps: int) -> None:
         """What every visitor sees before asking for anything: the first adapters at hand, on one prompt."""
         limits = self.comparer.limits
         adapters = tuple(self.sessions.adapters[: min(2, limits.adapters)])

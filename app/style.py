@@ -168,9 +168,9 @@ fieldset label span { min-width: 0; overflow-wrap: anywhere; }
 #view > * { margin: 0 !important; padding: 0; }
 @media (max-width: 700px) {
   .tab-container button { padding: 0 6px !important; font-size: .84rem !important; }
-  .masthead .lead { display: none; } /* the first screen shows pictures */
+  .masthead .lead { display: none; } /* the first screen shows images */
   .tab-body > .results { order: -1; }
-  /* What a row is stands above its pictures, so that three columns fit. */
+  /* What a row is stands above its images, so that three columns fit. */
   .grid { --side: clamp(104px, calc((100cqi - 10px) / var(--columns, 3) - 6px), 256px); }
   .grid table { display: block; width: max-content; }
   .grid :is(thead, tbody) { display: block; }
@@ -186,7 +186,7 @@ fieldset label span { min-width: 0; overflow-wrap: anywhere; }
 """
 
 # Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
-# And what Gradio does not tell a screen reader: names of groups of choices and pictures, whether a section is open.
+# And what Gradio does not tell a screen reader: names of groups of choices and images, whether a section is open.
 HEAD = """<script>
 document.addEventListener('keydown', (event) => {
   if (event.target.closest('input, textarea, select, [contenteditable], [role=tab]')) return;
@@ -204,8 +204,8 @@ const sayAll = () => {
     say(group, 'aria-label', group.querySelector('[data-testid=block-info]')?.textContent.trim() || 'choices');
   for (const heading of document.querySelectorAll('button.label-wrap'))
     say(heading, 'aria-expanded', String(heading.classList.contains('open')));
-  for (const picture of document.querySelectorAll('#difference button:has(img)'))
-    say(picture, 'aria-label', 'heat map of the difference');
+  for (const image of document.querySelectorAll('#difference button:has(img)'))
+    say(image, 'aria-label', 'heat map of the difference');
 };
 new MutationObserver(sayAll).observe(document, {
   subtree: true, childList: true, attributes: true, attributeFilter: ['class'],

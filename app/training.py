@@ -49,7 +49,7 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class TrainLimits:
-    pictures: int = 64
+    images: int = 64
     steps: int = 10_000
     rank: int = 128
     batch_size: int = 32
@@ -76,13 +76,13 @@ class TrainRequest:
     name: str = ""
 
 
-def request_problems(request: TrainRequest, pictures: int, limits: TrainLimits) -> list[str]:
+def request_problems(request: TrainRequest, images: int, limits: TrainLimits) -> list[str]:
     """Everything that is wrong with a request, in words."""
     found = []
-    if not 1 <= pictures <= limits.pictures:
-        found.append(f"{pictures} pictures of the subject; wanted 1 to {limits.pictures}")
+    if not 1 <= images <= limits.images:
+        found.append(f"{images} images of the subject; wanted 1 to {limits.images}")
     if not request.instance_prompt:
-        found.append("there is no prompt for the pictures")
+        found.append("there is no prompt for the images")
     for prompt in (request.instance_prompt, request.class_prompt, *request.validation_prompt):
         if len(prompt) > limits.prompt_characters:
             found.append(f"a prompt has {len(prompt):,} characters; at most {limits.prompt_characters} are taken")
@@ -92,7 +92,7 @@ def request_problems(request: TrainRequest, pictures: int, limits: TrainLimits) 
         ("steps", request.max_train_steps, limits.steps),
         ("rank", request.rank, limits.rank),
         ("batch size", request.train_batch_size, limits.batch_size),
-        ("class pictures", request.num_class_images, limits.class_pictures),
+        ("class images", request.num_class_images, limits.class_pictures),
     )
     found += [f"{name} lies between 1 and {most}; got {v}" for name, v, most in ranges if not 1 <= v <= most]
     if not 0 < request.learning_rate <= 1:
@@ -214,20 +214,20 @@ class Trainer:
         """The newest training, if this owner started it."""
         return self.last if self.last and owner and self.last.owner == owner else None
 
-    def start(self, request: TrainRequest, pictures: Sequence[Image.Image], owner: str) -> Training:
+    def start(self, request: TrainRequest, images: Sequence[Image.Image], owner: str) -> Training:
         """
         Raises:
             ValueError: before anything is written, with everything that is wrong.
         """
-        if found := request_problems(request, len(pictures), self.limits):
+        if found := request_problems(request, len(images), self.limits):
             raise ValueError(joined("Nothing was started", found))
         with self.lock:
             if self.last and self.last.running:
                 raise ValueError("A training is running on this machine; one at a time. Stop it, or wait for its end.")
             folder = self.new_folder(request)
             (folder / PICTURES).mkdir()
-            for number, picture in enumerate(pictures):
-                picture.save(folder / PICTURES / f"{number}.png")
+            for number, image in enumerate(images):
+                image.save(folder / PICTURES / f"{number}.png")
             self.write_config(request, folder)
             command = [sys.executable, "-u", str(self.script), "--config", str(folder / CONFIG)]
             with (folder / LOG).open("wb") as log:

@@ -29,7 +29,7 @@ def header(base_name: str) -> str:
     return (
         '<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>'
         f'<p class="base">base: <b>{escaped(base_name)}</b></p>'
-        '<p class="lead">Base, LoRA and ResLoRA paint from the same noise with the same settings; each picture says '
+        '<p class="lead">Base, LoRA and ResLoRA generate from the same noise with the same settings; each image says '
         "which adapter its layers held.</p></header>"
     )
 
@@ -52,13 +52,13 @@ def grid(session: Session) -> str:
     request = session.request
     if request is None:
         return message("Write a prompt, choose adapters, and compare.")
-    painted = by_place(session.cells)
+    generated = by_place(session.cells)
 
     def td(i: int, j: int) -> str:
         row, column = request.rows[i], request.columns[j]
-        cell = painted.get((row, column))
+        cell = generated.get((row, column))
         if cell is None:
-            return '<td role="cell"><div class="cell pending" role="img" aria-label="not painted"></div></td>'
+            return '<td role="cell"><div class="cell pending" role="img" aria-label="not generated"></div></td>'
         label = escaped(f"{column.label}: {row.label}")
         return (
             f'<td role="cell"><button type="button" class="cell" data-row="{i}" data-column="{j}" '
@@ -90,7 +90,7 @@ def column_head(column: Column) -> str:
 
 
 def flip(session: Session, a, b) -> str:
-    """Two pictures in one place; the button turns one into the other."""
+    """Two images in one place; the button turns one into the other."""
     images = "".join(
         f'<figure class="{side}"><img src="{session.addresses[id(cell)]}" alt="{escaped(cell.column.label)}">'
         f"<figcaption>{escaped(cell.column.label)}</figcaption></figure>"
@@ -170,10 +170,8 @@ def file_card(card: FileCard) -> str:
 
 
 def strip(addresses: Sequence[str], name: str) -> str:
-    """Small pictures in a line."""
-    images = (
-        f'<img src="{address}" alt="{escaped(name)}, picture {n}">' for n, address in enumerate(addresses, start=1)
-    )
+    """Small images in a line."""
+    images = (f'<img src="{address}" alt="{escaped(name)}, image {n}">' for n, address in enumerate(addresses, start=1))
     return f'<div class="strip">{"".join(images)}</div>' if addresses else ""
 
 
@@ -194,13 +192,13 @@ EARLIER = "This round is of an earlier comparison. Begin another round for the o
 
 
 def ballot(session: Session) -> str:
-    """The pair to vote on. Both pictures get new files, so that nothing links them to the grid's."""
+    """The pair to vote on. Both images get new files, so that nothing links them to the grid's."""
     current, count = session.ballot.current, len(session.ballot.pairs)
     earlier = message(EARLIER, "warn") if session.ballot.request is not session.request else ""
     if current is None:
         return earlier + message(f"All {count} pairs have a vote. The result says which column was which.", "good")
     images = "".join(
-        f'<img src="{session.address(cell.image)}" alt="{side} picture">'
+        f'<img src="{session.address(cell.image)}" alt="{side} image">'
         for side, cell in (("left", current.left), ("right", current.right))
     )
     number = len(session.ballot.votes) + 1

@@ -1,6 +1,6 @@
 """Blind pairs, and what votes on them allow to be said.
 
-Of one prompt and seed, two columns' pictures are shown with their sides shuffled. A vote is for the left or the right,
+Of one prompt and seed, two columns' images are shown with their sides shuffled. A vote is for the left or the right,
 a tie, or against both. With w wins of the first column among n decided votes (no ties, none against both):
 
     win rate   w / n, with Wilson's 95 % interval
@@ -94,22 +94,22 @@ def default_pair(columns: Sequence[Column]) -> tuple[int, int]:
 
 
 def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, second: Column) -> Ballot:
-    """All rows that both columns painted, shuffled.
+    """All rows that both columns generated, shuffled.
 
     Raises:
         ValueError: there is no pair, or nothing to tell apart.
     """
     if first == second:
         raise ValueError("choose two different columns")
-    painted, shuffler = by_place(cells), random.Random(secrets.randbits(128))
+    generated, shuffler = by_place(cells), random.Random(secrets.randbits(128))
     pairs = []
     for row in request.rows:
-        a, b = painted.get((row, first)), painted.get((row, second))
+        a, b = generated.get((row, first)), generated.get((row, second))
         if a and b:
             first_is_left = shuffler.random() < 0.5
             pairs.append(Pair(row, *((a, b) if first_is_left else (b, a)), first_is_left))
     if not pairs:
-        raise ValueError("these two columns have no pictures in common; compare them first")
+        raise ValueError("these two columns have no images in common; compare them first")
     shuffler.shuffle(pairs)
     return Ballot(request, first, second, pairs)
 

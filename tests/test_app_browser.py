@@ -1,4 +1,4 @@
-"""The real page in headless Chromium: paint, look, flip, vote, stop, race, train, take away, and be refused."""
+"""The real page in headless Chromium: generate, look, flip, vote, stop, race, train, take away, and be refused."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def visit(screens, address):
 
 def arrived(page) -> None:
     page.wait_for_selector("#grid img")
-    expect(page.locator("#expected")).to_contain_text("pictures, about")
+    expect(page.locator("#expected")).to_contain_text("images, about")
 
 
 def eventually(page, holds: Callable[[], bool]) -> None:
@@ -227,9 +227,9 @@ def test_paint_look_flip_and_take_away(visit, address, tmp_path):
     fill(page, "placeholders", "x = cat, dog")
     fill(page, "seeds", "3")
     fill(page, "strengths", "0.5, 1")
-    expect(page.locator("#expected")).to_contain_text("10 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("10 images, about")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("10 pictures in")
+    expect(page.locator("#status")).to_contain_text("10 images in")
     expect(page.locator("#grid img")).to_have_count(10)
     assert page.locator("#grid").inner_text().count("<img src=x onerror=alert(1)>") == 2
 
@@ -280,13 +280,13 @@ def test_what_is_expected_is_that_of_the_latest_fields(visit, monkeypatch):
     page.evaluate(WATCH_EXPECTED)
     fill(page, "prompts", "a {x}")
     fill(page, "placeholders", "x = cat, dog, owl")
-    expect(page.locator("#expected")).to_contain_text("18 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("18 images, about")
     for _ in range(2):
         assert ended.acquire(timeout=PATIENCE_MS / 1000)
     fill(page, "seeds", "0")
-    expect(page.locator("#expected")).to_contain_text("9 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("9 images, about")
     texts = page.evaluate("window.expectations")
-    first = next(i for i, text in enumerate(texts) if "18 pictures" in text)
+    first = next(i for i, text in enumerate(texts) if "18 images" in text)
     assert not any("nothing fills" in text for text in texts[first:])
     assert page.locator("#placeholders textarea").input_value() == "x = cat, dog, owl"
 
@@ -320,7 +320,7 @@ def pictures_in(path: Path) -> dict[str, bytes]:
 
 
 def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
-    """The archive with pictures and view; settings alone with every control, and the same pictures when painted."""
+    """The archive with images and view; settings alone with every control, and the same images when generated."""
     page = visit()
     set_steps(page, 3)
     fill(page, "prompts", "a {x} 猫")
@@ -335,9 +335,9 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     page.get_by_role("option", name="DDIM").click()
     page.get_by_role("checkbox", name="Base column").uncheck()
     page.get_by_role("checkbox", name="reslora", exact=True).uncheck()
-    expect(page.locator("#expected")).to_contain_text("8 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("8 images, about")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("8 pictures in")
+    expect(page.locator("#status")).to_contain_text("8 images in")
     page.locator("#grid button.cell").nth(4).click()
     page.wait_for_selector("#slider img")
     page.get_by_label("Difference", exact=True).check()
@@ -349,20 +349,20 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     other = visit()
     assert state(other) != before
     upload(other, "#saved_files", archive)
-    expect(other.locator("#status")).to_contain_text("Opened with 8 pictures")
+    expect(other.locator("#status")).to_contain_text("Opened with 8 images")
     expect(other.locator("#difference img")).to_be_visible()
-    expect(other.locator("#expected")).to_contain_text("8 pictures, about")
+    expect(other.locator("#expected")).to_contain_text("8 images, about")
     eventually(other, lambda: state(other) == before)
     assert pictures_in(downloaded(other, "#download_zip", tmp_path / "again.zip")) == pictures_in(archive)
 
     alone = visit()
     upload(alone, "#saved_files", settings)
-    expect(alone.locator("#status")).to_contain_text("Opened with 0 of 8 pictures")
-    expect(alone.locator("#pair_note")).to_contain_text("Not both of these pictures are painted")
-    expect(alone.locator("#expected")).to_contain_text("8 pictures, about")
+    expect(alone.locator("#status")).to_contain_text("Opened with 0 of 8 images")
+    expect(alone.locator("#pair_note")).to_contain_text("Not both of these images are generated")
+    expect(alone.locator("#expected")).to_contain_text("8 images, about")
     eventually(alone, lambda: state(alone) == before)
-    alone.get_by_role("button", name="Paint again").click()
-    expect(alone.locator("#status")).to_contain_text("8 pictures in")
+    alone.get_by_role("button", name="Generate again").click()
+    expect(alone.locator("#status")).to_contain_text("8 images in")
     expect(alone.locator("#difference img")).to_be_visible()
     eventually(alone, lambda: state(alone) == before)
     assert pictures_in(downloaded(alone, "#download_zip", tmp_path / "alone.zip")) == pictures_in(archive)
@@ -373,9 +373,9 @@ def test_sweep_on_a_narrow_screen_shows_its_pictures(visit):
     set_steps(page, 1)
     fill(page, "seeds", "0")
     page.click("#sweep")
-    expect(page.locator("#expected")).to_contain_text("15 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("15 images, about")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("15 pictures in")
+    expect(page.locator("#status")).to_contain_text("15 images in")
     expect(page.locator("#status")).to_be_in_viewport()
     expect(page.locator("#grid thead small")).to_have_count(14)
 
@@ -392,28 +392,28 @@ def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit, slow):
     page = visit()
     set_steps(page, 20)
     fill(page, "seeds", "0-20")
-    expect(page.locator("#expected")).to_contain_text("63 pictures")
+    expect(page.locator("#expected")).to_contain_text("63 images")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text(re.compile(r"\b\d of 63 pictures"))
+    expect(page.locator("#status")).to_contain_text(re.compile(r"\b\d of 63 images"))
     show(page, "Blind vote")
     page.click("#vote_begin")
     page.wait_for_selector("#vote_pair img, [data-testid=toast-body]")
     show(page, "Compare")
-    assert "of 63" in page.locator("#status").inner_text(), "it was still painting"
+    assert "of 63" in page.locator("#status").inner_text(), "it was still generating"
     page.click("#stop")
     expect(page.locator("#status")).to_contain_text("Stopped:")
-    painted = int(re.search(r"Stopped: (\d+) of 63", page.locator("#status").inner_text())[1])
-    assert 0 < painted < 63
-    expect(page.locator("#grid img")).to_have_count(painted)
+    generated = int(re.search(r"Stopped: (\d+) of 63", page.locator("#status").inner_text())[1])
+    assert 0 < generated < 63
+    expect(page.locator("#grid img")).to_have_count(generated)
 
 
 def test_stop_while_waiting_for_another_visitors_pictures(visit, slow, studio):
     one, other = visit(), visit()
     set_steps(one, 20)
     fill(one, "seeds", "0-60")
-    expect(one.locator("#expected")).to_contain_text("183 pictures")
+    expect(one.locator("#expected")).to_contain_text("183 images")
     one.click("#run")
-    expect(one.locator("#status")).to_contain_text("of 183 pictures")
+    expect(one.locator("#status")).to_contain_text("of 183 images")
     other.click("#run")
     eventually(other, lambda: any(session.waits for session in studio.sessions.open.values()))
     waiting = next(session for session in studio.sessions.open.values() if session.waits)
@@ -421,7 +421,7 @@ def test_stop_while_waiting_for_another_visitors_pictures(visit, slow, studio):
     eventually(other, waiting.cancel.is_set)
     one.click("#stop")
     expect(one.locator("#status")).to_contain_text("Stopped:")
-    expect(other.locator("#status")).to_contain_text("Stopped: 0 of 6 pictures")
+    expect(other.locator("#status")).to_contain_text("Stopped: 0 of 6 images")
 
 
 def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
@@ -430,17 +430,17 @@ def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
     page.locator("#adapters_of_runs input").click()
     page.get_by_role("option", name="lora/checkpoint-20").click()
     expect(page.get_by_role("checkbox", name="lora/checkpoint-20")).to_be_checked()
-    expect(page.locator("#expected")).to_contain_text("8 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("8 images, about")
 
 
 def test_two_visitors_do_not_see_each_other(visit, tmp_path):
     one, other = visit(), visit(390)  # a browser of its own
     set_steps(one, 1)
     fill(one, "prompts", "a lighthouse of one's own")
-    expect(one.locator("#expected")).to_contain_text("6 pictures, about")
+    expect(one.locator("#expected")).to_contain_text("6 images, about")
     one.click("#run")
     expect(one.locator("#grid")).to_contain_text("lighthouse")
-    expect(one.locator("#status")).to_contain_text("6 pictures in")
+    expect(one.locator("#status")).to_contain_text("6 images in")
     assert "lighthouse" not in other.content()
     assert "lighthouse" not in downloaded(other, "#download_settings", tmp_path / "settings.json").read_text()
     assert "lighthouse" in downloaded(one, "#download_settings", tmp_path / "settings.json").read_text()
@@ -458,9 +458,9 @@ def test_a_reload_loses_nothing_and_starting_afresh_does(visit, folder, studio):
     set_steps(page, 1)
     fill(page, "prompts", "a lighthouse")
     fill(page, "seeds", "3-5")
-    expect(page.locator("#expected")).to_contain_text("9 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("9 images, about")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("9 pictures in")
+    expect(page.locator("#status")).to_contain_text("9 images in")
     show(page, "Blind vote")
     expect(page.locator("#vote_second input")).to_have_value("added × 1")
     page.click("#vote_begin")
@@ -473,7 +473,7 @@ def test_a_reload_loses_nothing_and_starting_afresh_does(visit, folder, studio):
     page.reload()
     expect(page.locator("#grid")).to_contain_text("a lighthouse")
     expect(page.locator("#grid img")).to_have_count(9)
-    expect(page.locator("#status")).to_contain_text("9 pictures in")
+    expect(page.locator("#status")).to_contain_text("9 images in")
     expect(page.locator("#prompts textarea")).to_have_value("not yet {asked")
     expect(page.locator("#seeds :is(input, textarea)")).to_have_value("3-5")
     expect(page.get_by_role("checkbox", name="added", exact=True)).to_be_checked()
@@ -520,11 +520,11 @@ def test_measures_and_file_card(visit):
     expect(page.locator("#verdict")).to_contain_text("that is not to say that there is none")
     set_steps(page, 1)
     fill(page, "seeds", "5")
-    expect(page.locator("#expected")).to_contain_text("3 pictures, about")
+    expect(page.locator("#expected")).to_contain_text("3 images, about")
     page.click("#run")
-    expect(page.locator("#status")).to_contain_text("3 pictures in")
+    expect(page.locator("#status")).to_contain_text("3 images in")
     show(page, "Measures")
-    expect(page.locator("#measures")).to_have_text("")  # those of the pictures before are gone
+    expect(page.locator("#measures")).to_have_text("")  # those of the images before are gone
     expect(page.locator("#verdict")).to_have_text("")
     show(page, "Files")
     expect(page.locator("#card")).to_contain_text("Fits the loaded base")
@@ -591,7 +591,7 @@ def test_training_on_nothing_is_refused_in_words(visit):
     show(page, "Train")
     fill(page, "train_prompt", "")
     page.click("#train_start")
-    expect(toast(page)).to_contain_text("0 pictures of the subject")
+    expect(toast(page)).to_contain_text("0 images of the subject")
     expect(toast(page)).to_contain_text("no prompt")
 
 
@@ -622,6 +622,6 @@ def test_bad_settings_are_refused_in_words(visit, tmp_path):
 def test_ten_thousand_pictures_are_refused_in_words(visit):
     page = visit()
     fill(page, "seeds", "0-9998")
-    expect(page.locator("#expected")).to_contain_text("at most 200 are painted at once")
+    expect(page.locator("#expected")).to_contain_text("at most 200 are generated at once")
     page.click("#run")
-    expect(toast(page)).to_contain_text("pictures; at most 200")
+    expect(toast(page)).to_contain_text("images; at most 200")

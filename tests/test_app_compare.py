@@ -1,4 +1,4 @@
-"""compare(request): what each cell was painted with, and that nothing else was; requests that are refused."""
+"""compare(request): what each cell was generated with, and that nothing else was; requests that are refused."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_cancel_ends_within_one_step_and_keeps_what_is_there(comparer):
     cells = list(comparer.compare(request(seeds=(1, 2, 3), num_inference_steps=6), cancel, on_step))
     assert len(cells) == 1
     assert steps[-1] == (1, 2)
-    assert len(list(comparer.compare(request()))) == 1, "the pipeline paints on after a cancelled comparison"
+    assert len(list(comparer.compare(request()))) == 1, "the pipeline generates on after a cancelled comparison"
 
 
 def test_one_file_is_loaded_once_and_the_oldest_goes_first(comparer, adapters, monkeypatch):
@@ -245,7 +245,7 @@ def test_braces_of_values_are_text_and_two_are_a_brace():
      {"negative_prompt": "\udc00"}, {"adapters": (Adapter("\ud800", "p", "s"),)}],
 )  # fmt: skip
 def test_numbers_and_words_that_nothing_can_hold_are_refused_in_words(changes):
-    with pytest.raises(ValueError, match="Nothing was painted") as caught:
+    with pytest.raises(ValueError, match="Nothing was generated") as caught:
         checked(request(**changes), Limits())
     assert len(str(caught.value)) < 300
 
@@ -259,7 +259,7 @@ def test_everything_wrong_with_a_request_is_reported_at_once():
         num_inference_steps=0,
         guidance_scale=99.0,
     )
-    with pytest.raises(ValueError, match="Nothing was painted") as caught:
+    with pytest.raises(ValueError, match="Nothing was generated") as caught:
         checked(bad, Limits())
     for words in ("601 characters", "nothing fills {subject}", "braces", "seeds are", "strengths", "one label", "steps",
                   "guidance", "a word between braces"):  # fmt: skip
@@ -269,7 +269,7 @@ def test_everything_wrong_with_a_request_is_reported_at_once():
 def test_ten_thousand_pictures_are_refused_without_being_listed():
     digits = tuple("0123456789")
     asked = request(prompts=("{a}{b}{c}{d}{e}{f}",), placeholders=dict.fromkeys("abcdef", digits))
-    with pytest.raises(ValueError, match="1,000,000 pictures; at most 200"):
+    with pytest.raises(ValueError, match="1,000,000 images; at most 200"):
         checked(asked, Limits())
 
 
@@ -279,7 +279,7 @@ def test_ten_thousand_pictures_are_refused_without_being_listed():
      {"placeholders": {"a": ()}}, {"guidance_scale": float("nan")}],
 )  # fmt: skip
 def test_empty_requests_are_refused(changes):
-    with pytest.raises(ValueError, match="Nothing was painted"):
+    with pytest.raises(ValueError, match="Nothing was generated"):
         checked(request(**changes), Limits())
 
 

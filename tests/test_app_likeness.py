@@ -1,4 +1,4 @@
-"""Each measure of the page puts pictures in an order that is known: real ones, half-learned ones, decoys, noise."""
+"""Each measure of the page puts images in an order that is known: real ones, half-learned ones, decoys, noise."""
 
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def test_the_subject_stands_above_its_blurred_copies_and_all_else_far_below(name
 
 
 def test_what_training_has_half_learned_stands_between_the_class_and_the_subject():
-    def mean(pictures: list[Image.Image], name: str) -> float:
+    def mean(images: list[Image.Image], name: str) -> float:
         references = [cut_out(image) for image in real(name)]
-        return float(np.mean([likeness(cut_out(picture), references) for picture in pictures]))
+        return float(np.mean([likeness(cut_out(image), references) for image in images]))
 
     assert mean(PANDA_0, "panda") < 0.02 < mean(PANDA_150, "panda") < mean(PANDA_450, "panda") < 0.6
     assert mean(TEAPOT_0, "teapot") < 0.02 < 0.3 < mean(TEAPOT_600, "teapot") < 0.8
@@ -93,7 +93,7 @@ def test_place_size_and_ground_do_not_count():
 
 def test_where_the_measure_does_not_apply_it_says_so():
     photograph = noise(0).resize((9, 9)).resize((64, 64), Image.Resampling.BICUBIC)
-    assert references_problem([]) == "needs reference pictures"
+    assert references_problem([]) == "needs reference images"
     assert "1 of 2 references have no figure" in references_problem([cut_out(photograph), cut_out(real("cake")[0])])
     unlike = [cut_out(real(name)[0]) for name in ("cake", "panda", "robot")]
     assert among_themselves(unlike) < 0.2
@@ -104,33 +104,33 @@ def test_where_the_measure_does_not_apply_it_says_so():
 
 
 def test_grounds_of_generated_and_real_pictures_are_named_and_noise_has_none():
-    for pictures in (PANDA_150, PANDA_450, TEAPOT_600):
-        assert [background(picture) for picture in pictures] == ["blue"] * 3 + ["yellow"] * 3 + ["pink"] * 3
+    for images in (PANDA_150, PANDA_450, TEAPOT_600):
+        assert [background(image) for image in images] == ["blue"] * 3 + ["yellow"] * 3 + ["pink"] * 3
     assert background(Image.new("RGB", (8, 8), (143, 148, 169))) == "gray", "as the pipeline makes gray"
     assert {background(noise(seed)) for seed in range(9)} == {None}, "its median is gray, its ground is not"
 
 
 def test_noise_is_found_and_no_picture_is_taken_for_it():
     assert all(map(is_noise, (noise(0), noise(1), noise(2).resize((32, 32)).convert("L"))))
-    pictures = [
+    images = [
         *PANDA_0,
         *PANDA_450,
         *TEAPOT_600,
         *(image for name in NAMES for image in real(name)),
         *decoys("cake")[:33],
     ]
-    assert not any(map(is_noise, pictures))
+    assert not any(map(is_noise, images))
 
 
 def test_drift_grows_from_the_same_picture_to_noise():
     def mean(change) -> float:
-        return float(np.mean([difference(change(picture), picture).mean() for picture in PANDA_450]))
+        return float(np.mean([difference(change(image), image).mean() for image in PANDA_450]))
 
     steps = [
-        lambda picture: picture,
-        lambda picture: picture.filter(ImageFilter.GaussianBlur(1)),
-        lambda picture: ImageChops.offset(picture, 3, 0),
-        lambda picture: Image.new("RGB", (64, 64), picture.getpixel((0, 0))),
+        lambda image: image,
+        lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+        lambda image: ImageChops.offset(image, 3, 0),
+        lambda image: Image.new("RGB", (64, 64), image.getpixel((0, 0))),
         lambda _: noise(0),
     ]
     values = [mean(step) for step in steps]
@@ -146,10 +146,10 @@ def test_measures_tell_a_trained_column_from_a_broken_one():
     prompts = tuple(f"a sticker of sks animal on a {colour} background" for colour in ("blue", "yellow", "pink"))
     request = CompareRequest(prompts=prompts, seeds=(0, 1, 2), adapters=adapters)
     columns = request.columns
-    pictures = [PANDA_0, PANDA_450, list(map(noise, range(9))), [PANDA_450[3 * (i // 3)] for i in range(9)]]
+    images = [PANDA_0, PANDA_450, list(map(noise, range(9))), [PANDA_450[3 * (i // 3)] for i in range(9)]]
     cells = [
         Cell(row, column, images[i], "", 0.1)
-        for column, images in zip(columns, pictures, strict=True)
+        for column, images in zip(columns, images, strict=True)
         for i, row in enumerate(request.rows)
     ]
     found = {m.name: [m.figure(column) for column in columns] for m in measure(request, cells, real("panda"), "sks")}
@@ -159,7 +159,7 @@ def test_measures_tell_a_trained_column_from_a_broken_one():
     assert [f.mean for f in found["background obeyed"]] == [1, 1, 0, 1]
     assert [f and f.n for f in found["diversity"]] == [3, 3, None, 3]
     assert found["diversity"][3].mean == 0 < found["diversity"][1].mean
-    assert [f.mean for f in found["pictures of noise"]] == [0, 0, 1, 0]
+    assert [f.mean for f in found["images of noise"]] == [0, 0, 1, 0]
     assert found["drift from the base"] == [None] * 4, "every prompt is of the subject"
     learned_column, base_column = Column(adapters[0], 1.0), Column()
     subject = measure(request, cells, real("panda"), "sks")[0]

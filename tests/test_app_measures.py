@@ -1,4 +1,4 @@
-"""Measures on pictures whose answers are known."""
+"""Measures on images whose answers are known."""
 
 import numpy as np
 import pytest
@@ -142,7 +142,7 @@ def test_models_that_are_not_here_are_named_together():
 
 
 class Flat:
-    """An encoder of a picture's mean colour and of a text's first letters: known cosines, no weights."""
+    """An encoder of an image's mean colour and of a text's first letters: known cosines, no weights."""
 
     def images(self, images):
         x = torch.tensor(np.stack([np.asarray(i, float).mean((0, 1)) for i in images]))

@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_said(read, text):
 
 
 def test_what_the_fields_would_change_is_named():
-    """Such a request would be another one when it is painted again."""
+    """Such a request would be another one when it is generated again."""
     adapters = (ADAPTERS["one"],)
     sound = CompareRequest(prompts=("a {x}",), seeds=(1,), adapters=adapters, placeholders={"x": ("cat", "big dog")})
     assert unwritable(sound) == []
@@ -163,7 +163,7 @@ def test_the_report_is_whole_and_escaped():
     assert text.count("src=") == 3 + text.count("src=x")
     assert text.count('src="data:image/png;base64,') == 3
     assert "default-src 'none'" in text
-    assert "not painted" in text
+    assert "not generated" in text
     assert "base sticker &lt;b&gt;base · 25 steps" in text
 
 
@@ -343,7 +343,7 @@ def test_only_adapters_that_fit_are_offered(studio):
 def test_the_api_paints(address):
     client = Client(address, verbose=False)
     status, grid = client.predict(*FIELDS, api_name="/compare")
-    assert "8 pictures" in status
+    assert "8 images" in status
     assert grid.count("<img") == 8
     assert "lora × 0.5" in grid
     with zipfile.ZipFile(client.predict(api_name="/zip")) as archive:
@@ -360,7 +360,7 @@ def test_the_api_goes_by_names(address):
     ]  # fmt: skip
     asked = dict(zip(names, FIELDS, strict=True))
     status, _ = client.predict(**dict(reversed(asked.items())), api_name="/compare")
-    assert "8 pictures" in status
+    assert "8 images" in status
     settings = json.loads(Path(client.predict(api_name="/settings")).read_text())
     assert [settings["num_inference_steps"], len(settings["pictures"])] == [2, 8]
 
@@ -388,7 +388,7 @@ def test_names_are_left_alone_where_others_are_to_look():
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
-    [(0, "x" * 700, "700 characters"), (2, "0-9999", "pictures; at most 200"),
+    [(0, "x" * 700, "700 characters"), (2, "0-9999", "images; at most 200"),
      (3, ["../../etc/passwd"], "not in the list"), (4, "9", "strengths lie between"),
      (0, "<b>{y}</b>", "nothing fills")],
 )  # fmt: skip

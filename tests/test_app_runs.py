@@ -65,7 +65,7 @@ def test_samples_stand_in_the_row_of_their_prompt(race):
     runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
     table = run_views.samples(runs, 40, lambda path: f"/{path.parent.parent.parent.name}/{path.name}")
     rows = [row for row in table.split('<tr role="row">') if "rowheader" in row]
-    shown = {re.search(r'title="(.*?)"', row)[1]: re.findall(r'src="(.*?)"', row) for row in rows if "picture 1" in row}
+    shown = {re.search(r'title="(.*?)"', row)[1]: re.findall(r'src="(.*?)"', row) for row in rows if "image 1" in row}
     assert shown == {
         "a cat": ["/lora/0-0.png"],
         "a dog": ["/lora/1-0.png", "/reslora/0-0.png"],
@@ -133,7 +133,7 @@ def test_a_run_under_way_is_read_as_far_as_it_is(race):
         (folder / name).unlink()
     with (folder / METRICS).open("a") as file:
         file.write('{"step": 41, "lo')
-    (folder / "samples" / "step-000040" / "1-1.png").write_bytes(b"half a picture")
+    (folder / "samples" / "step-000040" / "1-1.png").write_bytes(b"half an image")
     run = read_run("lora", folder)
     assert (run.last_step, run.merge, run.method) == (40, None, "not said")
     session = Sessions(race / "pictures").of("a")

@@ -22,7 +22,7 @@ ASKED = CompareRequest(prompts=("a cat", "a dog"), seeds=(0, 7), adapters=(ADAPT
 VIEW = View("Flip", 3, 2, 1)
 
 
-def painted(request: CompareRequest = ASKED) -> list[Cell]:
+def generated(request: CompareRequest = ASKED) -> list[Cell]:
     noise = np.random.default_rng(0)
     return [
         Cell(row, column, Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)), f"with {j}", 0.25)
@@ -44,7 +44,7 @@ def reopened(paths: list[Path]) -> tuple[CompareRequest, list[Cell], View]:
 
 @pytest.fixture
 def archive(tmp_path) -> Path:
-    return write_zip(tmp_path / "all.zip", ASKED, painted(), VIEW, "base")
+    return write_zip(tmp_path / "all.zip", ASKED, generated(), VIEW, "base")
 
 
 def altered(archive: Path, change: dict[str, bytes | None]) -> Path:
@@ -74,33 +74,33 @@ def first_picture(archive: Path) -> str:
 def test_the_archive_brings_back_controls_pictures_and_view(archive):
     request, cells, view = reopened([archive])
     assert request == ASKED
-    assert same(cells, painted())
+    assert same(cells, generated())
     assert view == VIEW
 
 
 def test_settings_with_any_of_their_pictures_beside_them(archive, tmp_path):
     with zipfile.ZipFile(archive) as files:
         files.extractall(tmp_path)
-    pictures = sorted((tmp_path / "images").iterdir())
-    request, cells, view = reopened([tmp_path / "settings.json", *pictures[1:3]])
+    images = sorted((tmp_path / "images").iterdir())
+    request, cells, view = reopened([tmp_path / "settings.json", *images[1:3]])
     assert (request, view) == (ASKED, VIEW)
-    assert same(cells, painted()[1:3])
+    assert same(cells, generated()[1:3])
     assert reopened([tmp_path / "settings.json"])[1] == []
 
 
 def test_a_stopped_comparison_comes_back_as_it_was(tmp_path):
-    cells = painted()[:4]
+    cells = generated()[:4]
     assert same(reopened([write_zip(tmp_path / "some.zip", ASKED, cells, View(), "base")])[1], cells)
     assert reopened([write_zip(tmp_path / "none.zip", ASKED, [], View(), "base")])[1] == []
 
 
 def test_equal_comparisons_make_equal_archives(archive, tmp_path):
-    again = write_zip(tmp_path / "again.zip", ASKED, painted(), VIEW, "base")
+    again = write_zip(tmp_path / "again.zip", ASKED, generated(), VIEW, "base")
     assert again.read_bytes() == archive.read_bytes()
 
 
 def test_settings_name_their_base():
-    assert json.loads(settings_json(ASKED, painted(), VIEW, "sticker-sd"))["base"] == "sticker-sd"
+    assert json.loads(settings_json(ASKED, generated(), VIEW, "sticker-sd"))["base"] == "sticker-sd"
 
 
 # ---------------------------------------------------------------------------------------------------- refused
@@ -176,16 +176,16 @@ def test_no_more_pixels_are_decoded_than_fit(archive, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [{"row": 4}, {"row": -1}, {"row": True}, {"column": 3}, {"file": 5}, {"seconds": "1"}, {"seconds": float("inf")},
      {"seconds": 10**400},
      {"more": 1}],
 )  # fmt: skip
-def test_pictures_without_a_place_are_refused(archive, picture):
+def test_pictures_without_a_place_are_refused(archive, image):
     sound = {"row": 0, "column": 0, "file": first_picture(archive)[7:], "painted_with": "", "seconds": 1.0}
     reopened([with_settings(archive, pictures=[sound])])
-    with pytest.raises(ValueError, match="picture 1 of the settings has no place"):
-        reopened([with_settings(archive, pictures=[sound | picture])])
+    with pytest.raises(ValueError, match="image 1 of the settings has no place"):
+        reopened([with_settings(archive, pictures=[sound | image])])
 
 
 @pytest.mark.parametrize("name", ["../settings.json", "/etc/passwd", "../../x.png"])

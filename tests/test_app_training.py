@@ -81,7 +81,7 @@ def test_everything_wrong_is_said_at_once(trainer):
     )
     with pytest.raises(ValueError, match="Nothing was started") as caught:
         trainer.start(bad, [], "me")
-    for words in ("0 pictures", "no prompt", "steps", "rank", "batch size", "learning rate", "999 characters", "seed"):
+    for words in ("0 images", "no prompt", "steps", "rank", "batch size", "learning rate", "999 characters", "seed"):
         assert words in str(caught.value)
     assert not trainer.root.exists()
     assert request_problems(ASKED, 1, trainer.limits) == []
@@ -103,7 +103,7 @@ def test_no_name_leads_out_of_the_folder(trainer, name):
     assert slug(folder.name) == folder.name
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- images
 
 
 def test_pictures_are_upright_small_and_white_behind(tmp_path):
@@ -133,7 +133,7 @@ def test_pictures_are_converted_as_the_trainer_converts_them(tmp_path):
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x80\x04 pickle")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"no pictures: a\.png$"):
+    with pytest.raises(ValueError, match=r"no images: a\.png$"):
         read_pictures(pictures_in(tmp_path), 3)
     with pytest.raises(ValueError, match="at most 1"):
         read_pictures(pictures_in(tmp_path), 1)

@@ -1,4 +1,4 @@
-"""Compare: what to paint on the left, the pictures on the right, as a grid or pair by pair."""
+"""Compare: what to generate on the left, the images on the right, as a grid or pair by pair."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from app.tabs.taking import opened, said, takeaway
 
 SECONDS_BETWEEN_LOOKS = 0.25
 NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or run make demo and start the page anew."
-# On a narrow screen the pictures stand above the button.
+# On a narrow screen the images stand above the button.
 SHOW_STATUS = """() => {
   if (window.innerWidth < 700) document.getElementById('status').scrollIntoView();
 }"""
@@ -116,7 +116,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 afresh = gr.Button("Start afresh", size="sm", min_width=100, elem_id="afresh")
         with gr.Column(scale=9, min_width=320, elem_classes="results"):
             status = gr.HTML(elem_id="status", min_height=48, padding=False)
-            again = gr.Button("Paint again", variant="primary", size="sm", visible=False, elem_id="again")
+            again = gr.Button("Generate again", variant="primary", size="sm", visible=False, elem_id="again")
             look = looking(studio)
             takeaway(studio)
             verdict = gr.HTML(elem_id="verdict", padding=False)
@@ -157,14 +157,14 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             return views.message(str(problem), "warn")
         count, seconds = comparer.estimate(asked)
         long = comparer.prompt_warnings(asked)
-        text = f"{count} picture{'s' * (count != 1)}, about {views.duration(seconds)}"
+        text = f"{count} image{'s' * (count != 1)}, about {views.duration(seconds)}"
         return views.message("\n".join([text, *long]), "warn" if long else "note")
 
     def ask(request: gr.Request) -> list:
         session_of(request).ask()
         return ["Grid", gr.Button(visible=False)]
 
-    def paint(
+    def generate(
         prompts: str,
         placeholders: str,
         seeds: str,
@@ -195,9 +195,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         def on_step(cell: int, step: int) -> None:
             if told.is_due():
                 done = cell * asked.num_inference_steps + step
-                progress((done, count * asked.num_inference_steps), desc=f"picture {cell + 1} of {count}", unit="steps")
+                progress((done, count * asked.num_inference_steps), desc=f"image {cell + 1} of {count}", unit="steps")
 
-        yield views.message(f"Painting {count} pictures, about {views.duration(seconds)}."), views.grid(session)
+        yield views.message(f"Generating {count} images, about {views.duration(seconds)}."), views.grid(session)
         try:
             for cell in comparer.compare(asked, cancel, on_step):
                 if session.cancel is not cancel:
@@ -206,9 +206,9 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 if session.visit:
                     session.visit.add(asked, session.cells, studio.base_name, View.of(asked))
                 if shown.is_due():
-                    yield views.message(f"{len(session.cells)} of {count} pictures."), views.grid(session)
+                    yield views.message(f"{len(session.cells)} of {count} images."), views.grid(session)
         except (ValueError, RuntimeError) as problem:  # of a file, or of the machine, such as its memory
-            done = f"Ended by an error after {len(session.cells)} of {count} pictures, which stay."
+            done = f"Ended by an error after {len(session.cells)} of {count} images, which stay."
             yield views.message(done, "bad"), views.grid(session)
             raise refusal(problem) from None
         if session.cancel is cancel:
@@ -314,8 +314,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         **LIGHT,
         **PRIVATE,
     )
-    painting = started.then(
-        paint,
+    generating = started.then(
+        generate,
         fields,
         results,
         api_name="compare",
@@ -323,7 +323,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         show_progress_on=[status],
         **HEAVY,
     )
-    look.follow(painting)
+    look.follow(generating)
     gr.on([run.click, again.click], None, js=SHOW_STATUS, **PRIVATE)
     stop.click(halt, None, None, **LIGHT, **PRIVATE)
     files.upload(add_files, [files, adapters], adapters, **LIGHT, **PRIVATE)
@@ -334,13 +334,13 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
     look.refresh(opening)
     arrival = demo.load(arrive, key, [*fields, more, *results, *look.controls], js=KEY_OF_TAB, **LIGHT, **PRIVATE)
     afresh.click(None, None, None, js=AFRESH, **PRIVATE)
-    for event in (painting, opening):
+    for event in (generating, opening):
         event.then(judge, None, verdict, **LIGHT, **PRIVATE)
-    return CompareTab(adapters, arrival, [painting, opening], verdict)
+    return CompareTab(adapters, arrival, [generating, opening], verdict)
 
 
 class Pace:
-    """Lets a thing be done again when some time has passed: small pictures are painted faster than a page is drawn."""
+    """Lets a thing be done again when some time has passed: small images are generated faster than a page is drawn."""
 
     def __init__(self, seconds: float = SECONDS_BETWEEN_LOOKS):
         self.seconds, self.last = seconds, -math.inf
@@ -354,8 +354,8 @@ class Pace:
 
 
 def finished(session: Session, count: int) -> str:
-    painted = len(session.cells)
-    if painted < count:
-        return views.message(f"Stopped: {painted} of {count} pictures were painted, and stay.", "warn")
+    generated = len(session.cells)
+    if generated < count:
+        return views.message(f"Stopped: {generated} of {count} images were generated, and stay.", "warn")
     seconds = sum(cell.seconds for cell in session.cells)
-    return views.message(f"{count} pictures in {views.duration(seconds)}.", "good")
+    return views.message(f"{count} images in {views.duration(seconds)}.", "good")

@@ -1,4 +1,4 @@
-"""Looking at a comparison: the grid of all pictures, or two of one row by slider, flip or heat map."""
+"""Looking at a comparison: the grid of all images, or two of one row by slider, flip or heat map."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from app.sessions import Session
 from app.studio import LIGHT, PRIVATE, Studio
 
 PAIR_SIDE = 512
-NOT_PAINTED = "Not both of these pictures are painted."
+NOT_GENERATED = "Not both of these images are generated."
 GRID_CLICKS = """element.addEventListener('click', (event) => {
   const cell = event.target.closest('[data-row]');
   if (cell) trigger('click', {row: Number(cell.dataset.row), column: Number(cell.dataset.column)});
@@ -43,10 +43,10 @@ class Looking:
         return [view.name, row, *(gr.Dropdown(choices=columns, value=side) for side in (view.left, view.right))]
 
     def follow(self, event: Dependency) -> None:
-        """Once something was painted: fill the pickers, and look at what opened settings had looked at."""
-        event.then(self.painted, None, self.controls, **LIGHT, **PRIVATE)
+        """Once something was generated: fill the pickers, and look at what opened settings had looked at."""
+        event.then(self.generated, None, self.controls, **LIGHT, **PRIVATE)
 
-    def painted(self, request: gr.Request) -> list:
+    def generated(self, request: gr.Request) -> list:
         session = self.studio.sessions.of(request.session_hash)
         if session.request is None:
             return [gr.skip()] * len(self.controls)
@@ -73,11 +73,11 @@ class Looking:
         session.view = View(chosen, i, a, b)
         if not single:
             return shown
-        painted = {(c.row, c.column): c for c in session.cells}
+        generated = {(c.row, c.column): c for c in session.cells}
         line = rows[i]
-        first, second = (painted.get((line, columns[j])) for j in (a, b))
+        first, second = (generated.get((line, columns[j])) for j in (a, b))
         if first is None or second is None:
-            shown[5] = views.message(NOT_PAINTED, "warn")
+            shown[5] = views.message(NOT_GENERATED, "warn")
         elif chosen == "Slider":
             images = tuple(enlarged(c.image, PAIR_SIDE) for c in (first, second))
             label = f"{first.column.label}  |  {second.column.label}"

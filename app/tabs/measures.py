@@ -1,4 +1,4 @@
-"""Measures: figures about the pictures of the Compare tab."""
+"""Measures: figures about the images of the Compare tab."""
 
 import gradio as gr
 
@@ -10,7 +10,7 @@ from app.tabs import refusal
 from app.tabs.compare import CompareTab
 
 MAX_REFERENCES = 32
-OWN = "pictures of my own"
+OWN = "images of my own"
 EXPLANATION = (
     "Subject likeness is 1 for the subject and 0 for a blob of its colour; background obeyed holds the ground's colour "
     "against the prompt's. Both are for figures on plain grounds, work offline and are no CLIP. Drift is the pixel "
@@ -31,7 +31,7 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
                 visible=bool(studio.subjects),
             )
             references = gr.File(
-                label="Reference pictures of the subject",
+                label="Reference images of the subject",
                 file_count="multiple",
                 file_types=["image"],
                 height=150,
@@ -54,13 +54,13 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         session = studio.sessions.of(request.session_hash)
         cells = list(session.cells)
         if not cells:
-            raise refusal("Compare something first: the measures are of the pictures of the Compare tab.")
+            raise refusal("Compare something first: the measures are of the images of the Compare tab.")
         try:
             files = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
-            pictures = read_pictures(files, MAX_REFERENCES)
-            values = measure(session.request, cells, pictures, subject_word.strip())
+            images = read_pictures(files, MAX_REFERENCES)
+            values = measure(session.request, cells, images, subject_word.strip())
             models = learned.load(clip_name, dino_name)
-            values += learned.learned_measures(cells, pictures, subject_word.strip(), *models)
+            values += learned.learned_measures(cells, images, subject_word.strip(), *models)
         except ValueError as problem:
             raise refusal(problem) from None
         session.measured = values

@@ -62,9 +62,9 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
         steps = sorted({s for run in runs for s in run.samples})
         last = steps[-1] if steps else 0
         slider = gr.Slider(0, max(1, last), value=last, step=stride(steps), visible=len(steps) > 1)
-        pictures = run_views.samples(runs, last, session.thumbnail)
+        images = run_views.samples(runs, last, session.thumbnail)
         notes = views.message("\n".join(["Not every run can be shown:", *broken]), "warn") if broken else ""
-        return [notes + run_views.curves(runs, smoothing), run_views.merges(runs), slider, pictures]
+        return [notes + run_views.curves(runs, smoothing), run_views.merges(runs), slider, images]
 
     def smooth(smoothing: float, request: gr.Request) -> str:
         return run_views.curves(session_of(request).race, smoothing)

@@ -43,7 +43,7 @@ def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:
     def write(request: gr.Request) -> str:
         session = studio.sessions.of(request.session_hash)
         if session.request is None or not (session.cells or kind == "settings"):
-            raise refusal("There are no pictures to take away: compare something first.")
+            raise refusal("There are no images to take away: compare something first.")
         return str(written(session, kind, studio.base_name))
 
     return write
@@ -64,7 +64,7 @@ def written(session: Session, kind: str, base: str) -> Path:
 
 
 def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[CompareRequest, object]:
-    """Bring a comparison back into a session: its adapters, its pictures, what was looked at; and name its base.
+    """Bring a comparison back into a session: its adapters, its images, what was looked at; and name its base.
 
     Raises:
         ValueError: nothing was changed, and why.
@@ -73,7 +73,7 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     data, limits = saved.data, studio.comparer.limits
     wanted = digests_in(data)
     at_hand = {a.sha256: a.path for a in studio.adapters_by_content(wanted)} | session.paths
-    asked = CompareRequest.from_dict(data, dict.fromkeys(wanted, "") | at_hand)  # pictures need no adapters
+    asked = CompareRequest.from_dict(data, dict.fromkeys(wanted, "") | at_hand)  # images need no adapters
     if found := problems(asked, limits):
         raise ValueError(joined("Nothing was opened", found))
     if found := unwritable(asked):
@@ -93,13 +93,15 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
 
 def said(session: Session, base: object, base_here: str) -> str:
     """What was opened, and what is missing."""
-    count, painted = len(session.request.rows) * len(session.request.columns), len(session.cells)
-    if painted == count:
-        head, kind = f"Opened with {count} pictures, painted before; Paint again makes them anew.", "good"
+    count, generated = len(session.request.rows) * len(session.request.columns), len(session.cells)
+    if generated == count:
+        head, kind = f"Opened with {count} images, generated before; Generate again makes them anew.", "good"
     else:
-        head, kind = f"Opened with {painted} of {count} pictures; Paint again makes them all.", "note"
+        head, kind = f"Opened with {generated} of {count} images; Generate again makes them all.", "note"
     notes = []
     if isinstance(base, str) and base != base_here:
-        notes.append(f"they were painted with the base {base}; {base_here} is loaded here")
-    notes += [f"{a.label} is not here: add its file to paint with it" for a in session.request.adapters if not a.path]
+        notes.append(f"they were generated with the base {base}; {base_here} is loaded here")
+    notes += [
+        f"{a.label} is not here: add its file to generate with it" for a in session.request.adapters if not a.path
+    ]
     return views.message("\n".join([head, *notes]), "warn" if notes else kind)

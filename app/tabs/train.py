@@ -1,4 +1,4 @@
-"""Train: pictures and a prompt in, a run of the training script out, watched while it goes."""
+"""Train: images and a prompt in, a run of the training script out, watched while it goes."""
 
 import secrets
 from pathlib import Path
@@ -17,9 +17,9 @@ from app.training import CONFIG, Method, Training, TrainRequest
 
 SECONDS_BETWEEN_LOOKS = 2
 SMOOTHING = 0.95
-OWN = "pictures of my own"
+OWN = "images of my own"
 INTRODUCTION = (
-    "Teaches the loaded base a subject from a few pictures, with the script of the command line and a configuration "
+    "Teaches the loaded base a subject from a few images, with the script of the command line and a configuration "
     "file that it takes too. The adapter joins the Compare tab when it is done."
 )
 
@@ -39,14 +39,14 @@ def train_tab(
     with gr.Row(equal_height=False, elem_classes="tab-body"):
         with gr.Column(scale=4, min_width=300):
             subject = gr.Dropdown(
-                label="Pictures of the subject",
+                label="Images of the subject",
                 choices=[OWN, *studio.subjects],
                 value=studio.first_subject or OWN,
                 visible=bool(studio.subjects),
                 elem_id="train_subject",
             )
             files = gr.File(
-                label="My pictures",
+                label="My images",
                 file_count="multiple",
                 file_types=["image"],
                 height=150,
@@ -66,7 +66,7 @@ def train_tab(
             )
             samples_of = gr.Textbox(
                 label="Prompts for samples",
-                info=f"One to a line, at most {limits.validation_prompts}; painted as training goes.",
+                info=f"One to a line, at most {limits.validation_prompts}; generated as training goes.",
                 value=studio.first_prompt,
                 lines=2,
                 elem_id="train_samples_of",
@@ -75,16 +75,16 @@ def train_tab(
                 rank = gr.Slider(1, limits.rank, value=TrainRequest.rank, step=1, label="Rank")
                 rate = gr.Number(TrainRequest.learning_rate, label="Learning rate", minimum=0, maximum=1)
                 batch = gr.Slider(
-                    1, limits.batch_size, value=TrainRequest.train_batch_size, step=1, label="Pictures in a step"
+                    1, limits.batch_size, value=TrainRequest.train_batch_size, step=1, label="Images in a step"
                 )
                 text_encoder = gr.Checkbox(True, label="Train the text encoder too")
                 class_prompt = gr.Textbox(
                     label="Prompt of the class",
-                    info="Such as: a sticker of animal. The base paints pictures of it to train on as well, so that "
+                    info="Such as: a sticker of animal. The base generates images of it to train on as well, so that "
                     "the class stays what it was.",
                     value="",
                 )
-                class_images = gr.Slider(1, limits.class_pictures, value=40, step=1, label="Pictures of the class")
+                class_images = gr.Slider(1, limits.class_pictures, value=40, step=1, label="Images of the class")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 name = gr.Textbox(label="Name of the run", info="From the prompt and the method if empty.", value="")
             with gr.Row(elem_classes="tools"):
@@ -98,7 +98,7 @@ def train_tab(
                 views.message("No training of yours yet."), elem_id="train_status", padding=False, min_height=48
             )
             curves = gr.HTML(elem_id="train_curves", padding=False)
-            pictures = gr.HTML(elem_id="train_samples", padding=False)
+            images = gr.HTML(elem_id="train_samples", padding=False)
             with gr.Accordion("What the script says", open=False):
                 log = gr.HTML(elem_id="train_log", padding=False)
 
@@ -116,7 +116,7 @@ def train_tab(
         seed,
         name,
     ]
-    shown = [status, curves, pictures, log, start, stop, config, timer, adapters]
+    shown = [status, curves, images, log, start, stop, config, timer, adapters]
 
     def session_of(request: gr.Request) -> Session:
         return studio.sessions.of(request.session_hash)
@@ -125,7 +125,7 @@ def train_tab(
         return pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
 
     def look_at(chosen: str, paths: list[str] | None, request: gr.Request) -> str:
-        sources = sources_of(chosen, paths)[: limits.pictures]
+        sources = sources_of(chosen, paths)[: limits.images]
         shown = filter(None, map(session_of(request).thumbnail, map(Path, sources)))
         return views.strip(list(shown), chosen if chosen in studio.subjects else "my subject")
 
@@ -134,7 +134,7 @@ def train_tab(
     ) -> list:
         try:
             asked = read_train_request(*values)
-            training = trainer.start(asked, read_pictures(sources_of(chosen, paths), limits.pictures), key)
+            training = trainer.start(asked, read_pictures(sources_of(chosen, paths), limits.images), key)
         except ValueError as problem:
             raise refusal(problem) from None
         session = session_of(request)

@@ -1,4 +1,4 @@
-"""Blind vote: which of two pictures is better, without knowing whose it is."""
+"""Blind vote: which of two images is better, without knowing whose it is."""
 
 import gradio as gr
 
@@ -13,7 +13,7 @@ KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: 
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
 IDS = {Choice.LEFT: "vote_left", Choice.TIE: "vote_tie", Choice.NEITHER: "vote_neither", Choice.RIGHT: "vote_right"}
 INTRODUCTION = (
-    "Two pictures of one prompt from the same noise, sides shuffled. Votes are on the pictures of the Compare tab: "
+    "Two images of one prompt from the same noise, sides shuffled. Votes are on the images of the Compare tab: "
     "more seeds there make more pairs here."
 )
 
@@ -67,7 +67,7 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
     def start(first: str | None, second: str | None, request: gr.Request) -> list:
         session = session_of(request)
         if session.request is None or first is None or second is None:
-            raise refusal("Compare something first: votes are on the pictures of the Compare tab.")
+            raise refusal("Compare something first: votes are on the images of the Compare tab.")
         listed = {column.label: column for column in session.request.columns}
         if gone := [label for label in (first, second) if label not in listed]:
             raise refusal(f"The comparison has no column {gone[0]} any more: choose from the ones it has.")
