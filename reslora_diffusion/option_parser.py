@@ -182,6 +182,7 @@ class Reader:
         for flag, value in config.items():
             if value is None or value in ([], {}) or (flag in ignored and value is False):
                 continue
+            flag = str(flag).replace("-", "_")
             if flag not in self.names:
                 given.problems += self.unknown_options([f"--{flag}"])
                 continue
@@ -230,7 +231,7 @@ class Reader:
 
     def unknown_option(self, word: str) -> str:
         flag = word.split("=")[0]
-        if answer := self.answer(flag.lstrip("-")):
+        if answer := self.answer(flag.lstrip("-").replace("-", "_")):
             return answer
         near = difflib.get_close_matches(flag, self.flags, n=1, cutoff=CLOSE)
         return f"unknown option {flag}" + (f" (did you mean {near[0]}?)" if near else "")

@@ -125,12 +125,13 @@ def test_resuming_says_what_it_passes_over_and_where_a_run_is_over(tmp_path, cap
     broken = run / "checkpoint-9" / "state"
     broken.mkdir(parents=True)
     (broken / "state.json").write_text("junk")
-    train(run, max_train_steps=3, resume_from_checkpoint="latest")
+    train(run, max_train_steps=3, resume_from_checkpoint="latest", learning_rate=0.02)
     said = capsys.readouterr().out
+    assert "continued with --learning_rate 0.02; checkpoint-2 had 0.01" in said
     assert "passed over, as they are not whole: checkpoint-9" in said
     assert "continuing from" in said
     again = script.parse_args(["--config", str(run / "run.json"), "--output_dir", "elsewhere"])
-    assert (again.max_train_steps, again.learning_rate, again.output_dir) == (3, 0.01, "elsewhere")
+    assert (again.max_train_steps, again.learning_rate, again.output_dir) == (3, 0.02, "elsewhere")
     assert not again.problems
 
 

@@ -116,7 +116,7 @@ def test_every_option_of_kohyas_is_answered():
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("--network_dim", "--network_dim of kohya's scripts is --rank here"),
+        ("--network-dim", "--network_dim of kohya's scripts is --rank here"),
         ("--cache_text_encoder_outputs", "is not needed: prompts are encoded once unless --train_text_encoder"),
         ("--ip_noise_gamma", "is not here: the noise that is added is the noise that is predicted"),
         ("--sdpa", "is not needed: attention is PyTorch's scaled_dot_product_attention"),
