@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reslora_diffusion.core.state_dict import adapter_factors
+from reslora_diffusion.core.merging.state_dict import adapter_factors
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
