@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reslora_diffusion.core.merging.state_dict import adapter_factors
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from llm_tiny import GROUPED
 from reslora_diffusion import ResLoraConfig, merged_factors
+from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.export import CheckFailed, export_peft, inspect_lora, verify_lora
 
 TOKENS = torch.tensor([[3, 4, 9, 17, 25, 31]])
