@@ -178,4 +178,4 @@ def default_label(path: Path) -> str:
 
 def adapter_name(adapter: Adapter) -> str:
     """Goes by content: two files never share it, whatever they are called, and one file is never loaded twice."""
-    return f"lora_{adapter.sha256[:16]}"
+    return f"file_{adapter.sha256[:16]}"

@@ -3,9 +3,9 @@ who asks."""
 
 import json
 import sys
-import unicodedata
 
 from reslora_diffusion.problems import printable_lines
+from reslora_diffusion.utils.names import composed
 
 ALONE = ("127.0.0.1", "localhost", "::1")  # names of this machine under which no other reaches it
 
@@ -33,7 +33,7 @@ def lines_of(text: str) -> list[str]:
 def printable(text: object) -> str:
     """Lines without control characters, which could reorder what is read or look like words of ours, and without what
     no encoding can write. Unicode's normal form C, so that equal words are equal."""
-    return printable_lines(unicodedata.normalize("NFC", str(text)))
+    return printable_lines(composed(str(text)))
 
 
 def name_of(text: str, length: int) -> str:

@@ -12,7 +12,6 @@ are checked before anything is read, and nothing but PNG is decoded. Images that
 
 import io
 import json
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+from reslora_diffusion.utils.names import file_name_from
 
 from .compare import Cell
 from .foreign import is_number, parsed_json
@@ -60,13 +61,9 @@ def named(request: CompareRequest, cells: Sequence[Cell]) -> dict[str, Cell]:
     rows, columns = request.rows, request.columns
     places = [(rows.index(cell.row) + 1, columns.index(cell.column) + 1) for cell in cells]
     return {
-        f"row{i:03}-column{j:02}-{slug(cell.column.label)}.png": cell
+        f"row{i:03}-column{j:02}-{file_name_from(cell.column.label, 'column')}.png": cell
         for (i, j), cell in zip(places, cells, strict=True)
     }
-
-
-def slug(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
 
 
 def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> str:

@@ -24,6 +24,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from reslora_diffusion.utils.names import file_name_from
+
 from .request import CompareRequest, joined
 from .runs import ADAPTER, METRICS, find_adapters, read_rows
 
@@ -272,9 +274,9 @@ class Trainer:
 
 
 def slug(text: str) -> str:
-    """A folder's name: it can leave no folder and needs no quotes.
+    """A folder's name by the rule for files, short and in small letters; empty where nothing is left of it.
 
-    >>> slug("../A Sticker of sks!")
-    'a-sticker-of-sks'
+    >>> slug("../A Sticker of sks!"), slug("☃")
+    ('a-sticker-of-sks', '')
     """
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-")
+    return file_name_from(file_name_from(text.lower(), "")[:60], "")

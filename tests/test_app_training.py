@@ -17,6 +17,7 @@ from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.checks import check
 from reslora_diffusion.diffusion.data import open_upright
 from reslora_diffusion.diffusion.options import known_flags, parse
+from reslora_diffusion.utils.names import file_name_problem
 from test_utils_images import WIDE
 
 # Behaves as the script does towards its caller: rows, a bar, an end on SIGTERM after the step under way.
@@ -96,11 +97,13 @@ def test_the_tabs_fields_are_read_and_empty_numbers_named():
         read_train_request(*fields)
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "C:\\x", "a" * 500, "..", "☃"])
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "C:\\x", "a" * 500, "..", "☃", "con", "猫 1"])
 def test_no_name_leads_out_of_the_folder(trainer, name):
     folder = trainer.new_folder(dataclasses.replace(ASKED, name=name))
     assert folder.parent == trainer.root
     assert slug(folder.name) == folder.name
+    assert file_name_problem(folder.name) is None
+    assert (folder.name == "猫-1") == (name == "猫 1")
 
 
 # --------------------------------------------------------------------------------------------------- images
