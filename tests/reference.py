@@ -31,6 +31,7 @@ class NaiveBlock(nn.Module):
         self.lora_A = nn.Parameter(lora_A.detach().double().clone())
         self.lora_B = nn.Parameter(lora_B.detach().double().clone())
         self.scaling, self.shortcut = scaling, shortcut
+        self.gate = 1.0  # multiplies B A wherever it is used
         self.previous: tuple[NaiveBlock, ...] = ()
         self.alone = False  # joined to no other block: plain LoRA
         self.x: Tensor | None = None
@@ -40,13 +41,14 @@ class NaiveBlock(nn.Module):
         frozen = self.base(x)
         if self.shortcut == "input" and not self.alone:
             before = self.previous[0].x if self.previous else x
-            added = (x + before) @ self.lora_A.T @ self.lora_B.T
+            added = self.gate * (x + before) @ self.lora_A.T @ self.lora_B.T
         elif self.shortcut == "block":
-            added = sum(x @ block.lora_A.T @ block.lora_B.T for block in (self, *self.previous))
+            added = sum(block.gate * x @ block.lora_A.T @ block.lora_B.T for block in (self, *self.previous))
         elif self.shortcut == "middle":
-            added = sum(block.x @ block.lora_A.T for block in (self, *self.previous)) @ self.lora_B.T
+            bottleneck = sum(block.gate * block.x @ block.lora_A.T for block in (self, *self.previous))
+            added = self.gate * bottleneck @ self.lora_B.T
         else:
-            added = x @ self.lora_A.T @ self.lora_B.T
+            added = self.gate * x @ self.lora_A.T @ self.lora_B.T
         return frozen + self.scaling * added
 
 

@@ -288,10 +288,13 @@ class Adapter(Shared):
         if self.groups.get(together[0]) != together:  # they are packed together from the next forward on
             self.groups.update(dict.fromkeys(together, together))
             self.packer.forget()
-        ops, version, choice = [layer.path.op(layer, x) for layer in layers], version_of(x), in_group(len(together))
+        layers = [layer for layer in layers if not layer.closed]  # which compute nothing that could be shared
+        if len(layers) < 2:
+            return
+        ops, version, choice = [layer.path.op(layer, x) for layer in layers], version_of(x), in_group(len(layers))
         if not can_be_grouped(ops):
-            for name in together:
-                self.context.retract(name)
+            for layer in layers:
+                self.context.retract(layer.name)
             return
         for layer, op, (y, value) in zip(layers, ops, grouped_linears(ops), strict=True):
             layer.choice = choice

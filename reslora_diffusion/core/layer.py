@@ -180,7 +180,7 @@ class AdaptedLayer:
         for block in self.blocks:
             gate = gates.get(block.name, 1.0)
             pairs = [block.own_factors(), *self.shared.frozen.get(block.name, ())]
-            parts += [(A.to(x.dtype), B.to(x.dtype), scaling * gate) for A, B in pairs]
+            parts += [(A.to(x), B.to(x), scaling * gate) for A, B in pairs]  # frozen ones stay behind on `model.to`
         kept = [part for part in parts if torch.is_tensor(part[2]) or part[2] != 0] or parts[:1]
         D, U, scalings = (list(column) for column in zip(*kept, strict=True))
         return D, U, scalings
@@ -193,11 +193,20 @@ class AdaptedLayer:
     def gated(self, D: Sequence[Tensor]) -> Sequence[Tensor]:
         """Down-projections times the layer's own gate."""
         gate = self.shared.gates.get(self.name, 1.0)
-        return D if isinstance(gate, float) and gate == 1 else [gate * A for A in D]
+        return D if self.closed or (isinstance(gate, float) and gate == 1) else [gate * A for A in D]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the gates of all its blocks are the number 0: it adds nothing, and reads nothing for itself."""
+        gates = self.shared.gates
+        if not gates or self.shared.merged is not None:
+            return False
+        own = [gates.get(block.name, 1.0) for block in self.blocks]
+        return not any(isinstance(gate, Tensor) or gate != 0 for gate in own)
 
     def dropped(self, x: Tensor, otherwise: Tensor | None = None) -> Tensor | None:
         """x after the dropout of the adapter; `otherwise` where there is none."""
-        if self.shared.dropless:
+        if self.shared.dropless or self.closed:
             return otherwise
         dropout = self.module.lora_dropout[self.shared.adapter_name]
         return dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else otherwise

@@ -104,7 +104,7 @@ class Input(Plain):
     def op(self, layer: AdaptedLayer, x: Tensor) -> LinearOp:
         D, U, scalings = layer.factors(x)
         read = carry = ahead = None
-        before = layer.read_input(x)
+        before = None if layer.closed else layer.read_input(x)
         if before is None:
             read, scalings = layer.dropped(x), [2 * s for s in scalings]
         elif before.projected:
@@ -115,7 +115,7 @@ class Input(Plain):
             total = layer.sum(x, before.value)
             read = layer.dropped(total, otherwise=total)
         publish = Publish.NOTHING
-        if layer.follower is not None:
+        if layer.follower is not None and not layer.follower.closed:
             if layer.reads_ahead(x):
                 publish, ahead = Publish.AHEAD, layer.ahead(x)
             else:

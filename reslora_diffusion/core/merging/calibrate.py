@@ -75,6 +75,7 @@ def observe(
     done = load_statistics(resume_file, observer, adapter_device(adapter)) if resume_file else 0
     count = 0
     adapter.observer = observer
+    gates, adapter.gates = adapter.gates, {}  # what is merged is every block
     try:
         with evaluating(model):
             for batch in batches:
@@ -86,7 +87,7 @@ def observe(
                 if resume_file and count % RESUME_EVERY == 0:
                     save_statistics(resume_file, observer, count)
     finally:
-        adapter.observer = None
+        adapter.observer, adapter.gates = None, gates
         observer.start_batch()
     if resume_file and count > done:
         save_statistics(resume_file, observer, count)

@@ -1,8 +1,12 @@
-"""Everything that changes while a run trains, as `Schedule`s: `fold` is the first.
+"""Everything that changes while a run trains, as `Schedule`s.
+
+    Coto      drops the adapters of whole blocks, fewer and fewer      --schedule coto
+    Restart   freezes the adapter and starts another beside it         --schedule restart:stages=3
+    Fold      folds the shortcut into plain LoRA, and trains on        --schedule fold:at=0.85
 
 A training loop knows only this much of them:
 
-    schedule.start(adapters, total_steps)
+    schedule.start(adapters, total_steps, optimizer)
     for step in range(total_steps):
         schedule.before_step(step)
         ...                                 forward, backward of every micro-batch
@@ -10,10 +14,25 @@ A training loop knows only this much of them:
         ...                                 optimizer step
         change = schedule.after_step(step + 1)
 
-and does what `change` says: it collects the parameters anew, forgets recorded graphs, restarts averages.
+and does what `change` says: it collects the parameters anew, forgets recorded graphs, restarts averages. Names are
+resolved on first use, so that `settings` answers without torch.
 """
 
-from .base import Change, Schedule
-from .fold import Fold
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Change", "Fold", "Schedule"]
+HOMES = {
+    "Change": "base",
+    "Coto": "coto",
+    "Fold": "fold",
+    "Restart": "restart",
+    "Schedule": "base",
+    "parse_schedule": "settings",
+}
+__all__ = sorted(HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{HOMES[name]}", __name__), name)

@@ -1,11 +1,16 @@
 """What a schedule is: hooks around a training step, and flags that say what they changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Flag, auto
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...core.attach import AdaptedModel
+
+Factor = Callable[[int], float]  # on the learning rate, as a function of the steps that are done
 
 
 class Change(Flag):
@@ -23,10 +28,16 @@ class Schedule:
     What a schedule draws must be a function of (seed, step), so that processes and resumed runs agree.
     """
 
-    conflicts: frozenset[str] = frozenset()  # names of shortcuts, options and methods that it does not go with
+    conflicts: Mapping[str, str] = {}  # shortcut, option or method -> the reason why the two do not go together
 
-    def start(self, adapters: Sequence[AdaptedModel], total_steps: int) -> None:
-        """Training of these adapters is about to begin, or to go on (`load_state_dict` comes after)."""
+    def start(
+        self, adapters: Sequence[AdaptedModel], total_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Training of these adapters is about to begin, or to go on (`load_state_dict` comes after).
+
+        Args:
+            optimizer: of the adapters' parameters; schedules that change those, or restart it, want it.
+        """
 
     def before_step(self, step: int) -> None:
         """Step `step` is about to begin."""
@@ -38,12 +49,16 @@ class Schedule:
         """`steps` steps are done. Returns what was changed."""
         return Change.NOTHING
 
+    def learning_rate(self, factor: Factor) -> Factor:
+        """What the run's own `factor` on the learning rate becomes."""
+        return factor
+
     def evaluation(self) -> AbstractContextManager:
         """Inside, the adapters compute what would be exported, as far as the schedule decides that."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides parameters and moments; JSON's types."""
+        """What a checkpoint must hold besides tensors; JSON's types."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> Change:
@@ -51,5 +66,32 @@ class Schedule:
 
         Returns:
             What was changed on the way, as of `after_step`.
+
+        Raises:
+            ValueError: the state is that of another schedule.
         """
         return Change.NOTHING
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides parameters and moments."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`, after `load_state_dict`."""
+
+
+def follow_learning_rate(schedule: Schedule, lr_scheduler: Any) -> None:
+    """Let a schedule have its way with the learning rate of a `torch.optim.lr_scheduler.LambdaLR`.
+
+    Raises:
+        ValueError: the schedule changes it, and it is another kind of scheduler, which is no function of the step.
+    """
+    if type(schedule).learning_rate is Schedule.learning_rate:
+        return
+    factors = getattr(lr_scheduler, "lr_lambdas", None)
+    if factors is None:
+        raise ValueError(
+            f"{type(lr_scheduler).__name__} cannot be restarted by a schedule; wanted one that is a function of the "
+            "step: linear, cosine, polynomial, constant"
+        )
+    lr_scheduler.lr_lambdas = [schedule.learning_rate(factor) for factor in factors]

@@ -13,6 +13,7 @@ from ...core.attach import AdaptedModel, get_controller
 from ...core.config import MergeMethod
 from ...core.merging.fold import handover
 from .base import Change, Schedule
+from .settings import FoldSettings
 
 
 class Fold(Schedule):
@@ -27,6 +28,8 @@ class Fold(Schedule):
         ValueError: `at` is no share.
     """
 
+    conflicts = FoldSettings.conflicts
+
     def __init__(
         self,
         at: float | None = 0.85,
@@ -40,8 +43,10 @@ class Fold(Schedule):
         self.fold_at: int | None = None  # number of steps
         self.folded = False
 
-    def start(self, adapters: Sequence[AdaptedModel], total_steps: int) -> None:
-        self.adapters = adapters
+    def start(
+        self, adapters: Sequence[AdaptedModel], total_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.adapters, self.optimizer = adapters, optimizer or self.optimizer
         self.fold_at = None if self.at is None else max(1, round(self.at * total_steps))
 
     def after_step(self, steps: int) -> Change:

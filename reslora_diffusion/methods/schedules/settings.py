@@ -1,0 +1,178 @@
+"""`--schedule` on every command line: names of schedules, their settings, and what they do not go with.
+
+    coto     coto:initial_p=0.1,ratio=0.75
+    restart  restart:stages=3,momentum=0.5,warmup=10      restart:ranks=8/4/2
+    fold     fold:at=0.85
+
+Known without torch, so that bad input is answered at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, get_type_hints
+
+from ...options import convert, option, value_problems
+from ...problems import BadInput
+
+DEEPSPEED = "DeepSpeed takes the optimizer step itself, from copies of parameters and gradients; use DDP or one process"
+
+
+@dataclass
+class Settings:
+    """The settings of one schedule; `str` of it is what `parse_schedule` reads."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    conflicts: ClassVar[Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `BadInput` with everything that is wrong with the values."""
+        if problems := list(self.problems()):
+            raise BadInput(f"{self.name}: {problem}" for problem in problems)
+
+    def problems(self) -> Iterator[str]:
+        for problem in value_problems(self):
+            yield problem.removeprefix("--")
+
+    def misfits(self, total_steps: int, rank: int) -> Iterator[str]:
+        """What does not fit a run of so many steps, with adapters of this rank."""
+        return iter(())
+
+    def __str__(self) -> str:
+        given = [
+            f"{item.name}={'/'.join(map(str, value)) if isinstance(value, list) else value}"
+            for item in dataclasses.fields(self)
+            if (value := getattr(self, item.name)) not in (None, [])
+        ]
+        return f"{self.name}:{','.join(given)}" if given else self.name
+
+
+@dataclass
+class CotoSettings(Settings):
+    """Of `coto.Coto`."""
+
+    initial_p: float = option(0.1, "Share of the blocks whose adapters are open in the first step.", above=0, below=1)
+    ratio: float = option(0.75, "Share of the steps in which any are dropped.", above=0, below=1)
+
+    name = "coto"
+    summary = "drops the adapters of whole blocks, fewer and fewer (CoTo, CopRA)"
+    conflicts = {
+        "cuda_graph": "a recorded step updates every adapter, also those that were dropped: their moments would fade "
+        "and their weights decay; wanted no --cuda_graph",
+        "deepspeed": DEEPSPEED,
+    }
+
+
+@dataclass
+class RestartSettings(Settings):
+    """Of `restart.Restart`."""
+
+    stages: int | None = option(None, "Links of the chain (default: as many as ranks, or 3).", at_least=2)
+    momentum: float = option(
+        0.0, "Share of a finished link that the next one keeps and trains on.", at_least=0, below=1
+    )
+    warmup: int = option(10, "Steps in which the learning rate rises again after each restart.", at_least=0)
+    ranks: list[int] = option([], "Rank of each link, as 8/4/2 (default: that of the adapter).")
+
+    name = "restart"
+    summary = "freezes the adapter and starts another beside it (PeriodicLoRA, Chain of LoRA)"
+    conflicts = {
+        "input": "a finished link is frozen, and what `input` makes of it depends on activations, so no plain LoRA "
+        "equals it; wanted shortcut none or block",
+        "middle": "a finished link is frozen, and what `middle` makes of it depends on activations, so no plain LoRA "
+        "equals it; wanted shortcut none or block",
+        "dora": "DoRA's magnitude scales the whole weight, of which finished links are a part; wanted no DoRA",
+        "convolutions": "convolutions and embeddings are adapted by PEFT's own layers, which hold one link; wanted "
+        "linear layers alone",
+        "max_norm": "--scale_weight_norms sees the link that is trained, and not those that are frozen; wanted none",
+        "fsdp": "FSDP has sharded the factors that a restart would replace; use DDP or one process",
+        "deepspeed": DEEPSPEED,
+    }
+
+    @property
+    def links(self) -> int:
+        return self.stages or len(self.ranks) or 3
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if any(rank < 1 for rank in self.ranks):
+            yield f"ranks: got {'/'.join(map(str, self.ranks))}, wanted numbers of 1 or more"
+        if self.ranks and self.stages not in (None, len(self.ranks)):
+            yield f"ranks: got {len(self.ranks)} of them for {self.stages} stages, wanted one for each"
+        if len(self.ranks) == 1:
+            yield "ranks: got one, wanted one for each of two stages or more"
+        if self.momentum and len(set(self.ranks)) > 1:
+            yield "momentum keeps a part of the finished link, whose rank it has; wanted momentum=0 where ranks differ"
+
+    def misfits(self, total_steps: int, rank: int) -> Iterator[str]:
+        if self.links > total_steps:
+            yield f"{self.name}: got {self.links} stages in {total_steps} steps, wanted a step for each or more"
+        if self.ranks and self.ranks[0] != rank:
+            yield f"{self.name}: ranks begin with {self.ranks[0]}, and the adapter has rank {rank}; wanted the same"
+
+
+@dataclass
+class FoldSettings(Settings):
+    """Of `fold.Fold`."""
+
+    at: float = option(0.85, "Share of the steps after which the shortcut is folded.", above=0, below=1)
+
+    name = "fold"
+    summary = "folds the shortcut into plain LoRA, and trains on"
+    conflicts = {
+        "none": "there is no shortcut to fold; wanted input, middle or block",
+        "deepspeed": DEEPSPEED,
+    }
+
+
+SCHEDULES: dict[str, type[Settings]] = {kind.name: kind for kind in (CotoSettings, RestartSettings, FoldSettings)}
+
+
+def parse_schedule(text: str) -> Settings:
+    """What `NAME` or `NAME:SETTING=VALUE,SETTING=VALUE` says.
+
+    >>> str(parse_schedule("restart:stages=4"))
+    'restart:stages=4,momentum=0.0,warmup=10'
+
+    Raises:
+        BadInput: naming everything that is unknown, does not parse or is out of bounds.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in SCHEDULES:
+        raise BadInput([f"got {name!r}, wanted {', '.join(SCHEDULES)}{nearest(name, SCHEDULES)}"])
+    kind, problems, given = SCHEDULES[name], [], {}
+    hints = {item.name: get_type_hints(kind)[item.name] for item in dataclasses.fields(kind)}
+    for word in filter(None, map(str.strip, rest.split(","))):
+        setting, _, value = word.partition("=")
+        if setting not in hints:
+            known = f"it has {', '.join(hints)}"
+            problems.append(f"{name}: got the setting {setting!r}; {known}{nearest(setting, hints)}")
+        elif setting in given:
+            problems.append(f"{name}: {setting} is given twice")
+        else:
+            try:
+                given[setting] = convert(hints[setting], value.split("/") if hints[setting] == list[int] else [value])
+            except ValueError as error:
+                problems.append(f"{name}: {setting}: got {value!r}, wanted {error}")
+    try:
+        found = kind(**given)
+    except BadInput as error:
+        problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def conflicts_of(settings: Settings, features: Iterable[str]) -> list[str]:
+    """Why a schedule does not go with some of the shortcuts, options and methods of a run."""
+    return [f"{settings.name}: {settings.conflicts[name]}" for name in features if name in settings.conflicts]
