@@ -82,7 +82,7 @@ def test_training_agrees_with_the_naive_reference(shortcut: str, num_previous: i
 def test_what_is_dropped_has_no_gradient_and_costs_no_product(
     shortcut: str, num_previous: int | None, precision: torch.dtype
 ) -> None:
-    model = adapted("llama", shortcut, num_previous, lora_dropout=0.5)
+    model = adapted("llama", shortcut, num_previous, lora_dropout=0.5 * (precision == torch.float64))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(precision if "lora_" not in name else torch.float64)
     model.train()
@@ -125,7 +125,7 @@ def test_probabilities_rise_and_draws_are_those_of_blocks() -> None:
     schedule, total = Coto(seed=7), 400
     schedule.start([AdaptedModel(model)], total)
     assert [schedule.probability(step) for step in (0, 150, 300, 400)] == pytest.approx([0.1, 0.55, 1, 1])
-    assert len(schedule.groups) == 4 and all(len(layers) == 7 for layers in schedule.groups.values())
+    assert [len(layers) for layers in schedule.groups.values()] == [7] * 4
     draws = [schedule.draw(step) for step in range(total)]
     assert all(len(closed) < 4 for closed in draws)
     assert not any(draws[300:])

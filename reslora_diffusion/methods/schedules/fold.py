@@ -67,6 +67,8 @@ class Fold(Schedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> Change:
         """Give the adapters the form that folding leaves; no calibration is needed, as values are loaded afterwards."""
+        if "folded" not in state:
+            raise ValueError(f"the checkpoint was trained with {state}, got the schedule fold; wanted the same")
         if not state["folded"] or self.folded:
             return Change.NOTHING
         adapters = [get_controller(adapted.model, adapted.adapter_name) for adapted in self.adapters]
