@@ -103,8 +103,8 @@ class Adapter(Shared):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no layer is joined to another, so that the factors are those of a plain LoRA."""
-        return not self.joined
+        """Whether no layer is joined to another, and none has frozen factors: the factors are those of a plain LoRA."""
+        return not self.joined and not self.frozen
 
     @property
     def crosses_layers(self) -> bool:

@@ -25,7 +25,9 @@ MORE_THAN_FACTORS = (
 
 def block_of(adapter: Adapter, name: str) -> LoraFactors:
     """The factors of one block, with the frozen ones beside them."""
-    A, B = concatenated([adapter.factors(name), *adapter.frozen.get(name, ())])
+    own = adapter.factors(name)
+    frozen = [(A.to(own[0]), B.to(own[0])) for A, B in adapter.frozen.get(name, ())]  # left behind on `model.to`
+    A, B = concatenated([own, *frozen])
     return LoraFactors(A.detach(), B.detach(), adapter.layers[name].scaling[adapter.adapter_name])
 
 

@@ -1,7 +1,9 @@
 """ResLoRA as a method of PEFT: injection, merging, deletion, and what is saved of an adapter."""
 
 import copy
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ...rules import UNMERGED_KEY
 from ...utils.names import adapter_name_problem
+from ..adapter import Adapter
 from ..config import PeftType, ResLoraConfig
 from ..merging.corrections import corrections_of
 from .install import install
@@ -24,6 +27,7 @@ UNMERGED = (
     "reslora_diffusion.export_pipeline(pipe, folder); to train on, save them as they are"
 )
 CALIBRATION_KEY = "lora_A_calibration"  # beside `lora_A.weight`: what merging adds to A, and to what
+FROZEN = re.compile(r"(.*)\.lora_([AB])_frozen\.(\d+)")  # beside them too: finished links, by number
 
 
 class ResLoraModel(LoraModel):
@@ -90,6 +94,10 @@ class ResLoraModel(LoraModel):
         names = {id(module): name for name, module in model.named_modules()}
         for name, correction in adapter.calibration.items():
             tensors[f"{names[id(adapter.layers[name])]}.{CALIBRATION_KEY}"] = correction.contiguous()
+        for name, links in adapter.frozen.items():
+            for link, pair in enumerate(links):
+                for side, factor in zip("AB", pair, strict=True):
+                    tensors[f"{names[id(adapter.layers[name])]}.lora_{side}_frozen.{link}"] = factor.contiguous()
         if not adapter.is_plain:
             name, layer = next(iter(adapter.layers.items()))
             tensors[names[id(layer)].removesuffix(name) + UNMERGED_KEY] = torch.ones(1)
@@ -104,16 +112,33 @@ class ResLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         stored = {k: v for k, v in state_dict.items() if k.endswith(f".{CALIBRATION_KEY}")}
-        rest = {k: v for k, v in state_dict.items() if k not in stored and not is_mark(k)}
+        frozen = {k: v for k, v in state_dict.items() if FROZEN.fullmatch(k)}
+        rest = {k: v for k, v in state_dict.items() if not (k in stored or k in frozen or is_mark(k))}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         adapter = find_adapter(model, adapter_name)
-        if adapter is not None and stored:
+        if adapter is not None:
             names = {name: site for site in adapter.layers for name in (site, f"base_model.model.{site}")}
+            put_frozen(adapter, names, frozen)
             for key, correction in stored.items():
                 name = names.get(key.removesuffix(f".{CALIBRATION_KEY}"))
                 if name is not None:
                     adapter.calibration[name] = correction
         return remapped
+
+
+def put_frozen(adapter: Adapter, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter the frozen factors of a file, in the place of any that it has. `names`: layers by their name
+    there."""
+    adapter.frozen = {}
+    for key in sorted(tensors, key=lambda key: int(key.rpartition(".")[2])):
+        name, side, link = FROZEN.fullmatch(key).groups()  # type: ignore[union-attr]
+        if side == "A" and name in names:
+            site = names[name]
+            device = adapter.lora_A(site).device
+            pair = tensors[key], tensors[f"{name}.lora_B_frozen.{link}"]
+            if device.type != "meta":
+                pair = pair[0].to(device), pair[1].to(device)
+            adapter.add_frozen({site: pair})
 
 
 def is_mark(key: str) -> bool:

@@ -43,7 +43,9 @@ def refuse_combination(model: nn.Module, adapters: list[str], combination_type: 
     ours = {name: one for name, one in found.items() if one is not None and not one.is_plain}
     ways = [(one.shortcut, one.config.num_previous, one.joined) for one in ours.values()]
     problems = []
-    if ours and (len(ours) < len(found) or any(way != ways[0] for way in ways)):
+    if linked := [name for name, one in ours.items() if one.frozen]:
+        problems.append(f"{', '.join(map(repr, linked))} have frozen factors beside those that are trained")
+    elif ours and (len(ours) < len(found) or any(way != ways[0] for way in ways)):
         kinds = ", ".join(f"{name!r} by {str(ours[name].shortcut) if name in ours else 'none'}" for name in found)
         problems.append(f"the layers of the adapters are joined differently ({kinds}), and one adapter has one way")
     elif len(ours) > 1 and ways[0][0] is Shortcut.MIDDLE:

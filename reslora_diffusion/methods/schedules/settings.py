@@ -73,9 +73,7 @@ class RestartSettings(Settings):
     """Of `restart.Restart`."""
 
     stages: int | None = option(None, "Links of the chain (default: as many as ranks, or 3).", at_least=2)
-    momentum: float = option(
-        0.0, "Share of a finished link that the next one keeps.", at_least=0, below=1
-    )
+    momentum: float = option(0.0, "Share of a finished link that the next one keeps.", at_least=0, below=1)
     warmup: int = option(10, "Steps in which the learning rate rises again after each restart.", at_least=0)
     ranks: list[int] = option([], "Rank of each link, as 8/4/2 (default: that of the adapter).")
 
