@@ -8,7 +8,6 @@ from torch import nn
 
 from models import UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, explain_kernels, get_controller
-from reslora_diffusion.core import kernels
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import KERNELS, choose, grouped_linears
 from reslora_diffusion.core.kernels.packing import Layout, pack
@@ -95,7 +94,7 @@ def test_first_and_second_derivatives(name: str, publish: Publish, adds: str, pa
 def test_what_reads_ahead_and_something_else_is_plain() -> None:
     op = operation(Publish.AHEAD, "read", 1, "equal")
     choice = choose(op)
-    assert (choice.name, choice.why) == ("plain", "it reads another tensor than the next layer wants projected")
+    assert (choice.name, choice.reason) == ("plain", "it reads another tensor than the next layer wants projected")
     for got, wanted in zip(choice.kernel(op), by_hand(op), strict=True):
         assert torch.allclose(got, wanted, atol=1e-12)
 
@@ -206,14 +205,10 @@ def kernels_of(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", COMPUTE_ALL)
 @pytest.mark.parametrize(("shortcut", "num_previous"), CASES)
-def test_every_kernel_computes_every_shortcut(
-    shortcut: str, num_previous: int | None, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kernel_computes_every_shortcut(shortcut: str, num_previous: int | None, name: str) -> None:
     model = adapted("llama", shortcut, num_previous)
     wanted, wanted_gradients = run(model, "llama")
-    monkeypatch.setattr(
-        "reslora_diffusion.core.layer.choose", lambda op, why=None: kernels.Choice(name, "", KERNELS[name])
-    )
+    get_controller(model).kernel = name
     got, got_gradients = run(model, "llama")
     assert kernels_of(model) == {name}
     assert (got - wanted).abs().max() < 1e-12
@@ -247,6 +242,28 @@ def test_packed_factors_change_nothing(shortcut: str, num_previous: int | None, 
     assert (got - wanted).abs().max() < 1e-12
     for name, gradient in wanted_gradients.items():
         assert (got_gradients[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "grouped"])
+@pytest.mark.parametrize(("shortcut", "num_previous"), CASES)
+def test_packed_factors_are_computed_again_under_checkpointing(
+    shortcut: str, num_previous: int | None, grouped: bool
+) -> None:
+    """In backward the forward of the root is over, and so is what was packed for it."""
+    found = []
+    for checkpointing in (False, True):
+        model = adapted("unet", shortcut, num_previous).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if grouped:
+            set_attn_processors(model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        found.append(run(model))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("shortcut", ["none", "input", "middle"])

@@ -164,5 +164,5 @@ def test_choose_asks_for_shapes_precision_and_what_crosses_layers() -> None:
     assert choose(op._replace(read=torch.randn(64, 8))).name == "fused"
     assert choose(op._replace(publish=Publish.SUM)).name == "fused"
     half = op._replace(x=x.bfloat16(), weight=weight.bfloat16())
-    assert choose(half).why == "one node for each layer"
+    assert choose(half).reason == "one node for each layer"
     assert choose(op._replace(weight=weight.double())).name == "plain"

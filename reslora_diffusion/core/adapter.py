@@ -20,7 +20,7 @@ from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpoi
 from .config import ResLoraConfig, Shortcut
 from .discovery import find_sites
 from .functional import Publish, version_of
-from .kernels import can_be_grouped, grouped_linears, in_group, why_plain
+from .kernels import can_be_grouped, grouped_linears, in_group, plain_reason
 from .kernels.report import KernelReport
 from .layer import AdaptedLayer, Gate, Prepared, Shared
 from .packed import Packer
@@ -173,7 +173,7 @@ class Adapter(Shared):
     def explain_kernels(self) -> KernelReport:
         """Which kernel computed each layer in the last forward, and why."""
         choices = {name: self.layer(name).choice for name in self.sites}
-        return KernelReport({name: choice and (choice.name, choice.why) for name, choice in choices.items()})
+        return KernelReport({name: choice and (choice.name, choice.reason) for name, choice in choices.items()})
 
     # ------------------------------------------------------------------------------------------------ factors
 
@@ -283,7 +283,7 @@ class Adapter(Shared):
         layers = [self.layer(name) for name in together]
         if x.ndim > 3 or self.transform is not None or len(layers[0].module.active_adapters) > 1:
             return  # images, channels first; adapters one by one
-        if any(layer.why_apart() or why_plain(x, *layer.frozen()) for layer in layers):
+        if any(layer.own_output_reason() or plain_reason(x, *layer.frozen()) for layer in layers):
             return
         if self.groups.get(together[0]) != together:  # they are packed together from the next forward on
             self.groups.update(dict.fromkeys(together, together))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..rules import Shortcut
 from .chains import Site
 from .forward_state import OUTSIDE, ForwardState, Published
-from .functional import LinearOp, LoraFactors, Publish, version_of
+from .functional import LinearOp, LoraFactors, Publish, side_by_side, version_of
 from .kernels import Choice, choose
 from .sharding import whole
 
@@ -89,7 +89,7 @@ class AdaptedLayer:
         self.readers = 0  # how many layers read what this one publishes
         self.sums = False  # whether it publishes the running sum of its chain
         self.choice: Choice | None = None  # of the last forward
-        self.why: str | None = None  # the frozen layer had to compute its own output in it
+        self.reason: str | None = None  # why the frozen layer computes its own output, found before PEFT's forward
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -104,7 +104,7 @@ class AdaptedLayer:
             op = op._replace(transform=shared.transform(self, op))
         if base is not None:
             op = op._replace(base=base)
-        choice = self.choice = choose(op, self.why, shared.kernel)
+        choice = self.choice = choose(op, self.reason, shared.kernel)
         y, value = choice.kernel(op)
         if self.reads and shared.merged is None:
             self.forget_read()
@@ -128,7 +128,7 @@ class AdaptedLayer:
         self.shared.context.retract(self.name)
         return None
 
-    def why_apart(self) -> str | None:
+    def own_output_reason(self) -> str | None:
         """Why the frozen layer must compute its own output, by PEFT's forward, if so."""
         module, base = self.module, self.base
         if not self.shared.ordinary:
@@ -170,9 +170,12 @@ class AdaptedLayer:
         else:
             pairs = [block.own_factors() for block in self.blocks]
             D, U = [A for A, _ in pairs], [B for _, B in pairs]
-        if D[0].dtype != x.dtype:
-            D, U = [A.to(x.dtype) for A in D], [B.to(x.dtype) for B in U]
-        return D, U, (scaling,) * len(D)
+        if D[0].dtype == x.dtype and x.is_cpu:
+            return D, U, (scaling,) * len(D)
+        # Put together as they are when they are packed: computed again for backward, they are not packed any more, and
+        # checkpointing wants the same tensors saved in both runs.
+        down, up = side_by_side([A.to(x.dtype) for A in D], [B.to(x.dtype) for B in U])
+        return (down,), (up,), (scaling,)
 
     def gated_factors(self, x: Tensor, scaling: float) -> tuple[list[Tensor], list[Tensor], list[Gate]]:
         """The same with gates and frozen factors. Parts whose gate is the number 0 are left out, unless all are."""

@@ -29,7 +29,7 @@ from .grouped import can_be_grouped, grouped_linear, grouped_linears
 from .plain import closed_linear, plain_linear
 from .runlora import LOW_RANK, fits, runlora_linear, shape_of
 
-__all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "why_plain"]
+__all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "plain_reason"]
 
 KERNELS: dict[str, Kernel] = {
     "plain": plain_linear,
@@ -42,27 +42,30 @@ ORDINARY = (nn.Parameter, Tensor)
 
 
 class Choice(NamedTuple):
-    """A kernel, its name, and why it was chosen."""
+    """A kernel, its name, and the reason why it was chosen."""
 
     name: str
-    why: str
+    reason: str
     kernel: Kernel
 
 
-def choose(op: LinearOp, why: str | None = None, wanted: str | None = None) -> Choice:
+def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -> Choice:
     """The kernel for an operation, a function of its shapes and of torch's modes.
 
     Args:
-        why: what the frozen layer computes its own output for, where it does.
+        reason: why the frozen layer computes its own output, where it does.
         wanted: the kernel to choose wherever it can compute the operation, to compare kernels.
     """
-    why = why_plain(op.x, op.weight, op.bias) if op.base is None else why or "the frozen layer computes its own output"
+    if op.base is None:
+        reason = plain_reason(op.x, op.weight, op.bias)
+    else:
+        reason = reason or "the frozen layer computes its own output"
     if is_closed(op):
         choice = CLOSED
-    elif why is not None:
-        choice = because(why)
+    elif reason is not None:
+        choice = plain_because(reason)
     elif op.read is not None and op.ahead is not None:
-        choice = because("it reads another tensor than the next layer wants projected")
+        choice = plain_because("it reads another tensor than the next layer wants projected")
     elif wanted is not None and (wanted != "runlora" or fits(op)):
         choice = Choice(wanted, "it was asked for", KERNELS[wanted])
     elif op.x.is_cpu and fits(op):
@@ -80,7 +83,7 @@ def is_closed(op: LinearOp) -> bool:
     return True
 
 
-def why_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def plain_reason(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
     """What keeps operations on x and a frozen layer from every kernel but `plain`, if anything."""
     if under_autocast(x):
         return "autocast"
@@ -104,9 +107,9 @@ def under_autocast(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def because(why: str) -> Choice:
+def plain_because(reason: str) -> Choice:
     """The plain kernel, with a reason."""
-    return Choice("plain", why, plain_linear)
+    return Choice("plain", reason, plain_linear)
 
 
 @lru_cache(maxsize=4096)

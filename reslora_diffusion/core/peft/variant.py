@@ -86,8 +86,8 @@ class LayerForward:
             if isinstance(variant, ResLoraVariant):
                 adapter = variant.adapter
                 adapted = adapter.adapted.get(variant.name) or adapter.layer(variant.name)
-                adapted.why = adapted.why_apart()
-                if adapted.why is None:
+                adapted.reason = adapted.own_output_reason()
+                if adapted.reason is None:
                     if adapter.prepared and (output := adapted.take_prepared(x)) is not None:
                         return output
                     return adapted.forward(x)
