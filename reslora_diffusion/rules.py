@@ -56,7 +56,7 @@ class ShortcutFields:
     """The fields and their defaults."""
 
     shortcut: Shortcut | str = field(
-        default=Shortcut.INPUT, metadata={"help": "Residual path between blocks: input, block, middle or none."}
+        default=Shortcut.BLOCK, metadata={"help": "Residual path between blocks: input, block, middle or none."}
     )
     num_previous: int | None = field(
         default=1, metadata={"help": "Earlier blocks that a shortcut reaches back to; 0 is plain LoRA, None is all."}

@@ -12,6 +12,7 @@ from reslora_diffusion import (
     ResLoraConfig,
     attach,
     calibrate,
+    distill,
     explain,
     get_controller,
     handover,
@@ -250,6 +251,27 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
     assert get_controller(model).observer is None
     with pytest.raises(ValueError, match="got no batches"):
         calibrate(model, [], forward)
+
+
+def test_batches_with_names_need_no_function() -> None:
+    """`model(**batch)` runs them, and gives the loss and the output that are compared."""
+    named = [{"input_ids": ids, "labels": ids} for ids, *_ in BATCHES]
+    plain, model = adapted("middle"), adapted("middle")
+    calibrate(plain, BATCHES, forward)
+    calibrate(model, named)
+    for name, factors in merged_factors(plain).items():
+        assert torch.allclose(merged_factors(model)[name].lora_A, factors.lora_A, atol=1e-12)
+    report = merge_report(model, named)
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in named]
+    assert report.loss_trained == pytest.approx(sum(losses) / len(losses))
+    assert report.gap != 0
+    assert distill(model, named, steps=2).before > 0
+    for call in (calibrate, merge_report):
+        with pytest.raises(TypeError, match=r"got a batch of type tuple, wanted a dict for model\(\*\*batch\)"):
+            call(model, BATCHES)
+    with pytest.raises(ValueError, match="returns no loss; give batches with labels"):
+        merge_report(model, [{"input_ids": BATCHES[0][0]}])
 
 
 def test_a_layer_that_reads_only_zeros() -> None:

@@ -329,6 +329,14 @@ def test_faults(options: dict, message: str) -> None:
         ResLoraConfig(**options)
 
 
+def test_the_default_shortcut_merges_exactly() -> None:
+    model = get_peft_model(build("llama"), ResLoraConfig(r=3, target_modules=LLAMA_TARGETS)).double().eval()
+    randomise(model)
+    assert model.peft_config["default"].shortcut == "block"
+    trained = run(model)
+    assert torch.allclose(run(model.merge_and_unload()), trained, atol=1e-12)
+
+
 def test_targets_that_match_nothing_are_offered_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"not found in the base model.*nearest are .*q_proj"):
         attach(build("llama"), config(targets=["q_prj"]))

@@ -268,6 +268,21 @@ def test_an_output_folder_that_is_a_file_or_holds_another_run(tmp_path, without_
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_from_before_block_was_the_default_is_not_taken_for_block(tmp_path, monkeypatch):
+    """A shortcut that was not given was not recorded either, and meant `input`."""
+    from reslora_diffusion.diffusion import record
+
+    given = ["--pretrained_model_name_or_path=model", "--instance_data_dir=data", "--instance_prompt=a"]
+    args, asked_for_input = script.parse_args(given), script.parse_args([*given, "--shortcut=input"])
+    stored = {"step": 1, "options": record.options(args)}
+    monkeypatch.setattr(record, "stored_facts", lambda folder: stored)
+    message = "was trained with --shortcut 'input', got 'block'; wanted the same"
+    assert [fault for fault in record.differences(args, tmp_path) if message in fault]
+    assert not list(record.differences(asked_for_input, tmp_path))
+    stored["options"] = record.options(args) | {"shortcut": "block"}
+    assert not list(record.differences(args, tmp_path))
+
+
 def test_the_exit_code_is_2_and_the_message_is_all_there_is(tmp_path, without_weights):
     done = call(tmp_path / "out", rank=0, pretrained_model_name_or_path=without_weights)
     assert done.returncode == 2

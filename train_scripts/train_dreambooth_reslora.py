@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import DreamBoothOptions, parse
 from reslora_diffusion.problems import Interrupted, is_first_process, nothing_to_lose, run_program
+from reslora_diffusion.rules import ShortcutFields
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -167,6 +168,8 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
             accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
     args.seed = resolve_seed(args, checkpoint, accelerator)
+    if args.method == "reslora":
+        args.shortcut = args.shortcut or str(ShortcutFields.shortcut)  # to be recorded
     args.validation_guidance_scale = family.painting_guidance(args)
     step = stored_facts(checkpoint)["step"] if checkpoint else 0
 

@@ -18,6 +18,7 @@ from reslora_diffusion.export.header import read_headers
 from .. import environment
 from ..hub import unreachable
 from ..problems import BadInput, listing, refuse
+from ..rules import ShortcutFields
 from ..stored import Files
 from ..utils.names import file_name_problem
 from .buckets import Size, parse_buckets
@@ -236,7 +237,7 @@ def bad_combinations(args: DreamBoothOptions) -> Iterator[str]:
     if args.network_weights and args.method == "reslora" and args.shortcut != "none":
         yield "--network_weights starts a plain LoRA, and a shortcut would change it; wanted --method lora"
     if args.distillation_steps and not args.compare:
-        if args.shortcut in ("none", "block") or args.handover:
+        if (args.shortcut or ShortcutFields.shortcut) in ("none", "block") or args.handover:
             yield "--distillation_steps refines a merge that is not exact; got --shortcut none or block, or --handover"
         if args.merge_method in ("drop", "paper_weight"):
             yield f"--distillation_steps refines what was fitted on data; got --merge_method {args.merge_method}"
