@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from safetensors.torch import save_file
 from lora_factors import ATTENTION, CLIP, random_factors
 from reslora_diffusion import ResLoraConfig
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.export import export_lora, fuse, inspect_lora, read_lora, resize, verify_lora, write_lora_file
+from reslora_diffusion.export import (
+    export_lora,
+    export_peft,
+    fuse,
+    inspect_lora,
+    read_lora,
+    resize,
+    verify_lora,
+    write_lora_file,
+)
 from reslora_diffusion.export.limits import LARGEST_EXPORT
 from reslora_diffusion.export.tools import combine
 from tiny import tiny_pipeline_folder, tiny_text_encoder, tiny_tokenizer, tiny_unet
@@ -359,3 +369,20 @@ def test_a_base_that_cannot_be(tmp_path, base):
         verify_lora(source, str(source))
     with pytest.raises(ValueError, match="holds neither model_index.json nor config.json"):
         verify_lora(source, str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-40])
+def test_an_adapter_that_was_hardly_trained(tmp_path, size):
+    """After one step of a warm-up. Half precision has no numbers so small; float32 has some."""
+    torch.manual_seed(0)
+    factors = {PATH: LoraFactors(torch.randn(4, 8), size * torch.randn(8, 4), 1.0)}
+    for write in (
+        lambda dtype: export_lora(tmp_path / "out", {"unet": factors}, dtype=dtype),
+        lambda dtype: export_peft(tmp_path / "out", factors, dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match="vanish in torch.float16.*hardly trained.*write float32 or bfloat16"):
+            write(torch.float16)
+        assert not (tmp_path / "out").exists()
+        if size > 1e-30:
+            assert write(torch.float32).largest_error < 1e-5
+            shutil.rmtree(tmp_path / "out")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a module: what rounding may cost
 Components = dict[str, dict[str, LoraFactors]]  # component -> module path -> factors
 
 

@@ -99,6 +99,7 @@ def export_peft(
         (fresh / PEFT_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         checks = prove_peft(fresh, component, cut[component], dtype, models.get(component), beside)
         paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
+        written = {path: f for parts in read_lora(fresh, beside=True).components.values() for path, f in parts.items()}
         report = ExportReport(
             folder=output_dir,
             files={kind: output_dir / path for kind, path in paths.items()},
@@ -109,7 +110,7 @@ def export_peft(
             asked_rank=rank,
             rank_needed=None,
             losses=losses,
-            errors=errors_against(read_lora(fresh, beside=True).components, components),
+            errors=errors_against({component: written}, components),
             norms={(component, path): delta_norm(f) for path, f in modules.items()},
             ranks={(component, path): rank_of(f) for path, f in modules.items()},
             checks=checks,

@@ -20,15 +20,13 @@ import torch
 from torch import nn
 
 from ..problems import listing
-from .factors import Components, relative_error
+from .factors import TOLERANCE, Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
 from .header import open_safetensors
 from .keys import Naming, from_kohya, projects
 from .limits import CheckFailed
 from .progress import progress
 from .reader import read_lora
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..problems import listing
-from .factors import Components, folded, padded
+from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
 from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip
 from .header import DIFFUSERS_METADATA
@@ -68,20 +68,33 @@ def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components
     """Every module with scaling 1 at `rank`, in `dtype`.
 
     Raises:
-        ValueError: a number does not fit `dtype`.
+        ValueError: a number does not fit `dtype`, or next to nothing would be left of a module.
     """
     stored: Components = {component: {} for component in components}
     todo = [(c, path, factors) for c, modules in components.items() for path, factors in modules.items()]
-    too_large = []
+    too_large, too_small = [], []
     for component, path, factors in progress(todo, "folding"):
         exact = padded(folded(factors), rank)
         cast = exact._replace(lora_A=exact.lora_A.to(dtype), lora_B=exact.lora_B.to(dtype))
         if not (cast.lora_A.isfinite().all() and cast.lora_B.isfinite().all()):
             too_large.append(f"{component}.{path}")
+        elif any(lost(kept, given) > TOLERANCE[dtype] for kept, given in zip(cast[:2], exact[:2], strict=True)):
+            too_small.append(f"{component}.{path}")
         stored[component][path] = cast
     if too_large:
         raise ValueError(f"{listing(too_large, 1)} overflow {dtype}; write float32 or bfloat16")
+    if too_small:
+        raise ValueError(
+            f"{listing(too_small, 1)} vanish in {dtype}: their numbers are too small for it. The adapter was hardly "
+            "trained, or not at all; write float32 or bfloat16 if it is to be kept"
+        )
     return stored
+
+
+def lost(kept: Tensor, given: Tensor) -> float:
+    """||kept - given|| / ||given||: what a precision swallowed of one factor."""
+    size = given.double().norm()
+    return ((kept.double() - given.double()).norm() / size).item() if size else 0.0
 
 
 def diffusers_tensors(components: Components) -> dict[str, Tensor]:
