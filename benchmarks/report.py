@@ -149,8 +149,8 @@ def run_section(content: dict[str, Any]) -> str:
         [
             name,
             *(f"{values[m]:.{0 if m == 'memory' else 1}f}{compared(values, m)}" for m in MEASURES),
-            f"{values['seconds_per_step']:.3f}",
-            f"{values['seconds_besides']:.1f}",
+            f"{values['seconds_per_step']:.3f}" if "seconds_per_step" in values else "",
+            f"{values['seconds_besides']:.1f}" if "seconds_besides" in values else "",
             "; ".join(f"{phase} {seconds:.1f} s" for phase, seconds in values.get("phases", {}).items()),
         ]
         for name, values in found.items()

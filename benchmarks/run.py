@@ -82,38 +82,30 @@ def run_script(program: list[str], extra: list[str], args: argparse.Namespace, s
         return run_once([*program, *options(args, steps, Path(folder) / "run"), *extra], file)
 
 
-def measure(
-    scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace, left_out: dict[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Medians of the whole runs, seconds per step and of all the rest, ratios to diffusers' script in each round.
+def figures(rounds: list[dict[str, dict[str, Any]]], name: str) -> dict[str, Any]:
+    """Medians of the runs of one script, its parts, and in each round the ratios to diffusers' script."""
+    runs = [turn[name] for turn in rounds if name in turn]
+    own: dict[str, Any] = {measure: median(run[measure] for run in runs) for measure in MEASURES}
+    if "phases" in runs[0]:
+        own["phases"] = {part: median(run["phases"][part] for run in runs) for part in runs[0]["phases"]}
+    if both := [turn for turn in rounds if {name, THEIRS} <= turn.keys()]:
+        own["ratios"] = {m: [turn[name][m] / turn[THEIRS][m] for turn in both] for m in MEASURES}
+    return own | {"rounds": [{measure: run[measure] for measure in MEASURES} for run in runs]}
 
-    A script that fails in its short run is noted in `left_out` with the reason, if that is given.
-    """
-    short = {}
-    for name, script in scripts.items():
-        try:
-            short[name] = run_script(*script, args, FEW)
-        except ScriptFailed as error:
-            if left_out is None:
-                raise
-            print(error, flush=True)
-            left_out[name] = str(error).strip().splitlines()[-1]
-    scripts = {name: script for name, script in scripts.items() if name in short}
+
+def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The figures of each script, with seconds per step and of all the rest."""
+    short = {name: run_script(*script, args, FEW) for name, script in scripts.items()}
     rounds = [
         {name: run_script(*script, args, args.steps) for name, script in scripts.items()} for _ in range(args.rounds)
     ]
     found = {}
     for name in scripts:
-        runs = [turn[name] for turn in rounds]
-        own: dict[str, Any] = {measure: median(run[measure] for run in runs) for measure in MEASURES}
+        own = figures(rounds, name)
         for clock in ("seconds", "processor"):
             step = (own[clock] - short[name][clock]) / (args.steps - FEW)
             own |= {f"{clock}_per_step": step, f"{clock}_besides": own[clock] - args.steps * step}
-        if "phases" in runs[0]:
-            own["phases"] = {part: median(run["phases"][part] for run in runs) for part in runs[0]["phases"]}
-        if THEIRS in scripts:
-            own["ratios"] = {m: [turn[name][m] / turn[THEIRS][m] for turn in rounds] for m in MEASURES}
-        found[name] = own | {"rounds": [{measure: run[measure] for measure in MEASURES} for run in runs]}
+        found[name] = own
     return found
 
 

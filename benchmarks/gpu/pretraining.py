@@ -28,7 +28,7 @@ CHANGED = (
     "contact_sheet.png",
 )
 PROBE = 20  # steps that tell how long a step takes
-EVALUATION = 25  # seconds for generating and judging images
+EVALUATION = 20  # seconds for generating and judging images
 FIGURES = ("right_subject", "right_background")
 
 
@@ -49,7 +49,11 @@ def options(args: argparse.Namespace, work_dir: Path, steps: int) -> list[str]:
 
 
 def train(args: argparse.Namespace, folder: Path, until: float) -> tuple[int, float, Path]:
-    """Train as many steps as fit. Returns their number, the seconds of a step, and the folder of the pipeline."""
+    """Train as many steps as fit.
+
+    Returns:
+        Their number, 0 if none fit; the seconds of a step; the folder of the pipeline.
+    """
     sys.path.insert(0, str(ROOT / "train_scripts"))
     from transformers import CLIPTokenizer
 
@@ -67,13 +71,21 @@ def train(args: argparse.Namespace, folder: Path, until: float) -> tuple[int, fl
         seconds = run(folder / "probe", PROBE)
         besides = time.monotonic() - began - PROBE * seconds
         steps = int((until - EVALUATION - besides - time.monotonic()) / seconds)
+        print(f"{steps} steps of {seconds:.3f} s fit", flush=True)
         if steps < PROBE:
-            raise SystemExit(f"no time to train: a step takes {seconds:.3f} s, and {max(0, steps)} would fit")
-        print(f"{steps} steps of {seconds:.3f} s", flush=True)
+            return 0, seconds, folder / "sticker-sd"
     seconds = run(folder, steps)
     if not args.tiny:
         recipe.evaluate(folder / "sticker-sd", args.device)
     return steps, seconds, folder / "sticker-sd"
+
+
+def pack(pipeline: Path, file: Path) -> None:
+    """Write an archive of what differs from the embedded pipeline."""
+    with tarfile.open(file, "w") as archive:
+        for name in CHANGED:
+            if (pipeline / name).exists():
+                archive.add(pipeline / name, name)
 
 
 def main() -> None:
@@ -83,15 +95,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps, seconds, pipeline = train(args, Path(folder), until)
         found = {"steps": steps, "seconds_per_step": seconds, "before": {name: before[name] for name in FIGURES}}
-        summary = [f"{steps} steps of {1000 * seconds:.1f} ms"]
+        summary = [f"{steps} steps of {1000 * seconds:.1f} ms" if steps else "no time was left to train"]
         if (pipeline / "evaluation.json").exists():
             after = json.loads((pipeline / "evaluation.json").read_text(encoding="utf-8"))
             found["after"] = {name: after[name] for name in FIGURES}
             summary += [f"{name}: {before[name]:.1%} before, {after[name]:.1%} after" for name in FIGURES]
-        with tarfile.open(args.output.with_name("sticker-sd.tar"), "w") as archive:
-            for name in CHANGED:
-                if (pipeline / name).exists():
-                    archive.add(pipeline / name, name)
+        if steps:
+            pack(pipeline, args.output.with_name("sticker-sd.tar"))
     write_results(args.output, "pretraining", found, summary=summary)
 
 

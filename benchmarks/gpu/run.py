@@ -7,6 +7,7 @@ scripts run under `--mixed_precision bf16` (`benchmarks.run` says what is timed)
 import argparse
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from statistics import median
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 
 from ..results import write_results
-from ..run import OURS, THEIRS, measure
-from .stages import ROOT, stage_args
+from ..run import OURS, THEIRS, ScriptFailed, figures, run_script
+from .stages import RESERVE, ROOT, stage_args
 
 SUBJECT = ROOT / "assets" / "subjects" / "octopus"
 EMBEDDED = ROOT / "assets" / "sticker-sd"
-STEPS, TINY_STEPS = 100, 7
+STEPS, TINY_STEPS = 100, 4
+ROUNDS = 3  # at most
 
 
 def save_pipeline(folder: Path, device: torch.device) -> None:
@@ -65,14 +67,14 @@ def save_pipeline(folder: Path, device: torch.device) -> None:
 
 
 def scripts(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
-    """By name, the program and the options that it has beside the common ones."""
+    """By name, the program and the options that it has beside the common ones; what matters most comes first."""
     ours = [sys.executable, "-m", "benchmarks.phases", str(OURS)]
     own = ["--shortcut", "block", "--report_to", "none"]
     found = {"reslora block": (ours, own)}
-    if args.device == "cuda":
-        found["reslora block, CUDA graph"] = (ours, [*own, "--cuda_graph"])
     if args.diffusers_script:
         found[THEIRS] = ([sys.executable, str(args.diffusers_script)], [])
+    if args.device == "cuda":
+        found["reslora block, CUDA graph"] = (ours, [*own, "--cuda_graph"])
     return found
 
 
@@ -81,15 +83,48 @@ def lines(found: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list[st
     rows = []
     for name, values in found.items():
         ratio = f", {median(values['ratios']['seconds']):.2f} x diffusers" if "ratios" in values else ""
-        own = values.get("phases", {}).get("steps")
-        steps = f"about {values['seconds_per_step']:.3f} s a step" if own is None else f"of these steps {own:.1f} s"
-        rows.append(f"{name}: {values['seconds']:.1f} s, {steps}{ratio}")
+        steps = f", of these steps {values['phases']['steps']:.1f} s" if "phases" in values else ""
+        rows.append(f"{name}: {values['seconds']:.1f} s{steps}{ratio}")
     return rows + [f"{name}: left out: {why}" for name, why in left_out.items()]
+
+
+def compare(args: argparse.Namespace, options: argparse.Namespace, until: float) -> None:
+    """Run the scripts in turn as long as a round fits, and write down after each run what is known."""
+    rounds: list[dict[str, dict[str, Any]]] = []
+    left_out: dict[str, str] = {}
+    longest = 0.0
+    while not rounds or (time.monotonic() + longest < until and len(rounds) < ROUNDS):
+        began = time.monotonic()
+        rounds.append({})
+        for name, script in scripts(args).items():
+            if name in left_out:
+                continue
+            try:
+                rounds[-1][name] = run_script(*script, options, options.steps)
+            except ScriptFailed as error:
+                print(error, flush=True)
+                left_out[name] = str(error).strip().splitlines()[-1]
+                rounds = [{n: run for n, run in turn.items() if n != name} for turn in rounds]
+            found = {n: figures(rounds, n) for n in rounds[0]}
+            for values in found.values():
+                if "phases" in values:
+                    step = values["phases"]["steps"] / options.steps
+                    values |= {"seconds_per_step": step, "seconds_besides": values["seconds"] - options.steps * step}
+            facts = {name: getattr(options, name) for name in ("steps", "batch_size", "resolution")}
+            facts |= {"turns": len(rounds), "left_out": left_out, "summary": lines(found, left_out)}
+            write_results(args.output, "run", found, quiet=True, **facts)
+            print(facts["summary"][-1], flush=True)
+        longest = time.monotonic() - began
+        if not rounds[0]:
+            raise SystemExit("no script ran")
+        if args.tiny:
+            break
 
 
 def main() -> None:
     args = stage_args(__doc__)
     warnings.filterwarnings("ignore")
+    until = time.monotonic() + args.seconds - RESERVE
     with tempfile.TemporaryDirectory() as folder:
         model = EMBEDDED
         if not args.tiny:
@@ -104,17 +139,9 @@ def main() -> None:
             batch_size=1,
             rank=16,
             steps=TINY_STEPS if args.tiny else STEPS,
-            rounds=1,
             mixed_precision="bf16" if args.device == "cuda" else None,
         )
-        left_out: dict[str, str] = {}
-        found = measure(scripts(args), options, left_out)
-    facts = {name: getattr(options, name) for name in ("steps", "batch_size", "resolution")}
-    summary = lines(found, left_out)
-    print("\n".join(summary))
-    write_results(args.output, "run", found, turns=options.rounds, left_out=left_out, summary=summary, **facts)
-    if not found:
-        raise SystemExit("no script ran")
+        compare(args, options, until)
 
 
 if __name__ == "__main__":

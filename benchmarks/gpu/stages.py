@@ -24,12 +24,12 @@ class Stage:
 
 STAGES = (
     Stage("a", "machine", "machine", "machine.json", 15, "bandwidth, matrix products, launches"),
-    Stage("b", "correctness", "correctness", "correctness.json", 80, "`pytest -m gpu`, every kernel against float64"),
-    Stage("c", "images", "steps", "step-cuda.json", 165, "a step of SD1.5 and SDXL", ("--subjects", "images")),
-    Stage("d", "language", "steps", "step-cuda.json", 50, "a step of a 1B Llama", ("--subjects", "language")),
+    Stage("b", "correctness", "correctness", "correctness.json", 110, "`pytest -m gpu`, every kernel against float64"),
+    Stage("c", "images", "steps", "step-cuda.json", 150, "a step of SD1.5 and SDXL", ("--subjects", "images")),
+    Stage("d", "language", "steps", "step-cuda.json", 45, "a step of a 1B Llama", ("--subjects", "language")),
     Stage("e", "run", "run", "run-cuda.json", 80, "a whole DreamBooth run"),
     Stage("f", "kernels", "kernels", "kernels-cuda.json", 45, "each kernel and memory-saving form by itself"),
-    Stage("g", "pretraining", "pretraining", "pretraining.json", 45, "more training of the embedded pipeline"),
+    Stage("g", "pretraining", "pretraining", "pretraining.json", 35, "more training of the embedded pipeline"),
 )
 
 
