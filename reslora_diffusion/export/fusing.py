@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
@@ -28,7 +29,7 @@ from .progress import progress
 from .proof import health_problems
 from .reader import read_lora
 from .rewriting import WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
-from .standins import Models, fitting_models, pipeline_index, snapshot
+from .standins import Models, fitting_models, pipeline_index
 
 QUANTISED = "quantization_config"
 
@@ -186,6 +187,16 @@ class Fusion:
             return fused
 
         return changed
+
+
+def snapshot(name: str, variant: str | None) -> Path:
+    """The folder of a base, downloaded if it is on the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    if pipeline_index(name) is not None:
+        return Path(DiffusionPipeline.download(name, variant=variant))
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def weight_files(folder: Path, variant: str | None) -> dict[str, WeightFiles]:

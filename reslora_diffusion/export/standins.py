@@ -27,7 +27,6 @@ from diffusers.loaders import (
     StableDiffusionLoraLoaderMixin,
     StableDiffusionXLLoraLoaderMixin,
 )
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -128,16 +127,6 @@ def pipeline_index(name: str) -> dict | None:
         return DiffusionPipeline.load_config(name)
     except OSError:
         return None
-
-
-def snapshot(name: str, variant: str | None) -> Path:
-    """The folder of a base, downloaded if it is on the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    if pipeline_index(name) is not None:
-        return Path(DiffusionPipeline.download(name, variant=variant))
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
-    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def model_class(name: str, library: str, kind: str) -> type[nn.Module]:
