@@ -208,6 +208,16 @@ def test_repeated_blocks_hold_the_adapted_layers(subject: str) -> None:
     assert within.issuperset(adapted)
 
 
+def test_one_memory_saving_form_is_put_on_at_a_time() -> None:
+    model = frozen(SUBJECTS["tiny_unet"], CPU, torch.float32)
+    for name, wanted in kernels.FRUGAL.items():
+        kernels.only(model, name)
+        found = {type(module.__dict__["forward"]) for module in model.modules() if "forward" in module.__dict__}
+        assert found == set(wanted)
+    kernels.only(model, None)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_a_kernel_that_gains_nowhere_is_named() -> None:
     def row(ratio: float, peak: float) -> dict:
         return {"ratio": [ratio] * 3, "peak": peak}
