@@ -193,7 +193,8 @@ class Reader:
     def words_of(self, name: str, value: Any) -> list[str]:
         """The words of a command line that say the same as a value in a file."""
         if isinstance(value, bool):  # YAML reads `no` as false
-            return ["no" if value is False and "no" in self.facts[name].choices else str(value).lower()]
+            off = "no" if "no" in (*self.facts[name].choices, *typing.get_args(self.kinds[name])) else "false"
+            return ["true" if value else off]
         if isinstance(value, dict) and not takes_many(self.kinds[name]):  # of an option that takes JSON
             return [json.dumps(value)]
         if isinstance(value, dict):

@@ -84,7 +84,7 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
         if not all(name and value for name, _, value in pairs):
             raise ValueError(f"name={wanted(inner[1])}")
         return {name: convert(inner[1], [value]) for name, _, value in pairs}
-    if origin is Literal and list(words) == [*inner]:
+    if origin is Literal and len(words) == 1 and words[0] in inner:
         return words[0]
     if kind is bool and len(words) <= 1:
         if not words or words[0].lower() in TRUTH:
@@ -115,7 +115,7 @@ def split(word: str, kind: Any) -> list[str]:
 def wanted(kind: Any) -> str:
     """The kind of a value in words."""
     if typing.get_origin(kind) is Literal:
-        return str(typing.get_args(kind)[0])
+        return ", ".join(typing.get_args(kind))
     return {int: "a whole number", float: "a number", str: "one text", Path: "a path", bool: "true or false"}[kind]
 
 

@@ -8,15 +8,17 @@ from dataclasses import MISSING, dataclass, fields
 import pytest
 from peft import TaskType
 from torch import nn
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
+from reslora_diffusion.llm.checks import check
 from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.resuming import checkpoint_of
-from reslora_diffusion.llm.training_options import TrainingOptions, option
+from reslora_diffusion.llm.training_options import TrainingOptions
+from reslora_diffusion.options import option
 from reslora_diffusion.problems import BadInput
 from reslora_diffusion.stored import Files
 
@@ -27,7 +29,7 @@ HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
 def test_offered_options_are_those_of_the_class():
     """Of the same names, and with the same defaults but for those that the scripts choose."""
     real = {item.name: item for item in fields(TrainingArguments)}
-    ours = {item.name: item for item in fields(TrainingOptions)}
+    ours = {item.name: item for item in fields(TrainingOptions) if "facts" in item.metadata}
     assert ours.keys() <= real.keys()
     assert len(ours) > 90
     changed = {
@@ -55,6 +57,29 @@ def test_an_option_that_the_installed_version_lacks_is_said(monkeypatch):
         training_arguments(parse(LlmOptions, ["--brand_new"], {})[1])
 
 
+def test_all_problems_of_a_command_line_and_a_file_come_in_one_message(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("num_train_epochs: some\neval_strategy: no\naccelerator_config: {split_batches: true}\n")
+    words = [f"--config={path}", "--rank=many", "--learning_rat=1", "--save_strategy=never", "--no_eval_base", "stray"]
+    words += ["--per-device-train-batch-size", "2", "--seed"]
+    chosen, training = parse(LlmOptions, words, {"output_dir": str(tmp_path / "out")})
+    assert (chosen.eval_base, training.per_device_train_batch_size, training.eval_strategy) == (False, 2, "no")
+    assert training.accelerator_config == '{"split_batches": true}'
+    problems = [
+        "--num_train_epochs: got 'some', wanted a number",
+        "unknown option --learning_rat (did you mean --learning_rate?)",
+        "got 'stray', which belongs to no option",
+        "--rank: got 'many', wanted a whole number",
+        "--save_strategy: got 'never', wanted no, steps, epoch, best",
+        "--seed: got nothing, wanted a whole number",
+    ]
+    assert training.problems == problems
+    with pytest.raises(BadInput) as error:
+        check(chosen, training, [], list)
+    assert error.value.problems[: len(problems)] == problems
+    assert "--model_name_or_path: got nothing, wanted a folder or a hub name" in error.value.problems
+
+
 def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):
     words = ["--learning_rate=0.01", "--report_to=none", "--eval_strategy=no", "--optim=sgd"]
     words += ['--gradient_checkpointing_kwargs={"use_reentrant": false}', "--lr_scheduler_type=cosine", "--use_cpu"]
@@ -65,7 +90,7 @@ def test_values_become_training_arguments_as_the_class_makes_them(tmp_path):
         "--debug=underflow_overflow",
     ]
     made = training_arguments(parse(LlmOptions, words, {})[1])
-    (expected,) = options.HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(
+    (expected,) = HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(
         [*words, "--warmup_steps=0.06", "--save_total_limit=2", "--logging_steps=10", "--seed=0"]
         + ["--remove_unused_columns=false"]
     )
@@ -140,8 +165,8 @@ ANSWERS = {  # words -> what is said, all without torch
     "--help": "--gradient_accumulation_steps",
     "--no_such_option 1": "unknown option --no_such_option",
     "--learning_rat 1": "did you mean --learning_rate",
-    "--rank many": "argument --rank: invalid int value: 'many'",
-    "--warmup_steps many": "invalid float value: 'many'",
+    "--rank many": "--rank: got 'many', wanted a whole number",
+    "--warmup_steps many": "--warmup_steps: got 'many', wanted a number",
     "--config /nowhere.yaml": "--config /nowhere.yaml: No such file",
     "--model_name_or_path /nowhere/model": "/nowhere/model: there is no such folder",
     "--model_name_or_path tests": "has no config.json",

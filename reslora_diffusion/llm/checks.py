@@ -5,7 +5,6 @@ ones, which know how training is distributed.
 """
 
 import json
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from .model_checks import stored_problems
 from .options import ModelOptions
 from .records import is_json_lines
 from .resuming import checkpoint_of, checkpoints_in
+from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,7 +42,7 @@ ONLY_RESLORA = ("shortcut", "num_previous", "merge_method", "distillation_steps"
 
 def check(
     options: ModelOptions,
-    training: Namespace,
+    training: TrainingOptions,
     data_problems: list[str],
     read: Callable[[], Any],
     metrics: Sequence[str] = (),
@@ -55,7 +55,7 @@ def check(
     Raises:
         BadInput: every problem of options, files and checkpoint.
     """
-    problems = option_problems(options) + data_problems + training_problems(training, options)
+    problems = training.problems + option_problems(options) + data_problems + training_problems(training, options)
     problems += metric_problems(training, metrics)
     training.metric_for_best_model = training.metric_for_best_model or next(iter(metrics), "loss")
     problems += stored_problems(options) if options.model_name_or_path else []
@@ -127,7 +127,7 @@ def shortcut_of(options: ModelOptions) -> str:
     return options.shortcut or str(ShortcutFields.shortcut)
 
 
-def checkpointing_settings(training: Namespace) -> Mapping[str, Any]:
+def checkpointing_settings(training: TrainingOptions) -> Mapping[str, Any]:
     """`--activation_checkpointing_kwargs`, or by its older name; what is no JSON is refused by transformers."""
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
     given = next((value for name in names if (value := getattr(training, name, None))), {})
@@ -138,7 +138,7 @@ def checkpointing_settings(training: Namespace) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def training_problems(training: Namespace, options: ModelOptions) -> list[str]:
+def training_problems(training: TrainingOptions, options: ModelOptions) -> list[str]:
     """Training arguments that cannot work with the adapter."""
     problems, shortcut = [], shortcut_of(options)
     approximate = options.method == "reslora" and shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)
@@ -184,7 +184,7 @@ def tracker_problems(report_to: str | Sequence[str] | None) -> Iterator[str]:
             yield f"--report_to: got {name!r}, wanted {', '.join(TRACKERS)}, all or none"
 
 
-def metric_problems(training: Namespace, known: Sequence[str]) -> Iterator[str]:
+def metric_problems(training: TrainingOptions, known: Sequence[str]) -> Iterator[str]:
     """A metric for the best step that no evaluation computes; transformers says so at the first evaluation."""
     name = training.metric_for_best_model
     if name is not None and name.removeprefix("eval_") not in ("loss", *known):

@@ -6,21 +6,16 @@ The defaults of the method live in `ResLoraConfig`; `None` here means "not given
 `training_arguments` makes the real ones.
 """
 
-import difflib
-import json
-import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-from transformers import HfArgumentParser
-
+from ..option_parser import Given, Reader, parse_file
+from ..options import default_of, facts_of, option
 from ..problems import BadInput, refuse
 from .tasks import TASKS
-from .training_options import TrainingOptions, option
+from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,9 +42,8 @@ class ModelOptions:
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")
     use_rslora: bool = option(False, "Scaling is lora_alpha / sqrt(rank).")
     export_dtype: str = option("float16", "Precision of the exported LoRA: float32, bfloat16 or float16.")
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of adapted layers, or all-linear (default: PEFT's for the model, mostly q and v)."},
+    target_modules: list[str] | None = option(
+        None, "Names of adapted layers, or all-linear (default: PEFT's for the model, mostly q and v)."
     )
 
 
@@ -87,88 +81,65 @@ class GlueOptions(ModelOptions):
     max_length: int = option(512, "Most tokens of an input; longer ones are cut.")
 
 
-class Parser(HfArgumentParser):
-    """Reports its findings as `BadInput`, so that they leave by the same door as the others."""
+@dataclass
+class ConfigFile:
+    """Configuration file."""
 
-    def error(self, message: str) -> NoReturn:
-        raise BadInput([message])
-
-
-def as_words(config: dict[str, Any]) -> list[str]:
-    """The command line that says the same as a configuration file."""
-    words: list[str] = []
-    for name, value in config.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
+    config: Path | None = option(None, "YAML, JSON or TOML file with options by name; the command line wins.")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise BadInput([f"--config {path}: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput([f"--config {path} does not parse: {error}"]) from error
-    if not isinstance(config, dict):
-        raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
-    return config
+PROGRAMS = {LlmOptions: "train_llm_reslora.py", GlueOptions: "train_glue_reslora.py"}
+Options = TypeVar("Options", bound=ModelOptions)
 
 
-def build_parser(kind: type, defaults: dict[str, Any]) -> Parser:
-    """With the options of a script and those of training."""
-    parser = Parser([kind, TrainingOptions], allow_abbrev=False, description=kind.__doc__)
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of these options by name; the command line wins")
-    parser.set_defaults(**defaults)
-    return parser
+def reader(kind: type) -> Reader:
+    """Reads the options of a script and those of training together."""
+    everything = dataclass(type(kind.__name__, (kind, TrainingOptions, ConfigFile), {"__doc__": kind.__doc__}))
+    return Reader(everything, PROGRAMS[kind])
 
 
-def parse(kind: type, argv: Sequence[str] | None, defaults: dict[str, Any]) -> tuple[Any, Namespace]:
-    """`(options, values of the training arguments)`.
+def parse(kind: type[Options], argv: Sequence[str] | None, defaults: dict[str, Any]) -> tuple[Options, TrainingOptions]:
+    """`(options, training options)`; whatever is wrong with their words stands in `problems` of the latter.
 
     Args:
         kind: `LlmOptions` or `GlueOptions`.
         defaults: of training options, where the script's differ from those of `TrainingOptions`.
 
     Raises:
-        BadInput: unknown options or values that do not parse.
+        BadInput: the `--config` file cannot be read; said together with what is wrong with the command line.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser(kind, defaults)
-    file = parser.parse_known_args(argv)[0].config
-    given, unknown = parser.parse_known_args([*(as_words(read_config(file)) if file else []), *argv])
-    if unknown:
-        raise BadInput([unknown_option(word, parser) for word in unknown if word.startswith("--")] or [str(unknown)])
-    values = vars(given)
-    own = {item.name for item in fields(kind)}
-    options = kind(**{name: value for name, value in values.items() if name in own})
-    return options, Namespace(**{name: value for name, value in values.items() if name not in own | {"config"}})
+    read, file = reader(kind), Given()
+    given = read.command_line(argv)
+    if path := given.values.get("config"):
+        try:
+            config = parse_file("--config", path)
+            if not isinstance(config, dict):
+                raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
+            file = read.mapping(config)
+        except BadInput as error:
+            raise BadInput([*error.problems, *given.problems]) from error
+    options, training = kind(), TrainingOptions()
+    own = facts_of(kind)
+    for name, value in (defaults | file.values | given.values).items():
+        if name != "config":
+            setattr(options if name in own else training, name, value)
+    training.problems = [*file.problems, *given.problems]
+    return options, training
 
 
-def training_arguments(values: Namespace) -> "TrainingArguments":
+def training_arguments(training: TrainingOptions) -> "TrainingArguments":
     """Raises `BadInput` with what `TrainingArguments` finds wrong with them."""
     from transformers import TrainingArguments
 
-    offered = {item.name: item.default for item in fields(TrainingOptions)}
+    offered = {item.name: default_of(item) for item in fields(TrainingOptions) if "facts" in item.metadata}
     known = {item.name for item in fields(TrainingArguments)}
     refuse(
         f"--{name}: the installed version of transformers has no such training argument"
         for name, default in offered.items()
-        if name not in known and getattr(values, name) != default
+        if name not in known and getattr(training, name) != default
     )
-    given = {name: value for name, value in vars(values).items() if name in known}
+    given = {name: getattr(training, name) for name in offered if name in known}
     try:
         return TrainingArguments(**given, remove_unused_columns=False)  # examples hold ids and labels, nothing else
     except ValueError as error:
         raise BadInput([str(error)]) from error
-
-
-def unknown_option(word: str, parser: Parser) -> str:
-    name = word.split("=")[0]
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    near = difflib.get_close_matches(name, known, n=2)
-    return f"unknown option {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from ..problems import BadInput, is_first_process, listing, refuse
 from ..utils.files import flush_tree, write_text
 from .options import ModelOptions
+from .training_options import TrainingOptions
 
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"
@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def checkpoint_of(training: Namespace, options: ModelOptions) -> str | None:
+def checkpoint_of(training: TrainingOptions, options: ModelOptions) -> str | None:
     """The checkpoint to continue from: the newest whole one for `--resume_from_checkpoint latest`, or the one named.
 
     Raises:
@@ -119,7 +119,7 @@ def checkpoint_of(training: Namespace, options: ModelOptions) -> str | None:
     return str(found)
 
 
-def differences(found: Path, training: Namespace, options: ModelOptions) -> Iterator[str]:
+def differences(found: Path, training: TrainingOptions, options: ModelOptions) -> Iterator[str]:
     """How a checkpoint differs from what this run would train."""
     stored, state = read_json(found / CONFIG), read_json(found / STATE)
     alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.rank
@@ -147,7 +147,7 @@ def differences(found: Path, training: Namespace, options: ModelOptions) -> Iter
     yield from metric_differences(found, state, training)
 
 
-def metric_differences(found: Path, state: dict[str, Any], training: Namespace) -> Iterator[str]:
+def metric_differences(found: Path, state: dict[str, Any], training: TrainingOptions) -> Iterator[str]:
     """A best step that was chosen by another metric cannot be compared with this run's evaluations."""
     name = f"eval_{(training.metric_for_best_model or '').removeprefix('eval_')}"
     best, step = state.get("best_metric"), state.get("best_global_step")

@@ -5,22 +5,18 @@ what values mean and which of them go together: `options.training_arguments` mak
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from ..options import option
 
 Interval = Literal["no", "steps", "epoch"]
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of an options dataclass, with its help."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
 class TrainingOptions:
     """How long, how fast, and on what it is trained; more on each in the documentation of `TrainingArguments`."""
 
+    problems: list[str] = field(default_factory=list)  # with the words that gave the options
     output_dir: str | None = option(None, "Where checkpoints, records and the exported LoRA are written.")
     # How long
     num_train_epochs: float = option(3.0, "Passes over the training examples.")
