@@ -246,12 +246,18 @@ def test_help_names_every_option_and_the_defaults_of_families(capsys):
 
 
 def test_records_of_earlier_versions_are_read_with_their_meaning(tmp_path):
-    """`guidance_scale` was that of images for every model, `clip_skip` diffusers'."""
+    """`guidance_scale` was that of images for every model, `clip_skip` diffusers', and the default shortcut `input`."""
     old = {"rank": 4, "guidance_scale": 3.5, "training_guidance_scale": 1.0, "clip_skip": 1, "use_dora": None}
-    old |= {"lora_blocks": "12,30", "rank_pattern": {"attn2": 2}, "output_kohya_format": False}
+    old |= {
+        "method": "reslora",
+        "shortcut": None,
+        "lora_blocks": "12,30",
+        "rank_pattern": {"attn2": 2},
+        "output_kohya_format": False,
+    }
     (tmp_path / "run.json").write_text(json.dumps({"command": [], "options": old}))
     for read in (parse(["--config", str(tmp_path / "run.json")]), stored_options(old)):
         read.take_defaults(FAMILIES["FluxPipeline"])
-        assert (read.training_guidance_scale, read.validation_guidance_scale) == (1.0, 3.5)
+        assert (read.training_guidance_scale, read.validation_guidance_scale, read.shortcut) == (1.0, 3.5, "input")
         assert (read.skip_clip_layers, read.lora_blocks, read.rank_pattern) == (1, [12, 30], {"attn2": 2})
         assert not read.problems

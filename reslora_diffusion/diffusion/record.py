@@ -71,8 +71,8 @@ def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
         was, own = getattr(stored, name), getattr(args, name)
         if name == "lora_alpha":  # not given, it is the rank
             was, own = was or float(stored.rank), own or float(args.rank)
-        if name == "shortcut" and stored.method == "reslora":  # not given, it was `input` before it was recorded
-            was, own = was or "input", own or str(ShortcutFields.shortcut)
+        if name == "shortcut" and args.method == "reslora":
+            own = own or str(ShortcutFields.shortcut)
         if was != own and not (name == "seed" and args.seed is None):
             yield f"{checkpoint} was trained with --{name} {was!r}, got {own!r}; wanted the same"
 

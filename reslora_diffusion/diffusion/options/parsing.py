@@ -39,6 +39,8 @@ def renamed_since(recorded: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(recorded)
     if "validation_guidance_scale" not in options:  # `guidance_scale` meant that of images, for every model
         options["validation_guidance_scale"] = options.pop("guidance_scale", None)
+    if options.get("method") == "reslora" and options.get("shortcut") is None:  # before `block` was the default
+        options["shortcut"] = "input"
     if "clip_skip" in options:
         options["skip_clip_layers"] = options.pop("clip_skip")
     return options
