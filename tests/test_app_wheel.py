@@ -60,6 +60,11 @@ def test_the_script_is_in_the_wheel_and_answers(site, tmp_path):
         assert "--instance_data_dir" in run_with(site, tmp_path, *words, "--help")
 
 
+def test_the_programs_are_commands_of_the_wheel(site, tmp_path):
+    for command, option in (("train", "--instance_data_dir"), ("train-llm", "--dataset_name"), ("glue", "--task_name")):
+        assert option in run_with(site, tmp_path, "-m", "reslora_diffusion.cli", command, "--help")
+
+
 def test_the_page_says_that_the_embedded_pipeline_is_elsewhere(site, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-m", "app"], cwd=tmp_path, env=environment, capture_output=True, text=True)
