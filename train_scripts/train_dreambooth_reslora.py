@@ -257,7 +257,7 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
         sampler,
         evaluation,
         painter,
-        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes),
+        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes, adapters.pairs()),
         scaler=torch.amp.GradScaler(accelerator.device.type, **({} if fp16 else UNSCALED)),
         history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
         ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,

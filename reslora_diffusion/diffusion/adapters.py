@@ -23,11 +23,13 @@ from reslora_diffusion import (
     calibrate,
     distill,
     explain,
+    factor_pairs,
     get_controller,
     merged_factors,
     merged_forward,
     relative_output_errors,
 )
+from reslora_diffusion.methods.optimizers import FactorPair
 
 from ..problems import listing, refuse
 from .options import DreamBoothOptions
@@ -73,6 +75,10 @@ class Adapters:
     def handles(self) -> list[AdaptedModel]:
         """The adapters, as schedules take them."""
         return [AdaptedModel(model, ADAPTER) for model in self.models.values()]
+
+    def pairs(self) -> list[FactorPair]:
+        """The two factors of every layer, for optimizers that see them together."""
+        return [pair for model in self.models.values() for pair in factor_pairs(model, ADAPTER)]
 
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
@@ -181,6 +187,7 @@ class Adapters:
         tensors = self.tensors()
         if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
             return f"{len(broken)} of {len(tensors)} adapter tensors are not finite: {listing(broken)}"
-        if not any(value.any() for name, value in tensors.items() if "lora_B" in name):
+        linked = any(get_controller(model, ADAPTER).frozen for model in self.models.values())  # a next link is zero
+        if not linked and not any(value.any() for name, value in tensors.items() if "lora_B" in name):
             return "every lora_B is zero: nothing was learned"
         return None

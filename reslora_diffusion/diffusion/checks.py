@@ -33,6 +33,7 @@ from .options import DreamBoothOptions
 from .options.training import OPTIMIZER_PACKAGES
 from .outline import Outline, read_outline
 from .record import differences
+from .schedules import schedule_problems
 from .variants import variant_problems
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ def quick_check(args: DreamBoothOptions) -> Findings:
     except BadInput as error:
         misfits = error.problems
     found.problems += misfits
-    if not found.problems:
-        found.problems += past_the_end(args, length(args, found.concepts)[0])
+    steps = None if found.problems else length(args, found.concepts)[0]
+    found.problems += schedule_problems(args, outline, steps)
+    if steps is not None:
+        found.problems += past_the_end(args, steps)
     if found.problems and known and (args.optimizer_args or args.network_weights):
         found.problems += slow_problems(args, found.outline)
     if known:
@@ -127,7 +130,7 @@ def check(args: DreamBoothOptions, found: Findings | None = None) -> Plan:
         skeleton = load_skeleton(args)
         args.take_defaults(skeleton.family)
         if found.outline is None:
-            found.problems += bad_output(args)
+            found.problems += [*bad_output(args), *schedule_problems(args, skeleton, None)]
         found.buckets = found.buckets or fit(skeleton, args)
     except BadInput as error:
         found.problems += error.problems

@@ -6,7 +6,7 @@ lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXi
 
 import ast
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..methods import optimizers
+from ..methods.optimizers import FactorPair, PairOptimizer
 from .options import DreamBoothOptions
 from .outline import matches
+from .schedules import features_of
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
 DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable")
@@ -40,7 +43,19 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         from prodigyopt import Prodigy
 
         return Prodigy
+    if name in optimizers.OPTIMIZERS:
+        return optimizers.OPTIMIZERS[name]
     return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
+
+
+def parameters_of(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    """What an optimizer takes by name, besides parameters and pairs; one of pairs hands on what `AdamW` takes."""
+    own = dict(inspect.signature(kind).parameters)
+    if issubclass(kind, PairOptimizer):
+        adamw = inspect.signature(torch.optim.AdamW).parameters
+        handed_on = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+        own = {name: adamw[name] for name in handed_on} | own
+    return {name: value for name, value in own.items() if name not in ("self", "params", "pairs", "adamw")}
 
 
 def name_of(args: DreamBoothOptions) -> str:
@@ -49,7 +64,7 @@ def name_of(args: DreamBoothOptions) -> str:
 
 def settings(kind: type[torch.optim.Optimizer], args: DreamBoothOptions) -> dict[str, Any]:
     """Keyword arguments: those of Adam and Prodigy where the optimizer knows them, then `--optimizer_args`."""
-    known = inspect.signature(kind).parameters
+    known = parameters_of(kind)
     chosen: dict[str, Any] = {
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
@@ -66,6 +81,10 @@ def settings(kind: type[torch.optim.Optimizer], args: DreamBoothOptions) -> dict
     if isinstance(known["eps"].default if "eps" in known else None, tuple):
         del chosen["eps"]  # Adafactor's are two of another meaning
     chosen = {name: value for name, value in chosen.items() if name in known}
+    if issubclass(kind, PairOptimizer):  # where one has a default of its own, that of the command line is not meant
+        own = inspect.signature(kind).parameters
+        options = {"eps": "adam_epsilon", "weight_decay": "adam_weight_decay"}
+        chosen = {n: v for n, v in chosen.items() if n not in own or options.get(n) in args.given}
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
         chosen.pop("fused", None)
     return chosen | {name: literal(value) for name, value in args.optimizer_args.items()}
@@ -87,7 +106,7 @@ def optimizer_problems(args: DreamBoothOptions) -> list[str]:
         return []
     except KeyError:
         return [f"--optimizer: torch {torch.__version__} has no {args.optimizer}"]
-    known = set(inspect.signature(kind).parameters) - {"params", "self"}
+    known = set(parameters_of(kind))
     unknown = [name for name in args.optimizer_args if name not in known]
     problems = [
         f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
@@ -95,9 +114,16 @@ def optimizer_problems(args: DreamBoothOptions) -> list[str]:
     if args.cuda_graph and not settings(kind, args).get("fused"):
         fused = ", ".join(name.lower() for name in FUSED)
         problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
+    if issubclass(kind, PairOptimizer):
+        problems += [
+            f"--optimizer {args.optimizer}: {kind.conflicts[name]}"
+            for name in features_of(args)
+            if name in kind.conflicts and name != "cuda_graph"  # which is said above, of every optimizer
+        ]
+    pairs: Any = {"pairs": []} if issubclass(kind, PairOptimizer) else {}
     if not problems:
         try:
-            kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **settings(kind, args))
+            kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **pairs, **settings(kind, args))
         except (ValueError, TypeError, RuntimeError) as error:
             problems.append(f"--optimizer {args.optimizer}: {error}")
     return problems
@@ -129,10 +155,15 @@ def parameter_groups(
 
 
 def make_optimizer(
-    components: Mapping[str, Mapping[str, nn.Parameter]], args: DreamBoothOptions, processes: int = 1
+    components: Mapping[str, Mapping[str, nn.Parameter]],
+    args: DreamBoothOptions,
+    processes: int = 1,
+    pairs: Sequence[FactorPair] = (),
 ) -> torch.optim.Optimizer:
-    kind = optimizer_class(name_of(args))
-    return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **settings(kind, args))
+    """The optimizer of the adapters. `pairs`: of their factors, for those that see them together."""
+    kind: Any = optimizer_class(name_of(args))
+    own = {"pairs": pairs} if issubclass(kind, PairOptimizer) else {}
+    return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **own, **settings(kind, args))
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: DreamBoothOptions, max_train_steps: int) -> LRScheduler:

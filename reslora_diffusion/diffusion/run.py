@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
-from reslora_diffusion.methods.schedules import Change, Fold, Schedule
+from reslora_diffusion.methods.schedules import Change, Schedule
+from reslora_diffusion.methods.schedules.base import follow_learning_rate
+from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..problems import Stopped, listing, refuse
 from ..utils.files import write_text
@@ -43,11 +45,17 @@ from .randomness import Stream, seed_of
 from .record import export_name, options, versions
 from .rescue import written_elsewhere
 from .sampling import Batch, Sampler
+from .schedules import settings_of
 from .validation import SHEET, Painter, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
 PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+
+
+def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names begin so, under the rest of their names; they are taken out."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 @dataclass
@@ -79,9 +87,16 @@ class Run:
     def __post_init__(self) -> None:
         self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
         self.collect_tensors()
-        self.schedule = Fold(self.args.handover, self.calibrate, self.optimizer)
-        self.schedule.start(self.adapters.handles(), self.plan.max_train_steps)
+        self.schedule = make_schedule(
+            settings_of(self.args), seed=self.args.seed, calibrate=self.calibrate, on_device=self.args.compile
+        )
+        self.schedule.start(self.adapters.handles(), self.plan.max_train_steps, self.optimizer)
+        self.make_lr_scheduler()
+
+    def make_lr_scheduler(self) -> None:
+        """The learning rate as a function of the step, as the schedule has it."""
         self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+        follow_learning_rate(self.schedule, self.lr_scheduler)
 
     def collect_tensors(self) -> None:
         self.tensors = self.adapters.tensors()
@@ -169,6 +184,7 @@ class Run:
         """A copy of all that training has made, the optimizer's moments apart."""
         average = self.ema.average if self.ema is not None else {}
         tensors = {**self.tensors, **{f"ema.{name}": value for name, value in average.items()}}
+        tensors |= {f"schedule.{name}": value for name, value in self.schedule.tensors().items()}
         return {name: value.detach().clone() for name, value in tensors.items()}
 
     def write_checkpoint(
@@ -226,13 +242,14 @@ class Run:
         decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
         owner = nn.ModuleDict(self.adapters.models)
         tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
-        averages = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
-        self.adapters.load({name: value for name, value in tensors.items() if not name.startswith("ema.")})
+        averages, own = take(tensors, "ema."), take(tensors, "schedule.")
+        self.adapters.load(tensors)
+        self.schedule.load_tensors(own)
         if self.ema is not None:
             self.ema.start({name: averages[name].to(value.device) for name, value in self.ema.average.items()})
         for group, own in zip(self.optimizer.param_groups, decided, strict=True):
             group.update(own)
-        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+        self.make_lr_scheduler()
         fast_forward(self.lr_scheduler, facts["step"])
         self.scaler.load_state_dict(facts["scaler"])
         self.step = self.saved_step = facts["step"]

@@ -38,6 +38,12 @@ class AdapterOptions:
         below=1,
         binds=True,
     )
+    schedule: str | None = option(
+        None,
+        "What changes while training: coto, restart:stages=3,momentum=0.5 or fold:at=0.85 (docs/methods.md).",
+        binds=True,
+        in_header=True,
+    )
     compare: list[str] | None = option(
         None, "Train each of lora, reslora-input, reslora-block, ... on the same draws and compare them."
     )

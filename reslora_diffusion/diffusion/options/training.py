@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from ...options import option
 from .model import FLUX, SD3, XL
 
-# The optimizers that there are, and the packages that some of them need. All others are torch's.
+# The optimizers that there are, and the packages that some of them need.
 OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+PAIRED = ("pro", "reflora", "rite", "scaled_adamw")  # see the two factors of a LoRA together: methods.optimizers
 OPTIMIZERS = (
+    *PAIRED,
     *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "adamw8bit", "asgd", "muon", "nadam"),
     *("prodigy", "radam", "rmsprop", "rprop", "sgd"),
 )
@@ -56,7 +58,8 @@ class TrainingOptions:
     lr_power: float = option(1.0, "Power of polynomial.", above=0, kohya={"lr_scheduler_power": ""})
     optimizer: str = option(
         "adamw",
-        "Optimizer; all but adamw8bit (bitsandbytes), prodigy (prodigyopt) and adafactor (transformers) are torch's.",
+        "Optimizer; rite, pro, scaled_adamw and reflora are of docs/methods.md, adamw8bit of bitsandbytes, prodigy of "
+        "prodigyopt, adafactor of transformers, and all others of torch.",
         choices=OPTIMIZERS,
         lower=True,
         binds=True,

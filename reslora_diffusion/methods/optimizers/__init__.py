@@ -7,9 +7,16 @@ Each is an `AdamW` for every parameter that is no LoRA factor, takes the same gr
 >>> optimizer = LoraRite(model.parameters(), pairs, lr=1e-3)
 """
 
-from .pairs import FactorPair, factor_pairs
+from .pairs import FactorPair, PairOptimizer, factor_pairs
 from .preconditioned import RefLora, ScaledAdamW
 from .pro import LoraPro
 from .rite import LoraRite
 
-__all__ = ["FactorPair", "LoraPro", "LoraRite", "RefLora", "ScaledAdamW", "factor_pairs"]
+__all__ = ["OPTIMIZERS", "FactorPair", "LoraPro", "LoraRite", "PairOptimizer", "RefLora", "ScaledAdamW", "factor_pairs"]
+
+OPTIMIZERS: dict[str, type[PairOptimizer]] = {
+    "rite": LoraRite,
+    "pro": LoraPro,
+    "scaled_adamw": ScaledAdamW,
+    "reflora": RefLora,
+}

@@ -71,6 +71,12 @@ class Batch(NamedTuple):
     scaling: Tensor
 
 
+ONE_GROUP = "LoRA+ trains lora_A and lora_B at two rates, and a pair is moved as one; wanted no LoRA+"
+CAPTURE = "a step looks at values on the host, which a recording would not do again; wanted no --cuda_graph"
+DEEPSPEED = "DeepSpeed shares out parts of factors, and products of whole factors are needed; wanted DDP or one process"
+EVERYWHERE = {"loraplus": ONE_GROUP, "cuda_graph": CAPTURE, "deepspeed": DEEPSPEED, "fsdp": DEEPSPEED}
+
+
 class PairOptimizer(torch.optim.AdamW):
     """AdamW that treats pairs of LoRA factors in its own way; see the subclasses.
 
@@ -83,7 +89,7 @@ class PairOptimizer(torch.optim.AdamW):
             precision than float32 or float64, is sharded, or has a feature that the optimizer conflicts with.
     """
 
-    conflicts: ClassVar[Mapping[str, str]] = {}  # feature -> the reason why the two do not go together
+    conflicts: ClassVar[Mapping[str, str]] = EVERYWHERE  # feature -> the reason why the two do not go together
 
     def __init__(self, params: Any, pairs: Iterable[FactorPair], **adamw: Any) -> None:
         super().__init__(params, **adamw)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .algebra import damped_inverse, square_root, symmetric, transposed
-from .pairs import Batch, FactorPair, PairOptimizer, write_gradients
+from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, write_gradients
 
 SHARED_UP = (
     "with `middle` one lora_B multiplies the lora_A of several layers, so a pair is not the matrix that is learned; "
@@ -44,7 +44,7 @@ class ScaledAdamW(PreconditionedAdamW):
             close to zero, which costs more than the method gains: docs/methods.md.
     """
 
-    conflicts = {"middle": SHARED_UP, "dora": MAGNITUDE}
+    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(self, params: Any, pairs: Any, lr: float = 1e-3, damping: float = 1e-2, **adamw: Any) -> None:
         super().__init__(params, pairs, lr=lr, **adamw)
@@ -62,7 +62,7 @@ class RefLora(PreconditionedAdamW):
         damping: added to the eigenvalues of P and Q, for the start, where B is zero.
     """
 
-    conflicts = {"middle": SHARED_UP, "dora": MAGNITUDE}
+    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(self, params: Any, pairs: Any, lr: float = 1e-3, damping: float = 1e-4, **adamw: Any) -> None:
         super().__init__(params, pairs, lr=lr, **adamw)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import damped_inverse, sylvester, transposed
-from .pairs import Batch, FactorPair, PairOptimizer, add_to_factors, write_gradients
+from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, add_to_factors, write_gradients
 from .preconditioned import MAGNITUDE, SHARED_UP
 
 
@@ -31,7 +31,7 @@ class LoraPro(PairOptimizer):
         full: keep the moments of the whole matrix, as the paper does.
     """
 
-    conflicts = {"middle": SHARED_UP, "dora": MAGNITUDE}
+    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(
         self, params: Any, pairs: Any, lr: float = 1e-4, damping: float = 1e-8, full: bool = False, **adamw: Any

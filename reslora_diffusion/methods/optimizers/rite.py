@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import symmetric, transposed
-from .pairs import Batch, FactorPair, PairOptimizer, add_to_factors
+from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, add_to_factors
 from .preconditioned import MAGNITUDE, SHARED_UP
 
 
@@ -40,7 +40,7 @@ class LoraRite(PairOptimizer):
         escape: add to rho what a change of basis loses of V (the paper's escaped mass; off in the official code).
     """
 
-    conflicts = {"middle": SHARED_UP, "dora": MAGNITUDE}
+    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(
         self,

@@ -39,8 +39,8 @@ class Settings:
         for problem in value_problems(self):
             yield problem.removeprefix("--")
 
-    def misfits(self, total_steps: int, rank: int) -> Iterator[str]:
-        """What does not fit a run of so many steps, with adapters of this rank."""
+    def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
+        """What does not fit a run of so many steps, if that is known, with adapters of this rank."""
         return iter(())
 
     def __str__(self) -> str:
@@ -107,8 +107,8 @@ class RestartSettings(Settings):
         if self.momentum and len(set(self.ranks)) > 1:
             yield "momentum keeps a part of the finished link, whose rank it has; wanted momentum=0 where ranks differ"
 
-    def misfits(self, total_steps: int, rank: int) -> Iterator[str]:
-        if self.links > total_steps:
+    def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
+        if total_steps is not None and self.links > total_steps:
             yield f"{self.name}: got {self.links} stages in {total_steps} steps, wanted a step for each or more"
         if self.ranks and self.ranks[0] != rank:
             yield f"{self.name}: ranks begin with {self.ranks[0]}, and the adapter has rank {rank}; wanted the same"

@@ -1,0 +1,31 @@
+"""From the settings of `--schedule` to the schedule."""
+
+from collections.abc import Callable
+
+from .base import Schedule
+from .coto import Coto
+from .fold import Fold
+from .restart import Restart
+from .settings import CotoSettings, FoldSettings, RestartSettings, Settings
+
+
+def make_schedule(
+    settings: Settings | None,
+    *,
+    seed: int,
+    calibrate: Callable[[], object] = lambda: None,
+    on_device: bool = False,
+) -> Schedule:
+    """The schedule of these settings; without any, one that changes nothing, and takes up what was folded.
+
+    Args:
+        seed: of what is drawn.
+        calibrate: of a `Fold`.
+        on_device: whether gates shall be scalars on the device: for what is compiled, and for DDP, which waits for a
+            gradient of every parameter.
+    """
+    if isinstance(settings, CotoSettings):
+        return Coto(seed, settings.initial_p, settings.ratio, on_device)
+    if isinstance(settings, RestartSettings):
+        return Restart(settings.stages, settings.momentum, settings.warmup, settings.ranks, seed)
+    return Fold(settings.at if isinstance(settings, FoldSettings) else None, calibrate)

@@ -1,0 +1,125 @@
+"""`--schedule` and the optimizers of pairs in the DreamBooth trainer: training, resuming, exporting, and refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreambooth import arguments, script, train
+from reslora_diffusion.diffusion import checks
+from reslora_diffusion.problems import BadInput
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def state(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "state" / "state.safetensors")
+
+
+def assert_same(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor), name
+
+
+ENTIRE = [
+    {"schedule": "coto", "shortcut": "middle", "use_ema": True, "gradient_accumulation_steps": 2},
+    {"schedule": "coto:initial_p=0.3", "shortcut": "block", "optimizer": "rite", "train_text_encoder": True},
+    {"schedule": "restart:stages=2,momentum=0.5,warmup=1", "shortcut": "block", "lr_scheduler": "linear"},
+    {"schedule": "restart:ranks=4/2", "method": "lora", "use_ema": True, "gradient_checkpointing": True},
+    {"schedule": "restart:ranks=4/2", "shortcut": "none", "optimizer": "pro"},
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, marks=[pytest.mark.slow] if place % 2 else []) for place, options in enumerate(ENTIRE)],
+    ids=lambda options: f"{options['schedule']}-{options.get('shortcut', 'lora')}",
+)
+def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(tmp_path, options):
+    """Step 2 of 4 is the knot of two links; the second link begins there, with a B of zero."""
+    options = options | {"max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 1}
+    whole = train(tmp_path / "whole", **options)
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    train(again, **options, resume_from_checkpoint="latest")
+    assert_same(state(again, 4), state(whole, 4))
+    assert_same(load_file(again / WEIGHTS), load_file(whole / WEIGHTS))
+    ranks = {len(tensor) for name, tensor in load_file(whole / WEIGHTS).items() if "lora_A" in name}
+    if "stages" in options["schedule"]:
+        assert ranks == {2 * (4 + 4)}  # two links, those of the block before with them
+        assert len(load_file(whole / "checkpoint-2" / WEIGHTS))  # at the knot, where every lora_B was small or zero
+    elif "ranks" in options["schedule"]:
+        assert ranks == {4 + 2}
+        assert (whole / "checkpoint-2" / WEIGHTS).is_file()
+    for name, tensor in state(whole, 4).items():
+        assert tensor.isfinite().all(), name
+
+
+def test_dropped_adapters_change_what_is_learned_and_the_header_says_so(tmp_path):
+    plain = train(tmp_path / "plain", shortcut="block", optimizer="scaled_adamw")
+    coto = train(tmp_path / "coto", shortcut="block", optimizer="reflora", schedule="coto")
+    one, other = load_file(plain / WEIGHTS), load_file(coto / WEIGHTS)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((coto / "run.json").read_text())["options"]["schedule"] == "coto"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (
+            {"schedule": "cotto", "shortcut": "block", "rank": 0},
+            ["--schedule: got 'cotto', wanted coto, restart, fold; did you mean coto?", "--rank: got 0"],
+        ),
+        (
+            {"schedule": "restart:stages=9,ranks=8/4", "shortcut": "input", "scale_weight_norms": 1.0},
+            ["restart: ranks: got 2 of them for 9 stages"],
+        ),
+        (
+            {"schedule": "restart:ranks=8/4/2/1", "shortcut": "input", "scale_weight_norms": 1.0, "handover": 0.5},
+            [
+                "what `input` makes of it depends on activations",
+                "--scale_weight_norms sees the link that is trained",
+                "--handover is another schedule",
+                "got 4 stages in 3 steps",
+                "ranks begin with 8, and the adapter has rank 4",
+            ],
+        ),
+        ({"schedule": "coto", "cuda_graph": True}, ["coto: a recorded step updates every adapter"]),
+        ({"schedule": "fold", "shortcut": "none"}, ["fold: there is no shortcut to fold"]),
+        (
+            {"schedule": "restart", "shortcut": "block", "target_modules": ["to_q", "conv1"]},
+            ["restart: convolutions and embeddings are adapted by PEFT's own layers"],
+        ),
+        (
+            {"optimizer": "rite", "shortcut": "middle", "loraplus_lr_ratio": 16},
+            ["--optimizer rite: with `middle` one lora_B", "--optimizer rite: LoRA+ trains lora_A and lora_B at two"],
+        ),
+        ({"optimizer": "pro", "cuda_graph": True, "method": "lora"}, ["--cuda_graph records the optimizer too"]),
+        ({"optimizer": "rite", "optimizer_args": ["damp=1"], "method": "lora"}, ["LoraRite has no 'damp'; it has "]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(tmp_path, options, wanted):
+    with pytest.raises(BadInput) as caught:
+        checks.check(arguments(tmp_path / "run", **options))
+    for part in wanted:
+        assert part in str(caught.value)
+
+
+def test_another_schedule_does_not_continue_a_run(tmp_path):
+    folder = train(tmp_path / "run", shortcut="block", schedule="coto", checkpointing_steps=3)
+    with pytest.raises(BadInput, match="was trained with --schedule 'coto', got None; wanted the same"):
+        script.main(arguments(folder, shortcut="block", resume_from_checkpoint="latest"))
+
+
+def test_settings_of_an_optimizer_of_pairs(tmp_path):
+    from reslora_diffusion.diffusion.optimizers import settings
+    from reslora_diffusion.methods.optimizers import LoraPro, LoraRite
+
+    args = arguments(tmp_path, optimizer="rite", adam_beta2=0.99, optimizer_args=["clip_unmagnified=None"])
+    assert settings(LoraRite, args) == {"betas": (0.9, 0.99), "clip_unmagnified": None}  # its own eps and decay
+    args = arguments(tmp_path, optimizer="rite", adam_epsilon=1e-5)
+    assert settings(LoraRite, args)["eps"] == 1e-5
+    assert settings(LoraPro, args)["weight_decay"] == args.adam_weight_decay
