@@ -24,19 +24,30 @@ def register_with_peft() -> None:
 
 
 class AfterPeft(MetaPathFinder):
-    """Finds `peft` where it is found without this finder, and registers once it has run."""
+    """Finds `peft` where it is found without this finder, and registers once it has run.
+
+    Others may ask for it without importing it, as diffusers does to learn whether PEFT is installed.
+    """
+
+    def __init__(self) -> None:
+        self.searching = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
+        if name != "peft" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             import_module(CORE)
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]

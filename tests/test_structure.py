@@ -70,6 +70,33 @@ def test_comparing_knows_no_gradio() -> None:
         assert not any(module.split(".")[0] == "gradio" for module in imported(ROOT / "app" / f"{name}.py")), name
 
 
+def modules_of(folder: str) -> dict[str, Path]:
+    """Files of a floor by dotted name."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (PACKAGE / folder).glob("**/*.py")
+    }
+
+
+@pytest.mark.parametrize("floor", ["core", "methods"])
+def test_no_import_goes_in_a_circle(floor: str) -> None:
+    files = modules_of(floor)
+    uses = {name: {other for other in imported(path) if other in files} - {name} for name, path in files.items()}
+    while free := [name for name, others in uses.items() if not others & uses.keys()]:
+        for name in free:
+            del uses[name]
+    assert not uses, f"these import each other: {sorted(uses)}"
+
+
+def test_kernels_know_nothing_of_adapters() -> None:
+    for name, path in modules_of("core/kernels").items():
+        ours = {other for other in imported(path) if other.startswith("reslora_diffusion")}
+        strange = {
+            o for o in ours if not o.startswith(("reslora_diffusion.core.kernels", "reslora_diffusion.core.functional"))
+        }
+        assert not strange - {"reslora_diffusion.core"}, name
+
+
 def test_private_parts_of_peft_stand_in_one_folder() -> None:
     private = re.compile(r"\.(lora_variant|_cast_input_dtype|_remap_adapter_state_dict_for_load)\b")
     for path in PACKAGE.glob("**/*.py"):
