@@ -107,14 +107,6 @@ def test_sharded_by_zero3_they_equal_one(shortcut, folders, alone, tmp_path):  #
     assert_same(alone(shortcut), tmp_path / "two", "DistributedType.DEEPSPEED", atol=5e-5)
 
 
-def test_zero3_holds_the_base_in_the_precision_that_was_asked_for(folders, tmp_path):  # noqa: F811
-    pytest.importorskip("deepspeed")
-    launch(2, words(folders, tmp_path / "two", **options(2), dtype="bfloat16"), "deepspeed_zero3")
-    held = json.loads((tmp_path / "two" / "run.json").read_text())["held_in"]
-    assert held == {"frozen": "bfloat16", "trained": "float32"}
-    assert all(value.isfinite().all() for value in results(tmp_path / "two")[0].values())
-
-
 @pytest.mark.parametrize("by", ["fsdp2", "deepspeed_zero3"])
 def test_a_sharded_run_resumes_to_the_same_end_and_its_checkpoints_are_peft_s(by, folders, tmp_path):  # noqa: F811
     if by == "deepspeed_zero3":

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
-from reslora_diffusion.llm.checks import check
+from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.resuming import checkpoint_of
@@ -110,6 +110,14 @@ def test_deepspeed_creates_weights_in_the_precision_that_was_asked_for(dtype, mo
         enabled = [name for name in ("bf16", "fp16") if live.get(name, {}).get("enabled")]
         assert enabled == {"bfloat16": ["bf16"], "float16": ["fp16"], "float32": []}[dtype]
     assert live == shipped
+
+
+def test_zero3_does_not_quietly_train_in_another_precision_than_was_asked_for(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    given = training_arguments(parse(LlmOptions, ["--use_cpu"], {})[1])
+    assert list(launcher_problems(LlmOptions(), given)) == []
+    (problem,) = launcher_problems(LlmOptions(dtype="bfloat16"), given)
+    assert problem.startswith("--dtype bfloat16: DeepSpeed ZeRO-3 does not train float32 adapters on a base in another")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])

@@ -213,6 +213,11 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
         )
     if not is_deepspeed_zero3_enabled():
         return
+    if options.dtype != "float32":
+        yield (
+            f"--dtype {options.dtype}: DeepSpeed ZeRO-3 does not train float32 adapters on a base in another "
+            "precision; wanted --dtype float32, or FSDP2 (train_scripts/configs/accelerate/fsdp2.yaml)"
+        )
     if getattr(options, "save_merged_model", False):
         yield "--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead"
     if options.distillation_steps is not None and options.method == "reslora":

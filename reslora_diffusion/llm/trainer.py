@@ -92,6 +92,7 @@ def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
 
 def merged(model: nn.Module) -> AbstractContextManager:
     """Inside, the model computes as the LoRA that it was last calibrated to be exported as."""
+    recall_factors(model)
     return merged_forward(model) if is_reslora(model) else nullcontext()
 
 
