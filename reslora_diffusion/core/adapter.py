@@ -109,7 +109,7 @@ class Adapter(Shared):
     @property
     def crosses_layers(self) -> bool:
         """Whether layers read values that others compute, and not their factors alone."""
-        return self.shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)
+        return self.path.crosses_layers
 
     @property
     def merges_exactly(self) -> bool:

@@ -29,6 +29,7 @@ class ResidualPath(Protocol):
     """What a shortcut must say of itself."""
 
     merges_exactly: bool  # into a plain LoRA, whatever the data
+    crosses_layers: bool  # layers read values that others compute, and not their factors alone
 
     def links(self, previous: Site, site: Site) -> bool:
         """Whether `site` may read from `previous`, its predecessor in the same role."""
@@ -53,6 +54,7 @@ class Plain:
     """h_n = W_n x_n + s B_n A_n x_n: LoRA, on the code path of the others."""
 
     merges_exactly = True
+    crosses_layers = False
 
     def links(self, previous: Site, site: Site) -> bool:
         return False
@@ -97,6 +99,7 @@ class Input(Plain):
     """
 
     merges_exactly = False
+    crosses_layers = True
 
     def links(self, previous: Site, site: Site) -> bool:
         return previous.tokens == site.tokens and previous.in_features == site.in_features
