@@ -1,6 +1,8 @@
-"""Values of the `reslora` command's options."""
+"""Values of options that command lines know without torch."""
 
 from enum import StrEnum
+
+PAIR_OPTIMIZERS = ("rite", "pro", "scaled_adamw", "reflora")  # see both factors of a LoRA: methods.optimizers
 
 
 class Precision(StrEnum):

@@ -99,6 +99,7 @@ def train(
             callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],
             calibration=calibration,
             distillation_steps=options.distillation_steps,
+            options=options,
         )
     refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})

@@ -124,6 +124,7 @@ def train(
             callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],
             calibration=calibration,
             distillation_steps=options.distillation_steps,
+            options=options,
             quiz=quiz,
         )
     if options.packing:

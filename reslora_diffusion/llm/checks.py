@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..environment import missing_packages, unwritable
 from ..problems import BadInput, refuse
 from ..rules import Shortcut, ShortcutFields, faults
+from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
 from .options import ModelOptions
 from .records import is_json_lines
@@ -152,6 +153,7 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
             problems.append("--handover_at: does nothing here; only shortcuts input and middle have something to fold")
         if not 0 < options.handover_at < 1:
             problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
+    problems += [*schedule_problems(options, training), *optimizer_problems(options)]
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
     problems += tracker_problems(training.report_to)
@@ -206,6 +208,7 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
     """What does not run as training is distributed; asked once `TrainingArguments` are made, which find that out."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    yield from process_problems(options, training)
     if training.n_gpu > 1 and getattr(options, "packing", False) and "flash" in (options.attn_implementation or ""):
         yield (
             f"--packing with {options.attn_implementation}: several GPUs of one process share out rows, not their "

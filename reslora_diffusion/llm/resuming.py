@@ -2,6 +2,7 @@
 
     checkpoint-N/  trainer_state.json      written last by `transformers.Trainer`
                    adapter_config.json, adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state.pth
+                   schedule.json           ours: how far a `--schedule` has come
                    checksums.json          ours: SHA-256 of every other file
 
 A checkpoint without checksums (sharded, or from an older version) is whole if its files are complete by their own
@@ -24,6 +25,7 @@ from .training_options import TrainingOptions
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"
 CONFIG = "adapter_config.json"
+SCHEDULE = "schedule.json"  # of a run with one: the option, and the state
 
 
 def checkpoints_in(output: Path) -> list[Path]:
@@ -137,6 +139,9 @@ def differences(found: Path, training: TrainingOptions, options: ModelOptions) -
     for name, value in own.items():
         if name in stored and stored[name] != value or name == "peft_type" and stored.get(name) != value:
             yield f"{found} was trained with {name} {stored.get(name)!r}, got {value!r}; wanted the same"
+    scheduled = read_json(found / SCHEDULE)["option"] if (found / SCHEDULE).is_file() else None
+    if scheduled != options.schedule:
+        yield f"{found} was trained with --schedule {scheduled!r}, got {options.schedule!r}; wanted the same"
     targets = options.target_modules
     if targets and targets != ["all-linear"] and isinstance(was := stored.get("target_modules"), list):
         if sorted(was) != sorted(targets):

@@ -29,14 +29,19 @@ from reslora_diffusion import (
     merge_report,
     merged_forward,
 )
+from reslora_diffusion.methods.optimizers import OPTIMIZERS, factor_pairs
 from reslora_diffusion.methods.schedules import Fold, Schedule
+from reslora_diffusion.methods.schedules.base import follow_learning_rate
+from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
 from ..problems import Interrupted, refuse
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
-from .resuming import write_checksums
+from .methods import settings_of
+from .options import ModelOptions
+from .resuming import SCHEDULE, STATE, write_checksums
 
 Batch = dict[str, Any]
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -136,6 +141,7 @@ class ExportedTrainer(Trainer):
         calibration: batches that merging is fitted on.
         quiz: validation questions; their share of right answers joins the metrics as `exact_match`.
         distillation_steps: in which the final merge is refined.
+        options: of the scripts; their schedule and optimizer.
 
     `merged` may be set to False, to evaluate the shortcuts as they were trained.
     """
@@ -148,9 +154,20 @@ class ExportedTrainer(Trainer):
         calibration: Sequence[Batch],
         quiz: Quiz | None = None,
         distillation_steps: int | None = None,
+        options: ModelOptions | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.options, self.schedule = options, None
+        settings = settings_of(options) if options else None
+        if settings is not None:
+            self.schedule = make_schedule(
+                settings,
+                seed=self.args.seed,
+                calibrate=lambda: calibrated(self.accelerator.unwrap_model(self.model), calibration),
+                on_device=self.args.torch_compile or self.args.world_size > 1,
+            )
+            self.add_callback(Scheduled(self.schedule))
         self.calibration, self.quiz, self.distillation_steps = calibration, quiz, distillation_steps
 
     @property
@@ -175,6 +192,20 @@ class ExportedTrainer(Trainer):
             raise Interrupted(f"{done}; continue by --resume_from_checkpoint latest")
         return outcome
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of pairs that was asked for, or what transformers makes."""
+        if self.options is None or self.options.optimizer is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        kind, given = OPTIMIZERS[self.options.optimizer], self.args
+        model = self.accelerator.unwrap_model(self.model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        eps = {} if given.adam_epsilon == 1e-8 else {"eps": given.adam_epsilon}  # not given: the optimizer's own
+        betas = (given.adam_beta1, given.adam_beta2)
+        self.optimizer = kind(
+            trained, factor_pairs(model), lr=given.learning_rate, betas=betas, weight_decay=given.weight_decay, **eps
+        )
+        return self.optimizer
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
         with as_exported(model, self.calibration) if self.merged else nullcontext():
@@ -188,14 +219,28 @@ class ExportedTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.schedule is not None and self.args.should_save and folder.is_dir():
+            facts = {"option": self.options.schedule, "state": self.schedule.state_dict()}
+            Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
         if self.args.should_save and self.accelerator.distributed_type not in SHARDING and folder.is_dir():
             write_checksums(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.take_up_schedule(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_shortcut(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
+    def take_up_schedule(self, checkpoint: Path) -> None:
+        """Give the adapter the form that it has in a checkpoint, whose values are loaded afterwards; the links of a
+        chain come with them. A fold is recognised by the adapter's own configuration (`restore_shortcut`)."""
+        if self.schedule is None or isinstance(self.schedule, Fold) or not (checkpoint / SCHEDULE).is_file():
+            return
+        steps = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["max_steps"]
+        self.schedule.start([AdaptedModel(self.accelerator.unwrap_model(self.model))], steps)
+        self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))["state"])
+
     def _load_best_model(self) -> None:
+        self.take_up_schedule(Path(self.state.best_model_checkpoint))
         super()._load_best_model()
         restore_shortcut(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
@@ -243,9 +288,18 @@ class Scheduled(TrainerCallback):
         self.schedule = schedule
 
     def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        model: nn.Module,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self.schedule.start([AdaptedModel(getattr(model, "module", model))], state.max_steps)
+        inner = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
+        self.schedule.start([AdaptedModel(getattr(model, "module", model))], state.max_steps, inner)
+        follow_learning_rate(self.schedule, lr_scheduler)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.before_step(state.global_step)
@@ -260,11 +314,13 @@ class Scheduled(TrainerCallback):
 def fold_at(share: float, model: nn.Module, calibration: Sequence[Batch]) -> Scheduled:
     """Fold the shortcut of `model` into plain LoRA after a share of the steps."""
 
-    def calibrated() -> None:
-        recall_factors(model)
-        calibrate(model, calibration, run_model)
+    return Scheduled(Fold(share, lambda: calibrated(model, calibration)))
 
-    return Scheduled(Fold(share, calibrated))
+
+def calibrated(model: nn.Module, calibration: Sequence[Batch]) -> None:
+    """Find what merging needs, now."""
+    recall_factors(model)
+    calibrate(model, calibration, run_model)
 
 
 class PackingProbe(TrainerCallback):

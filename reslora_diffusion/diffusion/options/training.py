@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
+from ...choices import PAIR_OPTIMIZERS
 from ...options import option
 from .model import FLUX, SD3, XL
 
 # The optimizers that there are, and the packages that some of them need.
 OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
-PAIRED = ("pro", "reflora", "rite", "scaled_adamw")  # see the two factors of a LoRA together: methods.optimizers
 OPTIMIZERS = (
-    *PAIRED,
+    *PAIR_OPTIMIZERS,
     *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "adamw8bit", "asgd", "muon", "nadam"),
     *("prodigy", "radam", "rmsprop", "rprop", "sgd"),
 )

@@ -1,0 +1,74 @@
+"""`--schedule` and `--optimizer` of the language-model scripts: what they do not go with. Known without torch, but for
+what optimizers themselves say."""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..choices import PAIR_OPTIMIZERS
+from ..methods.schedules.settings import RestartSettings, Settings, conflicts_of, nearest, parse_schedule
+from ..problems import BadInput
+from ..rules import ShortcutFields
+from .options import ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def settings_of(options: ModelOptions) -> Settings | None:
+    """The schedule that was asked for, if any; raises `BadInput`."""
+    return parse_schedule(options.schedule) if options.schedule is not None else None
+
+
+def features_of(options: ModelOptions, training: "Namespace | TrainingArguments") -> list[str]:
+    """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
+    linked = options.method == "reslora" and options.num_previous != "0"
+    found = [options.shortcut or str(ShortcutFields.shortcut) if linked else "none"]
+    launched = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("deepspeed", "fsdp")}
+    return found + [name for name, yes in launched.items() if yes or getattr(training, name, None)]
+
+
+def schedule_problems(options: ModelOptions, training: Namespace) -> Iterator[str]:
+    """Everything that is wrong with the schedule; of several processes, `process_problems` asks."""
+    try:
+        settings = settings_of(options)
+    except BadInput as error:
+        yield from (f"--schedule: {problem}" for problem in error.problems)
+        return
+    if settings is None:
+        return
+    if options.method == "lora":
+        yield f"--schedule {settings.name}: --method lora is PEFT's own; wanted --method reslora --shortcut none"
+        return
+    steps = training.max_steps if training.max_steps > 0 else None
+    problems = [*conflicts_of(settings, features_of(options, training)), *settings.misfits(steps, options.rank)]
+    if options.handover_at is not None:
+        problems.append(f"{settings.name}: --handover_at is another schedule, and a run has one; wanted one of them")
+    if settings.name == "fold" and options.shortcut == "block":
+        problems.append("fold: block merges exactly, and folded it has more parameters; wanted input or middle")
+    yield from (f"--schedule: {problem}" for problem in problems)
+
+
+def process_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
+    """What does not go with the optimizer, or with several processes."""
+    settings = settings_of(options)
+    if isinstance(settings, RestartSettings) and settings.ranks and training.world_size > 1:
+        yield (
+            "--schedule: restart: ranks replace parameters, which DistributedDataParallel does not notice; wanted one "
+            "process, or links of one rank"
+        )
+    if options.optimizer is None:
+        return
+    from ..methods.optimizers import OPTIMIZERS
+
+    for name in features_of(options, training):
+        if reason := OPTIMIZERS[options.optimizer].conflicts.get(name):
+            yield f"--optimizer {options.optimizer}: {reason}"
+
+
+def optimizer_problems(options: ModelOptions) -> Iterator[str]:
+    """A name that is none."""
+    if options.optimizer is not None and options.optimizer not in PAIR_OPTIMIZERS:
+        wanted = f"{', '.join(PAIR_OPTIMIZERS)}; those of torch and others are --optim"
+        yield f"--optimizer: got {options.optimizer!r}, wanted {wanted}{nearest(options.optimizer, PAIR_OPTIMIZERS)}"

@@ -1,0 +1,92 @@
+"""`--schedule` and `--optimizer` of the language-model scripts, end to end on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reslora_diffusion.choices import PAIR_OPTIMIZERS
+from reslora_diffusion.methods.optimizers import OPTIMIZERS
+from test_llm_script import folders, problems, run  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
+WEIGHTS = "adapter_model.safetensors"
+ENTIRE = [
+    {"schedule": "coto", "shortcut": "middle", "lora_dropout": 0.1, "torch_compile": False},
+    {"schedule": "restart:stages=2,momentum=0.5,warmup=1", "shortcut": "block", "optimizer": "rite"},
+    {"schedule": "restart:ranks=2/1", "shortcut": "none", "gradient_accumulation_steps": 2},
+    {"optimizer": "pro", "method": "lora"},
+]
+
+
+@pytest.mark.parametrize("options", ENTIRE, ids=lambda options: options.get("schedule", "pro"))
+def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(folders, tmp_path, options):  # noqa: F811
+    """Step 2 of 4 is the knot of two links."""
+    options = options | {"task": None, "dataset_name": folders["talks"], "load_best_model_at_end": False}
+    whole = run(folders, tmp_path / "whole", **options)
+    (tmp_path / "again").mkdir()
+    (whole / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
+    again = run(folders, tmp_path / "again", **options, resume_from_checkpoint="latest")
+    expected, found = load_file(whole / WEIGHTS), load_file(again / WEIGHTS)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert any(value.any() for name, value in expected.items() if "lora_B" in name)
+    results = json.loads((whole / "results.json").read_text())
+    rank = json.loads((whole / "adapter_config.json").read_text())["r"]
+    if "restart" in options.get("schedule", ""):
+        assert rank == (2 * (2 + 2) if options["shortcut"] == "block" else 2 + 1)
+        assert results["merging"]["gap"] == pytest.approx(0, abs=1e-6)
+        assert any("lora_A_frozen.0" in name for name in load_file(tmp_path / "again" / "checkpoint-2" / WEIGHTS))
+
+
+def test_the_best_step_of_an_earlier_link_is_exported_as_it_was(folders, tmp_path):  # noqa: F811
+    """The first step has the largest loss, and that is what is asked for."""
+    output = run(
+        folders,
+        tmp_path / "out",
+        task=None,
+        dataset_name=folders["talks"],
+        shortcut="none",
+        schedule="restart:ranks=2/1",
+        eval_steps=1,
+        save_steps=1,
+        warmup_steps=0,
+        greater_is_better=True,
+        save_total_limit=None,
+    )
+    results = json.loads((output / "results.json").read_text())
+    assert results["best_step"] == 1
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    assert results["merging"]["loss_merged"] == pytest.approx(results["best_metric"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"schedule": "restart:stage=2"}, ["restart: got the setting 'stage'"]),
+        ({"schedule": "restart:stages=9", "shortcut": "middle"}, ["depends on activations", "9 stages in 4 steps"]),
+        ({"schedule": "restart:ranks=8/4", "shortcut": "block", "handover_at": 0.5}, ["rank 2", "--handover_at is"]),
+        ({"schedule": "coto", "method": "lora"}, ["wanted --method reslora --shortcut none"]),
+        ({"schedule": "fold", "shortcut": "block"}, ["fold: block merges exactly"]),
+        ({"optimizer": "ritt"}, ["--optimizer: got 'ritt'", "did you mean rite?"]),
+        ({"optimizer": "pro", "shortcut": "middle"}, ["--optimizer pro: with `middle` one lora_B"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(folders, tmp_path, options, wanted):  # noqa: F811
+    found = "\n".join(problems(folders, tmp_path, **options))
+    for part in wanted:
+        assert part in found
+
+
+def test_another_schedule_does_not_continue_a_run(folders, tmp_path):  # noqa: F811
+    options = {"task": None, "dataset_name": folders["talks"], "shortcut": "block"}
+    output = run(folders, tmp_path / "out", **options, schedule="coto")
+    found = problems(folders, tmp_path, **options, resume_from_checkpoint="latest")
+    assert any("was trained with --schedule 'coto', got None" in problem for problem in found)
+    assert (output / "checkpoint-4" / "schedule.json").is_file()
+
+
+def test_names_of_optimizers_stand_in_one_order_everywhere():
+    assert tuple(OPTIMIZERS) == PAIR_OPTIMIZERS
