@@ -2,6 +2,7 @@
 
     export RUN OUT     inspect FILE     verify FILE     merge FILE --base MODEL OUT
     resize FILE        combine A B      convert FILE    extract TUNED BASE
+    methods            what can be combined in training, and why not
     train   train-llm   glue   compare   env            the programs, see `programs`
 
 Each command is a thin view of the function of the same name in `reslora_diffusion.export`. Input is looked at before
@@ -310,6 +311,21 @@ def extract(
     target = output or Path(f"{Path(tuned).name}-lora")
     settings = {"modules": str(modules), "dtype": dtype.dtype, "variant": variant}
     typer.echo(str(extract(tuned, base, target, rank, **settings)))
+
+
+@app.command()
+def methods() -> None:
+    """Print which schedules, optimizers, shortcuts and options can be combined.
+
+    With the reason where they cannot; a training checks the same before it loads a model.
+
+    \b
+    Example:
+      reslora methods | less
+    """
+    from .methods.table import table
+
+    typer.echo(table())
 
 
 add_commands(app)

@@ -73,8 +73,8 @@ class Batch(NamedTuple):
 
 ONE_GROUP = "LoRA+ trains lora_A and lora_B at two rates, and a pair is moved as one; wanted no LoRA+"
 CAPTURE = "a step looks at values on the host, which a recording would not do again; wanted no --cuda_graph"
-DEEPSPEED = "DeepSpeed shares out parts of factors, and products of whole factors are needed; wanted DDP or one process"
-EVERYWHERE = {"loraplus": ONE_GROUP, "cuda_graph": CAPTURE, "deepspeed": DEEPSPEED, "fsdp": DEEPSPEED}
+SHARDED = "products of whole factors are needed, and each process has parts of them; wanted DDP or one process"
+EVERYWHERE = {"loraplus": ONE_GROUP, "cuda_graph": CAPTURE, "deepspeed": SHARDED, "fsdp": SHARDED}
 
 
 class PairOptimizer(torch.optim.AdamW):

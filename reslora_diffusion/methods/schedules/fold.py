@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ...core.attach import AdaptedModel, get_controller
-from ...core.config import MergeMethod
+from ...core.config import MergeMethod, Shortcut
 from ...core.merging.fold import handover
+from ..optimizers.pairs import PairOptimizer, factor_pairs
 from .base import Change, Schedule
 from .settings import FoldSettings
 
@@ -57,8 +58,14 @@ class Fold(Schedule):
 
     def fold(self) -> Change:
         """Fold now; calibrated adapters only."""
+        wider = any(adapted.adapter.shortcut is Shortcut.BLOCK for adapted in self.adapters)
         for adapted in self.adapters:
             handover(adapted.model, adapted.adapter_name, self.optimizer)
+        if wider and isinstance(self.optimizer, PairOptimizer):  # whose state is not that of factors side by side
+            self.optimizer.pairs = [p for one in self.adapters for p in factor_pairs(one.model, one.adapter_name)]
+            for pair in self.optimizer.pairs:
+                self.optimizer.state.pop(pair.A, None)
+                self.optimizer.state.pop(pair.B, None)
         self.folded = True
         return Change.PARAMETERS | Change.OPTIMIZER_STATE
 

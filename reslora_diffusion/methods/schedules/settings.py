@@ -16,6 +16,8 @@ from typing import ClassVar, get_type_hints
 from ...options import convert, option, value_problems
 from ...problems import BadInput
 
+DORA = "shortcuts and schedules are of adapters without DoRA's magnitudes; wanted no DoRA"
+SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"
 DEEPSPEED = "DeepSpeed takes the optimizer step itself, from copies of parameters and gradients; use DDP or one process"
 
 
@@ -64,6 +66,8 @@ class CotoSettings(Settings):
     conflicts = {
         "cuda_graph": "a recorded step updates every adapter, also those that were dropped: their moments would fade "
         "and their weights decay; wanted no --cuda_graph",
+        "dora": DORA,
+        "fsdp": SHARDED,
         "deepspeed": DEEPSPEED,
     }
 
@@ -84,7 +88,7 @@ class RestartSettings(Settings):
         "equals it; wanted shortcut none or block",
         "middle": "a finished link is frozen, and what `middle` makes of it depends on activations, so no plain LoRA "
         "equals it; wanted shortcut none or block",
-        "dora": "DoRA's magnitude scales the whole weight, of which finished links are a part; wanted no DoRA",
+        "dora": DORA,
         "convolutions": "convolutions and embeddings are adapted by PEFT's own layers, which hold one link; wanted "
         "linear layers alone",
         "max_norm": "--scale_weight_norms sees the link that is trained, and not those that are frozen; wanted none",
@@ -124,6 +128,7 @@ class FoldSettings(Settings):
     summary = "folds the shortcut into plain LoRA, and trains on"
     conflicts = {
         "none": "there is no shortcut to fold; wanted input, middle or block",
+        "dora": DORA,
         "deepspeed": DEEPSPEED,
     }
 

@@ -1,0 +1,45 @@
+"""What composes with what, from the `conflicts` that the code checks: `reslora methods`."""
+
+from collections.abc import Mapping
+
+from .optimizers import OPTIMIZERS
+from .schedules.settings import SCHEDULES
+
+FEATURES = {  # what a run may have beside a schedule and an optimizer, by the names in `conflicts`
+    "none": "plain LoRA, --shortcut none",
+    "input": "--shortcut input",
+    "block": "--shortcut block",
+    "middle": "--shortcut middle",
+    "dora": "DoRA's magnitudes (PEFT's use_dora)",
+    "loraplus": "--loraplus_lr_ratio",
+    "max_norm": "--scale_weight_norms",
+    "convolutions": "adapters on convolutions and embeddings",
+    "cuda_graph": "--cuda_graph",
+    "fsdp": "factors that FSDP has sharded",
+    "deepspeed": "DeepSpeed",
+}
+
+
+def conflicts() -> dict[str, Mapping[str, str]]:
+    """Reasons by method and feature."""
+    schedules = {f"--schedule {name}": kind.conflicts for name, kind in SCHEDULES.items()}
+    return schedules | {f"--optimizer {name}": kind.conflicts for name, kind in OPTIMIZERS.items()}
+
+
+def table() -> str:
+    """A line for each feature, a column for each method; below, the reasons."""
+    found = conflicts()
+    short = {method: method.rpartition(" ")[2] for method in found}
+    width = max(map(len, FEATURES.values()))
+    lines = [" " * width + "  " + "  ".join(short.values())]
+    for feature, meaning in FEATURES.items():
+        marks = ["no" if feature in reasons else "yes" for reasons in found.values()]
+        cells = [mark.ljust(len(name)) for mark, name in zip(marks, short.values(), strict=True)]
+        lines.append(f"{meaning.ljust(width)}  {'  '.join(cells)}".rstrip())
+    lines += ["", "Every schedule goes with every optimizer. A run has one of each.", ""]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for method, those in found.items():
+        for feature, reason in those.items():
+            reasons.setdefault((FEATURES[feature], reason), []).append(short[method])
+    lines += [f"{', '.join(methods)} with {feature}: {reason}" for (feature, reason), methods in reasons.items()]
+    return "\n".join(lines)
