@@ -74,7 +74,7 @@ def test_every_problem_of_a_plan_is_named_at_once(tmp_path) -> None:
     path.write_text(
         "name: bad\ntask: {name: word_problems, steps: 4, warmup_steps: 9}\n"
         "methods: {lora: {}, lorra: {}, reslora-middle+rite: {}, lora+rite+pro: {}, "
-        "lora+fold: {}, lora+rite: {speed: [1]}}\n"
+        "lora+fold: {}, dora+coto: {}, reslora-input+fold+restart: {}, lora+rite: {speed: [1]}}\n"
         "final: {seeds: [0]}\ncontrols: {twice: {of: nothing}}\nreference: best\n"
     )
     with pytest.raises(PlanError) as error:
@@ -84,6 +84,9 @@ def test_every_problem_of_a_plan_is_named_at_once(tmp_path) -> None:
         "one lora_B",
         "two optimizers",
         "merges exactly",
+        "+coto is for our adapters",
+        "+fold and +restart are two schedules",
+        "depends on activations",
         "'speed'",
         "fresh",
         "'nothing'",
@@ -138,7 +141,9 @@ def test_a_diverged_trial_is_never_the_best() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["lora", "rslora", "pissa", "dora", "reslora-block", "reslora-input", "lora+rite", "lora+pro"]
+    "word",
+    ["lora", "rslora", "pissa", "dora", "reslora-block", "reslora-input", "lora+rite", "lora+pro", "lora+coto"]
+    + ["reslora-block+rite+restart"],
 )
 def test_what_is_measured_is_the_exported_lora_of_the_rank(word) -> None:
     settings = TaskSettings(name="word_problems", steps=8, rank=2, warmup_steps=1)
@@ -146,7 +151,7 @@ def test_what_is_measured_is_the_exported_lora_of_the_rank(word) -> None:
     untrained = Line().measure(Line().base(), "validation", 0)["loss"]
     assert found["loss"] < untrained
     assert 0 < found["kept_energy"] <= 1 + 1e-9
-    if word in ("lora", "rslora", "lora+rite", "lora+pro"):
+    if word in ("lora", "rslora", "lora+rite", "lora+pro", "lora+coto"):
         assert found["loss"] == pytest.approx(found["loss_as_trained"], rel=1e-4)
 
 

@@ -4,6 +4,7 @@
     reslora-input, reslora-block, reslora-middle   the shortcuts
     +loraplus +rite +pro +scaled_adamw +reflora    the optimizer
     +fold                                          fold the shortcut in at `fold_at` of the steps
+    +coto +restart                                 the schedule
     +distill                                       teach the merged model what the unmerged one says
 
 rsLoRA is LoRA at another scale and is covered by the search over alpha; it is here so that its own choice can be raced.
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from reslora_diffusion.methods.optimizers import LoraPro, LoraRite, RefLora, ScaledAdamW, factor_pairs
+from reslora_diffusion.methods.optimizers import OPTIMIZERS, factor_pairs
+from reslora_diffusion.methods.schedules import Schedule
+from reslora_diffusion.methods.schedules.making import make_schedule
+from reslora_diffusion.methods.schedules.settings import SCHEDULES as KINDS
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora", "reslora-input", "reslora-block", "reslora-middle")
-OPTIMIZERS = {"rite": LoraRite, "pro": LoraPro, "scaled_adamw": ScaledAdamW, "reflora": RefLora}
-ADDITIONS = (*OPTIMIZERS, "loraplus", "fold", "distill")
+SCHEDULES = ("coto", "restart")
+ADDITIONS = (*OPTIMIZERS, "loraplus", "fold", *SCHEDULES, "distill")
 OPTIONS = {  # of each part, with the values taken where a plan names none
     "reslora-block": {"num_previous": 1},
     "reslora-middle": {"num_previous": None},
@@ -31,6 +35,8 @@ OPTIONS = {  # of each part, with the values taken where a plan names none
     "scaled_adamw": {"damping": 1e-2},
     "reflora": {"damping": 1e-4},
     "fold": {"fold_at": 0.7},
+    "coto": {"initial_p": 0.1},
+    "restart": {"stages": 3, "momentum": 0.0},
     "distill": {"distillation_steps": 40},
 }
 WITH_MIDDLE = {name: kind.conflicts["middle"] for name, kind in OPTIMIZERS.items() if "middle" in kind.conflicts}
@@ -48,6 +54,10 @@ class Method:
     @property
     def shortcut(self) -> str:
         return self.adapter.removeprefix("reslora-") if self.adapter.startswith("reslora-") else "none"
+
+    @property
+    def schedule(self) -> str | None:
+        return next((part for part in self.additions if part in SCHEDULES), None)
 
     @property
     def optimizer(self) -> str | None:
@@ -72,6 +82,12 @@ def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
     chosen = [part for part in method.additions if part in OPTIMIZERS or part == "loraplus"]
     if len(chosen) > 1:
         problems.append(f"+{' and +'.join(chosen)} are two optimizers; wanted one")
+    if len(several := [part for part in method.additions if part == "fold" or part in SCHEDULES]) > 1:
+        problems.append(f"+{' and +'.join(several)} are two schedules; wanted one")
+    if method.schedule and method.adapter in ("pissa", "dora"):
+        problems.append(f"+{method.schedule} is for our adapters, and {method.adapter} is PEFT's; wanted lora")
+    elif method.schedule and (reason := KINDS[method.schedule].conflicts.get(method.shortcut)):
+        problems.append(f"+{method.schedule}: {reason}")
     for part in method.additions:
         if method.shortcut == "middle" and part in WITH_MIDDLE:
             problems.append(f"+{part}: {WITH_MIDDLE[part]}")
@@ -102,6 +118,14 @@ def make_optimizer(method: Method, model: nn.Module, learning_rate: float, optio
     rest = [p for name, p in trained.items() if ".lora_B." not in name]
     groups = [{"params": rest, "lr": learning_rate}, {"params": up, "lr": learning_rate * ratio}]
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+
+
+def make_race_schedule(method: Method, options: Mapping[str, Any], seed: int) -> Schedule:
+    """What changes while the method is trained; its fold is the race's own."""
+    if method.schedule is None:
+        return Schedule()
+    given = {name: options[name] for name in OPTIONS[method.schedule] if name in options}
+    return make_schedule(KINDS[method.schedule](**given), seed=seed)
 
 
 def schedule_of(name: str, steps: int, warmup: int) -> Any:

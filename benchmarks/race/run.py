@@ -16,9 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from reslora_diffusion import ResLoraConfig, calibrate, distill, handover
+from reslora_diffusion import AdaptedModel, ResLoraConfig, calibrate, distill, handover
+from reslora_diffusion.methods.schedules.base import follow_learning_rate
 
-from .methods import Method, make_optimizer, schedule_of
+from .methods import Method, make_optimizer, make_race_schedule, schedule_of
 from .plan import TaskSettings
 from .tasks import TASKS, Task
 
@@ -56,6 +57,9 @@ class Racer:
         self.optimizer = make_optimizer(method, self.model, setting["learning_rate"], setting)
         factor = schedule_of(settings.lr_scheduler, settings.steps, settings.warmup_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.schedule = make_race_schedule(method, setting, seed)
+        self.schedule.start([AdaptedModel(self.model)], settings.steps, self.optimizer)
+        follow_learning_rate(self.schedule, self.lr_scheduler)
         self.fold_at = round(setting["fold_at"] * settings.steps) if "fold_at" in setting else None
 
     def configuration(self) -> LoraConfig:
@@ -80,16 +84,19 @@ class Racer:
             if step == self.fold_at:
                 self.calibrate()
                 handover(self.model, optimizer=self.optimizer)
+            self.schedule.before_step(step)
             loss = self.task.loss(self.model, self.task.batch(self.seed, step, settings.batch_size))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 return {"diverged": True, "loss": math.inf, "step": step, "train_losses": losses[:-1]}
             loss.backward()
+            self.schedule.after_backward(step)
             if settings.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
             self.optimizer.step()
             self.lr_scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.after_step(step + 1)
             training += time.process_time() - started
             if step + 1 in measured_at:
                 curve.append({"step": step + 1, "training_cpu_seconds": round(training, 2), **self.measure(last=False)})
