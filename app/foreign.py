@@ -4,8 +4,8 @@ who asks."""
 import json
 import sys
 
-from reslora_diffusion.problems import printable_lines
 from reslora_diffusion.utils.names import composed
+from reslora_diffusion.utils.problems import printable_lines
 
 ALONE = ("127.0.0.1", "localhost", "::1")  # names of this machine under which no other reaches it
 

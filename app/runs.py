@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reslora_diffusion.diffusion.history import smooth
+from reslora_diffusion.diffusion.train.history import smooth
 
 from .foreign import is_number, parsed_json, printable
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from reslora_diffusion import get_controller
 from reslora_diffusion.core.kernels.runlora import EXACT
-from reslora_diffusion.diffusion.attn_processor import set_attn_processors, unset_attn_processors
+from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors, unset_attn_processors
 
 PLAIN, FUSED, RUNLORA, GROUPED = "plain", "fused", "runlora", "grouped"
 

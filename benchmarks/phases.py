@@ -39,8 +39,9 @@ def main() -> int:
     prepare = module.prepare
 
     def prepare_clocked(*args: Any) -> Any:
-        from reslora_diffusion.diffusion import examples, models
-        from reslora_diffusion.diffusion.run import Run
+        from reslora_diffusion.diffusion.data import examples
+        from reslora_diffusion.diffusion.models import load as models
+        from reslora_diffusion.diffusion.train.session import Run
 
         models.load_pipeline = clocked(models.load_pipeline, "loading")  # type: ignore[assignment]
         examples.encode_examples = clocked(examples.encode_examples, "caching")  # type: ignore[assignment]

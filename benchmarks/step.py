@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from reslora_diffusion.diffusion.capture import WARM_UP, CudaGraphs
+from reslora_diffusion.diffusion.train.capture import WARM_UP, CudaGraphs
 
 from .models import SUBJECTS, Subject, output, repeated_blocks
 from .results import FOLDER, write_results

@@ -20,8 +20,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from reslora_diffusion import ResLoraConfig, Shortcut, attach
-from reslora_diffusion.diffusion.attn_processor import set_attn_processors
-from reslora_diffusion.diffusion.frozen import save_memory
+from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
+from reslora_diffusion.diffusion.models.memory import save_memory
 
 RANK = 16
 

@@ -36,7 +36,7 @@ HOMES = {
     "merged_factors": "core.merging.merge",
     "merged_forward": "core.merging.merge",
     "merged_state_dict": "core.merging.state_dict",
-    "optimize_for_training": "diffusion.optimize",
+    "optimize_for_training": "diffusion.models.optimize",
     "relative_output_errors": "core.merging.calibrate",
 }
 __all__ = sorted(HOMES)  # noqa: PLE0605

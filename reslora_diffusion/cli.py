@@ -24,8 +24,8 @@ from .choices import Modules, Precision, Target
 from .export.base import check_base, check_merge, check_pair, check_stored
 from .export.header import read_headers
 from .export.limits import CheckFailed, check_weights, parse_rank
-from .problems import printable_lines
 from .programs import add_commands
+from .utils.problems import printable_lines
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 

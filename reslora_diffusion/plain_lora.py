@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from .problems import printable
+from .utils.problems import printable
 
 
 class Meaning(StrEnum):

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 
-from reslora_diffusion.diffusion.history import History
-from reslora_diffusion.diffusion.merging import MergeReport
+from reslora_diffusion.diffusion.train.history import History
+from reslora_diffusion.diffusion.train.merging import MergeReport
 from tiny import tiny_pipeline
 
 TARGETS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "v_proj"]}

@@ -8,7 +8,7 @@ import httpx
 import huggingface_hub
 import pytest
 
-from reslora_diffusion.hub import unreachable
+from reslora_diffusion.utils.hub import unreachable
 
 
 class Hub:

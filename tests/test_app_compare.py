@@ -27,7 +27,7 @@ from app.request import (
     picture_count,
 )
 from app_fixtures import make_lora_file, make_pipeline
-from reslora_diffusion.diffusion.race import app_settings
+from reslora_diffusion.diffusion.train.race import app_settings
 
 
 def pixels(image: Image.Image) -> np.ndarray:

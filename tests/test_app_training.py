@@ -14,9 +14,9 @@ from app.run_views import training_status
 from app.runs import ADAPTER, read_run
 from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
 from app_fixtures import make_pipeline
-from reslora_diffusion.diffusion.checks import check
-from reslora_diffusion.diffusion.data import open_upright
+from reslora_diffusion.diffusion.data.scan import open_upright
 from reslora_diffusion.diffusion.options import known_flags, parse
+from reslora_diffusion.diffusion.options.checks import check
 from reslora_diffusion.utils.names import file_name_problem
 from test_utils_images import WIDE
 

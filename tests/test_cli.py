@@ -260,7 +260,7 @@ def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch,
     """Not after a minute of retries, and not as a fault of the model."""
     from huggingface_hub import constants
 
-    from reslora_diffusion.hub import unreachable
+    from reslora_diffusion.utils.hub import unreachable
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -21,8 +21,8 @@ from reslora_diffusion import (
     merged_factors,
     merged_forward,
 )
-from reslora_diffusion.diffusion.attn_processor import set_attn_processors
-from reslora_diffusion.diffusion.frozen import save_memory
+from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
+from reslora_diffusion.diffusion.models.memory import save_memory
 
 SHORTCUTS = ("none", "input", "block", "middle")
 

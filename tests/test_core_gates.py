@@ -9,7 +9,7 @@ from torch import nn
 from models import build, inputs, output
 from reference import adapt_naively
 from reslora_diffusion import explain_kernels, get_controller, merged_factors, merged_forward
-from reslora_diffusion.diffusion.attn_processor import set_attn_processors
+from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
 from test_core_shortcuts import adapted, factors_of, gradients, loss_of
 
 CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None)]

@@ -11,7 +11,7 @@ from reslora_diffusion import ResLoraConfig, attach, explain_kernels, get_contro
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import KERNELS, choose, grouped_linears
 from reslora_diffusion.core.kernels.packing import Layout, pack
-from reslora_diffusion.diffusion.attn_processor import set_attn_processors
+from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
 from test_core_shortcuts import adapted, gradients, loss_of
 
 CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 1), ("middle", 2), ("middle", None)]

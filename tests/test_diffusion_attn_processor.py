@@ -9,12 +9,12 @@ from torch import nn
 
 from models import FLUX_TARGETS, UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, calibrate, explain_kernels, get_controller, merged_forward
-from reslora_diffusion.diffusion.attn_processor import (
+from reslora_diffusion.diffusion.models.attn_processor import (
     ResLoRAAttnProcessor,
     set_attn_processors,
     unset_attn_processors,
 )
-from reslora_diffusion.diffusion.optimize import optimize_for_training, restore_after_training
+from reslora_diffusion.diffusion.models.optimize import optimize_for_training, restore_after_training
 
 JOINT = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from dreambooth import ROOT, SUBJECTS, arguments, environment, script, several_sizes, train, words
-from reslora_diffusion.diffusion import capture
-from reslora_diffusion.diffusion.checks import check
-from reslora_diffusion.diffusion.history import read_history
-from reslora_diffusion.diffusion.optimizers import make_optimizer
-from reslora_diffusion.diffusion.sampling import Batch
-from reslora_diffusion.problems import BadInput, Stopped
+from reslora_diffusion.diffusion.data.sampling import Batch
+from reslora_diffusion.diffusion.options.checks import check
+from reslora_diffusion.diffusion.train import capture
+from reslora_diffusion.diffusion.train.history import read_history
+from reslora_diffusion.diffusion.train.optimizers import make_optimizer
+from reslora_diffusion.utils.problems import BadInput, Stopped
 from tape import Tapes, waits_for_device
 from test_train_dreambooth import assert_same, state
 from tiny import saved, tiny_pipeline_3, tiny_pipeline_xl

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from dreambooth import SCRIPT, SUBJECTS, arguments, call, environment, script, train, words
-from reslora_diffusion.diffusion.variants import variant_problems
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.models.variants import variant_problems
+from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_pipeline_folder
 
 
@@ -270,7 +270,7 @@ def test_an_output_folder_that_is_a_file_or_holds_another_run(tmp_path, without_
 
 def test_a_checkpoint_from_before_block_was_the_default_is_not_taken_for_block(tmp_path, monkeypatch):
     """A shortcut that was not given was not recorded either, and meant `input`."""
-    from reslora_diffusion.diffusion import record
+    from reslora_diffusion.diffusion.train import record
 
     given = ["--pretrained_model_name_or_path=model", "--instance_data_dir=data", "--instance_prompt=a"]
     args, asked_for_input = script.parse_args(given), script.parse_args([*given, "--shortcut=input"])
@@ -393,7 +393,7 @@ def test_a_precision_of_the_launcher_that_is_none_of_ours_is_named(refused, monk
 
 
 def test_arguments_are_not_changed_by_checking(tmp_path):
-    from reslora_diffusion.diffusion.checks import check
+    from reslora_diffusion.diffusion.options.checks import check
 
     args = arguments(tmp_path / "out")
     before = dict(vars(args))
@@ -405,7 +405,7 @@ def test_arguments_are_not_changed_by_checking(tmp_path):
 def test_what_no_library_is_needed_for_is_said_without_one(words):
     """An import of torch and diffusers takes longer than all the rest of such an answer."""
     code = (
-        "import sys; from reslora_diffusion.diffusion.checks import check\n"
+        "import sys; from reslora_diffusion.diffusion.options.checks import check\n"
         "from reslora_diffusion.diffusion.options import parse\n"
         "try: check(parse(sys.argv[1:]))\n"
         "except ValueError as error: print(error)\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dreambooth import arguments, several_sizes, train
-from reslora_diffusion.diffusion import compilation
-from reslora_diffusion.diffusion.history import read_history
+from reslora_diffusion.diffusion.models import compilation
+from reslora_diffusion.diffusion.train.history import read_history
 
 
 def losses(folder) -> list[float]:

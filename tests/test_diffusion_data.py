@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from dreambooth import SUBJECTS, arguments
-from reslora_diffusion.diffusion.buckets import Grid, auto_buckets, nearest, parse_buckets
-from reslora_diffusion.diffusion.cache import Views
-from reslora_diffusion.diffusion.concepts import Concept, chosen, concepts_of, read_concepts
-from reslora_diffusion.diffusion.data import covering, crop_corners, look_at, open_mask, open_upright, scan
+from reslora_diffusion.diffusion.data.buckets import Grid, auto_buckets, nearest, parse_buckets
+from reslora_diffusion.diffusion.data.concepts import Concept, chosen, concepts_of, read_concepts
+from reslora_diffusion.diffusion.data.encode import Views
+from reslora_diffusion.diffusion.data.scan import covering, crop_corners, look_at, open_mask, open_upright, scan
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_folders_beside_pictures_are_only_folders(folder, tmp_path):
 
 
 def test_random_numbers_are_a_function_of_seed_stream_and_index():
-    from reslora_diffusion.diffusion.randomness import Stream, generator, shuffled
+    from reslora_diffusion.diffusion.objective.randomness import Stream, generator, shuffled
 
     def draw(*key):
         return torch.rand(3, generator=generator(*key)).tolist()

@@ -8,10 +8,10 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, train
-from reslora_diffusion.diffusion.checks import check
-from reslora_diffusion.diffusion.optimizers import parameter_groups, settings
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.options.checks import check
+from reslora_diffusion.diffusion.train.optimizers import parameter_groups, settings
+from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline_3, tiny_pipeline_folder
 
 datasets = pytest.importorskip("datasets")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from dreambooth import SUBJECTS, train
-from reslora_diffusion.diffusion.disk_cache import DiskCache, identity
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.data.disk_cache import DiskCache, identity
+from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_vae
 
 KEY = {"kind": "text", "prompt": "a dog"}

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, script, train
-from reslora_diffusion.diffusion.families import FAMILIES, Texts
-from reslora_diffusion.diffusion.families.base import OF_FLOWS
-from reslora_diffusion.diffusion.optimizers import make_optimizer
-from reslora_diffusion.diffusion.randomness import Stream, generator
+from reslora_diffusion.diffusion.models.families import FAMILIES, Texts
+from reslora_diffusion.diffusion.models.families.base import OF_FLOWS
+from reslora_diffusion.diffusion.objective.randomness import Stream, generator
+from reslora_diffusion.diffusion.train.optimizers import make_optimizer
 from reslora_diffusion.export import verify_lora
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 from tiny import (
     saved,
     tiny_pipeline,

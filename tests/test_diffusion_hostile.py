@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from dreambooth import SUBJECTS, arguments
-from reslora_diffusion.diffusion.checks import check
-from reslora_diffusion.diffusion.history import History, read_history
-from reslora_diffusion.problems import BadInput
-from reslora_diffusion.stored import Files, Unknown
+from reslora_diffusion.diffusion.options.checks import check
+from reslora_diffusion.diffusion.train.history import History, read_history
+from reslora_diffusion.utils.model_files import Files, Unknown
+from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_pipeline_folder
 
 BROKEN = [b"", b"{", b"[]", b"5", b'"x"', b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe\0"]

@@ -4,7 +4,7 @@ import pytest
 
 from dreambooth import train
 from hub import Hub
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 
 def test_what_is_uploaded_is_what_was_exported(tmp_path, hub, capsys):

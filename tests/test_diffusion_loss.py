@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from reslora_diffusion.diffusion.families import Texts
-from reslora_diffusion.diffusion.loss import Objective
-from reslora_diffusion.diffusion.processes import Diffusion, FlowMatching
-from reslora_diffusion.diffusion.sampling import Batch
+from reslora_diffusion.diffusion.data.sampling import Batch
+from reslora_diffusion.diffusion.models.families import Texts
+from reslora_diffusion.diffusion.objective.loss import Objective
+from reslora_diffusion.diffusion.objective.noise import Diffusion, FlowMatching
 
 TIMESTEPS = (0, 3, 250, 700, 999)
 

@@ -9,9 +9,8 @@ import yaml
 
 from dreambooth import arguments, script
 from other_trainers import DIFFUSERS, KOHYA
-from reslora_diffusion.diffusion.checks import bad_combinations
-from reslora_diffusion.diffusion.families import FAMILIES
-from reslora_diffusion.diffusion.model_checks import adapter_settings
+from reslora_diffusion.diffusion.models.families import FAMILIES
+from reslora_diffusion.diffusion.objective.noise import FlowMatching
 from reslora_diffusion.diffusion.options import DreamBoothOptions, known_flags, parse, stored_options
 from reslora_diffusion.diffusion.options.answers import (
     DEFAULT_HERE,
@@ -21,10 +20,11 @@ from reslora_diffusion.diffusion.options.answers import (
     renamed,
     unanswered,
 )
-from reslora_diffusion.diffusion.processes import FlowMatching
-from reslora_diffusion.diffusion.record import options
-from reslora_diffusion.options import facts_of
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.options.checks import bad_combinations
+from reslora_diffusion.diffusion.options.model_checks import adapter_settings
+from reslora_diffusion.diffusion.train.record import options
+from reslora_diffusion.utils.options import facts_of
+from reslora_diffusion.utils.problems import BadInput
 
 # What `DreamBoothOptions` leaves open (None) and the family, or the code that trains it, decides.
 OPEN = {

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth import ROOT, SUBJECTS, arguments, words
-from reslora_diffusion.diffusion.model_checks import model_problems
+from reslora_diffusion.diffusion.models.outline import LINEAR, Outline, is_target, read_outline
+from reslora_diffusion.diffusion.models.skeleton import load_skeleton
+from reslora_diffusion.diffusion.options.model_checks import model_problems
 from reslora_diffusion.diffusion.options.training import OPTIMIZER_PACKAGES, OPTIMIZERS
-from reslora_diffusion.diffusion.outline import LINEAR, Outline, is_target, read_outline
-from reslora_diffusion.diffusion.skeleton import load_skeleton
 from tiny import (
     saved,
     tiny_pipeline,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dreambooth import train
-from reslora_diffusion.diffusion.preflight import kept_for_backward
+from reslora_diffusion.diffusion.options.preflight import kept_for_backward
 
 
 class Plain:

@@ -13,20 +13,20 @@ from torch import nn
 
 from dreambooth import PROMPT, arguments, script, train
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
-from reslora_diffusion.diffusion.checkpoints import (
+from reslora_diffusion.diffusion.train.checkpoints import (
     alone_in,
     checkpoints_in,
     fault_of,
     find_checkpoint,
     write_checkpoint,
 )
-from reslora_diffusion.diffusion.ema import Ema
-from reslora_diffusion.diffusion.history import History, NonFiniteLoss, plot_losses, read_history, smooth
-from reslora_diffusion.diffusion.model_card import usage
-from reslora_diffusion.diffusion.optimizers import fast_forward, make_lr_scheduler, make_optimizer
-from reslora_diffusion.diffusion.record import export_name
+from reslora_diffusion.diffusion.train.ema import Ema
+from reslora_diffusion.diffusion.train.history import History, NonFiniteLoss, plot_losses, read_history, smooth
+from reslora_diffusion.diffusion.train.model_card import usage
+from reslora_diffusion.diffusion.train.optimizers import fast_forward, make_lr_scheduler, make_optimizer
+from reslora_diffusion.diffusion.train.record import export_name
 from reslora_diffusion.interruption import Interruption
-from reslora_diffusion.problems import BadInput, Interrupted, Stopped, run_program
+from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, run_program
 from reslora_diffusion.utils.state_files import BrokenState
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -8,12 +8,12 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from dreambooth import SUBJECTS
-from reslora_diffusion.diffusion.cache import Example, Views, encode_pictures
-from reslora_diffusion.diffusion.data import look_at, scan
-from reslora_diffusion.diffusion.families import Texts
-from reslora_diffusion.diffusion.processes import Diffusion
-from reslora_diffusion.diffusion.sampling import Batch, Sampler, chunks
-from reslora_diffusion.diffusion.tag_orders import tag_orders
+from reslora_diffusion.diffusion.data.encode import Example, Views, encode_pictures
+from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
+from reslora_diffusion.diffusion.data.scan import look_at, scan
+from reslora_diffusion.diffusion.data.tag_orders import tag_orders
+from reslora_diffusion.diffusion.models.families import Texts
+from reslora_diffusion.diffusion.objective.noise import Diffusion
 from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))

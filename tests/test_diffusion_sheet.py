@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from reslora_diffusion.diffusion.sheet import LEFT, MARGIN, contact_sheet, save_picture, wrapped
+from reslora_diffusion.diffusion.train.sheet import LEFT, MARGIN, contact_sheet, save_picture, wrapped
 
 SIDE = 60
 LONG = "reslora-block:num_previous=2,merge_method=least_squares,learning_rate=2e-4 " + 30 * "long"

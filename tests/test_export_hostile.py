@@ -20,7 +20,7 @@ from reslora_diffusion.export import convert, fuse, inspect_lora, read_lora, res
 from reslora_diffusion.export.scaling import SECONDS, Patterns, matched
 from reslora_diffusion.export.spectra import eight_bit_values
 from reslora_diffusion.plain_lora import FIELDS, KEEPS_THE_BASE
-from reslora_diffusion.problems import BadInput, printable
+from reslora_diffusion.utils.problems import BadInput, printable
 from test_export_input import refusal
 
 PATH = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

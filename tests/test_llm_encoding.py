@@ -19,7 +19,7 @@ from reslora_diffusion.llm.encoding import (
     packing_problem,
     segments,
 )
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 WORDS = "<pad> <s> </s> [UNK] user assistant system : a b c d e f g h".split()
 TEMPLATE = (

@@ -24,7 +24,7 @@ from reslora_diffusion.llm import checks, reading
 from reslora_diffusion.llm.glue import GLUE, task_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.tasks import TASKS
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 script = load_script("train_glue_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts

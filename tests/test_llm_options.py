@@ -18,9 +18,9 @@ from reslora_diffusion.llm.model_checks import length_problems, stored_layers, s
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.resuming import checkpoint_of
 from reslora_diffusion.llm.training_options import TrainingOptions
-from reslora_diffusion.options import option
-from reslora_diffusion.problems import BadInput
-from reslora_diffusion.stored import Files
+from reslora_diffusion.utils.model_files import Files
+from reslora_diffusion.utils.options import option
+from reslora_diffusion.utils.problems import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
 HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
@@ -195,7 +195,7 @@ def test_what_needs_no_torch_is_answered_without_it(script):
     code = (
         "import sys; from contextlib import redirect_stdout; from io import StringIO; from pathlib import Path\n"
         f"sys.path.insert(0, 'train_scripts'); import {script} as script\n"
-        "from reslora_diffusion.problems import BadInput\n"
+        "from reslora_diffusion.utils.problems import BadInput\n"
         f"for words, wanted in {answers!r}.items():\n"
         "    with redirect_stdout(StringIO()) as said:\n"
         "        try: script.main(words.split() + ['--output_dir=/tmp/nowhere-at-all'])\n"

@@ -13,7 +13,7 @@ from reslora_diffusion.llm.records import (
     read_rows,
     unread_columns,
 )
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 TALK = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.resuming import CHECKSUMS, checkpoint_of, fault_of, write_checksums
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 ADAPTER = {"peft_type": "RESLORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
 

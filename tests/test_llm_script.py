@@ -34,7 +34,7 @@ from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.llm.trainer import ExportedTrainer
-from reslora_diffusion.problems import BadInput, Interrupted, Stopped
+from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped
 
 script = load_script("train_llm_reslora")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts

@@ -3,7 +3,7 @@
 import pytest
 
 from reslora_diffusion.llm.tasks import TASKS, normalized, read_choice, read_number, read_text, usable
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput
 
 ROWS = {
     "gsm8k": [

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import inputs, output
 from reslora_diffusion import ResLoraConfig, attach
-from reslora_diffusion.diffusion.frozen import count, restore_memory, save_memory
+from reslora_diffusion.diffusion.models.memory import count, restore_memory, save_memory
 from test_core_shortcuts import adapted, gradients, loss_of
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dreambooth import ROOT, SCRIPT, environment, words
 from reslora_diffusion.cli import app
-from reslora_diffusion.diffusion.checkpoints import checkpoints_in
+from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
 from reslora_diffusion.programs import launch_words
 from reslora_diffusion.utils.stopping import started_by_a_launcher
 from test_train_dreambooth_processes import ACCELERATE, wait_for_steps

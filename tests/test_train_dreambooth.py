@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, environment, train
-from reslora_diffusion.diffusion.adapters import add_adapters
-from reslora_diffusion.diffusion.randomness import Stream, generator, seed_of
-from reslora_diffusion.diffusion.skeleton import load_skeleton
-from reslora_diffusion.problems import Interrupted, Stopped
+from reslora_diffusion.diffusion.models.adapters import add_adapters
+from reslora_diffusion.diffusion.models.skeleton import load_skeleton
+from reslora_diffusion.diffusion.objective.randomness import Stream, generator, seed_of
+from reslora_diffusion.utils.problems import Interrupted, Stopped
 from tiny import tiny_pipeline_folder, tiny_vae
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -376,10 +376,10 @@ def test_a_signal_while_merging_keeps_what_was_trained(tmp_path, monkeypatch):
 
     options = {"max_train_steps": 2, "use_ema": True}
     with monkeypatch.context() as patched:
-        patched.setattr("reslora_diffusion.diffusion.run.merge_report", quits)
+        patched.setattr("reslora_diffusion.diffusion.train.session.merge_report", quits)
         with pytest.raises(Interrupted, match="after step 2, while merging; continue by"):
             train(tmp_path / "run", **options)
-        patched.setattr("reslora_diffusion.diffusion.adapters.add_adapters", quits)
+        patched.setattr("reslora_diffusion.diffusion.models.adapters.add_adapters", quits)
         with pytest.raises(Interrupted, match="before the first step"):
             train(tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth import arguments, script, train
-from reslora_diffusion.diffusion import checks
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.options import checks
+from reslora_diffusion.utils.problems import BadInput
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -115,7 +115,7 @@ def test_another_schedule_does_not_continue_a_run(tmp_path):
 
 
 def test_settings_of_an_optimizer_of_pairs(tmp_path):
-    from reslora_diffusion.diffusion.optimizers import settings
+    from reslora_diffusion.diffusion.train.optimizers import settings
     from reslora_diffusion.methods.optimizers import LoraPro, LoraRite
 
     args = arguments(tmp_path, optimizer="rite", adam_beta2=0.99, optimizer_args=["clip_unmagnified=None"])

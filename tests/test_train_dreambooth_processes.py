@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth import ROOT, SCRIPT, call, environment, train, words
-from reslora_diffusion.diffusion.checkpoints import alone_in, checkpoints_in
-from reslora_diffusion.diffusion.launcher import started_alone
-from reslora_diffusion.problems import BadInput
+from reslora_diffusion.diffusion.options.launcher import started_alone
+from reslora_diffusion.diffusion.train.checkpoints import alone_in, checkpoints_in
+from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_pipeline_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth import PROMPT, train
-from reslora_diffusion.diffusion.checkpoints import checkpoints_in
-from reslora_diffusion.diffusion.history import History
-from reslora_diffusion.diffusion.loss import Denoiser
-from reslora_diffusion.diffusion.validation import Painter
-from reslora_diffusion.problems import BadInput, Stopped, is_out_of_memory
+from reslora_diffusion.diffusion.objective.loss import Denoiser
+from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
+from reslora_diffusion.diffusion.train.history import History
+from reslora_diffusion.diffusion.train.validation import Painter
+from reslora_diffusion.utils.problems import BadInput, Stopped, is_out_of_memory
 from tiny import tiny_pipeline
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -136,7 +136,7 @@ def test_an_error_while_generating_the_last_images_keeps_what_was_trained(tmp_pa
 
 
 def test_a_state_that_the_output_folder_does_not_take_is_written_elsewhere(tmp_path, monkeypatch, whole):
-    from reslora_diffusion.diffusion import run as module
+    from reslora_diffusion.diffusion.train import session as module
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from dreambooth import arguments
-from reslora_diffusion.diffusion.cache import Views
-from reslora_diffusion.diffusion.data import open_mask, open_upright, scan
-from reslora_diffusion.diffusion.inventory import describe
+from reslora_diffusion.diffusion.data.encode import Views
+from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, scan
+from reslora_diffusion.diffusion.options.inventory import describe
 from reslora_diffusion.utils.images import colour_of, upright_rgb
 
 GREEN = (120, 220, 90)
@@ -172,7 +172,7 @@ def test_an_upload_to_the_page_is_converted_once(tmp_path):
 
 def test_images_of_a_dataset_are_converted(tmp_path):
     datasets = pytest.importorskip("datasets")
-    from reslora_diffusion.diffusion.dataset import pictures_of_dataset
+    from reslora_diffusion.diffusion.data.hub_dataset import pictures_of_dataset
 
     image = io.BytesIO()
     Image.new("RGB", (8, 8), GREEN).save(image, "PNG", icc_profile=WIDE)

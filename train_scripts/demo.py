@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reslora_diffusion.diffusion.data import open_upright, scan
-from reslora_diffusion.diffusion.sheet import contact_sheet
+from reslora_diffusion.diffusion.data.scan import open_upright, scan
+from reslora_diffusion.diffusion.train.sheet import contact_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
@@ -121,7 +121,7 @@ def draw_sheet(args: argparse.Namespace) -> Path:
 
 
 def draw_losses(args: argparse.Namespace) -> Path:
-    from reslora_diffusion.diffusion.history import plot_losses, read_history
+    from reslora_diffusion.diffusion.train.history import plot_losses, read_history
 
     path = args.output_dir / "loss.png"
     plot_losses({label: read_history(args.output_dir / method) for label, method in RUNS.items()}, path)

@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import DreamBoothOptions, parse
-from reslora_diffusion.problems import Interrupted, is_first_process, nothing_to_lose, run_program
 from reslora_diffusion.rules import ShortcutFields
+from reslora_diffusion.utils.problems import Interrupted, is_first_process, nothing_to_lose, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -49,10 +49,10 @@ UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
     from torch import Tensor
 
-    from reslora_diffusion.diffusion.checks import Plan
-    from reslora_diffusion.diffusion.loss import Denoiser
-    from reslora_diffusion.diffusion.run import Run
-    from reslora_diffusion.diffusion.sampling import Batch
+    from reslora_diffusion.diffusion.data.sampling import Batch
+    from reslora_diffusion.diffusion.objective.loss import Denoiser
+    from reslora_diffusion.diffusion.options.checks import Plan
+    from reslora_diffusion.diffusion.train.session import Run
 
 
 def parse_args(argv: list[str] | None = None) -> DreamBoothOptions:
@@ -86,9 +86,9 @@ def train(run: "Run", step: int) -> int:
     import torch
     from tqdm import tqdm
 
-    from reslora_diffusion.diffusion.capture import whole_step
-    from reslora_diffusion.diffusion.compilation import compiled
-    from reslora_diffusion.diffusion.distributed import average_gradients
+    from reslora_diffusion.diffusion.models.compilation import compiled
+    from reslora_diffusion.diffusion.train.capture import whole_step
+    from reslora_diffusion.diffusion.train.distributed import average_gradients
     from reslora_diffusion.interruption import Interruption
 
     args, steps, accelerator = run.args, run.plan.max_train_steps, run.accelerator
@@ -137,23 +137,23 @@ def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from reslora_diffusion.diffusion import models
-    from reslora_diffusion.diffusion.adapters import add_adapters
-    from reslora_diffusion.diffusion.changes import data_changes, data_of
-    from reslora_diffusion.diffusion.checkpoints import broken_in, find_checkpoint, restoring, stored_facts
-    from reslora_diffusion.diffusion.ema import Ema
-    from reslora_diffusion.diffusion.examples import complete_class_pictures, encode_examples
-    from reslora_diffusion.diffusion.history import History
-    from reslora_diffusion.diffusion.loss import Denoiser, Objective
-    from reslora_diffusion.diffusion.merging import Evaluation
-    from reslora_diffusion.diffusion.optimizers import make_optimizer
-    from reslora_diffusion.diffusion.preflight import expectation, kept_for_backward, preflight
-    from reslora_diffusion.diffusion.record import resolve_seed, trackable, write_record
-    from reslora_diffusion.diffusion.run import Run
-    from reslora_diffusion.diffusion.sampling import Sampler
-    from reslora_diffusion.diffusion.validation import Painter, fixed_noise_loss
-    from reslora_diffusion.diffusion.warm_start import start_from
-    from reslora_diffusion.hub import create_repository
+    from reslora_diffusion.diffusion.data.examples import complete_class_pictures, encode_examples
+    from reslora_diffusion.diffusion.data.sampling import Sampler
+    from reslora_diffusion.diffusion.models import load as models
+    from reslora_diffusion.diffusion.models.adapters import add_adapters
+    from reslora_diffusion.diffusion.models.warm_start import start_from
+    from reslora_diffusion.diffusion.objective.loss import Denoiser, Objective
+    from reslora_diffusion.diffusion.options.preflight import expectation, kept_for_backward, preflight
+    from reslora_diffusion.diffusion.train.changes import data_changes, data_of
+    from reslora_diffusion.diffusion.train.checkpoints import broken_in, find_checkpoint, restoring, stored_facts
+    from reslora_diffusion.diffusion.train.ema import Ema
+    from reslora_diffusion.diffusion.train.history import History
+    from reslora_diffusion.diffusion.train.merging import Evaluation
+    from reslora_diffusion.diffusion.train.optimizers import make_optimizer
+    from reslora_diffusion.diffusion.train.record import resolve_seed, trackable, write_record
+    from reslora_diffusion.diffusion.train.session import Run
+    from reslora_diffusion.diffusion.train.validation import Painter, fixed_noise_loss
+    from reslora_diffusion.utils.hub import create_repository
 
     output, family = Path(args.output_dir), plan.skeleton.family
     accelerator = Accelerator(
@@ -279,15 +279,15 @@ def main(args: DreamBoothOptions) -> Path:
         Stopped: training went wrong; says what is kept.
     """
     if args.compare:
-        from reslora_diffusion.diffusion.race import race
+        from reslora_diffusion.diffusion.train.race import race
 
         return race(args, main)
-    from reslora_diffusion.diffusion.checkpoints import alone_in
-    from reslora_diffusion.diffusion.checks import check
+    from reslora_diffusion.diffusion.options.checks import check
+    from reslora_diffusion.diffusion.train.checkpoints import alone_in
 
     with nothing_to_lose():
         plan = check(args)
-        from reslora_diffusion.diffusion.preflight import preflight
+        from reslora_diffusion.diffusion.options.preflight import preflight
 
     if not args.dry_run:
         with alone_in(Path(args.output_dir)):
@@ -299,7 +299,7 @@ def main(args: DreamBoothOptions) -> Path:
 
 def teach(args: DreamBoothOptions, plan: "Plan") -> Path:
     """One run, from its models to its exported files."""
-    from reslora_diffusion.diffusion.rescue import enough_memory, rescued
+    from reslora_diffusion.diffusion.train.rescue import enough_memory, rescued
 
     with nothing_to_lose(), enough_memory(args):
         run, first_step = prepare(args, plan)
@@ -320,7 +320,7 @@ def teach(args: DreamBoothOptions, plan: "Plan") -> Path:
         print(f"{args.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")
         print("\n".join(f"{kind}: {path}" for kind, path in exported.files.items()))
         if args.push_to_hub:
-            from reslora_diffusion.hub import upload
+            from reslora_diffusion.utils.hub import upload
 
             logs = (f"{args.logging_dir}/*",)
             print(f"pushed to {upload(args.hub_model_id, args.output_dir, args.hub_token, logs)}")

@@ -35,7 +35,7 @@ from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
-from reslora_diffusion.problems import refuse, run_program
+from reslora_diffusion.utils.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import TrainingArguments

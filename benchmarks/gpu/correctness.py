@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_diffusion import ResLoraConfig, attach
-from reslora_diffusion.diffusion.capture import WARM_UP, CudaGraphs
+from reslora_diffusion.diffusion.train.capture import WARM_UP, CudaGraphs
 
 from ..forced import FUSED, GROUPED, force, kernels_of
 from ..models import SUBJECTS, output

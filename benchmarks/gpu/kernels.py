@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from reslora_diffusion.diffusion.frozen import FORMS, FrugalConv2d, FrugalNorm, SkippedSiLU, restore_memory, save_memory
+from reslora_diffusion.diffusion.models.memory import (
+    FORMS,
+    FrugalConv2d,
+    FrugalNorm,
+    SkippedSiLU,
+    restore_memory,
+    save_memory,
+)
 
 from ..forced import force, kernels_of
 from ..models import SUBJECTS

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hub import unreachable
-from ..problems import Unusable, listing
-from ..stored import Files, Unknown
+from ..utils.hub import unreachable
+from ..utils.model_files import Files, Unknown
+from ..utils.problems import Unusable, listing
 from .flux import parts_of
 from .geometry import family_of_widths
 from .header import Header

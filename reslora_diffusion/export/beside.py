@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.sharding import whole
 
-from ..stored import Files, Unknown
+from ..utils.model_files import Files, Unknown
 
 DEFAULT_ADAPTER = "default"
 # Tasks whose models PEFT wraps a head of, and where it looks for one.

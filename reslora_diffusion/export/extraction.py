@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..problems import listing
+from ..utils.problems import listing
 from .base import check_base_name, is_transposed
 from .factors import Components, Loss, from_matrix
 from .keys import CLIP_COMPONENTS, COMPONENTS, DENOISERS, Dialect, classic_path

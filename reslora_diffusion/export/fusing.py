@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from ..problems import listing
 from ..utils.files import partial_name, replace_folder
+from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
 from .keys import flat_path

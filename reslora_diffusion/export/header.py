@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..plain_lora import not_plain
-from ..problems import Unusable, listing, printable
+from ..utils.problems import Unusable, listing, printable
 from .keys import COMPONENTS, Dialect
 from .parsing import Key, beside_lora, parse_all, structure_problems
 from .scaling import StatedScaling

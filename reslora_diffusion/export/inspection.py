@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..problems import Unusable, listing, printable
+from ..utils.problems import Unusable, listing, printable
 from .geometry import Family, family_of_widths
 from .header import Header, given_twice, read_headers, reading
 from .keys import COMPONENTS, Dialect

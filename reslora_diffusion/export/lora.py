@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
 from ..utils.names import composed, file_name_problem
+from ..utils.problems import listing
 from .base import base_problems
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..problems import listing
 from ..rules import UNMERGED_KEY
+from ..utils.problems import listing
 from .flux import parts_of
 from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya
 

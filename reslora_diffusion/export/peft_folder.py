@@ -21,8 +21,8 @@ from torch import nn
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from ..problems import listing
 from ..utils.files import fresh_folder, replace_files
+from ..utils.problems import listing
 from .base import base_layer, base_problems, is_transposed
 from .beside import Beside, hold_values, missing_head, trained_beside, unlike
 from .factors import Components, delta_norm, on_cpu, rank_of

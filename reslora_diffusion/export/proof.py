@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..problems import listing
+from ..utils.problems import listing
 from .factors import TOLERANCE, Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
 from .header import open_safetensors

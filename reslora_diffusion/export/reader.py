@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from ..problems import Unusable
+from ..utils.problems import Unusable
 from .factors import Components, computable
 from .flux import split
 from .header import (

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..problems import listing
+from ..utils.problems import listing
 from .header import open_safetensors, reading
 
 STEMS = ("diffusion_pytorch_model", "model")

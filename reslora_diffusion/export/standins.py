@@ -34,7 +34,7 @@ from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from ..problems import listing, printable
+from ..utils.problems import listing, printable
 from .base import check_base_name, misfits, unfit
 from .factors import Components, computable
 from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, projects

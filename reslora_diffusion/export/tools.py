@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..problems import listing
 from ..utils.names import file_name_from
+from ..utils.problems import listing
 from .factors import Components, concatenated
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..problems import listing
+from ..utils.problems import listing
 from .base import check_base, misfits
 from .factors import Components
 from .geometry import family_of, naming_of

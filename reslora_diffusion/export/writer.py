@@ -30,7 +30,7 @@ from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
-from ..problems import listing
+from ..utils.problems import listing
 from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
 from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import missing_packages, unwritable
-from ..problems import BadInput, refuse
 from ..rules import Shortcut, ShortcutFields, faults
+from ..utils.environment import missing_packages, unwritable
+from ..utils.problems import BadInput, refuse
 from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
 from .options import ModelOptions

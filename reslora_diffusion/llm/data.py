@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from ..problems import BadInput, refuse
+from ..utils.problems import BadInput, refuse
 from .encoder import Encoded, Encoder
 from .encoding import encode_all, row_problems
 from .generation import Question

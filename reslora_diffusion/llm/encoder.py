@@ -18,7 +18,7 @@ from typing import NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from ..problems import listing
+from ..utils.problems import listing
 from .records import Messages
 from .turns import ChatTemplate, is_continuing
 

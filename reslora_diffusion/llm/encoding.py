@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..problems import BadInput, listing
+from ..utils.problems import BadInput, listing
 from .encoder import IGNORED, Encoded, Encoder
 from .records import Messages
 

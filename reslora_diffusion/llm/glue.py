@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problems import listing, refuse
+from ..utils.problems import listing, refuse
 from .options import GlueOptions
 from .records import Row, carve, choose, column_problems, numbers_of, read_rows
 

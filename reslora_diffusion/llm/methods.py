@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..choices import PAIR_OPTIMIZERS
 from ..methods.schedules.settings import RestartSettings, Settings, conflicts_of, nearest, parse_schedule
-from ..problems import BadInput
 from ..rules import ShortcutFields
+from ..utils.problems import BadInput
 from .options import ModelOptions
 
 if TYPE_CHECKING:

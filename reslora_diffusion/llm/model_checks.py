@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..problems import listing
-from ..stored import Files, Unknown
+from ..utils.model_files import Files, Unknown
+from ..utils.problems import listing
 from .options import LlmOptions, ModelOptions
 
 EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name

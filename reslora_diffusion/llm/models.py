@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from reslora_diffusion import ResLoraConfig
 
-from ..hub import looking_up
-from ..problems import BadInput, listing
 from ..utils.files import replace_folder
+from ..utils.hub import looking_up
+from ..utils.problems import BadInput, listing
 from .checks import PRECISIONS, adapter_settings
 from .model_checks import layer_problems, leaves_of
 from .options import ModelOptions

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..option_parser import Given, Reader, parse_file
-from ..options import default_of, facts_of, option
-from ..problems import BadInput, refuse
+from ..utils.option_parser import Given, Reader, parse_file
+from ..utils.options import default_of, facts_of, option
+from ..utils.problems import BadInput, refuse
 from .tasks import TASKS
 from .training_options import TrainingOptions
 

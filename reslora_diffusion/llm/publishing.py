@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from ..hub import create_repository, upload
+from ..utils.hub import create_repository, upload
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..problems import BadInput, listing, refuse
+from ..utils.problems import BadInput, listing, refuse
 from .options import LlmOptions
 from .records import Form, Messages, Row, carve, choose, conversations, form_of, read_rows, unread_columns
 from .tasks import TASKS, Task, usable

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hub import unreachable
-from ..json_lines import lines_of, parse
-from ..problems import BadInput, listing
+from ..utils.hub import unreachable
+from ..utils.json_lines import lines_of, parse
+from ..utils.problems import BadInput, listing
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]

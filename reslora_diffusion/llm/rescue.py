@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainingArguments
 
-from ..hub import first_line
-from ..problems import Stopped, is_out_of_memory
+from ..utils.hub import first_line
+from ..utils.problems import Stopped, is_out_of_memory
 from .options import ModelOptions
 from .resuming import checkpoints_in, fault_of
 from .trainer import SHARDING, ExportedTrainer

@@ -18,9 +18,9 @@ from reslora_diffusion.core.sharding import whole
 from reslora_diffusion.export import export_peft
 from reslora_diffusion.export.beside import trained_beside
 
-from ..environment import without_secrets
-from ..problems import Stopped, listing
+from ..utils.environment import without_secrets
 from ..utils.files import write_text
+from ..utils.problems import Stopped, listing
 from .models import DTYPES
 from .options import ModelOptions
 from .preflight import preflight

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..problems import BadInput, is_first_process, listing, refuse
 from ..utils.files import flush_tree, write_text
+from ..utils.problems import BadInput, is_first_process, listing, refuse
 from .options import ModelOptions
 from .training_options import TrainingOptions
 

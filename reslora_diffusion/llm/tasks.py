@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..problems import listing, refuse
+from ..utils.problems import listing, refuse
 from .records import Messages, Part, Row, column_problems, numbers_of
 
 ANSWER = "The answer is"

@@ -35,7 +35,7 @@ from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
-from ..problems import Interrupted, refuse
+from ..utils.problems import Interrupted, refuse
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate

@@ -7,7 +7,7 @@ what values mean and which of them go together: `options.training_arguments` mak
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..options import option
+from ..utils.options import option
 
 Interval = Literal["no", "steps", "epoch"]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..hub import first_line
+from ..utils.hub import first_line
 from .records import Messages
 
 THINK, THOUGHT = "<think>", "</think>"

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ...plain_lora import changes_the_base
-from ...problems import listing
 from ...rules import VARIANTS
+from ...utils.problems import listing
 from ..adapter import Adapter
 from ..chains import Site
 from ..functional import LoraFactors, concatenated

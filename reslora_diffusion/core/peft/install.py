@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
-from ...problems import listing
+from ...utils.problems import listing
 from ..adapter import Adapter, Unjoined
 from ..config import ResLoraConfig, Shortcut
 from ..discovery import runs_twice

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...options import option
 from ...rules import MergeMethod, Shortcut
+from ...utils.options import option
 from .model import FLUX
 
 

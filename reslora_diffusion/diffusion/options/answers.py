@@ -6,7 +6,7 @@ by default, and what is not here, because of what.
 
 from collections.abc import Iterable
 
-from ...options import facts_of
+from ...utils.options import facts_of
 from .dreambooth import DreamBoothOptions
 
 # Options of diffusers' scripts.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...options import option
-from ..data import INTERPOLATIONS
+from ...utils.options import option
+from ..data.scan import INTERPOLATIONS
 from .model import FLUX, SD3, XL
 
 

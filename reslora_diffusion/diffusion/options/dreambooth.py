@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from ...options import default_of, facts_of, value_problems
+from ...utils.options import default_of, facts_of, value_problems
 from .adapter import AdapterOptions
 from .data import DataOptions
 from .model import ModelOptions
@@ -19,7 +19,7 @@ from .output import OutputOptions
 from .training import TrainingOptions
 
 if TYPE_CHECKING:
-    from ..families import Family
+    from ..models.families import Family
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...options import option
+from ...utils.options import option
 
 # Families of models, by the class of their pipelines in diffusers.
 XL, SD3, FLUX = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...options import option
+from ...utils.options import option
 from .model import FLUX, SD3
 
 

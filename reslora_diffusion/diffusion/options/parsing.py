@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...option_parser import Given, Reader, parse_file
-from ...problems import BadInput
+from ...utils.option_parser import Given, Reader, parse_file
+from ...utils.problems import BadInput
 from .answers import NOT_SUPPORTED, answer
 from .dreambooth import DreamBoothOptions
 from .model import FAMILY_TITLES

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...choices import PAIR_OPTIMIZERS
-from ...options import option
+from ...utils.options import option
 from .model import FLUX, SD3, XL
 
 # The optimizers that there are, and the packages that some of them need.

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_type_hints
 
-from ...options import convert, option, value_problems
-from ...problems import BadInput
+from ...utils.options import convert, option, value_problems
+from ...utils.problems import BadInput
 
 DORA = "shortcuts and schedules are of adapters without DoRA's magnitudes; wanted no DoRA"
 SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"

@@ -1,0 +1,156 @@
+"""Pictures and captions of a dataset of the hub (`--dataset_name`), as a folder of pictures like any other.
+
+    rows of the split "train"  ->  <cache>/reslora_pictures/<fingerprint>/00000.png, ..., and metadata.jsonl
+
+The folder is made once for each state of the dataset and choice of columns. Names and meanings of the options are those
+of diffusers' SDXL, SD3 and Flux scripts.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ...utils.files import replace_folder
+from ...utils.hub import first_line, unreachable
+from ...utils.problems import BadInput, listing, refuse
+from ..options import DreamBoothOptions
+from .scan import METADATA_FILE, PICTURE_SUFFIXES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FOLDER = "reslora_pictures"
+SPLIT = "train"
+TEXT = ("string", "large_string")
+
+
+def dataset_options(args: DreamBoothOptions) -> Iterator[str]:
+    """What of these options does not go together."""
+    if args.dataset_name is None:
+        for name in ("dataset_config_name", "image_column", "caption_column"):
+            if getattr(args, name) is not None:
+                yield f"--{name} is used only with --dataset_name"
+        return
+    if args.instance_data_dir or args.concepts:
+        yield "--dataset_name and --instance_data_dir or --concepts both say what to train on; wanted one of them"
+    if args.mask_data_dir:
+        yield "--mask_data_dir goes by the names of pictures in a folder; got --dataset_name"
+
+
+def pictures_of_dataset(args: DreamBoothOptions) -> Path:
+    """The folder; raises `BadInput` if there is no such dataset or column."""
+    if find_spec("datasets") is None:
+        raise BadInput(["--dataset_name needs the package datasets: pip install datasets"])
+    name = args.dataset_name
+    why = None if Path(name).exists() else unreachable()
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, args.dataset_config_name, split=SPLIT, cache_dir=args.cache_dir)
+    except Exception as error:  # of the hub, the file system, the formats that a dataset may have
+        reason = f"it is not on this machine, and {why}" if why else first_line(error)
+        raise BadInput([f"--dataset_name {name} cannot be loaded: {reason}"]) from error
+    image, caption = columns(rows, args)
+    cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
+    key = hashlib.sha256(json.dumps([rows._fingerprint, image, caption]).encode()).hexdigest()[:24]
+    if not (cache / key).is_dir():
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        cache.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=cache, prefix=f".{key}-"))
+        try:
+            downloads = [
+                Path(place, "downloads") for place in (args.cache_dir, datasets.config.HF_DATASETS_CACHE) if place
+            ]
+            own = [Path(name), Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"), *downloads]
+            write_pictures(rows, image, caption, fresh, own)
+            if not (cache / key).is_dir():  # another process may have been as quick
+                replace_folder(fresh, cache / key)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return cache / key
+
+
+def columns(rows: "Dataset", args: DreamBoothOptions) -> tuple[str, str | None]:
+    """The column of images (by default `image`, else the first that holds images) and that of captions, if any.
+
+    Raises:
+        BadInput: a column that is not there or holds something else.
+    """
+    import datasets
+
+    kinds: dict[str, Any] = rows.features
+    pictures = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    problems = []
+    for option in ("image_column", "caption_column"):
+        column = getattr(args, option)
+        if column is not None and column not in kinds:
+            problems.append(f"--{option}: {args.dataset_name} has no column {column!r}; it has {listing(kinds)}")
+    if args.image_column in kinds and args.image_column not in pictures:
+        problems.append(
+            f"--image_column: {args.image_column!r} holds no pictures; wanted {listing(pictures) or 'some'}"
+        )
+    if args.caption_column in kinds and getattr(kinds[args.caption_column], "dtype", None) not in TEXT:
+        problems.append(f"--caption_column: {args.caption_column!r} holds {kinds[args.caption_column]}; wanted text")
+    if not pictures and not problems:
+        problems.append(f"--dataset_name: {args.dataset_name} has no column of pictures; it has {listing(kinds)}")
+    refuse(problems)
+    return args.image_column or ("image" if "image" in pictures else pictures[0]), args.caption_column
+
+
+def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Path, own: Sequence[Path]) -> None:
+    """The files as they are in the dataset, and `metadata.jsonl` if there are captions.
+
+    Args:
+        own: folders that rows may name files of: the dataset's, and the caches that it was downloaded to.
+
+    Raises:
+        BadInput: rows without a picture, or that name a file elsewhere.
+    """
+    import datasets
+
+    lines, empty, foreign = [], [], []
+    places = [place.resolve() for place in own if place.is_dir()]
+    rows = rows.select_columns([image] if caption is None else [image, caption])  # others are not even decoded
+    for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        if row[image] is None:
+            empty.append(number)
+            continue
+        data = row[image]["bytes"]
+        if data is None:
+            path = Path(row[image]["path"] or "").resolve()
+            if not path.is_file() or not any(path.is_relative_to(place) for place in places):
+                foreign.append(f"{row[image]['path']!r} in row {number}")
+                continue
+            data = path.read_bytes()
+        name = f"{number:05d}{suffix_of(data)}"
+        (folder / name).write_bytes(data)
+        if caption is not None and (row[caption] or "").strip():
+            lines.append(json.dumps({"file_name": name, "text": row[caption]}))
+    problems = [f"--image_column: rows without a picture in {image!r}: {listing(empty)}"] if empty else []
+    if foreign:
+        problems.append(
+            "--dataset_name: a dataset may name files of its own folder alone, no others and no addresses; "
+            f"got {listing(foreign)}"
+        )
+    refuse(problems)
+    if lines:
+        (folder / METADATA_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def suffix_of(data: bytes) -> str:
+    """Of a picture's file: that of its format. Readers go by content; a phone's MPO is a JPEG with more in it."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            suffix = f".{picture.format}".lower()
+    except OSError:  # will be named when the folder is looked at
+        suffix = ".png"
+    return suffix if suffix in PICTURE_SUFFIXES else ".jpg"

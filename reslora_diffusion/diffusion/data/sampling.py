@@ -1,0 +1,187 @@
+"""What each step of a run sees: batches as a pure function of (seed, step).
+
+    example   the (step * global_batch + i)-th element of endless shuffled passes over the instance pictures;
+              with prior preservation a class picture of the same concept, shuffled by itself, joins each of them
+    view      which crop and flip
+    noise     of the autoencoder's posterior, of the forward process, and the timestep (`processes`)
+    text      a wording of the example's, or the empty prompt's with probability caption_dropout
+
+Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
+differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..models.families import Texts, Tokens
+from ..objective.noise import Process
+from ..objective.randomness import Stream, generator, shuffled
+from .encode import Example, Text
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one size. Shapes: latents, noise [B, C, h, w]; timesteps, weights [B]; time_ids [B, 6].
+
+    `texts` holds each distinct prompt once; `prompt_index` [B] says whose is whose. `masks` [B, 1, h, w],
+    if any example has one.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    texts: Texts | Tokens
+    prompt_index: Tensor
+    weights: Tensor
+    time_ids: Tensor
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One example with what was drawn for it."""
+
+    example: Example
+    posterior_noise: Tensor
+    noise: Tensor
+    timestep: int
+    view: int
+    text: Text
+    prompt: str
+
+
+@lru_cache(maxsize=8)
+def chunks(seed: int, epoch: int, sizes: tuple[int, ...], count: int) -> list[list[int]]:
+    """A shuffled pass over examples, `sizes[i]` being the size class of example i, in chunks of `count` of one size.
+
+    The last chunk of a size is filled up with its first examples.
+    """
+    source = generator(seed, Stream.INSTANCE_ORDER, epoch)
+    order = torch.randperm(len(sizes), generator=source).tolist()
+    cut = []
+    for size in dict.fromkeys(sizes):
+        members = [place for place in order if sizes[place] == size]
+        total = -(-len(members) // count) * count
+        filled = [members[n % len(members)] for n in range(total)]
+        cut += [filled[n : n + count] for n in range(0, total, count)]
+    return [cut[place] for place in torch.randperm(len(cut), generator=source).tolist()]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws batches.
+
+    Args:
+        instances: an example as often as a pass shall show it.
+        classes: class examples by concept; none without prior preservation.
+        scaling_factor, shift_factor: of the autoencoder.
+        process: which timesteps are drawn.
+        empty: text of the empty prompt, for caption_dropout.
+        noise_offset: standard deviation of the noise that the pixels of a channel share.
+    """
+
+    instances: Sequence[Example]
+    classes: dict[int, Sequence[Example]]
+    seed: int
+    scaling_factor: float
+    process: Process
+    shift_factor: float = 0.0
+    empty: Text | None = None
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+    sizes: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = {shape: number for number, shape in enumerate(dict.fromkeys(e.shape for e in self.instances))}
+        object.__setattr__(self, "sizes", tuple(known[example.shape] for example in self.instances))
+
+    def order(self, first: int, count: int) -> list[Example]:
+        """Examples of `count` draws of the run from number `first` on."""
+        if len(set(self.sizes)) == 1:
+            places = [
+                shuffled(self.seed, Stream.INSTANCE_ORDER, n, len(self.instances)) for n in range(first, first + count)
+            ]
+        else:
+            turn, per_pass = first // count, len(chunks(self.seed, 0, self.sizes, count))
+            places = chunks(self.seed, turn // per_pass, self.sizes, count)[turn % per_pass]
+        return [self.instances[place] for place in places]
+
+    def batches(self, first: int, count: int) -> list[Batch]:
+        """The `count` draws of the run from number `first`, a multiple of `count`, on."""
+        drawn = []
+        for n, example in enumerate(self.order(first, count), first):
+            drawn.append(self.draw(example, Stream.INSTANCE_NOISE, n))
+        for n, draw in enumerate(drawn.copy(), first):
+            if pictures := self.classes.get(draw.example.concept):
+                example = pictures[shuffled(self.seed, Stream.CLASS_ORDER, n, len(pictures))]
+                drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
+        return self.by_size(drawn)
+
+    def spread(self, first: int, count: int, total: int) -> list[Batch]:
+        """Instance draws with timesteps spread evenly over 0..T-1 as the number goes from 0 to `total`."""
+        drawn = []
+        for n in range(first, first + count):
+            timestep = int((n + 0.5) / total * self.process.num_train_timesteps)
+            drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
+        return self.by_size(drawn)
+
+    def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
+        """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
+        source = generator(self.seed, stream, number)
+        view = int(torch.randint(len(example.mean), (), generator=source))
+        drawn_timestep = self.process.draw(source)
+        posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(example.shape[0], 1, 1, generator=source)
+        dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
+        worded = list(example.texts)
+        prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
+        return Draw(
+            example,
+            posterior_noise=posterior_noise,
+            noise=noise,
+            timestep=drawn_timestep if timestep is None else timestep,
+            view=view,
+            text=self.empty if dropped else example.texts[prompt],
+            prompt="" if dropped else prompt,
+        )
+
+    def by_size(self, drawn: Sequence[Draw]) -> list[Batch]:
+        """Batches of draws of equal size, in the order in which the sizes come."""
+        groups: dict[torch.Size, list[Draw]] = {}
+        for draw in drawn:
+            groups.setdefault(draw.example.shape, []).append(draw)
+        return [collate(group, self.scaling_factor, self.shift_factor) for group in groups.values()]
+
+
+def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -> Batch:
+    texts = {draw.prompt: draw.text for draw in drawn}
+    places = {prompt: place for place, prompt in enumerate(texts)}
+    mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))
+    device = mean.device
+    posterior_noise = to_device(torch.stack([draw.posterior_noise for draw in drawn]), device)
+    masks = None
+    if any(draw.example.mask is not None for draw in drawn):
+        whole = torch.ones(1, *mean.shape[2:], device=device)
+        masks = torch.stack([whole if d.example.mask is None else d.example.mask[d.view] for d in drawn])
+    return Batch(
+        latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise - shift_factor),
+        noise=to_device(torch.stack([draw.noise for draw in drawn]), device),
+        timesteps=to_device(torch.tensor([draw.timestep for draw in drawn]), device),
+        texts=type(drawn[0].text)(
+            *(None if part[0] is None else torch.stack(part) for part in zip(*texts.values(), strict=True))
+        ),
+        prompt_index=to_device(torch.tensor([places[draw.prompt] for draw in drawn]), device),
+        weights=to_device(torch.tensor([draw.example.loss_weight for draw in drawn]), device),
+        time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),
+        masks=masks,
+    )
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device to be done with earlier steps."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

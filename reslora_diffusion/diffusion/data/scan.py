@@ -1,0 +1,225 @@
+"""What a folder of pictures holds, before a model is loaded.
+
+`scan` sorts every entry of a folder into pictures, stray files (skipped, but named) and problems. A file is a picture
+if its name says so and it decodes; one whose name says so and that does not decode is a problem, not a stray.
+
+Captions, in order of precedence: `metadata.jsonl` ({"file_name": ..., "text": ...} per line), `<picture's stem>.txt`
+beside the picture, the prompt given for the whole folder. Masks: a folder of pictures with the same stems.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ...utils.images import colour_of, eight_bits, upright_rgb
+from ...utils.json_lines import lines_of, parse
+from ...utils.problems import listing
+
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+METADATA_FILE = "metadata.jsonl"
+CAPTION_EXTENSIONS = frozenset({".txt", ".caption"})  # by default in diffusers' world, and in kohya's scripts
+# By the names that diffusers' scripts take; nearest_exact is torchvision's word for what Pillow calls nearest.
+INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+
+
+def extension_problems(where: str, extension: str) -> Iterator[str]:
+    """What is wrong with a `caption_extension`."""
+    if not re.fullmatch(r"\.\w+", extension) or extension.lower() in PICTURE_SUFFIXES:
+        yield f"{where}: got {extension!r}, wanted that of text files, such as .txt"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own.
+
+    `profile` is the colour profile that it is converted to sRGB from, `colour_fault` says why one is not followed.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    digest: str
+    caption: str | None = None
+    mask: Path | None = None
+    profile: str | None = None
+    colour_fault: str | None = None
+
+
+@dataclass
+class Scan:
+    """Everything found in one folder. `problems` is empty if it can be trained on."""
+
+    folder: Path
+    caption_extension: str = ".txt"
+    pictures: list[Picture] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def duplicates(self) -> list[list[str]]:
+        """Names of pictures with equal bytes."""
+        groups: dict[str, list[str]] = {}
+        for picture in self.pictures:
+            groups.setdefault(picture.digest, []).append(picture.path.name)
+        return [names for names in groups.values() if len(names) > 1]
+
+    @property
+    def uncaptioned(self) -> list[str]:
+        return [picture.path.name for picture in self.pictures if picture.caption is None]
+
+
+def scan(
+    folder: Path, caption_extension: str = ".txt", *, may_be_empty: bool = False, masks: Path | None = None
+) -> Scan:
+    """Look at every entry of `folder` in the order of names.
+
+    Args:
+        caption_extension: of the text files that hold captions, with its dot.
+        may_be_empty: for class pictures, which are made when they are missing.
+        masks: folder of masks.
+    """
+    found = Scan(folder, caption_extension)
+    if not folder.is_dir():
+        if not may_be_empty or folder.exists():
+            found.problems.append(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; wanted pictures")
+        return found
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        found.problems.append(f"{folder} cannot be read: {error.strerror}")
+        return found
+    unreadable = {}
+    for path in entries:
+        if path.name.startswith("."):
+            found.skipped[path.name] = "hidden"
+        elif path.is_dir():
+            found.skipped[path.name] = "a folder"
+        elif path.suffix.lower() in PICTURE_SUFFIXES:
+            try:
+                found.pictures.append(look_at(path))
+            except Exception as error:  # Pillow's decoders raise whatever their formats make them
+                unreadable[path.name] = str(error) or type(error).__name__
+        elif path.name != METADATA_FILE and path.suffix.lower() != caption_extension:
+            found.skipped[path.name] = "not a picture"
+    if unreadable:
+        reasons = [f"{name} ({reason})" for name, reason in unreadable.items()]
+        found.problems.append(f"{folder} holds {len(unreadable)} unreadable pictures: {listing(reasons)}")
+    add_captions(found, entries)
+    if masks:
+        add_masks(found, masks)
+    if not found.pictures and not unreadable and not may_be_empty:
+        seen = f"only {listing(found.skipped)}" if found.skipped else "nothing"
+        found.problems.append(f"{folder} holds {seen}; wanted pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
+
+
+def look_at(path: Path) -> Picture:
+    """Decode a picture for its upright size; raises what PIL raises if it does not decode."""
+    with Image.open(path) as image:
+        image.load()
+        upright = eight_bits(ImageOps.exif_transpose(image))
+        colour = colour_of(upright)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Picture(path, upright.size, digest, profile=colour.profile, colour_fault=colour.fault)
+
+
+def add_captions(found: Scan, entries: list[Path]) -> None:
+    """Give pictures their captions; captions of pictures that are not there are problems."""
+    stems = {picture.path.stem for picture in found.pictures}
+    named = [path for path in entries if path.suffix.lower() == found.caption_extension]
+    texts = {path.stem: path for path in named if not path.name.startswith(".")}
+    orphans = [texts[stem].name for stem in texts if stem not in stems]
+    if len(orphans) == len(texts):
+        found.skipped |= dict.fromkeys(orphans, "not a picture, and no picture has this name")
+    elif orphans:
+        found.problems.append(f"{found.folder} has captions without a picture: {listing(orphans)}")
+    captions = {stem: read_text(texts[stem], found) for stem in texts.keys() & stems}
+    rows = metadata_rows(found)
+    bare = {picture.path.stem for picture in found.pictures if picture.path.name not in rows} - captions.keys()
+    for other in CAPTION_EXTENSIONS - {found.caption_extension}:
+        if unread := [path.name for path in entries if path.suffix.lower() == other and path.stem in bare]:
+            found.problems.append(
+                f"{found.folder} has captions that are not read: {listing(unread)}; wanted --caption_extension "
+                f"{other}, or these files elsewhere"
+            )
+    if absent := rows.keys() - {picture.path.name for picture in found.pictures}:
+        found.problems.append(
+            f"{found.folder / METADATA_FILE} names pictures that are not there: {listing(sorted(absent))}"
+        )
+    found.pictures = [
+        replace(picture, caption=rows.get(picture.path.name) or captions.get(picture.path.stem) or None)
+        for picture in found.pictures
+    ]
+
+
+def read_text(path: Path, found: Scan) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()  # Windows puts a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        found.problems.append(f"{path} is not text in UTF-8: {error}")
+        return ""
+
+
+def metadata_rows(found: Scan) -> dict[str, str]:
+    """Captions by file name."""
+    path, rows = found.folder / METADATA_FILE, {}
+    if not path.is_file():
+        return rows
+    for number, line in enumerate(lines_of(read_text(path, found)), 1):
+        try:
+            row = parse(line) if line.strip() else None
+            rows |= {row["file_name"]: row["text"].strip()} if row else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found.problems.append(f'{path}, line {number}: got {line[:60]!r}, wanted {{"file_name": ..., "text": ...}}')
+    return rows
+
+
+def add_masks(found: Scan, folder: Path) -> None:
+    """Give pictures their masks; a mask of another size than its picture is a problem."""
+    masks = scan(folder)
+    found.problems += masks.problems
+    by_stem = {mask.path.stem: mask for mask in masks.pictures}
+    wrong = [
+        f"{by_stem[p.path.stem].path.name} is {by_stem[p.path.stem].size}, {p.path.name} is {p.size}"
+        for p in found.pictures
+        if p.path.stem in by_stem and by_stem[p.path.stem].size != p.size
+    ]
+    if wrong:
+        found.problems.append(f"{folder} has masks of another size than their pictures: {listing(wrong)}")
+    if absent := by_stem.keys() - {picture.path.stem for picture in found.pictures}:
+        found.problems.append(f"{folder} has masks of pictures that are not there: {listing(sorted(absent))}")
+    found.pictures = [
+        replace(p, mask=by_stem[p.path.stem].path) if p.path.stem in by_stem else p for p in found.pictures
+    ]
+
+
+def open_upright(path: Path) -> Image.Image:
+    """RGB in sRGB, turned as its EXIF orientation says; what is transparent becomes white."""
+    with Image.open(path) as image:
+        return upright_rgb(image)
+
+
+def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
+    """What of a picture counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
+    with Image.open(picture.mask or picture.path) as image:
+        image = eight_bits(ImageOps.exif_transpose(image))
+        if picture.mask:
+            return image.convert("L")
+        return image.convert("RGBA").getchannel("A") if alpha and image.has_transparency_data else None
+
+
+def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same shape as `size` that covers `box`; all are (width, height)."""
+    ratio = max(box[0] / size[0], box[1] / size[1])
+    return max(box[0], round(size[0] * ratio)), max(box[1], round(size[1] * ratio))
+
+
+def crop_corners(
+    size: tuple[int, int], box: tuple[int, int], offsets: list[tuple[float, float]]
+) -> list[tuple[int, int]]:
+    """Upper left corners `(x, y)` for offsets in 0..1 of the room there is; equal corners once."""
+    room = [side - inner for side, inner in zip(size, box, strict=True)]
+    return list(dict.fromkeys(tuple(round(o * r) for o, r in zip(offset, room, strict=True)) for offset in offsets))

@@ -1,0 +1,1 @@
+"""The models of a run: loaded, adapted, and made to take less memory; one file for each family in `families`."""

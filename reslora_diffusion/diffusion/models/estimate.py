@@ -1,0 +1,128 @@
+"""What a training step takes, before any weight is loaded: the skeleton's forward is walked through on `meta`.
+
+arithmetic    FLOPs of a forward, and BACKWARD times as much for the gradients of inputs and adapters
+time          arithmetic by the speed of this device on a large matrix product: no step can be faster
+activations   bytes that the forward keeps for the backward, weights apart
+"""
+
+import copy
+import time
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..options import DreamBoothOptions
+from ..options.checks import Plan
+from .families import Tokens
+from .load import base_dtype
+
+BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
+EDGE = 1024  # of the matrices that the device is timed on
+
+
+class Estimate(NamedTuple):
+    flops: float  # of a step, forwards and backwards
+    kept: int  # bytes, of one forward
+
+
+class FusedAttention(TorchFunctionMode):
+    """On `meta` attention writes its probabilities out; every device that is trained on has a kernel that does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None:
+            return func(*args, **kwargs)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention
+        query, key, value = args[:3] or (kwargs[name] for name in ("query", "key", "value"))
+        return fused(query, key, value, 0.0, kwargs.get("is_causal", False), False, scale=kwargs.get("scale"))[0]
+
+
+class Kept:
+    """Sizes of the storages that a forward keeps for its backward; `models` are there anyway."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        self.weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
+        self.sizes: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # so that no storage's place is taken by another
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda value: value)
+
+    def pack(self, value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.alive.append(value.detach())
+        return value
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
+    """Of one training step at the largest of the sizes that are trained on."""
+    skeleton, dtype = plan.skeleton, base_dtype(args)
+    family, meta = skeleton.family, {"device": "meta"}
+    models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})
+    for model in models.values():
+        model.requires_grad_(False).to(dtype)
+    for name, (_, config) in skeleton.adapters(args).items():
+        inject_adapter_in_model(config, models[name], low_cpu_mem_usage=True)
+    denoiser = models.pop(family.denoiser)
+    if args.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+
+    classes = any(concept.classes for concept in plan.concepts)
+    pictures, prompts = args.train_batch_size * (1 + classes), 1 + classes
+    width, height = (
+        side // skeleton.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1])
+    )
+    latents = torch.empty(pictures, skeleton.vae["latent_channels"], height, width, dtype=dtype, **meta)
+    ids = torch.zeros(prompts, len(models), skeleton.windows[0][1], dtype=torch.long, **meta)
+    fixed = None
+    if family.fixed_encoder:
+        length, inner = family.t5_length(args), denoiser.config.joint_attention_dim
+        fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
+    kept, flops = Kept(denoiser, *models.values()), FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        stack.enter_context(kept.hooks())
+        stack.enter_context(flops)
+        stack.enter_context(FusedAttention())
+        with torch.set_grad_enabled(args.train_text_encoder):
+            texts = family.encode([*models.values()], Tokens(ids, fixed))
+        each = [None if part is None else part[torch.zeros(pictures, dtype=torch.long, **meta)] for part in texts]
+        condition = family.condition(type(texts)(*each), torch.empty(pictures, 6, dtype=dtype, **meta))
+        guidance = family.training_guidance(denoiser.config, args)
+        family.denoise(denoiser, latents, torch.empty(pictures, **meta), condition, guidance)
+    passes = 1 + BACKWARD + args.gradient_checkpointing
+    return Estimate(flops.get_total_flops() * passes * args.gradient_accumulation_steps, kept.bytes)
+
+
+def speed(dtype: torch.dtype) -> float:
+    """FLOPs a second of this device on a large matrix product."""
+    device = PartialState().device
+    a = torch.ones(EDGE, EDGE, dtype=dtype, device=device)
+    best = 0.0
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * EDGE**3 / (time.perf_counter() - started))
+    return best
+
+
+def on_paper(plan: Plan, args: DreamBoothOptions) -> str:
+    """A line for `--dry_run`."""
+    flops, kept = estimate(plan, args)
+    seconds = flops / speed(base_dtype(args))
+    return (
+        f"on paper: {flops / 1e12:.2g} TFLOP a step, on this device at least {seconds:.2g} s, "
+        f"{seconds * plan.max_train_steps / 60:.2g} minutes in all; activations about {kept / 1e6:,.1f} MB"
+    )

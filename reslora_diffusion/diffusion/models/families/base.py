@@ -1,0 +1,216 @@
+"""The questions that training asks a family of models.
+
+prompts [P] -> tokens    ids [P, E, L] for E text encoders that can be trained, and for some families what an encoder
+                         that is never trained makes of the prompts [P, L2, D]
+tokens      -> texts     hidden states [P, L, D], and for some families a pooled vector [P, D2]
+texts       -> what the denoiser is given, and what the pipeline is given to paint
+
+What a family is called and consists of is known without torch, which only the work itself imports.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...data.buckets import Grid
+from ...options import DreamBoothOptions
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ...objective.noise import Process
+
+OF_ONE_CLIP = {"skip_clip_layers": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
+OF_FLOWS = dict.fromkeys(
+    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
+)
+OF_DIFFUSION = dict.fromkeys(
+    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
+    "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
+)
+
+
+def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
+    """`skip_clip_layers`: the final norm reads what came before the last layers, as in diffusers' pipelines."""
+    encoder = getattr(text_encoder, "text_model", text_encoder).encoder
+    encoder.layers = encoder.layers[:-count]
+
+
+def scheduler_changes(args: DreamBoothOptions) -> dict[str, str | bool]:
+    """What the options say of the schedule of noise; the rest is the base's own."""
+    given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
+
+
+class Tokens(NamedTuple):
+    """Prompts that the text encoders have yet to encode."""
+
+    ids: Tensor
+    fixed: Tensor | None = None
+
+
+class Texts(NamedTuple):
+    """Encoded prompts."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+
+class Family(ABC):
+    """Stateless: the models are arguments."""
+
+    title: str
+    tag: str  # on the hub
+    pipeline_class: str  # of diffusers
+    denoiser: str
+    denoiser_class: str
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    not_here: Mapping[str, str]  # options that do not apply, and why
+    fixed_encoder: str | None = None
+    fixed_tokenizer: str | None = None
+    max_sequence_length = 77  # tokens of a prompt that T5 is given, as in diffusers' script for the family
+    guidance_scale = 7.5  # of pictures
+    is_guided = False  # whether it has models that are given the guidance in training
+
+    def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:
+        return getattr(pipeline, self.denoiser)
+
+    def tokenizers_of(self, pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+        return [getattr(pipeline, name) for name in self.tokenizers]
+
+    def text_encoders_of(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
+        return [getattr(pipeline, name) for name in self.text_encoders]
+
+    @abstractmethod
+    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
+        """Of a denoiser's configuration."""
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Of the latents that a denoiser of this configuration works on."""
+        return config["in_channels"]
+
+    def t5_length(self, args: DreamBoothOptions) -> int:
+        """Tokens of a prompt that T5 is given."""
+        return args.max_sequence_length or self.max_sequence_length
+
+    def painting_guidance(self, args: DreamBoothOptions) -> float:
+        """Guidance of validation and class pictures."""
+        given = args.validation_guidance_scale
+        return self.guidance_scale if given is None else given
+
+    def training_guidance(self, config: Mapping[str, Any], args: DreamBoothOptions) -> float | None:
+        """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""
+        return None
+
+    @abstractmethod
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
+        """The forward process of the base, as the options change it; the pipeline then paints by the same."""
+
+    def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
+        """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None)."""
+        import torch
+
+        ids = [
+            tokenizer(
+                prompts,
+                padding="max_length",
+                truncation=True,
+                max_length=length or tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
+            for tokenizer in tokenizers
+        ]
+        return torch.stack(ids, dim=1)
+
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor | None:
+        """What a text encoder that is never trained makes of prompts [P, L2, D]."""
+        return None
+
+    def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tokens:
+        """What `encode` is given, on the pipeline's device."""
+        import torch
+
+        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, args.tokenizer_max_length)
+        with torch.no_grad():
+            return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, args))
+
+    @abstractmethod
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        """By the text encoders that can be trained."""
+
+    @abstractmethod
+    def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the denoiser. `time_ids` [B, 6]: original size, upper left corner of the crop, trained
+        size, each (height, width)."""
+
+    def denoise(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditions: dict[str, Any],
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The model's prediction [B, C, h, w] of latents [B, C, h, w] at times [B]."""
+        return model(latents, timestep=times, **conditions, return_dict=False)[0]
+
+    @abstractmethod
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+        """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
+
+
+class UNetFamily(Family):
+    """What Stable Diffusion 1.x, 2.x and XL have in common."""
+
+    denoiser = "unet"
+    target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    not_here = (
+        OF_FLOWS
+        | dict.fromkeys(("max_sequence_length", "skip_t5"), "belongs to T5, which this family lacks")
+        | {"lora_blocks": "counts the blocks of a transformer; name layers of a UNet by --target_modules"}
+    )
+
+    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
+        return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
+
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
+        """Prediction type and zero-terminal SNR are the base's own if not given."""
+        from diffusers import DDPMScheduler
+
+        from ...objective.noise import Diffusion
+
+        if changes := scheduler_changes(args):
+            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
+        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))
+
+
+class FlowFamily(Family):
+    """What Stable Diffusion 3 and FLUX.1 have in common: a transformer that is trained by flow matching, and T5, which
+    is not trained: what it makes of a prompt is computed once."""
+
+    denoiser = "transformer"
+    flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
+
+    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
+        """Noise levels are shifted as the base's scheduler shifts them for every size alike."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        from ...objective.noise import FlowMatching
+
+        given = {name: value for name in OF_FLOWS if (value := getattr(args, name)) is not None}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        return FlowMatching(scheduler, **{**self.flow, **given})
+
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
+        import torch
+
+        encoder, tokenizer = (getattr(pipeline, name) for name in (self.fixed_encoder, self.fixed_tokenizer))
+        ids = self.tokenize([tokenizer], prompts, self.t5_length(args))[:, 0]
+        return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])

@@ -1,0 +1,154 @@
+"""From options to a pipeline on its device, and what can be let go of before training."""
+
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer
+
+from ...utils.problems import BadInput, listing, refuse
+from ..options import DreamBoothOptions
+from ..options.launcher import shards
+from ..train.distributed import shard
+from .attn_processor import set_attn_processors
+from .families import Family
+from .families.base import leave_out_layers
+from .memory import save_memory
+
+OF_T5 = ("text_encoder_3", "tokenizer_3")
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def base_dtype(args: DreamBoothOptions) -> torch.dtype:
+    """Precision of the frozen base: the option, else what `accelerate launch` was configured with."""
+    return DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+
+
+def load_pipeline(args: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipeline:
+    """The base, on the CPU, without its safety checker.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    for library in (diffusers, transformers):  # a bar for each component, done before it can be read
+        library.utils.logging.disable_progress_bar()
+    name, given = args.pretrained_model_name_or_path, {}
+    try:
+        if args.tokenizer_name:
+            given["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        index = DiffusionPipeline.load_config(name, revision=args.revision)
+        if index["_class_name"] == "StableDiffusionPipeline":
+            given |= {"safety_checker": None, "requires_safety_checker": False}
+        given |= {part: None for part in OF_T5 if part in index and (args.skip_t5 or index[part][0] is None)}
+        if args.pretrained_vae_model_name_or_path:
+            given["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(
+            name,
+            dtype=dtype,
+            revision=args.revision,
+            variant=args.variant,
+            **given,
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput([f"{name} cannot be loaded: {error}"]) from error
+    refuse(f"{name}: {problem}" for problem in broken_weights(pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+    if args.skip_clip_layers:
+        leave_out_layers(pipeline.text_encoder, args.skip_clip_layers)
+    return pipeline
+
+
+@torch.no_grad()
+def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
+    """What is wrong with the numbers in a base, whose losses and images would be NaN whatever is trained on it."""
+    for part, model in pipeline.components.items():
+        if not isinstance(model, nn.Module):
+            continue
+        floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype in DTYPES.values()}
+        # A sum is not finite if a number is not, and reads each number once without a copy.
+        doubtful = [name for name, tensor in floating.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+        if broken := [name for name in doubtful if not floating[name].isfinite().all()]:
+            several = "1 tensor" if len(broken) == 1 else f"{len(broken)} tensors"
+            hold = "holds" if len(broken) == 1 else "hold"
+            yield (
+                f"{several} of the {part} {hold} NaN or infinity: {listing(broken)}; wanted another copy of the model "
+                "(a download or a merge went wrong)"
+            )
+
+
+def refuse_base(args: DreamBoothOptions, dtype: torch.dtype, loss: float) -> None:
+    """Raise `BadInput` if the loss of the untouched base is not finite: no learning rate would help."""
+    if not math.isfinite(loss):
+        name, precision = args.pretrained_model_name_or_path, str(dtype).removeprefix("torch.")
+        wanted = "--mixed_precision no" if dtype == torch.bfloat16 else "--mixed_precision bf16 or no"
+        wanted = "images and prompts that it can be computed on" if dtype == torch.float32 else wanted
+        refuse([f"{name}: its loss is {loss} in {precision} before anything is trained; wanted {wanted}"])
+
+
+def prepare_models(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    trained: dict[str, nn.Module],
+    args: DreamBoothOptions,
+    device: torch.device,
+) -> None:
+    """Move to the device, and set the switches that leave the numbers alone."""
+    denoiser = family.denoiser_of(pipeline)
+    if shards():
+        for part, component in pipeline.components.items():
+            if isinstance(component, nn.Module) and part != family.denoiser:
+                component.to(device)
+        shard(denoiser, device)
+    else:
+        pipeline.to(device)
+    if args.enable_xformers_memory_efficient_attention:
+        denoiser.enable_xformers_memory_efficient_attention()
+    on_gpu = device.type == "cuda"
+    if on_gpu if args.fused_attention is None else args.fused_attention:
+        set_attn_processors(denoiser)
+    if on_gpu if args.frugal_layers is None else args.frugal_layers:
+        save_memory(denoiser)
+    if args.gradient_checkpointing:
+        for model in trained.values():
+            # Where nothing is random no generator's state is kept: reading it would break a CUDA graph.
+            how = {"use_reentrant": False, "preserve_rng_state": draws(model)}
+            if isinstance(model, ModelMixin):
+                model.enable_gradient_checkpointing(partial(checkpoint, **how))
+            else:  # transformers 5 renamed it
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable(how)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a training forward draws random numbers: dropout of the adapters or of the base."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or getattr(model.config, "attention_dropout", 0) > 0
+
+
+def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: bool) -> None:
+    """Let go of what only encoded: frozen text encoders, and the autoencoder unless pictures will be painted."""
+    for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+        if name not in trained and getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    if paints:
+        pipeline.vae.to("cpu")
+    else:
+        pipeline.vae = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def base_model_name(args: DreamBoothOptions) -> str:
+    """As it stands in a file header: a hub name, or the name of a folder without the machine's path to it."""
+    path = Path(args.pretrained_model_name_or_path)
+    return path.resolve().name if path.is_dir() else args.pretrained_model_name_or_path

@@ -1,0 +1,196 @@
+"""What a pipeline is made of, as its files say it: configurations, and names and shapes of all layers.
+
+    read_outline(args)   from JSON files and the headers of safetensors files, without torch; None if they do not tell
+    Skeleton             the same from components on the meta device, which takes seconds of imports
+
+`model_checks` holds options against either.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...utils.model_files import Files, Unknown
+from ...utils.problems import BadInput
+from ..data.buckets import Grid
+from ..options import DreamBoothOptions
+from .families import FAMILIES, Family
+
+BLOCKS = "transformer_blocks"  # what --lora_blocks counts
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # that every text encoder here has
+EMBEDDINGS = ("token_embedding", "position_embedding", "class_embedding")
+LINEAR, EMBEDDING, NORM, BLOCK = "Linear", "Embedding", "a norm", "a block"
+KINDS = {1: NORM, 2: LINEAR, 4: "Conv2d"}  # by the dimensions of a weight
+
+
+class Layer(NamedTuple):
+    """A module that has weights, or holds one that has."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+
+
+def make_layer(name: str, shape: tuple[int, ...] | None) -> Layer:
+    """From a module's name and the shape of its weight."""
+    if shape is None:
+        return Layer(BLOCK)
+    embeds = len(shape) == 2 and name.rpartition(".")[2] in EMBEDDINGS
+    return Layer(EMBEDDING if embeds else KINDS.get(len(shape), "a layer"), shape)
+
+
+def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
+    """Every module that a model's tensors, by name, are in; in order of names, as files have no other."""
+    modules = {tensor.rsplit(".", depth)[0] for tensor in shapes for depth in range(1, tensor.count(".") + 1)}
+    return {name: make_layer(name, shapes.get(f"{name}.weight")) for name in sorted(modules)}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """As PEFT matches the patterns of ranks and alphas."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def is_target(name: str, targets: Iterable[str]) -> bool:
+    """As PEFT matches lists of target modules."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def blocks_of(args: DreamBoothOptions) -> list[int]:
+    """`--lora_blocks`."""
+    return args.lora_blocks or []
+
+
+def rank_of(args: DreamBoothOptions, name: str) -> int:
+    """Of an adapted layer."""
+    return next((rank for pattern, rank in dict(args.rank_pattern).items() if matches(pattern, name)), args.rank)
+
+
+def family_of(index: Mapping[str, Any], name: str) -> Family:
+    """By a pipeline's `model_index.json`; raises `BadInput`."""
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        wanted = ", ".join(f"{family.title} ({kind})" for kind, family in FAMILIES.items())
+        raise BadInput([f"--pretrained_model_name_or_path: {name} is a {kind}; wanted {wanted}"])
+    return FAMILIES[kind]
+
+
+def left_out(args: DreamBoothOptions, family: Family, part: str, hidden_layers: int) -> int:
+    """How many of a text encoder's last layers `--skip_clip_layers` leaves out; raises `BadInput`."""
+    count = 0 if "skip_clip_layers" in family.not_here else max(0, args.skip_clip_layers or 0)
+    if count >= hidden_layers:
+        raise BadInput([f"--skip_clip_layers: got {count}, wanted less than the {hidden_layers} layers of the {part}"])
+    return count
+
+
+def number_of(tensor: str) -> int:
+    """Of the layer that a text encoder's tensor is in; -1 outside of them."""
+    layer = re.search(r"encoder\.layers\.(\d+)\.", tensor)
+    return int(layer[1]) if layer else -1
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Configurations, and layers by component: those of the denoiser and of every text encoder that can be trained."""
+
+    family: Family
+    denoiser_config: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Layer]]
+    vae: Mapping[str, Any]
+    other_vae: Mapping[str, Any] | None
+    prediction_type: str
+    max_length: int
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def grid(self) -> Grid:
+        return self.family.grid(self.denoiser_config, self.vae_scale_factor)
+
+    def targets(self, args: DreamBoothOptions) -> dict[str, list[str]]:
+        """Target modules of each component that is trained."""
+        part = self.family.denoiser
+        found = {part: args.target_modules or [*self.family.target_modules]}
+        if args.lora_blocks:
+            inside = tuple(f"{BLOCKS}.{block}." for block in blocks_of(args))
+            found[part] = [
+                name for name in self.layers[part] if name.startswith(inside) and is_target(name, found[part])
+            ]
+        if args.train_text_encoder:
+            found |= dict.fromkeys(self.family.text_encoders, args.text_encoder_target_modules)
+        return found
+
+    def adapted(self, args: DreamBoothOptions) -> Iterator[tuple[str, str, Layer]]:
+        """(component, name, layer) of everything that an adapter is put on."""
+        for component, targets in self.targets(args).items():
+            for name, layer in self.layers[component].items():
+                if is_target(name, targets):
+                    yield component, name, layer
+
+    def adapter_size(self, args: DreamBoothOptions) -> int:
+        """How many parameters are trained."""
+        return sum(rank_of(args, name) * sum(layer.shape) for _, name, layer in self.adapted(args))
+
+
+def read_outline(args: DreamBoothOptions) -> Outline | None:
+    """None where the files on this machine do not tell, or not in the layout that the families have.
+
+    Raises:
+        BadInput: the pipeline is not of a family that is trained here.
+    """
+    files = Files(args.pretrained_model_name_or_path or "", args.revision)
+    try:
+        index = files.json("model_index.json")
+        family = family_of(index, files.name)
+        configs = {part: files.json(f"{part}/config.json") for part in (family.denoiser, *family.text_encoders)}
+        layers = {family.denoiser: layers_of(files.shapes(family.denoiser, args.variant))}
+        for part in family.text_encoders:
+            shapes = as_installed(files.shapes(part, args.variant), index[part][1])
+            hidden = configs[part]["num_hidden_layers"]
+            last = hidden - left_out(args, family, part, hidden)
+            layers[part] = layers_of({name: shape for name, shape in shapes.items() if number_of(name) < last})
+        other = args.pretrained_vae_model_name_or_path
+        outline = Outline(
+            family,
+            configs[family.denoiser],
+            layers,
+            vae=files.json("vae/config.json"),
+            other_vae=Files(other, None).json("config.json") if other else None,
+            prediction_type=args.prediction_type
+            or files.json("scheduler/scheduler_config.json").get("prediction_type", "epsilon"),
+            max_length=min(configs[part]["max_position_embeddings"] for part in family.text_encoders),
+        )
+        return outline if is_understood(outline) else None
+    except BadInput:
+        raise
+    except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):  # the libraries may know better
+        return None
+
+
+def is_understood(outline: Outline) -> bool:
+    """Whether everything is there that is asked of it, under the names that it is asked by."""
+    wanted = {outline.family.denoiser: outline.family.target_modules}
+    wanted |= dict.fromkeys(outline.family.text_encoders, PROJECTIONS)
+    named = all(
+        any(layer.kind == LINEAR and is_target(name, [target]) for name, layer in outline.layers[component].items())
+        for component, targets in wanted.items()
+        for target in targets
+    )
+    return named and bool(outline.grid and outline.denoiser_config["in_channels"] and outline.vae["latent_channels"])
+
+
+def as_installed(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:
+    """Under the names that the modules have once loaded: newer versions of transformers put the layers of
+    `CLIPTextModel` right under it, and load files in which they are one level deeper."""
+    if kind not in TEXT_ENCODERS:
+        raise Unknown(kind)
+    if kind != "CLIPTextModel":
+        return dict(shapes)
+    source = Path(find_spec("transformers").origin).parent / "models" / "clip" / "modeling_clip.py"
+    level = "text_model." if "class CLIPTextTransformer" in source.read_text(encoding="utf-8") else ""
+    return {level + name.removeprefix("text_model."): shape for name, shape in shapes.items()}

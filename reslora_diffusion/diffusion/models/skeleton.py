@@ -1,0 +1,121 @@
+"""A pipeline without its weights: components on the meta device, made from their configurations.
+
+It is the `Outline` of a model whose files do not tell (on the hub only the configuration files are fetched), and what a
+run is planned with: adapters fit it, tokenizers count its tokens, a forward through it says what a step takes.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from torch import nn
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+
+from reslora_diffusion.core.config import ResLoraConfig
+
+from ...utils.hub import unreachable
+from ...utils.problems import BadInput
+from ..options import DreamBoothOptions
+from ..options.model_checks import adapter_settings
+from .families.base import leave_out_layers
+from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of, left_out
+
+TOKENIZERS = {
+    f"{name}{fast}": kind
+    for name, kind in (("CLIPTokenizer", CLIPTokenizer), ("T5Tokenizer", T5Tokenizer))
+    for fast in ("", "Fast")
+}
+TEXT_ENCODER_CLASSES = {name: getattr(transformers, name) for name in TEXT_ENCODERS}
+
+
+@dataclass(frozen=True)
+class Skeleton(Outline):
+    """An outline with its modules, and the tokenizers."""
+
+    denoiser: ModelMixin
+    text_encoders: dict[str, nn.Module]
+    windows: list[tuple[PreTrainedTokenizerBase, int]]  # and how many tokens of a prompt its encoder is given
+
+    def adapters(self, args: DreamBoothOptions) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
+        """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
+        models = {self.family.denoiser: self.denoiser, **self.text_encoders}
+        return {
+            component: (models[component], ResLoraConfig(target_modules=targets, **adapter_settings(args)))
+            for component, targets in self.targets(args).items()
+        }
+
+
+def layers_in(model: nn.Module) -> dict[str, Layer]:
+    return layers_of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def load_skeleton(args: DreamBoothOptions) -> Skeleton:
+    """Read the configurations of `--pretrained_model_name_or_path`.
+
+    Raises:
+        BadInput: they cannot be read, or are not of a family that is trained here.
+    """
+    name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    why = None if Path(name).is_dir() else unreachable()
+    try:
+        index = DiffusionPipeline.load_config(name, **where)
+        family = family_of(index, name)
+        kind, part = getattr(diffusers, family.denoiser_class), family.denoiser
+        with torch.device("meta"):
+            denoiser = kind.from_config(kind.load_config(name, subfolder=part, **where))
+            configs = {
+                part: CLIPTextConfig.from_pretrained(name, subfolder=part, **where) for part in family.text_encoders
+            }
+            encoders = {part: TEXT_ENCODER_CLASSES[index[part][1]](config) for part, config in configs.items()}
+        for part, encoder in encoders.items():
+            if count := left_out(args, family, part, configs[part].num_hidden_layers):
+                leave_out_layers(encoder, count)
+        tokenizers = [
+            TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where) for part in family.tokenizers
+        ]
+        if args.tokenizer_name:
+            tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        windows = [(tokenizer, args.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
+        of_t5 = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
+        if "skip_t5" in family.not_here and (absent := [part for part in of_t5 if not index[part][1]]):
+            raise KeyError(" and ".join(absent))
+        part = family.fixed_tokenizer
+        if part and index[part][1] and not args.skip_t5:
+            fixed = TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where)
+            windows.append((fixed, family.t5_length(args)))
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
+        other = args.pretrained_vae_model_name_or_path
+        other_vae = AutoencoderKL.load_config(other) if other else None
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
+        missing = [key for key in ("latent_channels", "block_out_channels") if key not in vae]
+        if missing or not isinstance(scheduler, dict):
+            raise KeyError(*missing or ["an object in scheduler_config.json"])
+    except BadInput:
+        raise
+    except Exception as error:  # libraries raise whatever a file that holds something else makes them
+        reason = f"lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        if why and isinstance(error, OSError):
+            reason = f"it is not on this machine, and {why}"
+        raise BadInput([f"--pretrained_model_name_or_path: {name} cannot be loaded: {reason}"]) from error
+    return Skeleton(
+        family,
+        denoiser.config,
+        {component: layers_in(model) for component, model in {family.denoiser: denoiser, **encoders}.items()},
+        vae,
+        other_vae,
+        denoiser=denoiser,
+        text_encoders=encoders,
+        windows=windows,
+        prediction_type=args.prediction_type or scheduler.get("prediction_type", "epsilon"),
+        max_length=min(config.max_position_embeddings for config in configs.values()),
+    )
+
+
+def first_sentence(error: Exception) -> str:
+    return (
+        re.split(r"(?<=[.!])\s", str(error).strip().splitlines()[0])[0] if str(error).strip() else type(error).__name__
+    )

@@ -1,0 +1,140 @@
+"""The denoising loss of DreamBooth, per example.
+
+    loss_i = w_i lambda(t_i) mean(rho(error_i))    w_i = prior_loss_weight for class pictures, else 1
+    loss   = sum_i loss_i / number of instance pictures
+
+where `processes` says what x_t is and what the error of a prediction,
+
+so that the class pictures add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
+(arXiv 2208.12242, eq. 2). With a mask the mean is the mask's.
+
+    rho      e^2 (l2); 2c (sqrt(e^2 + c^2) - c) (huber); 2 (sqrt(e^2 + c^2) - c) (smooth_l1), where c may depend on t
+    lambda   with snr = abar_t / (1 - abar_t):     epsilon             v_prediction
+             min-SNR (arXiv 2303.09556)            min(snr, g) / snr   min(snr, g) / (snr + 1)
+             debiased (arXiv 2310.08442)           1 / sqrt(snr)       1 / (snr + 1)
+             of a flow                             its own, by `weighting_scheme`
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.sampling import Batch
+from ..models.families import Family, Texts
+from .noise import Process
+
+LARGEST_SNR = 1000.0  # of the debiased weighting, which would all but ignore what is nearly clean
+
+
+def min_snr_weights(ratio: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """lambda [B]; where snr is 0 the limits: 1 for epsilon, 0 for v_prediction."""
+    if prediction_type == "v_prediction":
+        return ratio.clamp(max=gamma) / (ratio + 1)
+    return gamma / ratio.clamp(min=gamma)
+
+
+def debiased_weights(ratio: Tensor, prediction_type: str) -> Tensor:
+    """lambda [B]. For epsilon it grows without bound as snr falls to 0: such a model cannot be trained there anyway."""
+    if prediction_type == "v_prediction":
+        return 1 / (ratio + 1)
+    return ratio.clamp(1 / LARGEST_SNR, LARGEST_SNR).rsqrt()
+
+
+def huber_c_of(schedule: str, c: float, ratio: Tensor, times: Tensor, num_train_timesteps: int) -> Tensor:
+    """c(t) [B]: `c` for "constant"; falling from 1 to `c` with t for "exponential"; by the noise level for "snr"."""
+    if schedule == "exponential":
+        return torch.exp(math.log(c) * times / num_train_timesteps)
+    if schedule == "snr":
+        sigma = ratio.rsqrt()
+        return (1 - c) / (1 + sigma).square() + c
+    return torch.full_like(ratio, c)
+
+
+def pointwise(error: Tensor, loss_type: str, c: Tensor) -> Tensor:
+    """rho(error), elementwise; `c` broadcasts."""
+    if loss_type == "huber":
+        return 2 * c * ((error.square() + c.square()).sqrt() - c)
+    if loss_type == "smooth_l1":
+        return 2 * ((error.square() + c.square()).sqrt() - c)
+    return error.square()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss; the names are those of the options."""
+
+    snr_gamma: float | None = None
+    debiased_estimation_loss: bool = False
+    loss_type: str = "l2"
+    huber_c: float = 0.1
+    huber_schedule: str = "snr"
+
+    def losses(self, model_pred: Tensor, batch: Batch, process: Process) -> Tensor:
+        """loss_i without w_i [B], in float32."""
+        error = process.error(model_pred, batch.latents, batch.noise, batch.timesteps)
+        ratio, kind = process.snr(batch.timesteps), process.prediction_type
+        times, steps = process.times(batch.timesteps), process.num_train_timesteps
+        c = huber_c_of(self.huber_schedule, self.huber_c, ratio, times, steps)
+        values = pointwise(error, self.loss_type, c[:, None, None, None])
+        if batch.masks is None:
+            losses = values.flatten(1).mean(1)
+        else:
+            counted = batch.masks.flatten(1).sum(1) * values.shape[1]
+            losses = (values * batch.masks).flatten(1).sum(1) / counted.clamp(min=1e-6)
+        if (own := process.weights(batch.timesteps)) is not None:
+            losses = losses * own
+        if self.snr_gamma is not None:
+            losses = losses * min_snr_weights(ratio, self.snr_gamma, kind)
+        if self.debiased_estimation_loss:
+            losses = losses * debiased_weights(ratio, kind)
+        return losses
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The models of a training step, and the loss they are trained on.
+
+    Args:
+        text_encoders: if they are trained: batches then hold tokens, else texts.
+        dtype: of the frozen base.
+        guidance_scale: that the model is told, if it is told any.
+    """
+
+    family: Family
+    model: nn.Module
+    text_encoders: tuple[nn.Module, ...]
+    process: Process
+    dtype: torch.dtype
+    objective: Objective
+    guidance_scale: float | None = None
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        return self.model, *self.text_encoders
+
+    def encode(self, batch: Batch) -> Texts:
+        """By the text encoders that are trained."""
+        return self.family.encode(self.text_encoders, batch.texts)
+
+    def condition(self, batch: Batch) -> dict[str, Any]:
+        """What the model is told of each example; each distinct prompt is encoded once."""
+        texts = self.encode(batch) if self.text_encoders else batch.texts
+        each = [None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts]
+        return self.family.condition(Texts(*each), batch.time_ids.to(self.dtype))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """The model's prediction [B, C, h, w]."""
+        noisy_latents = self.process.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
+        times = self.process.times(batch.timesteps)
+        return self.family.denoise(self.model, noisy_latents, times, self.condition(batch), self.guidance_scale)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """loss_i without w_i [B], in float32."""
+        return self.objective.losses(self.predict(batch), batch, self.process)
+
+    def loss(self, batch: Batch, instances: int) -> Tensor:
+        """What a batch adds to the scalar to minimise."""
+        return (batch.weights * self.losses(batch)).sum() / instances

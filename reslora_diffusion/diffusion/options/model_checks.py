@@ -1,0 +1,143 @@
+"""What of the options does not fit the model, whether its outline was read from files or made by the libraries."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ...rules import faults
+from ...utils.problems import listing
+from ..models.outline import BLOCKS, LINEAR, Outline, blocks_of, is_target, matches, rank_of
+from . import DreamBoothOptions
+
+# What autoencoders of one family have in common, and what a configuration means that leaves it out.
+LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+LONGEST_FOR_T5 = 512  # tokens that pipelines take
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern")
+CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
+
+
+def adapter_settings(args: DreamBoothOptions) -> dict[str, Any]:
+    """Arguments of either method's configuration, targets apart. Options that were not given keep its own defaults."""
+    settings: dict[str, Any] = {
+        "r": args.rank,
+        "lora_alpha": args.lora_alpha or args.rank,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
+        "rank_pattern": dict(args.rank_pattern),
+        "alpha_pattern": dict(args.alpha_pattern),
+        "init_lora_weights": "gaussian",
+    }
+    if args.method == "lora":
+        return settings | {"shortcut": "none"}
+    settings |= {name: getattr(args, name) for name in ("shortcut", "merge_method") if getattr(args, name) is not None}
+    if args.num_previous is not None:
+        settings["num_previous"] = None if args.num_previous == "all" else args.num_previous
+    return settings
+
+
+def adapter_problems(args: DreamBoothOptions) -> Iterator[str]:
+    """What is wrong with an adapter for whatever model."""
+    yield from (fault for fault in faults(adapter_settings(args)) if not fault.startswith(CHECKED_BEFORE))
+    for option in PATTERNS:
+        for pattern in getattr(args, option):
+            if fault := fault_of_pattern(pattern):
+                yield f"--{option}: {pattern!r} is no regular expression: {fault}"
+
+
+def fault_of_pattern(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def model_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+    """What does not fit this model."""
+    sound = {
+        name: {pattern: value for pattern, value in getattr(args, name).items() if not fault_of_pattern(pattern)}
+        for name in PATTERNS
+    }
+    args = args.changed(**sound, rank=max(1, args.rank))
+    name, family, config = args.pretrained_model_name_or_path, outline.family, outline.denoiser_config
+    channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
+    if channels != latent_channels:
+        yield (
+            f"{name}: the {family.denoiser} takes {channels} channels and latents have {latent_channels}; "
+            "wanted a text-to-image model"
+        )
+    for key in LATENT_SPACE if outline.other_vae else ():
+        own, other = (vae.get(key, LATENT_SPACE[key]) for vae in (outline.vae, outline.other_vae or {}))
+        if own != other:
+            yield (
+                f"--pretrained_vae_model_name_or_path: {args.pretrained_vae_model_name_or_path} has {key} {other}, "
+                f"the {family.title} model {name} has {own}: it is of another family"
+            )
+    if outline.prediction_type not in PREDICTION_TYPES:
+        yield f"{name} predicts {outline.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
+    grid = outline.grid
+    if args.resolution % 8 == 0 and not grid.fits(args.resolution):  # what is no multiple of 8 fits no model: `checks`
+        yield f"--resolution: got {args.resolution}, wanted {grid} for this model"
+    for option, reason in family.not_here.items():
+        value = getattr(args, option)
+        if value is not None and value is not False:
+            yield f"--{option} does not apply to {family.title}: it {reason}"
+    guided = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
+    if args.guidance_scale not in (None, getattr(args, guided)):
+        yield (
+            f"--guidance_scale and --{guided} are the same for {family.title}; got {args.guidance_scale:g} and "
+            f"{getattr(args, guided):g}"
+        )
+    if args.training_guidance_scale is not None and family.training_guidance(config, args) is None:
+        yield (
+            f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. The "
+            "guidance of validation images is --validation_guidance_scale"
+        )
+    if family.fixed_encoder and (args.max_sequence_length or 0) > LONGEST_FOR_T5:
+        yield f"--max_sequence_length: got {args.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
+    if args.tokenizer_max_length and args.tokenizer_max_length > outline.max_length:
+        yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {outline.max_length}"
+    for component, targets in outline.targets(args).items():
+        yield from target_problems(outline, component, targets, args)
+    yield from pattern_problems(outline, args)
+    yield from block_problems(outline, args)
+
+
+def pattern_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+    """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
+    names = [name for _, name, _ in outline.adapted(args)]
+    for option in PATTERNS:
+        for pattern in getattr(args, option):
+            if names and not any(matches(pattern, name) for name in names):
+                yield (
+                    f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "
+                    f"{pattern + '.*'!r}?); they are called like {names[0]}"
+                )
+
+
+def block_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+    """Blocks that the model does not have."""
+    names = outline.layers[outline.family.denoiser]
+    blocks = {int(name.split(".")[1]) for name in names if re.fullmatch(rf"{BLOCKS}\.\d+", name)}
+    if absent := [block for block in blocks_of(args) if blocks and block not in blocks]:
+        yield f"--lora_blocks: got {listing(absent)}, wanted blocks from 0 to {max(blocks)}"
+
+
+def target_problems(outline: Outline, component: str, targets: list[str], args: DreamBoothOptions) -> Iterator[str]:
+    """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
+    layers = outline.layers[component]
+    for target in sorted(set(targets)):
+        if not any(is_target(name, [target]) for name in layers):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.kind == LINEAR})
+            yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
+    adapted = {name: layer for part, name, layer in outline.adapted(args) if part == component}
+    if odd := [f"{name} ({layer.kind})" for name, layer in adapted.items() if layer.kind != LINEAR]:
+        yield f"target modules of the {component} that are no linear layers: {listing(odd)}"
+    narrow = [
+        f"{name} {layer.shape} of rank {rank}"
+        for name, layer in adapted.items()
+        if layer.kind == LINEAR and (rank := rank_of(args, name)) > min(layer.shape)
+    ]
+    if narrow:
+        yield f"--rank is larger than layers of the {component}: {listing(narrow)}"

@@ -1,0 +1,1 @@
+"""A run: its session, checkpoints, validation, races, and what is written of it."""

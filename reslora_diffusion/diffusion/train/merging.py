@@ -1,0 +1,88 @@
+"""What merging costs: the shortcut serves training, and what is exported is a plain LoRA.
+
+The gap is measured on noise that no training step saw: the loss as trained, and the loss as exported. Block shortcuts
+and plain LoRA merge exactly, so their gap is rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from reslora_diffusion.core.merging import report as core
+
+from ..data.encode import Example
+from ..data.sampling import Batch, Sampler
+from ..models.adapters import Adapters, Forward
+from ..objective.loss import Denoiser
+from ..objective.randomness import Stream, seed_of
+from ..options import DreamBoothOptions
+from .validation import fixed_noise_loss
+
+VALIDATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class MergeReport(core.MergeReport):
+    """Losses on fixed noise, that of the untouched base among them."""
+
+    loss_base: float
+
+    def __str__(self) -> str:
+        return f"fixed-noise loss of the base {self.loss_base:.5f}\n{super().__str__()}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Batches apart from training: this process's share to fit the merge on, and all to measure on. Functions of the
+    run's seed: N processes fit on what one process with a batch N times as large fits on."""
+
+    calibration: Sequence[Batch]
+    validation: Sequence[Batch]
+
+    @classmethod
+    def of(
+        cls,
+        sampler: Sampler,
+        args: DreamBoothOptions,
+        held_out: Sequence[Example] = (),
+        process: int = 0,
+        processes: int = 1,
+    ) -> "Evaluation":
+        """`held_out` are the examples to measure on, which are those that are trained on if there are no others."""
+        size, seed = args.train_batch_size, seed_of(sampler.seed, Stream.VALIDATION)
+        fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
+        measured = replace(sampler, instances=held_out or sampler.instances, classes={}, seed=seed, caption_dropout=0.0)
+        turns = [n * processes + process for n in range(args.calibration_batches)]
+        whole = size * processes
+        return cls(
+            calibration=[batch for turn in turns for batch in fitted.batches(turn * size, size)],
+            validation=[
+                batch
+                for n in range(VALIDATION_BATCHES)
+                for batch in measured.spread(n * whole, whole, VALIDATION_BATCHES * whole)
+            ],
+        )
+
+
+def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
+    """A training-style forward of each component."""
+    family = denoiser.family
+    texts = dict.fromkeys(family.text_encoders, lambda model, batch: denoiser.encode(batch))
+    return {family.denoiser: lambda model, batch: denoiser.predict(batch), **texts}
+
+
+def merge_report(
+    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float, shortcut: str, merge_method: str
+) -> MergeReport:
+    """Compare what was trained with what will be exported; calibrate first. Every process must call this."""
+    with adapters.evaluation():
+        trained = fixed_noise_loss(denoiser, evaluation.validation)
+        with adapters.merged():
+            merged = fixed_noise_loss(denoiser, evaluation.validation)
+    return MergeReport(
+        shortcut=shortcut,
+        merge_method=merge_method,
+        loss_base=loss_base,
+        loss_trained=trained,
+        loss_merged=merged,
+        output_errors=adapters.output_errors(evaluation.validation, forwards_of(denoiser)),
+    )

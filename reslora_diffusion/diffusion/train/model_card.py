@@ -1,0 +1,90 @@
+"""README.md of a trained adapter, in the hub's format, with a program that runs as it stands in that folder."""
+
+import json
+import os
+from pathlib import Path
+
+from reslora_diffusion.export.header import DIFFUSERS_FILE
+
+from ...utils.problems import listing
+from ..models.families.base import scheduler_changes
+from ..models.load import base_model_name
+from ..options import DreamBoothOptions
+
+
+def model_card(args: DreamBoothOptions, tag: str, prompt: str, lines: list[str], pictures: list[str]) -> str:
+    """`prompt` is one that was trained, `lines` what merging cost."""
+    base, local = base_model_name(args), Path(args.pretrained_model_name_or_path).is_dir()
+    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
+    return "\n".join(
+        [
+            "---",
+            *([] if local else [f"base_model: {base}"]),  # the hub takes names of its own only
+            "library_name: diffusers",
+            f"instance_prompt: {json.dumps(prompt)}",
+            f"tags: [{listing(tags, len(tags))}]",
+            "---",
+            "",
+            f"# {Path(args.output_dir).resolve().name}",
+            "",
+            f"A LoRA for `{base}`, trained by DreamBooth on {prompt!r}; text encoder trained: "
+            f"{'yes' if args.train_text_encoder else 'no'}.",
+            "",
+            "```python",
+            *usage(args, prompt),
+            "```",
+            "",
+            *lines,
+            "",
+            *(f"![{name}]({name})" for name in pictures),
+            "",
+        ]
+    )
+
+
+def usage(args: DreamBoothOptions, prompt: str) -> list[str]:
+    """A program that paints with the adapter, by the same process as it was trained with."""
+    more = {name: value for name in ("revision", "variant") if (value := getattr(args, name))}
+    more |= {"text_encoder_3": None, "tokenizer_3": None} if args.skip_t5 else {}
+    given = "".join(f", {name}={literal(value)}" for name, value in more.items())
+    changes = "".join(f", {name}={literal(value)}" for name, value in scheduler_changes(args).items())
+    vae = args.pretrained_vae_model_name_or_path
+    lines = [
+        "from diffusers import AutoencoderKL, DiffusionPipeline" if vae else "from diffusers import DiffusionPipeline"
+    ]
+    lines += ["", f"base = {place(args.pretrained_model_name_or_path, args)}"]
+    if vae:
+        lines.append(f"vae = {place(vae, args)}")
+        given += ", vae=AutoencoderKL.from_pretrained(vae)"
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{given})")
+    if changes:
+        lines.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config{changes})")
+    if args.skip_clip_layers:  # of the pipeline's own `clip_skip` the empty prompt knows nothing
+        lines.append('encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder')
+        count = args.skip_clip_layers
+        lines.append(f"encoder.layers = encoder.layers[:-{count}]  # as trained, with --skip_clip_layers {count}")
+    where = args.hub_model_id if args.push_to_hub else "."
+    lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
+    length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length else ""
+    lines.append(f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{length}).images[0]")
+    return [*lines, 'image.save("picture.png")']
+
+
+def literal(value: str | bool | None) -> str:
+    return json.dumps(value) if isinstance(value, str) else str(value)
+
+
+def place(name: str, args: DreamBoothOptions) -> str:
+    """Where a model is: a hub name, or as seen from the adapter's folder, with a word on it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return json.dumps(name)
+    folder, output = folder.resolve(), Path(args.output_dir).resolve()
+    try:
+        shared = Path(os.path.commonpath([folder, output]))
+    except ValueError:  # on two drives
+        shared = Path(folder.anchor)
+    if shared == Path(shared.anchor):  # what they share is the machine: its paths are nobody else's business
+        return f"{json.dumps(f'path/to/{folder.name}')}  # put the path of the base here"
+    seen = Path(os.path.relpath(folder, output)).as_posix()
+    return f"{json.dumps(seen)}  # as seen from this folder; put another path of the base here if it moved"

@@ -1,0 +1,186 @@
+"""The optimizer by name, and its parameter groups.
+
+group      one component, one factor (lora_A, lora_B), one factor on the learning rate
+lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXiv 2402.12354), times `--lr_pattern`
+"""
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ...methods import optimizers
+from ...methods.optimizers import FactorPair, PairOptimizer
+from ..models.outline import matches
+from ..options import DreamBoothOptions
+from .schedules import features_of
+
+# What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
+DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable")
+FUSED = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors, which a CUDA graph can hold
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimizer by its name in the options.
+
+    Raises:
+        KeyError: this version of torch does not have it.
+    """
+    if name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit
+    if name == "adafactor":  # with an external learning rate, as diffusion trainers use it
+        from transformers.optimization import Adafactor
+
+        return Adafactor
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy
+    if name in optimizers.OPTIMIZERS:
+        return optimizers.OPTIMIZERS[name]
+    return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
+
+
+def parameters_of(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    """What an optimizer takes by name, besides parameters and pairs; one of pairs hands on what `AdamW` takes."""
+    own = dict(inspect.signature(kind).parameters)
+    if issubclass(kind, PairOptimizer):
+        adamw = inspect.signature(torch.optim.AdamW).parameters
+        handed_on = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+        own = {name: adamw[name] for name in handed_on} | own
+    return {name: value for name, value in own.items() if name not in ("self", "params", "pairs", "adamw")}
+
+
+def name_of(args: DreamBoothOptions) -> str:
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer
+
+
+def settings(kind: type[torch.optim.Optimizer], args: DreamBoothOptions) -> dict[str, Any]:
+    """Keyword arguments: those of Adam and Prodigy where the optimizer knows them, then `--optimizer_args`."""
+    known = parameters_of(kind)
+    chosen: dict[str, Any] = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+        "fused": True,  # one kernel for many tensors, and a step with non-finite gradients is skipped on the device
+        "capturable": args.cuda_graph and torch.cuda.is_available(),
+        "relative_step": False,
+        "scale_parameter": False,
+        "beta3": args.prodigy_beta3,
+        "decouple": args.prodigy_decouple,
+        "use_bias_correction": args.prodigy_use_bias_correction,
+        "safeguard_warmup": args.prodigy_safeguard_warmup,
+    }
+    if isinstance(known["eps"].default if "eps" in known else None, tuple):
+        del chosen["eps"]  # Adafactor's are two of another meaning
+    chosen = {name: value for name, value in chosen.items() if name in known}
+    if issubclass(kind, PairOptimizer):  # where one has a default of its own, that of the command line is not meant
+        own = inspect.signature(kind).parameters
+        options = {"eps": "adam_epsilon", "weight_decay": "adam_weight_decay"}
+        chosen = {n: v for n, v in chosen.items() if n not in own or options.get(n) in args.given}
+    if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
+        chosen.pop("fused", None)
+    return chosen | {name: literal(value) for name, value in args.optimizer_args.items()}
+
+
+def literal(text: str) -> Any:
+    """A Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def optimizer_problems(args: DreamBoothOptions) -> list[str]:
+    """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
+    try:
+        kind = optimizer_class(name_of(args))
+    except ImportError:
+        return []
+    except KeyError:
+        return [f"--optimizer: torch {torch.__version__} has no {args.optimizer}"]
+    known = set(parameters_of(kind))
+    unknown = [name for name in args.optimizer_args if name not in known]
+    problems = [
+        f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
+    ]
+    if args.cuda_graph and not settings(kind, args).get("fused"):
+        fused = ", ".join(name.lower() for name in FUSED)
+        problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
+    if issubclass(kind, PairOptimizer):
+        problems += [
+            f"--optimizer {args.optimizer}: {kind.conflicts[name]}"
+            for name in features_of(args)
+            if name in kind.conflicts and name != "cuda_graph"  # which is said above, of every optimizer
+        ]
+    pairs: Any = {"pairs": []} if issubclass(kind, PairOptimizer) else {}
+    if not problems:
+        try:
+            kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **pairs, **settings(kind, args))
+        except (ValueError, TypeError, RuntimeError) as error:
+            problems.append(f"--optimizer {args.optimizer}: {error}")
+    return problems
+
+
+def learning_rate_factor(args: DreamBoothOptions, processes: int) -> int:
+    """The factor of `--scale_lr` on `--learning_rate`; a `--text_encoder_lr` is taken as it is, as in diffusers."""
+    return args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
+
+
+def parameter_groups(
+    components: Mapping[str, Mapping[str, nn.Parameter]], args: DreamBoothOptions, processes: int
+) -> list[dict[str, Any]]:
+    """Groups of equal learning rate. `components`: parameters by component and name."""
+    scale = learning_rate_factor(args, processes)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for component, parameters in components.items():
+        text = component.startswith("text_encoder")
+        base = (args.text_encoder_lr if text else None) or args.learning_rate * scale
+        decay = args.adam_weight_decay_text_encoder if text else None
+        for name, parameter in parameters.items():
+            layer, _, factor = name.partition(".lora_")
+            pattern = next((f for regex, f in args.lr_pattern.items() if matches(regex, layer)), 1.0)
+            lr = base * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
+            own = {} if decay is None else {"weight_decay": decay}
+            group = groups.setdefault((component, lr), {"params": [], "lr": lr, **own})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(
+    components: Mapping[str, Mapping[str, nn.Parameter]],
+    args: DreamBoothOptions,
+    processes: int = 1,
+    pairs: Sequence[FactorPair] = (),
+) -> torch.optim.Optimizer:
+    """The optimizer of the adapters. `pairs`: of their factors, for those that see them together."""
+    kind: Any = optimizer_class(name_of(args))
+    own = {"pairs": pairs} if issubclass(kind, PairOptimizer) else {}
+    return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **own, **settings(kind, args))
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: DreamBoothOptions, max_train_steps: int) -> LRScheduler:
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
+    """Put a fresh schedule where it is after `step` steps."""
+    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
+    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(step)
+    lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]

@@ -1,0 +1,157 @@
+"""A race: several methods on the same draws (pictures, noise, timesteps), from the same seed, for as many steps.
+
+    --compare lora reslora-input reslora-block:num_previous=2 lora:lora_alpha=16
+
+A contender is a method, a shortcut, and options that only it has; everything else is shared. Each is a run of its own
+in a folder of its own, and what it sees is a function of (seed, step) alone, so the race needs no cooperation.
+
+    <output_dir>/<contender>/     the runs
+    <output_dir>/race.json        losses, merge gaps and files of all of them
+    <output_dir>/comparison.json  the settings with which the app paints them side by side
+    <output_dir>/samples.png      their last validation pictures beside the base's
+    <output_dir>/loss.png         their losses
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...utils.files import write_text
+from ...utils.problems import BadInput, refuse
+from ..options import DreamBoothOptions, override
+from ..options.checks import Findings, check, quick_check
+from .checkpoints import find_checkpoint
+from .record import resolve_seed, versions
+from .sheet import contact_sheet, save_picture
+
+SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")
+HEADS = ("lora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
+APP_FORMAT_VERSION = 1  # of the app's settings files
+
+
+def contender(word: str, args: DreamBoothOptions) -> DreamBoothOptions:
+    """Options of one contender; raises `BadInput`."""
+    head, _, settings = word.partition(":")
+    method, _, shortcut = head.partition("-")
+    if head not in HEADS:
+        raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
+    own = args.changed()
+    own.compare, own.method = None, method
+    own.output_dir = str(Path(args.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
+    own.shortcut = shortcut or args.shortcut
+    if method == "lora":
+        own.shortcut = own.num_previous = own.merge_method = own.handover = None
+    if method == "lora" or shortcut in ("none", "block"):
+        own.distillation_steps = None  # these merge exactly
+    words = [f"--{setting}" for setting in filter(None, settings.split(","))]
+    given = override(own, words)
+    if shared := [f"--{name}={value}" for name, value in given.values.items() if name in SHARED]:
+        raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])
+    refuse(f"--compare: {word}: {problem}" for problem in given.problems)
+    return own
+
+
+def contenders(args: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
+    """Options by name; raises `BadInput` with the problems of all of them."""
+    words = list(dict.fromkeys(name for word in args.compare or [] for name in split_names(word)))
+    found: dict[str, DreamBoothOptions] = {}
+    problems: dict[str, list[str]] = {}  # and who has them
+    looks: dict[str, Findings] = {}
+    folders: list[str] = []  # what is in them
+    if len(words) < 2:
+        problems[f"--compare: got {', '.join(words)}, wanted two contenders or more"] = words
+
+    def quick(word: str) -> None:
+        found[word] = contender(word, args)
+        looks[word] = quick_check(found[word])
+
+    for examine in (quick, lambda word: check(found[word], looks[word])):  # of all, before torch is waited for
+        for word in words:
+            try:
+                examine(word)
+            except BadInput as error:
+                folders = folders or error.found
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(word)
+        if problems:
+            told = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
+            raise BadInput(told, folders)
+    return found
+
+
+def split_names(word: str) -> list[str]:
+    """`lora,reslora-input` is two names; a comma after a colon separates settings."""
+    return word.split(",") if ":" not in word else [word]
+
+
+def race(args: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -> Path:
+    """Let `run` train every contender, one after the other; returns the folder of the comparison."""
+    if not args.validation_prompt and args.instance_prompt:
+        args.validation_prompt = [args.instance_prompt]
+    runs = contenders(args)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if args.seed is None:
+        resumed = [find_checkpoint(Path(own.output_dir), "latest") for own in runs.values()]
+        args.seed = resolve_seed(args, next(filter(None, resumed), None), state)
+    folders = {}
+    for number, (name, own) in enumerate(runs.items(), 1):
+        own.seed = args.seed
+        state.print(f"\n--- {name}, {number} of {len(runs)}", flush=True)
+        folders[name] = run(own)
+    args.validation_guidance_scale = own.validation_guidance_scale  # the family's, if none was given
+    if not args.dry_run and state.is_main_process:
+        write_comparison(Path(args.output_dir), folders, args)
+    return Path(args.output_dir)
+
+
+def write_comparison(output: Path, folders: dict[str, Path], args: DreamBoothOptions) -> None:
+    from .history import plot_losses, read_history
+
+    plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
+    reports = {name: json.loads((folder / "merge_report.json").read_text()) for name, folder in folders.items()}
+    figures = {
+        name: {key: value for key, value in report.items() if key != "output_errors"} | {"folder": str(folders[name])}
+        for name, report in reports.items()
+    }
+    shared = {"seed": args.seed, "versions": versions(), "contenders": figures}
+    write_text(output / "race.json", json.dumps(shared, indent=2))
+    if args.validation_prompt and args.num_validation_images:
+        write_text(output / "comparison.json", json.dumps(app_settings(folders, args), indent=2))
+        save_picture(draw_sheet(folders, args), output / "samples.png")
+    width = max(map(len, figures))
+    for name, row in figures.items():
+        print(f"{name:<{width}}  trained {row['loss_trained']:.5f}  as exported {row['loss_merged']:.5f}")
+
+
+def app_settings(folders: dict[str, Path], args: DreamBoothOptions) -> dict[str, Any]:
+    """The same prompts for all exported files, as the app reads it."""
+    files = {name: folder / "pytorch_lora_weights.safetensors" for name, folder in folders.items()}
+    return {
+        "format_version": APP_FORMAT_VERSION,
+        "prompts": args.validation_prompt,
+        "seeds": list(range(args.num_validation_images)),
+        "adapters": [
+            {"label": name, "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for name, path in files.items()
+        ],
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+
+
+def draw_sheet(folders: dict[str, Path], args: DreamBoothOptions) -> Image.Image:
+    """Columns: where they start, which is the base (step 0 of any of them), then each contender's last pictures."""
+    prompts, each = args.validation_prompt or [], range(args.num_validation_images)
+    names = [f"{p}-{n}.png" for p in range(len(prompts)) for n in each]
+    steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
+    start = "start" if args.network_weights else "base"
+    chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
+    columns = {label: [folder / name for name in names] for label, folder in chosen.items()}
+    return contact_sheet(columns, [prompt for prompt in prompts for _ in each])

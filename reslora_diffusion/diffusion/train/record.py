@@ -1,0 +1,91 @@
+"""The record of a run: `run.json`, written before the first step."""
+
+import json
+import platform
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...rules import ShortcutFields
+from ...utils.environment import without_secrets
+from ...utils.files import write_text
+from ...utils.names import composed, file_name_from
+from ..options import BINDING, DreamBoothOptions, stored_options
+from ..options.training import TrainingOptions
+from .checkpoints import stored_facts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+FILE = "run.json"
+LENGTH = ("max_train_steps", "num_train_epochs")
+PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that was not installed
+            found[package] = "not installed"
+    return found
+
+
+def options(args: DreamBoothOptions) -> dict[str, Any]:
+    """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
+    return args.recorded()
+
+
+def trackable(args: DreamBoothOptions) -> dict[str, Any]:
+    """Options as trackers take them."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
+
+
+def resolve_seed(args: DreamBoothOptions, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
+    """The seed given, else the checkpoint's, else one drawn for all processes."""
+    if args.seed is not None:
+        return args.seed
+    if checkpoint is not None:
+        return stored_facts(checkpoint).get("options", {}).get("seed", 0)
+    from accelerate.utils import broadcast_object_list
+
+    drawn = [secrets.randbelow(2**32)]
+    return broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
+
+
+def write_record(args: DreamBoothOptions, facts: dict[str, Any]) -> None:
+    """Write `run.json`: command, options, versions and what the caller found out."""
+    record = {"command": without_secrets(sys.argv), "options": options(args), "versions": versions(), **facts}
+    write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
+
+
+def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
+    """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
+    stored = stored_options(stored_facts(checkpoint).get("options", {}))
+    for name in BINDING:
+        was, own = getattr(stored, name), getattr(args, name)
+        if name == "lora_alpha":  # not given, it is the rank
+            was, own = was or float(stored.rank), own or float(args.rank)
+        if name == "shortcut" and args.method == "reslora":
+            own = own or str(ShortcutFields.shortcut)
+        if was != own and not (name == "seed" and args.seed is None):
+            yield f"{checkpoint} was trained with --{name} {was!r}, got {own!r}; wanted the same"
+
+
+def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Options of training that may differ from a checkpoint's, and do: name, the checkpoint's value, ours."""
+    stored = stored_options(stored_facts(checkpoint).get("options", {}))
+    for item in fields(TrainingOptions):
+        was, own = getattr(stored, item.name), getattr(args, item.name)
+        if item.name not in BINDING and item.name not in LENGTH and was != own:
+            yield item.name, was, own
+
+
+def export_name(args: DreamBoothOptions) -> str:
+    """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
+    return composed(args.export_name) if args.export_name else file_name_from(Path(args.output_dir).resolve().name)

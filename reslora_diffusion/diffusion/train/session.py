@@ -1,0 +1,365 @@
+"""A run: everything a training loop holds, and what happens around its steps (save, restore, validate, export).
+
+Methods are called by every process alike; only the main one writes. What is random or scheduled is a function of
+(options, step), so a checkpoint holds tensors, the optimizer's moments and a step, and nothing else.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.training_state import load_training_state, save_training_state
+from reslora_diffusion.export import ExportReport, export_lora, save_merged
+from reslora_diffusion.methods.schedules import Change, Schedule
+from reslora_diffusion.methods.schedules.base import follow_learning_rate
+from reslora_diffusion.methods.schedules.making import make_schedule
+
+from ...utils.files import write_text
+from ...utils.problems import Stopped, listing, refuse
+from ..data.examples import prompts_of
+from ..data.sampling import Batch, Sampler
+from ..models.adapters import Adapters
+from ..models.load import DTYPES, base_model_name
+from ..objective.loss import Denoiser
+from ..objective.randomness import Stream, seed_of
+from ..options import IN_HEADER, DreamBoothOptions
+from ..options.checks import Plan
+from ..options.launcher import shards
+from .changes import Data
+from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
+from .ema import Ema
+from .history import History, NonFiniteLoss, plot_losses
+from .merging import Evaluation, MergeReport, forwards_of, merge_report
+from .model_card import model_card
+from .optimizers import DECIDED, fast_forward, make_lr_scheduler
+from .record import export_name, options, versions
+from .rescue import written_elsewhere
+from .schedules import settings_of
+from .validation import SHEET, Painter, fixed_noise_loss
+
+MERGE_REPORT = "merge_report.json"
+LOSS_PLOT = "loss.png"
+PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+
+
+def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names begin so, under the rest of their names; they are taken out."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+@dataclass
+class Run:
+    """The parts of one training run."""
+
+    args: DreamBoothOptions
+    plan: Plan
+    accelerator: Accelerator
+    adapters: Adapters
+    denoiser: Denoiser
+    sampler: Sampler
+    evaluation: Evaluation
+    painter: Painter
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    history: History
+    ema: Ema | None
+    loss_base: float
+    data: Data  # what is trained on
+    lr_scheduler: LRScheduler = field(init=False)
+    schedule: Schedule = field(init=False)
+    step: int = field(init=False, default=0)  # steps that are done
+    settled: bool = field(init=False, default=True)  # whether all that a step changes belongs to that step
+    unwritten: OSError | None = field(init=False, default=None)
+    saved_step: int | None = field(init=False, default=None)
+    seen: dict[str, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
+        self.collect_tensors()
+        self.schedule = make_schedule(
+            settings_of(self.args), seed=self.args.seed, calibrate=self.calibrate, on_device=self.args.compile
+        )
+        self.schedule.start(self.adapters.handles(), self.plan.max_train_steps, self.optimizer)
+        self.make_lr_scheduler()
+
+    def make_lr_scheduler(self) -> None:
+        """The learning rate as a function of the step, as the schedule has it."""
+        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+        follow_learning_rate(self.schedule, self.lr_scheduler)
+
+    def collect_tensors(self) -> None:
+        self.tensors = self.adapters.tensors()
+        self.parameters = list(self.tensors.values())
+
+    @property
+    def output(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def batches(self, step: int, micro: int) -> list[Batch]:
+        """What this process sees in micro-step `micro` of step `step`, both from 0; dropout is seeded accordingly."""
+        size, processes = self.args.train_batch_size, self.accelerator.num_processes
+        turn = (step * self.args.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
+        torch.manual_seed(seed_of(self.args.seed, Stream.DROPOUT, turn))
+        return self.sampler.batches(turn * size, size)
+
+    def log(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Keep what was measured, and look at it when it is time; raises `Stopped` if a loss is not finite."""
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.history.add_step(step, loss, grad_norm, lr)
+        if self.history.is_due():
+            try:
+                self.flush(step)
+            except OSError as error:
+                self.unwritten = error  # raised once the step is done, so that it is kept
+
+    def flush(self, step: int) -> None:
+        """Write what was measured up to now."""
+        try:
+            rows = self.history.flush()
+        except NonFiniteLoss as error:
+            self.give_up(step, error)
+        for row in rows:
+            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def give_up(self, step: int, error: NonFiniteLoss) -> NoReturn:
+        """Keep what there is: the step in question changed nothing (`GradScaler.step`). No checkpoint is removed."""
+        try:
+            if problem := self.adapters.health_problem():
+                raise Stopped(f"the adapters had been wrecked before it ({problem}), and are not saved")
+            self.save(step, limit=None)
+            kept = f"checkpoint-{step} holds the state that the adapters had, without that step"
+        except Stopped as reason:
+            kept = str(reason)
+        there = listing(path.name for path in checkpoints_in(self.output)) or "no checkpoint"
+        raise Stopped(f"{error}; {kept}. In {self.output}: {there}. A lower --learning_rate may help") from error
+
+    # ------------------------------------------------------------------------------------------ schedule
+
+    def after_step(self, step: int) -> Change:
+        """`step` steps are done: let the schedule change what is due. Returns what it has changed."""
+        change = self.schedule.after_step(step)
+        self.follow(change)
+        return change
+
+    def follow(self, change: Change) -> None:
+        """Train what is to be trained now, and average it from here on."""
+        if change & Change.PARAMETERS:
+            self.collect_tensors()
+            if self.ema is not None:
+                self.ema.start(self.tensors)
+
+    # ------------------------------------------------------------------------------------------ save and restore
+
+    def save(self, step: int, limit: int | None = None) -> None:
+        """Write `checkpoint-<step>`, with the LoRA as it is now; keep the last `limit` checkpoints.
+
+        Raises:
+            Stopped: the adapters are broken, or cannot be written; earlier checkpoints stay.
+        """
+        self.flush(step)
+        if self.saved_step == step:
+            return
+        tensors = self.trained()
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise Stopped(f"the adapters of step {step} are not finite, and are not saved")
+        with self.averaged():
+            self.calibrate()
+            if self.accelerator.is_main_process:
+                self.write_checkpoint(step, lambda folder: self.write_lora(folder, step), tensors, limit)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step
+
+    def trained(self) -> dict[str, Tensor]:
+        """A copy of all that training has made, the optimizer's moments apart."""
+        average = self.ema.average if self.ema is not None else {}
+        tensors = {**self.tensors, **{f"ema.{name}": value for name, value in average.items()}}
+        tensors |= {f"schedule.{name}": value for name, value in self.schedule.tensors().items()}
+        return {name: value.detach().clone() for name, value in tensors.items()}
+
+    def write_checkpoint(
+        self, step: int, more: Callable[[Path], None], tensors: dict[str, Tensor], limit: int | None = None
+    ) -> None:
+        def write(folder: Path) -> None:
+            owner = nn.ModuleDict(self.adapters.models)
+            facts = {
+                "step": step,
+                "schedule": self.schedule.state_dict(),
+                "options": options(self.args),
+                "versions": versions(),
+                "data": self.data,
+                "scaler": self.scaler.state_dict(),
+            }
+            save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
+            more(folder)
+
+        try:
+            write_checkpoint(self.output, step, write, limit)
+        except (OSError, SafetensorError) as error:
+            other = written_elsewhere(self.output, step, write)
+            raise Stopped(f"checkpoint-{step} cannot be written: {error}{other}") from error
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, adapters and optimizer go from one step to the next; an error in there leaves neither."""
+        self.settled = False
+        yield
+        self.step += 1
+        self.settled = True
+        if self.unwritten:
+            raise self.unwritten
+
+    def keep(self, step: int) -> None:
+        """A checkpoint without its LoRA; no process waits for another."""
+        if self.accelerator.is_main_process and self.saved_step != step:
+            self.write_checkpoint(step, lambda folder: None, self.trained())
+
+    def write_lora(self, folder: Path, step: int) -> None:
+        """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
+        if self.adapters.health_problem() is None:
+            factors = self.adapters.factors()
+            save_merged(folder / STATE_FOLDER, factors, self.facts(step))
+            try:
+                self.export(folder, factors, step)
+            except ValueError as error:
+                self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
+
+    def restore(self, folder: Path) -> int:
+        """Inverse of `save`; returns the step."""
+        facts = stored_facts(folder)
+        state = facts.get("schedule", {"folded": facts.get("handed_over", False)})  # checkpoints of version 0.1
+        self.follow(self.schedule.load_state_dict(state))
+        decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
+        owner = nn.ModuleDict(self.adapters.models)
+        tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
+        averages, own = take(tensors, "ema."), take(tensors, "schedule.")
+        self.adapters.load(tensors)
+        self.schedule.load_tensors(own)
+        if self.ema is not None:
+            self.ema.start({name: averages[name].to(value.device) for name, value in self.ema.average.items()})
+        for group, own in zip(self.optimizer.param_groups, decided, strict=True):
+            group.update(own)
+        self.make_lr_scheduler()
+        fast_forward(self.lr_scheduler, facts["step"])
+        self.scaler.load_state_dict(facts["scaler"])
+        self.step = self.saved_step = facts["step"]
+        return facts["step"]
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside, the adapters hold their moving average if there is one: what is shown and exported."""
+        return self.ema.in_place_of(self.tensors) if self.ema is not None else nullcontext()
+
+    def calibrate(self, distillation_steps: int = 0) -> None:
+        self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser), distillation_steps)
+
+    def is_validation_step(self, step: int) -> bool:
+        every = self.args.validation_steps or self.args.validation_epochs * self.plan.steps_per_epoch
+        return step % every == 0 or step == self.plan.max_train_steps
+
+    def validate(self, step: int) -> None:
+        """Loss on fixed noise; with a prompt also the loss as merged, and pictures by what would be exported."""
+        self.flush(step)
+        with self.averaged():
+            if self.painter.paints:
+                self.calibrate()
+            if self.accelerator.is_main_process or shards():
+                self.look(step)
+
+    def look(self, step: int) -> None:
+        with self.adapters.evaluation():
+            known = step == 0 and not self.args.network_weights  # every lora_B is zero, and the loss is the base's
+            loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
+            values = {"validation_loss": loss}
+            if self.painter.paints:
+                with self.adapters.merged():
+                    merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
+                values |= {"merge_gap": merged - values["validation_loss"]}
+        self.seen = values
+        self.history.write([{"step": step, **values}])
+        self.accelerator.log(values, step=step)
+        images = self.painter.paint(self.adapters) if self.painter.paints else []
+        if not self.accelerator.is_main_process:
+            return
+        if images:
+            self.painter.save(images, step)
+            for tracker in self.accelerator.trackers:
+                if tracker.name in PICTURE_TRACKERS:
+                    pixels = np.stack([np.asarray(image) for image in images])
+                    tracker.log_images({"validation": pixels}, step=step, **PICTURE_TRACKERS[tracker.name])
+        if 0 < step < self.plan.max_train_steps:  # before there is nothing to plot; at the end `finish` does it
+            plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+
+    def shown(self) -> dict[str, str]:
+        """What a progress bar says."""
+        smoothed = self.history.smoothed
+        loss = {} if smoothed is None else {"loss": f"{smoothed:.4f}"}
+        return loss | {
+            name: f"{value:+.0e}" if name == "merge_gap" else f"{value:.4f}" for name, value in self.seen.items()
+        }
+
+    # ------------------------------------------------------------------------------------------ finish
+
+    def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
+        """What the headers of the LoRA's files say of its training; kohya's `ss_*` are made from the same names."""
+        args = {name: getattr(self.args, name) for name in IN_HEADER}
+        facts = {
+            **args,
+            "method": self.args.method,
+            **self.method,
+            "num_previous": self.args.num_previous,
+            "handover": self.args.handover,
+            "ss_clip_skip": self.args.skip_clip_layers and self.args.skip_clip_layers + 1,  # kohya counts from 1
+            "base_model": base_model_name(self.args),
+            "trigger_words": self.args.instance_prompt,
+            "steps": step,
+            "seed": self.args.seed,
+            "merge_gap": report.gap if report else None,
+        }
+        return {key: str(value) for key, value in facts.items() if value is not None}
+
+    def export(
+        self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
+    ) -> ExportReport:
+        """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered, as kohya numbers it."""
+        name = export_name(self.args)
+        return export_lora(
+            folder,
+            factors,
+            name=name if folder == self.output else f"{name}-{step:06d}",
+            dtype=DTYPES[self.args.save_precision],
+            facts=self.facts(step, report),
+        )
+
+    def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
+        """Measure the merge, export, and write the files that show the run; processes but the main one get no report
+        of the export."""
+        problem = self.adapters.health_problem()
+        refuse([f"nothing was exported: {problem}"] if problem else [])
+        with self.averaged():
+            self.calibrate(self.args.distillation_steps or 0)
+            merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
+            if not self.accelerator.is_main_process:
+                return merged, None
+            exported = self.export(self.output, self.adapters.factors(), step, merged)
+        write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
+        plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+        tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
+        pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
+        write_text(self.output / "README.md", model_card(self.args, tag, prompt, str(merged).splitlines(), pictures))
+        return merged, exported
+
+    def close(self) -> None:
+        """Let the trackers write what they hold. A full disk must not hide why a run has ended."""
+        for tracker in self.accelerator.trackers:
+            with suppress(OSError):
+                tracker.finish()

@@ -1,0 +1,126 @@
+"""How programs end: on bad input with one message that names every problem, and an exit code for each end."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from .stopping import watch_parent
+
+EXIT_CODE = 2
+QUIT_CODE = 130  # as shells say of Ctrl-C
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted.
+
+    `found` are lines on what was looked at and may be in order.
+    """
+
+    def __init__(self, problems: Iterable[str], found: Iterable[str] = ()) -> None:
+        self.problems, self.found = list(problems), list(found)
+        count = len(self.problems)
+        head = "1 problem:" if count == 1 else f"{count} problems:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class Unusable(BadInput):
+    """A file of somebody else cannot be read: one message that begins with its name."""
+
+    def __init__(self, path: object, problems: Iterable[str]) -> None:
+        super().__init__(problems)
+        self.path = path
+        lines = "\n".join([f"{path} cannot be used:", *(f"  - {problem}" for problem in self.problems)])
+        self.args = (lines,)
+
+
+class Stopped(RuntimeError):
+    """Training cannot go on; says what is kept."""
+
+
+class Interrupted(Exception):
+    """A signal stopped a run where nothing is lost; says how to continue."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the machine did not suffice. Each device and library says it differently."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise `BadInput` if there is any problem."""
+    if problems := list(problems):
+        raise BadInput(problems)
+
+
+LONGEST_NAME = 200  # characters of a name in a message
+
+
+def printable(text: object, limit: int | None = 200) -> str:
+    """One line without control characters, which could move a terminal's cursor, recolour it or look like a line of
+    ours, and without what no encoding can write (lone surrogates)."""
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def printable_lines(text: object) -> str:
+    """The same of a text of several lines."""
+    return "\n".join(printable(line, None) for line in str(text).split("\n"))
+
+
+def listing(names: Iterable[object], shown: int = 5) -> str:
+    """The first few names, which may be a stranger's, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(printable(name, LONGEST_NAME) for name in names[:shown]) + more
+
+
+def is_first_process() -> bool:
+    """Of several processes, one says what all of them found."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """Inside, Ctrl-C ends a run that has not begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("before the first step") from None
+
+
+def run_program(program: Callable[[], object]) -> int:
+    """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop, 130 if
+    it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        watch_parent()
+    found: list[str] = []
+    try:
+        program()
+    except Interrupted as error:
+        code, message = 0, f"stopped {error}"
+    except BadInput as error:
+        code, message, found = EXIT_CODE, str(error), error.found
+    except Stopped as error:
+        code, message = 1, f"stopped: {error}"
+    except KeyboardInterrupt:
+        code, message = QUIT_CODE, "quit at once"
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        code, message = 1, f"stopped: {error}"
+    else:
+        return 0
+    if is_first_process():
+        print("\n".join(found), end="\n" if found else "", flush=True)
+        print(printable_lines(message), file=sys.stderr)
+    return code
