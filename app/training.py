@@ -24,12 +24,13 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from reslora_diffusion.programs import beside
 from reslora_diffusion.utils.names import file_name_from
 
 from .request import CompareRequest, joined
 from .runs import ADAPTER, METRICS, find_adapters, read_rows
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_scripts" / "train_dreambooth_reslora.py"
+SCRIPT = beside("train_scripts") / "train_dreambooth_reslora.py"
 CONFIG, LOG, PICTURES = "config.yaml", "train.log", "pictures"
 LOG_LINES = 14
 SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
@@ -249,7 +250,7 @@ class Trainer:
         options = options_of(request, self.base, self.resolution, folder)
         text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=1000)
         path = folder / CONFIG
-        path.write_text(f"# python -m train_scripts.{self.script.stem} --config {CONFIG}\n{text}", encoding="utf-8")
+        path.write_text(f"# reslora train --config {CONFIG}\n{text}", encoding="utf-8")
         return path
 
     def new_folder(self, request: TrainRequest) -> Path:

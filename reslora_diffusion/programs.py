@@ -35,8 +35,9 @@ THEIR_OWN = {
 
 
 def beside(name: str) -> Path:
-    """A file of the repository, or of the wheel, which lays it down in the same way."""
-    return Path(__file__).resolve().parent.parent / name
+    """A folder of the repository's top level: in a wheel it lies inside the package."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def launch_words(words: list[str]) -> tuple[list[str], list[str]]:
@@ -113,9 +114,16 @@ def glue(context: typer.Context) -> None:
 
 def compare(context: typer.Context) -> None:
     """Open the page that compares LoRA with ResLoRA."""
-    sys.path.insert(0, str(beside("")))
     sys.argv = ["reslora compare", *context.args]
-    runpy.run_module("app", run_name="__main__")
+    open_page()
+
+
+def open_page() -> None:
+    """The page of `app/`, as `reslora compare` and `reslora-compare` start it."""
+    page = beside("app")
+    sys.path.insert(0, str(page.parent))
+    name = "reslora_diffusion.app" if page.parent.name == "reslora_diffusion" else "app"
+    runpy.run_module(name, run_name="__main__")
 
 
 def env(

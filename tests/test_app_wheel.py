@@ -14,12 +14,12 @@ from app_fixtures import make_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("app", "reslora_diffusion", "train_scripts")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 TRAIN = """
 import sys
 from pathlib import Path
 from PIL import Image
-from app.training import Method, Trainer, TrainRequest
+from reslora_diffusion.app.training import Method, Trainer, TrainRequest
 trainer = Trainer(Path("trained").resolve(), sys.argv[1], 64)
 asked = TrainRequest("a cat", Method.INPUT, max_train_steps=1, rank=2, train_batch_size=1)
 training = trainer.start(asked, [Image.new("RGB", (64, 64), "teal")], "me")
@@ -54,9 +54,9 @@ def run_with(site: Path, cwd: Path, *words: object) -> str:
 
 
 def test_the_script_is_in_the_wheel_and_answers(site, tmp_path):
-    found = run_with(site, tmp_path, "-c", "from app.training import SCRIPT; print(SCRIPT)").strip()
-    assert Path(found) == (site / "train_scripts" / "train_dreambooth_reslora.py").resolve()
-    for words in ([found], ["-m", "train_scripts.train_dreambooth_reslora"]):
+    found = run_with(site, tmp_path, "-c", "from reslora_diffusion.app.training import SCRIPT; print(SCRIPT)").strip()
+    assert Path(found) == (site / "reslora_diffusion" / "train_scripts" / "train_dreambooth_reslora.py").resolve()
+    for words in ([found], ["-m", "reslora_diffusion.train_scripts.train_dreambooth_reslora"]):
         assert "--instance_data_dir" in run_with(site, tmp_path, *words, "--help")
 
 
@@ -67,7 +67,8 @@ def test_the_programs_are_commands_of_the_wheel(site, tmp_path):
 
 def test_the_page_says_that_the_embedded_pipeline_is_elsewhere(site, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-m", "app"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "reslora_diffusion.app"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "give --base the folder of a pipeline" in done.stderr
 
@@ -77,3 +78,15 @@ def test_a_training_is_started_from_the_wheel(site, tmp_path):
     adapter = run_with(site, tmp_path, "-c", TRAIN, tmp_path / "base").strip()
     assert Path(adapter).is_file()
     assert Path(adapter).is_relative_to(tmp_path / "trained")
+
+
+def test_nothing_generic_lands_in_site_packages(site):
+    assert sorted(p.name for p in site.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin") == [
+        "reslora_diffusion"
+    ]
+
+
+def test_reslora_compare_and_train_answer_from_the_wheel(site, tmp_path):
+    for words in (["compare", "--help"], ["train", "--help"], ["train-llm", "--help"], ["glue", "--help"]):
+        start = f"import sys; sys.argv = ['reslora', *{words!r}]; from reslora_diffusion.cli import main; main()"
+        assert "usage" in run_with(site, tmp_path, "-c", start).lower()

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from app.views import plain
+from ..views import plain
 
 
 def refusal(problem: object, title: str = "Not done") -> gr.Error:

@@ -9,15 +9,15 @@ from pathlib import Path
 import gradio as gr
 from gradio.events import Dependency
 
-from app import views
-from app.forms import SWEEP, fields_of, read_request
-from app.request import CompareRequest, Scheduler
-from app.saved import View
-from app.sessions import Session
-from app.studio import HEAVY, LIGHT, PRIVATE, Studio
-from app.tabs import refusal
-from app.tabs.looking import looking
-from app.tabs.taking import opened, said, takeaway
+from .. import views
+from ..forms import SWEEP, fields_of, read_request
+from ..request import CompareRequest, Scheduler
+from ..saved import View
+from ..sessions import Session
+from ..studio import HEAVY, LIGHT, PRIVATE, Studio
+from ..tabs import refusal
+from ..tabs.looking import looking
+from ..tabs.taking import opened, said, takeaway
 
 SECONDS_BETWEEN_LOOKS = 0.25
 NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or run make demo and start the page anew."

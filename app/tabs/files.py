@@ -4,8 +4,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import views
-from app.studio import LIGHT, PRIVATE, Studio
+from .. import views
+from ..studio import LIGHT, PRIVATE, Studio
 
 NONE = "No adapter is here yet: look at a file, train one, or start the page with --runs and the folder of your runs."
 

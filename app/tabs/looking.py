@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import gradio as gr
 from gradio.events import Dependency
 
-from app import views
-from app.output import enlarged, heat_map
-from app.saved import VIEWS, View
-from app.sessions import Session
-from app.studio import LIGHT, PRIVATE, Studio
+from .. import views
+from ..output import enlarged, heat_map
+from ..saved import VIEWS, View
+from ..sessions import Session
+from ..studio import LIGHT, PRIVATE, Studio
 
 PAIR_SIDE = 512
 NOT_GENERATED = "Not both of these images are generated."

@@ -2,12 +2,12 @@
 
 import gradio as gr
 
-from app import learned, views
-from app.measures import measure
-from app.pictures import pictures_in, read_pictures
-from app.studio import HEAVY, LIGHT, PRIVATE, Studio
-from app.tabs import refusal
-from app.tabs.compare import CompareTab
+from .. import learned, views
+from ..measures import measure
+from ..pictures import pictures_in, read_pictures
+from ..studio import HEAVY, LIGHT, PRIVATE, Studio
+from ..tabs import refusal
+from ..tabs.compare import CompareTab
 
 MAX_REFERENCES = 32
 OWN = "images of my own"

@@ -4,10 +4,10 @@ import math
 
 import gradio as gr
 
-from app import run_views, views
-from app.runs import Run, read_run
-from app.sessions import Session
-from app.studio import LIGHT, PRIVATE, Studio
+from .. import run_views, views
+from ..runs import Run, read_run
+from ..sessions import Session
+from ..studio import LIGHT, PRIVATE, Studio
 
 MAX_RUNS = 8
 SMOOTHING = 0.95

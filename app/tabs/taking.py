@@ -7,14 +7,14 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import views
-from app.forms import unwritable
-from app.output import png, report, sheet
-from app.request import CompareRequest, digests_in, joined, problems
-from app.saved import open_saved, saved_cells, saved_view, settings_json, write_zip
-from app.sessions import Session
-from app.studio import LIGHT, PRIVATE, Studio
-from app.tabs import refusal
+from .. import views
+from ..forms import unwritable
+from ..output import png, report, sheet
+from ..request import CompareRequest, digests_in, joined, problems
+from ..saved import open_saved, saved_cells, saved_view, settings_json, write_zip
+from ..sessions import Session
+from ..studio import LIGHT, PRIVATE, Studio
+from ..tabs import refusal
 
 KINDS = {
     "sheet": ("Sheet .png", "comparison.png"),

@@ -6,14 +6,14 @@ from pathlib import Path
 import gradio as gr
 from gradio.events import Dependency
 
-from app import run_views, views
-from app.forms import read_train_request
-from app.pictures import pictures_in, read_pictures
-from app.runs import read_run
-from app.sessions import Session
-from app.studio import LIGHT, PRIVATE, Studio
-from app.tabs import refusal
-from app.training import CONFIG, Method, Training, TrainRequest
+from .. import run_views, views
+from ..forms import read_train_request
+from ..pictures import pictures_in, read_pictures
+from ..runs import read_run
+from ..sessions import Session
+from ..studio import LIGHT, PRIVATE, Studio
+from ..tabs import refusal
+from ..training import CONFIG, Method, Training, TrainRequest
 
 SECONDS_BETWEEN_LOOKS = 2
 SMOOTHING = 0.95

@@ -2,12 +2,12 @@
 
 import gradio as gr
 
-from app import views
-from app.sessions import Session
-from app.studio import LIGHT, PRIVATE, Studio
-from app.tabs import refusal
-from app.tabs.compare import CompareTab
-from app.votes import Choice, default_pair, make_ballot, votes_csv
+from .. import views
+from ..sessions import Session
+from ..studio import LIGHT, PRIVATE, Studio
+from ..tabs import refusal
+from ..tabs.compare import CompareTab
+from ..votes import Choice, default_pair, make_ballot, votes_csv
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
