@@ -1,6 +1,12 @@
 """Values of options that command lines know without torch."""
 
+from __future__ import annotations
+
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` does not wait for it
+    import torch
 
 PAIR_OPTIMIZERS = ("rite", "pro", "scaled_adamw", "reflora")  # see both factors of a LoRA: methods.optimizers
 
@@ -13,7 +19,7 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         import torch
 
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self]

@@ -14,8 +14,9 @@ Exit codes: 0 done, 1 a check failed (nothing was written), 2 the input cannot b
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -27,13 +28,16 @@ from .export.limits import CheckFailed, check_weights, parse_rank
 from .programs import add_commands
 from .utils.problems import printable_lines
 
+if TYPE_CHECKING:  # `--help` does not wait for it
+    import torch
+
 CHECK_FAILED, BAD_INPUT = 1, 2
 
 
 class Commands(TyperGroup):
     """Turns what the library raises into one message and an exit code."""
 
-    def invoke(self, ctx: typer.Context):
+    def invoke(self, ctx: Any) -> Any:  # a context of the click inside typer, which has no public name
         try:
             return super().invoke(ctx)
         except CheckFailed as error:
@@ -70,8 +74,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="as JSON, with every module
 BASE_HELP = "folder or hub name of a diffusers pipeline or transformers model"
 
 
-def dtype_of(precision: Precision | None):
-    return precision and precision.dtype
+def dtype_of(precision: Precision | None) -> "torch.dtype | None":
+    return None if precision is None else precision.dtype
 
 
 def stem(source: Path) -> str:
@@ -81,7 +85,7 @@ def stem(source: Path) -> str:
     return path.parent.name if generic else path.stem if path.is_file() else path.name
 
 
-def show(reports: list) -> None:
+def show(reports: Iterable[object]) -> None:
     typer.echo("\n\n".join(map(str, reports)))
 
 
@@ -186,8 +190,8 @@ def merge(
     check_stored(headers, base)
     from .export.fusing import fuse
 
-    settings = {"scale": scale, "dtype": dtype_of(dtype), "variant": variant, "overwrite": overwrite}
-    typer.echo(str(fuse(source, base, output, **settings)))
+    report = fuse(source, base, output, scale=scale, dtype=dtype_of(dtype), variant=variant, overwrite=overwrite)
+    typer.echo(str(report))
 
 
 @app.command()
@@ -240,7 +244,8 @@ def combine(
         read_headers(source)
     from .export.tools import combine
 
-    show(combine(files, output, factors, rank=asked, dtype=dtype_of(dtype), allow_lossy=allow_lossy))
+    target = output or Path("combined")
+    show(combine(files, target, factors, rank=asked, dtype=dtype_of(dtype), allow_lossy=allow_lossy))
 
 
 def files_and_weights(words: list[str], weights: list[str]) -> tuple[list[Path], list[float]]:
@@ -293,7 +298,7 @@ def extract(
     output: Output = None,
     modules: Annotated[
         Modules, typer.Option(help="attention and feed-forward layers, or convolutions too")
-    ] = "transformer",
+    ] = Modules.TRANSFORMER,
     dtype: Annotated[Precision, typer.Option(help="precision of the files")] = Precision.FP16,
     variant: Variant = None,
 ) -> None:
@@ -309,8 +314,8 @@ def extract(
     from .export.extraction import extract
 
     target = output or Path(f"{Path(tuned).name}-lora")
-    settings = {"modules": str(modules), "dtype": dtype.dtype, "variant": variant}
-    typer.echo(str(extract(tuned, base, target, rank, **settings)))
+    report = extract(tuned, base, target, rank, modules=str(modules), dtype=dtype.dtype, variant=variant)
+    typer.echo(str(report))
 
 
 @app.command()

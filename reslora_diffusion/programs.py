@@ -28,10 +28,7 @@ PACKAGES = (
 LAUNCH_OPTIONS = (
     "--config_file --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --gpu_ids"
 ).split()
-THEIR_OWN = {
-    "add_help_option": False,
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-}
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def beside(name: str) -> Path:
@@ -168,8 +165,6 @@ def environment(run: Path | None = None) -> dict[str, str]:
 
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("train", **THEIR_OWN)(train)
-    app.command("train-llm", **THEIR_OWN)(train_llm)
-    app.command("glue", **THEIR_OWN)(glue)
-    app.command("compare", **THEIR_OWN)(compare)
+    for name, program in {"train": train, "train-llm": train_llm, "glue": glue, "compare": compare}.items():
+        app.command(name, add_help_option=False, context_settings=PASSED_ON)(program)
     app.command("env")(env)

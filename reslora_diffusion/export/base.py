@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..utils.hub import unreachable
 from ..utils.model_files import Files, Unknown
@@ -19,6 +19,7 @@ from .keys import classic_path, flat_path
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     from .factors import Components
 
@@ -29,7 +30,7 @@ def base_layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
     return getattr(module, "base_layer", module)
 
 
-def is_transposed(layer: nn.Module | None) -> bool:
+def is_transposed(layer: nn.Module | None) -> TypeGuard[Conv1D]:
     """Whether its weight is [in, out], as in GPT-2's `Conv1D`."""
     return type(layer).__name__ == "Conv1D"
 
@@ -38,8 +39,9 @@ def shape_of(layer: nn.Module | None) -> list[int] | None:
     """[out, in, ...], also of a linear layer whose weight is packed (4 bit) or elsewhere (DeepSpeed ZeRO-3)."""
     if is_transposed(layer):
         return [layer.nf, layer.nx]
-    if hasattr(layer, "in_features"):
-        return [layer.out_features, layer.in_features]
+    width, out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if width is not None and out is not None:
+        return [out, width]
     weight = getattr(layer, "weight", None)
     return None if weight is None else list(weight.shape)
 
@@ -104,7 +106,8 @@ def check_stored(headers: Sequence[Header], name: str) -> None:
     Raises:
         ValueError: the LoRA is for another base.
     """
-    files, wanted = Files(name, None), defaultdict(dict)
+    files = Files(name, None)
+    wanted: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for lora in headers:
         for (component, path), parts in lora.modules().items():
             for part, rows in parts_of(path, lora.shapes[parts["B"]][0]).items():

@@ -8,7 +8,7 @@ Names are those in the base model; in `adapter_model.safetensors` they have PEFT
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,9 +18,18 @@ from reslora_diffusion.core.sharding import whole
 
 from ..utils.model_files import Files, Unknown
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DEFAULT_ADAPTER = "default"
 # Tasks whose models PEFT wraps a head of, and where it looks for one.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The base under PEFT's wrapper, if it has one."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model else model
 
 
 class Beside(NamedTuple):
@@ -38,8 +47,7 @@ def trained_beside(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, base_m
         adapter_name: of the adapter.
         base_model: folder or hub name of the base, to find out whether the vocabulary was resized.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    base = without_peft(model)
     tensors: dict[str, Tensor] = {}
     saved, has_tokens = [], False
     for name, module in base.named_modules():
@@ -54,9 +62,10 @@ def trained_beside(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, base_m
     if saved:
         fields["modules_to_save"] = sorted(set(saved))
     if has_tokens:
-        fields["trainable_token_indices"] = config.trainable_token_indices
+        configs: Any = model.peft_config
+        fields["trainable_token_indices"] = configs[adapter_name].trainable_token_indices
     if not has_tokens and base_model and was_resized(base, base_model):
-        tensors |= embeddings(base, set(tensors))
+        tensors |= embeddings(cast("PreTrainedModel", base), set(tensors))  # only such a model has a vocabulary
     return Beside({name: value.detach() for name, value in tensors.items()}, fields)
 
 
@@ -70,7 +79,7 @@ def was_resized(model: nn.Module, base_model: str) -> bool:
     return vocabulary is not None and vocabulary != getattr(getattr(model, "config", None), "vocab_size", vocabulary)
 
 
-def embeddings(model: nn.Module, known: set[str]) -> dict[str, Tensor]:
+def embeddings(model: "PreTrainedModel", known: set[str]) -> dict[str, Tensor]:
     """Input embedding and output layer, unless they are adapted or saved already."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): name for name, module in model.named_modules()}

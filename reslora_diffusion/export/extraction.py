@@ -118,10 +118,10 @@ def common_components(tuned: str, base: str) -> list[str]:
     Raises:
         ValueError: there are none.
     """
-    indices = [pipeline_index(name) for name in (tuned, base)]
-    if not any(indices):
+    indices = [index for name in (tuned, base) if (index := pipeline_index(name))]
+    if not indices:
         return [MODEL]
-    if not all(indices):
+    if len(indices) == 1:
         raise ValueError(f"one of {tuned} and {base} is a pipeline and the other is not")
     names = [c for c in COMPONENTS if all((index.get(c) or [None])[0] for index in indices)]
     kinds = {name: [tuple(index[name]) for index in indices] for name in names}
@@ -136,8 +136,10 @@ def load_component(name: str, component: str, variant: str | None) -> nn.Module:
     """One model of a pipeline, or a whole language model, with its weights."""
     if component == MODEL:
         config = transformers_config(name)
-        return model_class(name, "transformers", config.architectures[0]).from_pretrained(name)
-    library, kind = pipeline_index(name)[component]
+        return model_class(name, "transformers", (config.architectures or [""])[0]).from_pretrained(name)
+    index = pipeline_index(name)
+    assert index is not None, "`common_components` found the component in it"
+    library, kind = index[component]
     return model_class(name, library, kind).from_pretrained(name, subfolder=component, variant=variant)
 
 

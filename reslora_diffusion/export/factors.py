@@ -81,9 +81,9 @@ def relative_error(got: LoraFactors, wanted: LoraFactors) -> float:
 def concatenated(terms: Iterable[LoraFactors], weights: Iterable[float]) -> LoraFactors:
     """The weighted sum of several LoRAs of one module, exactly, at the sum of their ranks; stays in float64."""
     terms = list(terms)
-    A, B = zip(*(matrices(f) for f in terms), strict=True)
-    A = torch.cat(A).reshape(-1, *terms[0].lora_A.shape[1:])
-    B = torch.cat([w * b for w, b in zip(weights, B, strict=True)], dim=1)
+    As, Bs = zip(*(matrices(f) for f in terms), strict=True)
+    A = torch.cat(As).reshape(-1, *terms[0].lora_A.shape[1:])
+    B = torch.cat([w * b for w, b in zip(weights, Bs, strict=True)], dim=1)
     return LoraFactors(A, B.reshape(*B.shape, *terms[0].lora_B.shape[2:]), 1.0)
 
 

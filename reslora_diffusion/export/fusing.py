@@ -28,7 +28,7 @@ from .peft_folder import MODEL
 from .progress import progress
 from .proof import health_problems
 from .reader import read_lora
-from .rewriting import WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
+from .rewriting import Change, WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
 from .standins import Models, fitting_models, pipeline_index
 
 QUANTISED = "quantization_config"
@@ -163,7 +163,7 @@ class Fusion:
         if missing:
             raise ValueError(f"the base's files have no weight of that name for {listing(missing)}")
 
-    def change(self, component: str):
+    def change(self, component: str) -> Change:
         """The change of one component's tensors, for `rewriting`."""
 
         def changed(name: str, weight: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def reading(path: object) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def open_safetensors(path: Path, framework: str = "pt"):
+def open_safetensors(path: Path, framework: str = "pt") -> safe_open:
     """`safetensors.safe_open` on a file that has been looked at first.
 
     Raises:
@@ -139,8 +139,9 @@ def parts(source: Path) -> list[tuple[Path, str | None]]:
     for name in (DIFFUSERS_FILE, PEFT_FILE):
         if (source / name).is_file():
             return [(source / name, None)]
-    if split := [(source / c / PEFT_FILE, c) for c in COMPONENTS if (source / c / PEFT_FILE).is_file()]:
-        return split
+    split = [c for c in COMPONENTS if (source / c / PEFT_FILE).is_file()]
+    if split:
+        return [(source / c / PEFT_FILE, c) for c in split]
     loose = sorted(source.glob("*.safetensors")) or sorted(source.glob(f"{KOHYA_FOLDER}/*.safetensors"))
     if len(loose) == 1:
         return [(loose[0], None)]

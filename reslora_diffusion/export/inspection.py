@@ -173,7 +173,7 @@ def inspect_lora(source: str | Path) -> Inspection:
     """
     headers = read_headers(source, beside=True)
     modules = [facts for header in headers for facts in module_facts(header)]
-    widths = defaultdict(dict)
+    widths: dict[str, dict[str, int]] = defaultdict(dict)
     for m in modules:
         widths[m.component][m.path] = m.in_features
     family = family_of_widths(widths)
@@ -206,7 +206,8 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
             scaling = header.scaling(component, path, rank, alpha)
             finite = bool(np.isfinite(A).all() and np.isfinite(B).all() and np.isfinite(scaling))
             energies = scaling**2 * energy_spectrum(A.reshape(rank, -1), B.reshape(len(B), -1)) if finite else None
-            finite = energies is not None and bool(np.isfinite(energies).all())
+            if energies is not None and not np.isfinite(energies).all():
+                energies = None
             yield ModuleFacts(
                 component,
                 path,
@@ -215,9 +216,9 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
                 rank=rank,
                 alpha=scaling * rank if alpha is None and header.configs else alpha,
                 scaling=scaling,
-                norm=float(np.sqrt(energies.sum())) if finite else float("nan"),
-                rank_needed=needed(energies) if finite else rank,
-                finite=finite,
+                norm=float("nan") if energies is None else float(np.sqrt(energies.sum())),
+                rank_needed=rank if energies is None else needed(energies),
+                finite=energies is not None,
             )
 
 

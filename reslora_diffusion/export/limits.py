@@ -14,8 +14,10 @@ class CheckFailed(ValueError):
 
 def parse_rank(text: str) -> Rank:
     """`full`, `auto` or a positive number, as typed on a command line."""
-    if text in ("full", "auto"):
-        return text
+    if text == "full":
+        return "full"
+    if text == "auto":
+        return "auto"
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise ValueError(f"rank must be 'full', 'auto' or a positive number, got {text!r}")

@@ -149,13 +149,13 @@ def write_proved(
         placed = {dialect: fresh / path for dialect, path in files.items()}
         for path in placed.values():
             path.parent.mkdir(exist_ok=True)
-        if path := placed.get(Dialect.DIFFUSERS):
+        if diffusers_file := placed.get(Dialect.DIFFUSERS):
             metadata = reslora_header(facts) | diffusers_metadata(stored, file_rank)
-            save_tensors(diffusers_tensors(stored), path, metadata=metadata)
-        if path := placed.get(Dialect.KOHYA):
+            save_tensors(diffusers_tensors(stored), diffusers_file, metadata=metadata)
+        if kohya_file := placed.get(Dialect.KOHYA):
             tensors = kohya_tensors(stored, naming)
             header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)
-            save_tensors(tensors, path, metadata=header)
+            save_tensors(tensors, kohya_file, metadata=header)
         checks = prove(placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models)
         written = read_lora(next(iter(placed.values()))).components
         report = ExportReport(

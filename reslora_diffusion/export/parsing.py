@@ -152,7 +152,7 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
     if len(present) > 1:
         styles = "; ".join(f"{d}: {listing(names, 2)}" for d, names in present.items())
         problems.append(f"mixes key styles ({styles}); loaders would read only one of them")
-    sides = defaultdict(dict)
+    sides: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, key in keys.items():
         sides[key.component, key.path].setdefault(key.part, shapes[name])
     for want, other in (("A", "B"), ("B", "A")):

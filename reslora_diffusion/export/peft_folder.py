@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from reslora_diffusion.core.functional import LoraFactors
 from ..utils.files import fresh_folder, replace_files
 from ..utils.problems import listing
 from .base import base_layer, base_problems, is_transposed
-from .beside import Beside, hold_values, missing_head, trained_beside, unlike
+from .beside import Beside, hold_values, missing_head, trained_beside, unlike, without_peft
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
@@ -32,7 +33,7 @@ from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, peft_ke
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, size_problem
 from .proof import TOLERANCE, compare, errors_against, health_problems, misreading
-from .ranks import at_rank
+from .ranks import RankSettings, at_rank
 from .reader import read_lora
 from .report import ExportReport, loader_versions
 from .writer import reslora_header, save_tensors, uniform
@@ -123,12 +124,21 @@ def export_peft(
     return report
 
 
+class PeftSettings(RankSettings, total=False):
+    """What `export_peft` takes besides the factors and where they belong."""
+
+    base_model: str | None
+    task_type: str | None
+    facts: Mapping[str, object] | None
+    beside: Beside | None
+
+
 def export_peft_components(
     output_dir: str | os.PathLike,
     components: Components,
     *,
     models: Mapping[str, nn.Module] | None = None,
-    **settings,
+    **settings: Unpack[PeftSettings],
 ) -> list[ExportReport]:
     """One folder for a language model, or a folder for each part of a diffusion model: `out/unet`, ...
 
@@ -138,7 +148,7 @@ def export_peft_components(
     models = models or {}
     if components.keys() == {MODEL}:
         return [export_peft(output_dir, components[MODEL], model=models.get(MODEL), **settings)]
-    settings = {"task_type": None} | settings
+    settings.setdefault("task_type", None)
     return [
         export_peft(Path(output_dir, component), modules, component=component, model=models.get(component), **settings)
         for component, modules in components.items()
@@ -147,8 +157,7 @@ def export_peft_components(
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The base under PEFT's and torch.compile's wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return without_peft(getattr(model, "_orig_mod", model))
 
 
 def beside_notes(beside: Beside) -> list[str]:

@@ -94,8 +94,8 @@ def errors_against(got: Components, wanted: Components) -> dict[tuple[str, str],
     errors = {}
     for component, path in progress(sorted(names), "comparing"):
         read, reference = got.get(component, {}).get(path), wanted.get(component, {}).get(path)
-        present = read is not None and reference is not None
-        errors[component, path] = relative_error(read, reference) if present else float("inf")
+        missing = float("inf")
+        errors[component, path] = missing if read is None or reference is None else relative_error(read, reference)
     return errors
 
 

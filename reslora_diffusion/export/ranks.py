@@ -8,11 +8,24 @@
 A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut must be asked for with `allow_lossy`.
 """
 
+from typing import TypedDict
+
+import torch
+
 from reslora_diffusion.core.functional import LoraFactors
 
 from .factors import Components, Loss, common_rank, rank_of, singular_values, truncated
 from .limits import LOSSY_ERROR, CheckFailed, Rank
 from .progress import progress
+
+
+class RankSettings(TypedDict, total=False):
+    """How exactly factors are written; every writer takes these, see `export_lora`."""
+
+    dtype: torch.dtype
+    rank: Rank
+    allow_lossy: bool
+
 
 Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was lost
 

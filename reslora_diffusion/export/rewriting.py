@@ -48,7 +48,7 @@ def component_weights(folder: Path, variant: str | None) -> WeightFiles:
     Raises:
         ValueError: there are none that can be used.
     """
-    problems = []
+    problems: list[str] = []
     for stem in STEMS:
         for suffix in dict.fromkeys((f".{variant}" if variant else "", "")):
             single = f"{stem}{suffix}.safetensors"
@@ -117,7 +117,7 @@ def rewritten(files: WeightFiles, target: Path, change: Change, dtype: torch.dty
         change: called for every tensor that is not only cast.
         dtype: precision of all floating-point tensors; each keeps its own if not given.
     """
-    total, weight_map = 0, {}
+    total, weight_map = 0, dict[str, str]()
     for name, copied in files.names.items():
         with reading(files.folder / name), open_safetensors(files.folder / name) as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

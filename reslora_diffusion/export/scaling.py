@@ -9,8 +9,12 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ..plain_lora import shortened
+
+if TYPE_CHECKING:  # names need not wait for it
+    import regex
 
 LARGEST_PATTERN = 2000  # characters
 LARGEST_COUNT = 100  # of a bounded repetition
@@ -37,7 +41,7 @@ class Patterns:
             raise ValueError(f"alpha_pattern is {shortened(stated)}, wanted a table of names and numbers")
         self.alphas = [number(value, f"alpha_pattern of {shortened(name)}") for name, value in stated.items()]
         self.places: dict[str, int] = {}
-        self.expressions: list[tuple[int, object]] = []
+        self.expressions: list[tuple[int, regex.Pattern[str]]] = []
         self.left = SECONDS
         for place, pattern in enumerate(stated):
             if NAME.fullmatch(pattern.removeprefix("^")):
@@ -59,7 +63,7 @@ class Patterns:
                 break
         return self.alphas[first] if first < len(self.alphas) else None
 
-    def matches(self, expression, name: str) -> bool:
+    def matches(self, expression: "regex.Pattern[str]", name: str) -> bool:
         begin = time.monotonic()
         try:
             return expression.match(name, timeout=max(self.left, 1e-3), concurrent=True) is not None
@@ -75,7 +79,7 @@ def ends(name: str) -> list[str]:
     return [f"^{name}", *(".".join(parts[n:]) for n in range(len(parts)))]
 
 
-def compiled(pattern: str, what: str):
+def compiled(pattern: str, what: str) -> "regex.Pattern[str]":
     """PEFT's own expression around a pattern, by an engine that stops when asked to.
 
     Raises:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -30,7 +31,7 @@ from diffusers.loaders import (
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PretrainedConfig
 
 from reslora_diffusion.core.functional import LoraFactors
 
@@ -91,7 +92,7 @@ def base_models(name: str, wanted: Iterable[str]) -> Models:
     models = {}
     for component in wanted:
         library, kind = index.get(component) or (None, None)
-        if kind is None:
+        if library is None or kind is None:
             continue  # said by `base_problems`, with what the LoRA is for
         cls = model_class(name, library, kind)
         if library == "diffusers":
@@ -129,7 +130,7 @@ def pipeline_index(name: str) -> dict | None:
         return None
 
 
-def model_class(name: str, library: str, kind: str) -> type[nn.Module]:
+def model_class(name: str, library: str, kind: str) -> type[Any]:
     """The class that a configuration names, if it is a model of diffusers or transformers."""
     bases = {"diffusers": (diffusers, ModelMixin), "transformers": (transformers, transformers.PreTrainedModel)}
     module, base = bases.get(library, (None, object))
@@ -139,7 +140,7 @@ def model_class(name: str, library: str, kind: str) -> type[nn.Module]:
     return cls
 
 
-def transformers_config(name: str):
+def transformers_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -154,8 +155,6 @@ def transformers_config(name: str):
 class DenoiserStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The adapted modules of a UNet or transformer, at their places, and nothing else."""
 
-    config_name = "config.json"
-
     @register_to_config
     def __init__(self, layers_per_block: int = LAYERS_PER_BLOCK):
         super().__init__()
@@ -165,7 +164,7 @@ class Place(nn.Module):
     """Holds stand-ins; numbered ones are found as in a list, of which some elements may not be there."""
 
     def __getitem__(self, number: int) -> nn.Module:
-        return self._modules[str(number)]
+        return cast(nn.Module, self._modules[str(number)])  # no stand-in is None
 
 
 def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
@@ -176,10 +175,10 @@ def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
         for name in parents:
             if name not in parent._modules:
                 put(parent, name, Place())
-            parent = parent._modules[name]
+            parent = parent.get_submodule(name)
         (_, width, *kernel), out = factors.lora_A.shape, factors.lora_B.shape[0]
         with torch.device("meta"):
-            layer = nn.Conv2d(width, out, tuple(kernel)) if kernel else nn.Linear(width, out)
+            layer = nn.Conv2d(width, out, (kernel[0], kernel[1])) if kernel else nn.Linear(width, out)
         put(parent, leaf, hollow(layer))
     return root
 
@@ -205,8 +204,8 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected:
     Raises:
         ValueError: the paths are not those of a CLIP text encoder.
     """
-    matches = {path: CLIP_MODULE.fullmatch(path) for path in modules}
-    strange = [path for path, match in matches.items() if match is None or int(match[1]) >= MOST_LAYERS]
+    layers = {path: int(match[1]) for path in modules if (match := CLIP_MODULE.fullmatch(path))}
+    strange = [path for path in modules if layers.get(path, MOST_LAYERS) >= MOST_LAYERS]
     if strange:
         raise ValueError(f"{component} has modules that are not of a CLIP text encoder: {listing(strange)}")
     sizes: dict[str, int] = {}
@@ -218,7 +217,7 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected:
     config = CLIPTextConfig(
         hidden_size=hidden,
         intermediate_size=sizes.get("inner", 4 * hidden),
-        num_hidden_layers=1 + max(int(match[1]) for match in matches.values()),
+        num_hidden_layers=1 + max(layers.values()),
         num_attention_heads=1,
         projection_dim=1,
         vocab_size=8,
@@ -269,7 +268,9 @@ def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
     """What a model's LoRA layers hold, by classic path; a layer that the loader left without values holds nothing."""
     found = {
         classic_path(component, name): LoraFactors(
-            layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach(), layer.scaling[ADAPTER]
+            layer.lora_A[ADAPTER].get_parameter("weight").detach(),
+            layer.lora_B[ADAPTER].get_parameter("weight").detach(),
+            layer.scaling[ADAPTER],
         )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
@@ -288,13 +289,19 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
         ValueError: the loader refuses the file.
     """
     denoiser = "transformer" if "transformer" in models else "unet"
-    mixin = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
+    mixin: type = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
     if denoiser == "transformer":
         flux = naming is Naming.FLUX or hasattr(models[denoiser], "single_transformer_blocks")
         mixin = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
 
-    class Pipeline(DiffusionPipeline, mixin):
-        def __init__(self, unet=None, transformer=None, text_encoder=None, text_encoder_2=None):
+    class Pipeline(DiffusionPipeline, mixin):  # type: ignore[misc, valid-type]  # a base chosen as the program runs
+        def __init__(
+            self,
+            unet: nn.Module | None = None,
+            transformer: nn.Module | None = None,
+            text_encoder: nn.Module | None = None,
+            text_encoder_2: nn.Module | None = None,
+        ) -> None:
             super().__init__()
             self.register_modules(
                 unet=unet, transformer=transformer, text_encoder=text_encoder, text_encoder_2=text_encoder_2

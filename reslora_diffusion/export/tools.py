@@ -10,6 +10,7 @@ A target that ends in `.safetensors` is one file; any other is a folder with eve
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from .keys import COMPONENTS, Dialect
 from .limits import Rank, check_weights
 from .lora import export_lora, write_lora_file
 from .peft_folder import export_peft_components
+from .ranks import RankSettings
 from .reader import LoraFile, read_lora
 from .report import ExportReport
 from .writer import carried_facts
@@ -75,11 +77,12 @@ def convert(
     """
     lora, to = read_lora(source), Dialect(to)
     facts = carried_facts(lora.metadata)
-    settings = {"dtype": dtype or kept_dtype(lora), "facts": facts}
+    precision = dtype or kept_dtype(lora)
     if to is Dialect.PEFT or Path(output).suffix == ".safetensors":
-        return save_lora(output, lora.components, to, sources=[source], **settings)
+        return save_lora(output, lora.components, to, sources=[source], facts=facts, dtype=precision)
     refuse_overwriting(output, [source])
-    return [export_lora(output, lora.components, name=file_name(output), formats=(to,), **settings)]
+    name, formats = file_name(output), (to,)
+    return [export_lora(output, lora.components, name=name, formats=formats, facts=facts, dtype=precision)]
 
 
 def combine(
@@ -164,8 +167,9 @@ def combined_facts(loras: Sequence[LoraFile], weights: Sequence[float]) -> dict[
     stated = [carried_facts(lora.metadata) for lora in loras]
     facts = {}
     for key in ("base_model", "prediction_type", "resolution"):
-        if len(values := {headers.get(key) for headers in stated}) == 1 and None not in values:
-            facts[key] = values.pop()
+        first, *others = (headers.get(key) for headers in stated)
+        if first is not None and all(other == first for other in others):
+            facts[key] = first
     if triggers := dict.fromkeys(headers["trigger_words"] for headers in stated if headers.get("trigger_words")):
         facts["trigger_words"] = ", ".join(triggers)
     terms = " + ".join(f"{weight:g} x {lora.path.name}" for lora, weight in zip(loras, weights, strict=True))
@@ -184,18 +188,20 @@ def save_lora(
     facts: Mapping[str, object],
     name: str | None = None,
     models: Mapping[str, nn.Module] | None = None,
-    **settings,
+    **settings: Unpack[RankSettings],
 ) -> list[ExportReport]:
     """One file in `dialect`, or a folder, whose kohya file has a `name`; never over one of the `sources`."""
-    settings |= {"facts": facts, "models": models}
     refuse_overwriting(output, sources)
     if Path(output).suffix == ".safetensors":
         if dialect is Dialect.PEFT:
             raise ValueError(f"{output} is a file; PEFT keeps its configuration beside the weights and wants a folder")
-        return [write_lora_file(output, components, dialect, **settings)]
+        return [write_lora_file(output, components, dialect, facts=facts, models=models, **settings)]
     if dialect is Dialect.PEFT or not components.keys() <= set(COMPONENTS):
-        return export_peft_components(output, components, base_model=facts.get("base_model"), **settings)
-    return [export_lora(output, components, name=name or file_name(output), **settings)]
+        stated = facts.get("base_model")
+        base_model = None if stated is None else str(stated)
+        return export_peft_components(output, components, models=models, base_model=base_model, facts=facts, **settings)
+    name = name or file_name(output)
+    return [export_lora(output, components, name=name, facts=facts, models=models, **settings)]
 
 
 def refuse_overwriting(output: str | Path, sources: Sequence[str | Path]) -> None:

@@ -131,8 +131,8 @@ def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike])
     Raises:
         OSError: a folder stands where a file is to go, or a file where a folder is to go.
     """
-    names = [Path(name) for name in names]
-    for name in names:
+    places = [Path(name) for name in names]
+    for name in places:
         target = folder / name
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder stands where a file is to be written", str(target))
@@ -141,10 +141,10 @@ def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike])
                 message = "a file stands where a folder is to be made"
                 raise NotADirectoryError(errno.ENOTDIR, message, str(folder / parent))
         flush(fresh / name)
-    for name in names:
+    for name in places:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(fresh / name, folder / name)
-    for parent in {(folder / name).parent for name in names} | {folder}:
+    for parent in {(folder / name).parent for name in places} | {folder}:
         flush(parent)
 
 

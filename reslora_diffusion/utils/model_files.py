@@ -26,9 +26,8 @@ class Files:
     revision: str | None
 
     def path(self, file: str) -> Path | None:
-        if Path(self.name).is_dir():
-            found = Path(self.name, file)
-        else:
+        found: Path | None = Path(self.name, file)
+        if not Path(self.name).is_dir():
             from huggingface_hub import try_to_load_from_cache  # folders need not wait for it
 
             cached = try_to_load_from_cache(self.name, file, revision=self.revision)
@@ -58,8 +57,8 @@ class Files:
             names = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
             if index := self.path(f"{folder}{names[0]}") or self.path(f"{folder}{names[1]}"):  # now, and before 2024
                 shards = shards_in(index)
-                paths = [self.path(f"{folder}{shard}") for shard in shards]
-                if None not in paths:
+                paths = [path for shard in shards if (path := self.path(f"{folder}{shard}"))]
+                if len(paths) == len(shards):
                     return {name: shape for path in paths for name, shape in shapes_in(path).items()}
         raise Unknown(folder)
 

@@ -44,7 +44,9 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
     try:
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            header = json.loads(file.read(length)) if length <= size else None
+            if length > size:
+                raise BrokenState(f"{path.name} is cut off")
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         shapes = {name: list(entry["shape"]) for name, entry in header.items()}

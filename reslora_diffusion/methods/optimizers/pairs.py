@@ -8,7 +8,7 @@ Pairs of equal shape are stacked, so that a step takes a few batched operations 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -53,7 +53,8 @@ def factor_pairs(model: nn.Module, adapter_name: str = "default") -> list[Factor
 def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter] | None:
     """`(A, B)` of a linear layer or a convolution, or of an embedding; None where the layer lacks the adapter."""
     if adapter_name in layer.lora_A:
-        return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        pair = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        return cast(tuple[nn.Parameter, nn.Parameter], pair)  # those of nn.Linear and of convolutions
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
     return None
