@@ -31,10 +31,10 @@ NAMES = {
     "peft_bf16_autocast": "PEFT LoRA, bf16 autocast",
     "peft_fp32": "PEFT LoRA, fp32 adapters",
     "peft_autocast": "PEFT LoRA, fp32 adapters, autocast",
-    "kohya": "LoRA in the manner of kohya",
-    "paper_input": "ResLoRA `input`, as the paper has it",
-    "paper_block": "ResLoRA `block`, as the paper has it",
-    "paper_middle": "ResLoRA `middle`, as the paper has it",
+    "kohya": "LoRA as kohya's scripts compute it",
+    "paper_input": "ResLoRA `input`, written as in the paper",
+    "paper_block": "ResLoRA `block`, written as in the paper",
+    "paper_middle": "ResLoRA `middle`, written as in the paper",
     "lora": "ours, LoRA",
     **{kind: f"ours, `{kind}`" for kind in ("input", "block", "middle")},
     "lora_frozen": "ours, LoRA, `save_memory`",
@@ -71,8 +71,9 @@ def counting_section(content: dict[str, Any]) -> str:
     parts.append(
         "One forward and backward, bf16 base, rank 16 on `to_q`, `to_k`, `to_v`, `to_out.0`; counted on the `meta` "
         "device with the operations of a GPU (`python -m benchmarks.counting`), so the same on every machine. "
-        "Operations are about kernel launches; traffic is what they read and write; peak is of activations. In "
-        "brackets: times PEFT's. `peft_*` and kohya rows are how common scripts run LoRA. No time was measured here."
+        "Operations approximate kernel launches, traffic is what they read and write, and peak is that of activations. "
+        "Brackets have the ratio to PEFT's. Rows with autocast, fp32 adapters or kohya run LoRA as common scripts do. "
+        "No time was measured here."
     )
     for case, found in content["results"].items():
         peft = found["peft"]
@@ -104,7 +105,7 @@ def step_section(content: dict[str, Any], picture: str) -> str:
     kind = "CUDA" if "device" in content["machine"] else "CPU"
     parts = [f"## Time of a step, {kind}\n"]
     parts.append(
-        f"`python -m benchmarks.step`: all variants in one process, in turn; {content['clock']}. A step is forward, "
+        f"`python -m benchmarks.step`: all variants in one process, by turns; {content['clock']}. A step is forward, "
         "loss and backward; a whole step has noise, clipping and AdamW as well. The ratio is the median over rounds, "
         "with its quartiles; overhead is the share of PEFT's overhead over the frozen model that "
         f"is left. Aim: at most {TIME_AIM:.2f} x PEFT for every shortcut."
@@ -163,7 +164,7 @@ def run_section(content: dict[str, Any]) -> str:
     return (
         f"## A whole DreamBooth run{where_run}\n\n{content['steps']} steps at batch {content['batch_size']}, "
         f"{content['resolution']} px, without validation: medians of {content['turns']} runs that took turns. "
-        f"In brackets: times diffusers' own script, median and range of the rounds (aim {RUN_AIM}).{outcome}\n\n"
+        f"Brackets have the ratio to diffusers' own script, median and range (aim {RUN_AIM}).{outcome}\n\n"
         f"{markdown(head, rows)}\n\n{where(content['machine'])}"
     )
 
@@ -223,16 +224,16 @@ def gpu_section(measured: bool) -> str:
         [
             "## On a GPU",
             "" if measured else "No time on a GPU has been measured yet.",
-            "`python -m benchmarks.gpu --out DIR --budget 480` measures in one call whatever only a GPU can tell. "
+            "`python -m benchmarks.gpu --out DIR --budget 480` runs every measurement that needs a GPU. "
             "Stages run in this order, each in a process of its own with a time limit, and one that fails does not "
-            "stop the next. `--stages bf` picks stages, `--help` says the rest, and `--device cpu --tiny` tries the "
+            "stop the next. `--stages bf` picks stages, `--help` lists all options, and `--device cpu --tiny` runs the "
             "programs without a GPU. The times are estimates for an H100; the budget is divided in proportion to them.",
             markdown(["stage", "", "measures", "time", "file in DIR"], rows),
-            "A machine without network needs diffusers, PEFT and a font from elsewhere: `benchmarks/gpu_kit.sh "
-            ".gpu-kit` gathers them and prints the command to run there. It takes the path of diffusers' "
-            "`examples/dreambooth/train_dreambooth_lora.py` as a second argument, and then stage e compares with it.",
-            "Copy the result files into `benchmarks/results` and run `python -m benchmarks.report`: this page and the "
-            "README's table then have them. `sticker-sd.tar` from stage g holds the weights that changed.",
+            "For a machine without network, `benchmarks/gpu_kit.sh .gpu-kit` collects diffusers, PEFT and a font and "
+            "prints the command to run there. With the path of diffusers' "
+            "`examples/dreambooth/train_dreambooth_lora.py` as a second argument, stage e compares with that script.",
+            "Copy the result files into `benchmarks/results` and run `python -m benchmarks.report` to update this page "
+            "and the README's table. `sticker-sd.tar` from stage g holds the weights that changed.",
         ]
     ).replace("\n\n\n\n", "\n\n")
 
@@ -240,7 +241,10 @@ def gpu_section(measured: bool) -> str:
 def document(results: dict[str, dict[str, Any]]) -> str:
     make = {"counting": counting_section, "startup": startup_section, "run": run_section}
     make |= dict.fromkeys(TITLES, lines_section)
-    parts = ["# Performance", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`."]
+    parts = [
+        "# Performance",
+        "`python -m benchmarks.report` generates this page from the files in `benchmarks/results`.",
+    ]
     measured = [content["machine"] for content in results.values() if content["kind"] == "step"]
     parts.append(gpu_section(any("device" in machine for machine in measured)))
     for stem, content in results.items():
