@@ -94,6 +94,15 @@ def test_two_processes_equal_one(folders, alone, tmp_path):  # noqa: F811
     assert_same(alone("middle"), tmp_path / "two", "DistributedType.MULTI_CPU", atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["coto", "restart:stages=2,momentum=0.5,warmup=0"])
+def test_two_processes_follow_one_schedule(schedule, folders, tmp_path):  # noqa: F811
+    """One of them computes with gates on the device, as DDP waits for a gradient of every factor, the other without."""
+    more = {"shortcut": "block", "schedule": schedule}
+    for processes in (1, 2):
+        launch(processes, words(folders, tmp_path / str(processes), **options(4 // processes) | more))
+    assert_same(tmp_path / "1", tmp_path / "2", "DistributedType.MULTI_CPU", atol=1e-5)
+
+
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_sharded_by_fsdp2_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
     launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "fsdp2")
