@@ -441,3 +441,20 @@ def test_middle_is_refused_by_name() -> None:
 def test_a_model_without_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match="no trainable pair of LoRA factors named 'other'"):
         factor_pairs(adapted_model(), "other")
+
+
+def test_factors_that_were_replaced_behind_its_back_are_noticed() -> None:
+    """Else their successors would be trained as AdamW trains any parameter, without a word."""
+    import reslora_diffusion
+    from models import LLAMA_TARGETS, build, inputs
+
+    model = build("llama")
+    config = ResLoraConfig(r=2, target_modules=LLAMA_TARGETS, shortcut="block")
+    adapted = reslora_diffusion.attach(model, config)
+    optimizer = LoraRite(adapted.parameters(), factor_pairs(model), lr=1e-3)
+    reslora_diffusion.handover(model, optimizer=optimizer)
+    model(*inputs("llama"))[0].square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"28 pairs, such as model.layers.0.*optimizer.pairs = factor_pairs"):
+        optimizer.step()
+    optimizer.pairs = factor_pairs(model)
+    optimizer.step()

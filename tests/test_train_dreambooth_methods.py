@@ -30,6 +30,7 @@ ENTIRE = [
     {"schedule": "restart:stages=2,momentum=0.5,warmup=1", "shortcut": "block", "lr_scheduler": "linear"},
     {"schedule": "restart:ranks=4/2", "method": "lora", "use_ema": True, "gradient_checkpointing": True},
     {"schedule": "restart:ranks=4/2", "shortcut": "none", "optimizer": "pro"},
+    {"schedule": "fold:at=0.5", "shortcut": "block", "optimizer": "rite"},
 ]
 
 

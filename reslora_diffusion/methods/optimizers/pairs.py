@@ -117,8 +117,17 @@ class PairOptimizer(torch.optim.AdamW):
             yield f"{pair.name}: {self.conflicts[feature]}"
 
     def batches(self) -> list[Batch]:
-        """Pairs that have gradients now. A pair without any, such as one that a schedule dropped, is left alone."""
+        """Pairs that have gradients now. A pair without any, such as one that a schedule dropped, is left alone.
+
+        Raises:
+            RuntimeError: a pair is of factors that others have taken the place of, as after `handover` of `block`.
+        """
         groups = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        if gone := [pair.name for pair in self.pairs if not {id(pair.A), id(pair.B)} <= groups.keys()]:
+            raise RuntimeError(
+                f"{type(self).__name__}: {len(gone)} pairs, such as {gone[0]}, are of factors that are trained no "
+                "more; wanted optimizer.pairs = factor_pairs(model) where factors were replaced"
+            )
         alike: dict[tuple, list[FactorPair]] = {}
         for pair in self.pairs:
             if pair.A.grad is not None or pair.B.grad is not None:
