@@ -14,7 +14,7 @@ from ..utils.environment import missing_packages, unwritable
 from ..utils.problems import BadInput, refuse
 from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
-from .options import ModelOptions
+from .options import ModelOptions, ScriptOptions
 from .records import is_json_lines
 from .resuming import checkpoint_of, checkpoints_in
 from .training_options import TrainingOptions
@@ -42,7 +42,7 @@ ONLY_RESLORA = ("shortcut", "num_previous", "merge_method", "distillation_steps"
 
 
 def check(
-    options: ModelOptions,
+    options: ScriptOptions,
     training: TrainingOptions,
     data_problems: list[str],
     read: Callable[[], Any],
@@ -131,7 +131,7 @@ def shortcut_of(options: ModelOptions) -> str:
 def checkpointing_settings(training: TrainingOptions) -> Mapping[str, Any]:
     """`--activation_checkpointing_kwargs`, or by its older name; what is no JSON is refused by transformers."""
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    given = next((value for name in names if (value := getattr(training, name, None))), {})
+    given: object = next((value for name in names if (value := getattr(training, name, None))), {})
     try:
         found = json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -160,6 +160,7 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     attention = options.attn_implementation or ""
     if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
         problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
+    assert training.output_dir is not None, "the scripts have a default"
     output = Path(training.output_dir)
     if not (output.exists() and not output.is_dir()) and (reason := unwritable(output)):
         problems.append(f"--output_dir {output}: cannot be made or written to: {reason}")
@@ -195,8 +196,11 @@ def metric_problems(training: TrainingOptions, known: Sequence[str]) -> Iterator
 
 def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]:
     name = "--distillation_steps"
-    if options.distillation_steps < 1 or options.calibration_examples < 2:
-        got = f"{options.distillation_steps} and --calibration_examples {options.calibration_examples}"
+    steps = options.distillation_steps
+    if steps is None:
+        return
+    if steps < 1 or options.calibration_examples < 2:
+        got = f"{steps} and --calibration_examples {options.calibration_examples}"
         yield f"{name}: got {got}, wanted 1 step or more, and 2 examples, one of which is held out"
     if shortcut not in ("input", "middle") or options.handover_at is not None:
         yield f"{name}: does nothing here; block, none and what --handover_at folds are exported as trained"

@@ -46,6 +46,7 @@ def prepare(
     Raises:
         BadInput: examples that are too long, that the chat template does not take, or whose tokens have no rows.
     """
+    assert options.max_length is not None, "the model's context tells where nobody does"
     notes, problems, examples = [*reading.notes], [], {}
     for name in ("train", "validation"):
         try:

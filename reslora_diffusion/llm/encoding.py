@@ -11,8 +11,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.problems import BadInput, listing
 from .encoder import IGNORED, Encoded, Encoder
@@ -131,7 +132,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Encoded | list[Encoded]]) -> dict[str, Any]:
         packed = isinstance(items[0], list)
-        rows = [item if packed else [item] for item in items]
+        rows = [item if isinstance(item, list) else [item] for item in items]
         longest = max(sum(len(example["input_ids"]) for example in row) for row in rows)
         width = -(-longest // self.multiple_of) * self.multiple_of
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
@@ -158,7 +159,7 @@ class Collator:
         return tensors
 
 
-def uses_flash_attention(model: nn.Module) -> bool:
+def uses_flash_attention(model: PreTrainedModel | PeftModel) -> bool:
     """Whether attention is computed by a kernel that takes lengths instead of masks."""
     return "flash" in (getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
 

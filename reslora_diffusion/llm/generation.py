@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.files import write_text
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def generate(
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             chosen = order[start : start + batch_size]
             ids, mask = left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id)
-            out = model.generate(
+            out = cast("GenerativePreTrainedModel", model).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,

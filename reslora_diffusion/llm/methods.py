@@ -2,7 +2,6 @@
 what optimizers themselves say."""
 
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from ..methods.schedules.settings import RestartSettings, Settings, conflicts_of
 from ..rules import ShortcutFields
 from ..utils.problems import BadInput
 from .options import ModelOptions
+from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -21,7 +21,7 @@ def settings_of(options: ModelOptions) -> Settings | None:
     return parse_schedule(options.schedule) if options.schedule is not None else None
 
 
-def features_of(options: ModelOptions, training: "Namespace | TrainingArguments") -> list[str]:
+def features_of(options: ModelOptions, training: "TrainingOptions | TrainingArguments") -> list[str]:
     """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     linked = options.method == "reslora" and options.num_previous != "0"
     found = [options.shortcut or str(ShortcutFields.shortcut) if linked else "none"]
@@ -29,7 +29,7 @@ def features_of(options: ModelOptions, training: "Namespace | TrainingArguments"
     return found + [name for name, yes in launched.items() if yes or getattr(training, name, None)]
 
 
-def schedule_problems(options: ModelOptions, training: Namespace) -> Iterator[str]:
+def schedule_problems(options: ModelOptions, training: TrainingOptions) -> Iterator[str]:
     """Everything that is wrong with the schedule; of several processes, `process_problems` asks."""
     try:
         settings = settings_of(options)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..utils.model_files import Files, Unknown
 from ..utils.problems import listing
-from .options import LlmOptions, ModelOptions
+from .options import LlmOptions, ScriptOptions
 
 EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name
 OUTPUT = "lm_head"
@@ -38,7 +38,7 @@ def leaves_of(layers: Shapes) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in layers})
 
 
-def stored_problems(options: ModelOptions) -> list[str]:
+def stored_problems(options: ScriptOptions) -> list[str]:
     """As far as a model's files on this machine tell; those of pictures and text hold more than is trained."""
     files = Files(str(options.model_name_or_path), options.model_revision)
     try:
@@ -66,7 +66,10 @@ def stored_problems(options: ModelOptions) -> list[str]:
 def keeps_names(config: Mapping[str, Any]) -> bool:
     """Whether a model's tensors are called in its files as they are once loaded: quantised ones are not, nor those that
     transformers converts, by type of model or by class."""
-    source = Path(find_spec("transformers").origin).with_name("conversion_mapping.py")
+    spec = find_spec("transformers")
+    assert spec is not None, "transformers is installed"
+    assert spec.origin is not None, "and has an __init__.py"
+    source = Path(spec.origin).with_name("conversion_mapping.py")
     converted = source.read_text(encoding="utf-8") if source.is_file() else ""
     names = [config["model_type"], *(config.get("architectures") or [])]
     return "quantization_config" not in config and not any(f'"{name}"' in converted for name in names)
@@ -74,11 +77,13 @@ def keeps_names(config: Mapping[str, Any]) -> bool:
 
 def stored_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The linear layers among a model's tensors, by name and in order of names."""
-    weights = {name.removesuffix(".weight"): shape for name, shape in sorted(shapes.items()) if len(shape) == 2}
+    weights: dict[str, tuple[int, ...]] = {
+        name.removesuffix(".weight"): shape for name, shape in sorted(shapes.items()) if len(shape) == 2
+    }
     found = {
         name: shape
         for name, shape in weights.items()
         if not any(part in name.rpartition(".")[2] for part in EMBEDDING) and f"{name}.weight" in shapes
     }
-    tied = next((shape for name, shape in weights.items() if name not in found), None)
+    tied: tuple[int, ...] | None = next((shape for name, shape in weights.items() if name not in found), None)
     return found if OUTPUT in found or tied is None else found | {OUTPUT: tied}

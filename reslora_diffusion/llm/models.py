@@ -1,10 +1,10 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
@@ -51,7 +52,7 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
     name = str(options.model_name_or_path)
     with looking_up("--model_name_or_path", name):
         config = AutoConfig.from_pretrained(name, revision=options.model_revision, **kwargs)
-    known = AUTO[task_type]._model_mapping.keys()
+    known: Container[type] = cast(Any, AUTO[task_type])._model_mapping.keys()  # of those classes, always set
     if type(config) not in known or (task_type == TaskType.CAUSAL_LM and config.is_encoder_decoder):
         what = "an encoder-decoder" if config.is_encoder_decoder else f"of type {config.model_type}"
         raise BadInput([f"--model_name_or_path {options.model_name_or_path}: is {what}, wanted {PURPOSE[task_type]}"])
@@ -105,7 +106,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> nn.Module:
+def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskType) -> PreTrainedModel:
     """The frozen model with its weights."""
     name = str(options.model_name_or_path)
     with looking_up("--model_name_or_path", name), held_in(options.dtype):
@@ -149,13 +150,13 @@ def stops_of(generation: GenerationConfig | None) -> list[int]:
 def stored_stops(options: ModelOptions, config: PreTrainedConfig) -> list[int]:
     """Tokens that the model's generation stops at as its files say, before its weights are read."""
     try:
-        name, revision = str(options.model_name_or_path), options.model_revision
+        name, revision = str(options.model_name_or_path), options.model_revision or "main"
         return stops_of(GenerationConfig.from_pretrained(name, revision=revision))
     except (OSError, ValueError):  # there is no such file: transformers derives one from the configuration
         return stops_of(GenerationConfig.from_model_config(config))
 
 
-def stop_at(model: nn.Module, ends: Sequence[int]) -> None:
+def stop_at(model: PreTrainedModel, ends: Sequence[int]) -> None:
     """Let the model's generation stop at more tokens."""
     generation = model.generation_config
     stops = [*stops_of(generation), *(end for end in ends if end not in stops_of(generation))]
@@ -174,7 +175,7 @@ def end_notes(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], stops: Se
     return notes
 
 
-def save_generation(model: nn.Module, folder: Path) -> None:
+def save_generation(model: PreTrainedModel, folder: Path) -> None:
     """Write `generation_config.json`; without the base's other settings if they contradict each other."""
     generation = model.generation_config
     try:
@@ -184,7 +185,7 @@ def save_generation(model: nn.Module, folder: Path) -> None:
         GenerationConfig(**kept).save_pretrained(folder)
 
 
-def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) -> PeftModel:
+def add_adapter(model: PreTrainedModel, options: ModelOptions, task_type: TaskType) -> PeftModel:
     """The model with a fresh adapter in float32 on it.
 
     Raises:
@@ -199,7 +200,7 @@ def add_adapter(model: nn.Module, options: ModelOptions, task_type: TaskType) ->
 def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
     """The base with an exported LoRA merged into it, as `AutoModelForCausalLM` loads it: <adapter>/merged."""
     base = AUTO[TaskType.CAUSAL_LM].from_pretrained(
-        options.model_name_or_path, revision=options.model_revision, dtype=DTYPES[options.dtype]
+        str(options.model_name_or_path), revision=options.model_revision, dtype=DTYPES[options.dtype]
     )
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     stop_at(merged, ends)

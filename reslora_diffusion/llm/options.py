@@ -87,6 +87,9 @@ class GlueOptions(ModelOptions):
     max_length: int = option(512, "Most tokens of an input; longer ones are cut.")
 
 
+ScriptOptions = LlmOptions | GlueOptions
+
+
 @dataclass
 class ConfigFile:
     """Configuration file."""
@@ -100,7 +103,7 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 def reader(kind: type) -> Reader:
     """Reads the options of a script and those of training together."""
-    everything = dataclass(type(kind.__name__, (kind, TrainingOptions, ConfigFile), {"__doc__": kind.__doc__}))
+    everything: type = dataclass(type(kind.__name__, (kind, TrainingOptions, ConfigFile), {"__doc__": kind.__doc__}))
     return Reader(everything, PROGRAMS[kind])
 
 

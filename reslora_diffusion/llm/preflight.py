@@ -1,11 +1,14 @@
 """What a run is about to do, printed before the first step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from ..rules import ShortcutFields
 from .checks import adapter_settings
@@ -39,7 +42,7 @@ def preflight(trainer: Trainer, options: ModelOptions, trained: int) -> Iterator
     )
     several = f", {processes} processes ({trainer.accelerator.distributed_type})" if processes > 1 else ""
     yield f"on {args.device}: the frozen base in {options.dtype}, adapters in float32{autocast}{several}"
-    settings = {item.name: item.default for item in fields(ShortcutFields)} | adapter_settings(options)
+    settings: dict[str, Any] = {item.name: item.default for item in fields(ShortcutFields)} | adapter_settings(options)
     rank, alpha = settings["r"], settings["lora_alpha"]
     kind = "LoRA"
     if options.method != "lora":
@@ -47,15 +50,16 @@ def preflight(trainer: Trainer, options: ModelOptions, trained: int) -> Iterator
         kind = f"ResLoRA, shortcut {settings['shortcut']}, num_previous {'all' if reach is None else reach}"
     scale = alpha / (math.sqrt(rank) if options.use_rslora else rank)
     yield f"{kind}: rank {rank}, lora_alpha {alpha:g}, scale {scale:g}; {trained:,} trained parameters"
+    schedule = SchedulerType(args.lr_scheduler_type).value
     warmup = f", warm-up {args.warmup_steps:g}" + (" of the steps" if 0 < args.warmup_steps < 1 else "")
     yield (
-        f"{args.optim.value}: learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}{warmup}, "
+        f"{OptimizerNames(args.optim).value}: learning rate {args.learning_rate:g}, {schedule}{warmup}, "
         f"weight decay {args.weight_decay:g}"
     )
     steps, each, accumulated = steps_of(trainer), trainer._train_batch_size, args.gradient_accumulation_steps
     parts = [(each, "examples"), (accumulated, "accumulated"), (processes, "processes")]
     batch = " x ".join(f"{count} {name}" for count, name in parts if count > 1 or name == "examples")
-    yield f"{steps} steps of {batch}; {len(trainer.train_dataset)} in a pass over the data"
+    yield f"{steps} steps of {batch}; {len(cast(Sized, trainer.train_dataset))} in a pass over the data"
     if steps < FEW and args.max_steps <= 0 and args.num_train_epochs == EPOCHS:
         yield (
             f"only {steps} steps: the {EPOCHS:g} passes of the default are few for this data; give --num_train_epochs "

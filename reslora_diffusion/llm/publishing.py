@@ -35,5 +35,6 @@ def take_destination(training: TrainingArguments) -> Destination | None:
     training.hub_token, training.push_to_hub = None, False
     if not wanted or training.process_index:
         return None
+    assert training.output_dir is not None, "transformers fills it in"
     name = create_repository(training.hub_model_id, training.output_dir, token, training.hub_private_repo)
     return Destination(name, token)

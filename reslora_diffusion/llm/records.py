@@ -46,7 +46,8 @@ def read_json_lines(path: Path) -> list[Row]:
         lines = lines_of(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput([f"{path}: {error}"]) from error
-    rows, problems = [], []
+    rows: list[Row] = []
+    problems = []
     for number, line in enumerate(lines, start=1):
         try:
             row = parse(line)
@@ -195,6 +196,8 @@ class Form:
         if self.messages_column:
             return list(row[self.messages_column] or [])
         system, context = (text_of(row, name) for name in (self.system_column, self.context_column))
+        assert self.prompt_column is not None, "a form without messages has a column of prompts"
+        assert self.response_column is not None, "and one of responses"
         prompt = row[self.prompt_column]
         if context and isinstance(prompt, str):
             prompt = f"{prompt}\n\n{context}"

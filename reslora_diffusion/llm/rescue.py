@@ -15,14 +15,14 @@ from transformers import TrainingArguments
 
 from ..utils.hub import first_line
 from ..utils.problems import Stopped, is_out_of_memory
-from .options import ModelOptions
+from .options import ScriptOptions
 from .resuming import checkpoints_in, fault_of
 from .trainer import SHARDING, ExportedTrainer
 
 SHOWN = 3
 
 
-def memory_advice(options: ModelOptions, training: TrainingArguments, evaluating: bool = False) -> str:
+def memory_advice(options: ScriptOptions, training: TrainingArguments, evaluating: bool = False) -> str:
     """The three options that save the most memory, among those that are not used yet."""
     batch, longest = training.per_device_train_batch_size, options.max_length or 1024
     smaller = f"--per_device_train_batch_size {batch // 2}"
@@ -43,7 +43,7 @@ def memory_advice(options: ModelOptions, training: TrainingArguments, evaluating
 
 
 @contextmanager
-def enough_memory(options: ModelOptions, training: TrainingArguments) -> Iterator[None]:
+def enough_memory(options: ScriptOptions, training: TrainingArguments) -> Iterator[None]:
     """Inside, nothing has been trained yet.
 
     Raises:
@@ -61,7 +61,7 @@ def enough_memory(options: ModelOptions, training: TrainingArguments) -> Iterato
 
 
 @contextmanager
-def rescued(trainer: ExportedTrainer, options: ModelOptions) -> Iterator[None]:
+def rescued(trainer: ExportedTrainer, options: ScriptOptions) -> Iterator[None]:
     """Inside, a trainer trains, evaluates and exports.
 
     Raises:
@@ -76,7 +76,7 @@ def rescued(trainer: ExportedTrainer, options: ModelOptions) -> Iterator[None]:
         failure = first_line(error)
     if failure is None:  # the frames of the failed step are gone by now, and their memory with them
         return
-    evaluating = not trainer.model.training
+    evaluating = not trainer.own_model.training
     where = f"after step {trainer.state.global_step}" if evaluating else f"in step {trainer.state.global_step + 1}"
     advice = memory_advice(options, trainer.args, evaluating)
     raise Stopped(f"out of memory {where} ({failure}); {keep(trainer)}; {advice}")
@@ -89,13 +89,14 @@ def keep(trainer: ExportedTrainer) -> str:
     alone = trainer.accelerator.num_processes == 1 and trainer.accelerator.distributed_type not in SHARDING
     problem = ""
     if step and alone and not any(folder.name == f"checkpoint-{step}" for folder in folders):
-        trainer.optimizer.zero_grad()
+        if trainer.optimizer is not None:
+            trainer.optimizer.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            trainer.model.train()
-            trainer._save_checkpoint(trainer.model, None)
+            trainer.own_model.train()
+            trainer._save_checkpoint(trainer.own_model, None)
             folders.insert(0, trainer.output_folder / f"checkpoint-{step}")
         except Exception as error:  # a full disk, memory again: what was there before is still there
             problem = f" (step {step} cannot be written: {first_line(error)})"

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import TaskType
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -30,7 +30,7 @@ WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "ex
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
 
 
-def plain_factors(model: nn.Module) -> dict[str, LoraFactors]:
+def plain_factors(model: PeftModel) -> dict[str, LoraFactors]:
     """The factors to export, of either method; a ResLoRA must have been calibrated."""
     if is_reslora(model):
         return merged_factors(model)
@@ -75,7 +75,7 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
     """Write `run.json`, and show what is going to be trained."""
     if not trainer.is_world_process_zero():
         return
-    model, output = trainer.model, Path(trainer.args.output_dir)
+    model, output = trainer.adapted, trainer.output_folder
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts["held_in"] = {
         name: ", ".join(sorted({kind_of(p) for p in model.parameters() if p.requires_grad == trained}))
@@ -94,14 +94,14 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
     """Write the plain LoRA and prove it. The first process writes what all have put together."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.adapted
     recall_factors(model)
     factors = plain_factors(model)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     if trainer.is_world_process_zero():
         try:
             report = export_peft(
-                Path(trainer.args.output_dir),
+                trainer.output_folder,
                 factors,
                 base_model=options.model_name_or_path,
                 task_type=task_type.value,
@@ -118,7 +118,7 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
 
 def what_is_kept(trainer: ExportedTrainer) -> str:
     """Where the training can be taken up again."""
-    found = sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+    found = sorted(path.name for path in trainer.output_folder.glob("checkpoint-*"))
     if found:
         return f"kept: {listing(found)}; train on from there (--resume_from_checkpoint latest) with more steps"
     return "no checkpoint was saved; the first steps of a warm-up change nothing, so train for more (--max_steps)"

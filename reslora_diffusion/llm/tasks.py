@@ -55,7 +55,8 @@ def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Part, list[int]
         BadInput: columns are missing, or more than one row in a hundred has no readable answer (an unlabelled split).
     """
     refuse(column_problems(rows, task.columns, where))
-    good, bad = [], []
+    good: list[int] = []
+    bad: list[int] = []
     for place, row in enumerate(rows):
         answer = task.answer(row)
         readable = answer and task.read(task.respond(row)) == answer

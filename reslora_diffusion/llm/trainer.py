@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -68,12 +70,12 @@ def divergence(merged: Tensor, trained: Tensor) -> Tensor:
     return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
-def shortcut_of(model: nn.Module) -> str | None:
+def shortcut_of(model: PeftModel) -> str | None:
     """The shortcut the adapter computes with now; None for plain LoRA."""
     return str(get_controller(model).config.shortcut) if is_reslora(model) else None
 
 
-def is_reslora(model: nn.Module) -> bool:
+def is_reslora(model: PeftModel) -> bool:
     return isinstance(model.peft_config["default"], ResLoraConfig)
 
 
@@ -86,7 +88,7 @@ def recall_factors(model: nn.Module) -> None:
 
 
 @contextmanager
-def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+def as_exported(model: PeftModel, batches: Sequence[Batch]) -> Iterator[None]:
     """Inside, the model computes as the LoRA that would be exported now; `batches` are what merging is fitted on."""
     recall_factors(model)
     if is_reslora(model):
@@ -95,7 +97,7 @@ def as_exported(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
         yield
 
 
-def merged(model: nn.Module) -> AbstractContextManager:
+def merged(model: PeftModel) -> AbstractContextManager:
     """Inside, the model computes as the LoRA that it was last calibrated to be exported as."""
     recall_factors(model)
     return merged_forward(model) if is_reslora(model) else nullcontext()
@@ -172,7 +174,19 @@ class ExportedTrainer(Trainer):
 
     @property
     def output_folder(self) -> Path:
+        assert self.args.output_dir is not None, "transformers fills it in"
         return Path(self.args.output_dir)
+
+    @property
+    def own_model(self) -> nn.Module:
+        """The model that the trainer was made with."""
+        assert self.model is not None, "no trainer is made without one"
+        return self.model
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The same without the wrappers of distributed training."""
+        return self.accelerator.unwrap_model(self.own_model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`; Ctrl-C and SIGTERM finish the step and save.
@@ -206,11 +220,20 @@ class ExportedTrainer(Trainer):
         )
         return self.optimizer
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        model = self.accelerator.unwrap_model(self.model)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        model = self.adapted
         with as_exported(model, self.calibration) if self.merged else nullcontext():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            if self.quiz is not None:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self.quiz is not None and output.metrics is not None:
                 answered = self.quiz.ask(model, self.accelerator)
                 output.metrics[f"{metric_key_prefix}_exact_match"] = answered.exact_match
         return output
@@ -220,7 +243,7 @@ class ExportedTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.schedule is not None and self.args.should_save and folder.is_dir():
-            facts = {"option": self.options.schedule, "state": self.schedule.state_dict()}
+            facts = {"option": self.options and self.options.schedule, "state": self.schedule.state_dict()}
             Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
         if self.args.should_save and self.accelerator.distributed_type not in SHARDING and folder.is_dir():
             write_checksums(folder)
@@ -228,7 +251,7 @@ class ExportedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.take_up_schedule(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_shortcut(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        restore_shortcut(self.adapted, resume_from_checkpoint)
 
     def take_up_schedule(self, checkpoint: Path) -> None:
         """Give the adapter the form that it has in a checkpoint, whose values are loaded afterwards; the links of a
@@ -240,13 +263,15 @@ class ExportedTrainer(Trainer):
         self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))["state"])
 
     def _load_best_model(self) -> None:
-        self.take_up_schedule(Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        assert best is not None, "transformers asks only where there is one"
+        self.take_up_schedule(Path(best))
         super()._load_best_model()
-        restore_shortcut(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        restore_shortcut(self.adapted, best)
 
     def outcome(self, held_out: Sequence[Any]) -> dict[str, Any]:
         """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.adapted
         recall_factors(model)
         found: dict[str, Any] = {
             "shortcut": shortcut_of(model),
@@ -259,7 +284,8 @@ class ExportedTrainer(Trainer):
                 found["distillation"] = distill(
                     model, self.calibration, logits, steps=self.distillation_steps, distance=divergence
                 )._asdict()
-            batches = batches_of(held_out, self.data_collator, self.args.per_device_eval_batch_size)
+            collate = cast(Callable[[Sequence[Any]], Batch], self.data_collator)  # transformers' own take lists alone
+            batches = batches_of(held_out, collate, self.args.per_device_eval_batch_size)
             merging = merge_report(model, batches, run_model, lambda model, batch: run_model(model, batch).loss.item())
             self.accelerator.print(merging)
             found["merging"] = merging.to_dict()
@@ -287,19 +313,11 @@ class Scheduled(TrainerCallback):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: Any,
-        control: Any,
-        model: nn.Module,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
         inner = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
         self.schedule.start([AdaptedModel(getattr(model, "module", model))], state.max_steps, inner)
-        follow_learning_rate(self.schedule, lr_scheduler)
+        follow_learning_rate(self.schedule, kwargs.get("lr_scheduler"))
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.before_step(state.global_step)
@@ -333,16 +351,15 @@ class PackingProbe(TrainerCallback):
     def __init__(self, collate: Collator, examples: Sequence[Encoded], accelerator: Accelerator) -> None:
         self.collate, self.examples, self.accelerator = collate, examples, accelerator
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
         with self.accelerator.autocast():
             problem = packing_problem(getattr(model, "module", model), self.collate, self.examples)
         recall_factors(model)
         refuse([problem] if problem else [])
 
 
-def restore_shortcut(model: nn.Module, checkpoint: str) -> None:
+def restore_shortcut(model: PeftModel, checkpoint: str | Path) -> None:
     """Compute as the checkpoint did: one from after a fold is plain LoRA, one from before has its shortcut."""
     stored = Path(checkpoint, "adapter_config.json")
     if is_reslora(model) and stored.is_file():

@@ -53,7 +53,7 @@ class ChatTemplate:
     def attempt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """What the template writes, nothing if it fails."""
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+            return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
         except Exception:  # said by `render`, of a real conversation
             return ""
 
