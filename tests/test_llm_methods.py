@@ -80,6 +80,22 @@ def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(folders, 
         assert part in found
 
 
+def test_more_links_than_steps_are_refused_before_the_first_where_epochs_count_the_steps(folders, tmp_path):  # noqa: F811
+    more = {"task": None, "dataset_name": folders["talks"], "per_device_train_batch_size": 16, "max_steps": None}
+    found = problems(
+        folders,
+        tmp_path,
+        **more,
+        shortcut="none",
+        schedule="restart:stages=9",
+        num_train_epochs=1,
+        save_strategy="no",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+    )
+    assert found == ["restart: got 9 stages in 2 steps, wanted a step for each or more"]
+
+
 def test_another_schedule_does_not_continue_a_run(folders, tmp_path):  # noqa: F811
     options = {"task": None, "dataset_name": folders["talks"], "shortcut": "block"}
     output = run(folders, tmp_path / "out", **options, schedule="coto")

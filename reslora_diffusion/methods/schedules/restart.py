@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.attach import AdaptedModel
+from ...utils.problems import refuse
 from ..optimizers.pairs import PairOptimizer
 from .base import Change, Factor, Schedule
 from .settings import RestartSettings
@@ -81,8 +82,7 @@ class Restart(Schedule):
                 problems.append(f"ranks begin with {self.ranks[0]}, and the adapter has {ranks}; wanted the same")
         if self.stages > total_steps:
             problems.append(f"got {self.stages} stages in {total_steps} steps, wanted a step for each or more")
-        if problems:
-            raise ValueError(f"restart: {'; '.join(dict.fromkeys(problems))}")
+        refuse(f"restart: {problem}" for problem in dict.fromkeys(problems))
 
     # ------------------------------------------------------------------------------------------------- stages
 
