@@ -37,14 +37,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslora_diffusion.diffusion.options import DreamBoothOptions, parse
-from reslora_diffusion.rules import ShortcutFields
 from reslora_diffusion.utils.problems import Interrupted, is_first_process, nothing_to_lose, run_program
 
 # Remarks of the libraries on packages that are not needed here; errors are still shown.
 for library in ("TRANSFORMERS", "DIFFUSERS"):
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
-# Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
-UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
     from torch import Tensor
@@ -132,142 +129,13 @@ def train(run: "Run", step: int) -> int:
 
 
 def prepare(args: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
-    """From options to a `Run` and the number of steps it has behind it."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    """From options to a `Run` and the number of steps that it has behind it."""
+    from reslora_diffusion.diffusion.train.setup import build, encode, load, start
 
-    from reslora_diffusion.diffusion.data.examples import complete_class_pictures, encode_examples
-    from reslora_diffusion.diffusion.data.sampling import Sampler
-    from reslora_diffusion.diffusion.models import load as models
-    from reslora_diffusion.diffusion.models.adapters import add_adapters
-    from reslora_diffusion.diffusion.models.warm_start import start_from
-    from reslora_diffusion.diffusion.objective.loss import Denoiser, Objective
-    from reslora_diffusion.diffusion.options.preflight import expectation, kept_for_backward, preflight
-    from reslora_diffusion.diffusion.train.changes import data_changes, data_of
-    from reslora_diffusion.diffusion.train.checkpoints import broken_in, find_checkpoint, restoring, stored_facts
-    from reslora_diffusion.diffusion.train.ema import Ema
-    from reslora_diffusion.diffusion.train.history import History
-    from reslora_diffusion.diffusion.train.merging import Evaluation
-    from reslora_diffusion.diffusion.train.optimizers import make_optimizer
-    from reslora_diffusion.diffusion.train.record import resolve_seed, trackable, write_record
-    from reslora_diffusion.diffusion.train.session import Run
-    from reslora_diffusion.diffusion.train.validation import Painter, fixed_noise_loss
-    from reslora_diffusion.utils.hub import create_repository
-
-    output, family = Path(args.output_dir), plan.skeleton.family
-    accelerator = Accelerator(
-        mixed_precision="no",  # the base is cast as a whole; autocast over it costs time and memory
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(output), logging_dir=str(output / args.logging_dir)),
-    )
-    accelerator.print("\n".join(preflight(plan, args, accelerator.num_processes)))
-    checkpoint = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if args.resume_from_checkpoint:
-        if broken := broken_in(output):
-            accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
-        accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
-    args.seed = resolve_seed(args, checkpoint, accelerator)
-    if args.method == "reslora":
-        args.shortcut = args.shortcut or str(ShortcutFields.shortcut)  # to be recorded
-    args.validation_guidance_scale = family.painting_guidance(args)
-    step = stored_facts(checkpoint)["step"] if checkpoint else 0
-
-    if args.push_to_hub and accelerator.is_main_process:
-        # Better to learn now than in the end that it cannot be written to.
-        args.hub_model_id = create_repository(args.hub_model_id, args.output_dir, args.hub_token)
-
-    dtype = models.base_dtype(args)
-    concepts = complete_class_pictures(plan.concepts, args, accelerator)
-    data = data_of(concepts)
-    for change in data_changes(stored_facts(checkpoint).get("data"), data) if checkpoint else ():
-        accelerator.print(change)
-    pipeline = models.load_pipeline(args, dtype)
-    process = family.process(pipeline, args)
-    adapters = add_adapters(pipeline, plan.skeleton, args)
-    accelerator.print("\n".join(adapters.links()))
-    models.prepare_models(pipeline, family, adapters.models, args, accelerator.device)
-    encoded = encode_examples(pipeline, plan, concepts, args, accelerator.is_local_main_process)
-    sampler = Sampler(
-        encoded.instances,
-        encoded.classes,
-        seed=args.seed,
-        scaling_factor=pipeline.vae.config.scaling_factor,
-        shift_factor=pipeline.vae.config.shift_factor or 0.0,
-        process=process,
-        empty=encoded.empty,
-        caption_dropout=args.caption_dropout_rate,
-        noise_offset=args.noise_offset,
-    )
-    denoiser = Denoiser(
-        family,
-        family.denoiser_of(pipeline),
-        tuple(family.text_encoders_of(pipeline)) if args.train_text_encoder else (),
-        process,
-        dtype,
-        Objective(
-            snr_gamma=args.snr_gamma,
-            debiased_estimation_loss=args.debiased_estimation_loss,
-            loss_type=args.loss_type,
-            huber_c=args.huber_c,
-            huber_schedule=args.huber_schedule,
-        ),
-        guidance_scale=family.training_guidance(family.denoiser_of(pipeline).config, args),
-    )
-    painter = Painter(
-        pipeline,
-        family,
-        args.validation_prompt or [],
-        num_images=args.num_validation_images,
-        resolution=args.resolution,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-        text_is_frozen=not args.train_text_encoder,
-        folder=output,
-        tokens=family.read(pipeline, ["", *args.validation_prompt], args) if args.validation_prompt else None,
-    )
-    models.release(pipeline, adapters.models, painter.paints)
-
-    main = accelerator.is_main_process
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        write_record(args, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
-        painter.forget_after(step)
-    accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
-    evaluation = Evaluation.of(sampler, args, encoded.held_out, accelerator.process_index, accelerator.num_processes)
-    with adapters.evaluation():
-        fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
-        started = time.monotonic()
-        loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
-        models.refuse_base(args, dtype, loss_base)
-        seconds = time.monotonic() - started
-    if args.network_weights and not checkpoint:
-        accelerator.print(f"{args.network_weights} fills {start_from(args.network_weights, adapters)} layers")
-    kept = kept_for_backward(denoiser, sampler.batches(0, args.train_batch_size))
-    forwards = sum(len(batch.latents) for batch in evaluation.validation)
-    accelerator.print(expectation(plan, args, seconds, forwards, kept))
-    fp16, gpu = dtype is torch.float16, accelerator.device.type != "cpu"
-    run = Run(
-        args,
-        plan,
-        accelerator,
-        adapters,
-        denoiser,
-        sampler,
-        evaluation,
-        painter,
-        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes, adapters.pairs()),
-        scaler=torch.amp.GradScaler(accelerator.device.type, **({} if fp16 else UNSCALED)),
-        history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
-        ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,
-        loss_base=loss_base,
-        data=data,
-    )
-    if checkpoint:
-        with restoring(checkpoint):
-            run.restore(checkpoint)
-    return run, step
+    begun = start(args, plan)
+    loaded, concepts, facts = load(begun)
+    data = encode(begun, loaded, concepts, facts)
+    return build(begun, loaded, data), begun.step
 
 
 def main(args: DreamBoothOptions) -> Path:

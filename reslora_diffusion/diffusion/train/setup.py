@@ -1,0 +1,208 @@
+"""From options to a run, in four steps that a program calls in this order:
+
+start     the launcher's processes, the checkpoint to go on from, the seed      -> Start
+load      the pipeline with its adapters, on the device                         -> Loaded
+encode    images and prompts, encoded once, and who draws batches of them       -> Data
+build     what is trained and how, validation, optimizer                        -> Run
+"""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from ...rules import ShortcutFields
+from ...utils.hub import create_repository
+from ..data.concepts import Concept
+from ..data.examples import Encoded, complete_class_pictures, encode_examples
+from ..data.sampling import Sampler
+from ..models import load as models
+from ..models.adapters import Adapters, add_adapters
+from ..models.warm_start import start_from
+from ..objective.loss import Denoiser, Objective
+from ..options import DreamBoothOptions
+from ..options.checks import Plan
+from ..options.preflight import expectation, kept_for_backward, preflight
+from .changes import data_changes, data_of
+from .checkpoints import broken_in, find_checkpoint, restoring, stored_facts
+from .ema import Ema
+from .history import History
+from .merging import Evaluation
+from .optimizers import make_optimizer
+from .record import resolve_seed, trackable, write_record
+from .session import Run
+from .validation import Painter, fixed_noise_loss
+
+# Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
+UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
+
+
+class Start(NamedTuple):
+    """Where a run begins: at step 0, or at that of a checkpoint."""
+
+    args: DreamBoothOptions
+    plan: Plan
+    accelerator: Accelerator
+    checkpoint: Path | None
+    step: int
+
+
+class Loaded(NamedTuple):
+    """Models on their device; `process` is how noise is added to latents."""
+
+    dtype: torch.dtype
+    pipeline: Any
+    process: Any
+    adapters: Adapters
+
+
+class Data(NamedTuple):
+    """What batches are drawn from; `facts` say what it is, for checkpoints."""
+
+    encoded: Encoded
+    sampler: Sampler
+    facts: dict[str, Any]
+
+
+def start(args: DreamBoothOptions, plan: Plan) -> Start:
+    """Print the preflight; find the checkpoint and the seed; create the repository to push to."""
+    output = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",  # the base is cast as a whole; autocast over it costs time and memory
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / args.logging_dir)),
+    )
+    accelerator.print("\n".join(preflight(plan, args, accelerator.num_processes)))
+    checkpoint = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    if args.resume_from_checkpoint:
+        if broken := broken_in(output):
+            accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
+        accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
+    args.seed = resolve_seed(args, checkpoint, accelerator)
+    if args.method == "reslora":
+        args.shortcut = args.shortcut or str(ShortcutFields.shortcut)  # to be recorded
+    args.validation_guidance_scale = plan.skeleton.family.painting_guidance(args)
+    if args.push_to_hub and accelerator.is_main_process:
+        # Better to learn now than in the end that it cannot be written to.
+        args.hub_model_id = create_repository(args.hub_model_id, args.output_dir, args.hub_token)
+    return Start(args, plan, accelerator, checkpoint, stored_facts(checkpoint)["step"] if checkpoint else 0)
+
+
+def load(begun: Start) -> tuple[Loaded, list[Concept], dict[str, Any]]:
+    """The pipeline with adapters, and the concepts with class images; these are generated where they are missing."""
+    args, plan, accelerator, checkpoint, _ = begun
+    dtype, family = models.base_dtype(args), plan.skeleton.family
+    concepts = complete_class_pictures(plan.concepts, args, accelerator)
+    facts = data_of(concepts)
+    for change in data_changes(stored_facts(checkpoint).get("data"), facts) if checkpoint else ():
+        accelerator.print(change)
+    pipeline = models.load_pipeline(args, dtype)
+    process = family.process(pipeline, args)
+    adapters = add_adapters(pipeline, plan.skeleton, args)
+    accelerator.print("\n".join(adapters.links()))
+    models.prepare_models(pipeline, family, adapters.models, args, accelerator.device)
+    return Loaded(dtype, pipeline, process, adapters), concepts, facts
+
+
+def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[str, Any]) -> Data:
+    """Encode every image and prompt once."""
+    args, plan, accelerator = begun.args, begun.plan, begun.accelerator
+    encoded = encode_examples(loaded.pipeline, plan, concepts, args, accelerator.is_local_main_process)
+    sampler = Sampler(
+        encoded.instances,
+        encoded.classes,
+        seed=args.seed,
+        scaling_factor=loaded.pipeline.vae.config.scaling_factor,
+        shift_factor=loaded.pipeline.vae.config.shift_factor or 0.0,
+        process=loaded.process,
+        empty=encoded.empty,
+        caption_dropout=args.caption_dropout_rate,
+        noise_offset=args.noise_offset,
+    )
+    return Data(encoded, sampler, facts)
+
+
+def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
+    """The model whose loss is minimised."""
+    args, family, pipeline = begun.args, begun.plan.skeleton.family, loaded.pipeline
+    objective = Objective(
+        snr_gamma=args.snr_gamma,
+        debiased_estimation_loss=args.debiased_estimation_loss,
+        loss_type=args.loss_type,
+        huber_c=args.huber_c,
+        huber_schedule=args.huber_schedule,
+    )
+    model = family.denoiser_of(pipeline)
+    trained = tuple(family.text_encoders_of(pipeline)) if args.train_text_encoder else ()
+    guidance = family.training_guidance(model.config, args)
+    return Denoiser(family, model, trained, loaded.process, loaded.dtype, objective, guidance_scale=guidance)
+
+
+def painter_of(begun: Start, loaded: Loaded) -> Painter:
+    """Who generates validation images."""
+    args, family, pipeline = begun.args, begun.plan.skeleton.family, loaded.pipeline
+    prompts = args.validation_prompt or []
+    return Painter(
+        pipeline,
+        family,
+        prompts,
+        num_images=args.num_validation_images,
+        resolution=args.resolution,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        text_is_frozen=not args.train_text_encoder,
+        folder=Path(args.output_dir),
+        tokens=family.read(pipeline, ["", *prompts], args) if prompts else None,
+    )
+
+
+def build(begun: Start, loaded: Loaded, data: Data) -> Run:
+    """The run at its first step, or as its checkpoint has it."""
+    args, plan, accelerator, checkpoint, step = begun
+    adapters, main = loaded.adapters, accelerator.is_main_process
+    denoiser, painter = denoiser_of(begun, loaded), painter_of(begun, loaded)
+    models.release(loaded.pipeline, adapters.models, painter.paints)
+    output = Path(args.output_dir)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        write_record(args, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
+        painter.forget_after(step)
+    accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
+    sampler, processes = data.sampler, (accelerator.process_index, accelerator.num_processes)
+    evaluation = Evaluation.of(sampler, args, data.encoded.held_out, *processes)
+    with adapters.evaluation():
+        fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
+        started = time.monotonic()
+        loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
+        models.refuse_base(args, loaded.dtype, loss_base)
+        seconds = time.monotonic() - started
+    if args.network_weights and not checkpoint:
+        accelerator.print(f"{args.network_weights} fills {start_from(args.network_weights, adapters)} layers")
+    kept = kept_for_backward(denoiser, sampler.batches(0, args.train_batch_size))
+    forwards = sum(len(batch.latents) for batch in evaluation.validation)
+    accelerator.print(expectation(plan, args, seconds, forwards, kept))
+    fp16, gpu = loaded.dtype is torch.float16, accelerator.device.type != "cpu"
+    run = Run(
+        args,
+        plan,
+        accelerator,
+        adapters,
+        denoiser,
+        sampler,
+        evaluation,
+        painter,
+        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes, adapters.pairs()),
+        scaler=torch.amp.GradScaler(accelerator.device.type, **({} if fp16 else UNSCALED)),
+        history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
+        ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,
+        loss_base=loss_base,
+        data=data.facts,
+    )
+    if checkpoint:
+        with restoring(checkpoint):
+            run.restore(checkpoint)
+    return run
