@@ -28,7 +28,8 @@ def update(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def identity(*models: nn.Module | None) -> str:

@@ -110,9 +110,11 @@ class Views:
         parts = [image.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
         mask = open_mask(picture, self.alpha_mask)
         masks = self.masks_of(mask.resize(size, self.interpolation), corners, box) if mask else None
-        (width, height), time_ids = picture.size, [(y, x) for x, y in corners]
-        time_ids = np.array([(height, width, *corner, box[1], box[0]) for corner in time_ids], np.float32)
-        pixels = np.stack([np.asarray(part) for part in parts]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        width, height = picture.size
+        time_ids: np.ndarray = np.array([(height, width, y, x, box[1], box[0]) for x, y in corners], np.float32)
+        pixels: np.ndarray = (
+            np.stack([np.asarray(part) for part in parts]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        )
         if self.flip:
             pixels = np.concatenate([pixels, pixels[..., ::-1]])
             masks = None if masks is None else np.concatenate([masks, masks[..., ::-1]])
@@ -169,13 +171,14 @@ def encode_pictures(
         for some in batched(pictures, batch_size * max(1, threads)):
             for picture, (key, found, seen) in zip(some, pool.map(look, some), strict=True):
                 if found is None:
+                    assert seen is not None, "what is not kept was looked at"
                     found = encode(vae, seen, batch_size)
                     if kept:
                         kept.store(key, found)
                 examples.append(
                     Example(
                         name=picture.path.name,
-                        texts=texts[picture.caption or prompt],
+                        texts=texts[str(picture.caption or prompt)],
                         loss_weight=loss_weight,
                         concept=concept,
                         **{name: value.to(vae.device) for name, value in found.items()},

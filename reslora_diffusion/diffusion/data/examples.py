@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from torch import nn
 
 from ...utils.files import sweep
 from ...utils.problems import refuse
-from ..models.families import Family, Texts, Tokens
+from ..models.families import Family, Texts
 from ..models.load import DTYPES, load_pipeline
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
@@ -44,11 +44,15 @@ def complete_class_pictures(
 
 
 def make_missing(concept: Concept, args: DreamBoothOptions, accelerator: Accelerator) -> None:
+    assert concept.classes is not None, "asked only of concepts with class pictures"
     folder = concept.classes.folder
     sweep(folder, older_than=ABANDONED)
     numbers = missing_numbers(scan(folder, may_be_empty=True), concept.num_class_images)  # others may share the folder
     accelerator.wait_for_everyone()
     if numbers:
+        assert concept.class_prompt is not None, "class images have a prompt"
+        assert args.seed is not None, "`resolve_seed` has set it"
+        assert args.validation_guidance_scale is not None, "the script has set it to the family's"
         precision = args.prior_generation_precision or (
             "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
         )
@@ -74,9 +78,10 @@ def prepare_texts(
     pipeline: DiffusionPipeline, family: Family, prompts: list[str], args: DreamBoothOptions
 ) -> dict[str, Text]:
     """What a training step needs of each prompt: tokens if the text encoders are trained, else texts."""
-    found: Tokens | Texts = family.read(pipeline, prompts, args)
+    tokens = family.read(pipeline, prompts, args)
+    found: Text = tokens
     if not args.train_text_encoder:
-        found = family.encode(family.text_encoders_of(pipeline), found)
+        found = family.encode(family.text_encoders_of(pipeline), tokens)
     rows = ([None] * len(prompts) if part is None else part for part in found)
     return {prompt: type(found)(*parts) for prompt, *parts in zip(prompts, *rows, strict=True)}
 
@@ -103,7 +108,7 @@ def kept_texts(
     }
     device = family.denoiser_of(pipeline).device
     found = {prompt: kept.load(key) for prompt, key in keys.items()}
-    texts = {
+    texts: dict[str, Text] = {
         prompt: Texts(**{name: value.to(device) for name, value in tensors.items()})
         for prompt, tensors in found.items()
         if tensors is not None
@@ -145,7 +150,7 @@ def encode_examples(
         vae_scale_factor=plan.skeleton.vae_scale_factor,
         alpha_mask=args.alpha_mask,
     )
-    common = {
+    common: dict[str, Any] = {
         "texts": {prompt: {one: texts[one] for one in several} for prompt, several in worded.items()},
         "batch_size": args.sample_batch_size,
         "threads": args.dataloader_num_workers,
@@ -194,7 +199,7 @@ def encode_examples(
 
 def prompts_of(concepts: list[Concept]) -> list[str]:
     return [
-        picture.caption or prompt
+        str(picture.caption or prompt)  # pictures without captions are refused where there is no prompt
         for concept in concepts
         for found, prompt in ((concept.instance, concept.instance_prompt), (concept.classes, concept.class_prompt))
         if found is not None

@@ -49,6 +49,7 @@ def pictures_of_dataset(args: DreamBoothOptions) -> Path:
     """The folder; raises `BadInput` if there is no such dataset or column."""
     if find_spec("datasets") is None:
         raise BadInput(["--dataset_name needs the package datasets: pip install datasets"])
+    assert args.dataset_name is not None, "asked only of a run with one"
     name = args.dataset_name
     why = None if Path(name).exists() else unreachable()
     import datasets

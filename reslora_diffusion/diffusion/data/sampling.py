@@ -10,9 +10,10 @@ Examples of several sizes (aspect-ratio buckets) are drawn so that the instances
 differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -140,13 +141,15 @@ class Sampler:
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
         worded = list(example.texts)
         prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
+        text = self.empty if dropped else example.texts[prompt]
+        assert text is not None, "captions are dropped only where there is an empty prompt"
         return Draw(
             example,
             posterior_noise=posterior_noise,
             noise=noise,
             timestep=drawn_timestep if timestep is None else timestep,
             view=view,
-            text=self.empty if dropped else example.texts[prompt],
+            text=text,
             prompt="" if dropped else prompt,
         )
 
@@ -172,7 +175,7 @@ def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -
         latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise - shift_factor),
         noise=to_device(torch.stack([draw.noise for draw in drawn]), device),
         timesteps=to_device(torch.tensor([draw.timestep for draw in drawn]), device),
-        texts=type(drawn[0].text)(
+        texts=cast(Callable[..., Texts | Tokens], type(drawn[0].text))(
             *(None if part[0] is None else torch.stack(part) for part in zip(*texts.values(), strict=True))
         ),
         prompt_index=to_device(torch.tensor([places[draw.prompt] for draw in drawn]), device),

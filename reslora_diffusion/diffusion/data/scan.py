@@ -165,7 +165,8 @@ def read_text(path: Path, found: Scan) -> str:
 
 def metadata_rows(found: Scan) -> dict[str, str]:
     """Captions by file name."""
-    path, rows = found.folder / METADATA_FILE, {}
+    path = found.folder / METADATA_FILE
+    rows: dict[str, str] = {}
     if not path.is_file():
         return rows
     for number, line in enumerate(lines_of(read_text(path, found)), 1):
@@ -204,8 +205,8 @@ def open_upright(path: Path) -> Image.Image:
 
 def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
     """What of a picture counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
-    with Image.open(picture.mask or picture.path) as image:
-        image = eight_bits(ImageOps.exif_transpose(image))
+    with Image.open(picture.mask or picture.path) as stored:
+        image = eight_bits(ImageOps.exif_transpose(stored))
         if picture.mask:
             return image.convert("L")
         return image.convert("RGBA").getchannel("A") if alpha and image.has_transparency_data else None
@@ -221,5 +222,5 @@ def crop_corners(
     size: tuple[int, int], box: tuple[int, int], offsets: list[tuple[float, float]]
 ) -> list[tuple[int, int]]:
     """Upper left corners `(x, y)` for offsets in 0..1 of the room there is; equal corners once."""
-    room = [side - inner for side, inner in zip(size, box, strict=True)]
-    return list(dict.fromkeys(tuple(round(o * r) for o, r in zip(offset, room, strict=True)) for offset in offsets))
+    room = size[0] - box[0], size[1] - box[1]
+    return list(dict.fromkeys((round(x * room[0]), round(y * room[1])) for x, y in offsets))

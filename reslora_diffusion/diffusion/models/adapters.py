@@ -5,7 +5,7 @@ chain, from which its factors are merged (`merged_factors`), perhaps after calib
 does it compute what will be exported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -46,6 +46,7 @@ def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: DreamBoo
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
+    assert args.seed is not None, "`resolve_seed` has set it"
     torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
     models = {}
     for component, (_, config) in skeleton.adapters(args).items():
@@ -121,7 +122,7 @@ class Adapters:
 
     # ------------------------------------------------------------------------------------------ merging
 
-    def calibrate(self, batches: list[Batch], forwards: dict[str, Forward], distillation_steps: int = 0) -> None:
+    def calibrate(self, batches: Sequence[Batch], forwards: dict[str, Forward], distillation_steps: int = 0) -> None:
         """Gather what the merge method needs, over all processes: each must call this, with its share of the batches.
 
         Text encoders come first: the denoiser is then calibrated, and its merge refined in `distillation_steps`, on the
@@ -135,7 +136,7 @@ class Adapters:
                     distill(model, batches, forward, ADAPTER, steps=distillation_steps)
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
-    def output_errors(self, batches: list[Batch], forwards: dict[str, Forward]) -> dict[str, float]:
+    def output_errors(self, batches: Sequence[Batch], forwards: dict[str, Forward]) -> dict[str, float]:
         """What merging changed in each layer's output, relative to what the adapter adds to it; called like
         `calibrate`."""
         with self.evaluation():
@@ -175,7 +176,7 @@ class Adapters:
         for model in self.models.values():
             for layer in model.modules():
                 if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-                    A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                    A, B = (half[ADAPTER].get_parameter("weight") for half in (layer.lora_A, layer.lora_B))
                     # ||B A||^2 = <B^T B, A A^T>: r x r products, not out x in.
                     squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=1e-20)
                     factor = (largest / (layer.scaling[ADAPTER] * squared.sqrt())).clamp(max=1).sqrt()

@@ -14,7 +14,7 @@ division by a `rescale_output_factor` of 1 is left out.
 import inspect
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,5 +116,5 @@ def unset_attn_processors(model: nn.Module) -> None:
     for module in model.modules():
         current = getattr(module, "processor", None)
         if isinstance(current, ResLoRAAttnProcessor):
-            module.set_processor(current.inner)
+            cast(Any, module).set_processor(current.inner)  # whatever has a processor of ours has it
             current.adapter.prepare_nothing()

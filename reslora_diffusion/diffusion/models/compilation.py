@@ -9,8 +9,10 @@ what is compiled, too.
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import cast
 
 import torch
+from torch import nn
 
 from ..objective.loss import Denoiser
 from ..options import DreamBoothOptions
@@ -44,4 +46,4 @@ def compiled(
     say(FIRST_STEPS)
     # Instances and class pictures may differ in size, and a handover makes another function of the model.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * buckets)
-    return replace(denoiser, model=torch.compile(denoiser.model, dynamic=False))
+    return replace(denoiser, model=cast(nn.Module, torch.compile(denoiser.model, dynamic=False)))

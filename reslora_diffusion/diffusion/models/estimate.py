@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
-from .families import Tokens
+from .families import Texts, Tokens
 from .load import base_dtype
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -70,7 +70,7 @@ class Kept:
 def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
     """Of one training step at the largest of the sizes that are trained on."""
     skeleton, dtype = plan.skeleton, base_dtype(args)
-    family, meta = skeleton.family, {"device": "meta"}
+    family, meta = skeleton.family, dict[str, Any](device="meta")
     models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})
     for model in models.values():
         model.requires_grad_(False).to(dtype)
@@ -98,8 +98,9 @@ def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
         stack.enter_context(FusedAttention())
         with torch.set_grad_enabled(args.train_text_encoder):
             texts = family.encode([*models.values()], Tokens(ids, fixed))
-        each = [None if part is None else part[torch.zeros(pictures, dtype=torch.long, **meta)] for part in texts]
-        condition = family.condition(type(texts)(*each), torch.empty(pictures, 6, dtype=dtype, **meta))
+        first = torch.zeros(pictures, dtype=torch.long, **meta)
+        each = Texts(texts.hidden[first], None if texts.pooled is None else texts.pooled[first])
+        condition = family.condition(each, torch.empty(pictures, 6, dtype=dtype, **meta))
         guidance = family.training_guidance(denoiser.config, args)
         family.denoise(denoiser, latents, torch.empty(pictures, **meta), condition, guidance)
     passes = 1 + BACKWARD + args.gradient_checkpointing

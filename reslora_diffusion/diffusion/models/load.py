@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -22,6 +23,7 @@ from .attn_processor import set_attn_processors
 from .families import Family
 from .families.base import leave_out_layers
 from .memory import save_memory
+from .skeleton import given_base
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,7 +42,7 @@ def load_pipeline(args: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipel
     """
     for library in (diffusers, transformers):  # a bar for each component, done before it can be read
         library.utils.logging.disable_progress_bar()
-    name, given = args.pretrained_model_name_or_path, {}
+    name, given = args.pretrained_model_name_or_path, dict[str, Any]()
     try:
         if args.tokenizer_name:
             given["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
@@ -119,11 +121,11 @@ def prepare_models(
     if args.gradient_checkpointing:
         for model in trained.values():
             # Where nothing is random no generator's state is kept: reading it would break a CUDA graph.
-            how = {"use_reentrant": False, "preserve_rng_state": draws(model)}
+            how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(model)}
             if isinstance(model, ModelMixin):
                 model.enable_gradient_checkpointing(partial(checkpoint, **how))
             else:  # transformers 5 renamed it
-                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
                 enable(how)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -150,5 +152,5 @@ def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: 
 
 def base_model_name(args: DreamBoothOptions) -> str:
     """As it stands in a file header: a hub name, or the name of a folder without the machine's path to it."""
-    path = Path(args.pretrained_model_name_or_path)
-    return path.resolve().name if path.is_dir() else args.pretrained_model_name_or_path
+    name = given_base(args)
+    return Path(name).resolve().name if Path(name).is_dir() else name

@@ -173,10 +173,12 @@ FORMS = {GEGLU: FrugalGEGLU, nn.LayerNorm: FrugalLayerNorm, ResnetBlock2D: Fruga
 
 def norm_and_activation(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
     """GroupNorms of a module whose output goes into its SiLU and nowhere else, and that SiLU."""
+    norms: list[Any]
+    activation: Any
     if type(module) is ResnetBlock2D and module.time_embedding_norm == "default":
         norms, activation = [module.norm1, module.norm2], module.nonlinearity
     elif isinstance(getattr(module, "conv_norm_out", None), nn.GroupNorm):
-        norms, activation = [module.conv_norm_out], getattr(module, "conv_act", None)
+        norms, activation = [module.get_submodule("conv_norm_out")], getattr(module, "conv_act", None)
     else:
         return [], None
     fits = type(activation) is nn.SiLU and all(type(norm) is nn.GroupNorm for norm in norms)

@@ -191,6 +191,9 @@ def as_installed(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, 
         raise Unknown(kind)
     if kind != "CLIPTextModel":
         return dict(shapes)
-    source = Path(find_spec("transformers").origin).parent / "models" / "clip" / "modeling_clip.py"
+    spec = find_spec("transformers")
+    assert spec is not None, "transformers is installed"
+    assert spec.origin is not None, "and has an __init__.py"
+    source = Path(spec.origin).parent / "models" / "clip" / "modeling_clip.py"
     level = "text_model." if "class CLIPTextTransformer" in source.read_text(encoding="utf-8") else ""
     return {level + name.removeprefix("text_model."): shape for name, shape in shapes.items()}

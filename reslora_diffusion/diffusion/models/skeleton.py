@@ -7,6 +7,7 @@ run is planned with: adapters fit it, tokenizers count its tokens, a forward thr
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -53,13 +54,20 @@ def layers_in(model: nn.Module) -> dict[str, Layer]:
     return layers_of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
+def given_base(args: DreamBoothOptions) -> str:
+    """`--pretrained_model_name_or_path`, without which no run gets here."""
+    assert args.pretrained_model_name_or_path is not None, "the checks refuse a run without a base"
+    return args.pretrained_model_name_or_path
+
+
 def load_skeleton(args: DreamBoothOptions) -> Skeleton:
     """Read the configurations of `--pretrained_model_name_or_path`.
 
     Raises:
         BadInput: they cannot be read, or are not of a family that is trained here.
     """
-    name, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    name = given_base(args)
+    where: dict[str, Any] = {"revision": args.revision}
     why = None if Path(name).is_dir() else unreachable()
     try:
         index = DiffusionPipeline.load_config(name, **where)
@@ -83,9 +91,9 @@ def load_skeleton(args: DreamBoothOptions) -> Skeleton:
         of_t5 = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
         if "skip_t5" in family.not_here and (absent := [part for part in of_t5 if not index[part][1]]):
             raise KeyError(" and ".join(absent))
-        part = family.fixed_tokenizer
-        if part and index[part][1] and not args.skip_t5:
-            fixed = TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where)
+        t5 = family.fixed_tokenizer
+        if t5 and index[t5][1] and not args.skip_t5:
+            fixed = TOKENIZERS[index[t5][1]].from_pretrained(name, subfolder=t5, **where)
             windows.append((fixed, family.t5_length(args)))
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         other = args.pretrained_vae_model_name_or_path

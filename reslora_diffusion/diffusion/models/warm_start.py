@@ -36,7 +36,7 @@ def weights_problems(args: DreamBoothOptions, outline: Outline) -> Iterator[str]
     """Why the file cannot be trained on as this run would."""
     where = f"--network_weights {args.network_weights}"
     try:
-        components = read_weights(args.network_weights)
+        components = read_weights(str(args.network_weights))
     except (OSError, ValueError) as error:
         yield f"{where}: {error}"
         return
@@ -79,7 +79,8 @@ def start_from(source: str, adapters: Adapters) -> int:
         for name, layer in model.named_modules():
             factors = components.get(component, {}).get(classic_path(component, name))
             if isinstance(layer, LoraLayer) and factors is not None:
-                rank, (A, B) = rank_of(factors), (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+                rank = rank_of(factors)
+                A, B = (half[ADAPTER].get_parameter("weight") for half in (layer.lora_A, layer.lora_B))
                 A[:rank] = factors.lora_A
                 B[:, :rank] = factors.lora_B * (factors.scaling / layer.scaling[ADAPTER])
                 filled += 1

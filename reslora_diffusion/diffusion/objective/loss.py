@@ -17,13 +17,13 @@ so that the class pictures add prior_loss_weight times their own mean, as in Dre
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..data.sampling import Batch
-from ..models.families import Family, Texts
+from ..models.families import Family, Texts, Tokens
 from .noise import Process
 
 LARGEST_SNR = 1000.0  # of the debiased weighting, which would all but ignore what is nearly clean
@@ -117,13 +117,13 @@ class Denoiser:
 
     def encode(self, batch: Batch) -> Texts:
         """By the text encoders that are trained."""
-        return self.family.encode(self.text_encoders, batch.texts)
+        return self.family.encode(self.text_encoders, cast(Tokens, batch.texts))
 
     def condition(self, batch: Batch) -> dict[str, Any]:
         """What the model is told of each example; each distinct prompt is encoded once."""
         texts = self.encode(batch) if self.text_encoders else batch.texts
-        each = [None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts]
-        return self.family.condition(Texts(*each), batch.time_ids.to(self.dtype))
+        hidden, pooled = (None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts)
+        return self.family.condition(Texts(cast(Tensor, hidden), pooled), batch.time_ids.to(self.dtype))
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's prediction [B, C, h, w]."""

@@ -30,7 +30,11 @@ class Process(ABC):
     """Shapes: latents, noise, model_pred [B, C, h, w]; timesteps [B]."""
 
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
-    prediction_type: str
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What the model predicts: epsilon, v_prediction or flow."""
 
     @property
     def num_train_timesteps(self) -> int:
@@ -97,7 +101,10 @@ class FlowMatching(Process):
     mode_scale: float = 1.29
     precondition_outputs: bool = True
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
-    prediction_type = "flow"
+
+    @property
+    def prediction_type(self) -> str:
+        return "flow"
 
     def draw(self, source: Generator) -> int:
         u = compute_density_for_timestep_sampling(

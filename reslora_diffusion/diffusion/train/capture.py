@@ -32,7 +32,7 @@ from ...utils.problems import Stopped
 from ..options import DreamBoothOptions
 
 WARM_UP = 3  # calls before a recording, as in torch's own examples
-Backward = Callable[[Any], None]  # of a batch: a dataclass of tensors
+Backward = Callable[[Any], object]  # of a batch: a dataclass of tensors
 Update = Callable[[], Tensor]
 
 
@@ -112,7 +112,7 @@ class Recorded:
             self.recordings[key] = self.record(copy.deepcopy(inputs))
         own, result, replay = self.recordings[key]
         for mine, given in zip(tensors_in(own), tensors_in(inputs), strict=True):
-            if mine is not None:
+            if mine is not None and given is not None:  # alike in both, by the signature
                 mine.copy_(given, non_blocking=True)
         replay()
         return result[0].clone() if result else None  # before another graph writes there
@@ -155,11 +155,12 @@ class CapturedStep(Step):
         device = self.parameters()[0].device
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self.recorded_update = Recorded(partial(self.update_sums, update), recorder)
-        super().__init__(Recorded(partial(self.add_to_sums, backward), recorder), self.update_at_rates)
+        self.recorded_backward = Recorded(partial(self.add_to_sums, backward), recorder)
+        super().__init__(self.recorded_backward, self.update_at_rates)
 
     def forget(self) -> None:
         self.recorder.forget()
-        self.backward.forget()
+        self.recorded_backward.forget()
         self.recorded_update.forget()
         self.set_gradients(dict.fromkeys(self.parameters()))
         self.sums = {}
@@ -202,6 +203,7 @@ class CapturedStep(Step):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             rate.fill_(group["lr"])
         norm = self.recorded_update()
+        assert norm is not None, "an update returns the norm of the gradient"
         torch.autograd.graph.increment_version(self.parameters())  # a replay changes them behind autograd's back
         return norm
 

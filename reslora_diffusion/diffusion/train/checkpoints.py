@@ -24,7 +24,7 @@ from ...utils.state_files import FACTS, fault_of_state, read_facts
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 STATE_FOLDER = "state"
 

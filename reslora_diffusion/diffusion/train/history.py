@@ -51,7 +51,7 @@ class History:
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
         self.rows: list[dict[str, Any]] = []
         self.path = None if run is None else Path(run) / FILE
-        if self.path is not None and first_step:
+        if run is not None and first_step:
             self.rows = [row for row in read_history(run) if row["step"] <= first_step]
         if self.path is not None:
             write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in self.rows))

@@ -9,12 +9,13 @@ from reslora_diffusion.export.header import DIFFUSERS_FILE
 from ...utils.problems import listing
 from ..models.families.base import scheduler_changes
 from ..models.load import base_model_name
+from ..models.skeleton import given_base
 from ..options import DreamBoothOptions
 
 
 def model_card(args: DreamBoothOptions, tag: str, prompt: str, lines: list[str], pictures: list[str]) -> str:
     """`prompt` is one that was trained, `lines` what merging cost."""
-    base, local = base_model_name(args), Path(args.pretrained_model_name_or_path).is_dir()
+    base, local = base_model_name(args), Path(given_base(args)).is_dir()
     tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
     return "\n".join(
         [
@@ -52,7 +53,7 @@ def usage(args: DreamBoothOptions, prompt: str) -> list[str]:
     lines = [
         "from diffusers import AutoencoderKL, DiffusionPipeline" if vae else "from diffusers import DiffusionPipeline"
     ]
-    lines += ["", f"base = {place(args.pretrained_model_name_or_path, args)}"]
+    lines += ["", f"base = {place(given_base(args), args)}"]
     if vae:
         lines.append(f"vae = {place(vae, args)}")
         given += ", vae=AutoencoderKL.from_pretrained(vae)"

@@ -7,12 +7,12 @@ lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXi
 import ast
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ...methods import optimizers
 from ...methods.optimizers import FactorPair, PairOptimizer
@@ -123,7 +123,7 @@ def optimizer_problems(args: DreamBoothOptions) -> list[str]:
     pairs: Any = {"pairs": []} if issubclass(kind, PairOptimizer) else {}
     if not problems:
         try:
-            kind([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **pairs, **settings(kind, args))
+            cast(Any, kind)([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **pairs, **settings(kind, args))
         except (ValueError, TypeError, RuntimeError) as error:
             problems.append(f"--optimizer {args.optimizer}: {error}")
     return problems
@@ -180,7 +180,8 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: DreamBoothOptions,
 def fast_forward(lr_scheduler: LRScheduler, step: int) -> None:
     """Put a fresh schedule where it is after `step` steps."""
     lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
-    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    lambdas = cast(LambdaLR, lr_scheduler).lr_lambdas  # as all of diffusers' schedules are
+    rates = zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lambdas, strict=True)
     for group, base, factor in rates:
         group["lr"] = base * factor(step)
     lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]

@@ -88,7 +88,7 @@ class Run:
         self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
         self.collect_tensors()
         self.schedule = make_schedule(
-            settings_of(self.args), seed=self.args.seed, calibrate=self.calibrate, on_device=self.args.compile
+            settings_of(self.args), seed=self.seed, calibrate=self.calibrate, on_device=self.args.compile
         )
         self.schedule.start(self.adapters.handles(), self.plan.max_train_steps, self.optimizer)
         self.make_lr_scheduler()
@@ -103,6 +103,12 @@ class Run:
         self.parameters = list(self.tensors.values())
 
     @property
+    def seed(self) -> int:
+        """The run's, which was drawn where none is given."""
+        assert self.args.seed is not None, "`resolve_seed` has set it"
+        return self.args.seed
+
+    @property
     def output(self) -> Path:
         return Path(self.args.output_dir)
 
@@ -110,12 +116,12 @@ class Run:
         """What this process sees in micro-step `micro` of step `step`, both from 0; dropout is seeded accordingly."""
         size, processes = self.args.train_batch_size, self.accelerator.num_processes
         turn = (step * self.args.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
-        torch.manual_seed(seed_of(self.args.seed, Stream.DROPOUT, turn))
+        torch.manual_seed(seed_of(self.seed, Stream.DROPOUT, turn))
         return self.sampler.batches(turn * size, size)
 
     def log(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
         """Keep what was measured, and look at it when it is time; raises `Stopped` if a loss is not finite."""
-        lr = self.lr_scheduler.get_last_lr()[0]
+        lr = float(self.lr_scheduler.get_last_lr()[0])
         self.history.add_step(step, loss, grad_norm, lr)
         if self.history.is_due():
             try:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -27,7 +28,7 @@ def contact_sheet(
     Pictures keep their shape inside squares of `side` pixels. Those given by path are opened one at a time: a long run
     has more of them than a process may hold open.
     """
-    font = ImageFont.load_default(14)
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(14))  # Pillow's own, which has a size
     heads = {label: wrapped(label, side, font) for label in columns}
     head = MARGIN + max((height_of(lines, font) for lines in heads.values()), default=0) + MARGIN
     groups = [(label, len(list(same))) for label, same in groupby(rows)]
@@ -62,7 +63,7 @@ def opened(image: Image.Image | Path) -> Image.Image:
 
 def height_of(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
     """As Pillow spaces them, with room for what hangs below the last line."""
-    return len(lines) * (font.getbbox("A")[3] + SPACING) + font.getmetrics()[1]
+    return len(lines) * (int(font.getbbox("A")[3]) + SPACING) + font.getmetrics()[1]
 
 
 def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:

@@ -59,6 +59,7 @@ class Painter:
     def encode(self) -> list[Texts]:
         """The empty prompt and the validation prompts, as the text encoders see them now: one by one as a pipeline
         does it, because in one batch their last bits may come out differently."""
+        assert self.tokens is not None, "there are prompts to generate images of"
         encoders = self.family.text_encoders_of(self.pipeline)
         each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
         return [self.family.encode(encoders, Tokens(*parts)) for parts in each]

@@ -18,7 +18,7 @@ from ...data.buckets import Grid
 from ...options import DreamBoothOptions
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ OF_DIFFUSION = dict.fromkeys(
 
 def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
     """`skip_clip_layers`: the final norm reads what came before the last layers, as in diffusers' pipelines."""
-    encoder = getattr(text_encoder, "text_model", text_encoder).encoder
+    encoder: Any = getattr(text_encoder, "text_model", text_encoder).encoder
     encoder.layers = encoder.layers[:-count]
 
 
@@ -79,7 +79,7 @@ class Family(ABC):
     guidance_scale = 7.5  # of pictures
     is_guided = False  # whether it has models that are given the guidance in training
 
-    def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:
+    def denoiser_of(self, pipeline: DiffusionPipeline) -> ModelMixin:
         return getattr(pipeline, self.denoiser)
 
     def tokenizers_of(self, pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
@@ -162,7 +162,7 @@ class Family(ABC):
         return model(latents, timestep=times, **conditions, return_dict=False)[0]
 
     @abstractmethod
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
 
 
@@ -211,6 +211,6 @@ class FlowFamily(Family):
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
         import torch
 
-        encoder, tokenizer = (getattr(pipeline, name) for name in (self.fixed_encoder, self.fixed_tokenizer))
+        encoder, tokenizer = (getattr(pipeline, str(name)) for name in (self.fixed_encoder, self.fixed_tokenizer))
         ids = self.tokenize([tokenizer], prompts, self.t5_length(args))[:, 0]
         return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])

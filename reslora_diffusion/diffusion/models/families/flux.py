@@ -59,6 +59,7 @@ class Flux(FlowFamily):
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         pooled = text_encoders[0](tokens.ids[:, 0], return_dict=True).pooler_output
+        assert tokens.fixed is not None, "what T5 makes of a prompt is always computed"
         return Texts(tokens.fixed.to(pooled.dtype), pooled)
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
@@ -91,5 +92,5 @@ class Flux(FlowFamily):
         )[0]
         return F.pixel_shuffle(packed.mT.unflatten(2, (len(rows), len(columns))), CELL)
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         return {"prompt_embeds": texts.hidden, "pooled_prompt_embeds": texts.pooled}

@@ -57,6 +57,7 @@ class StableDiffusion3(FlowFamily):
             for place, encoder in enumerate(text_encoders)
         ]
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        assert tokens.fixed is not None, "zeros stand there without T5"
         clip = F.pad(clip, (0, tokens.fixed.shape[-1] - clip.shape[-1]))
         hidden = torch.cat([clip, tokens.fixed.to(clip.dtype)], dim=1)
         return Texts(hidden, torch.cat([output.text_embeds for output in outputs], dim=-1))
@@ -64,7 +65,7 @@ class StableDiffusion3(FlowFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "pooled_projections": texts.pooled}
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         return {
             "prompt_embeds": texts.hidden,
             "pooled_prompt_embeds": texts.pooled,

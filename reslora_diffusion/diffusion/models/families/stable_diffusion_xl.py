@@ -41,9 +41,10 @@ class StableDiffusionXL(UNetFamily):
         extra = {"text_embeds": texts.pooled, "time_ids": time_ids}
         return {"encoder_hidden_states": texts.hidden, "added_cond_kwargs": extra}
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor]:
+    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself treats a prompt not given
-            negative = Texts(*(part.new_zeros(part.shape) for part in negative))
+            assert negative.pooled is not None, "the second text encoder pools"
+            negative = Texts(*(part.new_zeros(part.shape) for part in (negative.hidden, negative.pooled)))
         return {
             "prompt_embeds": texts.hidden,
             "pooled_prompt_embeds": texts.pooled,
