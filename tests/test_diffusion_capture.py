@@ -132,7 +132,7 @@ TAPED = """
 import sys
 sys.path[:0] = [{tests!r}]
 import dreambooth
-from reslora_diffusion.diffusion import capture
+from reslora_diffusion.diffusion.train import capture
 from tape import Tapes
 tapes = Tapes()
 capture.why_not_captured, capture.CudaGraphs, capture.WARM_UP = lambda device: None, lambda: tapes, 1
