@@ -221,7 +221,7 @@ import torch
 from torch.distributed.tensor import DTensor
 sys.path[:0] = [{tests!r}]
 import dreambooth
-from reslora_diffusion.diffusion import models
+from reslora_diffusion.diffusion.models import load as models
 shard = models.shard
 def counted(denoiser, device):
     whole = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad)

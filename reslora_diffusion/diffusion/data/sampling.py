@@ -10,7 +10,7 @@ Examples of several sizes (aspect-ratio buckets) are drawn so that the instances
 differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import cast
@@ -86,7 +86,7 @@ class Sampler:
     """
 
     instances: Sequence[Example]
-    classes: dict[int, Sequence[Example]]
+    classes: Mapping[int, Sequence[Example]]
     seed: int
     scaling_factor: float
     process: Process

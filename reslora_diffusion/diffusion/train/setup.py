@@ -37,7 +37,7 @@ from .session import Run
 from .validation import Painter, fixed_noise_loss
 
 # Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
-UNSCALED = {"init_scale": 1.0, "growth_interval": 2**30}
+UNSCALED: dict[str, Any] = {"init_scale": 1.0, "growth_interval": 2**30}
 
 
 class Start(NamedTuple):
@@ -111,6 +111,7 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
     """Encode every image and prompt once."""
     args, plan, accelerator = begun.args, begun.plan, begun.accelerator
     encoded = encode_examples(loaded.pipeline, plan, concepts, args, accelerator.is_local_main_process)
+    assert args.seed is not None, "`resolve_seed` has set it"
     sampler = Sampler(
         encoded.instances,
         encoded.classes,
@@ -145,6 +146,8 @@ def painter_of(begun: Start, loaded: Loaded) -> Painter:
     """Who generates validation images."""
     args, family, pipeline = begun.args, begun.plan.skeleton.family, loaded.pipeline
     prompts = args.validation_prompt or []
+    assert args.seed is not None, "`resolve_seed` has set it"
+    assert args.validation_guidance_scale is not None, "`start` has set it to the family's"
     return Painter(
         pipeline,
         family,
