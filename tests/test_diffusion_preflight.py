@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from dreambooth import train
+from reslora_diffusion.diffusion.options import DreamBoothOptions, checks, preflight
 from reslora_diffusion.diffusion.options.preflight import kept_for_backward
+from reslora_diffusion.diffusion.train import history
+from reslora_diffusion.utils import environment
 
 
 class Plain:
@@ -35,3 +38,20 @@ def test_more_pictures_are_said_to_take_more_and_checkpointing_less(tmp_path, ca
     one, four = megabytes("one", train_batch_size=1), megabytes("four", train_batch_size=4)
     assert 3 < four / one < 4.5
     assert megabytes("less", train_batch_size=4, gradient_checkpointing=True) < 0.6 * four
+
+
+def test_extras_that_are_not_installed_are_said_and_not_needed(monkeypatch, tmp_path) -> None:
+    """The default tracker and the loss plot are extras; a tracker that was asked for needs its package."""
+    for module in (preflight, history, environment):
+        monkeypatch.setattr(module, "is_installed", lambda package: package not in ("tensorboard", "matplotlib"))
+    default, asked = DreamBoothOptions(), DreamBoothOptions()
+    asked.update({"report_to": "tensorboard"})
+    assert preflight.tracker_of(default) == "none"
+    assert preflight.tracker_of(asked) == "tensorboard"
+    tracker, plot = preflight.not_installed(default)
+    assert "pip install tensorboard" in tracker
+    assert "pip install matplotlib" in plot
+    assert list(checks.missing_packages(default)) == []
+    assert "tensorboard" in next(iter(checks.missing_packages(asked)))
+    history.plot_losses({"LoRA": [{"step": 1, "loss": 1.0}]}, tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()

@@ -267,7 +267,7 @@ def missing_packages(args: DreamBoothOptions) -> Iterator[str]:
         needed.append(("--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}", package))
     if args.enable_xformers_memory_efficient_attention:
         needed.append(("--enable_xformers_memory_efficient_attention", "xformers"))
-    if args.report_to in ("tensorboard", "wandb", "comet_ml"):
+    if "report_to" in args.given and args.report_to in ("tensorboard", "wandb", "comet_ml"):
         needed.append((f"--report_to {args.report_to}", args.report_to))
     yield from environment.missing_packages(needed)
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from ...rules import ShortcutFields
+from ...utils.environment import is_installed
 from ..data.concepts import Concept
 from ..data.sampling import Batch
 from ..models.estimate import BACKWARD, Kept, on_paper
@@ -116,6 +117,22 @@ def expectation(plan: Plan, args: DreamBoothOptions, seconds: float, forwards: i
     )
 
 
+def not_installed(args: DreamBoothOptions) -> list[str]:
+    """What a run does without, as nobody asked for it and its package is an extra."""
+    lines = []
+    if tracker_of(args) != args.report_to:
+        lines.append(f"{args.report_to} is not installed, so nothing is logged to it: pip install {args.report_to}")
+    if not is_installed("matplotlib"):
+        lines.append("matplotlib is not installed, so no loss.png is drawn: pip install matplotlib")
+    return lines
+
+
+def tracker_of(args: DreamBoothOptions) -> str:
+    """`--report_to`, or "none" for a default whose package is not installed."""
+    default = "report_to" not in args.given
+    return "none" if default and args.report_to != "none" and not is_installed(args.report_to) else args.report_to
+
+
 def preflight(plan: Plan, args: DreamBoothOptions, count: int | None = None) -> list[str]:
     """Lines on the whole run, of `count` processes (of as many as the launcher says, if not given)."""
     count = count or world_size()
@@ -148,5 +165,6 @@ def preflight(plan: Plan, args: DreamBoothOptions, count: int | None = None) -> 
             f"trained at guidance {guidance:g} (--training_guidance_scale, diffusers' --guidance_scale), images at "
             f"{family.painting_guidance(args):g} (--validation_guidance_scale)"
         )
+    lines += not_installed(args)
     lines.append(memory(plan, args))
     return lines + ([on_paper(plan, args)] if args.dry_run else [])  # a run measures instead, once models are loaded

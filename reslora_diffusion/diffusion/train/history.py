@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.environment import is_installed
 from ...utils.files import atomic_write, write_text
 from ...utils.json_lines import lines_of
 
@@ -115,7 +116,12 @@ def smooth(values: Sequence[float], keep: float = SMOOTHING) -> list[float]:
 
 
 def plot_losses(histories: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Loss of each run over its steps, smoothed, and its fixed-noise validation loss, in one plot."""
+    """Loss of each run over its steps, smoothed, and its fixed-noise validation loss, in one plot.
+
+    Draws nothing where matplotlib is not installed, which the preflight has said.
+    """
+    if not is_installed("matplotlib"):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5))

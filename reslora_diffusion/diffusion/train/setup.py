@@ -25,7 +25,7 @@ from ..models.warm_start import start_from
 from ..objective.loss import Denoiser, Objective
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
-from ..options.preflight import expectation, kept_for_backward, preflight
+from ..options.preflight import expectation, kept_for_backward, preflight, tracker_of
 from .changes import data_changes, data_of
 from .checkpoints import broken_in, find_checkpoint, restoring, stored_facts
 from .ema import Ema
@@ -70,9 +70,10 @@ class Data(NamedTuple):
 def start(args: DreamBoothOptions, plan: Plan) -> Start:
     """Print the preflight; find the checkpoint and the seed; create the repository to push to."""
     output = Path(args.output_dir)
+    tracker = tracker_of(args)
     accelerator = Accelerator(
         mixed_precision="no",  # the base is cast as a whole; autocast over it costs time and memory
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(str(output), logging_dir=str(output / args.logging_dir)),
     )
     accelerator.print("\n".join(preflight(plan, args, accelerator.num_processes)))
