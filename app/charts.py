@@ -48,7 +48,7 @@ def colour_of(number: int) -> str:
 
 
 def dash_of(number: int) -> str:
-    """As SVG writes it; a run keeps it in both charts and in the legend."""
+    """The dash pattern of a run's line, as SVG writes it; it is the same in both charts and in the legend."""
     return DASHES[number % len(DASHES)]
 
 

@@ -66,7 +66,7 @@ class Studio:
         return findings(session.request, session.measured, session.ballot, gaps)
 
     def merge_gap(self, adapter: Adapter) -> str | None:
-        """By the header of its file; nothing where that is gone."""
+        """The merge gap in the header of an adapter's file; None where the file is gone."""
         if not adapter.path or not Path(adapter.path).is_file():
             return None
         return self.comparer.shelf.card(Path(adapter.path)).inspection.facts.get("merge gap")

@@ -176,7 +176,7 @@ class Training:
         return step
 
     def seconds_left(self, step: int) -> float | None:
-        """By the pace since the first step that was seen."""
+        """Seconds left at the pace since the first step that was logged."""
         if self.first_seen is None or step <= self.first_seen[0]:
             return None
         pace = (time.monotonic() - self.first_seen[1]) / (step - self.first_seen[0])

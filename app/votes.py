@@ -146,7 +146,7 @@ def tally(verdicts: Iterable[Verdict]) -> Tally:
 
 
 def tallies(ballot: Ballot) -> dict[str, Tally]:
-    """By prompt, in the order they were first voted on."""
+    """Tallies by prompt, in the order in which prompts were first voted on."""
     by_prompt = defaultdict(list)
     for pair, verdict in ballot.voted:
         by_prompt[pair.row.prompt].append(verdict)

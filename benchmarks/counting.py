@@ -33,7 +33,7 @@ FULL_PRECISION = {F.layer_norm, F.group_norm, F.softmax, F.mse_loss, torch.exp, 
 
 @dataclass
 class Counts:
-    """Of one forward and backward."""
+    """Operations, bytes and peak memory of one forward and backward."""
 
     operations: int = 0
     bytes: int = 0

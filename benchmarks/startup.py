@@ -38,7 +38,7 @@ def make_lora(folder: Path) -> Path:
 
 
 def of_cli(lora: Path, missing: Path, taken: Path) -> dict[str, list[object]]:
-    """Of the `reslora` command."""
+    """Command lines of the `reslora` command."""
     out = missing / "out"
     return {
         "--help": ["--help"],
@@ -61,7 +61,7 @@ def of_cli(lora: Path, missing: Path, taken: Path) -> dict[str, list[object]]:
 
 
 def of_dreambooth(missing: Path, unreadable: Path) -> dict[str, list[object]]:
-    """Of the DreamBooth script: what is known from the words, from folders, from the model's shapes."""
+    """Command lines of the DreamBooth script: faults of words, of folders, of the model's shapes."""
     good = {"pretrained_model_name_or_path": MODEL, "instance_data_dir": SUBJECT, "instance_prompt": "a dog"}
     good |= {"resolution": 64, "output_dir": missing / "run"}
 
@@ -92,7 +92,7 @@ def of_dreambooth(missing: Path, unreadable: Path) -> dict[str, list[object]]:
 
 
 def of_llm(missing: Path) -> dict[str, list[object]]:
-    """Of the scripts for language models."""
+    """Command lines of the scripts for language models."""
     model = ["--model_name_or_path", ROOT / "assets" / "tiny-llm"]
     return {
         "--help": ["--help"],

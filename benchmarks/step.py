@@ -114,7 +114,7 @@ class Models:
         return self.made[key]
 
     def all(self, subject: str, variants: Sequence[str]) -> dict[str, nn.Module]:
-        """By variant, as many as there is memory for."""
+        """Results by variant, of as many as there is memory for."""
         found = {}
         for variant in variants:
             try:

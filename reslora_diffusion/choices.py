@@ -12,7 +12,7 @@ PAIR_OPTIMIZERS = ("rite", "pro", "scaled_adamw", "reflora")  # see both factors
 
 
 class Precision(StrEnum):
-    """Of a written file."""
+    """The precision of a written file."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -34,7 +34,7 @@ class Target(StrEnum):
 
 
 class Modules(StrEnum):
-    """Of which layers a LoRA is extracted."""
+    """The layers of which a LoRA is extracted."""
 
     TRANSFORMER = "transformer"
     ALL = "all"

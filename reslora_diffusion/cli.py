@@ -249,7 +249,8 @@ def combine(
 
 
 def files_and_weights(words: list[str], weights: list[str]) -> tuple[list[Path], list[float]]:
-    """Of `A B --weights 1 -0.6` the parser takes -0.6 for a third file: numbers that are no files are weights."""
+    """Files and weights of `A B --weights 1 -0.6`, where the parser takes -0.6 for a third file: numbers that are no
+    files are weights."""
 
     def is_number(word: str) -> bool:
         try:

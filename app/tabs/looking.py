@@ -37,7 +37,7 @@ class Looking:
         return [self.view, *self.pickers]
 
     def values(self, session: Session, view: View) -> list:
-        """Of `controls`, for a view of the session's comparison."""
+        """Values of `controls`, for a view of the session's comparison."""
         rows, columns = views.pair_choices(session.request)
         row = gr.Dropdown(choices=rows, value=view.row)
         return [view.name, row, *(gr.Dropdown(choices=columns, value=side) for side in (view.left, view.right))]

@@ -82,5 +82,5 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
 
 
 def stride(steps: list[int]) -> int:
-    """Of the slider, so that it stops at every step with samples."""
+    """The step of the slider, so that it stops at every step with samples."""
     return math.gcd(*steps) or 1

@@ -67,7 +67,7 @@ def save_pipeline(folder: Path, device: torch.device) -> None:
 
 
 def scripts(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
-    """By name, the program and the options that it has beside the common ones; what matters most comes first."""
+    """Each program by name, with the options that only it has; what matters most comes first."""
     ours = [sys.executable, "-m", "benchmarks.phases", str(OURS)]
     own = ["--shortcut", "block", "--report_to", "none"]
     found = {"reslora block": (ours, own)}

@@ -103,7 +103,7 @@ class Racer:
         return {"diverged": False, "train_losses": losses, "curve": curve, **self.measure(last=True)}
 
     def measure(self, last: bool) -> dict[str, float]:
-        """Of the export; at the end also of the model as trained, whose distance is the merge gap."""
+        """Measure the export; at the end also the model as trained, whose distance is the merge gap."""
         self.model.eval()
         trained = self.task.measure(self.model, self.split, self.seed) if last else None
         if self.method.shortcut in ("input", "middle"):

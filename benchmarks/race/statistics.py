@@ -31,7 +31,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compare(method: Mapping[int, float], reference: Mapping[int, float]) -> Comparison:
-    """By paired t: losses by seed. With fewer than two common seeds nothing is shown."""
+    """A paired t-test of losses by seed. With fewer than two common seeds every figure is NaN."""
     seeds = sorted(set(method) & set(reference))
     differences = np.array([method[seed] - reference[seed] for seed in seeds])
     if len(seeds) < 2 or not np.isfinite(differences).all():

@@ -202,7 +202,7 @@ def is_open_clip(component: str, family: Family) -> bool:
 
 
 def a1111_applies(names: Collection[str], family: Family) -> set[str]:
-    """Of the names in a kohya file, those whose modules A1111 patches.
+    """The names in a kohya file whose modules A1111 patches.
 
     It patches the attention of an OpenCLIP encoder only where q, k, v and out are all in the file
     (`network_apply_weights`: `if module_q and module_k and module_v and module_out`), and else passes it over.

@@ -13,7 +13,7 @@ SHOWN = 5  # modules that a cut hurt most
 
 
 def loader_versions() -> dict[str, str]:
-    """Of the packages whose loaders took part in the proof."""
+    """Versions of the packages whose loaders took part in the proof."""
     return {package: version(package) for package in ("diffusers", "peft", "torch", "transformers")}
 
 

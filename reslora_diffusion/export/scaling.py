@@ -160,7 +160,7 @@ class StatedScaling:
         self.rank_stabilised = bool(config.get("use_rslora"))
 
     def of(self, path: str, rank: int) -> float:
-        """Of the module at `path`, whose CLIP layout may be another than the configuration's."""
+        """The scaling of the module at `path`, whose CLIP layout may differ from the configuration's."""
         alpha = self.patterns.find(list(dict.fromkeys((path, path.removeprefix("text_model.")))))
         if alpha is None:
             alpha = rank if self.alpha is None else self.alpha

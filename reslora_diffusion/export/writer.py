@@ -216,7 +216,7 @@ def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
 
 
 def carried_facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of another file's header, what stays true of a LoRA that is resized or converted, as facts for a new one."""
+    """The facts of another file's header that stay true of a LoRA that is resized or converted."""
     known = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "reslora."))}
     return {key.removeprefix("reslora."): value for key, value in known.items() if not COMPUTED.fullmatch(key)}
 

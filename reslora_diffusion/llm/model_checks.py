@@ -39,7 +39,7 @@ def leaves_of(layers: Shapes) -> list[str]:
 
 
 def stored_problems(options: ScriptOptions) -> list[str]:
-    """As far as a model's files on this machine tell; those of pictures and text hold more than is trained."""
+    """Problems that a model's files on this machine show; files of vision-language models hold more than is trained."""
     files = Files(str(options.model_name_or_path), options.model_revision)
     try:
         config = files.json("config.json")

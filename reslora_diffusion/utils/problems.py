@@ -84,7 +84,7 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
 
 
 def is_first_process() -> bool:
-    """Of several processes, one says what all of them found."""
+    """Whether this process is the one of several that says what all of them found."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 

@@ -62,7 +62,7 @@ class ResLoraModel(LoraModel):
         combination_type: Any = "svd",
         **options: Any,
     ) -> None:
-        """As PEFT's, where one adapter of this method can be what is asked for.
+        """PEFT's method, where one ResLoRA adapter can be the combination that is asked for.
 
         Raises:
             ValueError: the adapters are joined differently, or the combination does not keep what the shortcut needs.

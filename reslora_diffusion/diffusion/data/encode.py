@@ -50,7 +50,7 @@ class Example:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the latents."""
+        """The shape of the latents."""
         return self.mean.shape[1:]
 
 

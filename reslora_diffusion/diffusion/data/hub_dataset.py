@@ -33,7 +33,7 @@ TEXT = ("string", "large_string")
 
 
 def dataset_options(args: DreamBoothOptions) -> Iterator[str]:
-    """What of these options does not go together."""
+    """Options of a dataset that do not go together."""
     if args.dataset_name is None:
         for name in ("dataset_config_name", "image_column", "caption_column"):
             if getattr(args, name) is not None:
@@ -148,7 +148,7 @@ def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Pat
 
 
 def suffix_of(data: bytes) -> str:
-    """Of a picture's file: that of its format. Readers go by content; a phone's MPO is a JPEG with more in it."""
+    """The file suffix of an image's format. Readers go by content; a phone's MPO is a JPEG with more in it."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             suffix = f".{picture.format}".lower()

@@ -204,7 +204,7 @@ def open_upright(path: Path) -> Image.Image:
 
 
 def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
-    """What of a picture counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
+    """The part of an image that counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
     with Image.open(picture.mask or picture.path) as stored:
         image = eight_bits(ImageOps.exif_transpose(stored))
         if picture.mask:

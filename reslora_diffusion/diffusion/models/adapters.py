@@ -70,7 +70,7 @@ class Adapters:
 
     @property
     def config(self) -> ResLoraConfig:
-        """Of the denoiser's adapter; all have one method."""
+        """The configuration of the denoiser's adapter; all adapters have one method."""
         return get_controller(self.models[self.denoiser], ADAPTER).config
 
     def handles(self) -> list[AdaptedModel]:

@@ -68,7 +68,7 @@ class Kept:
 
 
 def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
-    """Of one training step at the largest of the sizes that are trained on."""
+    """The cost of one training step at the largest of the sizes that are trained on."""
     skeleton, dtype = plan.skeleton, base_dtype(args)
     family, meta = skeleton.family, dict[str, Any](device="meta")
     models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})

@@ -151,6 +151,6 @@ def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: 
 
 
 def base_model_name(args: DreamBoothOptions) -> str:
-    """As it stands in a file header: a hub name, or the name of a folder without the machine's path to it."""
+    """The base as a file header names it: a hub name, or a folder's name without the machine's path to it."""
     name = given_base(args)
     return Path(name).resolve().name if Path(name).is_dir() else name

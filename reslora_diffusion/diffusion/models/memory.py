@@ -137,7 +137,7 @@ class FrugalNorm(Frugal):
 
 
 class SkippedSiLU(Frugal):
-    """Of images nothing, since `FrugalNorm` did it; of the timestep embedding [B, C] as it was."""
+    """SiLU of the timestep embedding [B, C]; images pass unchanged, since `FrugalNorm` has applied it to them."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else self.usual(x)

@@ -49,12 +49,12 @@ def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """As PEFT matches the patterns of ranks and alphas."""
+    """Whether a pattern of ranks or alphas matches a layer, as PEFT matches it."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def is_target(name: str, targets: Iterable[str]) -> bool:
-    """As PEFT matches lists of target modules."""
+    """Whether a layer is a target, as PEFT matches lists of target modules."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -64,12 +64,12 @@ def blocks_of(args: DreamBoothOptions) -> list[int]:
 
 
 def rank_of(args: DreamBoothOptions, name: str) -> int:
-    """Of an adapted layer."""
+    """The rank of an adapted layer."""
     return next((rank for pattern, rank in dict(args.rank_pattern).items() if matches(pattern, name)), args.rank)
 
 
 def family_of(index: Mapping[str, Any], name: str) -> Family:
-    """By a pipeline's `model_index.json`; raises `BadInput`."""
+    """The family that a pipeline's `model_index.json` names; raises `BadInput`."""
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         wanted = ", ".join(f"{family.title} ({kind})" for kind, family in FAMILIES.items())
@@ -86,7 +86,7 @@ def left_out(args: DreamBoothOptions, family: Family, part: str, hidden_layers: 
 
 
 def number_of(tensor: str) -> int:
-    """Of the layer that a text encoder's tensor is in; -1 outside of them."""
+    """The number of the layer that a text encoder's tensor is in; -1 outside of the layers."""
     layer = re.search(r"encoder\.layers\.(\d+)\.", tensor)
     return int(layer[1]) if layer else -1
 

@@ -30,7 +30,7 @@ def unused_parts(args: DreamBoothOptions) -> set[str]:
 
 
 def variant_problems(args: DreamBoothOptions) -> Iterator[str]:
-    """Of a hub name nothing is known before diffusers asks for it, and it asks before it downloads."""
+    """Problems of `--variant` with a model folder. Nothing is known of a hub name before diffusers asks for it."""
     folder = Path(args.pretrained_model_name_or_path or "")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

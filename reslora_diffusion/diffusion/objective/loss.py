@@ -116,7 +116,7 @@ class Denoiser:
         return self.model, *self.text_encoders
 
     def encode(self, batch: Batch) -> Texts:
-        """By the text encoders that are trained."""
+        """Encode tokens by the text encoders that are trained."""
         return self.family.encode(self.text_encoders, cast(Tokens, batch.texts))
 
     def condition(self, batch: Batch) -> dict[str, Any]:

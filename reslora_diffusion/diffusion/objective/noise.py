@@ -92,7 +92,9 @@ class Diffusion(Process):
 
 @dataclass(frozen=True)
 class FlowMatching(Process):
-    """As in Stable Diffusion 3 (arXiv 2403.03206); names and defaults of diffusers' `train_dreambooth_lora_sd3.py`."""
+    """Flow matching of Stable Diffusion 3 (arXiv 2403.03206).
+
+    Names and defaults are those of diffusers' `train_dreambooth_lora_sd3.py`."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     weighting_scheme: str = "logit_normal"

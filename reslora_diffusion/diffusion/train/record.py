@@ -65,7 +65,7 @@ def write_record(args: DreamBoothOptions, facts: dict[str, Any]) -> None:
 
 
 def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
-    """In what a checkpoint belongs to another configuration. A seed that is not given is the checkpoint's."""
+    """Options in which a checkpoint differs from this configuration. A seed that is not given is the checkpoint's."""
     stored = stored_options(stored_facts(checkpoint).get("options", {}))
     for name in BINDING:
         was, own = getattr(stored, name), getattr(args, name)

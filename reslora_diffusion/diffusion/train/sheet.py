@@ -62,7 +62,7 @@ def opened(image: Image.Image | Path) -> Image.Image:
 
 
 def height_of(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
-    """As Pillow spaces them, with room for what hangs below the last line."""
+    """The height of lines as Pillow spaces them, with room for what hangs below the last line."""
     return len(lines) * (int(font.getbbox("A")[3]) + SPACING) + font.getmetrics()[1]
 
 

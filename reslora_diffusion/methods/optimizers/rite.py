@@ -24,7 +24,7 @@ from .preconditioned import MAGNITUDE, SHARED_UP
 
 
 class Basis(NamedTuple):
-    """Of a factor [n, rows, r]: U [n, rows, k] with orthonormal columns, and R^+ [n, r, k], for k = min(rows, r)."""
+    """The QR of a factor [n, rows, r]: U [n, rows, k] has orthonormal columns, R^+ is [n, r, k], k = min(rows, r)."""
 
     U: Tensor
     inverse: Tensor

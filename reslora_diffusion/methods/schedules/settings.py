@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass
 class CotoSettings(Settings):
-    """Of `coto.Coto`."""
+    """Settings of `coto.Coto`."""
 
     initial_p: float = option(0.1, "Share of the blocks whose adapters are open in the first step.", above=0, below=1)
     ratio: float = option(0.75, "Share of the steps in which any are dropped.", above=0, below=1)
@@ -74,7 +74,7 @@ class CotoSettings(Settings):
 
 @dataclass
 class RestartSettings(Settings):
-    """Of `restart.Restart`."""
+    """Settings of `restart.Restart`."""
 
     stages: int | None = option(None, "Links of the chain (default: as many as ranks, or 3).", at_least=2)
     momentum: float = option(0.0, "Share of a finished link that the next one keeps.", at_least=0, below=1)
@@ -120,7 +120,7 @@ class RestartSettings(Settings):
 
 @dataclass
 class FoldSettings(Settings):
-    """Of `fold.Fold`."""
+    """Settings of `fold.Fold`."""
 
     at: float = option(0.85, "Share of the steps after which the shortcut is folded.", above=0, below=1)
 

@@ -90,10 +90,10 @@ class Family(ABC):
 
     @abstractmethod
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
-        """Of a denoiser's configuration."""
+        """The latent grid that a denoiser's configuration asks for."""
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
-        """Of the latents that a denoiser of this configuration works on."""
+        """Channels of the latents that a denoiser of this configuration works on."""
         return config["in_channels"]
 
     def t5_length(self, args: DreamBoothOptions) -> int:
@@ -143,7 +143,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
-        """By the text encoders that can be trained."""
+        """Encode tokens by the text encoders that can be trained."""
 
     @abstractmethod
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
