@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth import ROOT, SUBJECTS, arguments, words
+from reslora_diffusion.choices import PAIR_OPTIMIZERS
 from reslora_diffusion.diffusion.models.outline import LINEAR, Outline, is_target, read_outline
 from reslora_diffusion.diffusion.models.skeleton import load_skeleton
 from reslora_diffusion.diffusion.options.model_checks import model_problems
@@ -165,7 +166,8 @@ def test_optimizers_that_may_be_chosen_are_those_of_torch():
         for name, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     }
-    assert set(OPTIMIZERS) - set(OPTIMIZER_PACKAGES) == set(found) - {"optimizer", "lbfgs", "sparseadam"}
+    ours = set(OPTIMIZER_PACKAGES) | set(PAIR_OPTIMIZERS)
+    assert set(OPTIMIZERS) - ours == set(found) - {"optimizer", "lbfgs", "sparseadam"}
 
 
 def cached(folder: Path, cache: Path, name: str) -> None:
@@ -187,7 +189,10 @@ def test_what_does_not_fit_is_said_without_torch(tmp_path, source):
         ({"rank": 999, "instance_data_dir": tmp_path / "broken"}, ["--rank is larger than", "1 unreadable picture"]),
         ({"target_modules": ["to_qq"], "learning_rate": -1}, ["matches nothing in the unet", "--learning_rate"]),
         ({"skip_t5": True, "resolution": 8}, ["--skip_t5 does not apply", "--resolution: got 8"]),
-        ({"optimizer": "nosuch", "num_previous": 3}, ["--optimizer: got 'nosuch'", "num_previous: got 3"]),
+        (
+            {"optimizer": "nosuch", "shortcut": "input", "num_previous": 3},
+            ["--optimizer: got 'nosuch'", "num_previous: got 3"],
+        ),
         (
             {"pretrained_vae_model_name_or_path": "/nowhere"},
             ["--pretrained_vae_model_name_or_path: /nowhere is missing"],

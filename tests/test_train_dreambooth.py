@@ -379,7 +379,7 @@ def test_a_signal_while_merging_keeps_what_was_trained(tmp_path, monkeypatch):
         patched.setattr("reslora_diffusion.diffusion.train.session.merge_report", quits)
         with pytest.raises(Interrupted, match="after step 2, while merging; continue by"):
             train(tmp_path / "run", **options)
-        patched.setattr("reslora_diffusion.diffusion.models.adapters.add_adapters", quits)
+        patched.setattr("reslora_diffusion.diffusion.train.setup.add_adapters", quits)
         with pytest.raises(Interrupted, match="before the first step"):
             train(tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()
