@@ -71,7 +71,7 @@ def forked(program: Callable[[], object], folder: Path, die_at: int | None = Non
     return os.waitstatus_to_exitcode(status), count.stat().st_size
 
 
-def kill_and_resume(tmp_path: Path, run: Callable[..., object], result: str) -> None:
+def check_that_kills_lose_nothing(tmp_path: Path, run: Callable[..., object], result: str) -> None:
     """`run(folder, **options)` trains; `result` is what it exports."""
     tiny_pipeline_folder()  # made once, for all children
     whole = tmp_path / "whole" / "run"
@@ -105,7 +105,7 @@ def test_a_diffusion_run_that_is_killed_goes_on(tmp_path, name):
             more["class_data_dir"] = folder.with_name("classes")
         train(folder, **options | more)
 
-    kill_and_resume(tmp_path, run, "pytorch_lora_weights.safetensors")
+    check_that_kills_lose_nothing(tmp_path, run, "pytorch_lora_weights.safetensors")
 
 
 def test_a_language_model_run_that_is_killed_goes_on(tmp_path, language_model):  # noqa: F811
@@ -122,4 +122,4 @@ def test_a_language_model_run_that_is_killed_goes_on(tmp_path, language_model): 
             more.clear()
         run_llm(language_model, folder, **options | more)
 
-    kill_and_resume(tmp_path, run, "adapter_model.safetensors")
+    check_that_kills_lose_nothing(tmp_path, run, "adapter_model.safetensors")

@@ -6,6 +6,7 @@ groups, frozen factors and heads change. Factors of convolutions are flattened: 
 Pairs of equal shape are stacked, so that a step takes a few batched operations per shape and not a dozen per layer.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
@@ -78,7 +79,7 @@ SHARDED = "products of whole factors are needed, and each process has parts of t
 EVERYWHERE = {"loraplus": ONE_GROUP, "cuda_graph": CAPTURE, "deepspeed": SHARDED, "fsdp": SHARDED}
 
 
-class PairOptimizer(torch.optim.AdamW):
+class PairOptimizer(torch.optim.AdamW, ABC):
     """AdamW that treats pairs of LoRA factors in its own way; see the subclasses.
 
     Args:
@@ -135,9 +136,9 @@ class PairOptimizer(torch.optim.AdamW):
                 alike.setdefault(key, []).append(pair)
         return [batch(pairs, self.param_groups[key[0]]) for key, pairs in alike.items()]
 
+    @abstractmethod
     def update(self, batches: list[Batch]) -> list[FactorPair]:
         """Change gradients or factors; return the pairs that are updated, and that AdamW shall leave alone."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it updates pairs")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -9,6 +9,7 @@ RefLora steps as if the factors had been balanced first: with S = T T^T, the fac
 product and equal Gram matrices, and a gradient step on them moves B A as the step above does.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +27,9 @@ MAGNITUDE = "DoRA's magnitude scales the pair's product, which this update takes
 class PreconditionedAdamW(PairOptimizer):
     """AdamW whose gradients of pairs go through `precondition` first."""
 
+    @abstractmethod
     def precondition(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """New gradients of A [n, r, in] and B [n, out, r]."""
-        raise NotImplementedError(f"{type(self).__name__} has no preconditioner")
 
     def update(self, batches: list[Batch]) -> list[FactorPair]:
         for batch in batches:
