@@ -12,9 +12,10 @@ from scipy import stats
 from torch import nn
 
 from benchmarks.race import results, stages
+from benchmarks.race.analysis import analyse, at_time
 from benchmarks.race.methods import parse_method
 from benchmarks.race.plan import Plan, PlanError, TaskSettings, read_plan
-from benchmarks.race.report import document, rows_of
+from benchmarks.race.report import document
 from benchmarks.race.run import added, exported, run
 from benchmarks.race.search import best_of, first_grid, is_interior, key, next_setting
 from benchmarks.race.statistics import compare, holm, smallest_difference, verdict
@@ -247,12 +248,12 @@ def test_a_race_resumes_and_its_page_is_made_of_the_files(line: Plan, tmp_path, 
     again = sorted(tmp_path.rglob("*.json"))
     assert again == files
     assert [p.stat().st_mtime_ns for p in again[1:]] == stamps[1:]
-    rows, compared = rows_of(line, tmp_path)
-    assert [row[0] for row in rows] == ["lora", "reslora-block", "lora, alpha x 2"]
-    assert compared["reslora-block"].seeds == 3
+    found = analyse(line, tmp_path)
+    assert list(found.entries) == ["lora", "reslora-block", "lora, alpha x 2"]
+    assert found.entries["reslora-block"].comparison.seeds == 3
     page = document({line: tmp_path})
-    assert "| lora, alpha x 2 |" in page
-    assert "3 trials a method" in page
+    assert "| control: lora, alpha x 2 |" in page
+    assert "3 trials for each of 2 methods" in page
 
 
 def test_results_of_another_task_or_format_are_not_mixed_in(line: Plan, tmp_path) -> None:
@@ -263,3 +264,95 @@ def test_results_of_another_task_or_format_are_not_mixed_in(line: Plan, tmp_path
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     with pytest.raises(ValueError, match="format 0, wanted 1"):
         stages.tuning_so_far(line, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def written(folder, race: Plan, stage: str, method: str, setting: dict, seed: int, **result) -> None:
+    """A result file as a run would have left it."""
+    curve = [{"step": step, "training_cpu_seconds": step * 0.5, "loss": 3 - step / 6} for step in (3, 6)]
+    facts = results.facts_of(race, stage, method, setting, seed)
+    made = {"diverged": False, "loss_as_trained": 2.0, "kept_energy": 1.0, "cpu_seconds": 4.0, "curve": curve}
+    made |= {"train_losses": [1.0]} | result
+    made["diverged"] = made["loss"] == math.inf
+    results.write(results.path_of(folder, facts), facts, made)
+
+
+@pytest.fixture
+def raced(tmp_path):
+    """A race whose files are made up: the block shortcut is worse by 0.5, twice the alpha by 0.01 at most."""
+    race = plan()
+    for number, rate in enumerate((1e-2, 1e-1, 3e-2)):
+        for method in race.methods:
+            written(tmp_path, race, "tune", method, settings(method, rate), 0, loss=2.0 - (number == 1))
+    for seed in race.final.seeds:
+        for method, more in {"lora": 0.0, "reslora-block": 0.5 + seed / 1000}.items():
+            written(tmp_path, race, "final", method, settings(method, 1e-1), seed, loss=1 + seed / 100 + more)
+            other = settings(method, 1e-1) | {"learning_rate": 1e-1 * 3}
+            written(tmp_path, race, "final", method, other, seed, loss=math.inf if seed == 10 else 2.0)
+        twice = settings("lora", 1e-1) | {"alpha_over_rank": 2.0}
+        written(tmp_path, race, "controls", "lora, alpha x 2", twice, seed, loss=1 + seed / 100 + 0.01 * (seed % 2))
+    return race, tmp_path
+
+
+def settings(method: str, rate: float) -> dict:
+    own = {"num_previous": 1} if method == "reslora-block" else {}
+    return {"learning_rate": rate, "alpha_over_rank": 1.0, **own}
+
+
+def test_the_page_is_complete_or_says_that_it_is_not(raced) -> None:
+    race, folder = raced
+    page = document({race: folder})
+    assert "Complete: 6 of 6 trials, 15 of 15 final runs." in page
+    assert "none of 1 methods was shown to be better than tuned LoRA, and 1 were shown to be worse" in page
+    assert "+0.511 (+0.509 to +0.513)" in page  # 0.5 + the mean of 10, 11, 12 thousandths
+    assert "| 0.019 | no difference shown |" in page
+    assert "1 of 3 diverged" in page
+    assert "| `lora` | 0.1 | 1 |" in page
+    next((folder / "controls").rglob("*.json")).unlink()
+    assert "**This race is not complete** (6 of 6 trials, 14 of 15 final runs)." in document({race: folder})
+
+
+def test_a_page_of_trials_alone_compares_nothing(raced, tmp_path) -> None:
+    import shutil
+
+    race, folder = raced
+    shutil.rmtree(folder / "final")
+    page = document({race: folder})
+    assert "There is no answer yet" in page
+    assert "ranks nothing" in page
+    assert "p (Holm)" not in page
+    shutil.rmtree(folder / "tune")
+    shutil.rmtree(folder / "controls")
+    assert "**Not run yet** (0 of 6 trials, 0 of 15 final runs)." in document({race: folder})
+
+
+def test_the_paper_and_the_tuned_race_are_explained_together(raced, tmp_path_factory) -> None:
+    race, folder = raced
+    published = plan(name="published", search={"trials": 1, "learning_rate": [1e-4], "alpha_over_rank": [2]})
+    other = tmp_path_factory.mktemp("published")
+    for method, gain in {"lora": 0.0, "reslora-block": 0.7}.items():
+        setting = settings(method, 1e-4) | {"alpha_over_rank": 2.0}
+        written(other, published, "tune", method, setting, 0, loss=2.0)
+        for seed in published.final.seeds:
+            written(other, published, "final", method, setting, seed, loss=2 + seed / 100 - gain * (1 + seed / 1000))
+    page = document({published: other, race: folder})
+    assert "`reslora-block` (-0.708) have a lower loss than LoRA, as the paper says" in page
+    assert "LoRA's loss from 2.11 to 1.11, a gain of 1, where changing the method at the published setting" in page
+    assert "the advantage does not outlast tuning" in page
+
+
+def test_losses_at_equal_time_are_read_from_the_curves() -> None:
+    curve = [{"training_cpu_seconds": t, "loss": loss} for t, loss in ((1.0, 4.0), (2.0, 3.0), (4.0, 1.0))]
+    assert at_time(curve, 3.0) == pytest.approx(2.0)
+    assert at_time(curve, 9.0) == 1.0
+    assert math.isnan(at_time(curve, 0.5))
+
+
+def test_results_are_taken_over_once_and_say_the_same(raced, tmp_path_factory) -> None:
+    race, folder = raced
+    target = tmp_path_factory.mktemp("target")
+    assert results.take_over(folder, target, race) == 21
+    assert results.take_over(folder, target, race) == 0
+    assert document({race: target}) == document({race: folder})

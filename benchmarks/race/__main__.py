@@ -1,10 +1,11 @@
 """Run a race, or report on what was run.
 
     python -m benchmarks.race run benchmarks/race/plans/word_problems.yaml --hours 2
-    python -m benchmarks.race report [--check]
+    python -m benchmarks.race report [--check] [--add FOLDER]
 
 `run` goes on where an earlier call stopped, whatever stopped it. `report` writes docs/evidence.md and its plots from
-the results of all plans; `--check` fails if the page is not what the results make of it.
+the results of all plans, complete or not; `--check` fails if the page is not what the results make of it. `--add` takes
+over results that were made in another folder (FOLDER/<plan>/...) first.
 """
 
 import math
@@ -48,22 +49,30 @@ def run_race(
 @app.command()
 def report(
     check: Annotated[bool, typer.Option(help="write nothing; exit 1 if the page is out of date")] = False,
+    add: Annotated[
+        Path | None, typer.Option(help="first take over the results in FOLDER/<plan>, as far as they are of our plans")
+    ] = None,
 ) -> None:
     """Write docs/evidence.md and its plots."""
-    from .report import document, plot
+    from .analysis import analyse
+    from .plots import plot
+    from .report import document
+    from .results import take_over
 
     plans = [read_plan(path) for path in sorted(PLANS.glob("*.yaml"))]
+    if add is not None:
+        for plan in plans:
+            print(f"{plan.name}: {take_over(add / plan.name, RESULTS / plan.name, plan)} results taken over")
     page = document({plan: RESULTS / plan.name for plan in plans})
     if check:
         same = DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == page
-        print(
-            f"{DOCUMENT.name} is {'what the results say' if same else 'out of date: python -m benchmarks.race report'}"
-        )
+        answer = "what the results say" if same else "out of date: python -m benchmarks.race report"
+        print(f"{DOCUMENT.name} is {answer}")
         raise SystemExit(0 if same else 1)
     write_text(DOCUMENT, page)
     for plan in plans:
-        if any((RESULTS / plan.name).glob("tune/*/*.json")):
-            plot(plan, RESULTS / plan.name, ROOT / "docs" / "images" / f"race-{plan.name}.png")
+        if f"race-{plan.name}.png" in page:
+            plot(analyse(plan, RESULTS / plan.name), ROOT / "docs" / "images" / f"race-{plan.name}.png")
     print(f"written: {DOCUMENT.relative_to(ROOT)}")
 
 

@@ -1,185 +1,268 @@
-"""docs/evidence.md and its plots, made of result files alone: no number in them is typed by hand.
+"""docs/evidence.md, made of result files alone: no number in it is typed by hand.
 
-python -m benchmarks.race report [--check]
+python -m benchmarks.race report [--check] [--add FOLDER]
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from . import results, stages
+from .advice import advice, paper_beside_tuned
+from .analysis import Analysis, Entry, analyse
 from .plan import Plan
-from .search import best_of, key
-from .statistics import Comparison, compare, holm, mean_and_sd, verdict
+from .statistics import Comparison, verdict
+from .words import loss_with_spread, number, signed, spread, table
 
 METRICS = {"exact_match": "exact match", "other_subject_loss": "loss of another subject"}
 
+HEAD = """# Evidence: the LoRA family, each method tuned alike
 
-def by_setting(plan: Plan, folder: Path, stage: str) -> dict[str, dict[tuple, list[dict[str, Any]]]]:
-    """Results of a stage: by method (or control), by setting."""
-    found: dict[str, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))
-    for content in results.all_of(folder, plan):
-        if content["stage"] == stage:
-            found[content["method"]][key(content["setting"])].append(content)
-    return found
+*This page is generated from the files in `benchmarks/results/race` by `python -m benchmarks.race report`;
+`make evidence-check` compares.*
 
+In a tuned race every method gets the same number of trials over learning rate and alpha on tuning seeds, and its best
+setting is run on fresh seeds. What is judged is never the adapter as trained but the **exported plain LoRA, cut to the
+same rank for all**, on the untouched base and on held-out data.
 
-def losses_of(contents: list[dict[str, Any]]) -> dict[int, float]:
-    return {content["seed"]: content["result"]["loss"] for content in contents}
+How to read the tables:
 
-
-def number(value: float, digits: int = 3) -> str:
-    return "diverged" if value == math.inf else "–" if math.isnan(value) else f"{value:.{digits}g}"
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    mean, sd = mean_and_sd(values)
-    return f"{number(mean, digits)} ± {number(sd, 2)}"
-
-
-def rows_of(plan: Plan, folder: Path) -> tuple[list[list[str]], dict[str, Comparison]]:
-    """The table of one plan: methods at their best setting, then controls; and the comparisons behind it."""
-    best = {word: best_of(tried) for word, tried in stages.tuning_so_far(plan, folder).items()}
-    final = by_setting(plan, folder, "final")
-    controls = by_setting(plan, folder, "controls")
-    entries = {word: final[word][key(best[word])] for word in plan.methods if word in best}
-    entries |= {name: [c for found in controls[name].values() for c in found] for name in plan.controls}
-    entries = {name: contents for name, contents in entries.items() if contents}
-    if plan.reference not in entries:
-        return [], {}
-    reference = losses_of(entries[plan.reference])
-    compared = {n: compare(losses_of(c), reference) for n, c in entries.items() if n != plan.reference}
-    corrected = holm({name: comparison.p for name, comparison in compared.items()})
-    rows = []
-    for name, contents in entries.items():
-        setting, losses = contents[0]["setting"], losses_of(contents)
-        row = [name, f"{setting['learning_rate']:g}", f"{setting['alpha_over_rank']:g}"]
-        row += [spread(list(losses.values())), str(len(losses))]
-        if name in compared:
-            c = compared[name]
-            row += [f"{c.difference:+.3g} ({c.low:+.3g} to {c.high:+.3g})", number(corrected[name], 2)]
-            row += [verdict(c, corrected[name])]
-        else:
-            row += ["reference", "", ""]
-        row += [spread([c["result"].get(metric, math.nan) for c in contents]) for metric in metrics_of(entries)]
-        row += [gap(contents), reached(contents, reference), spread([c["result"]["cpu_seconds"] for c in contents], 2)]
-        row += [robustness(plan, final[name], setting)] if name in final else [""]
-        rows.append(row)
-    return rows, compared
-
-
-def metrics_of(entries: dict[str, list[dict[str, Any]]]) -> list[str]:
-    first = next(iter(entries.values()))[0]["result"]
-    return [name for name in METRICS if name in first]
-
-
-def gap(contents: list[dict[str, Any]]) -> str:
-    """What exporting cost: loss of the export minus loss as trained."""
-    gaps = [c["result"]["loss"] - c["result"]["loss_as_trained"] for c in contents if not c["result"]["diverged"]]
-    return f"{sum(gaps) / len(gaps):+.2g}" if gaps else "–"
-
-
-def reached(contents: list[dict[str, Any]], reference: dict[int, float]) -> str:
-    """The first measured step at which the mean loss was the reference's final one, or less."""
-    target = sum(reference.values()) / len(reference)
-    curves = [c["result"].get("curve", []) for c in contents]
-    for points in zip(*curves, strict=False):
-        if sum(point["loss"] for point in points) / len(points) <= target:
-            return str(points[0]["step"])
-    return "not"
-
-
-def robustness(plan: Plan, runs: dict[tuple, list[dict[str, Any]]], setting: dict[str, Any]) -> str:
-    """Mean losses at the other learning rates."""
-    found = []
-    for factor in plan.final.robustness:
-        other = setting | {"learning_rate": setting["learning_rate"] * factor}
-        losses = list(losses_of(runs.get(key(other), [])).values())
-        found.append(number(mean_and_sd(losses)[0]) if losses else "–")
-    return " / ".join(found)
-
-
-def section(plan: Plan, folder: Path) -> list[str]:
-    """Markdown of one plan."""
-    rows, _ = rows_of(plan, folder)
-    task, search = plan.task, plan.search
-    lines = [f"## {plan.name}", ""]
-    lines += [
-        f"Task `{task.name}`: rank {task.rank}, {task.steps} steps of {task.batch_size}, {task.lr_scheduler} schedule. "
-        f"{search.trials} trials a method on {len(search.seeds)} seed(s), then {len(plan.final.seeds)} fresh seeds.",
-        "",
-    ]
-    if not rows:
-        return [*lines, "No final runs yet.", ""]
-    entries = by_setting(plan, folder, "final")
-    metrics = [METRICS[m] for m in metrics_of({w: next(iter(f.values())) for w, f in entries.items()})]
-    head = [
-        "method",
-        "learning rate",
-        "alpha / r",
-        "loss ± sd",
-        "seeds",
-        f"minus {plan.reference} (95 %)",
-        "p (Holm)",
-        "",
-    ]
-    factors = " / ".join(f"{f:.2g}" for f in plan.final.robustness)
-    head += [*metrics, "merge gap", f"steps to {plan.reference}'s loss", "CPU seconds", f"loss at lr × {factors}"]
-    lines += ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
-    edges = [
-        f"{word} ({', '.join(name for name, inside in found.items() if not inside)})"
-        for word, found in stages.interior(plan, folder).items()
-        if not all(found.values())
-    ]
-    lines += ["", f"Optima at the edge of what was tried: {'; '.join(edges) or 'none'}.", ""]
-    return [*lines, f"![Loss over learning rate](images/race-{plan.name}.png)", ""]
-
-
-HEAD = """# Evidence
-
-Every method of the table was tuned with the same number of trials over learning rate and alpha, and its best setting
-was run on seeds that chose nothing. What is judged is the **exported plain LoRA at equal rank** on the untouched base.
-Differences are paired by seed; p values are corrected for the number of methods. A large p shows no equality:
-beside it stands the smallest difference that the runs would have shown.
-
-To reproduce: `python -m benchmarks.race run benchmarks/race/plans/<plan>.yaml`, in as many pieces as you like, then
-`python -m benchmarks.race report`.
+- Differences are paired by seed (method minus LoRA, negative is better), with the 95 % interval of a paired t-test.
+- p values are corrected for the number of comparisons in a table by Holm's step-down method.
+- "No difference shown" is not equality. Beside it stands the smallest true difference that the runs would have shown
+  with 80 % power, at the 5 % level, before correction.
+- Times are processor seconds of one thread, so that runs may share a machine. They are noisy by some per cent.
 """
 
 
 def document(folders: Mapping[Plan, Path]) -> str:
     """The whole page, from the folder of results of each plan."""
-    lines = [line for plan, folder in folders.items() for line in section(plan, folder)]
-    return "\n".join([HEAD, *lines]).rstrip() + "\n"
+    found = [analyse(plan, folder) for plan, folder in folders.items()]
+    tuned, published = ([a for a in found if a.is_tuned == kind] for kind in (True, False))
+    parts = [HEAD, "## What to choose", advice(tuned, published)]
+    for analysis in published:
+        parts += [paper_section(analysis, tuned)]
+    for analysis in tuned:
+        parts += [section(analysis)]
+    parts += [reproduce(found)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def plot(plan: Plan, folder: Path, path: Path) -> None:
-    """Loss of every trial over its learning rate, the best alpha of each rate, with the fresh seeds' spread."""
-    import matplotlib
+# ------------------------------------------------------------------------------------------------------- sections
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    trials = stages.tuning_so_far(plan, folder)
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for word, tried in trials.items():
-        best: dict[float, float] = {}
-        for setting, loss in tried:
-            rate = setting["learning_rate"]
-            best[rate] = min(loss, best.get(rate, math.inf))
-        points = sorted((rate, loss) for rate, loss in best.items() if loss < math.inf)
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=word)
-    final = by_setting(plan, folder, "final")
-    for line, word in zip(axis.get_lines(), trials, strict=True):
-        for found in final.get(word, {}).values():
-            losses = [loss for loss in losses_of(found).values() if loss < math.inf]
-            if len(losses) > 1:
-                mean, sd = mean_and_sd(losses)
-                axis.errorbar(found[0]["setting"]["learning_rate"], mean, sd, color=line.get_color(), capsize=3)
-    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="held-out loss of the export", title=plan.name)
-    axis.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def section(analysis: Analysis) -> str:
+    """A tuned race."""
+    plan, task = analysis.plan, analysis.plan.task
+    parts = [
+        f"## {plan.name}",
+        f"Task `{task.name}`: rank {task.rank}, {task.steps} steps of {task.batch_size}, {task.lr_scheduler} decay of "
+        f"the learning rate after {task.warmup_steps} steps of warm-up. {plan.search.trials} trials for each of "
+        f"{len(plan.methods)} methods on {count(plan.search.seeds, 'seed')}, then {len(plan.final.seeds)} fresh seeds.",
+        completeness(analysis),
+    ]
+    if analysis.reference is None:
+        return "\n\n".join([*parts, *tuning_section(analysis)])
+    parts += ["### Loss of the export", losses_table(analysis)]
+    parts += ["### At equal time instead of equal steps", equal_time(analysis)]
+    parts += ["### Cost, settings and robustness", costs_table(analysis), edges(analysis)]
+    return "\n\n".join([*parts, plot_line(analysis)])
+
+
+def paper_section(analysis: Analysis, tuned: Sequence[Analysis]) -> str:
+    """An untuned race, beside the tuned one of the same task."""
+    rates = analysis.plan.search
+    parts = [
+        f"## The paper's setting ({analysis.plan.name})",
+        f"Every method has learning rate {rates.learning_rate[0]:g} and alpha = {rates.alpha_over_rank[0]:g} x rank, "
+        f"untouched. Task `{analysis.plan.task.name}`, rank {analysis.plan.task.rank}, {analysis.plan.task.steps} "
+        f"steps, {len(analysis.plan.final.seeds)} seeds.",
+        completeness(analysis),
+    ]
+    if analysis.reference is not None:
+        beside = next((a for a in tuned if a.plan.task.name == analysis.plan.task.name), None)
+        parts += [losses_table(analysis), costs_table(analysis), paper_beside_tuned(analysis, beside)]
+    return "\n\n".join(parts)
+
+
+def completeness(analysis: Analysis) -> str:
+    """How much of the plan has been run."""
+    done = analysis.progress
+    kind = "trials" if analysis.is_tuned else "first runs"
+    runs = f"{done.trials} of {done.trials_wanted} {kind}, {done.final} of {done.final_wanted} final runs"
+    if done.complete:
+        return f"Complete: {runs}."
+    if not analysis.everything:
+        return f"**Not run yet** ({runs})."
+    return f"**This race is not complete** ({runs}). What follows is what its results say so far, and may change."
+
+
+def tuning_section(analysis: Analysis) -> list[str]:
+    """What there is while no final run of the reference is there: the best trials, which are no comparison."""
+    if not analysis.trials:
+        return []
+    reference = analysis.trials.get(analysis.plan.reference)
+    rows = []
+    for word, tried in analysis.trials.items():
+        setting, loss = min(tried, key=lambda pair: pair[1])
+        rows.append([word, f"{len(tried)}", number(loss), *settings_of(setting), own_options(setting)])
+    text = (
+        "No final runs yet. The least validation loss of each method so far, on the tuning seeds it was chosen on; "
+        "with one seed and unequal numbers of trials this ranks nothing."
+    )
+    head = ["method", "trials", "least loss", "learning rate", "alpha / r", "options"]
+    return [text, table(head, rows)] + ([plot_line(analysis)] if reference else [])
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def losses_table(analysis: Analysis) -> str:
+    """What was asked first: how good is the exported LoRA."""
+    metrics = [m for m in METRICS if any(e.values(m) for e in analysis.entries.values())]
+    name = analysis.plan.reference
+    head = ["method", "loss ± sd", "seeds", f"minus {name} (95 %)", "p (Holm)", "smallest shown", "verdict"]
+    rows = []
+    for entry in analysis.entries.values():
+        row = [named(entry, analysis), loss_with_spread(entry.losses.values()), str(len(entry.losses))]
+        row += comparison_cells(entry.comparison, entry.p) if entry.comparison else ["", "", "", "reference"]
+        rows.append(row + [spread(entry.values(metric)) for metric in metrics])
+    return table([*head, *(METRICS[m] for m in metrics)], rows)
+
+
+def comparison_cells(c: Comparison, p: float) -> list[str]:
+    if math.isnan(c.difference):
+        return ["–", "–", "–", "not compared"]
+    return [
+        f"{signed(c.difference)} ({signed(c.low)} to {signed(c.high)})",
+        number(p, 2),
+        number(c.smallest_shown, 2),
+    ] + [verdict(c, p)]
+
+
+def costs_table(analysis: Analysis) -> str:
+    """Best settings, time, and how much depends on the learning rate."""
+    reference = analysis.reference
+    assert reference is not None, "asked only where there are final runs of it"
+    goal = sum(reference.losses.values()) / len(reference.losses)
+    head = [
+        "method",
+        "learning rate",
+        "alpha / r",
+        "options",
+        f"steps (time) to {analysis.plan.reference}'s final loss",
+    ]
+    head += ["training time", "merge gap", "kept energy"]
+    if factors := analysis.plan.final.robustness:
+        head += [f"loss at learning rate x {f:.2g}" for f in factors]
+    rows = []
+    for entry in analysis.entries.values():
+        moment = entry.reached(goal)
+        row = [named(entry, analysis), *settings_of(entry.setting), own_options(entry.setting)]
+        row += [f"{moment.step} ({moment.seconds:.0f} s)" if moment else "not reached"]
+        row += [
+            f"{spread(entry.training_seconds, 2)} s",
+            signed(mean(entry.gaps), 2),
+            percent(entry.values("kept_energy")),
+        ]
+        rows.append(row + [loss_with_spread(entry.robustness.get(factor, [])) for factor in factors])
+    return table(head, rows) + (
+        "\n\nThe merge gap is the loss of the export minus that as trained; the kept energy is the share of the squared"
+        " change in the weights that an export of this rank holds."
+    )
+
+
+def equal_time(analysis: Analysis) -> str:
+    """Whether a method that takes longer is better for the time."""
+    name = analysis.plan.reference
+    rows = [
+        [named(entry, analysis), *comparison_cells(entry.equal_time, entry.p_equal_time)]
+        for entry in analysis.entries.values()
+        if entry.equal_time is not None
+    ]
+    text = (
+        f"Loss of each method when as much training time was spent as {name} took in all, minus {name}'s final loss. "
+        "It is read from the curves, where the learning rate of a slower method has not decayed to its end; a run that "
+        "is planned for the time may do a little better."
+    )
+    head = ["method", f"minus {name} (95 %)", "p (Holm)", "smallest shown", "verdict"]
+    return f"{text}\n\n{table(head, rows)}" if rows else "Not compared yet."
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def named(entry: Entry, analysis: Analysis) -> str:
+    return f"`{entry.name}`" if entry.name in analysis.plan.methods else f"control: {entry.name}"
+
+
+def settings_of(setting: Mapping[str, float]) -> list[str]:
+    return [f"{setting['learning_rate']:g}", f"{setting['alpha_over_rank']:g}"]
+
+
+def own_options(setting: Mapping[str, object]) -> str:
+    own = {name: value for name, value in setting.items() if name not in ("learning_rate", "alpha_over_rank")}
+    return ", ".join(f"{name} = {'all' if value is None else value}" for name, value in own.items())
+
+
+def edges(analysis: Analysis) -> str:
+    """Optima that the search may have missed."""
+    found = [
+        f"`{word}` ({' and '.join(name.replace('_', ' ') for name, inside in entry.interior.items() if not inside)})"
+        for word, entry in analysis.methods.items()
+        if not all(entry.interior.values())
+    ]
+    if not found:
+        return "The optimum of every method lies inside what was tried, in learning rate and in alpha."
+    return (
+        f"Optima at the edge of what was tried, so that a better setting may lie beyond: {', '.join(found)}. "
+        "The others lie inside."
+    )
+
+
+def plot_line(analysis: Analysis) -> str:
+    return f"![Loss over learning rate, {analysis.plan.name}](images/race-{analysis.plan.name}.png)"
+
+
+def reproduce(analyses: Sequence[Analysis]) -> str:
+    """Commands, hours, machines, versions."""
+    lines = ["## How to reproduce", "", "```bash"]
+    for analysis in analyses:
+        lines += [f"python -m benchmarks.race run benchmarks/race/plans/{file_of(analysis.plan)}"]
+    lines += ["python -m benchmarks.race report    # this page and its plots", "```", ""]
+    lines += [
+        "Each command can be stopped and called again (`--hours 2` stops it by itself). What the results here took:",
+        "",
+    ]
+    rows = []
+    for analysis in analyses:
+        if analysis.everything:
+            hours = f"{analysis.cpu_hours:.1f} processor hours, {len(analysis.everything)} runs"
+            rows.append([analysis.plan.name, hours, *machines(analysis)])
+        else:
+            rows.append([analysis.plan.name, "not run yet", "", ""])
+    return "\n".join(lines) + "\n" + table(["plan", "time", "machine", "versions"], rows)
+
+
+def machines(analysis: Analysis) -> list[str]:
+    """Where the runs were made, and with what."""
+    found = [run["machine"] for run in analysis.everything]
+    places = {f"{m.get('device', m['processor'])}, {m['cores']} cores, {m['threads']} thread a run" for m in found}
+    kinds = {", ".join(f"{name} {m[name]}" for name in ("python", "torch", "transformers", "peft")) for m in found}
+    return ["; ".join(sorted(places)), "; ".join(sorted(kinds))]
+
+
+def file_of(plan: Plan) -> str:
+    return f"{plan.name.replace('-', '_')}.yaml"
+
+
+def count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def percent(values: Sequence[float]) -> str:
+    return f"{100 * mean(values):.1f} %" if values else "–"

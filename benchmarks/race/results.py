@@ -39,9 +39,27 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """A loss that is not finite is written as null."""
     cleaned = {name: None if value == math.inf else value for name, value in result.items()}
-    content = {"format": FORMAT_VERSION, **facts, "result": cleaned, "machine": machine()}
+    put(path, {"format": FORMAT_VERSION, **facts, "result": cleaned, "machine": machine()})
+
+
+def put(path: Path, content: Mapping[str, Any]) -> None:
+    """One line, with training losses of five digits: a race has hundreds of files."""
+    losses = [None if loss is None else float(f"{loss:.5g}") for loss in content["result"].get("train_losses", [])]
+    content = {**content, "result": {**content["result"], "train_losses": losses}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, allow_nan=False) + "\n")
+
+
+def take_over(source: Path, target: Path, plan: Plan) -> int:
+    """Copy results of this plan's task that `target` lacks; returns how many."""
+    taken = 0
+    for content in all_of(source, plan):
+        facts = {name: content[name] for name in ("task", "stage", "method", "setting", "seed")}
+        if not (path := path_of(target, facts)).exists():
+            result = {name: None if value == math.inf else value for name, value in content["result"].items()}
+            put(path, {**content, "result": result})
+            taken += 1
+    return taken
 
 
 def all_of(folder: Path, plan: Plan) -> Iterator[dict[str, Any]]:

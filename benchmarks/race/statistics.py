@@ -70,9 +70,9 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(comparison: Comparison, p: float) -> str:
-    """In words. A large p is never called equality."""
+    """In words. A large p is never called equality: beside it stands `smallest_shown`."""
     if math.isnan(p):
         return "not compared"
     if p < 1 - LEVEL:
         return "better" if comparison.difference < 0 else "worse"
-    return f"no difference shown (one of {comparison.smallest_shown:.2g} would have been)"
+    return "no difference shown"

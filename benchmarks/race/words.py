@@ -1,0 +1,42 @@
+"""Numbers as the report writes them."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .statistics import mean_and_sd
+
+
+def number(value: float, digits: int = 3) -> str:
+    if math.isnan(value):
+        return "–"
+    if value == math.inf:
+        return "diverged"
+    return "< 0.0001" if 0 < value < 1e-4 else f"{value:.{digits}g}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    return "–" if math.isnan(value) else f"{value:+.{digits}g}"
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Mean ± standard deviation."""
+    values = list(values)
+    if not values:
+        return "–"
+    mean, sd = mean_and_sd(values)
+    return number(mean, digits) if math.isnan(sd) else f"{number(mean, digits)} ± {number(sd, 2)}"
+
+
+def loss_with_spread(values: Iterable[float]) -> str:
+    """The same of losses, of which some may be of runs that diverged."""
+    values = list(values)
+    finite = [value for value in values if math.isfinite(value)]
+    lost = f"{len(values) - len(finite)} of {len(values)} diverged"
+    if len(finite) == len(values):
+        return spread(values)
+    return f"{spread(finite)}, {lost}" if finite else lost
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
