@@ -1,5 +1,6 @@
 """Token ids and labels: what is learned, how examples are padded and packed."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_tiny import DECODERS, adapted, build
+from reslora_diffusion.llm.data import template_for_training
 from reslora_diffusion.llm.encoder import Encoder
 from reslora_diffusion.llm.encoding import (
     IGNORED,
@@ -19,6 +21,8 @@ from reslora_diffusion.llm.encoding import (
     packing_problem,
     segments,
 )
+from reslora_diffusion.llm.forms import Conversation
+from reslora_diffusion.llm.showing import first_example, statistics
 from reslora_diffusion.utils.problems import BadInput
 
 WORDS = "<pad> <s> </s> [UNK] user assistant system : a b c d e f g h".split()
@@ -306,3 +310,111 @@ def test_a_model_that_mixes_packed_examples_is_found_out():
 
     problem = packing_problem(Mixing(), Collator(pad_token_id=0), EXAMPLES)
     assert "Mixing lets the examples of a pack see each other" in str(problem)
+
+
+# --------------------------------------------------------------------------------------- tools, texts, long rows
+
+CALLING = (  # as Qwen's: tools first, a call as JSON, what the tool said as a turn
+    "{% if tools %}{% for t in tools %}{{ t['function']['name'] }} {% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] or '' }} {% for c in m['tool_calls'] or [] %}"
+    "{{ c['function']['name'] }} {% endfor %}{% if m['role'] == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+CALL = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "g"}}]},
+    {"role": "tool", "content": "d"},
+    {"role": "assistant", "content": "e"},
+]
+
+
+def test_calls_of_tools_are_learned_and_what_tools_say_is_not(tokenizer):
+    talk = Conversation(CALL, [{"type": "function", "function": {"name": "g"}}])
+    example = encode(talk, with_template(tokenizer, CALLING))
+    assert words(example["input_ids"]) == "g user : a assistant : g </s> [UNK] : d assistant : e </s>"
+    assert words(example["labels"]) == "_ _ _ _ _ _ g </s> _ _ _ _ _ e </s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TEMPLATE, "leaves out the call of the tool 'g'"),
+        (CALLING.replace("{{ t['function']['name'] }}", ""), "leaves out the tool 'h': it does not know tools"),
+        (
+            CALLING.replace("{{ m['role'] }} : {{", "{{ m['role'] }} : {{ m['role'] != 'tool' and "),
+            "the tool's turn 'd'",
+        ),
+    ],
+)
+def test_a_template_that_knows_no_tools_is_refused(tokenizer, template, message):
+    talk = Conversation(CALL, [{"type": "function", "function": {"name": "h"}}])
+    with pytest.raises(BadInput, match=message):
+        encode_all([talk], with_template(tokenizer, template), max_length=99)
+
+
+def test_a_system_turn_that_a_template_drops_is_refused(tokenizer):
+    silent = TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}")
+    with pytest.raises(BadInput, match="leaves out the system's turn 'h'"):
+        encode_all([LONG_TALK], with_template(tokenizer, silent), max_length=99)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("template", [TEMPLATE, REWRITING])
+def test_a_turn_that_is_marked_is_not_learned(tokenizer, mark, template):
+    talk = [LONG_TALK[0], LONG_TALK[1], LONG_TALK[2] | mark, *LONG_TALK[3:]]
+    (example,), _ = encode_all([talk], with_template(tokenizer, template), max_length=99)
+    assert words([i for i in example["labels"] if i != IGNORED]) in ("e f </s>", "h e f </s>")
+
+
+def test_a_text_is_learned_in_windows(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    texts = [[{"role": "text", "content": text}] for text in ("a b c d e f", "g")]
+    examples, dropped = encode_all(texts, tokenizer, max_length=4)
+    assert [words(one["input_ids"]) for one in examples] == ["<s> a b c", "d e f </s>", "<s> g </s>"]
+    assert all(one["labels"] == one["input_ids"] for one in examples)
+    assert dropped == 0
+
+
+def test_long_rows_are_cut_if_asked_but_not_to_nothing(tokenizer):
+    talks = [[{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d e f"}], TALK]
+    examples, cut = encode_all(talks, tokenizer, max_length=5, cut_long=True)
+    assert [words(one["labels"]) for one in examples] == ["_ _ _ c d", "_ _ _ c </s>"]
+    assert cut == 1
+    with pytest.raises(BadInput, match=r"nothing is left of an answer in row 1 \(8 tokens\), row 2 \(5 tokens\)"):
+        encode_all(talks, tokenizer, max_length=3, cut_long=True)
+
+
+def test_packing_takes_as_long_for_each_row_however_many_there_are():
+    rows = [{"input_ids": [0] * (1 + i * 7919 % 50), "labels": [], "end": 0} for i in range(60_000)]
+    started = time.process_time()
+    bins = pack(rows, 64)
+    assert time.process_time() - started < 3  # a search among all bins took minutes
+    lengths = [sum(len(row["input_ids"]) for row in one) for one in bins]
+    assert max(lengths) <= 64
+    assert sum(map(len, bins)) == len(rows)
+    assert len(bins) <= 1.02 * sum(lengths) / 64 + 1
+
+
+def test_the_first_example_shows_what_is_learned(tokenizer):
+    example = encode(LONG_TALK, with_template(tokenizer, TEMPLATE))
+    shown = list(first_example(example, tokenizer))
+    assert shown[1] == "| <s> system : h user : a b assistant :[[c </s>]]user : d assistant :[[e f </s>]]"
+    long = example | {"input_ids": example["input_ids"] * 30, "labels": example["labels"] * 30}
+    assert list(first_example(long, tokenizer))[-1] == "| ... and 200 more tokens"
+    assert next(statistics([example, long], 999)).startswith("tokens in an example: 20 least, 600 median")
+
+
+def test_trls_training_template_learns_a_thinking_conversation_in_one_sequence(tokenizer):
+    trl = pytest.importorskip("trl")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    alone, _ = encode_all([LONG_TALK], tokenizer, max_length=99)
+    assert len(alone) == 2
+    template = template_for_training(tokenizer)
+    (pieces,) = Encoder(tokenizer, training_template=template).sequences(LONG_TALK)
+    learned = [piece.text for piece in pieces if piece.learned]
+    assert [text.split()[-1] for text in learned] == ["c<|im_end|>", "f<|im_end|>"]
+    assert "".join(piece.text for piece in pieces).count("<|im_start|>") == 5
+    with pytest.raises(BadInput, match=r"marks no \{% generation %\}"):
+        template_for_training(with_template(tokenizer, TEMPLATE))
+    with pytest.raises(BadInput, match="has no chat template"):
+        template_for_training(with_template(tokenizer, None))

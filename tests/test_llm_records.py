@@ -1,21 +1,12 @@
-"""Reading data: JSON lines with all their faults, the forms a conversation comes in, splits set apart."""
+"""Reading data: JSON lines with all their faults, splits set apart."""
 
 import json
 
 import pytest
 
-from reslora_diffusion.llm.records import (
-    carve,
-    choose,
-    conversations,
-    form_of,
-    read_json_lines,
-    read_rows,
-    unread_columns,
-)
+from reslora_diffusion.llm.forms import conversations
+from reslora_diffusion.llm.records import carve, choose, read_json_lines, read_rows
 from reslora_diffusion.utils.problems import BadInput
-
-TALK = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
 
 
 def write(path, *lines: str):
@@ -94,86 +85,6 @@ def test_a_path_that_is_not_there_is_not_looked_for_elsewhere(tmp_path):
     for source in ("data.jsonl", "./data", str(tmp_path / "data")):
         with pytest.raises(BadInput, match="no such file"):
             read_rows(source)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": TALK},
-        {"prompt": "1 + 1", "response": "2"},
-        {"prompt": "1 + 1", "completion": "2", "messages_of": "others"},
-        {"prompt": TALK[:1], "completion": TALK[1:]},
-    ],
-)
-def test_forms_of_a_conversation(row):
-    assert conversations([row]) == [TALK]
-
-
-ALPACA = {"instruction": "Add.", "input": "1 and 1", "output": "2", "text": "Below is an instruction ..."}
-ADDED = [{"role": "user", "content": "Add.\n\n1 and 1"}, {"role": "assistant", "content": "2"}]
-
-
-def test_the_input_of_an_instruction_belongs_to_the_prompt():
-    assert conversations([ALPACA]) == conversations([ALPACA], "instruction", "output") == [ADDED]
-    dolly = {"instruction": "Add.", "context": "1 and 1", "response": "2", "category": "sums"}
-    assert conversations([dolly]) == conversations([dolly], "instruction", "response") == [ADDED]
-    for empty in ("", " ", None):
-        found = conversations([ALPACA, ALPACA | {"input": empty}])
-        assert [talk[0]["content"] for talk in found] == ["Add.\n\n1 and 1", "Add."]
-    assert conversations([{"prompt": "a", "input": "b", "response": "c"}])[0][0]["content"] == "a"
-    assert conversations([ALPACA], "input", "output")[0][0]["content"] == "1 and 1"
-    assert unread_columns([ALPACA], form_of([ALPACA])) == ["text"]
-    assert unread_columns([ALPACA], form_of([ALPACA], "input", "output")) == ["instruction", "text"]
-
-
-def test_a_system_column_is_the_turn_before_the_prompt():
-    system = {"role": "system", "content": "Be brief."}
-    for name in ("system", "system_prompt"):
-        row = {"question": "1 + 1", "response": "2", name: "Be brief."}
-        assert conversations([row, row | {name: ""}], "question") == [[system, *TALK], TALK]
-
-
-@pytest.mark.parametrize("row", [{"messages": TALK, "tools": [{"name": "add"}]}, ALPACA | {"history": [["a", "b"]]}])
-def test_columns_that_would_change_the_conversation_are_not_passed_over(row):
-    with pytest.raises(BadInput, match="row 2: got '(tools|history)', which is not read"):
-        conversations([row | {"tools": [], "history": None}, row])
-
-
-def test_columns_by_name():
-    rows = [{"q": "1 + 1", "a": "2", "messages": "not these"}]
-    assert conversations(rows, "q", "a") == [TALK]
-
-
-def test_faults_of_rows_are_listed_with_their_numbers():
-    rows = [
-        {"prompt": "a", "response": "b"},
-        {"prompt": "a", "response": " "},
-        {"prompt": "a", "response": None},
-        {"prompt": [{"role": "robot", "content": "a"}], "response": "b"},
-        {"prompt": [{"text": "a"}], "response": "b"},
-    ]
-    with pytest.raises(BadInput) as caught:
-        conversations(rows, where="train")
-    shown = "\n".join(caught.value.problems)
-    assert len(caught.value.problems) == 4
-    for part in (
-        "row 2: the assistant's text is ' '",
-        "row 3: the assistant's text is 'None'",
-        "row 4: got role 'robot'",
-    ):
-        assert part in shown
-    with pytest.raises(BadInput, match="does not end with the assistant's turn"):
-        conversations([{"messages": TALK[:1]}])
-    with pytest.raises(BadInput, match="row 1: the conversation begins with the assistant's turn"):
-        conversations([{"messages": [TALK[1], *TALK]}])
-    with pytest.raises(BadInput, match="no rows"):
-        conversations([])
-
-
-def test_missing_columns_name_those_that_are_there():
-    with pytest.raises(BadInput, match="no 'response' in row 1, 2; row 1 has question, answer") as caught:
-        conversations([{"question": "a", "answer": "b"}] * 2)
-    assert len(caught.value.problems) == 2
 
 
 def test_a_share_is_set_apart_the_same_for_equal_seeds():

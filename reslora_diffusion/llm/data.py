@@ -1,6 +1,6 @@
 """From what was read to what a run learns and is asked: encoded examples, and the questions of validation and test."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -8,10 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.problems import BadInput, refuse
 from .encoder import Encoded, Encoder
 from .encoding import encode_all, row_problems
+from .forms import TEXT
 from .generation import Question
 from .options import LlmOptions
 from .reading import Reading, test_judge
-from .records import numbers_of
+from .records import Messages, numbers_of
+from .showing import first_example, statistics
 from .tasks import TASKS
 
 
@@ -48,6 +50,7 @@ def prepare(
     """
     assert options.max_length is not None, "the model's context tells where nobody does"
     notes, problems, examples = [*reading.notes], [], {}
+    training_template = template_for_training(tokenizer) if options.training_template else None
     for name in ("train", "validation"):
         try:
             examples[name], dropped = encode_all(
@@ -56,19 +59,18 @@ def prepare(
                 max_length=options.max_length,
                 prompt_template=options.prompt_template,
                 drop_long=options.drop_long,
+                cut_long=options.cut_long,
                 where=name,
                 numbers=numbers_of(reading.rows[name]),
                 rows=rows,
                 ends=ends,
+                training_template=training_template,
             )
-            notes += [f"{name}: dropped {dropped} examples of more than {options.max_length} tokens"] if dropped else []
-            if len(examples[name]) > len(reading.talks[name]) - dropped:
-                notes.append(
-                    f"{name}: the chat template rewrites earlier turns, so {len(reading.talks[name]) - dropped} "
-                    f"conversations are learned as {len(examples[name])} answers, each behind its own context"
-                )
+            notes += length_notes(name, reading.talks[name], examples[name], dropped, options)
         except BadInput as error:
             problems += error.problems
+    if examples.get("train"):
+        notes += [*statistics(examples["train"], options.max_length), *first_example(examples["train"][0], tokenizer)]
     encoder = Encoder(tokenizer, options.prompt_template, rows, ends)
     questions: dict[str, list[Question]] = {"validation": [], "test": []}
     judges = {"validation": TASKS[options.task], "test": test_judge(options)} if options.task else {}
@@ -87,3 +89,46 @@ def prepare(
     if options.task:
         data.read, data.test_read = TASKS[options.task].read, test_judge(options).read
     return data
+
+
+def length_notes(
+    name: str, talks: Sequence[Messages], examples: Sequence[Encoded], long: int, options: LlmOptions
+) -> Iterator[str]:
+    """What became of conversations that are too long, or that are learned in several sequences."""
+    if long and options.cut_long:
+        yield f"{name}: cut {long} conversations to their first {options.max_length} tokens"
+    elif long:
+        yield f"{name}: dropped {long} examples of more than {options.max_length} tokens"
+    count = len(talks) - (0 if options.cut_long else long)
+    if len(examples) <= count:
+        return
+    if talks[0][0]["role"] == TEXT:
+        yield f"{name}: {count} texts are learned in {len(examples)} windows of at most {options.max_length} tokens"
+    else:
+        yield (
+            f"{name}: the chat template rewrites earlier turns, so {count} conversations are learned as "
+            f"{len(examples)} answers, each behind its own context (--training_template learns them in one sequence)"
+        )
+
+
+def template_for_training(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """TRL's training template, None where the tokenizer's own is one.
+
+    Raises:
+        BadInput: TRL is not installed, or has none for the tokenizer's chat template.
+    """
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError as error:
+        raise BadInput(["--training_template: needs the package trl (pip install 'reslora-diffusion[llm]')"]) from error
+    if not tokenizer.chat_template:
+        raise BadInput(["--training_template: the tokenizer has no chat template"])
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise BadInput(
+            [
+                "--training_template: TRL has no training template for the tokenizer's chat template, which marks no "
+                "{% generation %}; without the option answers are cut out by what the template writes"
+            ]
+        ) from error

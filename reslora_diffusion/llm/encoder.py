@@ -9,6 +9,8 @@ template, a conversation is one prompt and one response.
 
 Every response ends with a token that generation can stop at: the special token by which the chat template closes a
 turn, else the tokenizer's end token, which is added. `Encoded["end"]` says which; programs generate with it.
+
+A text without turns is learned from its first token to its end token.
 """
 
 from collections.abc import Collection, Iterable
@@ -19,7 +21,7 @@ from typing import NamedTuple, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.problems import listing
-from .records import Messages
+from .forms import TEXT, Messages, tools_of
 from .turns import ChatTemplate, is_continuing
 
 IGNORED = -100
@@ -35,11 +37,13 @@ class Encoded(TypedDict):
 
 
 class Piece(NamedTuple):
-    """A part of a text. `ending` is what a chat template writes behind a response's own text."""
+    """A part of a text. `ending` is what a chat template writes behind a response's own text; before an `opening` part
+    the tokenizer puts what it puts before every text."""
 
     text: str
     learned: bool
     ending: str = ""
+    opening: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Encoder:
         prompt_template: text around "{prompt}"; overrides the tokenizer's chat template.
         rows: of the model's embedding; a token without one is a fault.
         ends: tokens that the model's generation stops at, beside the tokenizer's end token.
+        training_template: a chat template for training alone, under which a conversation is one sequence.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt_template: str | None = None
     rows: int | None = None
     ends: Collection[int] = ()
+    training_template: str | None = None
 
     @cached_property
     def templated(self) -> bool:
@@ -92,18 +98,23 @@ class Encoder:
         Raises:
             ValueError: the conversation cannot be cut into prompts and responses.
         """
+        if messages[0]["role"] == TEXT:
+            return [[Piece(messages[0]["content"], True, opening=True)]]
         if not self.templated:
+            if tools_of(messages):
+                raise ValueError("there are tools, but no chat template that would write them")
             if len(messages) != 2:
                 raise ValueError(
                     f"{len(messages)} turns, but without a chat template there is one prompt and one response"
                 )
-            return [[Piece(self.prompt_text(messages[:1]), False), Piece(messages[1]["content"], True)]]
-        turns = self.template.turns(messages)
+            return [[Piece(self.prompt_text(messages[:1]), False, opening=True), Piece(messages[1]["content"], True)]]
+        turns = ChatTemplate(self.tokenizer, self.training_template).turns(messages)
         if not is_continuing(turns):
-            return [[Piece(turn.context, False), Piece(turn.response, True, turn.ending)] for turn in turns]
+            learned = [turn for turn in turns if turn.learned]
+            return [[Piece(turn.context, False), Piece(turn.response, True, turn.ending)] for turn in learned]
         pieces, done = [], 0
         for turn in turns:
-            pieces += [Piece(turn.context[done:], False), Piece(turn.response, True, turn.ending)]
+            pieces += [Piece(turn.context[done:], False), Piece(turn.response, turn.learned, turn.ending)]
             done = len(turn.context) + len(turn.response)
         return [pieces]
 
@@ -117,7 +128,7 @@ class Encoder:
         labels: list[int] = []
         end = None
         for piece in pieces:
-            new = token_ids(piece.text, self.tokenizer, beginning=not self.templated and not ids)
+            new = token_ids(piece.text, self.tokenizer, beginning=piece.opening)
             if piece.learned:
                 new, end = self.ended(new, piece.ending)
             ids += new

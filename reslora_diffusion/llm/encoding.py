@@ -5,6 +5,7 @@ that lets no example see another; flash attention, which has no mask, is given t
 all models go by either, hence `packing_problem`. Shortcuts add up values of one token only, so they need no mask.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.problems import BadInput, listing
 from .encoder import IGNORED, Encoded, Encoder
-from .records import Messages
+from .forms import TEXT, Messages
 
 SHOWN = 10
 
@@ -53,19 +54,28 @@ def encode_all(
     max_length: int,
     prompt_template: str | None = None,
     drop_long: bool = False,
+    cut_long: bool = False,
     where: str = "data",
     numbers: Sequence[int] | None = None,
     rows: int | None = None,
     ends: Collection[int] = (),
+    training_template: str | None = None,
 ) -> tuple[list[Encoded], int]:
-    """`(examples, how many were dropped for their length)`; `numbers` are those that conversations are known by.
+    """`(examples, how many were dropped or cut for their length)`.
+
+    Args:
+        drop_long: leave conversations of more than `max_length` tokens out.
+        cut_long: take their first `max_length` tokens instead. Long texts without turns are always cut, into windows.
+        numbers: what conversations are known by.
 
     Raises:
-        BadInput: conversations that cannot be cut, or, without `drop_long`, that exceed `max_length` tokens.
+        BadInput: conversations that cannot be cut into turns, that exceed `max_length` tokens, or of whose response
+            nothing is left.
     """
-    encoder = Encoder(tokenizer, prompt_template, rows, ends)
+    encoder = Encoder(tokenizer, prompt_template, rows, ends, training_template)
     kept: list[Encoded] = []
     long: dict[int, int] = {}
+    empty: dict[int, int] = {}
     faults: dict[str, list[int]] = {}
     for number, messages in zip(numbers or range(1, len(conversations) + 1), conversations, strict=True):
         try:
@@ -73,22 +83,55 @@ def encode_all(
         except ValueError as error:
             faults.setdefault(str(error), []).append(number)
             continue
+        if messages[0]["role"] == TEXT:
+            kept += [window for example in examples for window in windows(example, max_length)]
+            continue
         if (longest := max(len(example["input_ids"]) for example in examples)) > max_length:
             long[number] = longest
-        else:
-            kept += examples
+            if not cut_long:
+                continue
+            examples = [beginning(example, max_length) for example in examples]
+            if any(not learned(example) for example in examples):
+                empty[number] = longest
+        kept += examples
     problems = row_problems(faults, where)
-    if long and not drop_long:
+    if empty:
+        shown = listing(f"row {number} ({length} tokens)" for number, length in empty.items())
+        problems.append(
+            f"{where}: cut to --max_length {max_length}, nothing is left of an answer in {shown}; wanted a larger "
+            "--max_length, or --drop_long in place of --cut_long"
+        )
+    if long and not (drop_long or cut_long):
         shown = listing(f"row {number} ({length})" for number, length in long.items())
         problems.append(
             f"{where}: {len(long)} of {len(conversations)} examples have more tokens than --max_length {max_length}: "
-            f"{shown}; wanted a larger --max_length, or --drop_long to train without them"
+            f"{shown}; wanted a larger --max_length, --drop_long to train without them, or --cut_long to train on "
+            "their beginnings"
         )
     if not kept and not problems:
         problems.append(f"{where}: no example fits into --max_length {max_length}")
     if problems:
         raise BadInput(problems)
     return kept, len(long)
+
+
+def beginning(example: Encoded, length: int) -> Encoded:
+    return Encoded(input_ids=example["input_ids"][:length], labels=example["labels"][:length], end=example["end"])
+
+
+def windows(example: Encoded, length: int) -> list[Encoded]:
+    """A text as pieces of at most `length` tokens, in order; a last piece of one token predicts nothing."""
+    ids, labels = example["input_ids"], example["labels"]
+    starts = [start for start in range(0, len(ids), length) if start == 0 or len(ids) - start > 1]
+    return [
+        Encoded(input_ids=ids[start : start + length], labels=labels[start : start + length], end=example["end"])
+        for start in starts
+    ]
+
+
+def learned(example: Encoded) -> int:
+    """How many tokens are predicted: all with a label but the first, which nothing precedes."""
+    return sum(label != IGNORED for label in example["labels"][1:])
 
 
 def row_problems(faults: Mapping[str, Sequence[int]], where: str) -> list[str]:
@@ -99,18 +142,31 @@ def row_problems(faults: Mapping[str, Sequence[int]], where: str) -> list[str]:
 
 
 def pack(examples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
-    """Examples in as few bins of at most `max_length` tokens as first fit by falling length finds."""
+    """Examples in as few bins of at most `max_length` tokens as best fit by falling length finds.
+
+    Bins with equally many free tokens stand together, so that a step costs at most `max_length`, however many bins
+    there are.
+    """
     bins: list[list[Encoded]] = []
-    room: list[int] = []
+    chosen: list[Encoded]
+    free: dict[int, list[list[Encoded]]] = {}
+    rooms: list[int] = []  # the keys of `free`, sorted
     for example in sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True):
         length = len(example["input_ids"])
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
-            bins.append([])
-            room.append(max_length)
-            place = len(bins) - 1
-        bins[place].append(example)
-        room[place] -= length
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            room = max_length
+            bins.append(chosen := [])
+        else:
+            room = rooms[place]
+            chosen = free[room].pop()
+            if not free[room]:
+                del free[room], rooms[place]
+        chosen.append(example)
+        if room > length:
+            if room - length not in free:
+                insort(rooms, room - length)
+            free.setdefault(room - length, []).append(chosen)
     return bins
 
 

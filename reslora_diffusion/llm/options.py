@@ -62,12 +62,19 @@ class LlmOptions(ModelOptions):
     task: str | None = option(None, f"Judge by exact match of generated answers: {', '.join(TASKS)}.")
     prompt_column: str | None = option(None, "Column of the prompt (default: prompt).")
     response_column: str | None = option(None, "Column of the response (default: response or completion).")
+    columns: dict[str, str] | None = option(
+        None, "Columns by their usual names: prompt=question system=persona messages=dialog ..."
+    )
     prompt_template: str | None = option(None, "Text around {prompt}; overrides the tokenizer's chat template.")
     validation_fraction: float = option(0.1, "Share of train that chooses the best step, if no split is for that.")
     max_train_examples: int | None = option(None, "Train on a random choice of so many rows.")
     max_eval_examples: int | None = option(None, "Validate and test on a random choice of so many rows.")
     max_length: int | None = option(None, "Most tokens of an example or a packed sequence (default: 1024 or context).")
     drop_long: bool = option(False, "Train without the examples that are longer, instead of stopping.")
+    cut_long: bool = option(False, "Train on the beginnings of the examples that are longer, instead of stopping.")
+    training_template: bool = option(
+        False, "Use TRL's training template for the tokenizer's chat template: one sequence for all turns."
+    )
     packing: bool = option(False, "Several examples in one sequence, none of which sees another.")
     max_new_tokens: int = option(256, "Most tokens of a generated answer.")
     num_beams: int = option(1, "Beams of generation.")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..utils.problems import BadInput, listing, refuse
+from .forms import NAMES, Form, conversations, form_of, unread_columns
 from .options import LlmOptions
-from .records import Form, Messages, Row, carve, choose, conversations, form_of, read_rows, unread_columns
+from .records import Messages, Row, carve, choose, read_rows
 from .tasks import TASKS, Task, usable
 
 Rows = Sequence[Row]
@@ -33,8 +34,14 @@ def option_problems(options: LlmOptions) -> list[str]:
         problems.append(f"--task: got {options.task!r}, wanted {', '.join(TASKS)}")
     if options.task is None and not options.dataset_name:
         problems.append("--dataset_name: got nothing, wanted a .jsonl file, a folder with train.jsonl, or a data set")
-    if options.task and (options.prompt_column or options.response_column):
-        problems.append(f"--prompt_column, --response_column: --task {options.task} knows its columns")
+    if options.task and columns_of(options):
+        problems.append(f"--prompt_column, --response_column, --columns: --task {options.task} knows its columns")
+    for name in (options.columns or {}).keys() - {*NAMES}:
+        problems.append(f"--columns: got {name}=..., wanted names among {', '.join(NAMES)}")
+    if options.drop_long and options.cut_long:
+        problems.append("--cut_long: got --drop_long too, wanted one of them")
+    if options.training_template and options.prompt_template:
+        problems.append("--training_template: --prompt_template overrides chat templates; wanted one of them")
     if options.prompt_template is not None and "{prompt}" not in options.prompt_template:
         problems.append(f"--prompt_template: got {options.prompt_template!r}, wanted {{prompt}} in it")
     if not 0 < options.validation_fraction < 1:
@@ -44,6 +51,12 @@ def option_problems(options: LlmOptions) -> list[str]:
         if value is not None and value < 1:
             problems.append(f"--{name}: got {value}, wanted 1 or more")
     return problems
+
+
+def columns_of(options: LlmOptions) -> dict[str, str]:
+    """Columns of the data set by our names for them."""
+    named = {"prompt": options.prompt_column, "response": options.response_column}
+    return (options.columns or {}) | {name: column for name, column in named.items() if column}
 
 
 def rows_of(options: LlmOptions, seed: int) -> tuple[Rows, Rows, Rows]:
@@ -99,9 +112,9 @@ def read(options: LlmOptions, seed: int) -> Reading:
     for name, rows in found.rows.items():
         try:
             if task is None:
-                columns = options.prompt_column, options.response_column
-                talks = conversations(rows, *columns, name) if rows else []
-                found.notes += column_notes(rows, form_of(rows, *columns), name)
+                form = form_of(rows, columns_of(options))
+                talks: Sequence[Messages] = conversations(rows, columns_of(options), name, form) if len(rows) else []
+                found.notes += column_notes(rows, form, name)
             else:
                 judge = test_judge(options) if name == "test" else task
                 rows, unread = usable(judge, rows, name)
@@ -109,7 +122,7 @@ def read(options: LlmOptions, seed: int) -> Reading:
                 if unread:
                     found.notes.append(f"{name}: left out rows without a readable answer: {listing(unread)}")
                 talks = [judge.messages(row) for row in rows]
-            found.talks[name] = talks
+            found.talks[name] = list(talks)
         except BadInput as error:
             problems += error.problems
     refuse(problems)
@@ -128,11 +141,13 @@ def file_notes(options: LlmOptions) -> list[str]:
 
 def column_notes(rows: Rows, form: Form, name: str) -> list[str]:
     """Which columns were read together, and which were not read at all."""
-    notes = []
-    if form.context_column and any(row.get(form.context_column) for row in rows):
-        notes.append(f"{name}: prompts are {form.prompt_column!r} and, after a blank line, {form.context_column!r}")
-    if form.system_column and any(row.get(form.system_column) for row in rows):
-        notes.append(f"{name}: {form.system_column!r} is the turn of the system")
+    notes = [f"{name}: {len(rows)} rows, read as {form}"] if len(rows) else []
+    if form.context and any(row.get(form.context) for row in rows):
+        notes.append(f"{name}: prompts are {form.prompt!r} and, after a blank line, {form.context!r}")
+    if form.system and any(row.get(form.system) for row in rows):
+        notes.append(f"{name}: {form.system!r} is the turn of the system")
+    if form.rejected:
+        notes.append(f"{name}: {form.rejected!r} is not learned from here; reslora prefer learns from both")
     if unread := unread_columns(rows, form) if rows else []:
         notes.append(f"{name}: columns that are not read: {listing(unread, 12)}")
     return notes

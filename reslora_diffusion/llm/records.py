@@ -1,24 +1,14 @@
-"""Rows of a data set, from local JSON lines or by a `datasets` name, and the conversations in them.
+"""Rows of a data set, from local JSON lines or by a `datasets` name; `forms` finds the conversations in them.
 
     rows = read_rows("data/train.jsonl")               one file
     rows = read_rows("data", "train")                  data/train.jsonl
     rows = read_rows("openai/gsm8k", "train", "main")  anything `datasets.load_dataset` knows
-
-A row holds one conversation in one of the field's forms:
-
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
-    {"prompt": ..., "response": ...}                      or "completion"; two other columns by name
-    {"instruction": ..., "input": ..., "output": ...}     Alpaca's; "context" and "response" are Dolly's
-
-and "system" or "system_prompt" beside the latter two. Columns that are not read are named before training; those that
-would change what a conversation means (`NOT_READ`) are refused.
 
 Every bad line of a file is reported, by number and with its text, before anything is read by a model.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +17,7 @@ from ..utils.json_lines import lines_of, parse
 from ..utils.problems import BadInput, listing
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
-RESPONSE_COLUMNS = ("response", "completion")
-CONTEXTS = {"instruction": ("input", "context")}  # by column of the prompt: Alpaca's, Dolly's
-SYSTEM_COLUMNS = ("system", "system_prompt")
-NOT_READ = ("tools", "functions", "history")  # they change what a conversation means
-ROLES = ("system", "user", "assistant")
+Messages = list[dict[str, Any]]
 SHOWN = 10
 
 
@@ -144,118 +129,3 @@ def column_problems(rows: Sequence[Row], columns: Sequence[str], where: str) -> 
             rest = listing(n for n, _ in lacking)
             problems.append(f"{where}: no {column!r} in row {rest}; row {number} has {listing(row, 12)}")
     return problems
-
-
-def conversations(
-    rows: Sequence[Row], prompt_column: str | None = None, response_column: str | None = None, where: str = "data"
-) -> list[Messages]:
-    """The conversation of each row; `messages` unless columns are named.
-
-    Raises:
-        BadInput: rows whose form is not one of those above.
-    """
-    form = form_of(rows, prompt_column, response_column)
-    problems = column_problems(rows, form.required, where)
-    found = [] if problems else [form.messages(row) for row in rows]
-    for number, row, messages in zip(numbers_of(rows), rows, found, strict=False):
-        if fault := form.fault_of(row) or fault_of(messages):
-            problems.append(f"{where} row {number}: {fault}")
-    if not len(rows):
-        problems.append(f"{where}: there are no rows")
-    if problems:
-        more = [f"{where}: {len(problems) - SHOWN} more rows like these"] if len(problems) > SHOWN else []
-        raise BadInput(problems[:SHOWN] + more)
-    return found
-
-
-@dataclass(frozen=True)
-class Form:
-    """Which columns of a row make its conversation.
-
-    Attributes:
-        messages_column: whole conversations; then the others are None.
-        context_column: text that belongs to the prompt, such as Alpaca's `input` beside `instruction`; may be empty.
-        system_column: text of a turn before the prompt; may be empty.
-    """
-
-    messages_column: str | None
-    prompt_column: str | None = None
-    response_column: str | None = None
-    context_column: str | None = None
-    system_column: str | None = None
-
-    @property
-    def required(self) -> list[str]:
-        return [name for name in (self.messages_column, self.prompt_column, self.response_column) if name]
-
-    @property
-    def read(self) -> list[str]:
-        return [name for name in (*self.required, self.context_column, self.system_column) if name]
-
-    def messages(self, row: Row) -> Messages:
-        if self.messages_column:
-            return list(row[self.messages_column] or [])
-        system, context = (text_of(row, name) for name in (self.system_column, self.context_column))
-        assert self.prompt_column is not None, "a form without messages has a column of prompts"
-        assert self.response_column is not None, "and one of responses"
-        prompt = row[self.prompt_column]
-        if context and isinstance(prompt, str):
-            prompt = f"{prompt}\n\n{context}"
-        before = [{"role": "system", "content": system}] if system else []
-        return before + turns(prompt, "user") + turns(row[self.response_column], "assistant")
-
-    def fault_of(self, row: Row) -> str | None:
-        """A column that changes what the conversation means, and that is not read."""
-        for name in NOT_READ:
-            if name not in self.read and row.get(name):
-                return f"got {name!r}, which is not read; wanted it as turns of 'messages', or the column removed"
-        return None
-
-
-def form_of(rows: Sequence[Row], prompt_column: str | None = None, response_column: str | None = None) -> Form:
-    """The form of all rows, told by the first."""
-    first = rows[0] if len(rows) else {}
-    if prompt_column is None and response_column is None and "messages" in first:
-        return Form("messages")
-    alpaca = "prompt" not in first and "instruction" in first
-    prompt = prompt_column or ("instruction" if alpaca else "prompt")
-    known = (*RESPONSE_COLUMNS, "output") if prompt == "instruction" else RESPONSE_COLUMNS
-    response = response_column or next((name for name in known if name in first), "response")
-    named = {prompt, response}
-    context = next((name for name in CONTEXTS.get(prompt, ()) if name in first and name not in named), None)
-    system = next((name for name in SYSTEM_COLUMNS if name in first and name not in named), None)
-    return Form(None, prompt, response, context, system)
-
-
-def unread_columns(rows: Sequence[Row], form: Form) -> list[str]:
-    """Columns that hold something and that training does not look at."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name not in form.read and any(row.get(name) is not None for row in rows)]
-
-
-def text_of(row: Row, column: str | None) -> str:
-    value = row.get(column) if column else None
-    return value.strip() if isinstance(value, str) else ""
-
-
-def turns(value: Any, role: str) -> Messages:
-    """A column's value as messages: plain text is one turn."""
-    return list(value) if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def fault_of(messages: Messages) -> str | None:
-    """What keeps a conversation from being learned from."""
-    for message in messages:
-        if not isinstance(message, Mapping) or {"role", "content"} - message.keys():
-            return f"got a message {str(message)[:80]!r}, wanted 'role' and 'content'"
-        if message["role"] not in ROLES:
-            return f"got role {message['role']!r}, wanted one of {', '.join(ROLES)}"
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            return f"the {message['role']}'s text is {str(message['content'])[:80]!r}, wanted some text"
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            return f"the {message['role']}'s text has half of a surrogate pair: {ascii(message['content'])[:80]}"
-    if not messages or messages[-1]["role"] != "assistant":
-        return "the conversation does not end with the assistant's turn"
-    if messages[0]["role"] == "assistant":
-        return "the conversation begins with the assistant's turn, wanted a turn before it that it answers"
-    return None

@@ -12,6 +12,7 @@ Templates are judged by what they write, not by their names:
                  closes it, empty or with the reasoning that the row holds, which some templates would drop
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,20 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.hub import first_line
-from .records import Messages
+from .forms import Messages, is_learned, tools_of
 
 THINK, THOUGHT = "<think>", "</think>"
 PROBE = "Answer"  # a text whose end shows what a template writes behind an answer
 
 
 class Turn(NamedTuple):
-    """One answer of the assistant. `ending` is what the template writes behind the answer's own text."""
+    """One answer of the assistant. `ending` is what the template writes behind the answer's own text; `learned` is
+    False where the row says so."""
 
     context: str
     response: str
     ending: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ChatTemplate:
     text do, is given lists of parts: `[{"type": "text", "text": ...}]`."""
 
     tokenizer: PreTrainedTokenizerBase
+    source: str | None = None  # in place of the tokenizer's own, such as TRL's training templates
 
     @cached_property
     def wants_parts(self) -> bool:
@@ -53,7 +57,8 @@ class ChatTemplate:
     def attempt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """What the template writes, nothing if it fails."""
         try:
-            return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+            given = [dict(message) for message in messages]
+            return str(self.tokenizer.apply_chat_template(given, chat_template=self.source, tokenize=False))
         except Exception:  # said by `render`, of a real conversation
             return ""
 
@@ -65,6 +70,7 @@ class ChatTemplate:
         """
         given = as_parts(messages) if self.wants_parts else messages
         try:
+            settings |= {"tools": tools_of(messages), "chat_template": self.source}
             return str(self.tokenizer.apply_chat_template(given, tokenize=False, **settings))
         except Exception as error:  # a template is a program: it raises errors of jinja's, its own, any of Python's
             raise ValueError(f"the chat template does not take the conversation: {first_line(error)}") from error
@@ -76,11 +82,14 @@ class ChatTemplate:
             ValueError: the template does not take the conversation, or what it writes cannot be cut.
         """
         ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
-        return [self.last_turn(messages[:end]) for end in ends]
+        found = [self.last_turn(messages[:end]) for end in ends]
+        if fault := left_out(messages, found[-1].context):
+            raise ValueError(f"the chat template leaves out {fault}")
+        return found
 
     def last_turn(self, messages: Messages) -> Turn:
         """The turn of the assistant that a conversation ends with."""
-        before, content = messages[:-1], messages[-1]["content"]
+        before, content = messages[:-1], messages[-1].get("content") or ""
         context = self.render(before, add_generation_prompt=True)
         whole = self.render(messages)
         ending = self.render([*before, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
@@ -95,11 +104,32 @@ class ChatTemplate:
                 raise ValueError(f"the chat template leaves out or changes part of the answer {content[:60]!r}")
             opened = context.rstrip().endswith(THINK)
             response = (content.lstrip().removeprefix(THINK).lstrip("\n") if opened else content) + ending
-        return Turn(context, response, ending)
+        for call in messages[-1].get("tool_calls") or ():
+            name = str(call.get("function", call).get("name"))
+            if name not in response:
+                raise ValueError(f"the chat template leaves out the call of the tool {name!r}")
+        return Turn(context, response, ending, is_learned(messages[-1]))
 
 
 def as_parts(messages: Messages) -> list[dict[str, Any]]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    texts = [message.get("content") for message in messages]
+    parts = [[{"type": "text", "text": text}] if text else [] for text in texts]
+    return [{**message, "content": part} for message, part in zip(messages, parts, strict=True)]
+
+
+def left_out(messages: Messages, context: str) -> str | None:
+    """What the context of the last answer lacks of the tools, and of the turns of the system and of tools."""
+    for tool in tools_of(messages) or ():
+        if (name := str(tool.get("function", tool).get("name"))) not in context:
+            return f"the tool {name!r}: it does not know tools"
+    for message in messages:
+        content = message.get("content") or ""
+        if message["role"] in ("system", "developer", "tool") and not any(
+            holds(context, text)
+            for text in (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+        ):
+            return f"the {message['role']}'s turn {content[:60]!r}"
+    return None
 
 
 def continuation(context: str, whole: str) -> str | None:
