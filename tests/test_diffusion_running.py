@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from torch import nn
 from dreambooth import PROMPT, arguments, script, train
 from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.diffusion.train.checkpoints import (
-    alone_in,
     checkpoints_in,
     fault_of,
     find_checkpoint,
@@ -26,6 +27,7 @@ from reslora_diffusion.diffusion.train.model_card import usage
 from reslora_diffusion.diffusion.train.optimizers import fast_forward, make_lr_scheduler, make_optimizer
 from reslora_diffusion.diffusion.train.record import export_name
 from reslora_diffusion.interruption import Interruption
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, run_program
 from reslora_diffusion.utils.state_files import BrokenState
 
@@ -34,6 +36,21 @@ from reslora_diffusion.utils.state_files import BrokenState
 
 def write_state(folder, step=0):
     save_training_state(folder / "state", {"a": torch.ones(3)}, facts={"step": step})
+
+
+def test_a_limit_removes_what_was_written_first(tmp_path):
+    """A checkpoint of more steps may be damaged, or of an attempt that was given up: what was just written stays."""
+
+    def write(folder):
+        (folder / "state").mkdir()
+        (folder / "state" / "state.json").write_text("{}")
+
+    for step, age in ((10, 30), (2, 20)):
+        os.utime(write_checkpoint(tmp_path, step, write), (time.time() - age,) * 2)
+    write_checkpoint(tmp_path, 3, write, limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    write_checkpoint(tmp_path, 1, write, limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_checkpoints_are_found_by_step_and_incomplete_ones_are_not(tmp_path):

@@ -158,7 +158,7 @@ def test_files_whose_tensors_are_called_otherwise_do_not_tell(tmp_path, change):
 def test_files_that_cannot_be_read_are_bad_input(tmp_path, content):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    words = [f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"]
+    words = [f"--output_dir={tmp_path}", f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}"]
     if content is not None:
         (tmp_path / "checkpoint-1" / "adapter_config.json").write_bytes(content)
     chosen, values = parse(LlmOptions, words, {})
@@ -183,7 +183,7 @@ ANSWERS = {  # words -> what is said, all without torch
     "--model_name_or_path assets/tiny-llm --rank 999 --target_modules q_proj": "--rank: got 999, larger than model.",
     "--shortcut input --num_previous 3": "num_previous: got 3, wanted 1 or 0",
     "--method lora --shortcut block": "--shortcut: does nothing with --method lora",
-    "--resume_from_checkpoint latest": "no checkpoint there",
+    "--resume_from_checkpoint nowhere": "no checkpoint there",
 }
 
 

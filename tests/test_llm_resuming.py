@@ -1,7 +1,9 @@
 """Which checkpoint a run continues from: the newest whole one, and only one that belongs to it."""
 
 import json
+import os
 import shutil
+import time
 from argparse import Namespace
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from reslora_diffusion.llm.options import LlmOptions
-from reslora_diffusion.llm.resuming import CHECKSUMS, checkpoint_of, fault_of, write_checksums
+from reslora_diffusion.llm.resuming import CHECKSUMS, checkpoint_of, fault_of, remove_oldest, write_checksums
+from reslora_diffusion.utils.files import UNFINISHED, unfinished
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput
 
 ADAPTER = {"peft_type": "RESLORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
@@ -63,8 +67,43 @@ def test_latest_is_the_newest_whole_checkpoint(tmp_path, capsys, name, harm, che
     with pytest.raises(BadInput, match=name):
         chosen(tmp_path, tmp_path / "checkpoint-10")
     harm(tmp_path / "checkpoint-2" / name)
-    with pytest.raises(BadInput, match="no checkpoint there"):
-        chosen(tmp_path)
+    assert chosen(tmp_path) is None
+    assert "starting afresh" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_has_not_finished_is_swept_and_no_checkpoint(tmp_path):
+    """However complete it looks: the parts that are not there yet are not known."""
+    checkpoint(tmp_path, 2, checksums=True)
+    path = checkpoint(tmp_path, 4, checksums=False)
+    (path / UNFINISHED).touch()
+    assert "was not finished" in fault_of(path)
+    assert chosen(tmp_path).endswith("checkpoint-2")
+    with alone_in(tmp_path):
+        assert not path.exists()
+    with unfinished(path):
+        (path / "x").touch()
+        assert "was not finished" in fault_of(path)
+    assert [left.name for left in path.iterdir()] == ["x"]
+
+
+def test_checkpoints_are_removed_in_the_order_in_which_they_were_written(tmp_path):
+    """One of more steps may be damaged, or of an attempt that was given up: what was just written has to stay."""
+    for step, age in ((2, 30), (10, 20), (4, 10), (3, 0)):
+        os.utime(checkpoint(tmp_path, step, checksums=True), (time.time() - age,) * 2)
+    remove_oldest(tmp_path / "checkpoint-3", 3, str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    remove_oldest(tmp_path / "checkpoint-3", 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_states_that_hold_something_else_are_one_message(tmp_path):
+    path = checkpoint(tmp_path, 2, checksums=False)
+    for state in ({"log_history": 5}, {"log_history": [5], "best_metric": 1}, {"best_metric": [], "log_history": "x"}):
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": 2} | state))
+        with pytest.raises(BadInput, match="cannot be continued from"):
+            chosen(tmp_path)
+    (path / "trainer_state.json").write_text("[" * 100_000)
+    assert chosen(tmp_path) is None
 
 
 def test_a_checkpoint_without_its_state_is_not_whole(tmp_path):

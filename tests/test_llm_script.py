@@ -284,6 +284,31 @@ def test_out_of_memory_keeps_the_last_step_and_says_what_needs_less(folders, tmp
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("harm", ["a blocked path", "an error of a library"])
+def test_what_was_trained_is_kept_if_the_export_fails(folders, tmp_path, monkeypatch, harm):
+    """No checkpoint is written on the way: without a rescue, all that was trained would be gone."""
+    options = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "shortcut": "middle"}
+    options |= {"task": None, "dataset_name": folders["talks"], "max_new_tokens": None}
+    whole = run(folders, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        if harm == "a blocked path":
+            (tmp_path / "out" / "export_report.json").mkdir(parents=True)
+        else:
+            patch.setattr(ExportedTrainer, "outcome", lambda *args: {}["nothing"])
+        with pytest.raises(Stopped) as caught:
+            run(folders, tmp_path / "out", **options)
+    assert "exporting failed" in str(caught.value) or "evaluating failed" in str(caught.value)
+    assert "checkpoint-4 is kept, continue by --resume_from_checkpoint latest" in str(caught.value)
+    if harm == "a blocked path":
+        (tmp_path / "out" / "export_report.json").rmdir()
+    else:
+        assert "nothing" in (tmp_path / "out" / "error.txt").read_text()
+    resumed = run(folders, tmp_path / "out", **options, resume_from_checkpoint="latest")
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------- the hub
 
 
@@ -358,7 +383,7 @@ def test_all_option_faults_come_together(folders, tmp_path):
         ({"shortcut": "block", "handover_at": 0.5}, "--handover_at: does nothing here"),
         ({"shortcut": "block", "distillation_steps": 9}, "--distillation_steps: does nothing here"),
         ({"method": "lora", "distillation_steps": 9}, "--distillation_steps: does nothing with --method lora"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint there"),
+        ({"resume_from_checkpoint": "nowhere"}, "no checkpoint there"),
         ({"optim": "no_such_optimizer"}, "no_such_optimizer"),
         ({"report_to": "wandb"}, "--report_to wandb needs the package wandb, which is not installed"),
         ({"report_to": "wandd"}, "--report_to: got 'wandd', wanted azure_ml"),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dreambooth import ROOT, SCRIPT, call, environment, train, words
 from reslora_diffusion.diffusion.options.launcher import started_alone
-from reslora_diffusion.diffusion.train.checkpoints import alone_in, checkpoints_in
+from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_pipeline_folder
 

@@ -151,7 +151,7 @@ def main(args: DreamBoothOptions) -> Path:
 
         return race(args, main)
     from reslora_diffusion.diffusion.options.checks import check
-    from reslora_diffusion.diffusion.train.checkpoints import alone_in
+    from reslora_diffusion.utils.output_folder import alone_in
 
     with nothing_to_lose():
         plan = check(args)

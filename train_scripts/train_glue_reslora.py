@@ -30,6 +30,7 @@ from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import GlueOptions, parse, training_arguments
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     checkpoint, rows = check(options, values, task_problems(options), lambda: read(options), metrics)
     training = training_arguments(values)
     refuse(launcher_problems(options, training))
-    return train(options, training, rows, checkpoint)
+    with alone_in(Path(values.output_dir)):
+        return train(options, training, rows, checkpoint)
 
 
 def train(
@@ -105,15 +107,17 @@ def train(
     start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})
 
     output = Path(training.output_dir)
-    with rescued(trainer, options):
+    with rescued(trainer, options, "training"):
         trainer.train(resume_from_checkpoint=checkpoint)
+    with rescued(trainer, options, "evaluating"):
         results = {"task": options.task_name, "method": options.method, **trainer.outcome(data.validation)}
         if is_reslora(model):
             trainer.merged = False
             results["as trained"] = {
                 name: task_metrics(trainer, rows, task.metrics) for name, rows in data.reported.items()
             }
-    export(trainer, options, kind)
+    with rescued(trainer, options, "exporting"):
+        export(trainer, options, kind)
 
     reloaded = PeftModel.from_pretrained(models.load_model(options, config, kind), output)
     settings = replace(training, eval_strategy="no", load_best_model_at_end=False, metric_for_best_model=None)

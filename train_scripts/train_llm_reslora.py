@@ -35,6 +35,7 @@ from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     training = training_arguments(values)
     refuse(launcher_problems(options, training))
-    return train(options, training, rows, checkpoint)
+    with alone_in(Path(values.output_dir)):
+        return train(options, training, rows, checkpoint)
 
 
 def train(
@@ -134,21 +136,23 @@ def train(
     start_record(trainer, options, examples=counts, notes=data.notes)
 
     output = Path(training.output_dir)
-    with rescued(trainer, options):
+    with rescued(trainer, options, "training"):
         trainer.train(resume_from_checkpoint=checkpoint)
+    with rescued(trainer, options, "evaluating"):
         results = {"task": options.task, "method": options.method, **trainer.outcome(data.validation)}
         results |= judge(trainer, options, data)
-    if trainer.is_world_process_zero():
-        write_json(output / "results.json", results)
-        write_json(output / "history.json", history(trainer))
-    export(trainer, options, kind)
-    if trainer.is_world_process_zero():
-        print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
-        models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
-        if options.save_merged_model:
-            models.save_merged(options, output, tokenizer, data.ends)
-        if destination:
-            print(f"pushed to {destination.send(output)}")
+    with rescued(trainer, options, "exporting"):
+        if trainer.is_world_process_zero():
+            write_json(output / "results.json", results)
+            write_json(output / "history.json", history(trainer))
+        export(trainer, options, kind)
+        if trainer.is_world_process_zero():
+            print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
+            models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
+            if options.save_merged_model:
+                models.save_merged(options, output, tokenizer, data.ends)
+    if destination and trainer.is_world_process_zero():
+        print(f"pushed to {destination.send(output)}")
     trainer.accelerator.wait_for_everyone()
     return output
 

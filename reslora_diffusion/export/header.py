@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..plain_lora import not_plain
-from ..utils.problems import Unusable, listing, printable
+from ..utils.problems import BAD_DATA, Unusable, listing, printable
 from .keys import COMPONENTS, Dialect
 from .parsing import Key, beside_lora, parse_all, structure_problems
 from .scaling import StatedScaling
@@ -30,8 +30,6 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 LARGEST_CONFIG = 2**20  # bytes; real ones have a few thousand
 READABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # as some write alpha
-# What libraries raise on data that nobody foresaw. Whatever it is, the fault is the file's.
-BAD_DATA = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def reading(path: object) -> Iterator[None]:
         yield
     except Unusable:
         raise
-    except BAD_DATA as error:
+    except (*BAD_DATA, SafetensorError) as error:
         if str(error).startswith(str(path)):  # one of ours
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

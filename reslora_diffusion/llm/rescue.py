@@ -1,25 +1,33 @@
-"""Where the memory does not suffice: what was trained is written, and three options that need less are named.
+"""What an error leaves behind: what was trained is written before anyone reads about the error.
 
 with enough_memory(options, training):     before the first step: there is nothing to keep
     model = ...
-with rescued(trainer, options):            from then on
+with rescued(trainer, options, "training"):            from then on
     trainer.train()
+with rescued(trainer, options, "exporting"):
+    ...
 """
 
 import gc
+import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from ..utils.files import write_text
 from ..utils.hub import first_line
-from ..utils.problems import Stopped, is_out_of_memory
+from ..utils.problems import BadInput, Interrupted, Stopped, is_out_of_memory
 from .options import ScriptOptions
 from .resuming import checkpoints_in, fault_of
 from .trainer import SHARDING, ExportedTrainer
 
 SHOWN = 3
+DETAILS = "error.txt"
+EXPECTED = (OSError, MemoryError, ValueError, SafetensorError)  # their messages are for users
 
 
 def memory_advice(options: ScriptOptions, training: TrainingArguments, evaluating: bool = False) -> str:
@@ -61,29 +69,46 @@ def enough_memory(options: ScriptOptions, training: TrainingArguments) -> Iterat
 
 
 @contextmanager
-def rescued(trainer: ExportedTrainer, options: ScriptOptions) -> Iterator[None]:
-    """Inside, a trainer trains, evaluates and exports.
+def rescued(trainer: ExportedTrainer, options: ScriptOptions, doing: str) -> Iterator[None]:
+    """Inside, a trainer trains, evaluates or exports; an error becomes `Stopped`, after what was trained has been kept.
 
     Raises:
-        Stopped: the memory did not suffice; says what is kept, how to continue, and which options need less.
+        Stopped: one message on what failed, what is kept, and how to continue; which options need less memory.
+        Interrupted: it was told to stop while it was not training.
     """
-    failure = None
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
-        if not is_out_of_memory(error):
+    except (BadInput, Stopped, Interrupted):
+        raise
+    except KeyboardInterrupt as error:
+        if doing == "training":  # the second signal: to quit at once
             raise
-        failure = first_line(error)
-    if failure is None:  # the frames of the failed step are gone by now, and their memory with them
+        failure = error
+    except Exception as error:
+        failure, frames = error, traceback.format_exc()
+    if failure is None:
         return
-    evaluating = not trainer.own_model.training
-    where = f"after step {trainer.state.global_step}" if evaluating else f"in step {trainer.state.global_step + 1}"
-    advice = memory_advice(options, trainer.args, evaluating)
-    raise Stopped(f"out of memory {where} ({failure}); {keep(trainer)}; {advice}")
+    failure.__traceback__ = None  # its frames hold the memory of the failed step
+    step = trainer.state.global_step
+    if isinstance(failure, KeyboardInterrupt):
+        raise Interrupted(f"after step {step}, while {doing}; {keep(trainer)}")
+    if is_out_of_memory(failure):
+        evaluating = not trainer.own_model.training
+        where = f"after step {step}" if evaluating else f"in step {step + 1}"
+        advice = memory_advice(options, trainer.args, evaluating)
+        raise Stopped(f"out of memory {where} ({first_line(failure)}); {keep(trainer)}; {advice}")
+    cause = f"{doing} failed: {failure}"
+    if not isinstance(failure, EXPECTED):
+        cause = f"{doing} failed: {type(failure).__name__}: {first_line(failure)}"
+        with suppress(OSError):
+            write_text(trainer.output_folder / DETAILS, frames)
+            cause += f" (details in {trainer.output_folder / DETAILS})"
+    raise Stopped(f"{cause}. {keep(trainer)}") from failure
 
 
 def keep(trainer: ExportedTrainer) -> str:
-    """Write a checkpoint of the last finished step unless there is one, and say what there is."""
+    """Write a checkpoint of the last finished step unless there is one, and say what there is and how to continue."""
     step = trainer.state.global_step
     folders = [folder for folder in checkpoints_in(trainer.output_folder) if fault_of(folder) is None]
     alone = trainer.accelerator.num_processes == 1 and trainer.accelerator.distributed_type not in SHARDING
@@ -94,12 +119,26 @@ def keep(trainer: ExportedTrainer) -> str:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        trainer.own_model.train()
         try:
-            trainer.own_model.train()
             trainer._save_checkpoint(trainer.own_model, None)
             folders.insert(0, trainer.output_folder / f"checkpoint-{step}")
         except Exception as error:  # a full disk, memory again: what was there before is still there
-            problem = f" (step {step} cannot be written: {first_line(error)})"
+            problem = f" (step {step} cannot be written: {first_line(error)}{written_elsewhere(trainer, step)})"
     if not folders:
-        return f"nothing is kept{problem}"
-    return f"{folders[0]} is kept{problem}, continue by --resume_from_checkpoint latest"
+        return f"nothing is kept in {trainer.output_folder}{problem}"
+    return f"{folders[0]} is kept{problem}, continue by --resume_from_checkpoint latest, which also exports it"
+
+
+def written_elsewhere(trainer: ExportedTrainer, step: int) -> str:
+    """Write a checkpoint that the output folder does not take among the temporary files; return where, in words."""
+    output = trainer.output_folder
+    try:
+        trainer.args.output_dir = tempfile.mkdtemp(prefix=f"{output.resolve().name}-")
+        trainer._save_checkpoint(trainer.own_model, None)
+        place = trainer.output_folder / f"checkpoint-{step}"
+        return f"; it is in {place} instead: move it into {output} to continue from it"
+    except Exception:  # that disk may be full too
+        return ""
+    finally:
+        trainer.args.output_dir = str(output)

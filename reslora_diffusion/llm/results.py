@@ -20,7 +20,6 @@ from reslora_diffusion.export.beside import trained_beside
 
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
-from ..utils.problems import Stopped, listing
 from .models import DTYPES
 from .options import ModelOptions
 from .preflight import preflight
@@ -93,32 +92,25 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
 
 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
-    """Write the plain LoRA and prove it. The first process writes what all have put together."""
+    """Write the plain LoRA and prove it. The first process writes what all have put together.
+
+    Raises:
+        ValueError: it cannot be exported, as what has learned nothing yet; or it failed its proof.
+    """
     model = trainer.adapted
     recall_factors(model)
     factors = plain_factors(model)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     if trainer.is_world_process_zero():
-        try:
-            report = export_peft(
-                trainer.output_folder,
-                factors,
-                base_model=options.model_name_or_path,
-                task_type=task_type.value,
-                dtype=DTYPES[options.export_dtype],
-                facts={"method": options.method, "shortcut": shortcut_of(model)},
-                model=model,
-                beside=beside,
-            )
-        except ValueError as error:
-            raise Stopped(f"after step {trainer.state.global_step} {error}\n{what_is_kept(trainer)}") from error
+        report = export_peft(
+            trainer.output_folder,
+            factors,
+            base_model=options.model_name_or_path,
+            task_type=task_type.value,
+            dtype=DTYPES[options.export_dtype],
+            facts={"method": options.method, "shortcut": shortcut_of(model)},
+            model=model,
+            beside=beside,
+        )
         print(report)
     trainer.accelerator.wait_for_everyone()
-
-
-def what_is_kept(trainer: ExportedTrainer) -> str:
-    """Where the training can be taken up again."""
-    found = sorted(path.name for path in trainer.output_folder.glob("checkpoint-*"))
-    if found:
-        return f"kept: {listing(found)}; train on from there (--resume_from_checkpoint latest) with more steps"
-    return "no checkpoint was saved; the first steps of a warm-up change nothing, so train for more (--max_steps)"

@@ -1,6 +1,7 @@
 """Checkpoints to continue from: which are whole, and whether one belongs to this run. Known without torch.
 
-    checkpoint-N/  trainer_state.json      written last by `transformers.Trainer`
+    checkpoint-N/  unfinished              ours: there while the others are written
+                   trainer_state.json      written last by `transformers.Trainer`
                    adapter_config.json, adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state.pth
                    schedule.json           ours: how far a `--schedule` has come
                    checksums.json          ours: SHA-256 of every other file
@@ -17,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import flush_tree, write_text
-from ..utils.problems import BadInput, is_first_process, listing, refuse
+from ..utils.files import UNFINISHED, remove_folder, write_text
+from ..utils.problems import BAD_DATA, BadInput, is_first_process, listing, printable, refuse
+from ..utils.state_files import BrokenState, shapes_in
 from .options import ModelOptions
 from .training_options import TrainingOptions
 
@@ -34,11 +36,22 @@ def checkpoints_in(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
+def remove_oldest(written: Path, limit: int | None, best: str | None) -> None:
+    """Of the checkpoints beside the one just written, remove those that were written first, until `limit` are left.
+    `written` and the best one stay."""
+    if not limit or limit < 0:
+        return
+    kept = {written.name, Path(best or written).name}
+    folders = sorted(checkpoints_in(written.parent), key=lambda folder: folder.stat().st_mtime)
+    removable = [folder for folder in folders if folder.name not in kept]
+    for folder in removable[: max(0, len(folders) - max(limit, len(kept)))]:
+        remove_folder(folder)
+
+
 def write_checksums(folder: Path) -> None:
     """Write `checksums.json` beside the finished files of a checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUMS, UNFINISHED))
     digests = {path.relative_to(folder).as_posix(): digest(path) for path in files}
-    flush_tree(folder)
     write_text(folder / CHECKSUMS, json.dumps(digests, indent=2) + "\n")
 
 
@@ -49,6 +62,8 @@ def digest(path: Path) -> str:
 
 def fault_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be continued from; None if it is whole."""
+    if (folder / UNFINISHED).exists():
+        return f"{folder} was not finished"
     if not (folder / STATE).is_file():
         return f"{folder / STATE} is missing"
     for name in (CONFIG, STATE):
@@ -74,21 +89,24 @@ def fault_of(folder: Path) -> str | None:
 def is_complete(path: Path) -> bool:
     """Whether a file has the length that its own format states; True for other formats."""
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                return False
-            try:
-                header = json.loads(file.read(length))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            except (ValueError, LookupError, TypeError, AttributeError):
-                return False
-        return path.stat().st_size == 8 + length + max(ends, default=0)
+        try:
+            shapes_in(path)
+        except BrokenState:
+            return False
+        return True
     return path.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    """The object in a JSON file.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"got {type(found).__name__}, wanted an object")
     return found
@@ -96,9 +114,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def checkpoint_of(training: TrainingOptions, options: ModelOptions) -> str | None:
     """The checkpoint to continue from: the newest whole one for `--resume_from_checkpoint latest`, or the one named.
+    None begins afresh: nothing was asked for, or there is no whole one yet, as after a run that was killed early.
 
     Raises:
-        BadInput: there is none, it is damaged, or it belongs to another run.
+        BadInput: the one that was named is not there or damaged, or it belongs to another run.
     """
     wanted = training.resume_from_checkpoint
     if wanted is None:
@@ -113,12 +132,19 @@ def checkpoint_of(training: TrainingOptions, options: ModelOptions) -> str | Non
             found = folder
             break
         broken.append(fault)
-    if found is None:
+    if found is None and wanted != "latest":
         rest = f"; {'; '.join(broken)}" if broken else ""
         raise BadInput([f"--resume_from_checkpoint {wanted}: no checkpoint there; --output_dir is {output}{rest}"])
-    if broken and is_first_process():
-        print(f"continuing from {found.name}; passed over newer checkpoints that are not whole: {listing(broken)}")
-    refuse(differences(found, training, options))
+    if is_first_process() and (broken or not found):
+        begin = f"continuing from {found.name}" if found else "no checkpoint yet: starting afresh"
+        print(f"{begin}; passed over newer checkpoints that are not whole: {listing(broken)}" if broken else begin)
+    if found is None:
+        return None
+    try:
+        problems = list(differences(found, training, options))
+    except BAD_DATA as error:  # one without checksums may hold anything
+        problems = [f"{found} cannot be continued from: {type(error).__name__}: {printable(error)}"]
+    refuse(problems)
     return str(found)
 
 

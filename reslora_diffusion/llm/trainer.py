@@ -37,13 +37,14 @@ from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
+from ..utils.files import unfinished
 from ..utils.problems import Interrupted, refuse
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
 from .methods import settings_of
 from .options import ModelOptions
-from .resuming import SCHEDULE, STATE, write_checksums
+from .resuming import SCHEDULE, STATE, remove_oldest, write_checksums
 
 Batch = dict[str, Any]
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -161,6 +162,7 @@ class ExportedTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.options, self.schedule = options, None
+        self.stop: StopWhenAsked | None = None
         settings = settings_of(options) if options else None
         if settings is not None:
             self.schedule = make_schedule(
@@ -176,6 +178,10 @@ class ExportedTrainer(Trainer):
     def output_folder(self) -> Path:
         assert self.args.output_dir is not None, "transformers fills it in"
         return Path(self.args.output_dir)
+
+    @property
+    def told_to_stop(self) -> bool:
+        return self.stop is not None and self.stop.step is not None
 
     @property
     def own_model(self) -> nn.Module:
@@ -195,7 +201,7 @@ class ExportedTrainer(Trainer):
             Interrupted: it was told to stop, and has saved.
         """
         with Interruption(self.accelerator) as interruption:
-            stop = StopWhenAsked(interruption)
+            stop = self.stop = StopWhenAsked(interruption)
             self.add_callback(stop)
             try:
                 outcome = super().train(*args, **kwargs)
@@ -239,14 +245,24 @@ class ExportedTrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+        """A checkpoint that counts as broken until it is whole; older ones are removed only then."""
+        saves, limit = self.args.should_save, self.args.save_total_limit
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.schedule is not None and self.args.should_save and folder.is_dir():
-            facts = {"option": self.options and self.options.schedule, "state": self.schedule.state_dict()}
-            Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        if self.args.should_save and self.accelerator.distributed_type not in SHARDING and folder.is_dir():
-            write_checksums(folder)
+        with unfinished(folder) if saves else nullcontext():
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+            if self.schedule is not None and saves:
+                facts = {"option": self.options and self.options.schedule, "state": self.schedule.state_dict()}
+                Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            if saves and self.accelerator.distributed_type not in SHARDING:
+                write_checksums(folder)
+        if saves and not self.told_to_stop:  # else this step is perhaps written again, at the end of its epoch
+            remove_oldest(folder, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.take_up_schedule(Path(resume_from_checkpoint))

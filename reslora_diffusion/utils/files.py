@@ -8,6 +8,9 @@
         ...
         replace_files(fresh, folder, names)
 
+    with unfinished(folder):            a folder that another library fills in its place: it is marked until it is whole
+        ...
+
 A program that is killed leaves at most hidden entries behind, which `sweep` removes. Flushing before the rename is what
 makes a file survive a power cut: without it, a file system may keep the new name and lose what it names.
 """
@@ -21,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+UNFINISHED = "unfinished"  # a file in a folder that is not whole yet
 PARTIAL, STALE = ".partial", ".replaced"  # suffixes of hidden names
 LEFTOVERS = (
     f".*.{'[0-9a-f]' * 8}{PARTIAL}",
@@ -125,6 +129,36 @@ def fresh_folder(folder: str | os.PathLike) -> Iterator[Path]:
             folder.rmdir()
 
 
+@contextmanager
+def unfinished(folder: str | os.PathLike) -> Iterator[None]:
+    """Inside, a new folder is filled; until the end a file says that it is not whole, whatever ends the program.
+
+    What has been there is removed first.
+    """
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / UNFINISHED).touch()
+    flush_tree(folder)
+    flush(folder.parent)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room, and a part is of no use
+        raise
+    flush_tree(folder)
+    (folder / UNFINISHED).unlink()
+    flush(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under a hidden name: half of it must not look like the whole."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
 def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike]) -> None:
     """Move files from `fresh` to the same places in `folder`, none of them if one is blocked.
 
@@ -155,6 +189,10 @@ def sweep(folder: str | os.PathLike, older_than: float = 0.0) -> list[str]:
     A folder that was moved aside by `replace_folder`, and whose place is still empty, is moved back.
     """
     folder, removed = Path(folder), []
+    for mark in folder.glob(f"checkpoint-*/{UNFINISHED}"):
+        if not older_than or time.time() - mark.lstat().st_mtime >= older_than:
+            shutil.rmtree(mark.parent, ignore_errors=True)
+            removed.append(mark.parent.name)
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             if older_than and time.time() - path.lstat().st_mtime < older_than:

@@ -15,6 +15,9 @@ QUIT_CODE = 130  # as shells say of Ctrl-C
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
+# What libraries raise on data that nobody foresaw. Whatever it is, the fault is the file's.
+BAD_DATA = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted.

@@ -9,7 +9,6 @@ A checkpoint is written under a hidden name, flushed, and renamed when it is com
 one that a failing disk or a power cut has damaged is found and passed over.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,14 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...utils.files import replace_folder, sweep
-from ...utils.problems import BadInput
+from ...utils.files import remove_folder, replace_folder
+from ...utils.problems import BAD_DATA, BadInput
 from ...utils.state_files import FACTS, fault_of_state, read_facts
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 STATE_FOLDER = "state"
 
@@ -79,13 +73,13 @@ def restoring(folder: Path) -> Iterator[None]:
     checksums, of an earlier version, may hold anything."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except BAD_DATA as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise BadInput([f"--resume_from_checkpoint: {folder} cannot be continued from: {reason}"]) from error
 
 
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], limit: int | None = None) -> Path:
-    """Let `write` fill a folder, put it in its place, and then remove the oldest beyond `limit`."""
+    """Let `write` fill a folder, put it in its place, and then remove those beyond `limit` that were written first."""
     folder, fresh = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
     for left_behind in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -97,39 +91,8 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room, and a part is of no use
         raise
     if limit is not None:
-        there = [path for path in found_in(output_dir) if (path / STATE_FOLDER / FACTS).is_file()]
-        for old in there[:-limit]:
-            hidden = old.with_name(f".{old.name}.old")  # half removed it must not look like a checkpoint
-            os.replace(old, hidden)
-            shutil.rmtree(hidden)
+        there = [path for path in found_in(output_dir) if (path / STATE_FOLDER / FACTS).is_file() and path != folder]
+        there.sort(key=lambda path: path.stat().st_mtime)  # one of more steps may be damaged, or of an earlier attempt
+        for old in there[: max(0, len(there) + 1 - limit)]:
+            remove_folder(old)
     return folder
-
-
-@contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder: each would remove what the other has begun. What a killed run left
-    unfinished is removed first. A folder that was made for this run, and that nothing was written to, is removed.
-
-    Raises:
-        BadInput: another one does.
-    """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":  # of several processes one holds it for all
-        yield
-        return
-    made = not output_dir.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    held = os.open(output_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput([f"--output_dir: another run is writing to {output_dir}; wanted another folder"]) from None
-        except OSError:  # a file system without locks
-            pass
-        for place in (output_dir, output_dir / "kohya", *output_dir.glob("samples/step-*")):
-            sweep(place)
-        yield
-    finally:
-        if made and output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
-        os.close(held)
