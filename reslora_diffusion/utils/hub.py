@@ -48,7 +48,7 @@ def looking_up(option: str, name: str) -> Iterator[None]:
         raise BadInput([f"{option} {name}: {reason}"]) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
