@@ -67,8 +67,8 @@ def sticker_bench() -> Bench:
     latents, texts = [], []
     with torch.no_grad():
         for number, subject in enumerate(sorted((ROOT / "assets" / "subjects").iterdir())):
-            pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(subject.glob("*.png"))]
-            pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(subject.glob("*.png"))]
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
             latents.append(pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor)
             words = pipeline.tokenizer(f"a sticker of thing {number}", padding="max_length", return_tensors="pt")
             texts.append(pipeline.text_encoder(words.input_ids)[0].expand(len(pixels), -1, -1))

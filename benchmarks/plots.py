@@ -1,4 +1,4 @@
-"""Pictures of result files, beside them."""
+"""Images of result files, beside them."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def plot_steps(path: str | Path) -> Path:
         axis.axis("off")
     machine = content["machine"]
     figure.suptitle(f"{machine.get('device', machine['processor'])}, torch {machine['torch']}, {content['clock']}")
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
+    image = path.with_suffix(".png")
+    figure.savefig(image, dpi=110)
     plt.close(figure)
-    return picture
+    return image

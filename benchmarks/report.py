@@ -101,7 +101,7 @@ def counting_section(content: dict[str, Any]) -> str:
     return "\n\n".join([*parts, where(content["machine"])])
 
 
-def step_section(content: dict[str, Any], picture: str) -> str:
+def step_section(content: dict[str, Any], image: str) -> str:
     kind = "CUDA" if "device" in content["machine"] else "CPU"
     parts = [f"## Time of a step, {kind}\n"]
     parts.append(
@@ -127,7 +127,7 @@ def step_section(content: dict[str, Any], picture: str) -> str:
         missed = [NAMES[name] for name in OURS if name in found and found[name]["ratio"][1] > TIME_AIM]
         outcome = f"Missed by {', '.join(missed)}." if missed else "The aim is met."
         parts.append(f"### {case}\n\n{markdown(head, rows)}\n\n{outcome}")
-    return "\n\n".join([*parts, f"![times relative to PEFT]({picture})", where(content["machine"])])
+    return "\n\n".join([*parts, f"![times relative to PEFT]({image})", where(content["machine"])])
 
 
 def startup_section(content: dict[str, Any]) -> str:
@@ -249,8 +249,8 @@ def document(results: dict[str, dict[str, Any]]) -> str:
     parts.append(gpu_section(any("device" in machine for machine in measured)))
     for stem, content in results.items():
         if content["kind"] == "step":
-            picture = os.path.relpath(FOLDER / f"{stem}.png", DOCUMENT.parent)
-            parts.append(step_section(content, picture))
+            image = os.path.relpath(FOLDER / f"{stem}.png", DOCUMENT.parent)
+            parts.append(step_section(content, image))
         else:
             parts.append(make[content["kind"]](content))
     return "\n\n".join(parts) + "\n"

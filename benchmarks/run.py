@@ -112,7 +112,7 @@ def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a Stable Diffusion pipeline")
-    parser.add_argument("--data", required=True, help="folder of instance pictures")
+    parser.add_argument("--data", required=True, help="folder of instance images")
     parser.add_argument("--prompt", default="a photo of sks dog")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=1)

@@ -78,7 +78,7 @@ def of_dreambooth(missing: Path, unreadable: Path) -> dict[str, list[object]]:
         "no number": with_options(rank="many"),
         "number out of range": with_options(learning_rate=0),
         "no such folders": with_options(pretrained_model_name_or_path=missing, instance_data_dir=missing),
-        "unreadable picture": with_options(instance_data_dir=unreadable),
+        "unreadable image": with_options(instance_data_dir=unreadable),
         "no such optimizer": with_options(optimizer="none"),
         "no such checkpoint": with_options(resume_from_checkpoint="checkpoint-7"),
         "rank above the layers' width": with_options(rank=4000),
@@ -108,10 +108,10 @@ def of_llm(missing: Path) -> dict[str, list[object]]:
 
 def commands(folder: Path) -> dict[str, list[object]]:
     """Command lines by title."""
-    lora, missing, taken, unreadable = make_lora(folder), folder / "missing", folder / "taken", folder / "pictures"
+    lora, missing, taken, unreadable = make_lora(folder), folder / "missing", folder / "taken", folder / "images"
     for made in (taken, unreadable):
         made.mkdir()
-        (made / "0.png").write_text("no picture", encoding="utf-8")
+        (made / "0.png").write_text("no image", encoding="utf-8")
 
     def script(name: str) -> list[object]:
         return [sys.executable, ROOT / "train_scripts" / f"{name}.py"]
@@ -125,7 +125,10 @@ def commands(folder: Path) -> dict[str, list[object]]:
             [sys.executable, "-m", "app"],
             {"--help": ["--help"], "no such folder": ["--base", missing], "no such runs": ["--runs", missing]},
         ),
-        **{name: (script(name), {"--help": ["--help"]}) for name in ("demo", "demo_llm", "paint", "answer_with_peft")},
+        **{
+            name: (script(name), {"--help": ["--help"]})
+            for name in ("demo", "demo_llm", "generate", "answer_with_peft")
+        },
     }
     return {
         f"{name} {title}" if title.endswith(("--help", "FILE")) else f"{name}: {title}": [*program, *words]

@@ -18,7 +18,7 @@ PROMPT = "a sticker of sks animal"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import demo  # noqa: E402, F401
-import paint  # noqa: E402, F401
+import generate  # noqa: E402, F401
 import train_dreambooth_reslora as script  # noqa: E402
 
 DEFAULTS = {
@@ -36,12 +36,12 @@ DEFAULTS = {
 
 
 def several_sizes(folder: Path) -> dict[str, object]:
-    """Options with pictures of two shapes, masks, captions, and square class pictures."""
+    """Options with images of two shapes, masks, captions, and square class images."""
     (folder / "wide").mkdir()
     for number in range(3):
-        picture = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-        picture.save(folder / "wide" / f"{number}.png")
+        image = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(folder / "wide" / f"{number}.png")
         (folder / "wide" / f"{number}.txt").write_text(f"a sticker of cake {number}")
     concept = {"instance_data_dir": str(folder / "wide"), "instance_prompt": "ohwx cake"}
     concept |= {"class_data_dir": str(SUBJECTS / "teapot"), "class_prompt": "a thing", "num_class_images": 2}

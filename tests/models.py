@@ -65,7 +65,7 @@ def llama(**changes: object) -> LlamaForCausalLM:
 
 
 def flux() -> FluxTransformer2DModel:
-    """Two blocks with a stream each for picture and text, then three that see both as one."""
+    """Two blocks with a stream each for image and text, then three that see both as one."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,

@@ -231,7 +231,7 @@ def test_a_lora_for_another_base_is_told_by_headers_as_by_models(tmp_path, compo
     assert str(quick.value) == str(slow.value)
 
 
-PROGRAMS = [f"train_scripts/{name}.py" for name in ("demo", "demo_llm", "paint", "answer_with_peft")]
+PROGRAMS = [f"train_scripts/{name}.py" for name in ("demo", "demo_llm", "generate", "answer_with_peft")]
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "app/__main__.py", "benchmarks/report.py", "benchmarks/startup.py"])

@@ -230,7 +230,7 @@ def test_distilling_through_checkpointed_blocks() -> None:
     assert results[0] == pytest.approx(results[1])
 
 
-def test_attention_on_pictures_is_left_to_the_layers() -> None:
+def test_attention_on_images_is_left_to_the_layers() -> None:
     """`UNet2DModel` gives its attentions [B, C, H, W]."""
     sizes = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 4}
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}

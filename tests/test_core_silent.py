@@ -260,7 +260,7 @@ def t5() -> nn.Module:
 
 
 def lumina() -> nn.Module:
-    """A trunk, and a refiner for each of picture and text, all equally wide."""
+    """A trunk, and a refiner for each of image and text, all equally wide."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_refiner_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
     return Lumina2Transformer2DModel(**sizes, axes_dim_rope=(4, 4, 8), cap_feat_dim=16)
 

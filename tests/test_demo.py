@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dreambooth import ROOT, SUBJECTS, demo, environment, paint, train
+from dreambooth import ROOT, SUBJECTS, demo, environment, generate, train
 from tiny import tiny_pipeline_folder
 
 
@@ -21,18 +21,18 @@ def exported(tmp_path_factory):
     return {method: train(folder / method, method=method, train_text_encoder=True) for method in ("lora", "reslora")}
 
 
-def test_painting_needs_nothing_of_ours():
-    tree = ast.parse((ROOT / "train_scripts" / "paint.py").read_text())
+def test_generating_needs_nothing_of_ours():
+    tree = ast.parse((ROOT / "train_scripts" / "generate.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(name.startswith("reslora") for name in imported)
 
 
-def test_each_column_is_painted_by_its_own_file_from_the_same_noise(tmp_path, exported):
+def test_each_column_is_generated_by_its_own_file_from_the_same_noise(tmp_path, exported):
     words = ["--pretrained_model_name_or_path", str(tiny_pipeline_folder()), "--output_dir", str(tmp_path)]
     words += ["--lora", *(f"{name}={folder}" for name, folder in exported.items())]
     words += ["--prompt", "a dog", "a cat", "--seed", "3", "4", "--num_inference_steps", "2"]
-    paint.main(paint.parse_args(words))
+    generate.main(generate.parse_args(words))
     for label, folder in (("base", None), *exported.items()):
         pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
         pipe.set_progress_bar_config(disable=True)
@@ -43,13 +43,13 @@ def test_each_column_is_painted_by_its_own_file_from_the_same_noise(tmp_path, ex
         assert len(list((tmp_path / label).iterdir())) == 4
 
 
-def test_the_sheet_has_a_column_for_each_way_of_painting(tmp_path):
+def test_the_sheet_has_a_column_for_each_model(tmp_path):
     args = demo.parse_args(["--output_dir", str(tmp_path)])
     for number, label in enumerate(("base", *demo.RUNS)):
-        (tmp_path / "pictures" / label).mkdir(parents=True)
+        (tmp_path / "images" / label).mkdir(parents=True)
         for n in range(len(demo.BACKGROUNDS)):
             for seed in demo.SEEDS:
-                Image.new("RGB", (64, 64), (80 * number, 0, 0)).save(tmp_path / "pictures" / label / f"{n}-{seed}.png")
+                Image.new("RGB", (64, 64), (80 * number, 0, 0)).save(tmp_path / "images" / label / f"{n}-{seed}.png")
     sheet = np.asarray(Image.open(demo.draw_sheet(args)))
     places = [np.nonzero((sheet == (80 * number, 0, 0)).all(-1))[1] for number in (1, 2)]
     assert places[0].size == places[1].size > 0

@@ -43,7 +43,7 @@ def tapes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Class pictures, so that they are painted once."""
+    """Class images, so that they are generated once."""
     folder = tmp_path_factory.mktemp("classes")
     for number in range(3):
         Image.open(SUBJECTS / "teapot" / f"{number}.png").save(folder / f"{number}.png")
@@ -94,11 +94,11 @@ def test_each_shape_has_a_graph(tmp_path, tapes):
         shortcut="middle",
         gradient_checkpointing=True,
         fused_attention=True,
-        frugal_layers=True,
+        low_memory_layers=True,
         gradient_accumulation_steps=2,
         **several_sizes(tmp_path),
     )
-    assert tapes.recorded == 3  # squares, class pictures among them; wide pictures; the update
+    assert tapes.recorded == 3  # squares, class images among them; wide images; the update
 
 
 def test_a_handover_is_recorded_anew_and_a_resumed_run_continues_bit_for_bit(tmp_path, tapes):
@@ -206,7 +206,7 @@ def test_a_step_waits_for_nothing_and_brings_nothing_to_the_device(tmp_path, mon
     """In the form that a GPU computes in, once the first step has been."""
     options = with_model(options)
     options |= classes if options.get("with_prior_preservation") else {}
-    args = arguments(tmp_path, fused_attention=options.get("method") != "lora", frugal_layers=True, **options)
+    args = arguments(tmp_path, fused_attention=options.get("method") != "lora", low_memory_layers=True, **options)
     run, _ = script.prepare(args, check(args))
     batches = [shapes(batch) for batch in run.batches(0, 0)]
     optimizers = sys.modules[torch.optim.Optimizer.__module__]

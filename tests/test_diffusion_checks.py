@@ -39,7 +39,7 @@ def refused(tmp_path, without_weights):
     return run
 
 
-def pictures(folder, *names):
+def images(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
         shutil.copy(SUBJECTS / "octopus" / "0.png", folder / name)
@@ -58,7 +58,7 @@ def pictures(folder, *names):
         ({"merge_method": "guess"}, "--merge_method: got 'guess', wanted least_squares"),
         ({"target_modules": ["to_qq"]}, "target module 'to_qq' matches nothing in the unet; it has"),
         ({"target_modules": ["conv_in"]}, "no linear layers: conv_in (Conv2d)"),
-        ({"instance_data_dir": "/nowhere/at/all"}, "/nowhere/at/all is missing; wanted pictures"),
+        ({"instance_data_dir": "/nowhere/at/all"}, "/nowhere/at/all is missing; wanted images"),
         ({"with_prior_preservation": True}, "--with_prior_preservation needs --class_data_dir"),
         (
             {"with_prior_preservation": True, "class_data_dir": "classes-not-there"},
@@ -96,7 +96,7 @@ def pictures(folder, *names):
         ({"caption_extension": "txt"}, "--caption_extension: got 'txt', wanted that of text files, such as .txt"),
         ({"caption_extension": ".PNG"}, "--caption_extension: got '.PNG'"),
         ({"validation_split": 1}, "--validation_split: got 1.0, wanted 0 or more and below 1"),
-        ({"validation_split": 0.95}, "--validation_split leaves nothing to train on; wanted two different pictures"),
+        ({"validation_split": 0.95}, "--validation_split leaves nothing to train on; wanted two different images"),
         ({"image_interpolation_mode": "fine"}, "--image_interpolation_mode: got 'fine', wanted nearest"),
         ({"lr_pattern": ["attnX=3"]}, "--lr_pattern: 'attnX' matches no adapted layer"),
         ({"rank_pattern": ["zzz=3"]}, "--rank_pattern: 'zzz' matches no adapted layer"),
@@ -151,14 +151,14 @@ def test_all_problems_come_in_one_message(refused, tmp_path):
 
 
 def test_a_folder_that_is_empty(refused, tmp_path):
-    assert "holds nothing; wanted pictures" in refused(instance_data_dir=pictures(tmp_path / "empty"))
+    assert "holds nothing; wanted images" in refused(instance_data_dir=images(tmp_path / "empty"))
 
 
 def test_a_folder_of_stray_files_only(refused, tmp_path):
-    folder = pictures(tmp_path / "stray")
+    folder = images(tmp_path / "stray")
     (folder / ".DS_Store").write_bytes(b"\0")
     (folder / "notes.md").write_text("hello")
-    assert "holds only .DS_Store, notes.md; wanted pictures" in refused(instance_data_dir=folder)
+    assert "holds only .DS_Store, notes.md; wanted images" in refused(instance_data_dir=folder)
 
 
 def test_a_folder_that_is_a_file(refused, tmp_path):
@@ -166,30 +166,30 @@ def test_a_folder_that_is_a_file(refused, tmp_path):
     assert "file is not a folder" in refused(instance_data_dir=tmp_path / "file")
 
 
-def test_pictures_that_do_not_decode(refused, tmp_path):
-    folder = pictures(tmp_path / "broken", "good.png")
-    (folder / "text.jpg").write_text("not a picture")
+def test_images_that_do_not_decode(refused, tmp_path):
+    folder = images(tmp_path / "broken", "good.png")
+    (folder / "text.jpg").write_text("not an image")
     (folder / "half.png").write_bytes((SUBJECTS / "octopus" / "0.png").read_bytes()[:200])
     message = refused(instance_data_dir=folder)
-    assert "2 unreadable pictures" in message
+    assert "2 unreadable images" in message
     assert "text.jpg" in message
     assert "half.png" in message
 
 
-def test_captions_of_pictures_that_are_not_there(refused, tmp_path):
-    folder = pictures(tmp_path / "captions", "a.png")
+def test_captions_of_images_that_are_not_there(refused, tmp_path):
+    folder = images(tmp_path / "captions", "a.png")
     (folder / "a.txt").write_text("a")
     (folder / "b.txt").write_text("b")
     (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "c"}\n{"file_name": "a.png"}\n')
     message = refused(instance_data_dir=folder)
-    assert "captions without a picture: b.txt" in message
-    assert "names pictures that are not there: c.png" in message
+    assert "captions without an image: b.txt" in message
+    assert "names images that are not there: c.png" in message
     assert "line 2: got" in message
 
 
 def test_captions_under_the_extension_of_kohyas_scripts(refused, tmp_path):
-    """Trained without, every picture would have the same prompt."""
-    folder = pictures(tmp_path / "captions", "a.png")
+    """Trained without, every image would have the same prompt."""
+    folder = images(tmp_path / "captions", "a.png")
     (folder / "a.caption").write_text("a dog")
     wanted = "has captions that are not read: a.caption; wanted --caption_extension .caption"
     assert wanted in refused(instance_data_dir=folder)
@@ -199,20 +199,20 @@ def test_captions_under_the_extension_of_kohyas_scripts(refused, tmp_path):
 
 
 def test_a_caption_that_is_not_text(refused, tmp_path):
-    folder = pictures(tmp_path / "latin", "a.png")
+    folder = images(tmp_path / "latin", "a.png")
     (folder / "a.txt").write_bytes("Käse".encode("latin-1"))
     assert "a.txt is not text in UTF-8" in refused(instance_data_dir=folder)
 
 
 def test_a_mask_of_another_size(refused, tmp_path):
-    folder, masks = pictures(tmp_path / "subject", "a.png", "b.png"), tmp_path / "masks"
+    folder, masks = images(tmp_path / "subject", "a.png", "b.png"), tmp_path / "masks"
     masks.mkdir()
     Image.new("L", (64, 64)).save(masks / "a.png")
     Image.new("L", (32, 64)).save(masks / "b.png")
     Image.new("L", (64, 64)).save(masks / "z.png")
     message = refused(instance_data_dir=folder, mask_data_dir=masks)
     assert "b.png is (32, 64), b.png is (64, 64)" in message
-    assert "masks of pictures that are not there: z" in message
+    assert "masks of images that are not there: z" in message
 
 
 def test_a_concepts_file_with_faults(refused, tmp_path):
@@ -274,12 +274,12 @@ def test_a_checkpoint_from_before_block_was_the_default_is_not_taken_for_block(t
 
     given = ["--pretrained_model_name_or_path=model", "--instance_data_dir=data", "--instance_prompt=a"]
     args, asked_for_input = script.parse_args(given), script.parse_args([*given, "--shortcut=input"])
-    stored = {"step": 1, "options": record.options(args)}
+    stored = {"step": 1, "options": args.recorded()}
     monkeypatch.setattr(record, "stored_facts", lambda folder: stored)
     message = "was trained with --shortcut 'input', got 'block'; wanted the same"
     assert [fault for fault in record.differences(args, tmp_path) if message in fault]
     assert not list(record.differences(asked_for_input, tmp_path))
-    stored["options"] = record.options(args) | {"shortcut": "block"}
+    stored["options"] = args.recorded() | {"shortcut": "block"}
     assert not list(record.differences(args, tmp_path))
 
 
@@ -299,7 +299,7 @@ def test_a_repository_that_cannot_be_reached(refused, monkeypatch):
 
 
 def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weights, capsys):
-    folder = pictures(tmp_path / "subject", "a.png", "b.png")
+    folder = images(tmp_path / "subject", "a.png", "b.png")
     Image.new("RGB", (100, 40)).save(folder / "small.png")
     (folder / ".DS_Store").write_bytes(b"\0")
     (folder / "a.txt").write_text("a photo of a dog " * 20)
@@ -316,7 +316,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
     said = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for line in (
-        "3 pictures",
+        "3 images",
         "1 with captions of their own",
         "2 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': "
         "b.png, small.png",
@@ -325,7 +325,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
         "enlarged: small.png",
         "sizes: 2 of 64x64, 1 of 80x48",
         "tokens cut off the end of 'a photo of a dog",
-        "40 steps of 2 pictures: 13.3 passes of 3 steps",
+        "40 steps of 2 images: 13.3 passes of 3 steps",
         "1 process",
         "trained parameters",
         "on paper: ",
@@ -334,7 +334,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
 
 
 def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_path, without_weights):
-    folder = pictures(tmp_path / "subject", "a.png", "b.png")
+    folder = images(tmp_path / "subject", "a.png", "b.png")
     (folder / "notes.md").write_text("hello")
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a dog"}\n')
     done = call(
@@ -348,9 +348,9 @@ def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_pat
     )
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
-        f"instance: 2 pictures in {folder}, 1 with captions of their own",
+        f"instance: 2 images in {folder}, 1 with captions of their own",
         "  1 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': a.png",
-        "  skipped: notes.md (not a picture)",
+        "  skipped: notes.md (not an image)",
         "  identical: a.png, b.png",
         "  smaller than they are trained at, enlarged: a.png, b.png",
     ]
@@ -364,7 +364,7 @@ def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_pat
 def test_a_race_with_a_fault_tells_once_what_is_in_the_folders(tmp_path):
     with pytest.raises(BadInput, match="got 0, wanted 1 or more") as error:
         train(tmp_path / "out", rank=0, compare=["lora", "reslora-block"])
-    assert [line.split(" in ")[0] for line in error.value.found if not line.startswith(" ")] == ["instance: 5 pictures"]
+    assert [line.split(" in ")[0] for line in error.value.found if not line.startswith(" ")] == ["instance: 5 images"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dreambooth import SUBJECTS, arguments
 from reslora_diffusion.diffusion.data.buckets import Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.data.concepts import Concept, chosen, concepts_of, read_concepts
 from reslora_diffusion.diffusion.data.encode import Views
-from reslora_diffusion.diffusion.data.scan import covering, crop_corners, look_at, open_mask, open_upright, scan
+from reslora_diffusion.diffusion.data.scan import covering, crop_corners, open_mask, open_upright, read_image_file, scan
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def test_stray_files_are_skipped_and_named(folder):
     (folder / "nested").mkdir()
     found = scan(folder)
     assert found.problems == []
-    assert [picture.path.name for picture in found.pictures] == [f"{n}.png" for n in range(5)]
+    assert [image.path.name for image in found.images] == [f"{n}.png" for n in range(5)]
     assert found.skipped == {
         ".DS_Store": "hidden",
-        "Thumbs.db": "not a picture",
+        "Thumbs.db": "not an image",
         "nested": "a folder",
-        "README.txt": "not a picture, and no picture has this name",
+        "README.txt": "not an image, and no image has this name",
     }
 
 
@@ -49,7 +49,7 @@ def test_captions_come_from_metadata_then_text_files_then_the_prompt(folder):
     (folder / "1.txt").write_text("loses")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "from metadata"}) + "\n\n")
     found = scan(folder)
-    assert [picture.caption for picture in found.pictures] == ["from a file", "from metadata", None, None, None]
+    assert [image.caption for image in found.images] == ["from a file", "from metadata", None, None, None]
     assert found.uncaptioned == ["2.png", "3.png", "4.png"]
 
 
@@ -60,16 +60,16 @@ def test_only_a_line_feed_ends_a_row_of_the_metadata(folder):
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
     found = scan(folder)
     assert found.problems == []
-    assert [picture.caption for picture in found.pictures[:2]] == captions
+    assert [image.caption for image in found.images[:2]] == captions
 
 
-def test_equal_pictures_are_found(folder):
+def test_equal_images_are_found(folder):
     shutil.copy(folder / "0.png", folder / "again.png")
     assert scan(folder).duplicates == [["0.png", "again.png"]]
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
+def test_images_are_turned_as_exif_says(tmp_path, orientation):
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:10, :20] = 255  # upper left quarter
     image, exif = Image.fromarray(pixels), Image.Exif()
@@ -77,7 +77,7 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
     image.save(tmp_path / "a.png", exif=exif)
     turned = np.asarray(open_upright(tmp_path / "a.png"))
     expected = np.rot90(pixels, {1: 0, 3: 2, 6: -1, 8: 1}[orientation])
-    assert look_at(tmp_path / "a.png").size == expected.shape[1::-1]
+    assert read_image_file(tmp_path / "a.png").size == expected.shape[1::-1]
     np.testing.assert_array_equal(turned, expected)
 
 
@@ -94,7 +94,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
 def test_every_mode_becomes_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new(mode, (8, 8)).save(tmp_path / f"a.{suffix}")
-    assert open_upright(look_at(tmp_path / f"a.{suffix}").path).mode == "RGB"
+    assert open_upright(read_image_file(tmp_path / f"a.{suffix}").path).mode == "RGB"
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -102,13 +102,13 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path, suffix):
     deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(deep).save(tmp_path / f"a.{suffix}")
     expected = np.floor(deep / 257 + 0.5).astype(int)
-    picture = look_at(tmp_path / f"a.{suffix}")
-    assert np.abs(np.asarray(open_upright(picture.path))[..., 0] - expected).max() <= 1
-    masked = open_mask(replace(picture, mask=picture.path), alpha=False)
+    image = read_image_file(tmp_path / f"a.{suffix}")
+    assert np.abs(np.asarray(open_upright(image.path))[..., 0] - expected).max() <= 1
+    masked = open_mask(replace(image, mask=image.path), alpha=False)
     assert np.abs(np.asarray(masked) - expected).max() <= 1
 
 
-def test_pictures_in_floating_point_are_refused_since_nobody_knows_what_is_white(folder):
+def test_images_in_floating_point_are_refused_since_nobody_knows_what_is_white(folder):
     Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "deep.tif")
     (problem,) = scan(folder).problems
     assert "deep.tif (floating point (mode F)" in problem
@@ -119,7 +119,7 @@ def test_the_mark_that_windows_puts_in_front_of_text_is_no_part_of_it(folder, tm
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "another"}', encoding="utf-8-sig")
     found = scan(folder)
     assert found.problems == []
-    assert [picture.caption for picture in found.pictures[:2]] == ["a caption", "another"]
+    assert [image.caption for image in found.images[:2]] == ["a caption", "another"]
     (tmp_path / "concepts.json").write_text('[{"instance_data_dir": "x"}]', encoding="utf-8-sig")
     assert read_concepts(tmp_path / "concepts.json") == [{"instance_data_dir": "x"}]
 
@@ -127,7 +127,7 @@ def test_the_mark_that_windows_puts_in_front_of_text_is_no_part_of_it(folder, tm
 @pytest.mark.parametrize(
     ("size", "box"), [((100, 50), (64, 64)), ((50, 100), (64, 64)), ((640, 641), (80, 48)), ((3, 2), (8, 8))]
 )
-def test_a_picture_covers_its_box_and_no_more_than_it_must(size, box):
+def test_an_image_covers_its_box_and_no_more_than_it_must(size, box):
     covered = covering(size, box)
     assert covered[0] >= box[0]
     assert covered[1] >= box[1]
@@ -143,8 +143,8 @@ def test_crops_stay_inside_and_equal_ones_come_once():
 def test_views_crop_and_flip_as_numpy_does(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    picture = look_at(tmp_path / "a.png")
-    seen = views(flip=True).of(picture)
+    image = read_image_file(tmp_path / "a.png")
+    seen = views(flip=True).of(image)
     middle = pixels[:, 16:80].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(seen.pixels, np.stack([middle, middle[..., ::-1]]), atol=1e-6)
     np.testing.assert_array_equal(seen.time_ids, [[64, 96, 0, 16, 64, 64]] * 2)
@@ -154,7 +154,7 @@ def test_views_crop_and_flip_as_numpy_does(tmp_path):
     pixels[0, 0] += 1
     Image.fromarray(pixels).save(tmp_path / "b.png")
     Image.open(tmp_path / "a.png").save(tmp_path / "renamed.png")
-    first, again, other = (random.of(look_at(tmp_path / name)) for name in ("a.png", "renamed.png", "b.png"))
+    first, again, other = (random.of(read_image_file(tmp_path / name)) for name in ("a.png", "renamed.png", "b.png"))
     np.testing.assert_array_equal(first.pixels, again.pixels)
     assert len(first.pixels) == 3
     assert not np.array_equal(first.time_ids, other.time_ids)
@@ -167,12 +167,12 @@ def test_masks_are_of_the_same_crop_at_the_size_of_latents(tmp_path):
     alpha = np.zeros((64, 96), np.uint8)
     alpha[:, 48:] = 255
     Image.fromarray(np.dstack([np.zeros((64, 96, 3), np.uint8), alpha])).save(tmp_path / "a.png")
-    picture = look_at(tmp_path / "a.png")
-    seen = views(alpha_mask=True, flip=True).of(picture)
+    image = read_image_file(tmp_path / "a.png")
+    seen = views(alpha_mask=True, flip=True).of(image)
     expected = np.zeros((1, 8, 8))
     expected[:, :, 4:] = 1  # pixels 16 to 80 are seen, the upper half of which is from 48 on
     np.testing.assert_allclose(seen.mask, np.stack([expected, expected[..., ::-1]]))
-    assert views().of(picture).mask is None
+    assert views().of(image).mask is None
 
 
 def test_a_mask_folder_goes_before_opacity(tmp_path):
@@ -181,7 +181,7 @@ def test_a_mask_folder_goes_before_opacity(tmp_path):
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "subject" / "a.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "subject" / "b.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "masks" / "a.png")
-    a, b = scan(tmp_path / "subject", masks=tmp_path / "masks").pictures
+    a, b = scan(tmp_path / "subject", masks=tmp_path / "masks").images
     assert open_mask(a, alpha=True).getextrema() == (255, 255)
     assert open_mask(b, alpha=True) is None
 
@@ -199,7 +199,7 @@ def test_automatic_buckets_are_on_the_grid_and_no_larger_than_the_square():
     assert len(set(buckets)) == len(buckets) > 5
 
 
-def test_a_picture_goes_to_the_bucket_of_its_shape():
+def test_an_image_goes_to_the_bucket_of_its_shape():
     buckets = parse_buckets("512,512;448,576;576,448", 512, Grid(8, 64))
     assert nearest((1000, 1000), buckets) == (512, 512)
     assert nearest((4000, 3000), buckets) == (576, 448)  # written height,width
@@ -244,37 +244,37 @@ def test_folders_named_as_kohya_wants_are_concepts(tmp_path):
         ("sks octopus", 10, 50),
         ("ohwx cake", 2, 10),
     ]
-    pictures = len(list((SUBJECTS / "panda").glob("*.png")))
-    assert octopus.num_class_images == len(octopus.classes.pictures) == pictures
-    assert [picture.caption for picture in octopus.classes.pictures[:2]] == ["a panda", "animal"]
+    images = len(list((SUBJECTS / "panda").glob("*.png")))
+    assert octopus.num_class_images == len(octopus.classes.images) == images
+    assert [image.caption for image in octopus.classes.images[:2]] == ["a panda", "animal"]
     assert octopus.problems + cake.problems == []
 
 
 def test_captions_have_the_extension_that_was_asked_for(folder):
     (folder / "0.caption").write_text("from kohya")
     found = scan(folder, ".caption")
-    assert {p.path.name: p.caption for p in found.pictures}["0.png"] == "from kohya"
+    assert {p.path.name: p.caption for p in found.images}["0.png"] == "from kohya"
     assert "0.caption" in scan(folder).skipped
 
 
-def test_a_share_of_the_pictures_is_held_out_by_their_bytes(folder, tmp_path):
+def test_a_share_of_the_images_is_held_out_by_their_bytes(folder, tmp_path):
     found = scan(folder)
-    count = len({picture.digest for picture in found.pictures})
+    count = len({image.digest for image in found.images})
     assert chosen(found, 0.0) == frozenset()
     assert len(chosen(found, 0.01)) == 1
     assert len(chosen(found, 0.99)) == count
     concept = Concept(found, "x", repeats=3, held_out=chosen(found, 0.5))
     assert {p.digest for p in concept.trained}.isdisjoint(p.digest for p in concept.validated)
-    assert len(concept.trained) + len(concept.validated) == len(found.pictures)
+    assert len(concept.trained) + len(concept.validated) == len(found.images)
     assert concept.instances == 3 * len(concept.trained)
     shutil.copytree(folder, tmp_path / "renamed")
-    for picture in scan(tmp_path / "renamed").pictures:
-        picture.path.rename(picture.path.with_stem(f"z{picture.path.stem}"))
+    for image in scan(tmp_path / "renamed").images:
+        image.path.rename(image.path.with_stem(f"z{image.path.stem}"))
     assert chosen(scan(tmp_path / "renamed"), 0.5) == concept.held_out
     assert "leaves nothing to train on" in str(Concept(found, "x", held_out=chosen(found, 0.99)).problems)
 
 
-def test_folders_beside_pictures_are_only_folders(folder, tmp_path):
+def test_folders_beside_images_are_only_folders(folder, tmp_path):
     (folder / "10_sks octopus").mkdir()
     (concept,) = concepts_of(arguments(tmp_path, instance_data_dir=folder))
     assert concept.repeats == 1

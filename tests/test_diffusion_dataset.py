@@ -15,16 +15,16 @@ from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline_3, tiny_pipeline_folder
 
 datasets = pytest.importorskip("datasets")
-PICTURES = sorted((SUBJECTS / "octopus").glob("*.png"))
+IMAGES = sorted((SUBJECTS / "octopus").glob("*.png"))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A folder that `datasets` reads, of five captioned pictures."""
+    """A folder that `datasets` reads, of five captioned images."""
     folder = tmp_path_factory.mktemp("dataset") / "octopus"
     folder.mkdir()
     rows = []
-    for number, path in enumerate(PICTURES):
+    for number, path in enumerate(IMAGES):
         shutil.copy(path, folder)
         rows.append({"file_name": path.name, "title": f"octopus number {number}", "stars": number})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,10 +36,10 @@ def of_dataset(tmp_path, dataset, **options):
     return arguments(tmp_path / "run", **(given | options))
 
 
-def test_the_pictures_and_captions_of_a_dataset_are_those_of_a_folder(tmp_path, dataset):
+def test_the_images_and_captions_of_a_dataset_are_those_of_a_folder(tmp_path, dataset):
     (concept,) = check(of_dataset(tmp_path, dataset, caption_column="title")).concepts
-    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [p.read_bytes() for p in PICTURES]
-    assert [picture.caption for picture in concept.instance.pictures] == [f"octopus number {n}" for n in range(5)]
+    assert [image.path.read_bytes() for image in concept.instance.images] == [p.read_bytes() for p in IMAGES]
+    assert [image.caption for image in concept.instance.images] == [f"octopus number {n}" for n in range(5)]
     made = concept.instance.folder.stat().st_mtime_ns
     (again,) = check(of_dataset(tmp_path, dataset, caption_column="title")).concepts
     assert again.instance.folder.stat().st_mtime_ns == made
@@ -61,7 +61,7 @@ def test_every_problem_is_named(tmp_path, dataset):
     with pytest.raises(BadInput) as problem:
         check(of_dataset(tmp_path, dataset, image_column="stars", caption_column="words", rank=0))
     said = str(problem.value)
-    assert "--image_column: 'stars' holds no pictures; wanted image" in said
+    assert "--image_column: 'stars' holds no images; wanted image" in said
     assert "--caption_column" in said
     assert "no column 'words'; it has image, title, stars" in said
     assert "--rank" in said
@@ -75,22 +75,22 @@ def test_every_problem_is_named(tmp_path, dataset):
         check(arguments(tmp_path / "run", caption_column="title"))
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "a.png").write_bytes(b"no picture")
-    with pytest.raises(BadInput, match="unreadable pictures: 00000"):
+    (broken / "a.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match="unreadable images: 00000"):
         check(of_dataset(tmp_path, broken))
 
 
-def test_rows_without_a_picture_are_named(tmp_path):
-    first, second = ({"bytes": path.read_bytes(), "path": None} for path in PICTURES[:2])
+def test_rows_without_an_image_are_named(tmp_path):
+    first, second = ({"bytes": path.read_bytes(), "path": None} for path in IMAGES[:2])
     rows = {"image": [first, None], "other": [second] * 2}
-    pictures = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
+    images = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
     folder = tmp_path / "rows"
     folder.mkdir()
-    datasets.Dataset.from_dict(rows, features=pictures).to_parquet(folder / "train.parquet")
-    with pytest.raises(BadInput, match="--image_column: rows without a picture in 'image': 1"):
+    datasets.Dataset.from_dict(rows, features=images).to_parquet(folder / "train.parquet")
+    with pytest.raises(BadInput, match="--image_column: rows without an image in 'image': 1"):
         check(of_dataset(tmp_path, folder))
     (concept,) = check(of_dataset(tmp_path, folder, image_column="other")).concepts
-    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()] * 2
+    assert [image.path.read_bytes() for image in concept.instance.images] == [IMAGES[1].read_bytes()] * 2
 
 
 def test_images_are_in_the_column_image_wherever_it_stands(tmp_path):
@@ -98,11 +98,11 @@ def test_images_are_in_the_column_image_wherever_it_stands(tmp_path):
     features = datasets.Features({"condition": datasets.Image(), "image": datasets.Image()})
     folder = tmp_path / "rows"
     folder.mkdir()
-    first, second = ({"bytes": path.read_bytes(), "path": None} for path in PICTURES[:2])
+    first, second = ({"bytes": path.read_bytes(), "path": None} for path in IMAGES[:2])
     rows = {"condition": [first], "image": [second]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     (concept,) = check(of_dataset(tmp_path, folder)).concepts
-    assert [picture.path.read_bytes() for picture in concept.instance.pictures] == [PICTURES[1].read_bytes()]
+    assert [image.path.read_bytes() for image in concept.instance.images] == [IMAGES[1].read_bytes()]
 
 
 def test_options_of_the_sibling_scripts():
@@ -171,7 +171,7 @@ def test_rows_name_no_files_outside_their_dataset(tmp_path, kind):
     """A row of a parquet file may hold a path instead of an image."""
     folder, outside = tmp_path / "octopus", tmp_path / "private.png"
     folder.mkdir()
-    shutil.copy(PICTURES[0], outside)
+    shutil.copy(IMAGES[0], outside)
     if kind == "a link":
         (folder / "link.png").symlink_to(outside)
     path = {
@@ -180,7 +180,7 @@ def test_rows_name_no_files_outside_their_dataset(tmp_path, kind):
         "an address": "https://example.org/a.png",
         "a folder above": str(folder / ".." / "private.png"),
     }[kind]
-    rows = datasets.Dataset.from_dict({"image": [{"bytes": PICTURES[1].read_bytes(), "path": None}, {"path": path}]})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": IMAGES[1].read_bytes(), "path": None}, {"path": path}]})
     table = rows.cast_column("image", datasets.Image()).data.table  # its own writer would fetch the address
     parquet.write_table(table, folder / "train.parquet")
     with pytest.raises(BadInput, match="may name files of its own folder alone") as raised:

@@ -27,7 +27,7 @@ def test_a_second_run_encodes_nothing_and_trains_the_same(tmp_path, monkeypatch)
     plain = train(tmp_path / "plain", **OPTIONS)
     first = train(tmp_path / "first", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
     entries = sorted((tmp_path / "kept").rglob("*.safetensors"))
-    assert len(entries) == 7  # five pictures, the prompt, and the empty prompt
+    assert len(entries) == 7  # five images, the prompt, and the empty prompt
 
     def refuse(*args, **kwargs):
         raise AssertionError("encoded again")
@@ -41,7 +41,7 @@ def test_a_second_run_encodes_nothing_and_trains_the_same(tmp_path, monkeypatch)
         train(tmp_path / "other", encoding_cache_dir=tmp_path / "kept", resolution=72, **OPTIONS)
 
 
-def test_runs_without_a_seed_find_their_crops_and_a_picture_that_joins_is_the_one_encoded(tmp_path, capsys):
+def test_runs_without_a_seed_find_their_crops_and_an_image_that_joins_is_the_one_encoded(tmp_path, capsys):
     folder = tmp_path / "wide"
     folder.mkdir()
     for number in range(2):
@@ -51,7 +51,7 @@ def test_runs_without_a_seed_find_their_crops_and_a_picture_that_joins_is_the_on
         if run == "third":
             Image.open(SUBJECTS / "cake" / "2.png").resize((96, 60)).save(folder / "00-joins.png")
         train(tmp_path / run, **options)
-        assert f"kept: {added} pictures and prompts were added" in capsys.readouterr().out
+        assert f"kept: {added} images and prompts were added" in capsys.readouterr().out
     entries = [load_file(path) for path in (tmp_path / "kept").rglob("*.safetensors")]
     assert [len(entry["mean"]) for entry in entries if "mean" in entry] == [4, 4, 4]
 

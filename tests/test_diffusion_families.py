@@ -70,13 +70,13 @@ def test_texts_are_encoded_as_the_pipeline_does_it(family_and_pipeline):
         torch.testing.assert_close(ours.pooled, theirs[2 if "do_classifier_free_guidance" in known else 1])
 
 
-def test_painting_from_texts_is_painting_from_prompts(family_and_pipeline):
+def test_images_from_encoded_texts_are_those_from_prompts(family_and_pipeline):
     family, pipeline = family_and_pipeline
     texts, negative = encode(family, pipeline, PROMPTS[:1]), encode(family, pipeline, [""])
     common = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64, "output_type": "np"}
     theirs_too = common | of_t5(family)
     ours = pipeline(
-        **family.painting(pipeline, texts, negative), generator=torch.Generator().manual_seed(0), **common
+        **family.pipeline_inputs(pipeline, texts, negative), generator=torch.Generator().manual_seed(0), **common
     ).images
     theirs = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **theirs_too).images
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -131,7 +131,7 @@ def test_flux_is_given_tokens_places_times_and_guidance_as_its_pipeline_gives_th
 
 
 def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
-    """Of train_dreambooth_lora_flux.py: uniform and unweighted, not shifted by the size of the picture."""
+    """Of train_dreambooth_lora_flux.py: uniform and unweighted, not shifted by the size of the image."""
     pipeline, levels = load(tiny_pipeline_flux), torch.arange(1000)
     args = Namespace(**dict.fromkeys(OF_FLOWS))
     process = FAMILIES["FluxPipeline"].process(pipeline, args)
@@ -158,7 +158,7 @@ def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
     ],
 )
 def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
-    """What is painted while training is painted by a plain pipeline that loads the exported file."""
+    """A plain pipeline that loads the exported file generates the images of validation."""
     pipe = load(build)
     family = FAMILIES[type(pipe).__name__]
     folder = train(
@@ -184,17 +184,17 @@ def test_every_family_is_trained_by_the_same_script(tmp_path, build, shortcut):
     assert f", {family.tag}, reslora]" in card
     assert ("max_sequence_length=24)" in card) == bool(family.fixed_encoder)
 
-    def paint(prompt: str = PROMPT) -> np.ndarray:
+    def generate(prompt: str = PROMPT) -> np.ndarray:
         settings = {"num_inference_steps": 2, "guidance_scale": family.guidance_scale, "height": 64, "width": 64}
         image = pipe(prompt, generator=generator(0, Stream.VALIDATION, 0), **settings, **of_t5(family)).images[0]
         return np.asarray(image).astype(int)
 
-    base = paint()
+    base = generate()
     for place, prompt in enumerate((PROMPT, *PROMPTS, "")):
         untrained = np.asarray(Image.open(folder / "samples" / "step-000000" / f"{place}-0.png")).astype(int)
-        np.testing.assert_array_equal(paint(prompt), untrained)
+        np.testing.assert_array_equal(generate(prompt), untrained)
     pipe.load_lora_weights(folder)
-    exported = paint()
+    exported = generate()
     trained = np.asarray(Image.open(folder / "samples" / "step-000003" / "0-0.png")).astype(int)
     assert np.abs(exported - base).max() > 10
     assert np.abs(exported - trained).max() <= 4

@@ -54,7 +54,7 @@ def test_a_run_goes_on_whatever_its_metrics_hold(tmp_path):
     assert History(tmp_path, first_step=1).rows == rows[:1]
 
 
-def test_captions_and_pictures_that_hold_something_else_are_one_message(tmp_path):
+def test_captions_and_images_that_hold_something_else_are_one_message(tmp_path):
     folder = shutil.copytree(SUBJECTS / "octopus", tmp_path / "images")
     for line in (b"[1]", b"[" * 100_000, b'{"file_name": ["a"], "text": "x"}', b'{"file_name": "0.png", "text": 5}'):
         (folder / "metadata.jsonl").write_bytes(line)

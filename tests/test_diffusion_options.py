@@ -22,7 +22,6 @@ from reslora_diffusion.diffusion.options.answers import (
 )
 from reslora_diffusion.diffusion.options.checks import bad_combinations
 from reslora_diffusion.diffusion.options.model_checks import adapter_settings
-from reslora_diffusion.diffusion.train.record import options
 from reslora_diffusion.utils.options import facts_of
 from reslora_diffusion.utils.problems import BadInput
 
@@ -89,7 +88,7 @@ def test_prodigy_has_one_learning_rate_as_in_diffusers_scripts():
 def test_guidance_scale_means_what_it_means_in_the_scripts_that_have_it(family):
     options = resolved(family, "--guidance_scale=1")
     trained = FAMILIES[family].training_guidance({"guidance_embeds": True}, options)
-    generated = FAMILIES[family].painting_guidance(options)
+    generated = FAMILIES[family].validation_guidance(options)
     assert (trained, generated) == ((1.0, 3.5) if family == "FluxPipeline" else (None, 1.0))
     assert "guidance_scale" not in options.recorded()
 
@@ -165,12 +164,12 @@ def test_a_configuration_file_sets_options_and_the_command_line_wins(tmp_path, s
 def test_the_resolved_options_are_a_configuration_that_gives_the_same_options(tmp_path):
     args = arguments(tmp_path, rank_pattern=["attn2=2"], optimizer_args=["amsgrad=True"], validation_prompt=["a", "b"])
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(options(args)))
-    assert options(script.parse_args(["--config", str(path)])) == options(args)
+    path.write_text(json.dumps(args.recorded()))
+    assert script.parse_args(["--config", str(path)]).recorded() == args.recorded()
 
 
 def test_secrets_are_not_recorded(tmp_path):
-    assert "hf_secret" not in json.dumps(options(arguments(tmp_path, hub_token="hf_secret")))
+    assert "hf_secret" not in json.dumps(arguments(tmp_path, hub_token="hf_secret").recorded())
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_all_problems_of_a_command_line_come_in_one_message(tmp_path):
         "--lr_pattern: got 'attn', wanted name=a number",
         "--shortcut: got 'sideways', wanted none, input, block, middle",
         "--lora_dropout: got 1.5, wanted 0 or more and below 1",
-        f"{tmp_path / 'none'} is missing; wanted pictures",
+        f"{tmp_path / 'none'} is missing; wanted images",
     ]
 
 

@@ -183,10 +183,10 @@ def test_what_does_not_fit_is_said_without_torch(tmp_path, source):
     cached(saved(tiny_pipeline), tmp_path / "hub", "nobody/tiny")
     model = "nobody/tiny" if source == "cache" else saved(tiny_pipeline)
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "0.png").write_text("no picture")
+    (tmp_path / "broken" / "0.png").write_text("no image")
     shutil.copy(SUBJECTS / "octopus" / "1.png", tmp_path / "broken")
     cases = [
-        ({"rank": 999, "instance_data_dir": tmp_path / "broken"}, ["--rank is larger than", "1 unreadable picture"]),
+        ({"rank": 999, "instance_data_dir": tmp_path / "broken"}, ["--rank is larger than", "1 unreadable image"]),
         ({"target_modules": ["to_qq"], "learning_rate": -1}, ["matches nothing in the unet", "--learning_rate"]),
         ({"skip_t5": True, "resolution": 8}, ["--skip_t5 does not apply", "--resolution: got 8"]),
         (

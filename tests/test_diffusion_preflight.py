@@ -28,7 +28,7 @@ def test_activations_are_what_backward_needs_without_the_weights():
     assert kept_for_backward(Plain(), [batch]) == 4 * 10 * (64 + 32 + 16)
 
 
-def test_more_pictures_are_said_to_take_more_and_checkpointing_less(tmp_path, capsys):
+def test_more_images_are_said_to_take_more_and_checkpointing_less(tmp_path, capsys):
     def megabytes(name: str, **options: object) -> float:
         train(tmp_path / name, max_train_steps=1, **options)
         said = capsys.readouterr().out

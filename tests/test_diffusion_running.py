@@ -183,7 +183,7 @@ def test_smoothing_has_no_bias_towards_the_start():
     assert smooth(values, 0.9)[-1] == pytest.approx(expected)
 
 
-def test_the_plot_is_a_picture_of_every_run(tmp_path):
+def test_the_plot_is_an_image_of_every_run(tmp_path):
     rows = [{"step": n, "loss": 1 / (n + 1)} for n in range(1, 20)] + [{"step": 5, "validation_loss": 0.2}]
     plot_losses({"LoRA": rows, "ResLoRA": rows[:5], "empty": []}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from dreambooth import SUBJECTS
-from reslora_diffusion.diffusion.data.encode import Example, Views, encode_pictures
+from reslora_diffusion.diffusion.data.encode import Example, Views, encode_images
 from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
-from reslora_diffusion.diffusion.data.scan import look_at, scan
+from reslora_diffusion.diffusion.data.scan import read_image_file, scan
 from reslora_diffusion.diffusion.data.tag_orders import tag_orders
 from reslora_diffusion.diffusion.models.families import Texts
 from reslora_diffusion.diffusion.objective.noise import Diffusion
@@ -58,14 +58,14 @@ def test_a_batch_is_what_two_halves_are_together():
     sampler = make_sampler(classes=3)
     (whole,) = sampler.batches(8, 4)
     (one,), (two,) = sampler.batches(8, 2), sampler.batches(10, 2)
-    order = [0, 1, 4, 5]  # instances first, then as many class pictures
+    order = [0, 1, 4, 5]  # instances first, then as many class images
     for name in ("latents", "noise", "timesteps", "weights"):
         value = getattr(whole, name)
         assert torch.equal(value[order], getattr(one, name)), name
         assert torch.equal(value[[2, 3, 6, 7]], getattr(two, name)), name
 
 
-def test_every_pass_shows_every_picture_once():
+def test_every_pass_shows_every_image_once():
     sampler = make_sampler(count=6)
     shown = [example.name for turn in range(6) for example in sampler.order(turn * 2, 2)]
     assert sorted(shown[:6]) == sorted(shown[6:]) == [str(n) for n in range(6)]
@@ -79,7 +79,7 @@ def test_latents_are_drawn_anew_from_the_posterior():
     torch.testing.assert_close(drawn.std(0), torch.exp(example.logvar[0] / 2), atol=0.1, rtol=0.1)
 
 
-def test_class_pictures_join_with_their_weight_and_of_their_concept():
+def test_class_images_join_with_their_weight_and_of_their_concept():
     examples = [make_example(0, concept=0), make_example(1, concept=1)]
     classes = {1: [replace(make_example(50), loss_weight=0.25, texts={"class": Texts(torch.zeros(5, 6))})]}
     sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, process=PROCESS)
@@ -133,7 +133,7 @@ def test_examples_of_several_sizes_come_in_batches_of_one_size():
     assert len(seen) == 10
 
 
-def test_class_pictures_of_another_size_are_a_batch_of_their_own():
+def test_class_images_of_another_size_are_a_batch_of_their_own():
     classes = {0: [make_example(50, shape=(4, 6, 10))]}
     sampler = replace(make_sampler(), classes=classes)
     instance, of_class = sampler.batches(0, 4)
@@ -177,21 +177,19 @@ def test_chunks_differ_from_pass_to_pass_and_are_of_one_size():
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-def test_the_cache_holds_the_posterior_and_pairs_each_picture_with_its_own_prompt(tmp_path):
+def test_the_cache_holds_the_posterior_and_pairs_each_image_with_its_own_prompt(tmp_path):
     torch.manual_seed(0)
     vae = tiny_vae()
-    pictures = [
-        replace(picture, caption=f"number {n}") for n, picture in enumerate(scan(SUBJECTS / "octopus").pictures)
-    ]
-    pictures[2] = replace(pictures[2], caption=None)
+    images = [replace(image, caption=f"number {n}") for n, image in enumerate(scan(SUBJECTS / "octopus").images)]
+    images[2] = replace(images[2], caption=None)
     numbers = {f"number {n}": n for n in range(5)} | {"fallback": 9}
     texts = {prompt: {prompt: Texts(torch.tensor([n]))} for prompt, n in numbers.items()}
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
-    examples = encode_pictures(vae, pictures, views, prompt="fallback", texts=texts, threads=3)
+    examples = encode_images(vae, images, views, prompt="fallback", texts=texts, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
     assert [text.hidden.item() for example in examples for text in example.texts.values()] == [0, 1, 9, 3, 4]
     for number, example in enumerate(examples):
-        pixels = torch.from_numpy(views.of(look_at(SUBJECTS / "octopus" / f"{number}.png")).pixels)
+        pixels = torch.from_numpy(views.of(read_image_file(SUBJECTS / "octopus" / f"{number}.png")).pixels)
         with torch.no_grad():
             expected = vae.encode(pixels).latent_dist
         torch.testing.assert_close(example.mean, expected.mean)
@@ -201,10 +199,10 @@ def test_the_cache_holds_the_posterior_and_pairs_each_picture_with_its_own_promp
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     torch.manual_seed(0)
-    vae, pictures = tiny_vae(), scan(SUBJECTS / "cake").pictures
+    vae, images = tiny_vae(), scan(SUBJECTS / "cake").images
     views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     texts = {"p": {"p": Texts(torch.zeros(1))}}
-    one = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=batch_size)
-    two = encode_pictures(vae, pictures, views, prompt="p", texts=texts, batch_size=2)
+    one = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=batch_size)
+    two = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=2)
     for first, second in zip(one, two, strict=True):
         torch.testing.assert_close(first.mean, second.mean)

@@ -1,4 +1,4 @@
-"""Contact sheets: labels stay where they belong however long they are, and pictures keep their places."""
+"""Contact sheets: labels stay where they belong however long they are, and images keep their places."""
 
 import os
 import resource
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from reslora_diffusion.diffusion.train.sheet import LEFT, MARGIN, contact_sheet, save_picture, wrapped
+from reslora_diffusion.diffusion.train.sheet import LEFT, MARGIN, contact_sheet, save_image, wrapped
 
 SIDE = 60
 LONG = "reslora-block:num_previous=2,merge_method=least_squares,learning_rate=2e-4 " + 30 * "long"
 
 
-def pictures(color: str, count: int) -> list[Image.Image]:
+def images(color: str, count: int) -> list[Image.Image]:
     return [Image.new("RGB", (30, 30), color)] * count
 
 
@@ -28,18 +28,18 @@ def ink(sheet: Image.Image, box: tuple[int, int, int, int]) -> bool:
 
 
 def test_a_long_head_stays_above_its_column_and_is_whole():
-    sheet = contact_sheet({LONG: pictures("red", 1), " ": pictures("lime", 1)}, ["a"], SIDE)
+    sheet = contact_sheet({LONG: images("red", 1), " ": images("lime", 1)}, ["a"], SIDE)
     left, top, right, bottom = boxes_of(sheet, (255, 0, 0))
     assert (left, right - left, bottom - top) == (LEFT, SIDE, SIDE)
     assert boxes_of(sheet, (0, 255, 0)) == (right + MARGIN, top, right + MARGIN + SIDE, bottom)
     assert ink(sheet, (left, 0, right, top))
     assert not ink(sheet, (right, 0, sheet.width, top))
-    assert not ink(sheet, (left, top - MARGIN // 2, right, top))  # nothing is hidden behind the picture
+    assert not ink(sheet, (left, top - MARGIN // 2, right, top))  # nothing is hidden behind the image
 
 
-def test_a_row_makes_room_for_a_label_that_is_taller_than_its_pictures():
+def test_a_row_makes_room_for_a_label_that_is_taller_than_its_images():
     rows = [LONG, LONG, "b"]
-    sheet = contact_sheet({"base": [*pictures("red", 2), *pictures("lime", 1)]}, rows, SIDE)
+    sheet = contact_sheet({"base": [*images("red", 2), *images("lime", 1)]}, rows, SIDE)
     lines = len(wrapped(LONG, LEFT - 2 * MARGIN, ImageFont.load_default(14)))
     assert lines > 8
     top, bottom = boxes_of(sheet, (255, 0, 0))[1], boxes_of(sheet, (0, 255, 0))[1]
@@ -57,9 +57,9 @@ def test_lines_fit_and_nothing_is_lost(text):
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "picture.png"
-    save_picture(Image.new("RGB", (2, 2), "red"), path)
+def test_an_image_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    save_image(Image.new("RGB", (2, 2), "red"), path)
     before = path.read_bytes()
 
     def cut_off(image, file, **options):
@@ -68,7 +68,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", cut_off)
     with pytest.raises(OSError, match="No space"):
-        save_picture(Image.new("RGB", (2, 2), "blue"), path)
+        save_image(Image.new("RGB", (2, 2), "blue"), path)
     assert path.read_bytes() == before
 
 

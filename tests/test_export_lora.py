@@ -94,14 +94,14 @@ def test_a_block_shortcut_leaves_the_trainer_whole(tmp_path):
     assert torch.allclose(got, wanted, atol=1e-4)
 
 
-def test_pictures_are_those_of_the_merged_weights(out, components):
-    def paint(pipe) -> np.ndarray:
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+def test_images_are_those_of_the_merged_weights(out, components):
+    def generate(pipe) -> np.ndarray:
+        start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
         settings = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3), "output_type": "np"}
         text = pipe("a photo of a dog", height=64, width=64, **settings).images[0]
         image = AutoPipelineForImage2Image.from_pipe(pipe)
         image.set_progress_bar_config(disable=True)
-        return np.concatenate([text, image("a dog", picture, strength=1.0, **settings).images[0]])
+        return np.concatenate([text, image("a dog", start, strength=1.0, **settings).images[0]])
 
     base, merged, loaded = fresh_pipeline(), fresh_pipeline(), fresh_pipeline()
     for component, deltas in components.items():
@@ -110,9 +110,9 @@ def test_pictures_are_those_of_the_merged_weights(out, components):
             weight = modules[name].weight
             weight.data += delta.float().reshape(weight.shape)
     loaded.load_lora_weights(out)
-    reference = paint(merged)
-    assert np.abs(paint(base) - reference).max() > 0.01
-    assert np.abs(paint(loaded) - reference).max() < 1e-4
+    reference = generate(merged)
+    assert np.abs(generate(base) - reference).max() > 0.01
+    assert np.abs(generate(loaded) - reference).max() < 1e-4
 
 
 def test_a_process_without_this_package_loads_the_files(out):

@@ -210,7 +210,7 @@ def test_repeated_blocks_hold_the_adapted_layers(subject: str) -> None:
 
 def test_one_memory_saving_form_is_put_on_at_a_time() -> None:
     model = frozen(SUBJECTS["tiny_unet"], CPU, torch.float32)
-    for name, wanted in kernels.FRUGAL.items():
+    for name, wanted in kernels.LOW_MEMORY.items():
         kernels.only(model, name)
         found = {type(module.__dict__["forward"]) for module in model.modules() if "forward" in module.__dict__}
         assert found == set(wanted)
@@ -223,13 +223,13 @@ def test_a_kernel_that_gains_nowhere_is_named() -> None:
         return {"ratio": [ratio] * 3, "peak": peak}
 
     results = {
-        "first": {"plain": row(1, 2), "fused": row(0.9, 2), "grouped": row(0.98, 2), "frugal": row(1.01, 1)},
+        "first": {"plain": row(1, 2), "fused": row(0.9, 2), "grouped": row(0.98, 2), "low memory": row(1.01, 1)},
         "second": {"plain": row(1, 2), "fused": row(1.1, 2), "grouped": row(1.05, 2), "slow": row(1.2, 1)},
     }
     said = {line.partition(":")[0]: line for line in kernels.verdicts(results)}
     assert [name for name, line in said.items() if "may be deleted" in line] == ["grouped", "slow"]
     assert "+10.0% of the time" in said["fused"]
-    assert "+50.0% of the peak memory" in said["frugal"]
+    assert "+50.0% of the peak memory" in said["low memory"]
 
 
 # ------------------------------------------------------------------------------------------------ the kit
@@ -285,15 +285,15 @@ def test_pretraining_goes_on_from_a_pipeline(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
     import pretrain_sticker_pipeline as recipe
-    from sticker_models import Painter
+    from sticker_models import StickerModel
 
     pipeline = ROOT / "assets" / "sticker-sd"
     recipe.copy_finished_parts(pipeline, tmp_path)
-    painter = Painter(CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
-    painter.load_weights(pipeline)
+    model = StickerModel(CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    model.load_weights(pipeline)
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
     for name, value in unet.state_dict().items():
-        assert torch.equal(painter.unet.state_dict()[name], value), name
+        assert torch.equal(model.unet.state_dict()[name], value), name
     assert (tmp_path / "vae" / "config.json").is_file()
 
 

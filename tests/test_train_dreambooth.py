@@ -55,7 +55,7 @@ def assert_same(first: dict, second: dict) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A finished run of each method: UNet and text encoder, prior preservation, validation pictures."""
+    """A finished run of each method: UNet and text encoder, prior preservation, validation images."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name):
@@ -128,20 +128,20 @@ def test_training_lowers_the_loss_and_the_report_says_what_merging_cost(runs, me
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_exported_file_paints_in_plain_diffusers_what_validation_showed(runs, method):
+def test_the_exported_file_generates_in_plain_diffusers_what_validation_showed(runs, method):
     folder = runs(method)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
     pipe.set_progress_bar_config(disable=True)
 
-    def paint() -> np.ndarray:
+    def generate() -> np.ndarray:
         image = pipe(
             PROMPT, num_inference_steps=2, guidance_scale=7.5, generator=generator(0, Stream.VALIDATION, 0)
         ).images[0]
         return np.asarray(image).astype(int)
 
-    base = paint()
+    base = generate()
     pipe.load_lora_weights(folder)
-    exported = paint()
+    exported = generate()
     shown = {
         step: np.asarray(Image.open(folder / "samples" / f"step-{step:06d}" / "0-0.png")).astype(int) for step in (0, 4)
     }
@@ -150,17 +150,17 @@ def test_the_exported_file_paints_in_plain_diffusers_what_validation_showed(runs
     assert np.abs(exported - shown[4]).max() <= 3  # the file holds half precision
 
 
-def test_the_program_on_the_model_card_runs_and_paints_with_the_adapter(tmp_path):
+def test_the_program_on_the_model_card_runs_and_generates_with_the_adapter(tmp_path):
     folder = train(tmp_path / "run", shortcut="block", prediction_type="v_prediction", instance_prompt='a "sks" animal')
     program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    start, paint = program.split("image = ")
-    seeded = f"torch.manual_seed(0)\nimage = {paint}"
-    again = f"pipe.unload_lora_weights()\n{seeded}".replace("picture.png", "base.png")
+    start, call = program.split("image = ")
+    seeded = f"torch.manual_seed(0)\nimage = {call}"
+    again = f"pipe.unload_lora_weights()\n{seeded}".replace("image.png", "base.png")
     code = f"import torch\n{start}{seeded}\n{again}"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pictures = [np.asarray(Image.open(folder / name)).astype(int) for name in ("picture.png", "base.png")]
-    assert np.abs(pictures[0] - pictures[1]).max() > 10
+    images = [np.asarray(Image.open(folder / name)).astype(int) for name in ("image.png", "base.png")]
+    assert np.abs(images[0] - images[1]).max() > 10
 
 
 def test_methods_see_the_same_draws_from_the_same_start(runs):
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, shortcut):
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
-def test_fused_attention_and_frugal_layers_change_nothing(tmp_path, shortcut):
+def test_fused_attention_and_low_memory_layers_change_nothing(tmp_path, shortcut):
     options = {
         "shortcut": shortcut,
         "num_previous": 1,
@@ -309,8 +309,8 @@ def test_fused_attention_and_frugal_layers_change_nothing(tmp_path, shortcut):
         "gradient_checkpointing": shortcut == "middle",
     }
     options |= {"validation_prompt": [PROMPT], "num_validation_images": 1}
-    plain = train(tmp_path / "plain", **options, fused_attention=False, frugal_layers=False)
-    fast = train(tmp_path / "fast", **options, fused_attention=True, frugal_layers=True)
+    plain = train(tmp_path / "plain", **options, fused_attention=False, low_memory_layers=False)
+    fast = train(tmp_path / "fast", **options, fused_attention=True, low_memory_layers=True)
     assert losses(plain) == pytest.approx(losses(fast), rel=1e-5)
     assert report(plain)["loss_merged"] == pytest.approx(report(fast)["loss_merged"], rel=1e-4)
     shown = [
@@ -442,9 +442,9 @@ def test_optimizers_by_name(tmp_path, optimizer):
 def test_concepts_shapes_masks_and_losses_in_one_run(tmp_path):
     (tmp_path / "wide").mkdir()
     for number in range(3):
-        picture = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-        picture.save(tmp_path / "wide" / f"{number}.png")
+        image = Image.open(SUBJECTS / "cake" / f"{number}.png").convert("RGBA").resize((96, 60))
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(tmp_path / "wide" / f"{number}.png")
     concepts = [
         {"instance_data_dir": str(SUBJECTS / "octopus"), "instance_prompt": "sks octopus", "repeats": 2},
         {
@@ -475,7 +475,7 @@ def test_concepts_shapes_masks_and_losses_in_one_run(tmp_path):
     assert report(folder)["loss_trained"] < report(folder)["loss_base"]
 
 
-def test_pictures_that_are_held_out_are_measured_on_and_not_trained_on(tmp_path, capsys):
+def test_images_that_are_held_out_are_measured_on_and_not_trained_on(tmp_path, capsys):
     options = {"max_train_steps": 4, "validation_steps": 2}
     folder = train(tmp_path / "run", validation_split=0.2, **options)
     held_out = re.search(r"1 held out for validation: (\d.png)", capsys.readouterr().out)[1]
@@ -500,7 +500,7 @@ def test_shuffled_captions_are_trained_and_what_is_kept_serves_another_seed(tmp_
     assert losses(plain) != losses(shuffled)
     capsys.readouterr()
     train(tmp_path / "again", **options, shuffle_caption=True, keep_tokens=1)
-    assert "kept: 0 pictures and prompts were added" in capsys.readouterr().out
+    assert "kept: 0 images and prompts were added" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--keep_tokens is used only with --shuffle_caption"):
         train(tmp_path / "wrong", keep_tokens=1)
 
@@ -521,8 +521,8 @@ def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
 
     embeds = {"prompt_embeds": encoded(PROMPT), "negative_prompt_embeds": encoded("")}
     source = generator(0, Stream.VALIDATION, 0)
-    painted = np.asarray(pipe(**embeds, num_inference_steps=2, generator=source).images[0])
-    np.testing.assert_array_equal(painted, Image.open(folder / "samples" / "step-000000" / "0-0.png"))
+    generated = np.asarray(pipe(**embeds, num_inference_steps=2, generator=source).images[0])
+    np.testing.assert_array_equal(generated, Image.open(folder / "samples" / "step-000000" / "0-0.png"))
     layers = {int(name.split("layers.")[1][0]) for name in load_file(folder / WEIGHTS) if "text_encoder" in name}
     assert layers == {0}
     program = (folder / "README.md").read_text().split("```python\n")[1].split("image = ")[0]
@@ -534,7 +534,7 @@ def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):
         train(tmp_path / "too-many", skip_clip_layers=2)
 
 
-def test_class_pictures_that_are_there_are_used_and_missing_ones_are_made(tmp_path):
+def test_class_images_that_are_there_are_used_and_missing_ones_are_made(tmp_path):
     classes = tmp_path / "classes"
     classes.mkdir()
     Image.open(SUBJECTS / "cake" / "0.png").save(classes / "mine.png")

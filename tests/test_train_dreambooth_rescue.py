@@ -8,7 +8,7 @@ from dreambooth import PROMPT, train
 from reslora_diffusion.diffusion.objective.loss import Denoiser
 from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
 from reslora_diffusion.diffusion.train.history import History
-from reslora_diffusion.diffusion.train.validation import Painter
+from reslora_diffusion.diffusion.train.validation import ValidationImages
 from reslora_diffusion.utils.problems import BadInput, Stopped, is_out_of_memory
 from tiny import tiny_pipeline
 
@@ -119,15 +119,15 @@ def test_a_blocked_path_at_the_end_leaves_a_checkpoint_from_which_is_exported_la
 
 
 def test_an_error_while_generating_the_last_images_keeps_what_was_trained(tmp_path, monkeypatch, whole):
-    paint, calls = Painter.paint, []
+    generate, calls = ValidationImages.generate, []
 
     def fails(self, adapters):
         calls.append(self)
         if len(calls) == 2:
             raise KeyError("a fault of the program")
-        return paint(self, adapters)
+        return generate(self, adapters)
 
-    monkeypatch.setattr(Painter, "paint", fails)
+    monkeypatch.setattr(ValidationImages, "generate", fails)
     with pytest.raises(Stopped, match="training failed: KeyError: 'a fault of the program'") as raised:
         train(tmp_path / "run", validation_prompt=[PROMPT], num_validation_images=1, validation_steps=3)
     assert "Kept: checkpoint-3" in str(raised.value)

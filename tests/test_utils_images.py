@@ -114,7 +114,7 @@ def test_an_image_in_srgb_is_left_as_it_is_and_an_orientation_is_kept(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     path = saved(tmp_path / "f", "a.png", Image.fromarray(pixels), icc_profile=srgb)
     np.testing.assert_array_equal(np.asarray(open_upright(path)), pixels)
-    assert scan(tmp_path / "f").pictures[0].profile is None
+    assert scan(tmp_path / "f").images[0].profile is None
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(tmp_path / "f", "b.png", Image.new("RGB", (4, 8), GREEN), icc_profile=WIDE, exif=exif)
@@ -135,26 +135,26 @@ def test_a_profile_that_cannot_be_followed_is_named_and_the_image_is_taken_for_s
     assert "converted to sRGB by their colour profiles: 1 (1 from Wide (test))" in said
     for name in ("broken.png (its colour profile cannot be read", "cut.png", "grey.png", "ink.jpg (it is CMYK without"):
         assert name in said.split("taken for sRGB: ")[1]
-    for picture in found.pictures[:3]:
-        np.testing.assert_allclose(open_upright(picture.path).getpixel((0, 0)), GREEN, atol=1)
+    for image in found.images[:3]:
+        np.testing.assert_allclose(open_upright(image.path).getpixel((0, 0)), GREEN, atol=1)
 
 
 def test_masks_are_numbers_and_not_colours(tmp_path):
     ramp = Image.linear_gradient("L").resize((8, 8))
     saved(tmp_path / "f", "a.png", Image.new("RGB", (8, 8), GREEN), icc_profile=WIDE)
     mask = saved(tmp_path / "m", "a.png", ramp, icc_profile=GREY)
-    (picture,) = scan(tmp_path / "f", masks=tmp_path / "m").pictures
-    np.testing.assert_array_equal(np.asarray(open_mask(picture, alpha=False)), np.asarray(ramp))
-    assert picture.mask == mask
+    (image,) = scan(tmp_path / "f", masks=tmp_path / "m").images
+    np.testing.assert_array_equal(np.asarray(open_mask(image, alpha=False)), np.asarray(ramp))
+    assert image.mask == mask
 
 
 def test_what_is_encoded_is_converted_and_its_cache_entry_is_another(tmp_path):
     saved(tmp_path / "f", "a.png", Image.new("RGB", (64, 64), GREEN), icc_profile=WIDE)
-    (picture,) = scan(tmp_path / "f").pictures
+    (image,) = scan(tmp_path / "f").images
     views = Views([(64, 64)], Image.Resampling.BILINEAR, center_crop=True, crops=1, flip=False)
-    shown = np.array(open_upright(picture.path).getpixel((0, 0)))
-    np.testing.assert_allclose((views.of(picture).pixels[0, :, 0, 0] + 1) * 127.5, shown, atol=0.01)
-    assert views.key(picture) != views.key(replace(picture, profile=None))
+    shown = np.array(open_upright(image.path).getpixel((0, 0)))
+    np.testing.assert_allclose((views.of(image).pixels[0, :, 0, 0] + 1) * 127.5, shown, atol=0.01)
+    assert views.key(image) != views.key(replace(image, profile=None))
 
 
 def test_an_upload_to_the_page_is_converted_once(tmp_path):
@@ -172,13 +172,13 @@ def test_an_upload_to_the_page_is_converted_once(tmp_path):
 
 def test_images_of_a_dataset_are_converted(tmp_path):
     datasets = pytest.importorskip("datasets")
-    from reslora_diffusion.diffusion.data.hub_dataset import pictures_of_dataset
+    from reslora_diffusion.diffusion.data.hub_dataset import images_of_dataset
 
     image = io.BytesIO()
     Image.new("RGB", (8, 8), GREEN).save(image, "PNG", icc_profile=WIDE)
     rows = datasets.Dataset.from_dict({"image": [{"bytes": image.getvalue(), "path": None}]})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "d" / "train.parquet")
     args = arguments(tmp_path / "out", instance_data_dir=None, dataset_name=tmp_path / "d", cache_dir=tmp_path / "c")
-    (picture,) = scan(pictures_of_dataset(args)).pictures
-    assert picture.profile == "Wide (test)"
-    assert open_upright(picture.path).getpixel((0, 0)) != GREEN
+    (image,) = scan(images_of_dataset(args)).images
+    assert image.profile == "Wide (test)"
+    assert open_upright(image.path).getpixel((0, 0)) != GREEN

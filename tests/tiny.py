@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion pipeline with random weights, in the shape of the embedded one.
 
-    64 x 64 pictures <-> latents [16, 8, 8]; v-prediction, zero terminal SNR, DDIM with trailing timesteps
+    64 x 64 images <-> latents [16, 8, 8]; v-prediction, zero terminal SNR, DDIM with trailing timesteps
     UNet    CrossAttn blocks down, mid and up, 16 and 32 wide: each role has chains of 4 and of 2 equal layers
     CLIP    2 layers, 32 wide, 32 tokens; a byte-pair vocabulary with merges of its own
 
@@ -251,8 +251,8 @@ def tiny_pipeline_3_without_t5(folder: Path) -> StableDiffusion3Pipeline:
 
 
 def tiny_pipeline_flux(folder: Path, seed: int = 0, guided: bool = True) -> FluxPipeline:
-    """The same in the shape of FLUX.1: flow matching, shifted by the size of the picture; two blocks with a stream for
-    each of picture and text, then two that see both as one; CLIP and T5; guidance embedded if `guided`, as in -dev."""
+    """The same in the shape of FLUX.1: flow matching, shifted by the size of the image; two blocks with a stream for
+    each of image and text, then two that see both as one; CLIP and T5; guidance embedded if `guided`, as in -dev."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ Five stages, each resumable and each skipped when its result is there; `--until 
     vae         AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16, on every emoji of the font but the held-out ones
     latents     every subject on every background, drawn at random places and sizes, encoded once
     unet        UNet2DConditionModel and CLIPTextModel together: v-prediction, zero terminal SNR, EMA
-    evaluate    the shipped pipeline paints 96 subjects x 2 backgrounds; a judge that knows no network counts
+    evaluate    the shipped pipeline generates 96 subjects x 2 backgrounds; a judge that knows no network counts
 
 A smoke run of everything on a CPU, in about a minute:
 
@@ -51,8 +51,8 @@ from sticker_data import (
     subjects,
     to_array,
 )
-from sticker_evaluation import evaluate, paint_sheet
-from sticker_models import Painter, make_pipeline, make_scheduler, make_tokenizer, make_vae
+from sticker_evaluation import evaluate, save_sheet
+from sticker_models import StickerModel, make_pipeline, make_scheduler, make_tokenizer, make_vae
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "evaluate")
 EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance needs
@@ -101,29 +101,29 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generato
     """|x - x'| on pixels and on their differences (keeps edges sharp), and a KL term just strong enough to keep the
     latents smooth. `pixels`: [B, 3, H, W] in [-1, 1]."""
     posterior = vae.encode(pixels).latent_dist
-    painted = vae.decode(posterior.sample(generator)).sample.float()
+    decoded = vae.decode(posterior.sample(generator)).sample.float()
 
     def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.diff(dim=-1), x.diff(dim=-2)
 
-    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(painted), edges(pixels), strict=True))
-    return F.l1_loss(painted, pixels) + edge + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(pixels), strict=True))
+    return F.l1_loss(decoded, pixels) + edge + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
 def draw_batch(emoji: list[str], size: int, rng: random.Random) -> torch.Tensor:
     """Random emoji on random colours, most of them the captions' eight: [B, 3, 64, 64] in [-1, 1]."""
-    pictures = []
+    images = []
     for _ in range(size):
         known = rng.random() < 0.7
         colour = rng.choice(list(BACKGROUNDS.values())) if known else tuple(rng.randrange(256) for _ in range(3))
-        pictures.append(to_array(draw_at_random(rng.choice(emoji), colour, rng)))
-    return torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+        images.append(to_array(draw_at_random(rng.choice(emoji), colour, rng)))
+    return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
 
 
 def train_vae(args: argparse.Namespace, folder: Path) -> None:
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
     seen_in_captions = [s.emoji for s in subjects()]
-    emoji = all_emoji() + seen_in_captions * 4  # what the UNet will paint deserves the sharper picture
+    emoji = all_emoji() + seen_in_captions * 4  # what the UNet will generate deserves the sharper image
 
     def step(index: int, generator: torch.Generator) -> torch.Tensor:
         pixels = draw_batch(emoji, args.vae_batch_size, random.Random(f"vae {args.seed} {index}"))
@@ -153,8 +153,8 @@ def cache_latents(args: argparse.Namespace, vae_folder: Path, file: Path) -> Non
     for number, subject in enumerate(tqdm(subjects(), desc="latents")):
         rng = random.Random(f"latents {args.seed} {number}")
         for colour in range(len(colours)):
-            pictures = [to_array(draw_at_random(subject.emoji, colours[colour], rng)) for _ in range(args.placements)]
-            pixels = torch.from_numpy(np.stack(pictures)).float().to(args.device) / 127.5 - 1
+            images = [to_array(draw_at_random(subject.emoji, colours[colour], rng)) for _ in range(args.placements)]
+            pixels = torch.from_numpy(np.stack(images)).float().to(args.device) / 127.5 - 1
             latents.append(vae.encode(pixels).latent_dist.mean.mul(vae.config.scaling_factor).half().cpu())
             labels += [(number, colour)] * args.placements
     save_file({"latents": torch.cat(latents).contiguous(), "labels": torch.tensor(labels)}, file)
@@ -181,10 +181,10 @@ def copy_finished_parts(pipeline: Path, work_dir: Path) -> None:
 
 def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: Path, latents_file: Path) -> float:
     """Train and save the pipeline. Returns the seconds of a step."""
-    painter = Painter(tokenizer)
+    model = StickerModel(tokenizer)
     if args.start_from:
-        painter.load_weights(args.start_from)
-    painter.to(args.device)
+        model.load_weights(args.start_from)
+    model.to(args.device)
     vae = AutoencoderKL.from_pretrained(vae_folder).to(args.device).eval()
     scheduler = make_scheduler()
     cache = load_file(latents_file)
@@ -204,14 +204,14 @@ def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: P
         noise = torch.randn(clean.shape, generator=generator, device=args.device)
         timesteps = torch.randint(0, 1000, (len(rows),), generator=generator, device=args.device)
         target = scheduler.get_velocity(clean, noise, timesteps)
-        return F.mse_loss(painter(scheduler.add_noise(clean, noise, timesteps), timesteps, input_ids), target)
+        return F.mse_loss(model(scheduler.add_noise(clean, noise, timesteps), timesteps, input_ids), target)
 
     def look(file: Path) -> None:
-        paint_sheet(make_pipeline(painter, vae, tokenizer), file, rows=4)
+        save_sheet(make_pipeline(model, vae, tokenizer), file, rows=4)
 
     options = {"steps": args.unet_steps, "learning_rate": args.unet_learning_rate}
-    seconds = train(args, "unet", painter, step, **options, look=look)
-    make_pipeline(painter.half(), vae.half(), tokenizer).save_pretrained(args.output_dir)
+    seconds = train(args, "unet", model, step, **options, look=look)
+    make_pipeline(model.half(), vae.half(), tokenizer).save_pretrained(args.output_dir)
     # transformers loads in the dtype its configuration names, diffusers in fp32: half the disk, one dtype in memory.
     config = args.output_dir / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
@@ -232,7 +232,7 @@ def train(
     look: Callable[[Path], None] | None = None,
 ) -> float:
     """AdamW, warm-up and cosine decay, gradient clipping, EMA; `step(index, generator)` returns the loss and
-    `look(file)` paints what the EMA weights can do, at every checkpoint.
+    `look(file)` saves images by the EMA weights, at every checkpoint.
 
     Ends with the EMA weights in `model`. Every batch is a function of (seed, index), so a resumed run goes on
     exactly where it was.

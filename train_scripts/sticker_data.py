@@ -1,11 +1,11 @@
 """Stickers: one emoji on a plain coloured background, and the words for it.
 
-    draw(glyph, colour, size, place)  ->  a 64 x 64 RGB picture
+    draw(glyph, colour, size, place)  ->  a 64 x 64 RGB image
     caption(subject, colour)          ->  "a sticker of a fox face on a blue background"
 
 The glyphs come from the Noto Color Emoji font (Debian: fonts-noto-color-emoji), a bitmap font whose only
-size is 109; their names come from `unicodedata`. Every picture the shipped pipeline has seen, and every
-picture of a DreamBooth subject in `assets/subjects/`, is made by this file, which as a program draws the latter.
+size is 109; their names come from `unicodedata`. Every image the shipped pipeline has seen, and every
+image of a DreamBooth subject in `assets/subjects/`, is made by this file, which as a program draws the latter.
 """
 
 import functools
@@ -37,7 +37,7 @@ BACKGROUNDS = {
     "gray": (150, 154, 160),
 }
 
-# What the pipeline learns to paint: category noun -> emoji.
+# What the pipeline learns to generate: category noun -> emoji.
 SUBJECTS = {
     "animal": "🐶🐱🦊🐻🐯🦁🐮🐷🐸🐵🐧🦉🐢🐬🐳🦋🐝🐞🦀🐘🐍🦆🐇🐓🦄🐌",
     "fruit": "🍎🍊🍋🍌🍉🍇🍓🍒🍍🥝🍐🥑",
@@ -105,7 +105,7 @@ def font() -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def glyph(emoji: str) -> Image.Image:
-    """The emoji as an RGBA picture, cropped to its ink."""
+    """The emoji as an RGBA image, cropped to its ink."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), emoji, font=font(), embedded_color=True)
     box = canvas.getbbox()
@@ -122,8 +122,8 @@ def all_emoji() -> list[str]:
         emoji = chr(code)
         if emoji in held_out or unicodedata.category(emoji) in ("Cn", "Sk"):
             continue
-        picture = glyph(emoji)
-        if max(picture.size) >= 80 and picture.size != (160, 160) and picture.tobytes() != missing:
+        image = glyph(emoji)
+        if max(image.size) >= 80 and image.size != (160, 160) and image.tobytes() != missing:
             found.append(emoji)
     return found
 
@@ -131,35 +131,35 @@ def all_emoji() -> list[str]:
 def draw(
     emoji: str, colour: tuple[int, int, int], size: float, place: tuple[float, float], resolution: int = RESOLUTION
 ) -> Image.Image:
-    """Paint `emoji` on a plain background.
+    """Draw `emoji` on a plain background.
 
-    `size` is the longer side of the emoji as a share of the picture; `place` in [0, 1]^2 says where in the room that
+    `size` is the longer side of the emoji as a share of the image; `place` in [0, 1]^2 says where in the room that
     is left (0.5, 0.5 is the middle).
     """
-    picture = Image.new("RGB", (resolution, resolution), colour)
+    image = Image.new("RGB", (resolution, resolution), colour)
     ink = glyph(emoji)
     scale = size * resolution / max(ink.size)
     ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
     corner = [round(where * (resolution - side)) for where, side in zip(place, ink.size, strict=True)]
-    picture.paste(ink, tuple(corner), ink)
-    return picture
+    image.paste(ink, tuple(corner), ink)
+    return image
 
 
 def draw_at_random(emoji: str, colour: tuple[int, int, int], rng: random.Random) -> Image.Image:
-    """The training distribution: 60 to 90 % of the picture, 20 to 80 % of the room, each channel +- 8."""
+    """The training distribution: 60 to 90 % of the image, 20 to 80 % of the room, each channel +- 8."""
     size = rng.uniform(0.60, 0.90)
     place = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
     shade = tuple(min(255, max(0, channel + rng.randint(-8, 8))) for channel in colour)
     return draw(emoji, shade, size, place)
 
 
-def to_array(picture: Image.Image) -> np.ndarray:
+def to_array(image: Image.Image) -> np.ndarray:
     """[3, H, W] uint8, the layout the training caches hold."""
-    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def draw_subjects(folder: Path, count: int = 5, seed: int = 0) -> None:
-    """`folder/<name>/<i>.png`: a few pictures of each held-out subject, no two on the same background."""
+    """`folder/<name>/<i>.png`: a few images of each held-out subject, no two on the same background."""
     for name, (emoji, _) in HELD_OUT.items():
         rng = random.Random(f"{seed} {name}")
         (folder / name).mkdir(parents=True, exist_ok=True)

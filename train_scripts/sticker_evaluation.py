@@ -1,7 +1,7 @@
-"""What the sticker pipeline can paint: a sheet to look at, and figures by a judge that knows no network.
+"""What the sticker pipeline can generate: a sheet to look at, and figures by a judge that knows no network.
 
-paint         one picture per prompt, each from its own seed, 25 steps, guidance 4
-paint_sheet   pictures of subjects in rows, one background per column
+generate      one image per prompt, each from its own seed, 25 steps, guidance 4
+save_sheet    images of subjects in rows, one background per column
 evaluate      96 subjects x 2 backgrounds, judged by `sticker_judge`; writes `evaluation.json` beside the pipeline
 """
 
@@ -22,45 +22,45 @@ INFERENCE_STEPS = 25
 GUIDANCE = 4.0
 
 
-def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch_size: int = 32) -> list:
-    """One picture per prompt, each from its own seed, 25 steps, guidance 4."""
+def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch_size: int = 32) -> list:
+    """One image per prompt, each from its own seed, 25 steps, guidance 4."""
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        pictures += pipeline(
+        images += pipeline(
             prompts[part], num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE, generator=generators
         ).images
-    return pictures
+    return images
 
 
-def paint_sheet(pipeline: StableDiffusionPipeline, file: Path, rows: int) -> None:
+def save_sheet(pipeline: StableDiffusionPipeline, file: Path, rows: int) -> None:
     """A look at what the pipeline knows: every eighth subject (or as many as fit), one background per column."""
     colours = list(BACKGROUNDS)
     chosen = [subjects()[i * len(subjects()) // (rows * len(colours))] for i in range(rows * len(colours))]
     prompts = [caption(s.name, colours[i % len(colours)]) for i, s in enumerate(chosen)]
-    pictures = paint(pipeline, prompts, list(range(len(prompts))))
+    images = generate(pipeline, prompts, list(range(len(prompts))))
     cell = RESOLUTION + 2
     sheet = Image.new("RGB", (len(colours) * cell, rows * cell), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % len(colours) * cell, i // len(colours) * cell))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % len(colours) * cell, i // len(colours) * cell))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
 
 
 def evaluate(folder: Path, device: str) -> dict:
-    """Paint every subject on two backgrounds and let the judge count; write figures and contact sheet."""
+    """Generate every subject on two backgrounds, and judge the images; write figures and contact sheet."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)
     colours = list(BACKGROUNDS)
     wanted = [(s.name, colours[(i + k) % len(colours)]) for i, s in enumerate(subjects()) for k in (0, 3)]
     started = time.monotonic()
-    pictures = paint(pipeline, [caption(name, colour) for name, colour in wanted], list(range(len(wanted))))
+    images = generate(pipeline, [caption(name, colour) for name, colour in wanted], list(range(len(wanted))))
     seconds = time.monotonic() - started
-    judged = [(judge_subject(picture), judge_background(picture)) for picture in pictures]
+    judged = [(judge_subject(image), judge_background(image)) for image in images]
     pairs = list(zip(wanted, judged, strict=True))
     figures = {
-        "pictures": len(wanted),
+        "images": len(wanted),
         "right_subject": sum(want[0] == got[0] for want, got in pairs) / len(wanted),
         "right_background": sum(want[1] == got[1] for want, got in pairs) / len(wanted),
         "judge_ceiling": ceiling(),
@@ -76,5 +76,5 @@ def evaluate(folder: Path, device: str) -> dict:
         },
     }
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    paint_sheet(pipeline, folder / "contact_sheet.png", rows=12)
+    save_sheet(pipeline, folder / "contact_sheet.png", rows=12)
     return figures

@@ -8,7 +8,7 @@ A sticker is judged in two independent ways:
                  distance with the cut-outs of every subject's template on every background colour
 
 Stretching the bounding box makes the feature blind to place and size, so nothing is compared "at a fixed place".
-`ceiling()` says how often the judge is right about real drawings: no painter can be measured above it.
+`ceiling()` says how often the judge is right about real drawings: no model can be measured above it.
 """
 
 import functools
@@ -23,23 +23,23 @@ THRESHOLD = 0.14  # distance in RGB, each channel in [0, 1]
 FEATURE_SIDE = 16
 
 
-def border_colour(picture: Image.Image) -> np.ndarray:
+def border_colour(image: Image.Image) -> np.ndarray:
     """[3] in [0, 1]: median of the one-pixel border."""
-    x = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    x = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     border = np.concatenate([x[0], x[-1], x[1:-1, 0], x[1:-1, -1]])
     return np.median(border, axis=0)
 
 
-def judge_background(picture: Image.Image) -> str:
+def judge_background(image: Image.Image) -> str:
     """The caption colour nearest to the border's."""
     palette = np.array(list(BACKGROUNDS.values()), dtype=np.float32) / 255
-    return list(BACKGROUNDS)[int(((palette - border_colour(picture)) ** 2).sum(1).argmin())]
+    return list(BACKGROUNDS)[int(((palette - border_colour(image)) ** 2).sum(1).argmin())]
 
 
-def feature(picture: Image.Image) -> np.ndarray:
+def feature(image: Image.Image) -> np.ndarray:
     """[16 * 16 * 4]: the figure's cut-out, blind to its place and size."""
-    x = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    mask = (np.linalg.norm(x - border_colour(picture), axis=-1) > THRESHOLD).astype(np.float32)
+    x = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    mask = (np.linalg.norm(x - border_colour(image), axis=-1) > THRESHOLD).astype(np.float32)
     rows, columns = (np.flatnonzero(mask.sum(axis) >= 2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return np.zeros(FEATURE_SIDE * FEATURE_SIDE * 4, dtype=np.float32)
@@ -61,10 +61,10 @@ def templates() -> tuple[np.ndarray, list[str]]:
     return np.stack(rows), names
 
 
-def judge_subject(picture: Image.Image) -> str:
+def judge_subject(image: Image.Image) -> str:
     """The name of the training subject whose template is nearest."""
     features, names = templates()
-    return names[int(((features - feature(picture)) ** 2).mean(1).argmin())]
+    return names[int(((features - feature(image)) ** 2).mean(1).argmin())]
 
 
 def ceiling(count: int = 4, seed: int = 0) -> dict[str, float]:
@@ -74,8 +74,8 @@ def ceiling(count: int = 4, seed: int = 0) -> dict[str, float]:
     for subject in subjects():
         for _ in range(count):
             colour = rng.choice(list(BACKGROUNDS))
-            picture = draw_at_random(subject.emoji, BACKGROUNDS[colour], rng)
-            right_subject += judge_subject(picture) == subject.name
-            right_colour += judge_background(picture) == colour
+            image = draw_at_random(subject.emoji, BACKGROUNDS[colour], rng)
+            right_subject += judge_subject(image) == subject.name
+            right_colour += judge_background(image) == colour
             total += 1
-    return {"subject": right_subject / total, "background": right_colour / total, "pictures": total}
+    return {"subject": right_subject / total, "background": right_colour / total, "images": total}

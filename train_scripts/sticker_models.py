@@ -65,7 +65,7 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-class Painter(nn.Module):
+class StickerModel(nn.Module):
     """Text encoder and UNet as one trainable module: (noisy latents, timesteps, token ids) -> v."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -107,7 +107,7 @@ class Painter(nn.Module):
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Zero terminal SNR with v-prediction: on 8 x 8 latents the usual schedule lets the mean colour of a picture leak
+    """Zero terminal SNR with v-prediction: on 8 x 8 latents the usual schedule lets the mean colour of an image leak
     through the noise, and plain backgrounds come out wrong."""
     return DDIMScheduler(
         beta_start=0.00085,
@@ -122,12 +122,12 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def make_pipeline(painter: Painter, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+def make_pipeline(model: StickerModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=painter.text_encoder,
+        text_encoder=model.text_encoder,
         tokenizer=tokenizer,
-        unet=painter.unet,
+        unet=model.unet,
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -17,8 +17,8 @@ from torch import nn
 
 from reslora_diffusion.diffusion.models.memory import (
     FORMS,
-    FrugalConv2d,
-    FrugalNorm,
+    LowMemoryConv2d,
+    LowMemoryNorm,
     SkippedSiLU,
     restore_memory,
     save_memory,
@@ -36,8 +36,8 @@ SHORTCUTS = ("lora", "block", "middle", "input")
 # model and batch
 CASES = [("sd15", 1), ("sd15", 4), ("llama_1b", 1)]
 TINY_CASES = [("tiny_unet", 1), ("tiny_llama", 1)]
-FRUGAL = {"convolution": (FrugalConv2d,), "norm and SiLU": (FrugalNorm, SkippedSiLU)}
-FRUGAL |= {kind.__name__: (form,) for kind, form in FORMS.items()}
+LOW_MEMORY = {"convolution": (LowMemoryConv2d,), "norm and SiLU": (LowMemoryNorm, SkippedSiLU)}
+LOW_MEMORY |= {kind.__name__: (form,) for kind, form in FORMS.items()}
 
 
 def only(model: nn.Module, form: str | None) -> None:
@@ -49,8 +49,8 @@ def only(model: nn.Module, form: str | None) -> None:
             own = module.__dict__.get("forward")
             if (
                 own is not None
-                and type(own).__module__ == FrugalConv2d.__module__
-                and not isinstance(own, FRUGAL[form])
+                and type(own).__module__ == LowMemoryConv2d.__module__
+                and not isinstance(own, LOW_MEMORY[form])
             ):
                 del module.forward
 
@@ -120,7 +120,7 @@ def measure(args: Any, until: float) -> Iterator[tuple[str, dict[str, dict[str, 
         try:
             bench = Bench(models[each.precision], each.subject, each.batch, rounds)
             kernels = each.kind == "kernels"
-            ways = kernels_of(bench.models.base(each.subject)) if kernels else (None, *FRUGAL)
+            ways = kernels_of(bench.models.base(each.subject)) if kernels else (None, *LOW_MEMORY)
             share = now + (until - now) / (len(todo) - place)
             found = bench.compared(each.variant, ways, force if kernels else only, share)
         except RuntimeError as error:

@@ -35,7 +35,7 @@ FACTS = {
     "learning rate": ("reslora.learning_rate", "ss_learning_rate"),
     "batch size": ("reslora.train_batch_size", "ss_total_batch_size"),
     "resolution": ("reslora.resolution", "ss_resolution", "modelspec.resolution"),
-    "pictures": ("reslora.num_train_images", "ss_num_train_images"),
+    "images": ("reslora.num_train_images", "ss_num_train_images"),
     "seed": ("reslora.seed", "ss_seed"),
     "date": ("modelspec.date", "ss_training_finished_at"),
 }

@@ -40,7 +40,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template. One that drops or does not take text as text, as those of models of pictures and
+    """A tokenizer's chat template. One that drops or does not take text as text, as those of models of images and
     text do, is given lists of parts: `[{"type": "text", "text": ...}]`."""
 
     tokenizer: PreTrainedTokenizerBase

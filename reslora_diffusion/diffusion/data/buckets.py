@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: each picture is trained at the size whose shape is nearest to its own.
+"""Aspect-ratio buckets: each image is trained at the size whose shape is nearest to its own.
 
 A bucket is (width, height). "auto" makes all sizes of at most resolution^2 pixels between 2:5 and 5:2 whose sides are
-multiples of the smallest picture that the model can be given.
+multiples of the smallest image that the model can be given.
 """
 
 import math
@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 
 class Grid(NamedTuple):
-    """Sides of pictures that a model can be given, in pixels: multiples of `step` from `smallest` to `largest`."""
+    """Sides of images that a model can be given, in pixels: multiples of `step` from `smallest` to `largest`."""
 
     step: int
     smallest: int

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from ..objective.randomness import Stream, generator
-from ..train.sheet import save_picture
+from ..train.sheet import save_image
 from .scan import Scan
 
 GENERATED = re.compile(r"(\d{4,9})-[0-9a-f]{12}\.png")
@@ -24,14 +24,14 @@ GENERATED = re.compile(r"(\d{4,9})-[0-9a-f]{12}\.png")
 
 def missing_numbers(found: Scan, wanted: int) -> list[int]:
     """The numbers of the images to generate, so that there are `wanted` with those that somebody else put there."""
-    numbers = [GENERATED.fullmatch(picture.path.name) for picture in found.pictures]
+    numbers = [GENERATED.fullmatch(image.path.name) for image in found.images]
     there = {int(match[1]) for match in numbers if match}
-    if len(found.pictures) >= wanted:
+    if len(found.images) >= wanted:
         return []
     return [n for n in range(wanted - numbers.count(None)) if n not in there]
 
 
-def generate_class_pictures(
+def generate_class_images(
     pipeline: StableDiffusionPipeline,
     folder: Path,
     prompt: str,
@@ -60,10 +60,10 @@ def generate_class_pictures(
                 width=resolution,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                generator=[generator(seed, Stream.CLASS_PICTURE, n) for n in members],
+                generator=[generator(seed, Stream.CLASS_IMAGE, n) for n in members],
             ).images
             for n, image in zip(members, images, strict=True):
                 if n in numbers:
                     digest = hashlib.sha256(image.tobytes()).hexdigest()[:12]
-                    save_picture(image, folder / f"{n:04d}-{digest}.png")
+                    save_image(image, folder / f"{n:04d}-{digest}.png")
                     bar.update()

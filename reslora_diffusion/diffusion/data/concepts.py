@@ -1,7 +1,7 @@
 """What a run teaches: one concept, or several.
 
-    instance pictures, each with its caption or the instance prompt, seen `repeats` times a pass
-    class pictures, each with its caption or the class prompt; none without prior preservation
+    instance images, each with its caption or the instance prompt, seen `repeats` times a pass
+    class images, each with its caption or the class prompt; none without prior preservation
 
 They come from the command line (`--instance_data_dir` or `--dataset_name`, ...), from a list of such options
 (`--concepts`), or from folders named as kohya's scripts want them: a data folder that holds `10_sks dog` and
@@ -16,8 +16,8 @@ from typing import Any
 from ...utils.option_parser import parse_file
 from ...utils.problems import BadInput, listing
 from ..options import DreamBoothOptions
-from .hub_dataset import pictures_of_dataset
-from .scan import Picture, Scan, extension_problems, scan
+from .hub_dataset import images_of_dataset
+from .scan import Scan, ScannedImage, extension_problems, scan
 
 KINDS = {
     "instance_data_dir": str,
@@ -45,17 +45,17 @@ class Concept:
     held_out: frozenset[str] = frozenset()  # digests
 
     @property
-    def trained(self) -> list[Picture]:
-        return [picture for picture in self.instance.pictures if picture.digest not in self.held_out]
+    def trained(self) -> list[ScannedImage]:
+        return [image for image in self.instance.images if image.digest not in self.held_out]
 
     @property
-    def validated(self) -> list[Picture]:
-        """Pictures that are kept from training, to measure on."""
-        return [picture for picture in self.instance.pictures if picture.digest in self.held_out]
+    def validated(self) -> list[ScannedImage]:
+        """Images that are kept from training, to measure on."""
+        return [image for image in self.instance.images if image.digest in self.held_out]
 
     @property
     def instances(self) -> int:
-        """How many pictures one pass shows."""
+        """How many images one pass shows."""
         return len(self.trained) * self.repeats
 
     @property
@@ -65,12 +65,12 @@ class Concept:
             without = listing(self.instance.uncaptioned)
             problems = [*problems, f"--instance_prompt is required: {without} have no caption of their own"]
         if self.held_out and not self.trained:
-            few = f"wanted two different pictures or more in {self.instance.folder}, or a smaller share"
+            few = f"wanted two different images or more in {self.instance.folder}, or a smaller share"
             problems = [*problems, f"--validation_split leaves nothing to train on; {few}"]
         if self.classes and not self.class_prompt:
-            bare, missing = self.classes.uncaptioned, self.num_class_images > len(self.classes.pictures)
+            bare, missing = self.classes.uncaptioned, self.num_class_images > len(self.classes.images)
             if bare or missing:
-                reason = f"{listing(bare)} have no caption of their own" if bare else "there are pictures to be made"
+                reason = f"{listing(bare)} have no caption of their own" if bare else "there are images to be made"
                 problems = [*problems, f"--with_prior_preservation needs --class_prompt: {reason}"]
         return problems
 
@@ -104,32 +104,32 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def concepts_of(args: DreamBoothOptions) -> list[Concept]:
+def concepts_of(options: DreamBoothOptions) -> list[Concept]:
     """Every concept of a run, its folders looked at. Problems of folders and prompts are in the concepts."""
-    entries: list[dict[str, Any]] = [{}] if args.instance_data_dir else []
-    if args.concepts:
-        entries = read_concepts(Path(args.concepts))
-    elif args.dataset_name and not args.instance_data_dir:
-        entries = [{"instance_data_dir": str(pictures_of_dataset(args))}]
-    complete = [{key: entry.get(key, getattr(args, key)) for key in KINDS} for entry in entries]
-    concepts = [concept for entry in complete for concept in expand(entry, args.with_prior_preservation)]
-    return [replace(concept, held_out=chosen(concept.instance, args.validation_split)) for concept in concepts]
+    entries: list[dict[str, Any]] = [{}] if options.instance_data_dir else []
+    if options.concepts:
+        entries = read_concepts(Path(options.concepts))
+    elif options.dataset_name and not options.instance_data_dir:
+        entries = [{"instance_data_dir": str(images_of_dataset(options))}]
+    complete = [{key: entry.get(key, getattr(options, key)) for key in KINDS} for entry in entries]
+    concepts = [concept for entry in complete for concept in expand(entry, options.with_prior_preservation)]
+    return [replace(concept, held_out=chosen(concept.instance, options.validation_split)) for concept in concepts]
 
 
 def chosen(found: Scan, share: float) -> frozenset[str]:
-    """Digests of a share of the pictures: the same ones whatever the seed, and equal pictures together."""
-    digests = sorted({picture.digest for picture in found.pictures})
+    """Digests of a share of the images: the same ones whatever the seed, and equal images together."""
+    digests = sorted({image.digest for image in found.images})
     return frozenset(digests[: max(1, round(share * len(digests)))] if share > 0 else ())
 
 
 def expand(entry: dict[str, Any], with_prior_preservation: bool) -> list[Concept]:
-    """The concept of an entry; several if its folder holds no pictures but folders that are named as kohya wants."""
+    """The concept of an entry; several if its folder holds no images but folders that are named as kohya wants."""
     folder, captions = Path(entry["instance_data_dir"]), entry["caption_extension"].lower()
     masks = Path(entry["mask_data_dir"]) if entry["mask_data_dir"] else None
     classes, wanted = None, 0
     if with_prior_preservation and entry["class_data_dir"]:
-        classes, may_grow = class_pictures(Path(entry["class_data_dir"]), captions)
-        wanted = entry["num_class_images"] if may_grow else len(classes.pictures)
+        classes, may_grow = class_images(Path(entry["class_data_dir"]), captions)
+        wanted = entry["num_class_images"] if may_grow else len(classes.images)
     whole = Concept(
         scan(folder, captions, masks=masks),
         entry["instance_prompt"],
@@ -138,22 +138,22 @@ def expand(entry: dict[str, Any], with_prior_preservation: bool) -> list[Concept
         entry["class_prompt"],
         wanted,
     )
-    named = [] if whole.instance.pictures else kohya_folders(folder)
+    named = [] if whole.instance.images else kohya_folders(folder)
     return [
         replace(whole, instance=scan(inner, captions, masks=masks), instance_prompt=prompt, repeats=repeats)
         for inner, repeats, prompt in named
     ] or [whole]
 
 
-def class_pictures(folder: Path, captions: str) -> tuple[Scan, bool]:
-    """Pictures of the class, and whether missing ones may be made there: not between kohya's folders."""
+def class_images(folder: Path, captions: str) -> tuple[Scan, bool]:
+    """Images of the class, and whether missing ones may be made there: not between kohya's folders."""
     found, named = scan(folder, captions, may_be_empty=True), kohya_folders(folder)
-    if found.pictures or not named:
+    if found.images or not named:
         return found, True
     whole = Scan(folder)
     for inner, _, prompt in named:
         part = scan(inner, captions)
-        whole.pictures += [replace(picture, caption=picture.caption or prompt) for picture in part.pictures]
+        whole.images += [replace(image, caption=image.caption or prompt) for image in part.images]
         whole.skipped |= {f"{inner.name}/{name}": reason for name, reason in part.skipped.items()}
         whole.problems += part.problems
     return whole, False

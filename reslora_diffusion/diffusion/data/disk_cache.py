@@ -1,7 +1,7 @@
 """What was encoded, kept from run to run: `--encoding_cache_dir`.
 
 An entry is a safetensors file named by the hash of its key, and a key is everything that went into the entry: the
-bytes of a picture and of its mask, how it was cut, the weights of the autoencoder; a prompt's tokens and the weights of
+bytes of an image and of its mask, how it was cut, the weights of the autoencoder; a prompt's tokens and the weights of
 the text encoders. The key is also written into the file, with a checksum of the tensors. An entry that does not say
 exactly this of itself is encoded anew, so a pairing can be missing but never wrong.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...utils.files import atomic_write
 
-FORMAT = 2  # of entries, and of how pictures are cut and encoded: counts up when either changes
+FORMAT = 2  # of entries, and of how images are cut and encoded: counts up when either changes
 
 Key = Mapping[str, Any]
 

@@ -1,12 +1,12 @@
-"""Pictures and prompts, encoded once.
+"""Images and prompts, encoded once.
 
-An `Example` holds a picture's latent distribution and its prompt in one record: neither can be paired with another's.
-What is kept of the autoencoder is the distribution, mean and log-variance of each view (crop, flip), not one sample
-of it: every step draws anew,
+An `Example` holds an image's latent distribution and its prompt in one record: neither can be paired with another's.
+An example stores the mean and log-variance that the autoencoder gives for each view (crop, flip), not one sample of
+them: every step draws anew,
 
     latents = scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor)
 
-The text is kept encoded while the text encoder is frozen, else as tokens. Equal prompts share one tensor.
+A frozen text encoder is applied once; for one that is trained, an example holds tokens. Equal prompts share a tensor.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from ..models.families import Texts, Tokens
 from ..objective.randomness import Stream, generator
 from .buckets import Size, nearest
 from .disk_cache import DiskCache
-from .scan import Picture, covering, crop_corners, open_mask, open_upright
+from .scan import ScannedImage, covering, crop_corners, open_mask, open_upright
 
 Text = Texts | Tokens  # of one prompt, so without the first dimension
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its prompt, of one concept. `texts` holds the orders of its tags; mostly there is one.
+    """One image and its prompt, of one concept. `texts` holds the orders of its tags; mostly there is one.
 
     Shapes: mean, logvar [views, C, h, w]; mask [views, 1, h, w]; time_ids [views, 6].
     """
@@ -54,8 +54,11 @@ class Example:
         return self.mean.shape[1:]
 
 
-class Seen(NamedTuple):
-    """Views of a picture: pixels [views, 3, H, W] in -1..1, mask [views, 1, h, w] in 0..1, time_ids [views, 6]."""
+class Pixels(NamedTuple):
+    """The views of an image, not yet encoded.
+
+    pixels [views, 3, H, W] in -1..1, mask [views, 1, h, w] in 0..1, time_ids [views, 6].
+    """
 
     pixels: np.ndarray
     mask: np.ndarray | None
@@ -64,12 +67,12 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """Which parts of a picture are cached: a function of the picture, so that what is kept serves runs of every seed,
-    and a picture that joins others leaves theirs as they are.
+    """Which parts of an image are cached: a function of the image alone, so that the cache serves runs of every
+    seed, and adding an image to a folder changes nothing for the others.
 
     Args:
         buckets: sizes that are trained at.
-        crops: random ones of each picture that has room for them.
+        crops: random ones of each image that has room for them.
         vae_scale_factor: pixels to a latent, for masks.
     """
 
@@ -81,36 +84,37 @@ class Views:
     vae_scale_factor: int = 8
     alpha_mask: bool = False
 
-    def cut(self, picture: Picture) -> tuple[Size, Size, list[tuple[int, int]]]:
-        """How a picture is resized, and cut to which size at which corners."""
-        box = nearest(picture.size, self.buckets)
-        size = covering(picture.size, box)
+    def cut(self, image: ScannedImage) -> tuple[Size, Size, list[tuple[int, int]]]:
+        """How an image is resized, and cut to which size at which corners."""
+        box = nearest(image.size, self.buckets)
+        size = covering(image.size, box)
         offsets = [(0.5, 0.5)]
         if not self.center_crop:
-            content = int(picture.digest[:16], 16)
+            content = int(image.digest[:16], 16)
             offsets = torch.rand(self.crops, 2, generator=generator(content, Stream.CROP)).tolist()
         return size, box, crop_corners(size, box, offsets)
 
-    def key(self, picture: Picture) -> dict[str, Any]:
+    def key(self, image: ScannedImage) -> dict[str, Any]:
         """All that `of` depends on."""
-        mask = hashlib.sha256(picture.mask.read_bytes()).hexdigest() if picture.mask else self.alpha_mask
-        cut, flip = self.cut(picture), self.flip
-        colour = {"colour": "sRGB"} if picture.profile or picture.colour_fault else {}
+        mask = hashlib.sha256(image.mask.read_bytes()).hexdigest() if image.mask else self.alpha_mask
+        cut, flip = self.cut(image), self.flip
+        colour = {"colour": "sRGB"} if image.profile or image.colour_fault else {}
         return {
-            "picture": picture.digest,
+            "image": image.digest,
             "mask": mask,
             "cut": cut,
             "flip": flip,
             "by": self.interpolation.name,
         } | colour
 
-    def of(self, picture: Picture) -> Seen:
-        size, box, corners = self.cut(picture)
-        image = open_upright(picture.path).resize(size, self.interpolation)
-        parts = [image.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
-        mask = open_mask(picture, self.alpha_mask)
+    def of(self, image: ScannedImage) -> Pixels:
+        """Read the file, resize and crop it."""
+        size, box, corners = self.cut(image)
+        resized = open_upright(image.path).resize(size, self.interpolation)
+        parts = [resized.crop((x, y, x + box[0], y + box[1])) for x, y in corners]
+        mask = open_mask(image, self.alpha_mask)
         masks = self.masks_of(mask.resize(size, self.interpolation), corners, box) if mask else None
-        width, height = picture.size
+        width, height = image.size
         time_ids: np.ndarray = np.array([(height, width, y, x, box[1], box[0]) for x, y in corners], np.float32)
         pixels: np.ndarray = (
             np.stack([np.asarray(part) for part in parts]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
@@ -119,7 +123,7 @@ class Views:
             pixels = np.concatenate([pixels, pixels[..., ::-1]])
             masks = None if masks is None else np.concatenate([masks, masks[..., ::-1]])
             time_ids = np.concatenate([time_ids, time_ids])
-        return Seen(pixels, masks, time_ids)
+        return Pixels(pixels, masks, time_ids)
 
     def masks_of(self, mask: Image.Image, corners: list[tuple[int, int]], box: Size) -> np.ndarray:
         """A cell of a latent counts by the share of its pixels that count."""
@@ -129,9 +133,9 @@ class Views:
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     vae: AutoencoderKL,
-    pictures: list[Picture],
+    images: list[ScannedImage],
     views: Views,
     *,
     prompt: str | None,
@@ -141,44 +145,44 @@ def encode_pictures(
     batch_size: int = 4,
     threads: int = 0,
     progress: str | None = None,
-    kept: DiskCache | None = None,
+    cache: DiskCache | None = None,
     vae_identity: str = "",
 ) -> list[Example]:
-    """Examples of pictures, in their order.
+    """Examples of images, in their order.
 
     Args:
         vae: in the precision to encode with.
-        prompt: of pictures without a caption.
+        prompt: of images without a caption.
         texts: for each prompt the orders of its tags, and what the training step needs of them.
         batch_size: views that the autoencoder sees at once.
-        threads: that decode pictures.
+        threads: that decode images.
         progress: title of the progress bar; none if None.
-        kept: where encoded pictures are looked for first, and kept.
-        vae_identity: of `vae`, for `kept`.
+        cache: read before anything is encoded, and written to afterwards.
+        vae_identity: identifies `vae` in the keys of `cache`.
     """
     examples = []
 
-    def look(picture: Picture) -> tuple[dict[str, Any], dict[str, Tensor] | None, Seen | None]:
-        """Key of a picture, its encoded views if they are kept, else the views."""
-        key = {"kind": "latents", "vae": vae_identity, "cell": views.vae_scale_factor, **views.key(picture)}
-        found = kept.load(key) if kept else None
-        return key, found, views.of(picture) if found is None else None
+    def read(image: ScannedImage) -> tuple[dict[str, Any], dict[str, Tensor] | None, Pixels | None]:
+        """Its key in the cache; its encoded views if the cache has them, else its pixels."""
+        key = {"kind": "latents", "vae": vae_identity, "cell": views.vae_scale_factor, **views.key(image)}
+        found = cache.load(key) if cache else None
+        return key, found, views.of(image) if found is None else None
 
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
-        tqdm(total=len(pictures), desc=progress, unit="picture", disable=progress is None) as bar,
+        tqdm(total=len(images), desc=progress, unit="image", disable=progress is None) as bar,
     ):
-        for some in batched(pictures, batch_size * max(1, threads)):
-            for picture, (key, found, seen) in zip(some, pool.map(look, some), strict=True):
+        for some in batched(images, batch_size * max(1, threads)):
+            for image, (key, found, pixels) in zip(some, pool.map(read, some), strict=True):
                 if found is None:
-                    assert seen is not None, "what is not kept was looked at"
-                    found = encode(vae, seen, batch_size)
-                    if kept:
-                        kept.store(key, found)
+                    assert pixels is not None, "they are read where the cache has nothing"
+                    found = encode(vae, pixels, batch_size)
+                    if cache:
+                        cache.store(key, found)
                 examples.append(
                     Example(
-                        name=picture.path.name,
-                        texts=texts[str(picture.caption or prompt)],
+                        name=image.path.name,
+                        texts=texts[str(image.caption or prompt)],
                         loss_weight=loss_weight,
                         concept=concept,
                         **{name: value.to(vae.device) for name, value in found.items()},
@@ -188,13 +192,13 @@ def encode_pictures(
     return examples
 
 
-def encode(vae: AutoencoderKL, seen: Seen, batch_size: int) -> dict[str, Tensor]:
-    """What an `Example` holds of a picture's views."""
-    parts = torch.from_numpy(seen.pixels).split(batch_size)
+def encode(vae: AutoencoderKL, views: Pixels, batch_size: int) -> dict[str, Tensor]:
+    """The tensors of an `Example`."""
+    parts = torch.from_numpy(views.pixels).split(batch_size)
     moments = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in parts]
     tensors = {name: torch.cat([getattr(m, name) for m in moments]).float() for name in ("mean", "logvar")}
-    tensors["time_ids"] = torch.from_numpy(seen.time_ids)
-    return tensors if seen.mask is None else tensors | {"mask": torch.from_numpy(np.ascontiguousarray(seen.mask))}
+    tensors["time_ids"] = torch.from_numpy(views.time_ids)
+    return tensors if views.mask is None else tensors | {"mask": torch.from_numpy(np.ascontiguousarray(views.mask))}
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -1,6 +1,6 @@
-"""Pictures and captions of a dataset of the hub (`--dataset_name`), as a folder of pictures like any other.
+"""Images and captions of a dataset of the hub (`--dataset_name`), as a folder of images like any other.
 
-    rows of the split "train"  ->  <cache>/reslora_pictures/<fingerprint>/00000.png, ..., and metadata.jsonl
+    rows of the split "train"  ->  <cache>/reslora_images/<fingerprint>/00000.png, ..., and metadata.jsonl
 
 The folder is made once for each state of the dataset and choice of columns. Names and meanings of the options are those
 of diffusers' SDXL, SD3 and Flux scripts.
@@ -22,45 +22,45 @@ from ...utils.files import replace_folder
 from ...utils.hub import first_line, unreachable
 from ...utils.problems import BadInput, listing, refuse
 from ..options import DreamBoothOptions
-from .scan import METADATA_FILE, PICTURE_SUFFIXES
+from .scan import IMAGE_SUFFIXES, METADATA_FILE
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FOLDER = "reslora_pictures"
+FOLDER = "reslora_images"
 SPLIT = "train"
 TEXT = ("string", "large_string")
 
 
-def dataset_options(args: DreamBoothOptions) -> Iterator[str]:
+def dataset_options(options: DreamBoothOptions) -> Iterator[str]:
     """Options of a dataset that do not go together."""
-    if args.dataset_name is None:
+    if options.dataset_name is None:
         for name in ("dataset_config_name", "image_column", "caption_column"):
-            if getattr(args, name) is not None:
+            if getattr(options, name) is not None:
                 yield f"--{name} is used only with --dataset_name"
         return
-    if args.instance_data_dir or args.concepts:
+    if options.instance_data_dir or options.concepts:
         yield "--dataset_name and --instance_data_dir or --concepts both say what to train on; wanted one of them"
-    if args.mask_data_dir:
-        yield "--mask_data_dir goes by the names of pictures in a folder; got --dataset_name"
+    if options.mask_data_dir:
+        yield "--mask_data_dir goes by the names of images in a folder; got --dataset_name"
 
 
-def pictures_of_dataset(args: DreamBoothOptions) -> Path:
+def images_of_dataset(options: DreamBoothOptions) -> Path:
     """The folder; raises `BadInput` if there is no such dataset or column."""
     if find_spec("datasets") is None:
         raise BadInput(["--dataset_name needs the package datasets: pip install datasets"])
-    assert args.dataset_name is not None, "asked only of a run with one"
-    name = args.dataset_name
+    assert options.dataset_name is not None, "asked only of a run with one"
+    name = options.dataset_name
     why = None if Path(name).exists() else unreachable()
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, args.dataset_config_name, split=SPLIT, cache_dir=args.cache_dir)
+        rows = datasets.load_dataset(name, options.dataset_config_name, split=SPLIT, cache_dir=options.cache_dir)
     except Exception as error:  # of the hub, the file system, the formats that a dataset may have
         reason = f"it is not on this machine, and {why}" if why else first_line(error)
         raise BadInput([f"--dataset_name {name} cannot be loaded: {reason}"]) from error
-    image, caption = columns(rows, args)
-    cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
+    image, caption = columns(rows, options)
+    cache = Path(options.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     key = hashlib.sha256(json.dumps([rows._fingerprint, image, caption]).encode()).hexdigest()[:24]
     if not (cache / key).is_dir():
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -69,10 +69,10 @@ def pictures_of_dataset(args: DreamBoothOptions) -> Path:
         fresh = Path(tempfile.mkdtemp(dir=cache, prefix=f".{key}-"))
         try:
             downloads = [
-                Path(place, "downloads") for place in (args.cache_dir, datasets.config.HF_DATASETS_CACHE) if place
+                Path(place, "downloads") for place in (options.cache_dir, datasets.config.HF_DATASETS_CACHE) if place
             ]
             own = [Path(name), Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"), *downloads]
-            write_pictures(rows, image, caption, fresh, own)
+            write_images(rows, image, caption, fresh, own)
             if not (cache / key).is_dir():  # another process may have been as quick
                 replace_folder(fresh, cache / key)
         finally:
@@ -80,7 +80,7 @@ def pictures_of_dataset(args: DreamBoothOptions) -> Path:
     return cache / key
 
 
-def columns(rows: "Dataset", args: DreamBoothOptions) -> tuple[str, str | None]:
+def columns(rows: "Dataset", options: DreamBoothOptions) -> tuple[str, str | None]:
     """The column of images (by default `image`, else the first that holds images) and that of captions, if any.
 
     Raises:
@@ -89,32 +89,32 @@ def columns(rows: "Dataset", args: DreamBoothOptions) -> tuple[str, str | None]:
     import datasets
 
     kinds: dict[str, Any] = rows.features
-    pictures = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
     problems = []
     for option in ("image_column", "caption_column"):
-        column = getattr(args, option)
+        column = getattr(options, option)
         if column is not None and column not in kinds:
-            problems.append(f"--{option}: {args.dataset_name} has no column {column!r}; it has {listing(kinds)}")
-    if args.image_column in kinds and args.image_column not in pictures:
+            problems.append(f"--{option}: {options.dataset_name} has no column {column!r}; it has {listing(kinds)}")
+    if options.image_column in kinds and options.image_column not in images:
+        problems.append(f"--image_column: {options.image_column!r} holds no images; wanted {listing(images) or 'some'}")
+    if options.caption_column in kinds and getattr(kinds[options.caption_column], "dtype", None) not in TEXT:
         problems.append(
-            f"--image_column: {args.image_column!r} holds no pictures; wanted {listing(pictures) or 'some'}"
+            f"--caption_column: {options.caption_column!r} holds {kinds[options.caption_column]}; wanted text"
         )
-    if args.caption_column in kinds and getattr(kinds[args.caption_column], "dtype", None) not in TEXT:
-        problems.append(f"--caption_column: {args.caption_column!r} holds {kinds[args.caption_column]}; wanted text")
-    if not pictures and not problems:
-        problems.append(f"--dataset_name: {args.dataset_name} has no column of pictures; it has {listing(kinds)}")
+    if not images and not problems:
+        problems.append(f"--dataset_name: {options.dataset_name} has no column of images; it has {listing(kinds)}")
     refuse(problems)
-    return args.image_column or ("image" if "image" in pictures else pictures[0]), args.caption_column
+    return options.image_column or ("image" if "image" in images else images[0]), options.caption_column
 
 
-def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Path, own: Sequence[Path]) -> None:
+def write_images(rows: "Dataset", image: str, caption: str | None, folder: Path, own: Sequence[Path]) -> None:
     """The files as they are in the dataset, and `metadata.jsonl` if there are captions.
 
     Args:
         own: folders that rows may name files of: the dataset's, and the caches that it was downloaded to.
 
     Raises:
-        BadInput: rows without a picture, or that name a file elsewhere.
+        BadInput: rows without an image, or that name a file elsewhere.
     """
     import datasets
 
@@ -136,7 +136,7 @@ def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Pat
         (folder / name).write_bytes(data)
         if caption is not None and (row[caption] or "").strip():
             lines.append(json.dumps({"file_name": name, "text": row[caption]}))
-    problems = [f"--image_column: rows without a picture in {image!r}: {listing(empty)}"] if empty else []
+    problems = [f"--image_column: rows without an image in {image!r}: {listing(empty)}"] if empty else []
     if foreign:
         problems.append(
             "--dataset_name: a dataset may name files of its own folder alone, no others and no addresses; "
@@ -150,8 +150,8 @@ def write_pictures(rows: "Dataset", image: str, caption: str | None, folder: Pat
 def suffix_of(data: bytes) -> str:
     """The file suffix of an image's format. Readers go by content; a phone's MPO is a JPEG with more in it."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            suffix = f".{picture.format}".lower()
+        with Image.open(io.BytesIO(data)) as image:
+            suffix = f".{image.format}".lower()
     except OSError:  # will be named when the folder is looked at
         suffix = ".png"
-    return suffix if suffix in PICTURE_SUFFIXES else ".jpg"
+    return suffix if suffix in IMAGE_SUFFIXES else ".jpg"

@@ -1,13 +1,13 @@
 """What each step of a run sees: batches as a pure function of (seed, step).
 
-    example   the (step * global_batch + i)-th element of endless shuffled passes over the instance pictures;
-              with prior preservation a class picture of the same concept, shuffled by itself, joins each of them
+    example   the (step * global_batch + i)-th element of endless shuffled passes over the instance images;
+              with prior preservation a class image of the same concept, shuffled by itself, joins each of them
     view      which crop and flip
     noise     of the autoencoder's posterior, of the forward process, and the timestep (`processes`)
     text      a wording of the example's, or the empty prompt's with probability caption_dropout
 
 Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
-differs in size nevertheless, such as class pictures, is a batch of its own, and the losses add up.
+differs in size nevertheless, such as class images, is a batch of its own, and the losses add up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -117,8 +117,8 @@ class Sampler:
         for n, example in enumerate(self.order(first, count), first):
             drawn.append(self.draw(example, Stream.INSTANCE_NOISE, n))
         for n, draw in enumerate(drawn.copy(), first):
-            if pictures := self.classes.get(draw.example.concept):
-                example = pictures[shuffled(self.seed, Stream.CLASS_ORDER, n, len(pictures))]
+            if images := self.classes.get(draw.example.concept):
+                example = images[shuffled(self.seed, Stream.CLASS_ORDER, n, len(images))]
                 drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
         return self.by_size(drawn)
 

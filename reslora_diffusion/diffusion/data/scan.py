@@ -1,10 +1,10 @@
-"""What a folder of pictures holds, before a model is loaded.
+"""What a folder of images holds, before a model is loaded.
 
-`scan` sorts every entry of a folder into pictures, stray files (skipped, but named) and problems. A file is a picture
+`scan` sorts every entry of a folder into images, stray files (skipped, but named) and problems. A file is an image
 if its name says so and it decodes; one whose name says so and that does not decode is a problem, not a stray.
 
-Captions, in order of precedence: `metadata.jsonl` ({"file_name": ..., "text": ...} per line), `<picture's stem>.txt`
-beside the picture, the prompt given for the whole folder. Masks: a folder of pictures with the same stems.
+Captions, in order of precedence: `metadata.jsonl` ({"file_name": ..., "text": ...} per line), `<image's stem>.txt`
+beside the image, the prompt given for the whole folder. Masks: a folder of images with the same stems.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from ...utils.images import colour_of, eight_bits, upright_rgb
 from ...utils.json_lines import lines_of, parse
 from ...utils.problems import listing
 
-PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 METADATA_FILE = "metadata.jsonl"
 CAPTION_EXTENSIONS = frozenset({".txt", ".caption"})  # by default in diffusers' world, and in kohya's scripts
 # By the names that diffusers' scripts take; nearest_exact is torchvision's word for what Pillow calls nearest.
@@ -28,13 +28,13 @@ INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"near
 
 def extension_problems(where: str, extension: str) -> Iterator[str]:
     """What is wrong with a `caption_extension`."""
-    if not re.fullmatch(r"\.\w+", extension) or extension.lower() in PICTURE_SUFFIXES:
+    if not re.fullmatch(r"\.\w+", extension) or extension.lower() in IMAGE_SUFFIXES:
         yield f"{where}: got {extension!r}, wanted that of text files, such as .txt"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own.
+class ScannedImage:
+    """An image that decodes, upright size `(width, height)`, with its caption and mask if it has one of its own.
 
     `profile` is the colour profile that it is converted to sRGB from, `colour_fault` says why one is not followed.
     """
@@ -54,21 +54,21 @@ class Scan:
 
     folder: Path
     caption_extension: str = ".txt"
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ScannedImage] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
     def duplicates(self) -> list[list[str]]:
-        """Names of pictures with equal bytes."""
+        """Names of images with equal bytes."""
         groups: dict[str, list[str]] = {}
-        for picture in self.pictures:
-            groups.setdefault(picture.digest, []).append(picture.path.name)
+        for image in self.images:
+            groups.setdefault(image.digest, []).append(image.path.name)
         return [names for names in groups.values() if len(names) > 1]
 
     @property
     def uncaptioned(self) -> list[str]:
-        return [picture.path.name for picture in self.pictures if picture.caption is None]
+        return [image.path.name for image in self.images if image.caption is None]
 
 
 def scan(
@@ -78,13 +78,13 @@ def scan(
 
     Args:
         caption_extension: of the text files that hold captions, with its dot.
-        may_be_empty: for class pictures, which are made when they are missing.
+        may_be_empty: for class images, which are made when they are missing.
         masks: folder of masks.
     """
     found = Scan(folder, caption_extension)
     if not folder.is_dir():
         if not may_be_empty or folder.exists():
-            found.problems.append(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; wanted pictures")
+            found.problems.append(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; wanted images")
         return found
     try:
         entries = sorted(folder.iterdir())
@@ -97,61 +97,61 @@ def scan(
             found.skipped[path.name] = "hidden"
         elif path.is_dir():
             found.skipped[path.name] = "a folder"
-        elif path.suffix.lower() in PICTURE_SUFFIXES:
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             try:
-                found.pictures.append(look_at(path))
+                found.images.append(read_image_file(path))
             except Exception as error:  # Pillow's decoders raise whatever their formats make them
                 unreadable[path.name] = str(error) or type(error).__name__
         elif path.name != METADATA_FILE and path.suffix.lower() != caption_extension:
-            found.skipped[path.name] = "not a picture"
+            found.skipped[path.name] = "not an image"
     if unreadable:
         reasons = [f"{name} ({reason})" for name, reason in unreadable.items()]
-        found.problems.append(f"{folder} holds {len(unreadable)} unreadable pictures: {listing(reasons)}")
+        found.problems.append(f"{folder} holds {len(unreadable)} unreadable images: {listing(reasons)}")
     add_captions(found, entries)
     if masks:
         add_masks(found, masks)
-    if not found.pictures and not unreadable and not may_be_empty:
+    if not found.images and not unreadable and not may_be_empty:
         seen = f"only {listing(found.skipped)}" if found.skipped else "nothing"
-        found.problems.append(f"{folder} holds {seen}; wanted pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        found.problems.append(f"{folder} holds {seen}; wanted images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 
-def look_at(path: Path) -> Picture:
-    """Decode a picture for its upright size; raises what PIL raises if it does not decode."""
+def read_image_file(path: Path) -> ScannedImage:
+    """Decode an image for its upright size; raises what PIL raises if it does not decode."""
     with Image.open(path) as image:
         image.load()
         upright = eight_bits(ImageOps.exif_transpose(image))
         colour = colour_of(upright)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Picture(path, upright.size, digest, profile=colour.profile, colour_fault=colour.fault)
+    return ScannedImage(path, upright.size, digest, profile=colour.profile, colour_fault=colour.fault)
 
 
 def add_captions(found: Scan, entries: list[Path]) -> None:
-    """Give pictures their captions; captions of pictures that are not there are problems."""
-    stems = {picture.path.stem for picture in found.pictures}
+    """Give images their captions; captions of images that are not there are problems."""
+    stems = {image.path.stem for image in found.images}
     named = [path for path in entries if path.suffix.lower() == found.caption_extension]
     texts = {path.stem: path for path in named if not path.name.startswith(".")}
     orphans = [texts[stem].name for stem in texts if stem not in stems]
     if len(orphans) == len(texts):
-        found.skipped |= dict.fromkeys(orphans, "not a picture, and no picture has this name")
+        found.skipped |= dict.fromkeys(orphans, "not an image, and no image has this name")
     elif orphans:
-        found.problems.append(f"{found.folder} has captions without a picture: {listing(orphans)}")
+        found.problems.append(f"{found.folder} has captions without an image: {listing(orphans)}")
     captions = {stem: read_text(texts[stem], found) for stem in texts.keys() & stems}
     rows = metadata_rows(found)
-    bare = {picture.path.stem for picture in found.pictures if picture.path.name not in rows} - captions.keys()
+    bare = {image.path.stem for image in found.images if image.path.name not in rows} - captions.keys()
     for other in CAPTION_EXTENSIONS - {found.caption_extension}:
         if unread := [path.name for path in entries if path.suffix.lower() == other and path.stem in bare]:
             found.problems.append(
                 f"{found.folder} has captions that are not read: {listing(unread)}; wanted --caption_extension "
                 f"{other}, or these files elsewhere"
             )
-    if absent := rows.keys() - {picture.path.name for picture in found.pictures}:
+    if absent := rows.keys() - {image.path.name for image in found.images}:
         found.problems.append(
-            f"{found.folder / METADATA_FILE} names pictures that are not there: {listing(sorted(absent))}"
+            f"{found.folder / METADATA_FILE} names images that are not there: {listing(sorted(absent))}"
         )
-    found.pictures = [
-        replace(picture, caption=rows.get(picture.path.name) or captions.get(picture.path.stem) or None)
-        for picture in found.pictures
+    found.images = [
+        replace(image, caption=rows.get(image.path.name) or captions.get(image.path.stem) or None)
+        for image in found.images
     ]
 
 
@@ -179,22 +179,20 @@ def metadata_rows(found: Scan) -> dict[str, str]:
 
 
 def add_masks(found: Scan, folder: Path) -> None:
-    """Give pictures their masks; a mask of another size than its picture is a problem."""
+    """Give images their masks; a mask of another size than its image is a problem."""
     masks = scan(folder)
     found.problems += masks.problems
-    by_stem = {mask.path.stem: mask for mask in masks.pictures}
+    by_stem = {mask.path.stem: mask for mask in masks.images}
     wrong = [
         f"{by_stem[p.path.stem].path.name} is {by_stem[p.path.stem].size}, {p.path.name} is {p.size}"
-        for p in found.pictures
+        for p in found.images
         if p.path.stem in by_stem and by_stem[p.path.stem].size != p.size
     ]
     if wrong:
-        found.problems.append(f"{folder} has masks of another size than their pictures: {listing(wrong)}")
-    if absent := by_stem.keys() - {picture.path.stem for picture in found.pictures}:
-        found.problems.append(f"{folder} has masks of pictures that are not there: {listing(sorted(absent))}")
-    found.pictures = [
-        replace(p, mask=by_stem[p.path.stem].path) if p.path.stem in by_stem else p for p in found.pictures
-    ]
+        found.problems.append(f"{folder} has masks of another size than their images: {listing(wrong)}")
+    if absent := by_stem.keys() - {image.path.stem for image in found.images}:
+        found.problems.append(f"{folder} has masks of images that are not there: {listing(sorted(absent))}")
+    found.images = [replace(p, mask=by_stem[p.path.stem].path) if p.path.stem in by_stem else p for p in found.images]
 
 
 def open_upright(path: Path) -> Image.Image:
@@ -203,13 +201,13 @@ def open_upright(path: Path) -> Image.Image:
         return upright_rgb(image)
 
 
-def open_mask(picture: Picture, alpha: bool) -> Image.Image | None:
+def open_mask(image: ScannedImage, alpha: bool) -> Image.Image | None:
     """The part of an image that counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
-    with Image.open(picture.mask or picture.path) as stored:
-        image = eight_bits(ImageOps.exif_transpose(stored))
-        if picture.mask:
-            return image.convert("L")
-        return image.convert("RGBA").getchannel("A") if alpha and image.has_transparency_data else None
+    with Image.open(image.mask or image.path) as stored:
+        upright = eight_bits(ImageOps.exif_transpose(stored))
+        if image.mask:
+            return upright.convert("L")
+        return upright.convert("RGBA").getchannel("A") if alpha and upright.has_transparency_data else None
 
 
 def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:

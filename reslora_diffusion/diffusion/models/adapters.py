@@ -41,15 +41,15 @@ ADAPTER = "default"
 Forward = Callable[[nn.Module, Batch], object]
 
 
-def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, args: DreamBoothOptions) -> "Adapters":
+def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, options: DreamBoothOptions) -> "Adapters":
     """Freeze the pipeline and put fresh float32 adapters on it; equal seeds give equal adapters."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
-    assert args.seed is not None, "`resolve_seed` has set it"
-    torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
+    assert options.seed is not None, "`resolve_seed` has set it"
+    torch.manual_seed(seed_of(options.seed, Stream.ADAPTER))
     models = {}
-    for component, (_, config) in skeleton.adapters(args).items():
+    for component, (_, config) in skeleton.adapters(options).items():
         model = models[component] = getattr(pipeline, component)
         attach(model, config, ADAPTER)
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ from torch import nn
 from ..objective.loss import Denoiser
 from ..options import DreamBoothOptions
 
-FIRST_STEPS = "compiling: the first step of every picture size takes a minute or more"
+FIRST_STEPS = "compiling: the first step of every image size takes a minute or more"
 
 
 def why_not_compiled(device: torch.device) -> str | None:
@@ -35,15 +35,15 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def compiled(
-    denoiser: Denoiser, args: DreamBoothOptions, device: torch.device, buckets: int, say: Callable[[str], object]
+    denoiser: Denoiser, options: DreamBoothOptions, device: torch.device, buckets: int, say: Callable[[str], object]
 ) -> Denoiser:
     """The denoiser for training steps: the same weights, and its model compiled if that was asked for and can be."""
-    if not args.compile:
+    if not options.compile:
         return denoiser
     if reason := why_not_compiled(device):
         say(f"--compile: {reason}; going on without")
         return denoiser
     say(FIRST_STEPS)
-    # Instances and class pictures may differ in size, and a handover makes another function of the model.
+    # Instances and class images may differ in size, and a handover makes another function of the model.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * buckets)
     return replace(denoiser, model=cast(nn.Module, torch.compile(denoiser.model, dynamic=False)))

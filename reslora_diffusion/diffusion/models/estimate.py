@@ -67,44 +67,44 @@ class Kept:
         return sum(self.sizes.values())
 
 
-def estimate(plan: Plan, args: DreamBoothOptions) -> Estimate:
+def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
     """The cost of one training step at the largest of the sizes that are trained on."""
-    skeleton, dtype = plan.skeleton, base_dtype(args)
+    skeleton, dtype = plan.skeleton, base_dtype(options)
     family, meta = skeleton.family, dict[str, Any](device="meta")
     models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})
     for model in models.values():
         model.requires_grad_(False).to(dtype)
-    for name, (_, config) in skeleton.adapters(args).items():
+    for name, (_, config) in skeleton.adapters(options).items():
         inject_adapter_in_model(config, models[name], low_cpu_mem_usage=True)
     denoiser = models.pop(family.denoiser)
-    if args.gradient_checkpointing:
+    if options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
 
     classes = any(concept.classes for concept in plan.concepts)
-    pictures, prompts = args.train_batch_size * (1 + classes), 1 + classes
+    images, prompts = options.train_batch_size * (1 + classes), 1 + classes
     width, height = (
         side // skeleton.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1])
     )
-    latents = torch.empty(pictures, skeleton.vae["latent_channels"], height, width, dtype=dtype, **meta)
+    latents = torch.empty(images, skeleton.vae["latent_channels"], height, width, dtype=dtype, **meta)
     ids = torch.zeros(prompts, len(models), skeleton.windows[0][1], dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
-        length, inner = family.t5_length(args), denoiser.config.joint_attention_dim
+        length, inner = family.t5_length(options), denoiser.config.joint_attention_dim
         fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
     kept, flops = Kept(denoiser, *models.values()), FlopCounterMode(display=False)
     with ExitStack() as stack:
         stack.enter_context(kept.hooks())
         stack.enter_context(flops)
         stack.enter_context(FusedAttention())
-        with torch.set_grad_enabled(args.train_text_encoder):
+        with torch.set_grad_enabled(options.train_text_encoder):
             texts = family.encode([*models.values()], Tokens(ids, fixed))
-        first = torch.zeros(pictures, dtype=torch.long, **meta)
+        first = torch.zeros(images, dtype=torch.long, **meta)
         each = Texts(texts.hidden[first], None if texts.pooled is None else texts.pooled[first])
-        condition = family.condition(each, torch.empty(pictures, 6, dtype=dtype, **meta))
-        guidance = family.training_guidance(denoiser.config, args)
-        family.denoise(denoiser, latents, torch.empty(pictures, **meta), condition, guidance)
-    passes = 1 + BACKWARD + args.gradient_checkpointing
-    return Estimate(flops.get_total_flops() * passes * args.gradient_accumulation_steps, kept.bytes)
+        condition = family.condition(each, torch.empty(images, 6, dtype=dtype, **meta))
+        guidance = family.training_guidance(denoiser.config, options)
+        family.denoise(denoiser, latents, torch.empty(images, **meta), condition, guidance)
+    passes = 1 + BACKWARD + options.gradient_checkpointing
+    return Estimate(flops.get_total_flops() * passes * options.gradient_accumulation_steps, kept.bytes)
 
 
 def speed(dtype: torch.dtype) -> float:
@@ -119,10 +119,10 @@ def speed(dtype: torch.dtype) -> float:
     return best
 
 
-def on_paper(plan: Plan, args: DreamBoothOptions) -> str:
+def on_paper(plan: Plan, options: DreamBoothOptions) -> str:
     """A line for `--dry_run`."""
-    flops, kept = estimate(plan, args)
-    seconds = flops / speed(base_dtype(args))
+    flops, kept = estimate(plan, options)
+    seconds = flops / speed(base_dtype(options))
     return (
         f"on paper: {flops / 1e12:.2g} TFLOP a step, on this device at least {seconds:.2g} s, "
         f"{seconds * plan.max_train_steps / 60:.2g} minutes in all; activations about {kept / 1e6:,.1f} MB"

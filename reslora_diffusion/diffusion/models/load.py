@@ -29,12 +29,12 @@ OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def base_dtype(args: DreamBoothOptions) -> torch.dtype:
+def base_dtype(options: DreamBoothOptions) -> torch.dtype:
     """Precision of the frozen base: the option, else what `accelerate launch` was configured with."""
-    return DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+    return DTYPES[options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
 
 
-def load_pipeline(args: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipeline:
+def load_pipeline(options: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipeline:
     """The base, on the CPU, without its safety checker.
 
     Raises:
@@ -42,29 +42,29 @@ def load_pipeline(args: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPipel
     """
     for library in (diffusers, transformers):  # a bar for each component, done before it can be read
         library.utils.logging.disable_progress_bar()
-    name, given = args.pretrained_model_name_or_path, dict[str, Any]()
+    name, given = options.pretrained_model_name_or_path, dict[str, Any]()
     try:
-        if args.tokenizer_name:
-            given["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
-        index = DiffusionPipeline.load_config(name, revision=args.revision)
+        if options.tokenizer_name:
+            given["tokenizer"] = AutoTokenizer.from_pretrained(options.tokenizer_name, revision=options.revision)
+        index = DiffusionPipeline.load_config(name, revision=options.revision)
         if index["_class_name"] == "StableDiffusionPipeline":
             given |= {"safety_checker": None, "requires_safety_checker": False}
-        given |= {part: None for part in OF_T5 if part in index and (args.skip_t5 or index[part][0] is None)}
-        if args.pretrained_vae_model_name_or_path:
-            given["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+        given |= {part: None for part in OF_T5 if part in index and (options.skip_t5 or index[part][0] is None)}
+        if options.pretrained_vae_model_name_or_path:
+            given["vae"] = AutoencoderKL.from_pretrained(options.pretrained_vae_model_name_or_path, dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(
             name,
             dtype=dtype,
-            revision=args.revision,
-            variant=args.variant,
+            revision=options.revision,
+            variant=options.variant,
             **given,
         )
     except (OSError, ValueError) as error:
         raise BadInput([f"{name} cannot be loaded: {error}"]) from error
     refuse(f"{name}: {problem}" for problem in broken_weights(pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    if args.skip_clip_layers:
-        leave_out_layers(pipeline.text_encoder, args.skip_clip_layers)
+    if options.skip_clip_layers:
+        leave_out_layers(pipeline.text_encoder, options.skip_clip_layers)
     return pipeline
 
 
@@ -86,10 +86,10 @@ def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
             )
 
 
-def refuse_base(args: DreamBoothOptions, dtype: torch.dtype, loss: float) -> None:
+def refuse_base(options: DreamBoothOptions, dtype: torch.dtype, loss: float) -> None:
     """Raise `BadInput` if the loss of the untouched base is not finite: no learning rate would help."""
     if not math.isfinite(loss):
-        name, precision = args.pretrained_model_name_or_path, str(dtype).removeprefix("torch.")
+        name, precision = options.pretrained_model_name_or_path, str(dtype).removeprefix("torch.")
         wanted = "--mixed_precision no" if dtype == torch.bfloat16 else "--mixed_precision bf16 or no"
         wanted = "images and prompts that it can be computed on" if dtype == torch.float32 else wanted
         refuse([f"{name}: its loss is {loss} in {precision} before anything is trained; wanted {wanted}"])
@@ -99,7 +99,7 @@ def prepare_models(
     pipeline: DiffusionPipeline,
     family: Family,
     trained: dict[str, nn.Module],
-    args: DreamBoothOptions,
+    options: DreamBoothOptions,
     device: torch.device,
 ) -> None:
     """Move to the device, and set the switches that leave the numbers alone."""
@@ -111,14 +111,14 @@ def prepare_models(
         shard(denoiser, device)
     else:
         pipeline.to(device)
-    if args.enable_xformers_memory_efficient_attention:
+    if options.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     on_gpu = device.type == "cuda"
-    if on_gpu if args.fused_attention is None else args.fused_attention:
+    if on_gpu if options.fused_attention is None else options.fused_attention:
         set_attn_processors(denoiser)
-    if on_gpu if args.frugal_layers is None else args.frugal_layers:
+    if on_gpu if options.low_memory_layers is None else options.low_memory_layers:
         save_memory(denoiser)
-    if args.gradient_checkpointing:
+    if options.gradient_checkpointing:
         for model in trained.values():
             # Where nothing is random no generator's state is kept: reading it would break a CUDA graph.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(model)}
@@ -127,7 +127,7 @@ def prepare_models(
             else:  # transformers 5 renamed it
                 enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
                 enable(how)
-    if args.allow_tf32:
+    if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 
 
@@ -137,12 +137,12 @@ def draws(model: nn.Module) -> bool:
     return layers or getattr(model.config, "attention_dropout", 0) > 0
 
 
-def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: bool) -> None:
-    """Let go of what only encoded: frozen text encoders, and the autoencoder unless pictures will be painted."""
+def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], keep_vae: bool) -> None:
+    """Free what only encodes: frozen text encoders, and the autoencoder unless `keep_vae`."""
     for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
         if name not in trained and getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
-    if paints:
+    if keep_vae:
         pipeline.vae.to("cpu")
     else:
         pipeline.vae = None
@@ -150,7 +150,7 @@ def release(pipeline: DiffusionPipeline, trained: dict[str, nn.Module], paints: 
         torch.cuda.empty_cache()
 
 
-def base_model_name(args: DreamBoothOptions) -> str:
+def base_model_name(options: DreamBoothOptions) -> str:
     """The base as a file header names it: a hub name, or a folder's name without the machine's path to it."""
-    name = given_base(args)
+    name = given_base(options)
     return Path(name).resolve().name if Path(name).is_dir() else name

@@ -107,7 +107,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-class Frugal:
+class LowMemoryForward:
     """In place of the `forward` of a module."""
 
     def __init__(self, module: Any) -> None:
@@ -117,7 +117,7 @@ class Frugal:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-class FrugalConv2d(Frugal):
+class LowMemoryConv2d(LowMemoryForward):
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.module
         if is_plain(conv, x):
@@ -126,7 +126,7 @@ class FrugalConv2d(Frugal):
         return FrozenConv2d.apply(x, conv.weight, conv.bias, settings)
 
 
-class FrugalNorm(Frugal):
+class LowMemoryNorm(LowMemoryForward):
     """With the SiLU that follows it, which `SkippedSiLU` then leaves out."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -136,14 +136,14 @@ class FrugalNorm(Frugal):
         return FrozenNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-class SkippedSiLU(Frugal):
-    """SiLU of the timestep embedding [B, C]; images pass unchanged, since `FrugalNorm` has applied it to them."""
+class SkippedSiLU(LowMemoryForward):
+    """SiLU of the timestep embedding [B, C]; images pass unchanged, since `LowMemoryNorm` has applied it to them."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else self.usual(x)
 
 
-class FrugalGEGLU(Frugal):
+class LowMemoryGEGLU(LowMemoryForward):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         both = self.module.proj(hidden_states)
         if is_plain(self.module, both):
@@ -152,7 +152,7 @@ class FrugalGEGLU(Frugal):
         return HalfGelu.apply(both)
 
 
-class FrugalLayerNorm(Frugal):
+class LowMemoryLayerNorm(LowMemoryForward):
     """Whose output adapted layers need not keep."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class FrugalLayerNorm(Frugal):
         return y if is_plain(self.module, x) else can_be_remade(y, self.usual, x)
 
 
-class FrugalResnet(Frugal):
+class LowMemoryResnet(LowMemoryForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.usual(*args, **kwargs)
@@ -168,7 +168,7 @@ class FrugalResnet(Frugal):
             return self.usual(*args, **kwargs)
 
 
-FORMS = {GEGLU: FrugalGEGLU, nn.LayerNorm: FrugalLayerNorm, ResnetBlock2D: FrugalResnet}
+FORMS = {GEGLU: LowMemoryGEGLU, nn.LayerNorm: LowMemoryLayerNorm, ResnetBlock2D: LowMemoryResnet}
 
 
 def norm_and_activation(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
@@ -185,7 +185,7 @@ def norm_and_activation(module: nn.Module) -> tuple[list[nn.Module], nn.Module |
     return (norms, activation) if fits else ([], None)
 
 
-def put(form: type[Frugal], *modules: nn.Module) -> bool:
+def put(form: type[LowMemoryForward], *modules: nn.Module) -> bool:
     """Give modules a form, unless one of them has a forward of its own already (offloading, another wrapper)."""
     if any("forward" in module.__dict__ for module in modules):
         return False
@@ -202,11 +202,11 @@ def save_memory(model: nn.Module) -> int:
     before = count(model)
     for module in list(model.modules()):
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            put(FrugalConv2d, module)
+            put(LowMemoryConv2d, module)
         elif type(module) in FORMS:
             put(FORMS[type(module)], module)
         norms, activation = norm_and_activation(module)
-        if activation is not None and "forward" not in activation.__dict__ and put(FrugalNorm, *norms):
+        if activation is not None and "forward" not in activation.__dict__ and put(LowMemoryNorm, *norms):
             put(SkippedSiLU, activation)
     return count(model) - before
 
@@ -214,9 +214,9 @@ def save_memory(model: nn.Module) -> int:
 def restore_memory(model: nn.Module) -> None:
     """Inverse of `save_memory`."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Frugal):
+        if isinstance(module.__dict__.get("forward"), LowMemoryForward):
             del module.forward
 
 
 def count(model: nn.Module) -> int:
-    return sum(isinstance(module.__dict__.get("forward"), Frugal) for module in model.modules())
+    return sum(isinstance(module.__dict__.get("forward"), LowMemoryForward) for module in model.modules())

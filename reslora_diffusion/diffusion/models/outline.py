@@ -1,7 +1,7 @@
-"""What a pipeline is made of, as its files say it: configurations, and names and shapes of all layers.
+"""The components of a pipeline: configurations, names and shapes of all layers, read without loading a model.
 
-    read_outline(args)   from JSON files and the headers of safetensors files, without torch; None if they do not tell
-    Skeleton             the same from components on the meta device, which takes seconds of imports
+    read_outline   from JSON files and the headers of safetensors files, without torch; None if they do not suffice
+    Skeleton       the same from components on the meta device, which takes seconds of imports
 
 `model_checks` holds options against either.
 """
@@ -58,14 +58,14 @@ def is_target(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def blocks_of(args: DreamBoothOptions) -> list[int]:
+def blocks_of(options: DreamBoothOptions) -> list[int]:
     """`--lora_blocks`."""
-    return args.lora_blocks or []
+    return options.lora_blocks or []
 
 
-def rank_of(args: DreamBoothOptions, name: str) -> int:
+def rank_of(options: DreamBoothOptions, name: str) -> int:
     """The rank of an adapted layer."""
-    return next((rank for pattern, rank in dict(args.rank_pattern).items() if matches(pattern, name)), args.rank)
+    return next((rank for pattern, rank in dict(options.rank_pattern).items() if matches(pattern, name)), options.rank)
 
 
 def family_of(index: Mapping[str, Any], name: str) -> Family:
@@ -77,9 +77,9 @@ def family_of(index: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[kind]
 
 
-def left_out(args: DreamBoothOptions, family: Family, part: str, hidden_layers: int) -> int:
+def left_out(options: DreamBoothOptions, family: Family, part: str, hidden_layers: int) -> int:
     """How many of a text encoder's last layers `--skip_clip_layers` leaves out; raises `BadInput`."""
-    count = 0 if "skip_clip_layers" in family.not_here else max(0, args.skip_clip_layers or 0)
+    count = 0 if "skip_clip_layers" in family.not_here else max(0, options.skip_clip_layers or 0)
     if count >= hidden_layers:
         raise BadInput([f"--skip_clip_layers: got {count}, wanted less than the {hidden_layers} layers of the {part}"])
     return count
@@ -112,56 +112,56 @@ class Outline:
     def grid(self) -> Grid:
         return self.family.grid(self.denoiser_config, self.vae_scale_factor)
 
-    def targets(self, args: DreamBoothOptions) -> dict[str, list[str]]:
+    def targets(self, options: DreamBoothOptions) -> dict[str, list[str]]:
         """Target modules of each component that is trained."""
         part = self.family.denoiser
-        found = {part: args.target_modules or [*self.family.target_modules]}
-        if args.lora_blocks:
-            inside = tuple(f"{BLOCKS}.{block}." for block in blocks_of(args))
+        found = {part: options.target_modules or [*self.family.target_modules]}
+        if options.lora_blocks:
+            inside = tuple(f"{BLOCKS}.{block}." for block in blocks_of(options))
             found[part] = [
                 name for name in self.layers[part] if name.startswith(inside) and is_target(name, found[part])
             ]
-        if args.train_text_encoder:
-            found |= dict.fromkeys(self.family.text_encoders, args.text_encoder_target_modules)
+        if options.train_text_encoder:
+            found |= dict.fromkeys(self.family.text_encoders, options.text_encoder_target_modules)
         return found
 
-    def adapted(self, args: DreamBoothOptions) -> Iterator[tuple[str, str, Layer]]:
+    def adapted(self, options: DreamBoothOptions) -> Iterator[tuple[str, str, Layer]]:
         """(component, name, layer) of everything that an adapter is put on."""
-        for component, targets in self.targets(args).items():
+        for component, targets in self.targets(options).items():
             for name, layer in self.layers[component].items():
                 if is_target(name, targets):
                     yield component, name, layer
 
-    def adapter_size(self, args: DreamBoothOptions) -> int:
+    def adapter_size(self, options: DreamBoothOptions) -> int:
         """How many parameters are trained."""
-        return sum(rank_of(args, name) * sum(layer.shape) for _, name, layer in self.adapted(args))
+        return sum(rank_of(options, name) * sum(layer.shape) for _, name, layer in self.adapted(options))
 
 
-def read_outline(args: DreamBoothOptions) -> Outline | None:
+def read_outline(options: DreamBoothOptions) -> Outline | None:
     """None where the files on this machine do not tell, or not in the layout that the families have.
 
     Raises:
         BadInput: the pipeline is not of a family that is trained here.
     """
-    files = Files(args.pretrained_model_name_or_path or "", args.revision)
+    files = Files(options.pretrained_model_name_or_path or "", options.revision)
     try:
         index = files.json("model_index.json")
         family = family_of(index, files.name)
         configs = {part: files.json(f"{part}/config.json") for part in (family.denoiser, *family.text_encoders)}
-        layers = {family.denoiser: layers_of(files.shapes(family.denoiser, args.variant))}
+        layers = {family.denoiser: layers_of(files.shapes(family.denoiser, options.variant))}
         for part in family.text_encoders:
-            shapes = as_installed(files.shapes(part, args.variant), index[part][1])
+            shapes = as_installed(files.shapes(part, options.variant), index[part][1])
             hidden = configs[part]["num_hidden_layers"]
-            last = hidden - left_out(args, family, part, hidden)
+            last = hidden - left_out(options, family, part, hidden)
             layers[part] = layers_of({name: shape for name, shape in shapes.items() if number_of(name) < last})
-        other = args.pretrained_vae_model_name_or_path
+        other = options.pretrained_vae_model_name_or_path
         outline = Outline(
             family,
             configs[family.denoiser],
             layers,
             vae=files.json("vae/config.json"),
             other_vae=Files(other, None).json("config.json") if other else None,
-            prediction_type=args.prediction_type
+            prediction_type=options.prediction_type
             or files.json("scheduler/scheduler_config.json").get("prediction_type", "epsilon"),
             max_length=min(configs[part]["max_position_embeddings"] for part in family.text_encoders),
         )

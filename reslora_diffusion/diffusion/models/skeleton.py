@@ -41,12 +41,12 @@ class Skeleton(Outline):
     text_encoders: dict[str, nn.Module]
     windows: list[tuple[PreTrainedTokenizerBase, int]]  # and how many tokens of a prompt its encoder is given
 
-    def adapters(self, args: DreamBoothOptions) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
+    def adapters(self, options: DreamBoothOptions) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
         """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
         models = {self.family.denoiser: self.denoiser, **self.text_encoders}
         return {
-            component: (models[component], ResLoraConfig(target_modules=targets, **adapter_settings(args)))
-            for component, targets in self.targets(args).items()
+            component: (models[component], ResLoraConfig(target_modules=targets, **adapter_settings(options)))
+            for component, targets in self.targets(options).items()
         }
 
 
@@ -54,20 +54,20 @@ def layers_in(model: nn.Module) -> dict[str, Layer]:
     return layers_of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
-def given_base(args: DreamBoothOptions) -> str:
+def given_base(options: DreamBoothOptions) -> str:
     """`--pretrained_model_name_or_path`, without which no run gets here."""
-    assert args.pretrained_model_name_or_path is not None, "the checks refuse a run without a base"
-    return args.pretrained_model_name_or_path
+    assert options.pretrained_model_name_or_path is not None, "the checks refuse a run without a base"
+    return options.pretrained_model_name_or_path
 
 
-def load_skeleton(args: DreamBoothOptions) -> Skeleton:
+def load_skeleton(options: DreamBoothOptions) -> Skeleton:
     """Read the configurations of `--pretrained_model_name_or_path`.
 
     Raises:
         BadInput: they cannot be read, or are not of a family that is trained here.
     """
-    name = given_base(args)
-    where: dict[str, Any] = {"revision": args.revision}
+    name = given_base(options)
+    where: dict[str, Any] = {"revision": options.revision}
     why = None if Path(name).is_dir() else unreachable()
     try:
         index = DiffusionPipeline.load_config(name, **where)
@@ -80,23 +80,23 @@ def load_skeleton(args: DreamBoothOptions) -> Skeleton:
             }
             encoders = {part: TEXT_ENCODER_CLASSES[index[part][1]](config) for part, config in configs.items()}
         for part, encoder in encoders.items():
-            if count := left_out(args, family, part, configs[part].num_hidden_layers):
+            if count := left_out(options, family, part, configs[part].num_hidden_layers):
                 leave_out_layers(encoder, count)
         tokenizers = [
             TOKENIZERS[index[part][1]].from_pretrained(name, subfolder=part, **where) for part in family.tokenizers
         ]
-        if args.tokenizer_name:
-            tokenizers[0] = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
-        windows = [(tokenizer, args.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
+        if options.tokenizer_name:
+            tokenizers[0] = AutoTokenizer.from_pretrained(options.tokenizer_name, **where)
+        windows = [(tokenizer, options.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
         of_t5 = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
         if "skip_t5" in family.not_here and (absent := [part for part in of_t5 if not index[part][1]]):
             raise KeyError(" and ".join(absent))
         t5 = family.fixed_tokenizer
-        if t5 and index[t5][1] and not args.skip_t5:
+        if t5 and index[t5][1] and not options.skip_t5:
             fixed = TOKENIZERS[index[t5][1]].from_pretrained(name, subfolder=t5, **where)
-            windows.append((fixed, family.t5_length(args)))
+            windows.append((fixed, family.t5_length(options)))
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
-        other = args.pretrained_vae_model_name_or_path
+        other = options.pretrained_vae_model_name_or_path
         other_vae = AutoencoderKL.load_config(other) if other else None
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
         missing = [key for key in ("latent_channels", "block_out_channels") if key not in vae]
@@ -118,7 +118,7 @@ def load_skeleton(args: DreamBoothOptions) -> Skeleton:
         denoiser=denoiser,
         text_encoders=encoders,
         windows=windows,
-        prediction_type=args.prediction_type or scheduler.get("prediction_type", "epsilon"),
+        prediction_type=options.prediction_type or scheduler.get("prediction_type", "epsilon"),
         max_length=min(config.max_position_embeddings for config in configs.values()),
     )
 

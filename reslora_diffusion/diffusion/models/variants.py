@@ -22,29 +22,30 @@ def variants_in(folder: Path) -> set[str]:
     return {match[1] or PLAIN for match in names if match}
 
 
-def unused_parts(args: DreamBoothOptions) -> set[str]:
+def unused_parts(options: DreamBoothOptions) -> set[str]:
     """Components whose weights are not loaded."""
     unused = {"safety_checker"}
-    unused |= {"vae"} if args.pretrained_vae_model_name_or_path else set()
-    return unused | ({"text_encoder_3"} if args.skip_t5 else set())
+    unused |= {"vae"} if options.pretrained_vae_model_name_or_path else set()
+    return unused | ({"text_encoder_3"} if options.skip_t5 else set())
 
 
-def variant_problems(args: DreamBoothOptions) -> Iterator[str]:
+def variant_problems(options: DreamBoothOptions) -> Iterator[str]:
     """Problems of `--variant` with a model folder. Nothing is known of a hub name before diffusers asks for it."""
-    folder = Path(args.pretrained_model_name_or_path or "")
+    folder = Path(options.pretrained_model_name_or_path or "")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # no folder, or named by other checks
         return
     if not isinstance(index, dict):
         return
-    parts = {part: variants_in(folder / part) for part in index if part not in unused_parts(args)}
+    parts = {part: variants_in(folder / part) for part in index if part not in unused_parts(options)}
     parts = {part: there for part, there in parts.items() if there}
     everything = ", ".join(sorted(set().union(*parts.values()))) or "no weights at all"
-    if args.variant and not any(args.variant in there for there in parts.values()):
-        yield f"--variant: got {args.variant!r}, which no part of {folder} has; there: {everything}"
+    if options.variant and not any(options.variant in there for there in parts.values()):
+        yield f"--variant: got {options.variant!r}, which no part of {folder} has; there: {everything}"
         return
     for part, there in parts.items():
-        if PLAIN not in there and args.variant not in there:
+        if PLAIN not in there and options.variant not in there:
             wanted = f"--variant {min(there)}"
-            yield f"--variant: got {args.variant}, and the {part} in {folder} has {', '.join(sorted(there))}; {wanted}?"
+            found = ", ".join(sorted(there))
+            yield f"--variant: got {options.variant}, and the {part} in {folder} has {found}; {wanted}?"

@@ -32,18 +32,18 @@ def read_weights(source: str) -> Components:
     }
 
 
-def weights_problems(args: DreamBoothOptions, outline: Outline) -> Iterator[str]:
+def weights_problems(options: DreamBoothOptions, outline: Outline) -> Iterator[str]:
     """Why the file cannot be trained on as this run would."""
-    where = f"--network_weights {args.network_weights}"
+    where = f"--network_weights {options.network_weights}"
     try:
-        components = read_weights(str(args.network_weights))
+        components = read_weights(str(options.network_weights))
     except (OSError, ValueError) as error:
         yield f"{where}: {error}"
         return
     yield from (f"{where}: {problem}" for problem in health_problems(components) if "NaN" in problem)
     adapted = {
-        (component, classic_path(component, name)): (layer, rank_asked(args, name))
-        for component, name, layer in outline.adapted(args)
+        (component, classic_path(component, name)): (layer, rank_asked(options, name))
+        for component, name, layer in outline.adapted(options)
     }
     foreign, unlike, larger = [], [], {}
     for component, modules in components.items():
@@ -57,7 +57,9 @@ def weights_problems(args: DreamBoothOptions, outline: Outline) -> Iterator[str]
                 larger[f"{component}.{path}"] = rank_of(factors)
     if foreign:
         hint = (
-            "" if args.train_text_encoder or not foreign[0].startswith("text_encoder") else " (--train_text_encoder?)"
+            ""
+            if options.train_text_encoder or not foreign[0].startswith("text_encoder")
+            else " (--train_text_encoder?)"
         )
         yield f"{where} has {len(foreign)} modules that this run does not train{hint}: {listing(foreign)}"
     if unlike:
@@ -66,7 +68,7 @@ def weights_problems(args: DreamBoothOptions, outline: Outline) -> Iterator[str]
         most = max(larger.values())
         yield (
             f"{where} is of rank {most} in {listing(larger)}; wanted --rank {most} or more, or the file cut down first "
-            f"(reslora resize {args.network_weights} --rank {args.rank})"
+            f"(reslora resize {options.network_weights} --rank {options.rank})"
         )
 
 

@@ -1,11 +1,11 @@
 """The denoising loss of DreamBooth, per example.
 
-    loss_i = w_i lambda(t_i) mean(rho(error_i))    w_i = prior_loss_weight for class pictures, else 1
-    loss   = sum_i loss_i / number of instance pictures
+    loss_i = w_i lambda(t_i) mean(rho(error_i))    w_i = prior_loss_weight for class images, else 1
+    loss   = sum_i loss_i / number of instance images
 
 where `processes` says what x_t is and what the error of a prediction,
 
-so that the class pictures add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
+so that the class images add prior_loss_weight times their own mean, as in DreamBooth's prior preservation
 (arXiv 2208.12242, eq. 2). With a mask the mean is the mask's.
 
     rho      e^2 (l2); 2c (sqrt(e^2 + c^2) - c) (huber); 2 (sqrt(e^2 + c^2) - c) (smooth_l1), where c may depend on t

@@ -1,6 +1,6 @@
 """Every random number of a run as a pure function of (seed, stream, index).
 
-No generator state is carried from step to step. So two runs with equal seeds see the same pictures, noise and
+No generator state is carried from step to step. So two runs with equal seeds see the same images, noise and
 timesteps whatever they train; a resumed run continues as if it had never stopped; and N processes, or N accumulated
 micro-batches, draw together what one process draws in one batch N times as large.
 """
@@ -22,7 +22,7 @@ class Stream(IntEnum):
     CLASS_NOISE = 4
     DROPOUT = 5
     CROP = 6
-    CLASS_PICTURE = 7
+    CLASS_IMAGE = 7
     CALIBRATION = 8
     VALIDATION = 9
 

@@ -43,10 +43,10 @@ def shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def launcher_problems(args: DreamBoothOptions) -> Iterator[str]:
+def launcher_problems(options: DreamBoothOptions) -> Iterator[str]:
     """What a launcher is configured for and this training cannot do."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.mixed_precision is None and precision not in PRECISIONS:
+    if options.mixed_precision is None and precision not in PRECISIONS:
         yield f"--mixed_precision: accelerate launch was given {precision!r}, wanted {', '.join(PRECISIONS)}"
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         yield "DeepSpeed ZeRO-3 would take the frozen base apart; wanted zero_stage 2, or FSDP 2 to shard the base"
@@ -54,9 +54,9 @@ def launcher_problems(args: DreamBoothOptions) -> Iterator[str]:
         return
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         yield f"FSDP {version} wants one precision for base and adapters; wanted fsdp_version: 2"
-    if args.aspect_ratio_buckets and args.with_prior_preservation:
+    if options.aspect_ratio_buckets and options.with_prior_preservation:
         yield "--aspect_ratio_buckets with --with_prior_preservation gives processes unequal batches; FSDP cannot wait"
-    if args.cuda_graph:
+    if options.cuda_graph:
         yield "--cuda_graph cannot record how FSDP gathers the base; wanted one or the other"
-    if args.merge_method == "paper_weight":
+    if options.merge_method == "paper_weight":
         yield "--merge_method paper_weight reads whole weights of the base, which FSDP shards"

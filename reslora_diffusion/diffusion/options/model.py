@@ -63,7 +63,7 @@ class ModelOptions:
     fused_attention: bool | None = option(
         None, "Compute the adapters of q, k and v of one attention in one product (default: on a GPU)."
     )
-    frugal_layers: bool | None = option(None, "Frozen layers save less for the backward pass (default: on a GPU).")
+    low_memory_layers: bool | None = option(None, "Frozen layers save less for the backward pass (default: on a GPU).")
     compile: bool = option(
         False,
         "Compile the model by torch.compile: the first step is slow, later ones are faster.",

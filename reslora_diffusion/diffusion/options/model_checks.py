@@ -17,30 +17,32 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern")
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
 
 
-def adapter_settings(args: DreamBoothOptions) -> dict[str, Any]:
+def adapter_settings(options: DreamBoothOptions) -> dict[str, Any]:
     """Arguments of either method's configuration, targets apart. Options that were not given keep its own defaults."""
     settings: dict[str, Any] = {
-        "r": args.rank,
-        "lora_alpha": args.lora_alpha or args.rank,
-        "lora_dropout": args.lora_dropout,
-        "use_rslora": args.use_rslora,
-        "rank_pattern": dict(args.rank_pattern),
-        "alpha_pattern": dict(args.alpha_pattern),
+        "r": options.rank,
+        "lora_alpha": options.lora_alpha or options.rank,
+        "lora_dropout": options.lora_dropout,
+        "use_rslora": options.use_rslora,
+        "rank_pattern": dict(options.rank_pattern),
+        "alpha_pattern": dict(options.alpha_pattern),
         "init_lora_weights": "gaussian",
     }
-    if args.method == "lora":
+    if options.method == "lora":
         return settings | {"shortcut": "none"}
-    settings |= {name: getattr(args, name) for name in ("shortcut", "merge_method") if getattr(args, name) is not None}
-    if args.num_previous is not None:
-        settings["num_previous"] = None if args.num_previous == "all" else args.num_previous
+    settings |= {
+        name: getattr(options, name) for name in ("shortcut", "merge_method") if getattr(options, name) is not None
+    }
+    if options.num_previous is not None:
+        settings["num_previous"] = None if options.num_previous == "all" else options.num_previous
     return settings
 
 
-def adapter_problems(args: DreamBoothOptions) -> Iterator[str]:
+def adapter_problems(options: DreamBoothOptions) -> Iterator[str]:
     """What is wrong with an adapter for whatever model."""
-    yield from (fault for fault in faults(adapter_settings(args)) if not fault.startswith(CHECKED_BEFORE))
+    yield from (fault for fault in faults(adapter_settings(options)) if not fault.startswith(CHECKED_BEFORE))
     for option in PATTERNS:
-        for pattern in getattr(args, option):
+        for pattern in getattr(options, option):
             if fault := fault_of_pattern(pattern):
                 yield f"--{option}: {pattern!r} is no regular expression: {fault}"
 
@@ -53,14 +55,14 @@ def fault_of_pattern(pattern: str) -> str | None:
     return None
 
 
-def model_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+def model_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
     """What does not fit this model."""
     sound = {
-        name: {pattern: value for pattern, value in getattr(args, name).items() if not fault_of_pattern(pattern)}
+        name: {pattern: value for pattern, value in getattr(options, name).items() if not fault_of_pattern(pattern)}
         for name in PATTERNS
     }
-    args = args.changed(**sound, rank=max(1, args.rank))
-    name, family, config = args.pretrained_model_name_or_path, outline.family, outline.denoiser_config
+    options = options.changed(**sound, rank=max(1, options.rank))
+    name, family, config = options.pretrained_model_name_or_path, outline.family, outline.denoiser_config
     channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
     if channels != latent_channels:
         yield (
@@ -71,44 +73,46 @@ def model_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
         own, other = (vae.get(key, LATENT_SPACE[key]) for vae in (outline.vae, outline.other_vae or {}))
         if own != other:
             yield (
-                f"--pretrained_vae_model_name_or_path: {args.pretrained_vae_model_name_or_path} has {key} {other}, "
+                f"--pretrained_vae_model_name_or_path: {options.pretrained_vae_model_name_or_path} has {key} {other}, "
                 f"the {family.title} model {name} has {own}: it is of another family"
             )
     if outline.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {outline.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
     grid = outline.grid
-    if args.resolution % 8 == 0 and not grid.fits(args.resolution):  # what is no multiple of 8 fits no model: `checks`
-        yield f"--resolution: got {args.resolution}, wanted {grid} for this model"
+    if options.resolution % 8 == 0 and not grid.fits(
+        options.resolution
+    ):  # what is no multiple of 8 fits no model: `checks`
+        yield f"--resolution: got {options.resolution}, wanted {grid} for this model"
     for option, reason in family.not_here.items():
-        value = getattr(args, option)
+        value = getattr(options, option)
         if value is not None and value is not False:
             yield f"--{option} does not apply to {family.title}: it {reason}"
     guided = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
-    if args.guidance_scale not in (None, getattr(args, guided)):
+    if options.guidance_scale not in (None, getattr(options, guided)):
         yield (
-            f"--guidance_scale and --{guided} are the same for {family.title}; got {args.guidance_scale:g} and "
-            f"{getattr(args, guided):g}"
+            f"--guidance_scale and --{guided} are the same for {family.title}; got {options.guidance_scale:g} and "
+            f"{getattr(options, guided):g}"
         )
-    if args.training_guidance_scale is not None and family.training_guidance(config, args) is None:
+    if options.training_guidance_scale is not None and family.training_guidance(config, options) is None:
         yield (
             f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. The "
             "guidance of validation images is --validation_guidance_scale"
         )
-    if family.fixed_encoder and (args.max_sequence_length or 0) > LONGEST_FOR_T5:
-        yield f"--max_sequence_length: got {args.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
-    if args.tokenizer_max_length and args.tokenizer_max_length > outline.max_length:
-        yield f"--tokenizer_max_length: got {args.tokenizer_max_length}, wanted at most {outline.max_length}"
-    for component, targets in outline.targets(args).items():
-        yield from target_problems(outline, component, targets, args)
-    yield from pattern_problems(outline, args)
-    yield from block_problems(outline, args)
+    if family.fixed_encoder and (options.max_sequence_length or 0) > LONGEST_FOR_T5:
+        yield f"--max_sequence_length: got {options.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
+    if options.tokenizer_max_length and options.tokenizer_max_length > outline.max_length:
+        yield f"--tokenizer_max_length: got {options.tokenizer_max_length}, wanted at most {outline.max_length}"
+    for component, targets in outline.targets(options).items():
+        yield from target_problems(outline, component, targets, options)
+    yield from pattern_problems(outline, options)
+    yield from block_problems(outline, options)
 
 
-def pattern_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+def pattern_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
-    names = [name for _, name, _ in outline.adapted(args)]
+    names = [name for _, name, _ in outline.adapted(options)]
     for option in PATTERNS:
-        for pattern in getattr(args, option):
+        for pattern in getattr(options, option):
             if names and not any(matches(pattern, name) for name in names):
                 yield (
                     f"--{option}: {pattern!r} matches no adapted layer to its name's end (as in PEFT; wanted "
@@ -116,28 +120,28 @@ def pattern_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]
                 )
 
 
-def block_problems(outline: Outline, args: DreamBoothOptions) -> Iterator[str]:
+def block_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
     """Blocks that the model does not have."""
     names = outline.layers[outline.family.denoiser]
     blocks = {int(name.split(".")[1]) for name in names if re.fullmatch(rf"{BLOCKS}\.\d+", name)}
-    if absent := [block for block in blocks_of(args) if blocks and block not in blocks]:
+    if absent := [block for block in blocks_of(options) if blocks and block not in blocks]:
         yield f"--lora_blocks: got {listing(absent)}, wanted blocks from 0 to {max(blocks)}"
 
 
-def target_problems(outline: Outline, component: str, targets: list[str], args: DreamBoothOptions) -> Iterator[str]:
+def target_problems(outline: Outline, component: str, targets: list[str], options: DreamBoothOptions) -> Iterator[str]:
     """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
     layers = outline.layers[component]
     for target in sorted(set(targets)):
         if not any(is_target(name, [target]) for name in layers):
             leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.kind == LINEAR})
             yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
-    adapted = {name: layer for part, name, layer in outline.adapted(args) if part == component}
+    adapted = {name: layer for part, name, layer in outline.adapted(options) if part == component}
     if odd := [f"{name} ({layer.kind})" for name, layer in adapted.items() if layer.kind != LINEAR]:
         yield f"target modules of the {component} that are no linear layers: {listing(odd)}"
     narrow = [
         f"{name} {layer.shape} of rank {rank}"
         for name, layer in adapted.items()
-        if layer.kind == LINEAR and (rank := rank_of(args, name)) > min(layer.shape)
+        if layer.kind == LINEAR and (rank := rank_of(options, name)) > min(layer.shape)
     ]
     if narrow:
         yield f"--rank is larger than layers of the {component}: {listing(narrow)}"

@@ -13,6 +13,7 @@ from .dreambooth import DreamBoothOptions
 from .model import FAMILY_TITLES
 
 PROGRAM = "train_dreambooth_reslora.py"
+EARLIER_NAMES = {"clip_skip": "skip_clip_layers", "frugal_layers": "low_memory_layers"}  # in recorded options
 
 
 @cache
@@ -41,9 +42,7 @@ def renamed_since(recorded: Mapping[str, Any]) -> dict[str, Any]:
         options["validation_guidance_scale"] = options.pop("guidance_scale", None)
     if options.get("method") == "reslora" and options.get("shortcut") is None:  # before `block` was the default
         options["shortcut"] = "input"
-    if "clip_skip" in options:
-        options["skip_clip_layers"] = options.pop("clip_skip")
-    return options
+    return {EARLIER_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def stored_options(recorded: Mapping[str, Any]) -> DreamBoothOptions:

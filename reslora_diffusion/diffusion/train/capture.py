@@ -217,12 +217,12 @@ def whole_step(
     backward: Backward,
     update: Update,
     optimizer: torch.optim.Optimizer,
-    args: DreamBoothOptions,
+    options: DreamBoothOptions,
     device: torch.device,
     say: Callable[[str], object],
 ) -> Step:
     """The step in the form that was asked for, if the machine can."""
-    if not args.cuda_graph:
+    if not options.cuda_graph:
         return Step(backward, update)
     if reason := why_not_captured(device):
         say(f"--cuda_graph: {reason}; going on without graphs")

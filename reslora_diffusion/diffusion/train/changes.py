@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...utils.problems import listing
 from ..data.concepts import Concept
-from ..data.scan import Picture
+from ..data.scan import ScannedImage
 
 PARTS = ("image", "caption", "mask", "repeats")  # of an entry, in this order
 DIGITS = 16
@@ -19,21 +19,21 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGITS]
 
 
-def entry(picture: Picture, prompt: str | None, repeats: int) -> list[str]:
-    mask = digest(picture.mask.read_bytes()) if picture.mask else ""
-    text = picture.caption or prompt or ""
-    return [picture.digest[:DIGITS], digest(text.encode("utf-8", "surrogatepass")), mask, str(repeats)]
+def entry(image: ScannedImage, prompt: str | None, repeats: int) -> list[str]:
+    mask = digest(image.mask.read_bytes()) if image.mask else ""
+    text = image.caption or prompt or ""
+    return [image.digest[:DIGITS], digest(text.encode("utf-8", "surrogatepass")), mask, str(repeats)]
 
 
 def data_of(concepts: Sequence[Concept]) -> Data:
     """An entry for each image, by its subject, role and name."""
     found = {}
     for number, concept in enumerate(concepts, 1):
-        for picture in concept.instance.pictures:
-            name = f"instance {number}/{picture.path.name}"
-            found[name] = entry(picture, concept.instance_prompt, concept.repeats)
-        for picture in concept.classes.pictures if concept.classes else ():
-            found[f"class {number}/{picture.path.name}"] = entry(picture, concept.class_prompt, 1)
+        for image in concept.instance.images:
+            name = f"instance {number}/{image.path.name}"
+            found[name] = entry(image, concept.instance_prompt, concept.repeats)
+        for image in concept.classes.images if concept.classes else ():
+            found[f"class {number}/{image.path.name}"] = entry(image, concept.class_prompt, 1)
     return found
 
 

@@ -28,7 +28,7 @@ def step_of(folder: Path) -> int:
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself: step, options, versions, pictures; raises `BrokenState`."""
+    """What a checkpoint says about itself: step, options, versions, images; raises `BrokenState`."""
     return read_facts(folder / STATE_FOLDER)
 
 

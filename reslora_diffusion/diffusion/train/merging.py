@@ -42,16 +42,16 @@ class Evaluation:
     def of(
         cls,
         sampler: Sampler,
-        args: DreamBoothOptions,
+        options: DreamBoothOptions,
         held_out: Sequence[Example] = (),
         process: int = 0,
         processes: int = 1,
     ) -> "Evaluation":
         """`held_out` are the examples to measure on, which are those that are trained on if there are no others."""
-        size, seed = args.train_batch_size, seed_of(sampler.seed, Stream.VALIDATION)
+        size, seed = options.train_batch_size, seed_of(sampler.seed, Stream.VALIDATION)
         fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
         measured = replace(sampler, instances=held_out or sampler.instances, classes={}, seed=seed, caption_dropout=0.0)
-        turns = [n * processes + process for n in range(args.calibration_batches)]
+        turns = [n * processes + process for n in range(options.calibration_batches)]
         whole = size * processes
         return cls(
             calibration=[batch for turn in turns for batch in fitted.batches(turn * size, size)],

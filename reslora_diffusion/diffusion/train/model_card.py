@@ -13,10 +13,10 @@ from ..models.skeleton import given_base
 from ..options import DreamBoothOptions
 
 
-def model_card(args: DreamBoothOptions, tag: str, prompt: str, lines: list[str], pictures: list[str]) -> str:
+def model_card(options: DreamBoothOptions, tag: str, prompt: str, lines: list[str], images: list[str]) -> str:
     """`prompt` is one that was trained, `lines` what merging cost."""
-    base, local = base_model_name(args), Path(given_base(args)).is_dir()
-    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, args.method]
+    base, local = base_model_name(options), Path(given_base(options)).is_dir()
+    tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, options.method]
     return "\n".join(
         [
             "---",
@@ -26,61 +26,61 @@ def model_card(args: DreamBoothOptions, tag: str, prompt: str, lines: list[str],
             f"tags: [{listing(tags, len(tags))}]",
             "---",
             "",
-            f"# {Path(args.output_dir).resolve().name}",
+            f"# {Path(options.output_dir).resolve().name}",
             "",
             f"A LoRA for `{base}`, trained by DreamBooth on {prompt!r}; text encoder trained: "
-            f"{'yes' if args.train_text_encoder else 'no'}.",
+            f"{'yes' if options.train_text_encoder else 'no'}.",
             "",
             "```python",
-            *usage(args, prompt),
+            *usage(options, prompt),
             "```",
             "",
             *lines,
             "",
-            *(f"![{name}]({name})" for name in pictures),
+            *(f"![{name}]({name})" for name in images),
             "",
         ]
     )
 
 
-def usage(args: DreamBoothOptions, prompt: str) -> list[str]:
-    """A program that paints with the adapter, by the same process as it was trained with."""
-    more = {name: value for name in ("revision", "variant") if (value := getattr(args, name))}
-    more |= {"text_encoder_3": None, "tokenizer_3": None} if args.skip_t5 else {}
+def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
+    """A program that generates an image with the adapter, by the same process as it was trained with."""
+    more = {name: value for name in ("revision", "variant") if (value := getattr(options, name))}
+    more |= {"text_encoder_3": None, "tokenizer_3": None} if options.skip_t5 else {}
     given = "".join(f", {name}={literal(value)}" for name, value in more.items())
-    changes = "".join(f", {name}={literal(value)}" for name, value in scheduler_changes(args).items())
-    vae = args.pretrained_vae_model_name_or_path
+    changes = "".join(f", {name}={literal(value)}" for name, value in scheduler_changes(options).items())
+    vae = options.pretrained_vae_model_name_or_path
     lines = [
         "from diffusers import AutoencoderKL, DiffusionPipeline" if vae else "from diffusers import DiffusionPipeline"
     ]
-    lines += ["", f"base = {place(given_base(args), args)}"]
+    lines += ["", f"base = {place(given_base(options), options)}"]
     if vae:
-        lines.append(f"vae = {place(vae, args)}")
+        lines.append(f"vae = {place(vae, options)}")
         given += ", vae=AutoencoderKL.from_pretrained(vae)"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{given})")
     if changes:
         lines.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config{changes})")
-    if args.skip_clip_layers:  # of the pipeline's own `clip_skip` the empty prompt knows nothing
+    if options.skip_clip_layers:  # of the pipeline's own `clip_skip` the empty prompt knows nothing
         lines.append('encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder')
-        count = args.skip_clip_layers
+        count = options.skip_clip_layers
         lines.append(f"encoder.layers = encoder.layers[:-{count}]  # as trained, with --skip_clip_layers {count}")
-    where = args.hub_model_id if args.push_to_hub else "."
+    where = options.hub_model_id if options.push_to_hub else "."
     lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
-    length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length else ""
+    length = f", max_sequence_length={options.max_sequence_length}" if options.max_sequence_length else ""
     lines.append(f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{length}).images[0]")
-    return [*lines, 'image.save("picture.png")']
+    return [*lines, 'image.save("image.png")']
 
 
 def literal(value: str | bool | None) -> str:
     return json.dumps(value) if isinstance(value, str) else str(value)
 
 
-def place(name: str, args: DreamBoothOptions) -> str:
+def place(name: str, options: DreamBoothOptions) -> str:
     """Where a model is: a hub name, or as seen from the adapter's folder, with a word on it."""
     folder = Path(name)
     if not folder.is_dir():
         return json.dumps(name)
-    folder, output = folder.resolve(), Path(args.output_dir).resolve()
+    folder, output = folder.resolve(), Path(options.output_dir).resolve()
     try:
         shared = Path(os.path.commonpath([folder, output]))
     except ValueError:  # on two drives

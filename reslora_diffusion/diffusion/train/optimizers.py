@@ -58,36 +58,36 @@ def parameters_of(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parame
     return {name: value for name, value in own.items() if name not in ("self", "params", "pairs", "adamw")}
 
 
-def name_of(args: DreamBoothOptions) -> str:
-    return "adamw8bit" if args.use_8bit_adam else args.optimizer
+def name_of(options: DreamBoothOptions) -> str:
+    return "adamw8bit" if options.use_8bit_adam else options.optimizer
 
 
-def settings(kind: type[torch.optim.Optimizer], args: DreamBoothOptions) -> dict[str, Any]:
+def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> dict[str, Any]:
     """Keyword arguments: those of Adam and Prodigy where the optimizer knows them, then `--optimizer_args`."""
     known = parameters_of(kind)
     chosen: dict[str, Any] = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
         "fused": True,  # one kernel for many tensors, and a step with non-finite gradients is skipped on the device
-        "capturable": args.cuda_graph and torch.cuda.is_available(),
+        "capturable": options.cuda_graph and torch.cuda.is_available(),
         "relative_step": False,
         "scale_parameter": False,
-        "beta3": args.prodigy_beta3,
-        "decouple": args.prodigy_decouple,
-        "use_bias_correction": args.prodigy_use_bias_correction,
-        "safeguard_warmup": args.prodigy_safeguard_warmup,
+        "beta3": options.prodigy_beta3,
+        "decouple": options.prodigy_decouple,
+        "use_bias_correction": options.prodigy_use_bias_correction,
+        "safeguard_warmup": options.prodigy_safeguard_warmup,
     }
     if isinstance(known["eps"].default if "eps" in known else None, tuple):
         del chosen["eps"]  # Adafactor's are two of another meaning
     chosen = {name: value for name, value in chosen.items() if name in known}
     if issubclass(kind, PairOptimizer):  # where one has a default of its own, that of the command line is not meant
         own = inspect.signature(kind).parameters
-        options = {"eps": "adam_epsilon", "weight_decay": "adam_weight_decay"}
-        chosen = {n: v for n, v in chosen.items() if n not in own or options.get(n) in args.given}
+        flags = {"eps": "adam_epsilon", "weight_decay": "adam_weight_decay"}
+        chosen = {n: v for n, v in chosen.items() if n not in own or flags.get(n) in options.given}
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
         chosen.pop("fused", None)
-    return chosen | {name: literal(value) for name, value in args.optimizer_args.items()}
+    return chosen | {name: literal(value) for name, value in options.optimizer_args.items()}
 
 
 def literal(text: str) -> Any:
@@ -98,56 +98,58 @@ def literal(text: str) -> Any:
         return text
 
 
-def optimizer_problems(args: DreamBoothOptions) -> list[str]:
+def optimizer_problems(options: DreamBoothOptions) -> list[str]:
     """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
-        kind = optimizer_class(name_of(args))
+        kind = optimizer_class(name_of(options))
     except ImportError:
         return []
     except KeyError:
-        return [f"--optimizer: torch {torch.__version__} has no {args.optimizer}"]
+        return [f"--optimizer: torch {torch.__version__} has no {options.optimizer}"]
     known = set(parameters_of(kind))
-    unknown = [name for name in args.optimizer_args if name not in known]
+    unknown = [name for name in options.optimizer_args if name not in known]
     problems = [
         f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
     ]
-    if args.cuda_graph and not settings(kind, args).get("fused"):
+    if options.cuda_graph and not settings(kind, options).get("fused"):
         fused = ", ".join(name.lower() for name in FUSED)
         problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
     if issubclass(kind, PairOptimizer):
         problems += [
-            f"--optimizer {args.optimizer}: {kind.conflicts[name]}"
-            for name in features_of(args)
+            f"--optimizer {options.optimizer}: {kind.conflicts[name]}"
+            for name in features_of(options)
             if name in kind.conflicts and name != "cuda_graph"  # which is said above, of every optimizer
         ]
     pairs: Any = {"pairs": []} if issubclass(kind, PairOptimizer) else {}
     if not problems:
         try:
-            cast(Any, kind)([nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **pairs, **settings(kind, args))
+            cast(Any, kind)(
+                [nn.Parameter(torch.zeros(2, 2))], lr=options.learning_rate, **pairs, **settings(kind, options)
+            )
         except (ValueError, TypeError, RuntimeError) as error:
-            problems.append(f"--optimizer {args.optimizer}: {error}")
+            problems.append(f"--optimizer {options.optimizer}: {error}")
     return problems
 
 
-def learning_rate_factor(args: DreamBoothOptions, processes: int) -> int:
+def learning_rate_factor(options: DreamBoothOptions, processes: int) -> int:
     """The factor of `--scale_lr` on `--learning_rate`; a `--text_encoder_lr` is taken as it is, as in diffusers."""
-    return args.train_batch_size * args.gradient_accumulation_steps * processes if args.scale_lr else 1
+    return options.train_batch_size * options.gradient_accumulation_steps * processes if options.scale_lr else 1
 
 
 def parameter_groups(
-    components: Mapping[str, Mapping[str, nn.Parameter]], args: DreamBoothOptions, processes: int
+    components: Mapping[str, Mapping[str, nn.Parameter]], options: DreamBoothOptions, processes: int
 ) -> list[dict[str, Any]]:
     """Groups of equal learning rate. `components`: parameters by component and name."""
-    scale = learning_rate_factor(args, processes)
+    scale = learning_rate_factor(options, processes)
     groups: dict[tuple, dict[str, Any]] = {}
     for component, parameters in components.items():
         text = component.startswith("text_encoder")
-        base = (args.text_encoder_lr if text else None) or args.learning_rate * scale
-        decay = args.adam_weight_decay_text_encoder if text else None
+        base = (options.text_encoder_lr if text else None) or options.learning_rate * scale
+        decay = options.adam_weight_decay_text_encoder if text else None
         for name, parameter in parameters.items():
             layer, _, factor = name.partition(".lora_")
-            pattern = next((f for regex, f in args.lr_pattern.items() if matches(regex, layer)), 1.0)
-            lr = base * pattern * (args.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
+            pattern = next((f for regex, f in options.lr_pattern.items() if matches(regex, layer)), 1.0)
+            lr = base * pattern * (options.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
             own = {} if decay is None else {"weight_decay": decay}
             group = groups.setdefault((component, lr), {"params": [], "lr": lr, **own})
             group["params"].append(parameter)
@@ -156,24 +158,28 @@ def parameter_groups(
 
 def make_optimizer(
     components: Mapping[str, Mapping[str, nn.Parameter]],
-    args: DreamBoothOptions,
+    options: DreamBoothOptions,
     processes: int = 1,
     pairs: Sequence[FactorPair] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of the adapters. `pairs`: of their factors, for those that see them together."""
-    kind: Any = optimizer_class(name_of(args))
+    kind: Any = optimizer_class(name_of(options))
     own = {"pairs": pairs} if issubclass(kind, PairOptimizer) else {}
-    return kind(parameter_groups(components, args, processes), lr=args.learning_rate, **own, **settings(kind, args))
+    return kind(
+        parameter_groups(components, options, processes), lr=options.learning_rate, **own, **settings(kind, options)
+    )
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: DreamBoothOptions, max_train_steps: int) -> LRScheduler:
+def make_lr_scheduler(
+    optimizer: torch.optim.Optimizer, options: DreamBoothOptions, max_train_steps: int
+) -> LRScheduler:
     return get_scheduler(
-        args.lr_scheduler,
+        options.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
     )
 
 

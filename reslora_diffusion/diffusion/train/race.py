@@ -1,4 +1,4 @@
-"""A race: several methods on the same draws (pictures, noise, timesteps), from the same seed, for as many steps.
+"""A race: several methods on the same draws (images, noise, timesteps), from the same seed, for as many steps.
 
     --compare lora reslora-input reslora-block:num_previous=2 lora:lora_alpha=16
 
@@ -7,8 +7,8 @@ in a folder of its own, and what it sees is a function of (seed, step) alone, so
 
     <output_dir>/<contender>/     the runs
     <output_dir>/race.json        losses, merge gaps and files of all of them
-    <output_dir>/comparison.json  the settings with which the app paints them side by side
-    <output_dir>/samples.png      their last validation pictures beside the base's
+    <output_dir>/comparison.json  the settings by which the app shows them side by side
+    <output_dir>/samples.png      their last validation images beside the base's
     <output_dir>/loss.png         their losses
 """
 
@@ -27,23 +27,23 @@ from ..options import DreamBoothOptions, override
 from ..options.checks import Findings, check, quick_check
 from .checkpoints import find_checkpoint
 from .record import resolve_seed, versions
-from .sheet import contact_sheet, save_picture
+from .sheet import contact_sheet, save_image
 
 SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")
 HEADS = ("lora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
 APP_FORMAT_VERSION = 1  # of the app's settings files
 
 
-def contender(word: str, args: DreamBoothOptions) -> DreamBoothOptions:
+def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
     """Options of one contender; raises `BadInput`."""
     head, _, settings = word.partition(":")
     method, _, shortcut = head.partition("-")
     if head not in HEADS:
         raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
-    own = args.changed()
+    own = options.changed()
     own.compare, own.method = None, method
-    own.output_dir = str(Path(args.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
-    own.shortcut = shortcut or args.shortcut
+    own.output_dir = str(Path(options.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
+    own.shortcut = shortcut or options.shortcut
     if method == "lora":
         own.shortcut = own.num_previous = own.merge_method = own.handover = None
     if method == "lora" or shortcut in ("none", "block"):
@@ -56,9 +56,9 @@ def contender(word: str, args: DreamBoothOptions) -> DreamBoothOptions:
     return own
 
 
-def contenders(args: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
+def contenders(options: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
     """Options by name; raises `BadInput` with the problems of all of them."""
-    words = list(dict.fromkeys(name for word in args.compare or [] for name in split_names(word)))
+    words = list(dict.fromkeys(name for word in options.compare or [] for name in split_names(word)))
     found: dict[str, DreamBoothOptions] = {}
     problems: dict[str, list[str]] = {}  # and who has them
     looks: dict[str, Findings] = {}
@@ -67,7 +67,7 @@ def contenders(args: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
         problems[f"--compare: got {', '.join(words)}, wanted two contenders or more"] = words
 
     def quick(word: str) -> None:
-        found[word] = contender(word, args)
+        found[word] = contender(word, options)
         looks[word] = quick_check(found[word])
 
     for examine in (quick, lambda word: check(found[word], looks[word])):  # of all, before torch is waited for
@@ -89,29 +89,29 @@ def split_names(word: str) -> list[str]:
     return word.split(",") if ":" not in word else [word]
 
 
-def race(args: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -> Path:
+def race(options: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -> Path:
     """Let `run` train every contender, one after the other; returns the folder of the comparison."""
-    if not args.validation_prompt and args.instance_prompt:
-        args.validation_prompt = [args.instance_prompt]
-    runs = contenders(args)
+    if not options.validation_prompt and options.instance_prompt:
+        options.validation_prompt = [options.instance_prompt]
+    runs = contenders(options)
     from accelerate import PartialState
 
     state = PartialState()
-    if args.seed is None:
+    if options.seed is None:
         resumed = [find_checkpoint(Path(own.output_dir), "latest") for own in runs.values()]
-        args.seed = resolve_seed(args, next(filter(None, resumed), None), state)
+        options.seed = resolve_seed(options, next(filter(None, resumed), None), state)
     folders = {}
     for number, (name, own) in enumerate(runs.items(), 1):
-        own.seed = args.seed
+        own.seed = options.seed
         state.print(f"\n--- {name}, {number} of {len(runs)}", flush=True)
         folders[name] = run(own)
-    args.validation_guidance_scale = own.validation_guidance_scale  # the family's, if none was given
-    if not args.dry_run and state.is_main_process:
-        write_comparison(Path(args.output_dir), folders, args)
-    return Path(args.output_dir)
+    options.validation_guidance_scale = own.validation_guidance_scale  # the family's, if none was given
+    if not options.dry_run and state.is_main_process:
+        write_comparison(Path(options.output_dir), folders, options)
+    return Path(options.output_dir)
 
 
-def write_comparison(output: Path, folders: dict[str, Path], args: DreamBoothOptions) -> None:
+def write_comparison(output: Path, folders: dict[str, Path], options: DreamBoothOptions) -> None:
     from .history import plot_losses, read_history
 
     plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
@@ -120,38 +120,38 @@ def write_comparison(output: Path, folders: dict[str, Path], args: DreamBoothOpt
         name: {key: value for key, value in report.items() if key != "output_errors"} | {"folder": str(folders[name])}
         for name, report in reports.items()
     }
-    shared = {"seed": args.seed, "versions": versions(), "contenders": figures}
+    shared = {"seed": options.seed, "versions": versions(), "contenders": figures}
     write_text(output / "race.json", json.dumps(shared, indent=2))
-    if args.validation_prompt and args.num_validation_images:
-        write_text(output / "comparison.json", json.dumps(app_settings(folders, args), indent=2))
-        save_picture(draw_sheet(folders, args), output / "samples.png")
+    if options.validation_prompt and options.num_validation_images:
+        write_text(output / "comparison.json", json.dumps(app_settings(folders, options), indent=2))
+        save_image(draw_sheet(folders, options), output / "samples.png")
     width = max(map(len, figures))
     for name, row in figures.items():
         print(f"{name:<{width}}  trained {row['loss_trained']:.5f}  as exported {row['loss_merged']:.5f}")
 
 
-def app_settings(folders: dict[str, Path], args: DreamBoothOptions) -> dict[str, Any]:
+def app_settings(folders: dict[str, Path], options: DreamBoothOptions) -> dict[str, Any]:
     """The same prompts for all exported files, as the app reads it."""
     files = {name: folder / "pytorch_lora_weights.safetensors" for name, folder in folders.items()}
     return {
         "format_version": APP_FORMAT_VERSION,
-        "prompts": args.validation_prompt,
-        "seeds": list(range(args.num_validation_images)),
+        "prompts": options.validation_prompt,
+        "seeds": list(range(options.num_validation_images)),
         "adapters": [
             {"label": name, "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for name, path in files.items()
         ],
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.validation_guidance_scale,
     }
 
 
-def draw_sheet(folders: dict[str, Path], args: DreamBoothOptions) -> Image.Image:
-    """Columns: where they start, which is the base (step 0 of any of them), then each contender's last pictures."""
-    prompts, each = args.validation_prompt or [], range(args.num_validation_images)
+def draw_sheet(folders: dict[str, Path], options: DreamBoothOptions) -> Image.Image:
+    """Columns: where they start, which is the base (step 0 of any of them), then each contender's last images."""
+    prompts, each = options.validation_prompt or [], range(options.num_validation_images)
     names = [f"{p}-{n}.png" for p in range(len(prompts)) for n in each]
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
-    start = "start" if args.network_weights else "base"
+    start = "start" if options.network_weights else "base"
     chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
     columns = {label: [folder / name for name in names] for label, folder in chosen.items()}
     return contact_sheet(columns, [prompt for prompt in prompts for _ in each])

@@ -36,20 +36,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def options(args: DreamBoothOptions) -> dict[str, Any]:
-    """Every option as it was resolved, in JSON's types; can be given back by `--config`."""
-    return args.recorded()
-
-
-def trackable(args: DreamBoothOptions) -> dict[str, Any]:
+def trackable(options: DreamBoothOptions) -> dict[str, Any]:
     """Options as trackers take them."""
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options(args).items()}
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.recorded().items()}
 
 
-def resolve_seed(args: DreamBoothOptions, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
+def resolve_seed(options: DreamBoothOptions, checkpoint: Path | None, accelerator: "Accelerator | PartialState") -> int:
     """The seed given, else the checkpoint's, else one drawn for all processes."""
-    if args.seed is not None:
-        return args.seed
+    if options.seed is not None:
+        return options.seed
     if checkpoint is not None:
         return stored_facts(checkpoint).get("options", {}).get("seed", 0)
     from accelerate.utils import broadcast_object_list
@@ -58,34 +53,38 @@ def resolve_seed(args: DreamBoothOptions, checkpoint: Path | None, accelerator: 
     return broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
 
 
-def write_record(args: DreamBoothOptions, facts: dict[str, Any]) -> None:
+def write_record(options: DreamBoothOptions, facts: dict[str, Any]) -> None:
     """Write `run.json`: command, options, versions and what the caller found out."""
-    record = {"command": without_secrets(sys.argv), "options": options(args), "versions": versions(), **facts}
-    write_text(Path(args.output_dir) / FILE, json.dumps(record, indent=2))
+    record = {"command": without_secrets(sys.argv), "options": options.recorded(), "versions": versions(), **facts}
+    write_text(Path(options.output_dir) / FILE, json.dumps(record, indent=2))
 
 
-def differences(args: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
+def differences(options: DreamBoothOptions, checkpoint: Path) -> Iterator[str]:
     """Options in which a checkpoint differs from this configuration. A seed that is not given is the checkpoint's."""
     stored = stored_options(stored_facts(checkpoint).get("options", {}))
     for name in BINDING:
-        was, own = getattr(stored, name), getattr(args, name)
+        was, own = getattr(stored, name), getattr(options, name)
         if name == "lora_alpha":  # not given, it is the rank
-            was, own = was or float(stored.rank), own or float(args.rank)
-        if name == "shortcut" and args.method == "reslora":
+            was, own = was or float(stored.rank), own or float(options.rank)
+        if name == "shortcut" and options.method == "reslora":
             own = own or str(ShortcutFields.shortcut)
-        if was != own and not (name == "seed" and args.seed is None):
+        if was != own and not (name == "seed" and options.seed is None):
             yield f"{checkpoint} was trained with --{name} {was!r}, got {own!r}; wanted the same"
 
 
-def changes(args: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
+def changes(options: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
     """Options of training that may differ from a checkpoint's, and do: name, the checkpoint's value, ours."""
     stored = stored_options(stored_facts(checkpoint).get("options", {}))
     for item in fields(TrainingOptions):
-        was, own = getattr(stored, item.name), getattr(args, item.name)
+        was, own = getattr(stored, item.name), getattr(options, item.name)
         if item.name not in BINDING and item.name not in LENGTH and was != own:
             yield item.name, was, own
 
 
-def export_name(args: DreamBoothOptions) -> str:
+def export_name(options: DreamBoothOptions) -> str:
     """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
-    return composed(args.export_name) if args.export_name else file_name_from(Path(args.output_dir).resolve().name)
+    return (
+        composed(options.export_name)
+        if options.export_name
+        else file_name_from(Path(options.output_dir).resolve().name)
+    )

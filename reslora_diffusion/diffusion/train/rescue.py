@@ -31,22 +31,22 @@ CONTINUE = "continue by --resume_from_checkpoint latest"
 EXPECTED = (OSError, MemoryError, ValueError)  # their messages are for users; others are faults of the program
 
 
-def memory_advice(args: DreamBoothOptions, training: bool = True) -> str:
+def memory_advice(options: DreamBoothOptions, training: bool = True) -> str:
     """The three options that save the most memory, among those that are not used yet."""
-    several = args.train_batch_size > 1
-    smaller = max(1, args.train_batch_size // 2)
-    accumulated = args.gradient_accumulation_steps * 2
-    options = [
+    several = options.train_batch_size > 1
+    smaller = max(1, options.train_batch_size // 2)
+    accumulated = options.gradient_accumulation_steps * 2
+    choices = [
         (several and training, f"--train_batch_size {smaller} --gradient_accumulation_steps {accumulated}"),
-        (training and not args.gradient_checkpointing, "--gradient_checkpointing"),
-        (args.mixed_precision in (None, "no"), "--mixed_precision bf16"),
-        (True, f"a --resolution below {args.resolution}"),
-        (args.train_text_encoder, "--no-train_text_encoder"),
-        (args.rank > 1, f"a --rank below {args.rank}"),
+        (training and not options.gradient_checkpointing, "--gradient_checkpointing"),
+        (options.mixed_precision in (None, "no"), "--mixed_precision bf16"),
+        (True, f"a --resolution below {options.resolution}"),
+        (options.train_text_encoder, "--no-train_text_encoder"),
+        (options.rank > 1, f"a --rank below {options.rank}"),
         (True, "--optimizer adamw8bit"),
         (True, "--validation_prompt left out"),
     ]
-    return f"these options need less: {', '.join([text for applies, text in options if applies][:3])}"
+    return f"these options need less: {', '.join([text for applies, text in choices if applies][:3])}"
 
 
 def release_memory() -> None:
@@ -59,7 +59,7 @@ def release_memory() -> None:
 
 
 @contextmanager
-def enough_memory(args: DreamBoothOptions) -> Iterator[None]:
+def enough_memory(options: DreamBoothOptions) -> Iterator[None]:
     """Inside, nothing has been trained yet; raises `Stopped` with advice where the memory does not suffice."""
     failure = None
     try:
@@ -69,7 +69,7 @@ def enough_memory(args: DreamBoothOptions) -> Iterator[None]:
             raise
         failure = short(error)
     if failure:
-        raise Stopped(f"out of memory before the first step ({failure}); {memory_advice(args)}")
+        raise Stopped(f"out of memory before the first step ({failure}); {memory_advice(options)}")
 
 
 def short(error: BaseException) -> str:
@@ -105,7 +105,7 @@ def rescued(run: "Run", doing: str) -> Iterator[None]:
     failure.__traceback__ = None  # its frames hold the memory of the failed step
     release_memory()
     if is_out_of_memory(failure):
-        cause = f"out of memory in step {run.step + 1} ({short(failure)}); {memory_advice(run.args)}"
+        cause = f"out of memory in step {run.step + 1} ({short(failure)}); {memory_advice(run.options)}"
         if doing != "training":
             cause = f"out of memory while {doing} ({short(failure)})"
     else:

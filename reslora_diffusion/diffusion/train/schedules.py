@@ -11,45 +11,45 @@ from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
 
 
-def settings_of(args: DreamBoothOptions) -> Settings | None:
+def settings_of(options: DreamBoothOptions) -> Settings | None:
     """What was asked for, if anything; raises `BadInput`."""
-    if args.schedule is not None:
-        return parse_schedule(args.schedule)
-    return FoldSettings(args.handover) if args.handover is not None else None
+    if options.schedule is not None:
+        return parse_schedule(options.schedule)
+    return FoldSettings(options.handover) if options.handover is not None else None
 
 
-def features_of(args: DreamBoothOptions, outline: Outline | None = None) -> list[str]:
+def features_of(options: DreamBoothOptions, outline: Outline | None = None) -> list[str]:
     """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     adapter = {"shortcut": ShortcutFields.shortcut, "num_previous": ShortcutFields.num_previous}
-    adapter |= adapter_settings(args)
+    adapter |= adapter_settings(options)
     found = ["none" if adapter["num_previous"] == 0 else str(adapter["shortcut"])]
-    if args.loraplus_lr_ratio is not None:
+    if options.loraplus_lr_ratio is not None:
         found.append("loraplus")
-    if args.cuda_graph:
+    if options.cuda_graph:
         found.append("cuda_graph")
-    if args.scale_weight_norms:
+    if options.scale_weight_norms:
         found.append("max_norm")
-    if outline and any(layer.kind != LINEAR for _, _, layer in outline.adapted(args)):
+    if outline and any(layer.kind != LINEAR for _, _, layer in outline.adapted(options)):
         found.append("convolutions")
     return found
 
 
-def schedule_problems(args: DreamBoothOptions, outline: Outline | None, steps: int | None) -> list[str]:
+def schedule_problems(options: DreamBoothOptions, outline: Outline | None, steps: int | None) -> list[str]:
     """Everything that is wrong with the schedule. `steps`: of the run, if that is known."""
-    if args.compare:  # each contender is asked by itself
+    if options.compare:  # each contender is asked by itself
         return []
     try:
-        settings = settings_of(args)
+        settings = settings_of(options)
     except BadInput as error:
         return [f"--schedule: {problem}" for problem in error.problems]
-    if settings is None or args.schedule is None:  # --handover has checks of its own
+    if settings is None or options.schedule is None:  # --handover has checks of its own
         return []
-    problems = conflicts_of(settings, features_of(args, outline))
-    if args.handover is not None:
+    problems = conflicts_of(settings, features_of(options, outline))
+    if options.handover is not None:
         problems.append(f"{settings.name}: --handover is another schedule, and a run has one; wanted one of them")
-    problems += settings.misfits(steps, args.rank)
+    problems += settings.misfits(steps, options.rank)
     if outline and getattr(settings, "ranks", None):
-        ranks = sorted({rank_of(args, name) for _, name, _ in outline.adapted(args)})
+        ranks = sorted({rank_of(options, name) for _, name, _ in outline.adapted(options)})
         if len(ranks) > 1:
             problems.append(f"{settings.name}: ranks are for all layers, got --rank_pattern; wanted one rank")
     return [f"--schedule: {problem}" for problem in problems]

@@ -43,14 +43,14 @@ from .history import History, NonFiniteLoss, plot_losses
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler
-from .record import export_name, options, versions
+from .record import export_name, versions
 from .rescue import written_elsewhere
 from .schedules import settings_of
-from .validation import SHEET, Painter, fixed_noise_loss
+from .validation import SHEET, ValidationImages, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
-PICTURE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+IMAGE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -62,14 +62,14 @@ def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Run:
     """The parts of one training run."""
 
-    args: DreamBoothOptions
+    options: DreamBoothOptions
     plan: Plan
     accelerator: Accelerator
     adapters: Adapters
     denoiser: Denoiser
     sampler: Sampler
     evaluation: Evaluation
-    painter: Painter
+    validation_images: ValidationImages
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: History
@@ -88,14 +88,14 @@ class Run:
         self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
         self.collect_tensors()
         self.schedule = make_schedule(
-            settings_of(self.args), seed=self.seed, calibrate=self.calibrate, on_device=self.args.compile
+            settings_of(self.options), seed=self.seed, calibrate=self.calibrate, on_device=self.options.compile
         )
         self.schedule.start(self.adapters.handles(), self.plan.max_train_steps, self.optimizer)
         self.make_lr_scheduler()
 
     def make_lr_scheduler(self) -> None:
         """The learning rate as a function of the step, as the schedule has it."""
-        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.args, self.plan.max_train_steps)
+        self.lr_scheduler = make_lr_scheduler(self.optimizer, self.options, self.plan.max_train_steps)
         follow_learning_rate(self.schedule, self.lr_scheduler)
 
     def collect_tensors(self) -> None:
@@ -105,17 +105,17 @@ class Run:
     @property
     def seed(self) -> int:
         """The run's, which was drawn where none is given."""
-        assert self.args.seed is not None, "`resolve_seed` has set it"
-        return self.args.seed
+        assert self.options.seed is not None, "`resolve_seed` has set it"
+        return self.options.seed
 
     @property
     def output(self) -> Path:
-        return Path(self.args.output_dir)
+        return Path(self.options.output_dir)
 
     def batches(self, step: int, micro: int) -> list[Batch]:
         """What this process sees in micro-step `micro` of step `step`, both from 0; dropout is seeded accordingly."""
-        size, processes = self.args.train_batch_size, self.accelerator.num_processes
-        turn = (step * self.args.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
+        size, processes = self.options.train_batch_size, self.accelerator.num_processes
+        turn = (step * self.options.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
         torch.manual_seed(seed_of(self.seed, Stream.DROPOUT, turn))
         return self.sampler.batches(turn * size, size)
 
@@ -201,7 +201,7 @@ class Run:
             facts = {
                 "step": step,
                 "schedule": self.schedule.state_dict(),
-                "options": options(self.args),
+                "options": self.options.recorded(),
                 "versions": versions(),
                 "data": self.data,
                 "scaler": self.scaler.state_dict(),
@@ -269,41 +269,41 @@ class Run:
         self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser), distillation_steps)
 
     def is_validation_step(self, step: int) -> bool:
-        every = self.args.validation_steps or self.args.validation_epochs * self.plan.steps_per_epoch
+        every = self.options.validation_steps or self.options.validation_epochs * self.plan.steps_per_epoch
         return step % every == 0 or step == self.plan.max_train_steps
 
     def validate(self, step: int) -> None:
-        """Loss on fixed noise; with a prompt also the loss as merged, and pictures by what would be exported."""
+        """Loss on fixed noise; with a prompt also the loss as merged, and images by what would be exported."""
         self.flush(step)
         with self.averaged():
-            if self.painter.paints:
+            if self.validation_images.wanted:
                 self.calibrate()
             if self.accelerator.is_main_process or shards():
                 self.look(step)
 
     def look(self, step: int) -> None:
         with self.adapters.evaluation():
-            known = step == 0 and not self.args.network_weights  # every lora_B is zero, and the loss is the base's
+            known = step == 0 and not self.options.network_weights  # every lora_B is zero, and the loss is the base's
             loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
             values = {"validation_loss": loss}
-            if self.painter.paints:
+            if self.validation_images.wanted:
                 with self.adapters.merged():
                     merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
                 values |= {"merge_gap": merged - values["validation_loss"]}
         self.seen = values
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
-        images = self.painter.paint(self.adapters) if self.painter.paints else []
+        images = self.validation_images.generate(self.adapters) if self.validation_images.wanted else []
         if not self.accelerator.is_main_process:
             return
         if images:
-            self.painter.save(images, step)
+            self.validation_images.save(images, step)
             for tracker in self.accelerator.trackers:
-                if tracker.name in PICTURE_TRACKERS:
+                if tracker.name in IMAGE_TRACKERS:
                     pixels = np.stack([np.asarray(image) for image in images])
-                    tracker.log_images({"validation": pixels}, step=step, **PICTURE_TRACKERS[tracker.name])
+                    tracker.log_images({"validation": pixels}, step=step, **IMAGE_TRACKERS[tracker.name])
         if 0 < step < self.plan.max_train_steps:  # before there is nothing to plot; at the end `finish` does it
-            plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
+            plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
 
     def shown(self) -> dict[str, str]:
         """What a progress bar says."""
@@ -317,18 +317,17 @@ class Run:
 
     def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
         """What the headers of the LoRA's files say of its training; kohya's `ss_*` are made from the same names."""
-        args = {name: getattr(self.args, name) for name in IN_HEADER}
         facts = {
-            **args,
-            "method": self.args.method,
+            **{name: getattr(self.options, name) for name in IN_HEADER},
+            "method": self.options.method,
             **self.method,
-            "num_previous": self.args.num_previous,
-            "handover": self.args.handover,
-            "ss_clip_skip": self.args.skip_clip_layers and self.args.skip_clip_layers + 1,  # kohya counts from 1
-            "base_model": base_model_name(self.args),
-            "trigger_words": self.args.instance_prompt,
+            "num_previous": self.options.num_previous,
+            "handover": self.options.handover,
+            "ss_clip_skip": self.options.skip_clip_layers and self.options.skip_clip_layers + 1,  # kohya counts from 1
+            "base_model": base_model_name(self.options),
+            "trigger_words": self.options.instance_prompt,
             "steps": step,
-            "seed": self.args.seed,
+            "seed": self.options.seed,
             "merge_gap": report.gap if report else None,
         }
         return {key: str(value) for key, value in facts.items() if value is not None}
@@ -337,12 +336,12 @@ class Run:
         self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
     ) -> ExportReport:
         """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered, as kohya numbers it."""
-        name = export_name(self.args)
+        name = export_name(self.options)
         return export_lora(
             folder,
             factors,
             name=name if folder == self.output else f"{name}-{step:06d}",
-            dtype=DTYPES[self.args.save_precision],
+            dtype=DTYPES[self.options.save_precision],
             facts=self.facts(step, report),
         )
 
@@ -352,16 +351,16 @@ class Run:
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
         with self.averaged():
-            self.calibrate(self.args.distillation_steps or 0)
+            self.calibrate(self.options.distillation_steps or 0)
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
             exported = self.export(self.output, self.adapters.factors(), step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
-        plot_losses({self.args.method: self.history.rows}, self.output / LOSS_PLOT)
-        tag, prompt = self.plan.skeleton.family.tag, self.args.instance_prompt or prompts_of(self.plan.concepts)[0]
-        pictures = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
-        write_text(self.output / "README.md", model_card(self.args, tag, prompt, str(merged).splitlines(), pictures))
+        plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
+        tag, prompt = self.plan.skeleton.family.tag, self.options.instance_prompt or prompts_of(self.plan.concepts)[0]
+        images = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
+        write_text(self.output / "README.md", model_card(self.options, tag, prompt, str(merged).splitlines(), images))
         return merged, exported
 
     def close(self) -> None:

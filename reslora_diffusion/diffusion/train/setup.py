@@ -17,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from ...rules import ShortcutFields
 from ...utils.hub import create_repository
 from ..data.concepts import Concept
-from ..data.examples import Encoded, complete_class_pictures, encode_examples
+from ..data.examples import Encoded, complete_class_images, encode_examples
 from ..data.sampling import Sampler
 from ..models import load as models
 from ..models.adapters import Adapters, add_adapters
@@ -34,7 +34,7 @@ from .merging import Evaluation
 from .optimizers import make_optimizer
 from .record import resolve_seed, trackable, write_record
 from .session import Run
-from .validation import Painter, fixed_noise_loss
+from .validation import ValidationImages, fixed_noise_loss
 
 # Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
 UNSCALED: dict[str, Any] = {"init_scale": 1.0, "growth_interval": 2**30}
@@ -43,7 +43,7 @@ UNSCALED: dict[str, Any] = {"init_scale": 1.0, "growth_interval": 2**30}
 class Start(NamedTuple):
     """Where a run begins: at step 0, or at that of a checkpoint."""
 
-    args: DreamBoothOptions
+    options: DreamBoothOptions
     plan: Plan
     accelerator: Accelerator
     checkpoint: Path | None
@@ -67,142 +67,142 @@ class Data(NamedTuple):
     facts: dict[str, Any]
 
 
-def start(args: DreamBoothOptions, plan: Plan) -> Start:
+def start(options: DreamBoothOptions, plan: Plan) -> Start:
     """Print the preflight; find the checkpoint and the seed; create the repository to push to."""
-    output = Path(args.output_dir)
-    tracker = tracker_of(args)
+    output = Path(options.output_dir)
+    tracker = tracker_of(options)
     accelerator = Accelerator(
         mixed_precision="no",  # the base is cast as a whole; autocast over it costs time and memory
         log_with=None if tracker == "none" else tracker,
-        project_config=ProjectConfiguration(str(output), logging_dir=str(output / args.logging_dir)),
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / options.logging_dir)),
     )
-    accelerator.print("\n".join(preflight(plan, args, accelerator.num_processes)))
-    checkpoint = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if args.resume_from_checkpoint:
+    accelerator.print("\n".join(preflight(plan, options, accelerator.num_processes)))
+    checkpoint = find_checkpoint(output, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+    if options.resume_from_checkpoint:
         if broken := broken_in(output):
             accelerator.print(f"passed over, as they are not whole: {', '.join(broken)}")
         accelerator.print(f"continuing from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh")
-    args.seed = resolve_seed(args, checkpoint, accelerator)
-    if args.method == "reslora":
-        args.shortcut = args.shortcut or str(ShortcutFields.shortcut)  # to be recorded
-    args.validation_guidance_scale = plan.skeleton.family.painting_guidance(args)
-    if args.push_to_hub and accelerator.is_main_process:
+    options.seed = resolve_seed(options, checkpoint, accelerator)
+    if options.method == "reslora":
+        options.shortcut = options.shortcut or str(ShortcutFields.shortcut)  # to be recorded
+    options.validation_guidance_scale = plan.skeleton.family.validation_guidance(options)
+    if options.push_to_hub and accelerator.is_main_process:
         # Better to learn now than in the end that it cannot be written to.
-        args.hub_model_id = create_repository(args.hub_model_id, args.output_dir, args.hub_token)
-    return Start(args, plan, accelerator, checkpoint, stored_facts(checkpoint)["step"] if checkpoint else 0)
+        options.hub_model_id = create_repository(options.hub_model_id, options.output_dir, options.hub_token)
+    return Start(options, plan, accelerator, checkpoint, stored_facts(checkpoint)["step"] if checkpoint else 0)
 
 
 def load(begun: Start) -> tuple[Loaded, list[Concept], dict[str, Any]]:
     """The pipeline with adapters, and the concepts with class images; these are generated where they are missing."""
-    args, plan, accelerator, checkpoint, _ = begun
-    dtype, family = models.base_dtype(args), plan.skeleton.family
-    concepts = complete_class_pictures(plan.concepts, args, accelerator)
+    options, plan, accelerator, checkpoint, _ = begun
+    dtype, family = models.base_dtype(options), plan.skeleton.family
+    concepts = complete_class_images(plan.concepts, options, accelerator)
     facts = data_of(concepts)
     for change in data_changes(stored_facts(checkpoint).get("data"), facts) if checkpoint else ():
         accelerator.print(change)
-    pipeline = models.load_pipeline(args, dtype)
-    process = family.process(pipeline, args)
-    adapters = add_adapters(pipeline, plan.skeleton, args)
+    pipeline = models.load_pipeline(options, dtype)
+    process = family.process(pipeline, options)
+    adapters = add_adapters(pipeline, plan.skeleton, options)
     accelerator.print("\n".join(adapters.links()))
-    models.prepare_models(pipeline, family, adapters.models, args, accelerator.device)
+    models.prepare_models(pipeline, family, adapters.models, options, accelerator.device)
     return Loaded(dtype, pipeline, process, adapters), concepts, facts
 
 
 def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[str, Any]) -> Data:
     """Encode every image and prompt once."""
-    args, plan, accelerator = begun.args, begun.plan, begun.accelerator
-    encoded = encode_examples(loaded.pipeline, plan, concepts, args, accelerator.is_local_main_process)
-    assert args.seed is not None, "`resolve_seed` has set it"
+    options, plan, accelerator = begun.options, begun.plan, begun.accelerator
+    encoded = encode_examples(loaded.pipeline, plan, concepts, options, accelerator.is_local_main_process)
+    assert options.seed is not None, "`resolve_seed` has set it"
     sampler = Sampler(
         encoded.instances,
         encoded.classes,
-        seed=args.seed,
+        seed=options.seed,
         scaling_factor=loaded.pipeline.vae.config.scaling_factor,
         shift_factor=loaded.pipeline.vae.config.shift_factor or 0.0,
         process=loaded.process,
         empty=encoded.empty,
-        caption_dropout=args.caption_dropout_rate,
-        noise_offset=args.noise_offset,
+        caption_dropout=options.caption_dropout_rate,
+        noise_offset=options.noise_offset,
     )
     return Data(encoded, sampler, facts)
 
 
 def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
     """The model whose loss is minimised."""
-    args, family, pipeline = begun.args, begun.plan.skeleton.family, loaded.pipeline
+    options, family, pipeline = begun.options, begun.plan.skeleton.family, loaded.pipeline
     objective = Objective(
-        snr_gamma=args.snr_gamma,
-        debiased_estimation_loss=args.debiased_estimation_loss,
-        loss_type=args.loss_type,
-        huber_c=args.huber_c,
-        huber_schedule=args.huber_schedule,
+        snr_gamma=options.snr_gamma,
+        debiased_estimation_loss=options.debiased_estimation_loss,
+        loss_type=options.loss_type,
+        huber_c=options.huber_c,
+        huber_schedule=options.huber_schedule,
     )
     model = family.denoiser_of(pipeline)
-    trained = tuple(family.text_encoders_of(pipeline)) if args.train_text_encoder else ()
-    guidance = family.training_guidance(model.config, args)
+    trained = tuple(family.text_encoders_of(pipeline)) if options.train_text_encoder else ()
+    guidance = family.training_guidance(model.config, options)
     return Denoiser(family, model, trained, loaded.process, loaded.dtype, objective, guidance_scale=guidance)
 
 
-def painter_of(begun: Start, loaded: Loaded) -> Painter:
+def validation_images_of(begun: Start, loaded: Loaded) -> ValidationImages:
     """Who generates validation images."""
-    args, family, pipeline = begun.args, begun.plan.skeleton.family, loaded.pipeline
-    prompts = args.validation_prompt or []
-    assert args.seed is not None, "`resolve_seed` has set it"
-    assert args.validation_guidance_scale is not None, "`start` has set it to the family's"
-    return Painter(
+    options, family, pipeline = begun.options, begun.plan.skeleton.family, loaded.pipeline
+    prompts = options.validation_prompt or []
+    assert options.seed is not None, "`resolve_seed` has set it"
+    assert options.validation_guidance_scale is not None, "`start` has set it to the family's"
+    return ValidationImages(
         pipeline,
         family,
         prompts,
-        num_images=args.num_validation_images,
-        resolution=args.resolution,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-        text_is_frozen=not args.train_text_encoder,
-        folder=Path(args.output_dir),
-        tokens=family.read(pipeline, ["", *prompts], args) if prompts else None,
+        num_images=options.num_validation_images,
+        resolution=options.resolution,
+        seed=options.seed,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.validation_guidance_scale,
+        text_is_frozen=not options.train_text_encoder,
+        folder=Path(options.output_dir),
+        tokens=family.read(pipeline, ["", *prompts], options) if prompts else None,
     )
 
 
 def build(begun: Start, loaded: Loaded, data: Data) -> Run:
     """The run at its first step, or as its checkpoint has it."""
-    args, plan, accelerator, checkpoint, step = begun
+    options, plan, accelerator, checkpoint, step = begun
     adapters, main = loaded.adapters, accelerator.is_main_process
-    denoiser, painter = denoiser_of(begun, loaded), painter_of(begun, loaded)
-    models.release(loaded.pipeline, adapters.models, painter.paints)
-    output = Path(args.output_dir)
+    denoiser, validation_images = denoiser_of(begun, loaded), validation_images_of(begun, loaded)
+    models.release(loaded.pipeline, adapters.models, validation_images.wanted)
+    output = Path(options.output_dir)
     if main:
         output.mkdir(parents=True, exist_ok=True)
-        write_record(args, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
-        painter.forget_after(step)
-    accelerator.init_trackers("dreambooth-reslora", config=trackable(args))
+        write_record(options, {"steps": plan.max_train_steps, "processes": accelerator.num_processes})
+        validation_images.forget_after(step)
+    accelerator.init_trackers("dreambooth-reslora", config=trackable(options))
     sampler, processes = data.sampler, (accelerator.process_index, accelerator.num_processes)
-    evaluation = Evaluation.of(sampler, args, data.encoded.held_out, *processes)
+    evaluation = Evaluation.of(sampler, options, data.encoded.held_out, *processes)
     with adapters.evaluation():
         fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
         started = time.monotonic()
         loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
-        models.refuse_base(args, loaded.dtype, loss_base)
+        models.refuse_base(options, loaded.dtype, loss_base)
         seconds = time.monotonic() - started
-    if args.network_weights and not checkpoint:
-        accelerator.print(f"{args.network_weights} fills {start_from(args.network_weights, adapters)} layers")
-    kept = kept_for_backward(denoiser, sampler.batches(0, args.train_batch_size))
+    if options.network_weights and not checkpoint:
+        accelerator.print(f"{options.network_weights} fills {start_from(options.network_weights, adapters)} layers")
+    kept = kept_for_backward(denoiser, sampler.batches(0, options.train_batch_size))
     forwards = sum(len(batch.latents) for batch in evaluation.validation)
-    accelerator.print(expectation(plan, args, seconds, forwards, kept))
+    accelerator.print(expectation(plan, options, seconds, forwards, kept))
     fp16, gpu = loaded.dtype is torch.float16, accelerator.device.type != "cpu"
     run = Run(
-        args,
+        options,
         plan,
         accelerator,
         adapters,
         denoiser,
         sampler,
         evaluation,
-        painter,
-        optimizer=make_optimizer(adapters.by_component(), args, accelerator.num_processes, adapters.pairs()),
+        validation_images,
+        optimizer=make_optimizer(adapters.by_component(), options, accelerator.num_processes, adapters.pairs()),
         scaler=torch.amp.GradScaler(accelerator.device.type, **({} if fp16 else UNSCALED)),
         history=History(output if main else None, step, every=10 if gpu else 1, overflows=fp16),
-        ema=Ema(adapters.tensors(), args.ema_decay) if args.use_ema else None,
+        ema=Ema(adapters.tensors(), options.ema_decay) if options.use_ema else None,
         loss_base=loss_base,
         data=data.facts,
     )

@@ -1,4 +1,4 @@
-"""A contact sheet: labelled pictures in rows and columns. Labels are wrapped, and the sheet grows with them."""
+"""A contact sheet: labelled images in rows and columns. Labels are wrapped, and the sheet grows with them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ MARGIN, LEFT, SPACING = 8, 190, 4  # pixels; of row labels, and between lines
 JOINTS = (re.compile(r"(?<=[:,;])"), re.compile(r"(?<=[^\w\s])(?=\w)|(?<=_)"))  # where a long word may be broken
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, complete or not at all."""
     with atomic_write(path) as fresh:
         image.save(fresh, format="PNG")
@@ -23,9 +23,9 @@ def save_picture(image: Image.Image, path: Path) -> None:
 def contact_sheet(
     columns: Mapping[str, Sequence[Image.Image | Path]], rows: Sequence[str], side: int = 160
 ) -> Image.Image:
-    """A picture for each row in each column; equal row labels one below the other are written once.
+    """An image for each row in each column; equal row labels one below the other are written once.
 
-    Pictures keep their shape inside squares of `side` pixels. Those given by path are opened one at a time: a long run
+    Images keep their shape inside squares of `side` pixels. Those given by path are opened one at a time: a long run
     has more of them than a process may hold open.
     """
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(14))  # Pillow's own, which has a size

@@ -1,6 +1,6 @@
-"""Seeing what was learned: pictures of fixed prompts from fixed seeds, and the loss on fixed noise.
+"""Validation: images of fixed prompts from fixed seeds, and the loss on fixed noise.
 
-Pictures are painted inside `Adapters.merged()`, by the live models and the base's own sampler: they show what would be
+Images are generated inside `Adapters.merged()`, by the live models and the base's own sampler: they show what would be
 exported, and there is no second copy of the model.
 """
 
@@ -18,7 +18,7 @@ from ..models.adapters import Adapters
 from ..models.families import Family, Texts, Tokens
 from ..objective.loss import Denoiser
 from ..objective.randomness import Stream, generator
-from .sheet import contact_sheet, save_picture
+from .sheet import contact_sheet, save_image
 
 SAMPLES = "samples"
 SHEET = "samples.png"
@@ -31,8 +31,8 @@ def fixed_noise_loss(denoiser: Denoiser, batches: Sequence[Batch]) -> float:
 
 
 @dataclass
-class Painter:
-    """Paints the validation prompts. With frozen text encoders they are encoded once, and those can be released."""
+class ValidationImages:
+    """Generates images of the validation prompts. Frozen text encoders encode them once and can then be freed."""
 
     pipeline: DiffusionPipeline
     family: Family
@@ -48,11 +48,11 @@ class Painter:
     texts: list[Texts] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.paints and self.text_is_frozen:
+        if self.wanted and self.text_is_frozen:
             self.texts = self.encode()
 
     @property
-    def paints(self) -> bool:
+    def wanted(self) -> bool:
         return bool(self.prompts) and self.num_images > 0
 
     @torch.no_grad()
@@ -64,8 +64,8 @@ class Painter:
         each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
         return [self.family.encode(encoders, Tokens(*parts)) for parts in each]
 
-    def paint(self, adapters: Adapters) -> list[Image.Image]:
-        """Pictures of every prompt, in order."""
+    def generate(self, adapters: Adapters) -> list[Image.Image]:
+        """Images of every prompt, in order."""
         self.pipeline.vae.to(self.family.denoiser_of(self.pipeline).device)
         images = []
         with adapters.evaluation(), adapters.merged():
@@ -73,7 +73,7 @@ class Painter:
             for prompt in prompts:
                 for n in range(self.num_images):
                     images += self.pipeline(
-                        **self.family.painting(self.pipeline, prompt, negative),
+                        **self.family.pipeline_inputs(self.pipeline, prompt, negative),
                         height=self.resolution,
                         width=self.resolution,
                         num_inference_steps=self.num_inference_steps,
@@ -84,21 +84,21 @@ class Painter:
         return images
 
     def save(self, images: list[Image.Image], step: int) -> None:
-        """Write pictures to `samples/`, and make the sheet of all steps anew."""
+        """Write images to `samples/`, and make the sheet of all steps anew."""
         folder = self.folder / SAMPLES / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for n, image in enumerate(images):
-            save_picture(image, folder / f"{n // self.num_images}-{n % self.num_images}.png")
+            save_image(image, folder / f"{n // self.num_images}-{n % self.num_images}.png")
         self.write_sheet()
 
     def forget_after(self, step: int) -> None:
-        """Remove pictures of later steps, which an earlier or interrupted run left behind."""
+        """Remove images of later steps, which an earlier or interrupted run left behind."""
         for folder in (self.folder / SAMPLES).glob("step-*"):
             if int(folder.name[5:]) > step or step == 0:
                 shutil.rmtree(folder)
 
     def write_sheet(self) -> None:
-        """A column for each step, a row for each picture."""
+        """A column for each step, a row for each image."""
         steps = sorted((self.folder / SAMPLES).glob("step-*"))
         names = [f"{p}-{n}.png" for p in range(len(self.prompts)) for n in range(self.num_images)]
         columns = {
@@ -107,4 +107,4 @@ class Painter:
             if all((step / name).is_file() for name in names)
         }
         rows = [prompt for prompt in self.prompts for _ in range(self.num_images)]
-        save_picture(contact_sheet(columns, rows), self.folder / SHEET)
+        save_image(contact_sheet(columns, rows), self.folder / SHEET)

@@ -3,7 +3,7 @@
 prompts [P] -> tokens    ids [P, E, L] for E text encoders that can be trained, and for some families what an encoder
                          that is never trained makes of the prompts [P, L2, D]
 tokens      -> texts     hidden states [P, L, D], and for some families a pooled vector [P, D2]
-texts       -> what the denoiser is given, and what the pipeline is given to paint
+texts       -> what the denoiser is given, and what the pipeline is given
 
 What a family is called and consists of is known without torch, which only the work itself imports.
 """
@@ -40,9 +40,9 @@ def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
     encoder.layers = encoder.layers[:-count]
 
 
-def scheduler_changes(args: DreamBoothOptions) -> dict[str, str | bool]:
+def scheduler_changes(options: DreamBoothOptions) -> dict[str, str | bool]:
     """What the options say of the schedule of noise; the rest is the base's own."""
-    given = {name: getattr(args, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+    given = {name: getattr(options, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
     given = {name: value for name, value in given.items() if value is not None}
     return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
 
@@ -76,7 +76,7 @@ class Family(ABC):
     fixed_encoder: str | None = None
     fixed_tokenizer: str | None = None
     max_sequence_length = 77  # tokens of a prompt that T5 is given, as in diffusers' script for the family
-    guidance_scale = 7.5  # of pictures
+    guidance_scale = 7.5  # of images
     is_guided = False  # whether it has models that are given the guidance in training
 
     def denoiser_of(self, pipeline: DiffusionPipeline) -> ModelMixin:
@@ -96,22 +96,22 @@ class Family(ABC):
         """Channels of the latents that a denoiser of this configuration works on."""
         return config["in_channels"]
 
-    def t5_length(self, args: DreamBoothOptions) -> int:
+    def t5_length(self, options: DreamBoothOptions) -> int:
         """Tokens of a prompt that T5 is given."""
-        return args.max_sequence_length or self.max_sequence_length
+        return options.max_sequence_length or self.max_sequence_length
 
-    def painting_guidance(self, args: DreamBoothOptions) -> float:
-        """Guidance of validation and class pictures."""
-        given = args.validation_guidance_scale
+    def validation_guidance(self, options: DreamBoothOptions) -> float:
+        """Guidance of validation and class images."""
+        given = options.validation_guidance_scale
         return self.guidance_scale if given is None else given
 
-    def training_guidance(self, config: Mapping[str, Any], args: DreamBoothOptions) -> float | None:
+    def training_guidance(self, config: Mapping[str, Any], options: DreamBoothOptions) -> float | None:
         """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""
         return None
 
     @abstractmethod
-    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
-        """The forward process of the base, as the options change it; the pipeline then paints by the same."""
+    def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
+        """The forward process of the base, as the options change it; the pipeline then samples by the same."""
 
     def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
         """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None)."""
@@ -129,17 +129,17 @@ class Family(ABC):
         ]
         return torch.stack(ids, dim=1)
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor | None:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor | None:
         """What a text encoder that is never trained makes of prompts [P, L2, D]."""
         return None
 
-    def read(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tokens:
+    def read(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tokens:
         """What `encode` is given, on the pipeline's device."""
         import torch
 
-        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, args.tokenizer_max_length)
+        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, options.tokenizer_max_length)
         with torch.no_grad():
-            return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, args))
+            return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, options))
 
     @abstractmethod
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
@@ -162,7 +162,7 @@ class Family(ABC):
         return model(latents, timestep=times, **conditions, return_dict=False)[0]
 
     @abstractmethod
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
 
 
@@ -180,13 +180,13 @@ class UNetFamily(Family):
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
 
-    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
+    def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
         """Prediction type and zero-terminal SNR are the base's own if not given."""
         from diffusers import DDPMScheduler
 
         from ...objective.noise import Diffusion
 
-        if changes := scheduler_changes(args):
+        if changes := scheduler_changes(options):
             pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
         return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))
 
@@ -198,19 +198,19 @@ class FlowFamily(Family):
     denoiser = "transformer"
     flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
 
-    def process(self, pipeline: DiffusionPipeline, args: DreamBoothOptions) -> Process:
+    def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
         """Noise levels are shifted as the base's scheduler shifts them for every size alike."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         from ...objective.noise import FlowMatching
 
-        given = {name: value for name in OF_FLOWS if (value := getattr(args, name)) is not None}
+        given = {name: value for name in OF_FLOWS if (value := getattr(options, name)) is not None}
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
         return FlowMatching(scheduler, **{**self.flow, **given})
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor:
         import torch
 
         encoder, tokenizer = (getattr(pipeline, str(name)) for name in (self.fixed_encoder, self.fixed_tokenizer))
-        ids = self.tokenize([tokenizer], prompts, self.t5_length(args))[:, 0]
+        ids = self.tokenize([tokenizer], prompts, self.t5_length(options))[:, 0]
         return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])

@@ -4,9 +4,9 @@
     pooled = end-of-text state of CLIP                                       [P, D2]
     packed = each 2 x 2 cell of the latents as one token                     [B, h w / 4, 4 C]
 
-CLIP can be trained. A token has a place (0, row, column), those of the text (0, 0, 0); FLUX.1-dev is also told of the
-guidance that was distilled into it. While it trains, noise levels are those of `FlowMatching` for every size; when it
-paints, its pipeline shifts them by the size of the picture.
+CLIP can be trained. A token has a place (0, row, column), those of the text (0, 0, 0); FLUX.1-dev also
+takes the guidance that was distilled into it. Training has the noise levels of `FlowMatching` for every size; the
+pipeline shifts them by the size of the image.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Flux(FlowFamily):
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor * CELL, vae_scale_factor * CELL)
 
-    def training_guidance(self, config: Mapping[str, Any], args: DreamBoothOptions) -> float | None:
-        given = args.training_guidance_scale
+    def training_guidance(self, config: Mapping[str, Any], options: DreamBoothOptions) -> float | None:
+        given = options.training_guidance_scale
         return (self.guidance_scale if given is None else given) if config.get("guidance_embeds") else None
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
@@ -92,5 +92,5 @@ class Flux(FlowFamily):
         )[0]
         return F.pixel_shuffle(packed.mT.unflatten(2, (len(rows), len(columns))), CELL)
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         return {"prompt_embeds": texts.hidden, "pooled_prompt_embeds": texts.pooled}

@@ -26,5 +26,5 @@ class StableDiffusion(UNetFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden}
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         return {"prompt_embeds": texts.hidden, "negative_prompt_embeds": negative.hidden}

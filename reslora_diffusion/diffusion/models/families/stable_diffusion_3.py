@@ -39,12 +39,12 @@ class StableDiffusion3(FlowFamily):
         patch = vae_scale_factor * config["patch_size"]
         return Grid(patch, patch, patch * config["pos_embed_max_size"])
 
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], args: DreamBoothOptions) -> Tensor:
+    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor:
         if pipeline.text_encoder_3 is not None:
-            return super().fixed(pipeline, prompts, args)
+            return super().fixed(pipeline, prompts, options)
         import torch
 
-        length, transformer = self.t5_length(args), pipeline.transformer
+        length, transformer = self.t5_length(options), pipeline.transformer
         width = transformer.config.joint_attention_dim
         return torch.zeros(len(prompts), length, width, dtype=transformer.dtype, device=transformer.device)
 
@@ -65,7 +65,7 @@ class StableDiffusion3(FlowFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "pooled_projections": texts.pooled}
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         return {
             "prompt_embeds": texts.hidden,
             "pooled_prompt_embeds": texts.pooled,

@@ -3,7 +3,7 @@
     hidden = [second to last hidden states of encoder 1, of encoder 2]       [P, L, D1 + D2]
     pooled = projected end-of-text state of encoder 2                        [P, D2]
 
-The UNet is also told the size that the picture had, where it was cropped, and the size that it is trained at.
+The UNet is also told the size that the image had, where it was cropped, and the size that it is trained at.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StableDiffusionXL(UNetFamily):
         extra = {"text_embeds": texts.pooled, "time_ids": time_ids}
         return {"encoder_hidden_states": texts.hidden, "added_cond_kwargs": extra}
 
-    def painting(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
         if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself treats a prompt not given
             assert negative.pooled is not None, "the second text encoder pools"
             negative = Texts(*(part.new_zeros(part.shape) for part in (negative.hidden, negative.pooled)))

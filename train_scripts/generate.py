@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Paint prompts by a pipeline, with and without LoRA files: plain diffusers, nothing of ours.
+"""Generate images of prompts by a pipeline, with and without LoRA files: plain diffusers, nothing of ours.
 
-    python train_scripts/paint.py --pretrained_model_name_or_path assets/sticker-sd \\
+    python train_scripts/generate.py --pretrained_model_name_or_path assets/sticker-sd \\
         --lora LoRA=demo/lora ResLoRA=demo/reslora --prompt "a sticker of sks animal on a blue background" \\
-        --seed 0 1 --output_dir pictures
+        --seed 0 1 --output_dir images
 
-    pictures/base/0-0.png, pictures/LoRA/0-0.png, ...     <label>/<number of the prompt>-<seed>.png
+    images/base/0-0.png, images/LoRA/0-0.png, ...     <label>/<number of the prompt>-<seed>.png
 
 One pipeline is loaded once; each file is loaded under its label, and switched on alone. Every column of a comparison
 starts from the same noise.
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         pipe.load_lora_weights(path, adapter_name=label)
 
     cells = [(label, n, seed) for label in (BASE, *args.lora) for n in range(len(args.prompt)) for seed in args.seed]
-    for label, n, seed in tqdm(cells, desc="painting", unit="picture"):
+    for label, n, seed in tqdm(cells, desc="generating", unit="image"):
         if label == BASE and args.lora:
             pipe.disable_lora()
         elif label != BASE:
