@@ -7,21 +7,25 @@
 Names are those in the base model; in `adapter_model.safetensors` they have PEFT's prefix.
 """
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from reslora_diffusion.core.sharding import whole
 
 from ..utils.model_files import Files, Unknown
+from ..utils.problems import listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_ADAPTER = "default"
+ADAPTED = re.compile(r"(^|\.)(lora_\w+|modules_to_save|token_adapter)\.")  # in the names of an adapter's parameters
 # Tasks whose models PEFT wraps a head of, and where it looks for one.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -99,6 +103,24 @@ def missing_head(task_type: str | None, tensors: Mapping[str, Tensor]) -> str | 
     return (
         f"task_type {task_type} makes PEFT look for a trained head ({' or '.join(wanted)}), and there is none; give "
         "the trained PEFT model as `model`, or another task_type"
+    )
+
+
+def trained_by_hand(model: nn.Module, beside: Beside) -> str | None:
+    """What is wrong where a model trains weights of its base that no folder of PEFT will hold."""
+    base = without_peft(model)
+    if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        return None  # nothing is trained here
+    lost = [
+        name
+        for name, parameter in base.named_parameters()
+        if parameter.requires_grad and not ADAPTED.search(name) and name not in beside.tensors
+    ]
+    if not lost:
+        return None
+    return (
+        f"{listing(lost)} are trained (requires_grad), and a folder of PEFT would not hold them; adapt with "
+        "modules_to_save, or freeze them first if the base as released has the same values"
     )
 
 

@@ -20,22 +20,25 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.files import fresh_folder, replace_files
 from ..utils.problems import listing
 from .base import base_layer, base_problems, is_transposed
-from .beside import Beside, hold_values, missing_head, trained_beside, unlike, without_peft
+from .beside import Beside, hold_values, missing_head, trained_beside, trained_by_hand, unlike, without_peft
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
 from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, peft_keys
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, size_problem
-from .proof import TOLERANCE, compare, errors_against, health_problems, misreading
+from .outputs import OutputProof, Outputs, start_proof, unmoved
+from .proof import TOLERANCE, LoaderCheck, compare, errors_against, health_problems, misreading
 from .ranks import RankSettings, at_rank
 from .reader import read_lora
 from .report import ExportReport, loader_versions
+from .sample_inputs import Inputs
 from .writer import reslora_header, save_tensors, uniform
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank accepts
@@ -55,6 +58,8 @@ def export_peft(
     model: nn.Module | None = None,
     component: str = MODEL,
     beside: Beside | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    inputs: Inputs | None = None,
 ) -> ExportReport:
     """Write and prove a PEFT adapter folder.
 
@@ -64,11 +69,13 @@ def export_peft(
         base_model: name or folder of the base, for `adapter_config.json`.
         task_type: PEFT's: "CAUSAL_LM", "SEQ_CLS", ..., or None.
         dtype, rank, allow_lossy, facts: as in `export_lora`.
-        model: the base; names and shapes are checked against it, and `target_modules` shortens to what it allows. Of
-            a PEFT model, what it has trained beside the factors is written too: `modules_to_save`, tokens, a resized
-            embedding.
+        model: the trained model, or the base; names and shapes are checked against it, and `target_modules` shortens
+            to what it allows. What a trained model has beside the factors is written too: `modules_to_save`, tokens, a
+            resized embedding; and its outputs are compared with those that PEFT computes from the folder.
         component: "model", or what part of a diffusion pipeline this is.
         beside: what was trained beside, where it was gathered already (`beside.trained_beside`).
+        adapter_name: of the adapter on `model` that the factors are.
+        inputs: of the model's forward, to compare outputs on; random ones of the model's kind if not given.
 
     >>> report = export_peft("out", merged_factors(llm), base_model="meta-llama/...", model=llm)
     >>> print(report)   # with the --max-lora-rank that vLLM needs
@@ -84,9 +91,10 @@ def export_peft(
     components = {component: modules} if modules else {}
     models = {component: unwrapped(model)} if model is not None else {}
     if beside is None:
-        beside = trained_beside(model, base_model=base_model) if model is not None else Beside({}, {})
+        beside = trained_beside(model, adapter_name, base_model) if model is not None else Beside({}, {})
     problems = health_problems(components) + base_problems(components, models)
     problems += [problem] if (problem := missing_head(task_type, beside.tensors)) else []
+    problems += [problem] if model is not None and (problem := trained_by_hand(model, beside)) else []
     if problems:
         raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
     cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
@@ -94,11 +102,15 @@ def export_peft(
         raise ValueError(f"this LoRA cannot be exported: {problem}")
     stored = uniform(cut, file_rank, dtype)[component]
     config = adapter_config(component, modules, file_rank, base_model, task_type, models.get(component)) | beside.fields
-    with fresh_folder(output_dir) as fresh:
+    trained = {path.removeprefix(PEFT_PREFIX): f for path, f in factors.items()}
+    proof = start_proof(model, trained, adapter_name, beside, inputs)
+    with fresh_folder(output_dir) as fresh, unmoved(model):
         more = {f"{PEFT_PREFIX}{name}": value.cpu().contiguous().clone() for name, value in beside.tensors.items()}
         save_tensors(peft_tensors(component, stored) | more, fresh / PEFT_FILE, metadata=reslora_header(facts))
         (fresh / PEFT_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        checks = prove_peft(fresh, component, cut[component], dtype, models.get(component), beside)
+        worst = max(loss.relative_error for loss in losses.values())
+        base = models.get(component)
+        checks, outputs = prove_peft(fresh, component, cut[component], dtype, base, beside, proof, worst)
         paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
         written = {path: f for parts in read_lora(fresh, beside=True).components.values() for path, f in parts.items()}
         report = ExportReport(
@@ -118,6 +130,7 @@ def export_peft(
             versions=loader_versions(),
             facts={key: str(value) for key, value in facts.items()},
             notes=([vllm_note(file_rank)] if component == MODEL else []) + beside_notes(beside),
+            outputs=outputs,
         )
         (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
         replace_files(fresh, output_dir, (*paths.values(), REPORT_FILE))
@@ -231,8 +244,20 @@ def prove_peft(
     dtype: torch.dtype,
     model: nn.Module | None,
     beside: Beside,
-) -> list:
-    """Load the folder by PEFT into a hollow model, and compare the factors and all that was trained beside them.
+    proof: OutputProof | Outputs,
+    cut: float = 0.0,
+) -> tuple[list[LoaderCheck], Outputs]:
+    """Load the folder by PEFT, and compare the factors, all that was trained beside them, and the model's outputs.
+
+    Args:
+        folder: of PEFT.
+        component: of which pipeline part, or "model".
+        wanted: the factors that it should hold.
+        dtype: their precision.
+        model: the base, if there is one.
+        beside: what was trained beside.
+        proof: of the outputs; its base is loaded into. Where they cannot be compared, a hollow model is.
+        cut: what the choice of a rank cost the worst module.
 
     Raises:
         CheckFailed: it does not mean what it should.
@@ -242,17 +267,22 @@ def prove_peft(
     from .standins import ADAPTER, like, load_peft, stand_ins
 
     tolerance = TOLERANCE[dtype]
-    hollow = like(model) if model is not None else stand_ins({component: dict(wanted)})[component]
-    hold_values(hollow, beside)
+    if isinstance(proof, OutputProof):
+        base = proof.base
+    else:
+        base = like(model) if model is not None else stand_ins({component: dict(wanted)})[component]
+        hold_values(base, beside)
     try:
-        got = {component: load_peft(folder, hollow, component)}
+        got = {component: load_peft(folder, base, component)}
     except ValueError as error:
         raise CheckFailed(f"the export failed its proof; nothing was replaced:\n  - {error}") from error
     check = compare(f"PEFT {__version__}", PEFT_FILE, got, {component: dict(wanted)}, tolerance)
     problems = [problem] if (problem := misreading(check, tolerance)) else []
     problems += health_problems(got)
-    if beside.fields and (lost := unlike(trained_beside(hollow, ADAPTER).tensors, beside.tensors)):
+    if beside.fields and (lost := unlike(trained_beside(base, ADAPTER).tensors, beside.tensors)):
         problems.append(f"PEFT does not read what was trained beside the factors: {listing(lost)}")
+    outputs = proof if isinstance(proof, Outputs) else proof.compare(dtype, cut)
+    problems += [outputs.problem] if outputs.problem and not problems else []
     if problems:
         raise CheckFailed(f"the export failed its proof; nothing was replaced: {listing(problems)}")
-    return [check]
+    return [check], outputs

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .limits import LOSSY_ERROR
+from .outputs import Outputs
 from .proof import LoaderCheck
 from .ranks import Losses
 from .tables import table
@@ -40,6 +41,7 @@ class ExportReport:
     versions: dict[str, str]
     facts: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    outputs: Outputs | None = None  # of the whole model, in a PEFT folder
 
     @property
     def energy_kept(self) -> float:
@@ -76,6 +78,7 @@ class ExportReport:
             "energy_kept": self.energy_kept,
             "largest_relative_error": self.largest_error,
             "loaders": [check.to_dict() for check in self.checks],
+            **({"outputs": self.outputs.to_dict()} if self.outputs else {}),
             "versions": self.versions,
             "notes": self.notes,
             "facts": self.facts,
@@ -91,6 +94,7 @@ class ExportReport:
                 *self.merging(),
                 *self.truncation(),
                 *table(("read by", "file", "modules", "largest error"), rows),
+                *([str(self.outputs)] if self.outputs else []),
                 *(f"wrote {path}" for path in self.files.values()),
                 *self.notes,
             ]
