@@ -18,7 +18,6 @@ from reslora_diffusion import ResLoraConfig
 from reslora_diffusion.cli import app
 from reslora_diffusion.export import convert, fuse, inspect_lora, read_lora, resize, verify_lora
 from reslora_diffusion.export.scaling import SECONDS, Patterns, matched
-from reslora_diffusion.export.spectra import eight_bit_values
 from reslora_diffusion.plain_lora import FIELDS, KEEPS_THE_BASE
 from reslora_diffusion.utils.problems import BadInput, printable
 from test_export_input import refusal
@@ -328,12 +327,6 @@ def test_trained_modules_beside_a_lora(tmp_path, kind, said):
     assert any(said in note for note in found.notes)
     with pytest.raises(ValueError, match=f"{said}.*beside the LoRA, which would be lost"):
         convert(tmp_path / "adapter", tmp_path / "out", "peft")
-
-
-@pytest.mark.parametrize(("name", "kind"), [("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)])
-def test_eight_bit_floats_without_torch(name, kind):
-    wanted = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
-    np.testing.assert_array_equal(eight_bit_values(name), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F16"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, environment, train
 from reslora_diffusion.diffusion.models.adapters import add_adapters
-from reslora_diffusion.diffusion.models.skeleton import load_skeleton
+from reslora_diffusion.diffusion.models.meta_pipeline import load_meta_pipeline
 from reslora_diffusion.diffusion.objective.randomness import Stream, generator, seed_of
 from reslora_diffusion.utils.problems import Interrupted, Stopped
 from tiny import tiny_pipeline_folder, tiny_vae
@@ -264,7 +264,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
 def test_plain_lora_has_the_weights_and_the_numbers_of_peft(tmp_path):
     args = arguments(tmp_path, method="lora")
     ours, peft = (StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder()) for _ in range(2))
-    add_adapters(ours, load_skeleton(args), args)
+    add_adapters(ours, load_meta_pipeline(args), args)
     torch.manual_seed(seed_of(args.seed, Stream.ADAPTER))
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     peft.unet.add_adapter(

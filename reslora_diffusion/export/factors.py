@@ -1,7 +1,7 @@
 """Arithmetic on plain LoRA factors, delta_weight = scaling * lora_B @ lora_A, without ever forming delta_weight.
 
     norm           ||B A||_F^2 = sum((B^T B) * (A A^T)), two Gram matrices of [R, R]
-    concatenation  sum_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], exact, ranks add up
+    weighted sum   sum_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], exact, ranks add up
     truncation     B = Q_B R_B and A^T = Q_A R_A by thin QR; U S V^T = R_B R_A^T, of [R, R]; keep the largest of S
     folding        scaling moves into B, then each rank-one term is shared out evenly between A and B by a power of two:
                    an exact step in floating point, which keeps both factors away from the ends of float16's range
@@ -72,14 +72,14 @@ def relative_error(got: LoraFactors, wanted: LoraFactors) -> float:
     """||delta_got - delta_wanted|| / ||delta_wanted||; infinite if only one of them is zero or the shapes differ."""
     if got.lora_A.shape[1:] != wanted.lora_A.shape[1:] or got.lora_B.shape[0] != wanted.lora_B.shape[0]:
         return float("inf")
-    error, size = delta_norm(concatenated([got, wanted], [1.0, -1.0])), delta_norm(wanted)
+    error, size = delta_norm(summed_factors([got, wanted], [1.0, -1.0])), delta_norm(wanted)
     if size == 0:
         return 0.0 if error == 0 else float("inf")
     return error / size
 
 
-def concatenated(terms: Iterable[LoraFactors], weights: Iterable[float]) -> LoraFactors:
-    """The weighted sum of several LoRAs of one module, exactly, at the sum of their ranks; stays in float64."""
+def summed_factors(terms: Iterable[LoraFactors], weights: Iterable[float]) -> LoraFactors:
+    """sum_k w_k delta_k of several LoRAs of one module, exactly, in float64; the ranks add up."""
     terms = list(terms)
     As, Bs = zip(*(matrices(f) for f in terms), strict=True)
     A = torch.cat(As).reshape(-1, *terms[0].lora_A.shape[1:])

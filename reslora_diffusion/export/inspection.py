@@ -1,4 +1,4 @@
-"""What a LoRA file is, for which model, how strong and how healthy, without torch: an answer in a second."""
+"""What a LoRA file is, for which model, how large its updates are, and what is wrong with it."""
 
 import hashlib
 import math
@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from ..utils.problems import Unusable, listing, printable
+from reslora_diffusion.core.functional import LoraFactors
+
+from ..utils.problems import listing, printable
+from .factors import computable, singular_values
 from .geometry import Family, family_of_widths
-from .header import Header, given_twice, read_headers, reading
+from .header import Header, open_safetensors, read_headers, reading
 from .keys import COMPONENTS, Dialect
 from .limits import LOSSY_ERROR
 from .progress import progress
-from .spectra import Arrays, energy_spectrum, needed
+from .ranks import needed_rank
+from .reader import check_twins
 from .tables import table
 
 LARGEST = 5  # modules shown by norm
+LARGEST_NUMBER = 1e75  # in either factor: larger ones have no square in float64
 # What a header may say about training: our name -> keys, the first that is there counts.
 FACTS = {
     "title": ("modelspec.title", "ss_output_name"),
@@ -189,25 +194,22 @@ def inspect_lora(source: str | Path) -> Inspection:
         dtypes=dict(Counter(h.dtypes[name] for h in headers for name, key in h.keys.items() if key.part in "AB")),
         facts=header_facts(metadata),
         metadata=metadata,
-        problems=health_problems(modules),
+        problems=faults(modules),
         notes=notes(headers[0], family, modules),
     )
 
 
 def module_facts(header: Header) -> Iterator[ModuleFacts]:
     """One module after the other, in the order of the file."""
-    with reading(header.path), Arrays(header) as array:
-        unlike = [f"{key.component}.{key.path}" for key, *names in header.twins() if not array.alike(*names)]
-        if unlike:
-            raise Unusable(header.path, [given_twice(unlike)])
+    with reading(header.path), open_safetensors(header.path) as file:
+        check_twins(header, file)
         for (component, path), names in progress(list(header.modules().items()), "measuring"):
-            A, B = array(names["A"]), array(names["B"])
-            rank, alpha = A.shape[0], float(array(names["alpha"]).item()) if "alpha" in names else None
+            A, B = (computable(file.get_tensor(names[side])).double() for side in "AB")
+            rank, alpha = A.shape[0], float(file.get_tensor(names["alpha"]).item()) if "alpha" in names else None
             scaling = header.scaling(component, path, rank, alpha)
-            finite = bool(np.isfinite(A).all() and np.isfinite(B).all() and np.isfinite(scaling))
-            energies = scaling**2 * energy_spectrum(A.reshape(rank, -1), B.reshape(len(B), -1)) if finite else None
-            if energies is not None and not np.isfinite(energies).all():
-                energies = None
+            largest = torch.stack([A.abs().amax(), scaling * B.abs().amax()])
+            finite = bool((largest.abs() < LARGEST_NUMBER).all())
+            values = singular_values(LoraFactors(A, B, scaling)) if finite else None
             yield ModuleFacts(
                 component,
                 path,
@@ -216,14 +218,14 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
                 rank=rank,
                 alpha=scaling * rank if alpha is None and header.configs else alpha,
                 scaling=scaling,
-                norm=float("nan") if energies is None else float(np.sqrt(energies.sum())),
-                rank_needed=rank if energies is None else needed(energies),
-                finite=energies is not None,
+                norm=float("nan") if values is None else values.norm().item(),
+                rank_needed=rank if values is None else needed_rank(values),
+                finite=finite,
             )
 
 
-def health_problems(modules: list[ModuleFacts]) -> list[str]:
-    """What makes a file useless."""
+def faults(modules: list[ModuleFacts]) -> list[str]:
+    """Reasons why nobody can use the file."""
     broken = [f"{m.component}.{m.path}" for m in modules if not m.finite]
     problems = [f"{len(broken)} of {len(modules)} modules hold NaN or infinity: {listing(broken)}"] if broken else []
     if not any(m.norm for m in modules):
@@ -232,7 +234,7 @@ def health_problems(modules: list[ModuleFacts]) -> list[str]:
 
 
 def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[str]:
-    """What its user may want to know."""
+    """Facts that its user may want to know."""
     found = []
     if zero := [f"{m.component}.{m.path}" for m in modules if m.norm == 0]:
         found.append(f"{len(zero)} of {len(modules)} modules are zero: {listing(zero)}")

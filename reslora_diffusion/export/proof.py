@@ -48,18 +48,27 @@ class LoaderCheck:
         return asdict(self)
 
 
-def health_problems(components: Components) -> list[str]:
-    """What must never be exported: numbers that are not finite, and adapters that do nothing."""
-    bad, zero = [], []
+def finiteness_problems(components: Components) -> list[str]:
+    """Modules that hold NaN or infinity, in one message."""
+    bad = []
     for component, modules in components.items():
         for path, f in modules.items():
             if not (f.lora_A.isfinite().all() and f.lora_B.isfinite().all()):
                 bad.append(f"{component}.{path}")
             elif not math.isfinite(f.scaling):
                 bad.append(f"{component}.{path} (scaling {f.scaling})")
-            elif f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any():
-                zero.append(f"{component}.{path}")
-    problems = [f"{len(bad)} modules hold NaN or infinity: {listing(bad)}"] if bad else []
+    return [f"{len(bad)} modules hold NaN or infinity: {listing(bad)}"] if bad else []
+
+
+def health_problems(components: Components) -> list[str]:
+    """Reasons never to export: numbers that are not finite, and adapters that do nothing."""
+    problems = finiteness_problems(components)
+    zero = [
+        f"{component}.{path}"
+        for component, modules in components.items()
+        for path, f in modules.items()
+        if f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any()
+    ]
     if not any(components.values()):
         problems.append("there are no modules")
     elif sum(map(len, components.values())) == len(zero):

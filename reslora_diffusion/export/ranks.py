@@ -11,6 +11,7 @@ A module's loss is ||delta' - delta||_F / ||delta||_F. Above `LOSSY_ERROR` a cut
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
 
@@ -30,15 +31,17 @@ class RankSettings(TypedDict, total=False):
 Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was lost
 
 
+def needed_rank(singular_values: Tensor, largest_error: float = LOSSY_ERROR) -> int:
+    """How many singular values, largest first, leave a relative error of at most `largest_error`; at least 1."""
+    energy = singular_values.square()
+    lost = energy.flip(0).cumsum(0).flip(0)  # lost[k] = energy beyond the first k
+    return max(1, int((lost > largest_error**2 * lost[0]).sum()))
+
+
 def smallest_rank(components: Components, largest_error: float = LOSSY_ERROR) -> int:
     """The smallest rank at which every module's relative error stays within `largest_error`."""
-    needed = 1
-    for modules in components.values():
-        for factors in modules.values():
-            energy = singular_values(factors).square()
-            lost = energy.flip(0).cumsum(0).flip(0)  # lost[k] = energy beyond the first k
-            needed = max(needed, int((lost > largest_error**2 * lost[0]).sum()))
-    return needed
+    every = [factors for modules in components.values() for factors in modules.values()]
+    return max([1, *(needed_rank(singular_values(factors), largest_error) for factors in every)])
 
 
 def at_most_its_own(factors: LoraFactors) -> LoraFactors:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from reslora_diffusion.core.functional import LoraFactors
@@ -75,9 +76,7 @@ def read_tensors(header: Header) -> LoraFile:
     alphas: dict[tuple[str, str], float] = {}
     dtypes: Counter[str] = Counter()
     with reading(header.path), open_safetensors(header.path) as file:
-        twins = [(key, file.get_tensor(first), file.get_tensor(second)) for key, first, second in header.twins()]
-        if unlike := [f"{key.component}.{key.path}" for key, *pair in twins if not same_bits(*pair)]:
-            raise Unusable(header.path, [given_twice(unlike)])
+        check_twins(header, file)
         for (component, path), names in header.modules().items():
             A, B = file.get_tensor(names["A"]), file.get_tensor(names["B"])
             dtypes.update(str(tensor.dtype).removeprefix("torch.") for tensor in (A, B))
@@ -92,6 +91,13 @@ def read_tensors(header: Header) -> LoraFile:
     return LoraFile(
         header.path, header.dialect, dict(components), header.metadata, dtypes, alphas, header.configs, header.beside
     )
+
+
+def check_twins(header: Header, file: safe_open) -> None:
+    """Refuse a file that gives one tensor under two names with different contents."""
+    twins = [(key, file.get_tensor(first), file.get_tensor(second)) for key, first, second in header.twins()]
+    if unlike := [f"{key.component}.{key.path}" for key, *pair in twins if not same_bits(*pair)]:
+        raise Unusable(header.path, [given_twice(unlike)])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..utils.names import file_name_from
 from ..utils.problems import listing
-from .factors import Components, concatenated
+from .factors import Components, summed_factors
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
 from .keys import COMPONENTS, Dialect
@@ -135,7 +135,7 @@ def weighted_sum(terms: Sequence[Components], weights: Sequence[float]) -> Compo
             for components, weight in zip(terms, weights, strict=True)
             if path in components.get(component, {})
         ]
-        summed = concatenated(*zip(*having, strict=True))
+        summed = summed_factors(*zip(*having, strict=True))
         single = summed._replace(lora_A=summed.lora_A.float(), lora_B=summed.lora_B.float())
         total.setdefault(component, {})[path] = single
     return total

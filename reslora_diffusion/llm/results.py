@@ -29,7 +29,7 @@ WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "ex
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
 
 
-def plain_factors(model: PeftModel) -> dict[str, LoraFactors]:
+def exported_factors(model: PeftModel) -> dict[str, LoraFactors]:
     """The factors to export, of either method; a ResLoRA must have been calibrated."""
     if is_reslora(model):
         return merged_factors(model)
@@ -99,7 +99,7 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
     """
     model = trainer.adapted
     recall_factors(model)
-    factors = plain_factors(model)
+    factors = exported_factors(model)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     if trainer.is_world_process_zero():
         report = export_peft(

@@ -140,14 +140,14 @@ def encode_examples(
         for prompt in prompts_of(concepts)
     }
     every = ["", *(order for several in orders.values() for order in several)]
-    texts = cached_texts(pipeline, plan.skeleton.family, every, options, cache)
+    texts = cached_texts(pipeline, plan.base.family, every, options, cache)
     views = Views(
         buckets=plan.buckets,
         interpolation=INTERPOLATIONS[options.image_interpolation_mode],
         center_crop=options.center_crop,
         crops=options.crops_per_image,
         flip=options.random_flip,
-        vae_scale_factor=plan.skeleton.vae_scale_factor,
+        vae_scale_factor=plan.base.vae_scale_factor,
         alpha_mask=options.alpha_mask,
     )
     common: dict[str, Any] = {

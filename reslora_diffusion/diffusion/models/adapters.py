@@ -35,13 +35,13 @@ from ...utils.problems import listing, refuse
 from ..data.sampling import Batch
 from ..objective.randomness import Stream, seed_of
 from ..options import DreamBoothOptions
-from .skeleton import Skeleton
+from .meta_pipeline import MetaPipeline
 
 ADAPTER = "default"
 Forward = Callable[[nn.Module, Batch], object]
 
 
-def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, options: DreamBoothOptions) -> "Adapters":
+def add_adapters(pipeline: DiffusionPipeline, base: MetaPipeline, options: DreamBoothOptions) -> "Adapters":
     """Freeze the pipeline and put fresh float32 adapters on it; equal seeds give equal adapters."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
@@ -49,7 +49,7 @@ def add_adapters(pipeline: DiffusionPipeline, skeleton: Skeleton, options: Dream
     assert options.seed is not None, "`resolve_seed` has set it"
     torch.manual_seed(seed_of(options.seed, Stream.ADAPTER))
     models = {}
-    for component, (_, config) in skeleton.adapters(options).items():
+    for component, (_, config) in base.adapters(options).items():
         model = models[component] = getattr(pipeline, component)
         attach(model, config, ADAPTER)
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a training step takes, before any weight is loaded: the skeleton's forward is walked through on `meta`.
+"""What a training step takes, before any weight is loaded: the base's forward is walked through on `meta`.
 
 arithmetic    FLOPs of a forward, and BACKWARD times as much for the gradients of inputs and adapters
 time          arithmetic by the speed of this device on a large matrix product: no step can be faster
@@ -69,12 +69,12 @@ class Kept:
 
 def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
     """The cost of one training step at the largest of the sizes that are trained on."""
-    skeleton, dtype = plan.skeleton, base_dtype(options)
-    family, meta = skeleton.family, dict[str, Any](device="meta")
-    models: dict[str, Any] = copy.deepcopy({family.denoiser: skeleton.denoiser, **skeleton.text_encoders})
+    base, dtype = plan.base, base_dtype(options)
+    family, meta = base.family, dict[str, Any](device="meta")
+    models: dict[str, Any] = copy.deepcopy({family.denoiser: base.denoiser, **base.text_encoders})
     for model in models.values():
         model.requires_grad_(False).to(dtype)
-    for name, (_, config) in skeleton.adapters(options).items():
+    for name, (_, config) in base.adapters(options).items():
         inject_adapter_in_model(config, models[name], low_cpu_mem_usage=True)
     denoiser = models.pop(family.denoiser)
     if options.gradient_checkpointing:
@@ -82,11 +82,9 @@ def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
 
     classes = any(concept.classes for concept in plan.concepts)
     images, prompts = options.train_batch_size * (1 + classes), 1 + classes
-    width, height = (
-        side // skeleton.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1])
-    )
-    latents = torch.empty(images, skeleton.vae["latent_channels"], height, width, dtype=dtype, **meta)
-    ids = torch.zeros(prompts, len(models), skeleton.windows[0][1], dtype=torch.long, **meta)
+    width, height = (side // base.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1]))
+    latents = torch.empty(images, base.vae["latent_channels"], height, width, dtype=dtype, **meta)
+    ids = torch.zeros(prompts, len(models), base.windows[0][1], dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
         length, inner = family.t5_length(options), denoiser.config.joint_attention_dim

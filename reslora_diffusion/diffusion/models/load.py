@@ -23,7 +23,7 @@ from .attn_processor import set_attn_processors
 from .families import Family
 from .families.base import leave_out_layers
 from .memory import save_memory
-from .skeleton import given_base
+from .meta_pipeline import given_base
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

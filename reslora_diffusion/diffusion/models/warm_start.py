@@ -15,13 +15,13 @@ from peft.tuners.lora import LoraLayer
 from reslora_diffusion.export import read_lora
 from reslora_diffusion.export.factors import Components, rank_of
 from reslora_diffusion.export.keys import classic_path
-from reslora_diffusion.export.proof import health_problems
+from reslora_diffusion.export.proof import finiteness_problems
 
 from ...utils.problems import listing
 from ..options import DreamBoothOptions
 from .adapters import ADAPTER, Adapters
-from .outline import Outline
-from .outline import rank_of as rank_asked
+from .architecture import Architecture
+from .architecture import rank_of as rank_asked
 
 
 def read_weights(source: str) -> Components:
@@ -32,7 +32,7 @@ def read_weights(source: str) -> Components:
     }
 
 
-def weights_problems(options: DreamBoothOptions, outline: Outline) -> Iterator[str]:
+def weights_problems(options: DreamBoothOptions, architecture: Architecture) -> Iterator[str]:
     """Why the file cannot be trained on as this run would."""
     where = f"--network_weights {options.network_weights}"
     try:
@@ -40,10 +40,10 @@ def weights_problems(options: DreamBoothOptions, outline: Outline) -> Iterator[s
     except (OSError, ValueError) as error:
         yield f"{where}: {error}"
         return
-    yield from (f"{where}: {problem}" for problem in health_problems(components) if "NaN" in problem)
+    yield from (f"{where}: {problem}" for problem in finiteness_problems(components))
     adapted = {
         (component, classic_path(component, name)): (layer, rank_asked(options, name))
-        for component, name, layer in outline.adapted(options)
+        for component, name, layer in architecture.adapted(options)
     }
     foreign, unlike, larger = [], [], {}
     for component, modules in components.items():
@@ -63,7 +63,8 @@ def weights_problems(options: DreamBoothOptions, outline: Outline) -> Iterator[s
         )
         yield f"{where} has {len(foreign)} modules that this run does not train{hint}: {listing(foreign)}"
     if unlike:
-        yield f"{where} has {len(unlike)} modules of other shapes than {outline.family.title} here: {listing(unlike)}"
+        title = architecture.family.title
+        yield f"{where} has {len(unlike)} modules of other shapes than {title} here: {listing(unlike)}"
     if larger:
         most = max(larger.values())
         yield (

@@ -25,7 +25,7 @@ from ..data.buckets import Size, parse_buckets
 from ..data.concepts import Concept, concepts_of
 from ..data.hub_dataset import dataset_options
 from ..data.scan import extension_problems
-from ..models.outline import Outline, read_outline
+from ..models.architecture import Architecture, read_architecture
 from ..models.variants import variant_problems
 from ..train.checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from ..train.record import differences
@@ -37,7 +37,7 @@ from .model_checks import adapter_problems, model_problems
 from .training import OPTIMIZER_PACKAGES
 
 if TYPE_CHECKING:
-    from ..models.skeleton import Skeleton
+    from ..models.meta_pipeline import MetaPipeline
 
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
 
@@ -50,16 +50,16 @@ class Plan:
     buckets: list[Size]
     max_train_steps: int
     steps_per_epoch: int
-    skeleton: "Skeleton"
+    base: "MetaPipeline"
 
 
 @dataclass
 class Findings:
-    """What was found without torch. The outline is None where the files of the model do not tell."""
+    """What was found without torch. The architecture is None where the files of the model do not tell."""
 
     problems: list[str]
     concepts: list[Concept]
-    outline: Outline | None = None
+    architecture: Architecture | None = None
     buckets: list[Size] = field(default_factory=list)
 
     def refuse(self, options: DreamBoothOptions) -> None:
@@ -77,15 +77,15 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         BadInput: every problem found, unless torch may know of more.
     """
     missing = missing_models(options)
-    outline, misfits = None, []
+    architecture, misfits = None, []
     try:
         without = options.changed(**dict.fromkeys(missing))  # the rest can still be held against each other
-        if without.pretrained_model_name_or_path and (outline := read_outline(without)):
-            options.take_defaults(outline.family)
+        if without.pretrained_model_name_or_path and (architecture := read_architecture(without)):
+            options.take_defaults(architecture.family)
     except BadInput as error:
         misfits = error.problems
-    known = bool(missing or options.problems or misfits or outline)
-    found = Findings([*missing.values(), *options.problems], [], outline)
+    known = bool(missing or options.problems or misfits or architecture)
+    found = Findings([*missing.values(), *options.problems], [], architecture)
     for find in (bad_values, bad_combinations, adapter_problems, missing_packages, bad_output):
         found.problems += find(options)
     found.problems += [*variant_problems(options), *launcher_problems(options), *bad_weights(options)]
@@ -95,17 +95,17 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         found.problems += error.problems
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
     try:
-        if outline:
-            found.buckets = fit(outline, options.changed(**dict.fromkeys(missing)))
+        if architecture:
+            found.buckets = fit(architecture, options.changed(**dict.fromkeys(missing)))
     except BadInput as error:
         misfits = error.problems
     found.problems += misfits
     steps = None if found.problems else length(options, found.concepts)[0]
-    found.problems += schedule_problems(options, outline, steps)
+    found.problems += schedule_problems(options, architecture, steps)
     if steps is not None:
         found.problems += past_the_end(options, steps)
     if found.problems and known and (options.optimizer_args or options.network_weights):
-        found.problems += slow_problems(options, found.outline)
+        found.problems += slow_problems(options, found.architecture)
     if known:
         found.refuse(options)
     return found
@@ -123,21 +123,21 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
     if not Path(name).is_dir() and (why := unreachable()) and not is_on_this_machine(options):
         found.problems.append(f"--pretrained_model_name_or_path {name}: it is not on this machine, and {why}")
         found.refuse(options)
-    from ..models.skeleton import load_skeleton
+    from ..models.meta_pipeline import load_meta_pipeline
 
-    skeleton = None
+    base = None
     try:
-        skeleton = load_skeleton(options)
-        options.take_defaults(skeleton.family)
-        if found.outline is None:
-            found.problems += [*bad_output(options), *schedule_problems(options, skeleton, None)]
-        found.buckets = found.buckets or fit(skeleton, options)
+        base = load_meta_pipeline(options)
+        options.take_defaults(base.family)
+        if found.architecture is None:
+            found.problems += [*bad_output(options), *schedule_problems(options, base, None)]
+        found.buckets = found.buckets or fit(base, options)
     except BadInput as error:
         found.problems += error.problems
-    found.problems += slow_problems(options, skeleton)
+    found.problems += slow_problems(options, base)
     found.refuse(options)
-    assert skeleton is not None  # without one there were problems
-    return Plan(found.concepts, found.buckets, *length(options, found.concepts), skeleton)
+    assert base is not None  # without one there were problems
+    return Plan(found.concepts, found.buckets, *length(options, found.concepts), base)
 
 
 def length(options: DreamBoothOptions, concepts: list[Concept]) -> tuple[int, int]:
@@ -178,27 +178,27 @@ def missing_models(options: DreamBoothOptions) -> dict[str, str]:
     return problems
 
 
-def fit(outline: Outline, options: DreamBoothOptions) -> list[Size]:
+def fit(architecture: Architecture, options: DreamBoothOptions) -> list[Size]:
     """Sizes that the model is trained at; raises `BadInput` with what does not fit it."""
-    problems, buckets = [*model_problems(outline, options)], [(options.resolution, options.resolution)]
+    problems, buckets = [*model_problems(architecture, options)], [(options.resolution, options.resolution)]
     try:
         if options.aspect_ratio_buckets:
-            buckets = parse_buckets(options.aspect_ratio_buckets, options.resolution, outline.grid)
+            buckets = parse_buckets(options.aspect_ratio_buckets, options.resolution, architecture.grid)
     except BadInput as error:
         problems += error.problems
     refuse(problems)
     return buckets
 
 
-def slow_problems(options: DreamBoothOptions, outline: Outline | None) -> list[str]:
+def slow_problems(options: DreamBoothOptions, architecture: Architecture | None) -> list[str]:
     """What takes torch to find: settings that an optimizer does not take, a LoRA to start from that does not fit."""
     from ..train.optimizers import optimizer_problems
 
     problems = optimizer_problems(options)
-    if options.network_weights and outline:
+    if options.network_weights and architecture:
         from ..models.warm_start import weights_problems
 
-        problems += weights_problems(options, outline)
+        problems += weights_problems(options, architecture)
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What of the options does not fit the model, whether its outline was read from files or made by the libraries."""
+"""What of the options does not fit the model, whether its architecture was read from files or made by the libraries."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 from ...rules import faults
 from ...utils.problems import listing
-from ..models.outline import BLOCKS, LINEAR, Outline, blocks_of, is_target, matches, rank_of
+from ..models.architecture import BLOCKS, LINEAR, Architecture, blocks_of, is_target, matches, rank_of
 from . import DreamBoothOptions
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
@@ -55,30 +55,30 @@ def fault_of_pattern(pattern: str) -> str | None:
     return None
 
 
-def model_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
+def model_problems(architecture: Architecture, options: DreamBoothOptions) -> Iterator[str]:
     """What does not fit this model."""
     sound = {
         name: {pattern: value for pattern, value in getattr(options, name).items() if not fault_of_pattern(pattern)}
         for name in PATTERNS
     }
     options = options.changed(**sound, rank=max(1, options.rank))
-    name, family, config = options.pretrained_model_name_or_path, outline.family, outline.denoiser_config
-    channels, latent_channels = family.latent_channels(config), outline.vae["latent_channels"]
+    name, family, config = options.pretrained_model_name_or_path, architecture.family, architecture.denoiser_config
+    channels, latent_channels = family.latent_channels(config), architecture.vae["latent_channels"]
     if channels != latent_channels:
         yield (
             f"{name}: the {family.denoiser} takes {channels} channels and latents have {latent_channels}; "
             "wanted a text-to-image model"
         )
-    for key in LATENT_SPACE if outline.other_vae else ():
-        own, other = (vae.get(key, LATENT_SPACE[key]) for vae in (outline.vae, outline.other_vae or {}))
+    for key in LATENT_SPACE if architecture.other_vae else ():
+        own, other = (vae.get(key, LATENT_SPACE[key]) for vae in (architecture.vae, architecture.other_vae or {}))
         if own != other:
             yield (
                 f"--pretrained_vae_model_name_or_path: {options.pretrained_vae_model_name_or_path} has {key} {other}, "
                 f"the {family.title} model {name} has {own}: it is of another family"
             )
-    if outline.prediction_type not in PREDICTION_TYPES:
-        yield f"{name} predicts {outline.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
-    grid = outline.grid
+    if architecture.prediction_type not in PREDICTION_TYPES:
+        yield f"{name} predicts {architecture.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
+    grid = architecture.grid
     if options.resolution % 8 == 0 and not grid.fits(
         options.resolution
     ):  # what is no multiple of 8 fits no model: `checks`
@@ -100,17 +100,17 @@ def model_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str
         )
     if family.fixed_encoder and (options.max_sequence_length or 0) > LONGEST_FOR_T5:
         yield f"--max_sequence_length: got {options.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
-    if options.tokenizer_max_length and options.tokenizer_max_length > outline.max_length:
-        yield f"--tokenizer_max_length: got {options.tokenizer_max_length}, wanted at most {outline.max_length}"
-    for component, targets in outline.targets(options).items():
-        yield from target_problems(outline, component, targets, options)
-    yield from pattern_problems(outline, options)
-    yield from block_problems(outline, options)
+    if options.tokenizer_max_length and options.tokenizer_max_length > architecture.max_length:
+        yield f"--tokenizer_max_length: got {options.tokenizer_max_length}, wanted at most {architecture.max_length}"
+    for component, targets in architecture.targets(options).items():
+        yield from target_problems(architecture, component, targets, options)
+    yield from pattern_problems(architecture, options)
+    yield from block_problems(architecture, options)
 
 
-def pattern_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
+def pattern_problems(architecture: Architecture, options: DreamBoothOptions) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
-    names = [name for _, name, _ in outline.adapted(options)]
+    names = [name for _, name, _ in architecture.adapted(options)]
     for option in PATTERNS:
         for pattern in getattr(options, option):
             if names and not any(matches(pattern, name) for name in names):
@@ -120,22 +120,24 @@ def pattern_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[s
                 )
 
 
-def block_problems(outline: Outline, options: DreamBoothOptions) -> Iterator[str]:
+def block_problems(architecture: Architecture, options: DreamBoothOptions) -> Iterator[str]:
     """Blocks that the model does not have."""
-    names = outline.layers[outline.family.denoiser]
+    names = architecture.layers[architecture.family.denoiser]
     blocks = {int(name.split(".")[1]) for name in names if re.fullmatch(rf"{BLOCKS}\.\d+", name)}
     if absent := [block for block in blocks_of(options) if blocks and block not in blocks]:
         yield f"--lora_blocks: got {listing(absent)}, wanted blocks from 0 to {max(blocks)}"
 
 
-def target_problems(outline: Outline, component: str, targets: list[str], options: DreamBoothOptions) -> Iterator[str]:
+def target_problems(
+    architecture: Architecture, component: str, targets: list[str], options: DreamBoothOptions
+) -> Iterator[str]:
     """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
-    layers = outline.layers[component]
+    layers = architecture.layers[component]
     for target in sorted(set(targets)):
         if not any(is_target(name, [target]) for name in layers):
             leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.kind == LINEAR})
             yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
-    adapted = {name: layer for part, name, layer in outline.adapted(options) if part == component}
+    adapted = {name: layer for part, name, layer in architecture.adapted(options) if part == component}
     if odd := [f"{name} ({layer.kind})" for name, layer in adapted.items() if layer.kind != LINEAR]:
         yield f"target modules of the {component} that are no linear layers: {listing(odd)}"
     narrow = [

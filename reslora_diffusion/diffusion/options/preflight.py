@@ -34,7 +34,7 @@ def cut_off(concept: Concept, plan: Plan) -> Iterator[str]:
     prompts = [concept.instance_prompt, *(image.caption for image in concept.instance.images)]
     prompts += [concept.class_prompt] if concept.classes else []
     for prompt in filter(None, dict.fromkeys(prompts)):
-        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer, length in plan.skeleton.windows)
+        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer, length in plan.base.windows)
         if lost:
             yield f"{lost} tokens cut off the end of {prompt[:60]!r}"
 
@@ -45,13 +45,13 @@ def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int)
 
 def memory(plan: Plan, options: DreamBoothOptions) -> str:
     """What weights and optimizer take; activations depend on the device's kernels."""
-    skeleton, each = plan.skeleton, base_dtype(options).itemsize
-    parts = [skeleton.denoiser, *(skeleton.text_encoders.values() if options.train_text_encoder else ())]
-    base = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    trained = skeleton.adapter_size(options)
+    base, each = plan.base, base_dtype(options).itemsize
+    parts = [base.denoiser, *(base.text_encoders.values() if options.train_text_encoder else ())]
+    frozen = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    trained = base.adapter_size(options)
     return (
         f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
-        f"{base:,} frozen ones, {base * each / 1e6:,.1f} MB; activations come on top"
+        f"{frozen:,} frozen ones, {frozen * each / 1e6:,.1f} MB; activations come on top"
     )
 
 
@@ -142,7 +142,7 @@ def tracker_of(options: DreamBoothOptions) -> str:
 def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) -> list[str]:
     """Lines on the whole run, of `count` processes (of as many as the launcher says, if not given)."""
     count = count or world_size()
-    family = plan.skeleton.family
+    family = plan.base.family
     lines = [
         f"{options.pretrained_model_name_or_path}: {family.title}; options that are not given have the defaults of "
         "diffusers' script for it"
@@ -164,7 +164,7 @@ def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) 
             "subject takes some hundreds"
         )
     lines += training(plan, options, count)
-    denoiser: Any = plan.skeleton.denoiser
+    denoiser: Any = plan.base.denoiser
     guidance = family.training_guidance(denoiser.config, options)
     if guidance is not None:
         lines.append(

@@ -9,7 +9,7 @@ from reslora_diffusion.export.header import DIFFUSERS_FILE
 from ...utils.problems import listing
 from ..models.families.base import scheduler_changes
 from ..models.load import base_model_name
-from ..models.skeleton import given_base
+from ..models.meta_pipeline import given_base
 from ..options import DreamBoothOptions
 
 

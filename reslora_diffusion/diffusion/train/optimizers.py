@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ...methods import optimizers
 from ...methods.optimizers import FactorPair, PairOptimizer
-from ..models.outline import matches
+from ..models.architecture import matches
 from ..options import DreamBoothOptions
 from .schedules import features_of
 

@@ -6,7 +6,7 @@ Known without torch.
 from ...methods.schedules.settings import FoldSettings, Settings, conflicts_of, parse_schedule
 from ...rules import ShortcutFields
 from ...utils.problems import BadInput
-from ..models.outline import LINEAR, Outline, rank_of
+from ..models.architecture import LINEAR, Architecture, rank_of
 from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
 
@@ -18,7 +18,7 @@ def settings_of(options: DreamBoothOptions) -> Settings | None:
     return FoldSettings(options.handover) if options.handover is not None else None
 
 
-def features_of(options: DreamBoothOptions, outline: Outline | None = None) -> list[str]:
+def features_of(options: DreamBoothOptions, architecture: Architecture | None = None) -> list[str]:
     """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     adapter = {"shortcut": ShortcutFields.shortcut, "num_previous": ShortcutFields.num_previous}
     adapter |= adapter_settings(options)
@@ -29,12 +29,12 @@ def features_of(options: DreamBoothOptions, outline: Outline | None = None) -> l
         found.append("cuda_graph")
     if options.scale_weight_norms:
         found.append("max_norm")
-    if outline and any(layer.kind != LINEAR for _, _, layer in outline.adapted(options)):
+    if architecture and any(layer.kind != LINEAR for _, _, layer in architecture.adapted(options)):
         found.append("convolutions")
     return found
 
 
-def schedule_problems(options: DreamBoothOptions, outline: Outline | None, steps: int | None) -> list[str]:
+def schedule_problems(options: DreamBoothOptions, architecture: Architecture | None, steps: int | None) -> list[str]:
     """Everything that is wrong with the schedule. `steps`: of the run, if that is known."""
     if options.compare:  # each contender is asked by itself
         return []
@@ -44,12 +44,12 @@ def schedule_problems(options: DreamBoothOptions, outline: Outline | None, steps
         return [f"--schedule: {problem}" for problem in error.problems]
     if settings is None or options.schedule is None:  # --handover has checks of its own
         return []
-    problems = conflicts_of(settings, features_of(options, outline))
+    problems = conflicts_of(settings, features_of(options, architecture))
     if options.handover is not None:
         problems.append(f"{settings.name}: --handover is another schedule, and a run has one; wanted one of them")
     problems += settings.misfits(steps, options.rank)
-    if outline and getattr(settings, "ranks", None):
-        ranks = sorted({rank_of(options, name) for _, name, _ in outline.adapted(options)})
+    if architecture and getattr(settings, "ranks", None):
+        ranks = sorted({rank_of(options, name) for _, name, _ in architecture.adapted(options)})
         if len(ranks) > 1:
             problems.append(f"{settings.name}: ranks are for all layers, got --rank_pattern; wanted one rank")
     return [f"--schedule: {problem}" for problem in problems]

@@ -358,7 +358,7 @@ class Run:
             exported = self.export(self.output, self.adapters.factors(), step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
         plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
-        tag, prompt = self.plan.skeleton.family.tag, self.options.instance_prompt or prompts_of(self.plan.concepts)[0]
+        tag, prompt = self.plan.base.family.tag, self.options.instance_prompt or prompts_of(self.plan.concepts)[0]
         images = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
         write_text(self.output / "README.md", model_card(self.options, tag, prompt, str(merged).splitlines(), images))
         return merged, exported

@@ -85,7 +85,7 @@ def start(options: DreamBoothOptions, plan: Plan) -> Start:
     options.seed = resolve_seed(options, checkpoint, accelerator)
     if options.method == "reslora":
         options.shortcut = options.shortcut or str(ShortcutFields.shortcut)  # to be recorded
-    options.validation_guidance_scale = plan.skeleton.family.validation_guidance(options)
+    options.validation_guidance_scale = plan.base.family.validation_guidance(options)
     if options.push_to_hub and accelerator.is_main_process:
         # Better to learn now than in the end that it cannot be written to.
         options.hub_model_id = create_repository(options.hub_model_id, options.output_dir, options.hub_token)
@@ -95,14 +95,14 @@ def start(options: DreamBoothOptions, plan: Plan) -> Start:
 def load(begun: Start) -> tuple[Loaded, list[Concept], dict[str, Any]]:
     """The pipeline with adapters, and the concepts with class images; these are generated where they are missing."""
     options, plan, accelerator, checkpoint, _ = begun
-    dtype, family = models.base_dtype(options), plan.skeleton.family
+    dtype, family = models.base_dtype(options), plan.base.family
     concepts = complete_class_images(plan.concepts, options, accelerator)
     facts = data_of(concepts)
     for change in data_changes(stored_facts(checkpoint).get("data"), facts) if checkpoint else ():
         accelerator.print(change)
     pipeline = models.load_pipeline(options, dtype)
     process = family.process(pipeline, options)
-    adapters = add_adapters(pipeline, plan.skeleton, options)
+    adapters = add_adapters(pipeline, plan.base, options)
     accelerator.print("\n".join(adapters.links()))
     models.prepare_models(pipeline, family, adapters.models, options, accelerator.device)
     return Loaded(dtype, pipeline, process, adapters), concepts, facts
@@ -129,7 +129,7 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
 
 def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
     """The model whose loss is minimised."""
-    options, family, pipeline = begun.options, begun.plan.skeleton.family, loaded.pipeline
+    options, family, pipeline = begun.options, begun.plan.base.family, loaded.pipeline
     objective = Objective(
         snr_gamma=options.snr_gamma,
         debiased_estimation_loss=options.debiased_estimation_loss,
@@ -145,7 +145,7 @@ def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
 
 def validation_images_of(begun: Start, loaded: Loaded) -> ValidationImages:
     """Who generates validation images."""
-    options, family, pipeline = begun.options, begun.plan.skeleton.family, loaded.pipeline
+    options, family, pipeline = begun.options, begun.plan.base.family, loaded.pipeline
     prompts = options.validation_prompt or []
     assert options.seed is not None, "`resolve_seed` has set it"
     assert options.validation_guidance_scale is not None, "`start` has set it to the family's"

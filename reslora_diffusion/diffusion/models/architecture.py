@@ -1,7 +1,7 @@
 """The components of a pipeline: configurations, names and shapes of all layers, read without loading a model.
 
-    read_outline   from JSON files and the headers of safetensors files, without torch; None if they do not suffice
-    Skeleton       the same from components on the meta device, which takes seconds of imports
+    read_architecture   from JSON files and the headers of safetensors files, without torch; None if they do not suffice
+    MetaPipeline        the same from components on the meta device, which takes seconds of imports
 
 `model_checks` holds options against either.
 """
@@ -92,7 +92,7 @@ def number_of(tensor: str) -> int:
 
 
 @dataclass(frozen=True)
-class Outline:
+class Architecture:
     """Configurations, and layers by component: those of the denoiser and of every text encoder that can be trained."""
 
     family: Family
@@ -137,7 +137,7 @@ class Outline:
         return sum(rank_of(options, name) * sum(layer.shape) for _, name, layer in self.adapted(options))
 
 
-def read_outline(options: DreamBoothOptions) -> Outline | None:
+def read_architecture(options: DreamBoothOptions) -> Architecture | None:
     """None where the files on this machine do not tell, or not in the layout that the families have.
 
     Raises:
@@ -155,7 +155,7 @@ def read_outline(options: DreamBoothOptions) -> Outline | None:
             last = hidden - left_out(options, family, part, hidden)
             layers[part] = layers_of({name: shape for name, shape in shapes.items() if number_of(name) < last})
         other = options.pretrained_vae_model_name_or_path
-        outline = Outline(
+        architecture = Architecture(
             family,
             configs[family.denoiser],
             layers,
@@ -165,23 +165,23 @@ def read_outline(options: DreamBoothOptions) -> Outline | None:
             or files.json("scheduler/scheduler_config.json").get("prediction_type", "epsilon"),
             max_length=min(configs[part]["max_position_embeddings"] for part in family.text_encoders),
         )
-        return outline if is_understood(outline) else None
+        return architecture if is_understood(architecture) else None
     except BadInput:
         raise
     except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):  # the libraries may know better
         return None
 
 
-def is_understood(outline: Outline) -> bool:
+def is_understood(found: Architecture) -> bool:
     """Whether everything is there that is asked of it, under the names that it is asked by."""
-    wanted = {outline.family.denoiser: outline.family.target_modules}
-    wanted |= dict.fromkeys(outline.family.text_encoders, PROJECTIONS)
+    wanted = {found.family.denoiser: found.family.target_modules}
+    wanted |= dict.fromkeys(found.family.text_encoders, PROJECTIONS)
     named = all(
-        any(layer.kind == LINEAR and is_target(name, [target]) for name, layer in outline.layers[component].items())
+        any(layer.kind == LINEAR and is_target(name, [target]) for name, layer in found.layers[component].items())
         for component, targets in wanted.items()
         for target in targets
     )
-    return named and bool(outline.grid and outline.denoiser_config["in_channels"] and outline.vae["latent_channels"])
+    return named and bool(found.grid and found.denoiser_config["in_channels"] and found.vae["latent_channels"])
 
 
 def as_installed(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A model's outline: from files without torch, and from modules, the same layers and the same problems."""
+"""A model's architecture: from files without torch, and from modules, the same layers and the same problems."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from torch import nn
 
 from dreambooth import ROOT, SUBJECTS, arguments, words
 from reslora_diffusion.choices import PAIR_OPTIMIZERS
-from reslora_diffusion.diffusion.models.outline import LINEAR, Outline, is_target, read_outline
-from reslora_diffusion.diffusion.models.skeleton import load_skeleton
+from reslora_diffusion.diffusion.models.architecture import LINEAR, Architecture, is_target, read_architecture
+from reslora_diffusion.diffusion.models.meta_pipeline import load_meta_pipeline
 from reslora_diffusion.diffusion.options.model_checks import model_problems
 from reslora_diffusion.diffusion.options.training import OPTIMIZER_PACKAGES, OPTIMIZERS
 from tiny import (
@@ -54,39 +54,42 @@ MISFITS = [  # options, and what is said of them whatever the family
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
-def both(request, tmp_path_factory) -> tuple[Path, Outline, Outline]:
+def both(request, tmp_path_factory) -> tuple[Path, Architecture, Architecture]:
     folder = PIPELINES[request.param]()
     args = arguments(tmp_path_factory.mktemp("out"), pretrained_model_name_or_path=folder)
-    return folder, read_outline(args), load_skeleton(args)
+    return folder, read_architecture(args), load_meta_pipeline(args)
 
 
 def test_files_tell_what_the_modules_are(both):
-    _, outline, skeleton = both
-    for field in fields(Outline):
-        found, wanted = (getattr(part, field.name) for part in (outline, skeleton))
+    _, architecture, base = both
+    for field in fields(Architecture):
+        found, wanted = (getattr(part, field.name) for part in (architecture, base))
         if field.name in ("vae", "denoiser_config"):  # the library notes down more, none of which is asked for
             assert {key: value for key, value in wanted.items() if found.get(key, value) != value} == {}
         else:
             assert found == wanted, field.name
-    assert (outline.grid, outline.vae_scale_factor) == (skeleton.grid, skeleton.vae_scale_factor)
-    for component, model in {skeleton.family.denoiser: skeleton.denoiser, **skeleton.text_encoders}.items():
+    assert (architecture.grid, architecture.vae_scale_factor) == (base.grid, base.vae_scale_factor)
+    for component, model in {base.family.denoiser: base.denoiser, **base.text_encoders}.items():
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        assert {name for name, layer in outline.layers[component].items() if layer.kind == LINEAR} == linear
+        assert {name for name, layer in architecture.layers[component].items() if layer.kind == LINEAR} == linear
 
 
 def test_layers_that_are_left_out_are_in_neither(tmp_path):
     args = arguments(tmp_path, skip_clip_layers=1)
-    outline, skeleton = read_outline(args), load_skeleton(args)
-    assert outline.layers == skeleton.layers
-    assert outline.layers["text_encoder"].keys() < read_outline(arguments(tmp_path)).layers["text_encoder"].keys()
+    architecture, base = read_architecture(args), load_meta_pipeline(args)
+    assert architecture.layers == base.layers
+    assert (
+        architecture.layers["text_encoder"].keys()
+        < read_architecture(arguments(tmp_path)).layers["text_encoder"].keys()
+    )
 
 
 @pytest.mark.parametrize(("options", "said"), MISFITS, ids=[" ".join(options) for options, _ in MISFITS])
 def test_both_find_the_same_problems_in_the_same_words(both, tmp_path, options, said):
-    folder, outline, skeleton = both
+    folder, architecture, base = both
     args = arguments(tmp_path / "out", pretrained_model_name_or_path=folder, **options)
-    found = [*model_problems(outline, args)]
-    assert found == [*model_problems(skeleton, args)]
+    found = [*model_problems(architecture, args)]
+    assert found == [*model_problems(base, args)]
     assert said in "\n".join(found)
 
 
@@ -99,47 +102,47 @@ def test_another_prediction_type_and_more_channels(tmp_path):
         config = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(config | change))
     args = arguments(tmp_path / "out", pretrained_model_name_or_path=folder)
-    found = [*model_problems(read_outline(args), args)]
-    assert found == [*model_problems(load_skeleton(args), args)]
+    found = [*model_problems(read_architecture(args), args)]
+    assert found == [*model_problems(load_meta_pipeline(args), args)]
     assert len(found) == 2
 
 
 def test_targets_are_matched_as_peft_matches_them(both):
-    _, outline, skeleton = both
+    _, architecture, base = both
     targets = ["to_q", "attn1.to_k", "net.2", "q_proj", "attentions.0.proj_in", "conv_in", "k"]
     config = LoraConfig(target_modules=targets)
-    for layers in outline.layers.values():
+    for layers in architecture.layers.values():
         matched = {name for name in layers if is_target(name, targets)}
         assert matched == {name for name in layers if check_target_module_exists(config, name)}
     args = arguments("out", train_text_encoder=True, rank=3, rank_pattern=["to_q=2"])
     wanted = 0
-    for model, config in skeleton.adapters(args).values():
+    for model, config in base.adapters(args).values():
         model.add_adapter(config, "counted")
         wanted += sum(p.numel() for name, p in model.named_parameters() if ".counted." in name)
         model.delete_adapter("counted") if hasattr(model, "delete_adapter") else model.delete_adapters("counted")
-    assert outline.adapter_size(args) == wanted
+    assert architecture.adapter_size(args) == wanted
 
 
 @pytest.mark.parametrize("form", ["sharded", "fp16", "sharded fp16", "one level deeper"])
 def test_every_form_of_weights_is_read(tmp_path, form):
     folder = shutil.copytree(saved(tiny_pipeline), tmp_path / "model")
     args = arguments(tmp_path / "out", pretrained_model_name_or_path=folder)
-    expected = read_outline(args)
+    expected = read_architecture(args)
     variant = "fp16" if "fp16" in form else None
     if form == "one level deeper":  # as versions of transformers before 5 wrote it, with a buffer of even older ones
         file = folder / "text_encoder" / "model.safetensors"
         tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
         save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(32)[None]}, file)
     else:
-        skeleton = load_skeleton(args)
-        for name, model in {"unet": skeleton.denoiser, **skeleton.text_encoders}.items():
+        base = load_meta_pipeline(args)
+        for name, model in {"unet": base.denoiser, **base.text_encoders}.items():
             for file in (folder / name).glob("*.safetensors"):
                 file.unlink()
             size = "200KB" if "sharded" in form else "10GB"
             model.to_empty(device="cpu").save_pretrained(folder / name, variant=variant, max_shard_size=size)
         assert (len([*folder.glob("unet/*.safetensors")]) > 1) == ("sharded" in form)
     args.variant = variant
-    assert read_outline(args) == expected
+    assert read_architecture(args) == expected
 
 
 @pytest.mark.parametrize("fault", ["no header", "quantised", "other names", "no configuration", "not there"])
@@ -157,7 +160,7 @@ def test_files_that_do_not_tell_leave_it_to_the_libraries(tmp_path, fault):
         (folder / "unet" / "config.json").unlink()
     else:
         shutil.rmtree(folder)
-    assert read_outline(arguments(tmp_path / "out", pretrained_model_name_or_path=folder)) is None
+    assert read_architecture(arguments(tmp_path / "out", pretrained_model_name_or_path=folder)) is None
 
 
 def test_optimizers_that_may_be_chosen_are_those_of_torch():

@@ -1,7 +1,7 @@
 """A pipeline without its weights: components on the meta device, made from their configurations.
 
-It is the `Outline` of a model whose files do not tell (on the hub only the configuration files are fetched), and what a
-run is planned with: adapters fit it, tokenizers count its tokens, a forward through it says what a step takes.
+It is the `Architecture` of a model whose weight files are not on this machine (of the hub, only configurations are
+fetched). A run is planned with it: adapters fit it, tokenizers count its tokens, a forward through it estimates a step.
 """
 
 import re
@@ -22,8 +22,8 @@ from ...utils.hub import unreachable
 from ...utils.problems import BadInput
 from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
+from .architecture import TEXT_ENCODERS, Architecture, Layer, family_of, layers_of, left_out
 from .families.base import leave_out_layers
-from .outline import TEXT_ENCODERS, Layer, Outline, family_of, layers_of, left_out
 
 TOKENIZERS = {
     f"{name}{fast}": kind
@@ -34,8 +34,8 @@ TEXT_ENCODER_CLASSES = {name: getattr(transformers, name) for name in TEXT_ENCOD
 
 
 @dataclass(frozen=True)
-class Skeleton(Outline):
-    """An outline with its modules, and the tokenizers."""
+class MetaPipeline(Architecture):
+    """An architecture with its modules, and the tokenizers."""
 
     denoiser: ModelMixin
     text_encoders: dict[str, nn.Module]
@@ -60,7 +60,7 @@ def given_base(options: DreamBoothOptions) -> str:
     return options.pretrained_model_name_or_path
 
 
-def load_skeleton(options: DreamBoothOptions) -> Skeleton:
+def load_meta_pipeline(options: DreamBoothOptions) -> MetaPipeline:
     """Read the configurations of `--pretrained_model_name_or_path`.
 
     Raises:
@@ -109,7 +109,7 @@ def load_skeleton(options: DreamBoothOptions) -> Skeleton:
         if why and isinstance(error, OSError):
             reason = f"it is not on this machine, and {why}"
         raise BadInput([f"--pretrained_model_name_or_path: {name} cannot be loaded: {reason}"]) from error
-    return Skeleton(
+    return MetaPipeline(
         family,
         denoiser.config,
         {component: layers_in(model) for component, model in {family.denoiser: denoiser, **encoders}.items()},
