@@ -152,7 +152,7 @@ def analyse(plan: Plan, folder: Path) -> Analysis:
     everything = list(results.all_of(folder, plan))
     trials = stages.tuning_so_far(plan, folder)
     best = {word: best_of(trials[word]) for word in plan.methods if word in trials}
-    final, controls = by_setting(everything, "final"), by_setting(everything, "controls")
+    final, controls, other_rates = (by_setting(everything, stage) for stage in ("final", "controls", "robustness"))
     found = {word: Entry(word, setting, final[word].get(key(setting), [])) for word, setting in best.items()}
     for name, control in plan.controls.items():
         if control.of in best:
@@ -163,7 +163,7 @@ def analyse(plan: Plan, folder: Path) -> Analysis:
         entries = compared(entries, plan.reference)
     for word in entries:
         if word in plan.methods:
-            around = robustness(plan, final[word], best[word])
+            around = robustness(plan, other_rates[word], best[word])
             entries[word] = replace(entries[word], robustness=around, interior=is_interior(trials[word]))
     return Analysis(plan, trials, entries, progress_of(plan, trials, everything), everything)
 
@@ -191,9 +191,10 @@ def robustness(plan: Plan, runs: Mapping[tuple, Runs], setting: Setting) -> dict
 
 def progress_of(plan: Plan, trials: Mapping[str, Sequence[Any]], everything: Runs) -> Progress:
     seeds, methods = len(plan.final.seeds), len(plan.methods)
+    at_other_rates = len(plan.final.robustness) * min(seeds, plan.final.robustness_seeds) * methods
     return Progress(
         trials=sum(min(len(found), plan.search.trials) for found in trials.values()),
         trials_wanted=plan.search.trials * methods,
         final=sum(run["stage"] != "tune" for run in everything),
-        final_wanted=seeds * (methods * (1 + len(plan.final.robustness)) + len(plan.controls)),
+        final_wanted=seeds * (methods + len(plan.controls)) + at_other_rates,
     )

@@ -47,6 +47,7 @@ class Search(Strict):
 class Final(Strict):
     seeds: Annotated[list[int], Field(min_length=1)] = [100, 101, 102, 103, 104]
     robustness: list[Positive] = [1 / 3, 3]  # factors on the best learning rate
+    robustness_seeds: Annotated[int, Field(ge=1)] = 3  # how many of the seeds run at those learning rates
 
 
 class Control(Strict):

@@ -11,13 +11,13 @@ from reslora_diffusion.utils.files import write_text
 
 from .plan import FORMAT_VERSION, Plan, fingerprint
 
-STAGES = ("tune", "final", "controls")
+STAGES = ("tune", "final", "controls", "robustness")
 
 
 def facts_of(plan: Plan, stage: str, method: str, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What a run is a function of."""
     task = plan.task.model_dump()
-    if stage == "tune":
+    if stage in ("tune", "robustness"):  # their curves are not asked for
         task["evaluations"] = 1
     return {"task": task, "stage": stage, "method": method, "setting": dict(setting), "seed": seed}
 

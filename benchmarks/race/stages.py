@@ -71,7 +71,7 @@ def final_jobs(plan: Plan, best: dict[str, Setting]) -> list[Job]:
     for factor in plan.final.robustness:
         for word, setting in best.items():
             other = setting | {"learning_rate": setting["learning_rate"] * factor}
-            jobs += [("final", word, other, seed) for seed in plan.final.seeds]
+            jobs += [("robustness", word, other, seed) for seed in plan.final.seeds[: plan.final.robustness_seeds]]
     return jobs
 
 
