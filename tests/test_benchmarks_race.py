@@ -290,7 +290,7 @@ def raced(tmp_path):
         for method, more in {"lora": 0.0, "reslora-block": 0.5 + seed / 1000}.items():
             written(tmp_path, race, "final", method, settings(method, 1e-1), seed, loss=1 + seed / 100 + more)
             other = settings(method, 1e-1) | {"learning_rate": 1e-1 * 3}
-            written(tmp_path, race, "final", method, other, seed, loss=math.inf if seed == 10 else 2.0)
+            written(tmp_path, race, "robustness", method, other, seed, loss=math.inf if seed == 10 else 2.0)
         twice = settings("lora", 1e-1) | {"alpha_over_rank": 2.0}
         written(tmp_path, race, "controls", "lora, alpha x 2", twice, seed, loss=1 + seed / 100 + 0.01 * (seed % 2))
     return race, tmp_path
