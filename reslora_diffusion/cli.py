@@ -151,7 +151,7 @@ def verify(
     """Check that a LoRA loads and fits its base.
 
     The real loaders load it, and every layer is compared with the file. Only the configurations of the base are read,
-    not its weights. Without --base the file is loaded into stand-ins that have just the modules it names. Of an
+    not its weights. Without --base the file is loaded into placeholders with just the modules that it names. Of an
     export folder both files are checked. Exits with 1 if anything differs.
 
     \b

@@ -16,7 +16,7 @@ from reslora_diffusion.cli import app, files_and_weights
 from reslora_diffusion.export import export_lora, read_lora, write_lora_file
 from reslora_diffusion.export.base import check_stored
 from reslora_diffusion.export.header import read_headers
-from reslora_diffusion.export.standins import fitting_models
+from reslora_diffusion.export.hollow import fitting_models
 from tiny import tiny_pipeline_folder, tiny_unet
 
 ROOT = Path(__file__).resolve().parent.parent

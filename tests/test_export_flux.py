@@ -13,7 +13,7 @@ from reslora_diffusion.export.base import check_stored
 from reslora_diffusion.export.flux import LAYERS, from_kohya_name, join, layer_of, parts_of, split
 from reslora_diffusion.export.geometry import Family
 from reslora_diffusion.export.header import read_headers
-from reslora_diffusion.export.standins import hollow
+from reslora_diffusion.export.hollow import hollow
 from tiny import saved, tiny_pipeline_3, tiny_pipeline_flux
 
 BLOCKS = tuple(

@@ -298,7 +298,7 @@ def test_extract_refuses_what_is_not_alike(tmp_path, fused):
 # -------------------------------------------------------------------------------------------------- verify, inspect
 
 
-def test_verify_loads_into_the_base_and_into_stand_ins(tmp_path, components):
+def test_verify_loads_into_the_base_and_into_placeholders(tmp_path, components):
     export_lora(tmp_path, components, name="x")
     for base in (BASE, None):
         result = verify_lora(tmp_path, base)

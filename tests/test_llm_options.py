@@ -9,12 +9,13 @@ import pytest
 from peft import TaskType
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from llm_tiny import MODELS, ROOT
 from reslora_diffusion.llm import models, options
 from reslora_diffusion.llm.checks import check, launcher_problems
-from reslora_diffusion.llm.model_checks import length_problems, stored_layers, stored_problems
+from reslora_diffusion.llm.model_checks import SAME_NAMES, length_problems, stored_layers, stored_problems
 from reslora_diffusion.llm.options import GlueOptions, LlmOptions, parse, training_arguments
 from reslora_diffusion.llm.resuming import checkpoint_of
 from reslora_diffusion.llm.training_options import TrainingOptions
@@ -141,7 +142,7 @@ def test_files_of_a_model_tell_its_layers_as_its_modules_do(tmp_path, name):
     [
         {"quantization_config": {"quant_method": "gptq"}},
         {"model_type": "mixtral"},
-        {"architectures": ["GPTNeoXForCausalLM"]},
+        {"model_type": "gpt_neox"},
     ],
     ids=["quantised", "converted by type", "converted by class"],
 )
@@ -152,6 +153,15 @@ def test_files_whose_tensors_are_called_otherwise_do_not_tell(tmp_path, change):
     assert len(stored_problems(asked)) == 1
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     assert stored_problems(asked) == []
+
+
+@pytest.mark.parametrize("kind", sorted(SAME_NAMES))
+def test_transformers_converts_no_tensor_of_models_that_keep_their_names(kind):
+    conversion = pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 converts no names")
+    assert not conversion.get_checkpoint_conversion_mapping(kind)
+    classes = [mapping[kind] for mapping in (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if kind in mapping]
+    assert classes
+    assert not any(conversion.get_checkpoint_conversion_mapping(name) for name in classes)
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"], ids=["none", "cut off", "no text"])

@@ -1,6 +1,6 @@
 """The base of an adapted model as a model of its own, without a copy of its weights.
 
-PEFT changes a model that it loads a folder into. So it is given a skeleton of the same class (`standins.like`), in
+PEFT changes a model that it loads a folder into. So it is given a hollow model of the same class (`hollow.like`), in
 which the layers are those of the model at hand: no weight is held twice, and the model stays as it is.
 """
 
@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .beside import Beside
-from .standins import like
+from .hollow import like
 
 QUANTISATION = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
 
@@ -34,7 +34,7 @@ def bare_model(model: nn.Module, beside: Beside) -> nn.Module:
 
 
 def share(fresh: nn.Module, own: nn.Module) -> None:
-    """Give a skeleton the parameters, buffers and layers of a model."""
+    """Give a hollow model the parameters, buffers and layers of a model."""
     fresh._parameters.update(own._parameters)
     fresh._buffers.update(own._buffers)
     for name in fresh._modules:

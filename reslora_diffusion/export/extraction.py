@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..utils.problems import listing
 from .base import check_base_name, is_transposed
 from .factors import Components, Loss, from_matrix
+from .hollow import model_class, pipeline_index, transformers_config
 from .keys import CLIP_COMPONENTS, COMPONENTS, DENOISERS, Dialect, classic_path
 from .peft_folder import MODEL
 from .progress import progress
 from .report import ExportReport
-from .standins import model_class, pipeline_index, transformers_config
 from .tools import save_lora
 
 # What kohya's trainer adapts of a UNet, and of a transformer its blocks.

@@ -22,6 +22,7 @@ from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
+from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
 from .peft_folder import MODEL
@@ -29,7 +30,6 @@ from .progress import progress
 from .proof import health_problems
 from .reader import read_lora
 from .rewriting import Change, WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
-from .standins import Models, fitting_models, pipeline_index
 
 QUANTISED = "quantization_config"
 

@@ -5,7 +5,7 @@ is loaded by plain PEFT on the base, and both models compute the same few random
 
     error = ||loaded - trained|| / ||trained - base||
 
-The base that PEFT loads into has the layers of the training model, not copies of them, in a skeleton without adapters
+PEFT loads into a hollow model without adapters, to which the layers of the training model are given, not copies of them
 (`bare_model`): no weight is held twice. Where outputs cannot be compared, the report says why.
 """
 
@@ -32,8 +32,8 @@ from .bare import bare_model
 from .beside import Beside, without_peft
 from .factors import TOLERANCE, relative_error
 from .keys import PEFT_PREFIX
+from .loaders import quiet
 from .sample_inputs import Inputs, candidates
-from .standins import quiet
 
 AMPLIFIED = 10  # by what a deep model may enlarge an error of the factors
 ROUNDINGS = 16  # of the model's precision: how far two ways to compute one output may be apart, relative to its norm

@@ -264,13 +264,14 @@ def prove_peft(
     """
     from peft import __version__
 
-    from .standins import ADAPTER, like, load_peft, stand_ins
+    from .hollow import like, placeholders
+    from .loaders import ADAPTER, load_peft
 
     tolerance = TOLERANCE[dtype]
     if isinstance(proof, OutputProof):
         base = proof.base
     else:
-        base = like(model) if model is not None else stand_ins({component: dict(wanted)})[component]
+        base = like(model) if model is not None else placeholders({component: dict(wanted)})[component]
         hold_values(base, beside)
     try:
         got = {component: load_peft(folder, base, component)}

@@ -1,7 +1,7 @@
 """The proof of an export: each file is reopened as its loader reads it, and must mean what was to be written.
 
     reader            what it reads
-    diffusers         the installed loader itself, `load_lora_weights` into hollow models (`standins`); both files pass
+    diffusers         the installed loader itself, `load_lora_weights` into hollow models (`hollow`); both files pass
                       through it, and what is compared is what arrived in the layers: (A, B, scaling)
     PEFT              likewise, `PeftModel.from_pretrained`
     kohya's rules     scale = alpha / rank per module, names split at the first dot
@@ -139,18 +139,19 @@ def diffusers_checks(
     """What the installed diffusers makes of each file, and what is wrong with that: `(checks, problems)`.
 
     Args:
-        models: the base, by component; stand-ins take the place of those that are not there.
+        models: the base, by component; placeholders stand for those that are not there.
     """
     from diffusers import __version__
 
-    from .standins import like, load_diffusers, stand_ins
+    from .hollow import like, placeholders
+    from .loaders import load_diffusers
 
     checks, problems = [], []
     for file in progress(files, "loading by diffusers"):
         absent = {component: modules for component, modules in wanted.items() if component not in models}
         fresh = {component: like(models[component]) for component in wanted if component in models}
         try:
-            got = load_diffusers(file, fresh | stand_ins(absent), naming)
+            got = load_diffusers(file, fresh | placeholders(absent), naming)
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -156,7 +156,7 @@ def export_trained(
     trained = read_trained(source)
     models = {}
     if base:
-        from .standins import fitting_models
+        from .hollow import fitting_models
 
         models = fitting_models(trained.lora.components, base)
     return save_lora(

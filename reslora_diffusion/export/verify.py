@@ -86,7 +86,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
     Raises:
         ValueError: there is no LoRA in `source`, or no such base.
     """
-    from .standins import base_models
+    from .hollow import base_models
 
     if base:
         check_base(base)
@@ -173,7 +173,8 @@ def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[s
     """PEFT's own loading of each folder."""
     from peft import __version__
 
-    from .standins import like, load_peft, stand_ins
+    from .hollow import like, placeholders
+    from .loaders import load_peft
 
     checks, problems = [], []
     for component, modules in lora.components.items():
@@ -184,7 +185,7 @@ def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[s
                 problems.append(f"PEFT was not tried: it may never end with the expressions in {listing(endless)}")
                 continue
             targets = matched(config["target_modules"], modules)
-        model = like(models[component]) if component in models else stand_ins({component: modules})[component]
+        model = like(models[component]) if component in models else placeholders({component: modules})[component]
         folder = lora.path.parent
         if len(lora.components) > 1:
             folder = folder.parent / component

@@ -5,8 +5,6 @@ So of files only what is certain is said; `models.target_problems` asks the same
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..utils.model_files import Files, Unknown
@@ -15,6 +13,11 @@ from .options import LlmOptions, ScriptOptions
 
 EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name
 OUTPUT = "lm_head"
+# Types of model whose tensors are called in files as in memory. Others may be converted when they are loaded.
+SAME_NAMES = frozenset(
+    "bert distilbert gemma gemma2 gpt2 gpt_neo gptj llama mistral olmo olmo2 opt phi phi3 qwen2 qwen3 roberta "
+    "smollm3 starcoder2 t5 xlm-roberta".split()
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -64,15 +67,8 @@ def stored_problems(options: ScriptOptions) -> list[str]:
 
 
 def keeps_names(config: Mapping[str, Any]) -> bool:
-    """Whether a model's tensors are called in its files as they are once loaded: quantised ones are not, nor those that
-    transformers converts, by type of model or by class."""
-    spec = find_spec("transformers")
-    assert spec is not None, "transformers is installed"
-    assert spec.origin is not None, "and has an __init__.py"
-    source = Path(spec.origin).with_name("conversion_mapping.py")
-    converted = source.read_text(encoding="utf-8") if source.is_file() else ""
-    names = [config["model_type"], *(config.get("architectures") or [])]
-    return "quantization_config" not in config and not any(f'"{name}"' in converted for name in names)
+    """Whether a model's tensors certainly have the names in its files that they have once loaded."""
+    return config["model_type"] in SAME_NAMES and "quantization_config" not in config
 
 
 def stored_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:

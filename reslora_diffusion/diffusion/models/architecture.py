@@ -9,8 +9,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from ...utils.model_files import Files, Unknown
@@ -20,6 +19,7 @@ from ..options import DreamBoothOptions
 from .families import FAMILIES, Family
 
 BLOCKS = "transformer_blocks"  # what --lora_blocks counts
+FLAT_CLIP = (5, 6)  # version of transformers since which `CLIPTextModel` has no `text_model` inside
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # that every text encoder here has
 EMBEDDINGS = ("token_embedding", "position_embedding", "class_embedding")
@@ -185,15 +185,12 @@ def is_understood(found: Architecture) -> bool:
 
 
 def as_installed(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:
-    """Under the names that the modules have once loaded: newer versions of transformers put the layers of
-    `CLIPTextModel` right under it, and load files in which they are one level deeper."""
+    """Shapes under the names that the modules have once loaded: since transformers 5.6 the layers of `CLIPTextModel`
+    are right under it; files have them one level deeper, and load all the same."""
     if kind not in TEXT_ENCODERS:
         raise Unknown(kind)
     if kind != "CLIPTextModel":
         return dict(shapes)
-    spec = find_spec("transformers")
-    assert spec is not None, "transformers is installed"
-    assert spec.origin is not None, "and has an __init__.py"
-    source = Path(spec.origin).parent / "models" / "clip" / "modeling_clip.py"
-    level = "text_model." if "class CLIPTextTransformer" in source.read_text(encoding="utf-8") else ""
+    installed = tuple(int(part) for part in version("transformers").split(".")[:2])
+    level = "" if installed >= FLAT_CLIP else "text_model."
     return {level + name.removeprefix("text_model."): shape for name, shape in shapes.items()}

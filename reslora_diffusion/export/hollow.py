@@ -1,18 +1,15 @@
-"""Models without memory, for the loaders of diffusers, transformers and PEFT to load a LoRA into.
+"""Hollow models: real architectures without memory, into which `loaders` load a LoRA.
 
 A loader looks at a model's class, its configuration, and the names and shapes of its modules, never at the values of
 its weights. So a proof needs none of the base's gigabytes: every parameter is one zero, expanded to its shape.
 
     like(model)                  the same architecture, hollow
     base_models(name, wanted)    of a pipeline or language model on disk or on the hub, from its configurations alone
-    stand_ins(components)        only the modules that a LoRA adapts, where no base is at hand
-    load_diffusers, load_peft    the real loaders, and what arrived in the layers afterwards
+    placeholders(components)     where no base is at hand: models with the adapted modules and nothing else
 """
 
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +18,8 @@ import torch
 import transformers
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import (
-    FluxLoraLoaderMixin,
-    PeftAdapterMixin,
-    SD3LoraLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
-    StableDiffusionXLLoraLoaderMixin,
-)
-from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from diffusers.loaders import PeftAdapterMixin
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PretrainedConfig
 
@@ -37,11 +27,10 @@ from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.problems import listing, printable
 from .base import check_base_name, misfits, unfit
-from .factors import Components, computable
-from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, Naming, classic_path, projects
+from .factors import Components
+from .keys import CLIP_COMPONENTS, DENOISERS, LAYERS_PER_BLOCK, projects
 
 Models = dict[str, nn.Module]
-ADAPTER = "proof"
 MOST_LAYERS = 100  # of a CLIP text encoder; the largest one has 32
 CLIP_MODULE = re.compile(r"text_model\.encoder\.layers\.(\d{1,9})\.(self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 
@@ -149,10 +138,10 @@ def transformers_config(name: str) -> PretrainedConfig:
         raise ValueError(f"{name} {where}is neither a diffusers pipeline nor a transformers model: {reason}") from None
 
 
-# ------------------------------------------------------------------------------------------------------ stand-ins
+# ------------------------------------------------------------------------------------------------------ placeholders
 
 
-class DenoiserStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PlaceholderDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The adapted modules of a UNet or transformer, at their places, and nothing else."""
 
     @register_to_config
@@ -161,10 +150,10 @@ class DenoiserStandIn(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 class Place(nn.Module):
-    """Holds stand-ins; numbered ones are found as in a list, of which some elements may not be there."""
+    """Holds placeholders; numbered ones are found as in a list, of which some elements may not be there."""
 
     def __getitem__(self, number: int) -> nn.Module:
-        return cast(nn.Module, self._modules[str(number)])  # no stand-in is None
+        return cast(nn.Module, self._modules[str(number)])  # no placeholder is None
 
 
 def planted(root: nn.Module, modules: Mapping[str, LoraFactors]) -> nn.Module:
@@ -195,7 +184,7 @@ def put(parent: nn.Module, name: str, module: nn.Module) -> None:
         raise ValueError(f"{printable(name)} cannot be the name of a module: {error}") from None
 
 
-def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected: bool) -> nn.Module:
+def clip_placeholder(component: str, modules: Mapping[str, LoraFactors], projected: bool) -> nn.Module:
     """A CLIP text encoder in the installed transformers' own layout, of the widths that the factors have.
 
     Args:
@@ -230,121 +219,12 @@ def clip_stand_in(component: str, modules: Mapping[str, LoraFactors], projected:
         return hollow((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
 
 
-def stand_ins(components: Components) -> Models:
+def placeholders(components: Components) -> Models:
     """A model for each component, with the adapted modules in it."""
     models: Models = {}
     for component, modules in components.items():
         if component in CLIP_COMPONENTS:
-            models[component] = clip_stand_in(component, modules, projects(component, components))
+            models[component] = clip_placeholder(component, modules, projects(component, components))
         else:
-            models[component] = planted(DenoiserStandIn() if component in DENOISERS else nn.Module(), modules)
+            models[component] = planted(PlaceholderDenoiser() if component in DENOISERS else nn.Module(), modules)
     return models
-
-
-# ---------------------------------------------------------------------------------------------------- the loaders
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loaders' remarks and progress bars belong to their own users."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    for logger in loggers:
-        logger.set_verbosity(100)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
-    """What a model's LoRA layers hold, by classic path; a layer that the loader left without values holds nothing."""
-    found = {
-        classic_path(component, name): LoraFactors(
-            layer.lora_A[ADAPTER].get_parameter("weight").detach(),
-            layer.lora_B[ADAPTER].get_parameter("weight").detach(),
-            layer.scaling[ADAPTER],
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
-    }
-    return {
-        path: f._replace(lora_A=computable(f.lora_A), lora_B=computable(f.lora_B))
-        for path, f in found.items()
-        if not (f.lora_A.is_meta or f.lora_B.is_meta)
-    }
-
-
-def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
-    """`load_lora_weights` of the pipeline that `models` are of, and what is in them afterwards.
-
-    Raises:
-        ValueError: the loader refuses the file.
-    """
-    denoiser = "transformer" if "transformer" in models else "unet"
-    mixin: type = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
-    if denoiser == "transformer":
-        flux = naming is Naming.FLUX or hasattr(models[denoiser], "single_transformer_blocks")
-        mixin = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
-
-    class Pipeline(DiffusionPipeline, mixin):  # type: ignore[misc, valid-type]  # a base chosen as the program runs
-        def __init__(
-            self,
-            unet: nn.Module | None = None,
-            transformer: nn.Module | None = None,
-            text_encoder: nn.Module | None = None,
-            text_encoder_2: nn.Module | None = None,
-        ) -> None:
-            super().__init__()
-            self.register_modules(
-                unet=unet, transformer=transformer, text_encoder=text_encoder, text_encoder_2=text_encoder_2
-            )
-
-    with quiet():
-        pipeline = Pipeline(**{denoiser: DenoiserStandIn()} | models)
-        try:
-            pipeline.load_lora_weights(
-                str(path.parent),
-                weight_name=path.name,
-                adapter_name=ADAPTER,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        except Exception as error:  # whatever a loader raises, it is its verdict on the file
-            raise ValueError(f"diffusers {diffusers.__version__} does not load {path.name}: {error}") from error
-    return {component: found for component, model in models.items() if (found := arrived(model, component))}
-
-
-def load_peft(
-    folder: Path, model: nn.Module, component: str, targets: list[str] | None = None, factors_alone: bool = False
-) -> dict[str, LoraFactors]:
-    """`PeftModel.from_pretrained`, and what is in the model afterwards.
-
-    Args:
-        folder: of PEFT.
-        model: to load into; it is changed.
-        component: of which pipeline part, or "model".
-        targets: the modules that `target_modules` means, where PEFT shall not find out itself.
-        factors_alone: leave out what was trained beside them, which a stand-in has no place for.
-
-    Raises:
-        ValueError: PEFT refuses the folder.
-    """
-    with quiet():
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-            config.task_type = None  # a stand-in has no generation methods
-            config.target_modules = config.target_modules if targets is None else targets
-            if factors_alone:
-                config.modules_to_save = config.trainable_token_indices = None
-            PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
-        except Exception as error:
-            raise ValueError(f"PEFT does not load {folder.name}: {error}") from error
-    return arrived(model, component)
