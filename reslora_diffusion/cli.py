@@ -64,7 +64,7 @@ LoraSource = Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file, or 
 RANK_HELP = "full, a number, or auto: the smallest that keeps every module within 5%"
 RankOption = Annotated[str, typer.Option("--rank", help=RANK_HELP)]
 Lossy = Annotated[bool, typer.Option("--allow_lossy", help="write although a module loses more than 5%")]
-Kept = Annotated[Precision | None, typer.Option("--dtype", help="precision of the result (default: as it is)")]
+StoredDtype = Annotated[Precision | None, typer.Option("--dtype", help="precision of the result (default: as it is)")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="OUT", help="folder, or one file if it ends in .safetensors"),
@@ -199,7 +199,7 @@ def resize(
     source: LoraSource,
     rank: RankOption,
     output: Output = None,
-    dtype: Kept = None,
+    dtype: StoredDtype = None,
     allow_lossy: Lossy = False,
 ) -> None:
     """Cut a LoRA to a rank, by singular values.
@@ -226,7 +226,7 @@ def combine(
     ] = None,
     output: Output = Path("combined"),
     rank: RankOption = "full",
-    dtype: Kept = None,
+    dtype: StoredDtype = None,
     allow_lossy: Lossy = False,
 ) -> None:
     """Add LoRAs up, exactly or cut to a rank.
@@ -272,7 +272,7 @@ def convert(
     source: LoraSource,
     to: Annotated[Target, typer.Option(help="whose format")],
     output: Output = None,
-    dtype: Kept = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Write a LoRA for another program.
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth import PROMPT, arguments, script, train
-from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.diffusion.train.checkpoints import (
     checkpoints_in,
     fault_of,
@@ -30,6 +29,7 @@ from reslora_diffusion.interruption import Interruption
 from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, run_program
 from reslora_diffusion.utils.state_files import BrokenState
+from reslora_diffusion.utils.training_state import load_training_state, save_training_state
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -81,7 +81,7 @@ def train(
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
-    from reslora_diffusion.llm.trainer import ExportedTrainer, PackingProbe, Quiz, calibration_batches, fold_at
+    from reslora_diffusion.llm.trainer import ExactMatch, ExportedTrainer, PackingProbe, calibration_batches, fold_at
 
     kind = TaskType.CAUSAL_LM
     config = models.load_config(options, kind)
@@ -105,9 +105,9 @@ def train(
     calibration = calibration_batches(
         data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
     )
-    quiz = None
+    exact_match = None
     if data.read is not None:
-        quiz = Quiz(
+        exact_match = ExactMatch(
             data.validation_questions,
             data.read,
             tokenizer,
@@ -127,7 +127,7 @@ def train(
             calibration=calibration,
             distillation_steps=options.distillation_steps,
             options=options,
-            quiz=quiz,
+            exact_match=exact_match,
         )
     if options.packing:
         trainer.add_callback(PackingProbe(collate, data.train, trainer.accelerator))
@@ -161,10 +161,10 @@ def judge(trainer: "ExportedTrainer", options: LlmOptions, data: "Data") -> dict
     """Exact match on the test rows, of the calibrated adapter and of the base."""
     from reslora_diffusion.llm.trainer import is_reslora, merged
 
-    quiz, model = trainer.quiz, trainer.accelerator.unwrap_model(trainer.model)
-    if quiz is None or not data.test_questions:
+    exact_match, model = trainer.exact_match, trainer.accelerator.unwrap_model(trainer.model)
+    if exact_match is None or not data.test_questions:
         return {"test": {}}
-    test = replace(quiz, questions=data.test_questions, read=data.test_read)
+    test = replace(exact_match, questions=data.test_questions, read=data.test_read)
     with model.disable_adapter():
         answered = {"base": test.ask(model, trainer.accelerator)} if options.eval_base else {}
     if is_reslora(model):

@@ -23,7 +23,7 @@ from ..utils.files import write_text
 from .models import DTYPES
 from .options import ModelOptions
 from .preflight import preflight
-from .trainer import ExportedTrainer, is_reslora, recall_factors, shortcut_of
+from .trainer import ExportedTrainer, is_reslora, restore_exported_factors, shortcut_of
 
 WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
@@ -98,7 +98,7 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
         ValueError: it cannot be exported, as what has learned nothing yet; or it failed its proof.
     """
     model = trainer.adapted
-    recall_factors(model)
+    restore_exported_factors(model)
     factors = exported_factors(model)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     if trainer.is_world_process_zero():

@@ -54,7 +54,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch, loss included if it has labels."""
     device = next(model.parameters()).device
     output = model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
-    recall_factors(model)
+    restore_exported_factors(model)
     return output
 
 
@@ -80,7 +80,7 @@ def is_reslora(model: PeftModel) -> bool:
     return isinstance(model.peft_config["default"], ResLoraConfig)
 
 
-def recall_factors(model: nn.Module) -> None:
+def restore_exported_factors(model: nn.Module) -> None:
     """Put together again the factors that DeepSpeed ZeRO-3 took apart: evaluation does that even to those below its
     `stage3_param_persistence_threshold`, and merging reads them between forwards. Every process must call it."""
     away: list[Any] = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id") and not p.numel()]
@@ -91,7 +91,7 @@ def recall_factors(model: nn.Module) -> None:
 @contextmanager
 def as_exported(model: PeftModel, batches: Sequence[Batch]) -> Iterator[None]:
     """Inside, the model computes as the LoRA that would be exported now; `batches` are what merging is fitted on."""
-    recall_factors(model)
+    restore_exported_factors(model)
     if is_reslora(model):
         calibrate(model, batches, run_model)
     with merged(model):
@@ -100,13 +100,13 @@ def as_exported(model: PeftModel, batches: Sequence[Batch]) -> Iterator[None]:
 
 def merged(model: PeftModel) -> AbstractContextManager:
     """Inside, the model computes as the LoRA that it was last calibrated to be exported as."""
-    recall_factors(model)
+    restore_exported_factors(model)
     return merged_forward(model) if is_reslora(model) else nullcontext()
 
 
 @dataclass(frozen=True)
-class Quiz:
-    """Questions to be answered by generation, and how."""
+class ExactMatch:
+    """The share of questions that a model answers right by generation; `read` finds the answer in a response."""
 
     questions: Sequence[Question]
     read: Callable[[str], str | None]
@@ -115,7 +115,7 @@ class Quiz:
     batch_size: int
     num_beams: int = 1
 
-    def ask(self, model: nn.Module, accelerator: Accelerator) -> Generations:
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Generations:
         """Every process asks its part of the questions; all get all answers.
 
         All processes ask equally many, some of them again, and generate equally many tokens where weights are sharded:
@@ -142,7 +142,7 @@ class ExportedTrainer(Trainer):
 
     Args:
         calibration: batches that merging is fitted on.
-        quiz: validation questions; their share of right answers joins the metrics as `exact_match`.
+        exact_match: validation questions; their share of right answers joins the metrics as `exact_match`.
         distillation_steps: in which the final merge is refined.
         options: of the scripts; their schedule and optimizer.
 
@@ -155,7 +155,7 @@ class ExportedTrainer(Trainer):
         self,
         *args: Any,
         calibration: Sequence[Batch],
-        quiz: Quiz | None = None,
+        exact_match: ExactMatch | None = None,
         distillation_steps: int | None = None,
         options: ModelOptions | None = None,
         **kwargs: Any,
@@ -172,7 +172,7 @@ class ExportedTrainer(Trainer):
                 on_device=self.args.torch_compile or self.args.world_size > 1,
             )
             self.add_callback(Scheduled(self.schedule))
-        self.calibration, self.quiz, self.distillation_steps = calibration, quiz, distillation_steps
+        self.calibration, self.exact_match, self.distillation_steps = calibration, exact_match, distillation_steps
 
     @property
     def output_folder(self) -> Path:
@@ -180,7 +180,7 @@ class ExportedTrainer(Trainer):
         return Path(self.args.output_dir)
 
     @property
-    def told_to_stop(self) -> bool:
+    def stop_was_requested(self) -> bool:
         return self.stop is not None and self.stop.step is not None
 
     @property
@@ -239,8 +239,8 @@ class ExportedTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            if self.quiz is not None and output.metrics is not None:
-                answered = self.quiz.ask(model, self.accelerator)
+            if self.exact_match is not None and output.metrics is not None:
+                answered = self.exact_match.evaluate(model, self.accelerator)
                 output.metrics[f"{metric_key_prefix}_exact_match"] = answered.exact_match
         return output
 
@@ -261,7 +261,7 @@ class ExportedTrainer(Trainer):
                 Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
             if saves and self.accelerator.distributed_type not in SHARDING:
                 write_checksums(folder)
-        if saves and not self.told_to_stop:  # else this step is perhaps written again, at the end of its epoch
+        if saves and not self.stop_was_requested:  # else this step is perhaps written again, at the end of its epoch
             remove_oldest(folder, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -288,7 +288,7 @@ class ExportedTrainer(Trainer):
     def outcome(self, held_out: Sequence[Any]) -> dict[str, Any]:
         """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
         model = self.adapted
-        recall_factors(model)
+        restore_exported_factors(model)
         found: dict[str, Any] = {
             "shortcut": shortcut_of(model),
             "best_step": self.state.best_global_step,
@@ -353,7 +353,7 @@ def fold_at(share: float, model: nn.Module, calibration: Sequence[Batch]) -> Sch
 
 def calibrated(model: nn.Module, calibration: Sequence[Batch]) -> None:
     """Find what merging needs, now."""
-    recall_factors(model)
+    restore_exported_factors(model)
     calibrate(model, calibration, run_model)
 
 
@@ -371,7 +371,7 @@ class PackingProbe(TrainerCallback):
         model = kwargs["model"]
         with self.accelerator.autocast():
             problem = packing_problem(getattr(model, "module", model), self.collate, self.examples)
-        recall_factors(model)
+        restore_exported_factors(model)
         refuse([problem] if problem else [])
 
 

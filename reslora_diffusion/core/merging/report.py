@@ -23,6 +23,7 @@ class MergeReport:
     loss_trained: float
     loss_merged: float
     output_errors: dict[str, float]
+    loss_base: float | None = None  # of the model without the adapter, where it was measured
 
     @property
     def gap(self) -> float:
@@ -34,12 +35,14 @@ class MergeReport:
         return [name for name, error in self.output_errors.items() if error < EXACT]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"gap": self.gap, "exact": self.exact}
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        return facts | {"gap": self.gap, "exact": self.exact}
 
     def __str__(self) -> str:
+        base = "" if self.loss_base is None else f"{self.loss_base:.5f} of the base, "
         lines = [
-            f"shortcut {self.shortcut}, merged by {self.merge_method}: held-out loss {self.loss_trained:.5f} as "
-            f"trained, {self.loss_merged:.5f} merged (gap {self.gap:+.1e})"
+            f"shortcut {self.shortcut}, merged by {self.merge_method}: held-out loss {base}"
+            f"{self.loss_trained:.5f} as trained, {self.loss_merged:.5f} merged (gap {self.gap:+.1e})"
         ]
         if self.output_errors:
             lines.append(f"{len(self.exact)} of {len(self.output_errors)} layers merge exactly")

@@ -44,7 +44,7 @@ class FusedAttention(TorchFunctionMode):
         return fused(query, key, value, 0.0, kwargs.get("is_causal", False), False, scale=kwargs.get("scale"))[0]
 
 
-class Kept:
+class SavedForBackward:
     """Sizes of the storages that a forward keeps for its backward; `models` are there anyway."""
 
     def __init__(self, *models: nn.Module) -> None:
@@ -89,7 +89,7 @@ def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
     if family.fixed_encoder:
         length, inner = family.t5_length(options), denoiser.config.joint_attention_dim
         fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
-    kept, flops = Kept(denoiser, *models.values()), FlopCounterMode(display=False)
+    kept, flops = SavedForBackward(denoiser, *models.values()), FlopCounterMode(display=False)
     with ExitStack() as stack:
         stack.enter_context(kept.hooks())
         stack.enter_context(flops)

@@ -13,7 +13,7 @@ from ...rules import ShortcutFields
 from ...utils.environment import is_installed
 from ..data.concepts import Concept
 from ..data.sampling import Batch
-from ..models.estimate import BACKWARD, Kept, on_paper
+from ..models.estimate import BACKWARD, SavedForBackward, on_paper
 from ..models.load import base_dtype
 from ..objective.loss import Denoiser
 from ..train.checkpoints import find_checkpoint
@@ -101,7 +101,7 @@ def optimizer_line(options: DreamBoothOptions, count: int) -> str:
 
 def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
     """Bytes that a training forward keeps, weights apart: most of what a step takes beyond the models."""
-    kept = Kept(*denoiser.models)
+    kept = SavedForBackward(*denoiser.models)
     with kept.hooks():
         for batch in batches:
             denoiser.loss(batch, 1)

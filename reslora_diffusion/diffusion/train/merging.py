@@ -7,7 +7,7 @@ and plain LoRA merge exactly, so their gap is rounding.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from reslora_diffusion.core.merging import report as core
+from reslora_diffusion.core.merging.report import MergeReport
 
 from ..data.encode import Example
 from ..data.sampling import Batch, Sampler
@@ -18,16 +18,6 @@ from ..options import DreamBoothOptions
 from .validation import fixed_noise_loss
 
 VALIDATION_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class MergeReport(core.MergeReport):
-    """Losses on fixed noise, that of the untouched base among them."""
-
-    loss_base: float
-
-    def __str__(self) -> str:
-        return f"fixed-noise loss of the base {self.loss_base:.5f}\n{super().__str__()}"
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.core.training_state import load_training_state, save_training_state
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
 from reslora_diffusion.methods.schedules import Change, Schedule
 from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
+from reslora_diffusion.utils.training_state import load_training_state, save_training_state
 
 from ...utils.files import write_text
 from ...utils.problems import Stopped, listing, refuse
