@@ -324,7 +324,8 @@ def test_a_page_of_trials_alone_compares_nothing(raced, tmp_path) -> None:
     assert "ranks nothing" in page
     assert "p (Holm)" not in page
     shutil.rmtree(folder / "tune")
-    shutil.rmtree(folder / "controls")
+    for stage in ("controls", "robustness"):
+        shutil.rmtree(folder / stage)
     assert "**Not run yet** (0 of 6 trials, 0 of 15 final runs)." in document({race: folder})
 
 
