@@ -637,3 +637,39 @@ def test_adapters_that_learned_nothing_are_not_exported(tmp_path):
     with pytest.raises(ValueError, match="every lora_B is zero"):
         train(tmp_path / "run", lr_scheduler="constant_with_warmup", max_train_steps=1, optimizer="sgd")
     assert not (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_the_best_step_on_held_out_images_is_exported_by_a_continued_run_too(tmp_path):
+    """The third of six steps is best, which lies before the checkpoint that is continued from."""
+    options = {"learning_rate": 1.0, "rank": 16, "lora_alpha": 160, "num_previous": "all"}
+    options |= {"max_train_steps": 6, "checkpointing_steps": 1, "validation_steps": 1, "validation_split": 0.2}
+    folder = train(tmp_path / "run", keep_best=True, **options)
+    measured = {row["step"]: row["validation_loss"] for row in rows(folder) if row.get("step") and "merge_gap" in row}
+    best = min(measured, key=measured.get)
+    assert best == 3, f"another step is best: {measured}"
+    found, exported = report(folder), load_file(folder / WEIGHTS)
+    assert found["step"] == best
+    assert found["loss_merged"] == pytest.approx(measured[best], rel=1e-5)
+    assert_same(exported, load_file(folder / f"checkpoint-{best}" / WEIGHTS))
+    last, metrics = load_file(folder / "checkpoint-6" / WEIGHTS), rows(folder)
+    assert any(not torch.equal(value, last[name]) for name, value in exported.items())
+    for name in ("checkpoint-6", "checkpoint-5", WEIGHTS, "merge_report.json"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(folder, keep_best=True, **options, resume_from_checkpoint="latest")
+    assert report(folder) == found
+    assert rows(folder) == metrics
+    assert_same(load_file(folder / WEIGHTS), exported)
+
+
+def test_images_of_another_folder_are_validated_on_and_not_trained_on(tmp_path):
+    for name, numbers in {"train": (0, 1, 2), "apart": (3, 4)}.items():
+        (tmp_path / name).mkdir()
+        for number in numbers:  # of the same names in both folders
+            shutil.copy(SUBJECTS / "octopus" / f"{number}.png", tmp_path / name / f"{number % 3}.png")
+    options = {"instance_data_dir": tmp_path / "train", "max_train_steps": 4, "validation_steps": 2}
+    plain = train(tmp_path / "plain", **options)
+    apart = train(tmp_path / "measured", validation_data_dir=tmp_path / "apart", keep_best=True, **options)
+    assert losses(plain) == losses(apart)
+    seen, unseen = ([row["validation_loss"] for row in rows(run) if "validation_loss" in row] for run in (plain, apart))
+    assert all(one != other for one, other in zip(seen, unseen, strict=True))

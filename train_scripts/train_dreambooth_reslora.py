@@ -115,10 +115,10 @@ def train(run: "Run", step: int) -> int:
                 if run.after_step(step):
                     whole.forget()
 
-            if step % options.checkpointing_steps == 0:
-                run.save(step, options.checkpoints_total_limit)
             if run.is_validation_step(step):
                 run.validate(step)
+            if step % options.checkpointing_steps == 0:
+                run.save(step, options.checkpoints_total_limit)
             bar.update()
             bar.set_postfix(run.shown(), refresh=False)
             if interruption.requested():

@@ -65,7 +65,9 @@ class TrainingOptions:
     eval_on_start: bool = option(False, "Evaluate before the first step.")
     per_device_eval_batch_size: int = option(8, "Examples, or questions, in a batch of an evaluation.")
     eval_accumulation_steps: int | None = option(None, "Batches after which predictions are moved to the CPU.")
-    load_best_model_at_end: bool = option(True, "Export the best step rather than the last.")
+    load_best_model_at_end: bool = option(
+        True, "Export the best step on validation rows rather than the last.", aliases=("keep_best",)
+    )
     metric_for_best_model: str | None = option(
         None, "What chooses the best step (default: the task's metric, or loss)."
     )

@@ -43,6 +43,7 @@ class Concept:
     class_prompt: str | None = None
     num_class_images: int = 0
     held_out: frozenset[str] = frozenset()  # digests
+    validation: Scan | None = None  # of a folder of its own
 
     @property
     def trained(self) -> list[ScannedImage]:
@@ -51,7 +52,8 @@ class Concept:
     @property
     def validated(self) -> list[ScannedImage]:
         """Images that are kept from training, to measure on."""
-        return [image for image in self.instance.images if image.digest in self.held_out]
+        own = [image for image in self.instance.images if image.digest in self.held_out]
+        return [*own, *(self.validation.images if self.validation else ())]
 
     @property
     def instances(self) -> int:
@@ -61,9 +63,15 @@ class Concept:
     @property
     def problems(self) -> list[str]:
         problems = self.instance.problems + (self.classes.problems if self.classes else [])
-        if not self.instance_prompt and self.instance.uncaptioned:
-            without = listing(self.instance.uncaptioned)
+        uncaptioned = self.instance.uncaptioned + (self.validation.uncaptioned if self.validation else [])
+        if not self.instance_prompt and uncaptioned:
+            without = listing(uncaptioned)
             problems = [*problems, f"--instance_prompt is required: {without} have no caption of their own"]
+        if self.validation:
+            known = {image.digest for image in self.instance.images}
+            both = [image.path.name for image in self.validation.images if image.digest in known]
+            twice = f"--validation_data_dir: {listing(both)} are trained on as well; wanted others"
+            problems = [*problems, *self.validation.problems, *([twice] if both else [])]
         if self.held_out and not self.trained:
             few = f"wanted two different images or more in {self.instance.folder}, or a smaller share"
             problems = [*problems, f"--validation_split leaves nothing to train on; {few}"]
@@ -113,7 +121,12 @@ def concepts_of(options: DreamBoothOptions) -> list[Concept]:
         entries = [{"instance_data_dir": str(images_of_dataset(options))}]
     complete = [{key: entry.get(key, getattr(options, key)) for key in KINDS} for entry in entries]
     concepts = [concept for entry in complete for concept in expand(entry, options.with_prior_preservation)]
-    return [replace(concept, held_out=chosen(concept.instance, options.validation_split)) for concept in concepts]
+    folder, extension = options.validation_data_dir, options.caption_extension.lower()
+    apart = scan(Path(folder), extension) if folder else None
+    return [
+        replace(concept, held_out=chosen(concept.instance, options.validation_split), validation=apart)
+        for concept in concepts
+    ]
 
 
 def chosen(found: Scan, share: float) -> frozenset[str]:

@@ -163,18 +163,20 @@ def encode_examples(
     instances, classes, held_out, encoded = [], {}, [], {}
     for number, concept in enumerate(concepts):
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
+        apart = concept.validation.images if concept.validation else []
         examples = encode_images(
             pipeline.vae,
-            concept.instance.images,
+            [*concept.instance.images, *apart],
             views,
             prompt=concept.instance_prompt,
             concept=number,
             progress=f"instance latents{named}" if progress else None,
             **common,
         )
-        placed = list(zip(concept.instance.images, examples, strict=True))
-        instances += [example for image, example in placed if image.digest not in concept.held_out] * concept.repeats
-        held_out += [example for image, example in placed if image.digest in concept.held_out]
+        measured_on = {image.digest for image in concept.validated}
+        placed = list(zip([*concept.instance.images, *apart], examples, strict=True))
+        instances += [example for image, example in placed if image.digest not in measured_on] * concept.repeats
+        held_out += [example for image, example in placed if image.digest in measured_on]
         if concept.classes is not None:
             source = (concept.classes.folder, concept.class_prompt, len(concept.classes.images))
             if source not in encoded:
@@ -199,7 +201,11 @@ def prompts_of(concepts: list[Concept]) -> list[str]:
     return [
         str(image.caption or prompt)  # images without captions are refused where there is no prompt
         for concept in concepts
-        for found, prompt in ((concept.instance, concept.instance_prompt), (concept.classes, concept.class_prompt))
+        for found, prompt in (
+            (concept.instance, concept.instance_prompt),
+            (concept.validation, concept.instance_prompt),
+            (concept.classes, concept.class_prompt),
+        )
         if found is not None
         for image in found.images
     ]

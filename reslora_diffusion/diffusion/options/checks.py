@@ -240,6 +240,14 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
                 yield f"--{name} is used only with --method reslora"
     if options.network_weights and options.method == "reslora" and options.shortcut != "none":
         yield "--network_weights starts a plain LoRA, and a shortcut would change it; wanted --method lora"
+    if options.validation_data_dir and options.validation_split:
+        yield "--validation_split and --validation_data_dir both say what to validate on; wanted one of them"
+    if options.validation_data_dir and (options.concepts or options.dataset_name):
+        yield "--validation_data_dir is for the one subject of --instance_data_dir; wanted --validation_split"
+    if options.keep_best and not (options.validation_split or options.validation_data_dir):
+        yield "--keep_best needs images that are not trained on: --validation_split 0.2, or --validation_data_dir"
+    if options.keep_best and options.distillation_steps:
+        yield "--distillation_steps refines the last step, --keep_best may export an earlier one; wanted one of them"
     if options.distillation_steps and not options.compare:
         if (options.shortcut or ShortcutFields.shortcut) in ("none", "block") or options.handover:
             yield "--distillation_steps refines a merge that is not exact; got --shortcut none or block, or --handover"

@@ -103,6 +103,9 @@ class DataOptions:
         kohya={"conditioning_data_dir": "", "masked_loss": "or --alpha_mask"},
     )
     alpha_mask: bool = option(False, "The loss counts what is opaque in an image.", binds=True)
+    validation_data_dir: str | None = option(
+        None, "Folder with further images of the subject, to validate on and never to train on.", binds=True
+    )
     validation_split: float = option(
         0.0, "Share of the images to hold out and to validate on.", at_least=0, below=1, binds=True
     )

@@ -52,6 +52,11 @@ class OutputOptions:
         at_least=1,
         kohya={"sample_every_n_steps": "", "validate_every_n_steps": ""},
     )
+    keep_best: bool = option(
+        False,
+        "Export the validated step with the least loss on held-out images, instead of the last step; wants "
+        "--validation_split or --validation_data_dir.",
+    )
     num_inference_steps: int = option(25, "Denoising steps of validation and class images.", at_least=1)
     validation_guidance_scale: float | None = option(
         None, "Guidance of validation and class images (default: FLUX.1 3.5, others 7.5).", at_least=0

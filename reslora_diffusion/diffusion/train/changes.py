@@ -32,6 +32,8 @@ def data_of(concepts: Sequence[Concept]) -> Data:
         for image in concept.instance.images:
             name = f"instance {number}/{image.path.name}"
             found[name] = entry(image, concept.instance_prompt, concept.repeats)
+        for image in concept.validation.images if concept.validation else ():
+            found[f"validation {number}/{image.path.name}"] = entry(image, concept.instance_prompt, 1)
         for image in concept.classes.images if concept.classes else ():
             found[f"class {number}/{image.path.name}"] = entry(image, concept.class_prompt, 1)
     return found

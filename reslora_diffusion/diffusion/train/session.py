@@ -36,6 +36,7 @@ from ..objective.randomness import Stream, seed_of
 from ..options import IN_HEADER, DreamBoothOptions
 from ..options.checks import Plan
 from ..options.launcher import shards
+from .best import Best
 from .changes import Data
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
 from .ema import Ema
@@ -83,6 +84,7 @@ class Run:
     unwritten: OSError | None = field(init=False, default=None)
     saved_step: int | None = field(init=False, default=None)
     seen: dict[str, float] = field(init=False, default_factory=dict)
+    best: Best | None = field(init=False, default=None)  # under --keep_best, on the process that validates
 
     def __post_init__(self) -> None:
         self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
@@ -191,6 +193,7 @@ class Run:
         average = self.ema.average if self.ema is not None else {}
         tensors = {**self.tensors, **{f"ema.{name}": value for name, value in average.items()}}
         tensors |= {f"schedule.{name}": value for name, value in self.schedule.tensors().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.tensors().items()} if self.best else {}
         return {name: value.detach().clone() for name, value in tensors.items()}
 
     def write_checkpoint(
@@ -205,6 +208,7 @@ class Run:
                 "versions": versions(),
                 "data": self.data,
                 "scaler": self.scaler.state_dict(),
+                "best": self.best and self.best.facts(),
             }
             save_training_state(folder / STATE_FOLDER, tensors, model=owner, optimizer=self.optimizer, facts=facts)
             more(folder)
@@ -248,7 +252,9 @@ class Run:
         decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
         owner = nn.ModuleDict(self.adapters.models)
         tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
-        averages, own = take(tensors, "ema."), take(tensors, "schedule.")
+        averages, own, best = (take(tensors, prefix) for prefix in ("ema.", "schedule.", "best."))
+        if self.options.keep_best and facts.get("best"):
+            self.best = Best.from_state(facts["best"], best)
         self.adapters.load(tensors)
         self.schedule.load_tensors(own)
         if self.ema is not None:
@@ -276,7 +282,7 @@ class Run:
         """Loss on fixed noise; with a prompt also the loss as merged, and images by what would be exported."""
         self.flush(step)
         with self.averaged():
-            if self.validation_images.wanted:
+            if self.validation_images.wanted or self.options.keep_best:
                 self.calibrate()
             if self.accelerator.is_main_process or shards():
                 self.look(step)
@@ -286,10 +292,12 @@ class Run:
             known = step == 0 and not self.options.network_weights  # every lora_B is zero, and the loss is the base's
             loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
             values = {"validation_loss": loss}
-            if self.validation_images.wanted:
+            if self.validation_images.wanted or self.options.keep_best:
                 with self.adapters.merged():
                     merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
                 values |= {"merge_gap": merged - values["validation_loss"]}
+                if self.options.keep_best and step and not (self.best and self.best.loss_merged <= merged):
+                    self.best = Best.of(step, loss, merged, self.adapters.factors())
         self.seen = values
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
@@ -355,7 +363,12 @@ class Run:
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
-            exported = self.export(self.output, self.adapters.factors(), step, merged)
+            factors = self.adapters.factors()
+            if self.best and self.best.step != step:
+                was = f"{merged.loss_merged:.5f} at step {step}"
+                step, factors, merged = self.best.step, self.best.factors, self.best.report(merged)
+                self.accelerator.print(f"exported is step {step}: held-out loss {merged.loss_merged:.5f}, {was}")
+            exported = self.export(self.output, factors, step, merged)
         write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
         plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
         tag, prompt = self.plan.base.family.tag, self.options.instance_prompt or prompts_of(self.plan.concepts)[0]

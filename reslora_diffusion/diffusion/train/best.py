@@ -1,0 +1,74 @@
+"""The step to export under `--keep_best`: the one whose exported LoRA had the least loss on held-out images.
+
+What is stored is that LoRA itself, in plain factors, not the adapters it came from: a later fold or restart changes
+those. It is part of every checkpoint, so a continued run chooses the same step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.merging.report import MergeReport
+
+Factors = Mapping[str, Mapping[str, LoraFactors]]  # by component and layer
+
+
+@dataclass(frozen=True)
+class Best:
+    """Losses are on the fixed noise of the held-out images."""
+
+    step: int
+    loss_trained: float
+    loss_merged: float
+    factors: dict[str, dict[str, LoraFactors]]
+
+    @classmethod
+    def of(cls, step: int, loss_trained: float, loss_merged: float, factors: Factors) -> "Best":
+        """Copies the factors to the CPU."""
+        copied = {
+            component: {
+                name: LoraFactors(one.lora_A.detach().cpu().clone(), one.lora_B.detach().cpu().clone(), one.scaling)
+                for name, one in layers.items()
+            }
+            for component, layers in factors.items()
+        }
+        return cls(step, loss_trained, loss_merged, copied)
+
+    def report(self, last: MergeReport) -> MergeReport:
+        """That of the last step with the losses of this one, at which errors of single layers were not measured."""
+        return replace(last, loss_trained=self.loss_trained, loss_merged=self.loss_merged, output_errors={})
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, in JSON's types."""
+        return {
+            "step": self.step,
+            "loss_trained": self.loss_trained,
+            "loss_merged": self.loss_merged,
+            "scaling": {component: {n: f.scaling for n, f in own.items()} for component, own in self.factors.items()},
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By component, layer and factor, with spaces between them: no name of a layer holds one."""
+        return {
+            f"{component} {name} {factor}": getattr(one, factor)
+            for component, layers in self.factors.items()
+            for name, one in layers.items()
+            for factor in ("lora_A", "lora_B")
+        }
+
+    @classmethod
+    def from_state(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Best":
+        """Inverse of `facts` and `tensors`."""
+        factors = {
+            component: {
+                name: LoraFactors(
+                    tensors[f"{component} {name} lora_A"].cpu(), tensors[f"{component} {name} lora_B"].cpu(), scaling
+                )
+                for name, scaling in layers.items()
+            }
+            for component, layers in facts["scaling"].items()
+        }
+        return cls(facts["step"], facts["loss_trained"], facts["loss_merged"], factors)
