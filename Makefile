@@ -38,5 +38,5 @@ clean:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[app,dev,llm,plots,tensorboard]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[app,dev,llm,plots,tensorboard,tune]' --constraint constraints.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""The programs of `train_scripts/` and the page as commands: `reslora train`, `train-llm`, `glue`, `compare`, `env`.
+"""Programs as commands: `reslora train`, `train-llm`, `glue` and `compare` of the repository's folders, `tune`, `env`.
 
     reslora train --instance_data_dir my_dog ...                 in this process: it is told to stop, saves, and ends
     reslora train --num_processes 2 ...                          by `accelerate launch`, which is waited for
@@ -115,6 +115,13 @@ def compare(context: typer.Context) -> None:
     open_page()
 
 
+def tune(context: typer.Context) -> None:
+    """Search learning rate and alpha for a training on your own data: `reslora tune train ...`."""
+    from .tuning.command import main
+
+    raise typer.Exit(main(context.args))
+
+
 def open_page() -> None:
     """The page of `app/`, as `reslora compare` and `reslora-compare` start it."""
     page = beside("app")
@@ -165,6 +172,12 @@ def environment(run: Path | None = None) -> dict[str, str]:
 
 
 def add_commands(app: typer.Typer) -> None:
-    for name, program in {"train": train, "train-llm": train_llm, "glue": glue, "compare": compare}.items():
+    for name, program in {
+        "train": train,
+        "train-llm": train_llm,
+        "glue": glue,
+        "tune": tune,
+        "compare": compare,
+    }.items():
         app.command(name, add_help_option=False, context_settings=PASSED_ON)(program)
     app.command("env")(env)

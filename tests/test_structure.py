@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "export": {"utils", "core", "export"},
     "diffusion": {"utils", "core", "methods", "export", "diffusion"},
     "llm": {"utils", "core", "methods", "export", "llm"},
+    "tuning": {"utils", "diffusion", "llm", "tuning"},
 }
 KEPT_OUT = {
     "utils": {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "typer"},
@@ -29,6 +30,7 @@ KEPT_OUT = {
     "export": {"gradio"},
     "llm": {"diffusers", "gradio"},
     "diffusion": {"gradio"},
+    "tuning": {"gradio", "typer"},
 }
 
 

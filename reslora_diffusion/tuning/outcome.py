@@ -1,0 +1,170 @@
+"""What a search has found: the settings, what they are expected to gain, and the files that say so.
+
+run.yaml     the command's options with the best point and `keep_best`; `--config run.yaml` trains with it
+tune.json    every trial, the expected gain, what the search took
+tune.png     loss over learning rate, coloured by alpha / rank
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from ..utils.files import write_text
+from .settings import Settings
+from .study import DONE, Budget, Trainee, budget_of
+
+LEVEL = 0.95
+RUN, FACTS, PLOT = "run.yaml", "tune.json", "tune.png"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much lower the loss is than with the command as given, on held-out draws that chose nothing, with the 95 %
+    interval over those draws. Another seed of the training adds to it."""
+
+    loss_before: float
+    loss_after: float
+    gain: float
+    low: float
+    high: float
+    draws: int
+
+    @property
+    def is_shown(self) -> bool:
+        return self.low > 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`options` are those to train with: the command's own where no gain is shown."""
+
+    options: dict[str, Any]
+    best: dict[str, Any]
+    gain: Gain
+    best_step: int
+    trial_steps: int
+    trials: int
+    stopped_early: int
+    budget: Budget
+    training_seconds: float
+    folder: Path
+    command: str
+
+    def __str__(self) -> str:
+        point = ", ".join(f"{name} {value}" for name, value in self.best.items() if value is not None)
+        gain = self.gain
+        lines = [
+            f"{self.trials} trials of {self.trial_steps} steps, {self.stopped_early} of them stopped early: "
+            f"{self.budget.spent:.0f} s, {100 * self.budget.spent / self.training_seconds:.0f} % of the training's "
+            f"{self.training_seconds:.0f} s",
+            f"best: {point}",
+            f"held-out loss after {self.best_step} steps {gain.loss_after:.4g}, with the options as given "
+            f"{gain.loss_before:.4g}: gain {gain.gain:.2g} ({gain.low:.2g} to {gain.high:.2g}; 95 %, over "
+            f"{gain.draws} draws that chose nothing, one seed of training)",
+        ]
+        if not gain.is_shown:
+            lines.append("no gain is shown, so the options stay as they were given")
+        if self.best_step < self.trial_steps:
+            lines.append("its loss rose towards the end of the trial: fewer steps may do, and --keep_best finds them")
+        return "\n".join([*lines, f"to train with it: {self.command}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {name: value for name, value in vars(self).items() if name not in ("folder", "gain", "budget")}
+        return facts | {"gain": asdict(self.gain) | {"is_shown": self.gain.is_shown}, "budget": asdict(self.budget)}
+
+
+def loss_of(trial: FrozenTrial) -> float:
+    """By the half of the draws that chooses; infinite for a trial that diverged at once."""
+    losses = trial.user_attrs.get("losses")
+    return float(np.mean(losses[::2])) if losses else math.inf
+
+
+def gain_of(before: Sequence[float], after: Sequence[float]) -> Gain:
+    """Paired over the draws of the other half."""
+    from scipy import stats
+
+    old, new = np.array(before)[1::2], np.array(after)[1::2]
+    differences = old - new
+    mean, error = float(differences.mean()), float(stats.sem(differences))
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1)) * error
+    return Gain(float(old.mean()), float(new.mean()), mean, mean - reach, mean + reach, len(differences))
+
+
+def conclude(trainee: Trainee, settings: Settings, study: optuna.Study, folder: Path, program: str) -> Outcome:
+    """Write the files and return what they say.
+
+    Raises:
+        ValueError: the command itself diverges, or no trial is there.
+    """
+    trials = study.get_trials(deepcopy=False, states=DONE)
+    first, best = trials[0], min(trials, key=loss_of)
+    if math.isinf(loss_of(best)):
+        raise ValueError("every trial diverged; wanted a lower --learning_rate")
+    own = first.user_attrs.get("losses") or [math.inf] * len(best.user_attrs["losses"])
+    gain = gain_of(own, best.user_attrs["losses"])
+    found = best.user_attrs["options"] if gain.is_shown or math.isinf(own[0]) else {}
+    options = {**trainee.given, **found, **trainee.keeping_best}
+    outcome = Outcome(
+        options={name: value for name, value in options.items() if value is not None},
+        best=best.user_attrs["options"],
+        gain=gain,
+        best_step=best.user_attrs["best_step"],
+        trial_steps=settings.steps_of_a_trial(trainee.steps),
+        trials=len(trials),
+        stopped_early=sum(trial.state is TrialState.PRUNED for trial in trials),
+        budget=budget_of(trials, settings, trainee.steps),
+        training_seconds=budget_of(trials, settings, trainee.steps).allowed / settings.share,
+        folder=folder,
+        command=f"reslora {program} --config {folder / RUN}",
+    )
+    write_text(folder / RUN, yaml.safe_dump(outcome.options, sort_keys=False, allow_unicode=True))
+    rows = [
+        {"number": t.number, "state": t.state.name, "loss": loss_of(t), "point": t.params, **t.user_attrs}
+        for t in trials
+    ]
+    facts = outcome.to_dict() | {"settings": asdict(settings), "all_trials": rows}
+    write_text(folder / FACTS, json.dumps(facts, indent=1, default=str) + "\n")
+    plot(trials, trainee.start, folder / PLOT)
+    return outcome
+
+
+def plot(trials: Sequence[FrozenTrial], start: Mapping[str, Any], path: Path) -> None:
+    """Loss over learning rate, one point a trial, coloured by alpha / rank; the command as given is a square."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    shown = [trial for trial in trials if math.isfinite(loss_of(trial))]
+    rates, alphas = (
+        [trial.params.get(name, start[name]) for trial in shown] for name in ("learning_rate", "lora_alpha")
+    )
+    losses = [loss_of(trial) for trial in shown]
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    norm = LogNorm(min(alphas), max(max(alphas), min(alphas) * 1.01))
+    for marker, wanted in (("o", False), ("s", True)):
+        chosen = [n for n, trial in enumerate(shown) if (trial.number == trials[0].number) == wanted]
+        points = axis.scatter(
+            [rates[n] for n in chosen],
+            [losses[n] for n in chosen],
+            c=[alphas[n] for n in chosen],
+            norm=norm,
+            cmap="viridis",
+            marker=marker,
+            s=60 if wanted else 30,
+        )
+    figure.colorbar(points, ax=axis, label="alpha / rank")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title="trials; square: the command as given")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

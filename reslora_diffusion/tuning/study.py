@@ -1,0 +1,198 @@
+"""The search: trials one after the other until the share of the training's time is spent.
+
+Optuna proposes points (TPE), stops trials that fall behind at equal steps (successive halving), and stores everything.
+So a search can be interrupted and continued, and the same command in a second process, on another device, joins in.
+
+A trial counts with its least loss over the evaluations, because a training with `--keep_best` exports that step. It is
+chosen on one half of the held-out draws; the other half says what it gains over the command as it was given.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from ..utils.problems import BadInput
+from .settings import EVALUATIONS, Settings
+from .space import Space
+
+STUDY = "reslora-tune"
+FILE = "study.jsonl"
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+Report = Callable[[int, np.ndarray], bool]  # step and losses [draws] so far; answers whether to stop
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+class Spent(NamedTuple):
+    """Seconds that a trial took: in each step of training, and in all, measuring included."""
+
+    step: float
+    total: float
+
+
+class Trainee(Protocol):
+    """What is tuned: trains a short while at a point and measures on held-out data."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """The command's own point."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What trials are a function of, in JSON's types."""
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """Options of the command, as a configuration file has them."""
+
+    @property
+    def keeping_best(self) -> Mapping[str, Any]:
+        """Options by which the training measures often enough and exports its best step."""
+
+    def train(self, options: Mapping[str, Any], steps: int, evaluate_at: Sequence[int], report: Report) -> Spent:
+        """Train with these options, call `report` after the steps `evaluate_at`, stop when it says so or when the loss
+        is not finite."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds spent in training and measuring trials, and seconds that may be."""
+
+    spent: float
+    allowed: float
+    each: float  # a trial's, on average
+
+    @property
+    def is_spent(self) -> bool:
+        return self.spent + self.each / 2 > self.allowed
+
+
+def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) -> optuna.Study:
+    """The study in its storage, made if it is not there.
+
+    Raises:
+        BadInput: the storage cannot be read, or holds a study of another command.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    where = settings.storage or str(folder / FILE)
+    try:
+        study = optuna.create_study(
+            storage=storage_of(where),
+            study_name=STUDY,
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, seed=os.getpid()),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+        )
+        known = study.user_attrs.get("identity")
+    except Exception as error:  # each kind of storage has errors of its own
+        raise BadInput([f"--storage {where}: cannot be used: {str(error).splitlines()[0]}"]) from error
+    if known is None:
+        study.set_user_attr("identity", dict(identity))
+    elif differing := sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name)):
+        told = ", ".join(f"{name} was {known.get(name)!r} and is {identity.get(name)!r}" for name in differing[:5])
+        raise BadInput([f"--storage {where}: holds the study of another command ({told}); wanted another --folder"])
+    return study
+
+
+def storage_of(where: str) -> Any:
+    """An address as Optuna takes it, or a journal file."""
+    if "://" in where:
+        return where
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = Path(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: Progress = lambda facts: None) -> None:
+    """Run trials until the time is spent, or until there are `settings.trials`."""
+    space = Space(trainee.start, settings.search)
+    if not study.get_trials(deepcopy=False):
+        for point in space.first_points():
+            study.enqueue_trial(point, skip_if_exists=True)
+    free_abandoned(study)
+    while True:
+        trials = study.get_trials(deepcopy=False, states=DONE)
+        if trials and budget_of(trials, settings, trainee.steps).is_spent:
+            return
+        if settings.trials and len(trials) >= settings.trials:
+            return
+        trial = study.ask()
+        trial.set_user_attr("process", [socket.gethostname(), os.getpid()])
+        run_trial(trainee, settings, study, trial, space, progress)
+
+
+def run_trial(
+    trainee: Trainee, settings: Settings, study: optuna.Study, trial: optuna.Trial, space: Space, progress: Progress
+) -> None:
+    """One trial, told to the study whatever becomes of it."""
+    steps = settings.steps_of_a_trial(trainee.steps)
+    evaluate_at = [round(steps * n / EVALUATIONS) for n in range(1, EVALUATIONS + 1)]
+    options = space.options(space.suggest(trial))
+    measured: list[tuple[int, np.ndarray]] = []
+
+    def report(step: int, losses: np.ndarray) -> bool:
+        measured.append((step, losses))
+        chosen_by = float(losses[::2].mean())
+        progress({"trial": trial.number, "step": step, "steps": steps, "loss": chosen_by, "options": options})
+        if not np.isfinite(losses).all():
+            return True
+        trial.report(chosen_by, len(measured))
+        return trial.number > 0 and step < steps and trial.should_prune()
+
+    started = time.monotonic()
+    try:
+        spent = trainee.train(options, steps, evaluate_at, report)
+    except BaseException:
+        with suppress(Exception):
+            study.tell(trial, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+        raise
+    finite = [(step, losses) for step, losses in measured if np.isfinite(losses).all()]
+    if finite:
+        step, losses = min(finite, key=lambda pair: pair[1][::2].mean())
+        trial.set_user_attr("best_step", step)
+        trial.set_user_attr("losses", [float(loss) for loss in losses])
+    trial.set_user_attr("options", options)
+    trial.set_user_attr("step_seconds", spent.step)
+    trial.set_user_attr("seconds", spent.total)
+    trial.set_user_attr("wall_seconds", time.monotonic() - started)
+    whole = bool(measured) and measured[-1][0] == steps and len(finite) == len(measured)
+    if whole:
+        study.tell(trial, min(float(losses[::2].mean()) for _, losses in finite))
+    else:
+        study.tell(trial, state=TrialState.PRUNED)
+
+
+def free_abandoned(study: optuna.Study) -> None:
+    """Trials of processes of this machine that are no more: their points are tried again."""
+    import psutil
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, process = trial.user_attrs.get("process", [None, 0])
+        if host == socket.gethostname() and not psutil.pid_exists(process):
+            with suppress(Exception):  # another process was faster
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+
+
+def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int) -> Budget:
+    """Time is counted in what trials took to train and to measure; loading the model comes on top."""
+    times = [trial.user_attrs["seconds"] for trial in trials]
+    whole = steps * median(trial.user_attrs["step_seconds"] for trial in trials)
+    return Budget(sum(times), settings.share * whole, sum(times) / len(times))
