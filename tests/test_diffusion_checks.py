@@ -98,7 +98,10 @@ def images(folder, *names):
         ({"validation_split": 1}, "--validation_split: got 1.0, wanted 0 or more and below 1"),
         ({"validation_split": 0.95}, "--validation_split leaves nothing to train on; wanted two different images"),
         ({"keep_best": True}, "--keep_best needs images that are not trained on: --validation_split 0.2"),
-        ({"keep_best": True, "validation_split": 0.2, "distillation_steps": 4, "shortcut": "input"}, "refines the last"),
+        (
+            {"keep_best": True, "validation_split": 0.2, "distillation_steps": 4, "shortcut": "input"},
+            "refines the last",
+        ),
         ({"validation_data_dir": SUBJECTS / "octopus"}, "0.png, 1.png, 2.png, 3.png, 4.png are trained on as well"),
         ({"validation_data_dir": SUBJECTS / "cake", "validation_split": 0.2}, "both say what to validate on"),
         ({"validation_data_dir": "/nowhere/images"}, "/nowhere/images"),

@@ -51,14 +51,14 @@ class DreamBooth:
         self.data = setup.encode(self.begun, loaded, concepts, facts)
         self.batches = self.held_out(draws)
         self.start = start_of(args)
-        self.keeping_best = {"keep_best": True}
+        self.keeping_best: dict[str, Any] = {"keep_best": True}
         if not {"validation_steps", "validation_epochs"} & args.given:
             self.keeping_best |= {"validation_steps": max(1, self.steps // MEASUREMENTS)}
         self.identity = identity_of(args, facts, draws)
 
     def held_out(self, draws: int) -> list[Batch]:
         """Fixed noise on held-out images, at timesteps spread evenly, in batches of the training's size."""
-        sampler, size = self.data.sampler, self.begun.args.train_batch_size
+        sampler, size = self.data.sampler, self.begun.options.train_batch_size
         seed = seed_of(sampler.seed, Stream.VALIDATION)
         measured = replace(sampler, instances=self.data.encoded.held_out, classes={}, seed=seed, caption_dropout=0.0)
         counts = [min(size, draws - first) for first in range(0, draws, size)]
@@ -73,7 +73,7 @@ class DreamBooth:
                 run.close()
 
     def begin(self, options: Mapping[str, Any], steps: int, folder: str) -> Run:
-        args = self.begun.args.changed(output_dir=folder, **options)
+        args = self.begun.options.changed(output_dir=folder, **options)
         args.lr_warmup_steps = round(args.lr_warmup_steps * steps / self.steps)
         begun = setup.Start(args, replace(self.plan, max_train_steps=steps), self.begun.accelerator, None, 0)
         with redirect_stdout(io.StringIO()):  # the preflight has been shown once
@@ -104,7 +104,7 @@ class DreamBooth:
 
 def one_step(run: Run, step: int) -> None:
     """The step of train_scripts/train_dreambooth_reslora.py, on one process and without graphs."""
-    args = run.args
+    args = run.options
     total = torch.zeros((), device=run.accelerator.device)
     run.schedule.before_step(step)
     for micro in range(args.gradient_accumulation_steps):
