@@ -228,3 +228,20 @@ def test_output_layers_that_are_the_embedding(tmp_path):
     with pytest.raises(ValueError, match="lm_head share their weight with other layers.*untie the base first"):
         fuse(tmp_path / "lora", str(tmp_path / "base"), tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
+def test_the_end_that_a_lora_was_taught_goes_into_the_merged_model(tmp_path, file):
+    """As `--save_merged_model` has it; else generation would run on past every answer."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED))
+    model.save_pretrained(tmp_path / "base")
+    export_peft(tmp_path / "lora", random_factors(model, ("q_proj",), 0), model=model)
+    taught = tmp_path / "lora/generation_config.json"
+    taught.write_text(json.dumps({"eos_token_id": [2, 7], "max_length": 99}))
+    report = fuse(tmp_path / "lora" / file, str(tmp_path / "base"), tmp_path / "fused")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert merged.generation_config.eos_token_id == [2, 7]
+    assert "generation stops where the LoRA was taught to: 7" in str(report)
+    taught.unlink()
+    assert "generation stops" not in str(fuse(tmp_path / "lora", str(tmp_path / "base"), tmp_path / "plain"))

@@ -29,6 +29,7 @@ from transformers import (
 
 from hub import Hub
 from llm_tiny import load_script
+from reslora_diffusion.export import fuse
 from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.options import LlmOptions
@@ -211,6 +212,27 @@ def test_conversations_without_a_task_and_a_merged_model(folders, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(output / "merged")("a").input_ids
+
+
+def test_a_merged_model_keeps_the_precision_of_its_base(folders, tmp_path):
+    """One merge: what `reslora merge` writes is what `--save_merged_model` writes, whatever was trained in."""
+    shutil.copytree(folders["model"], tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folders["model"], dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = {"task": None, "dataset_name": folders["talks"], "max_steps": 2, "warmup_steps": 0}
+    output = run(folders, tmp_path / "out", model_name_or_path=tmp_path / "model", save_merged_model=True, **options)
+    report = fuse(output, str(tmp_path / "model"), tmp_path / "fused")
+    assert report.precisions == {"model": "BF16"}
+    merged, fused = (load_file(folder / "model.safetensors") for folder in (output / "merged", tmp_path / "fused"))
+    assert merged.keys() == fused.keys()
+    assert all(torch.equal(merged[name], fused[name]) for name in merged)
+
+
+def test_a_base_that_nothing_can_be_merged_into_is_said_at_once(folders, tmp_path):
+    shutil.copytree(folders["model"], tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"")
+    found = problems(folders, tmp_path, model_name_or_path=tmp_path / "model", save_merged_model=True)
+    assert any(p.startswith("--save_merged_model: ") and "holds no safetensors weights" in p for p in found)
 
 
 def test_the_end_that_is_taught_is_written_where_generation_finds_it(folders, tmp_path, capsys):

@@ -150,7 +150,7 @@ def train(
             print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
             models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
             if options.save_merged_model:
-                models.save_merged(options, output, tokenizer, data.ends)
+                models.save_merged(options, output, tokenizer)
     if destination and trainer.is_world_process_zero():
         print(f"pushed to {destination.send(output)}")
     trainer.accelerator.wait_for_everyone()

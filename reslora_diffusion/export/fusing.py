@@ -22,6 +22,7 @@ from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
+from .header import PEFT_FILE, reading
 from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
@@ -32,6 +33,7 @@ from .reader import read_lora
 from .rewriting import Change, WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
 
 QUANTISED = "quantization_config"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class FuseReport:
     untouched: int = 0
     precisions: dict[str, str] = field(default_factory=dict)
     is_cast: bool = False
+    stops: str | None = None
 
     def __str__(self) -> str:
         same = "are the base's in that precision" if self.is_cast else "are the base's, bit for bit"
@@ -56,7 +59,8 @@ class FuseReport:
             f"{self.modules} modules of {self.base} fused at scale {self.scale:g}; storing them as {self.dtype} cost "
             f"at most {self.rounding:.1e} of a module's delta\n"
             f"the other {self.untouched} tensors {same}; stored as {kinds}\n"
-            f"wrote {self.path}"
+            + (f"generation stops where the LoRA was taught to: {self.stops}\n" if self.stops else "")
+            + f"wrote {self.path}"
         )
 
 
@@ -104,6 +108,7 @@ def fuse(
         copy_others(folder, fresh, dtype)
         for name in components_in(folder):
             copy_others(folder / name, fresh / name, dtype)
+        stops = take_generation(Path(source), fresh) if MODEL in files else None
         for component, weights in progress(list(files.items()), "fusing"):
             change = fusion.change(component)
             place = fresh if component == MODEL else fresh / component
@@ -125,6 +130,7 @@ def fuse(
         untouched=sum(1 for weights in files.values() for _ in weights.tensors()) - len(fusion.stored),
         precisions=precisions(copies),
         is_cast=dtype is not None,
+        stops=stops,
     )
 
 
@@ -189,14 +195,35 @@ class Fusion:
         return changed
 
 
-def snapshot(name: str, variant: str | None) -> Path:
+def take_generation(source: Path, fused: Path) -> str | None:
+    """Let the fused model generate as the LoRA's own `generation_config.json` says, which has the tokens that answers
+    were taught to end with; return those that the base's does not stop at."""
+    taught = (source.parent if source.name == PEFT_FILE else source) / GENERATION
+    if not taught.is_file():
+        return None
+    before = end_tokens(fused / GENERATION) or end_tokens(fused / "config.json")
+    shutil.copyfile(taught, fused / GENERATION)
+    return ", ".join(str(token) for token in end_tokens(taught) if token not in before) or None
+
+
+def end_tokens(config: Path) -> list[int]:
+    """The tokens that a configuration ends generation at."""
+    if not config.is_file():
+        return []
+    with reading(config):
+        stated = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+    return [] if stated is None else stated if isinstance(stated, list) else [stated]
+
+
+def snapshot(name: str, variant: str | None, revision: str | None = None) -> Path:
     """The folder of a base, downloaded if it is on the hub."""
     if Path(name).is_dir():
         return Path(name)
     if pipeline_index(name) is not None:
         return Path(DiffusionPipeline.download(name, variant=variant))
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
-    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    doubled = ["*/*", "consolidated*"]  # the same weights in another form
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=doubled))
 
 
 def weight_files(folder: Path, variant: str | None) -> dict[str, WeightFiles]:

@@ -226,7 +226,7 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
             "precision; wanted --dtype float32, or FSDP2 (train_scripts/configs/accelerate/fsdp2.yaml)"
         )
     if getattr(options, "save_merged_model", False):
-        yield "--save_merged_model: not under DeepSpeed ZeRO-3; merge the exported folder with PEFT instead"
+        yield "--save_merged_model: not under DeepSpeed ZeRO-3; use reslora merge afterwards"
     if options.distillation_steps is not None and options.method == "reslora":
         yield (
             "--distillation_steps: does not run with DeepSpeed ZeRO-3, which takes the weights away between forward "

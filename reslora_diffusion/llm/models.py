@@ -1,6 +1,5 @@
 """Models, tokenizers and adapters: checked on configurations and on the meta device before any weight is read."""
 
-import shutil
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from reslora_diffusion import ResLoraConfig
 
-from ..utils.files import replace_folder
 from ..utils.hub import looking_up
 from ..utils.problems import BadInput, listing
 from .checks import PRECISIONS, adapter_settings
@@ -79,19 +77,19 @@ def load_tokenizer(options: ModelOptions, config: PreTrainedConfig) -> PreTraine
 
 def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: TaskType) -> list[str]:
     """Target modules that match nothing, and layers narrower than the rank."""
-    targets = options.target_modules
+    targets, problems = options.target_modules, unmergeable(options)
     if targets is None:
         if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            return []
+            return problems
         targets = []
     with torch.device("meta"):
         model = AUTO[task_type].from_config(config)
     layers = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if not targets:
         has = listing(leaves_of(layers), 12)
-        return [f"--target_modules: PEFT knows no default for {config.model_type}; it has {has}"]
+        return [*problems, f"--target_modules: PEFT knows no default for {config.model_type}; it has {has}"]
     targets = [target for target in targets if target != "all-linear"]
-    problems = [*layer_problems(layers, targets, options.rank)]
+    problems += layer_problems(layers, targets, options.rank)
     if getattr(options, "save_merged_model", False):
         from ..export.fusing import tied_paths, tied_problem
 
@@ -99,6 +97,20 @@ def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: 
         if tied := tied_paths(model, adapted):
             problems.append(f"--save_merged_model: {tied_problem(tied)}")
     return problems
+
+
+def unmergeable(options: ModelOptions) -> list[str]:
+    """Why no LoRA can be merged into the files of a base in a folder: they are quantised, or no safetensors."""
+    folder = Path(str(options.model_name_or_path))
+    if not getattr(options, "save_merged_model", False) or not folder.is_dir():
+        return []
+    from ..export.fusing import weight_files
+
+    try:
+        weight_files(folder, None)
+    except ValueError as error:
+        return [f"--save_merged_model: {error}"]
+    return []
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -197,15 +209,17 @@ def add_adapter(model: PreTrainedModel, options: ModelOptions, task_type: TaskTy
         raise BadInput([str(error)]) from error
 
 
-def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
-    """The base with an exported LoRA merged into it, as `AutoModelForCausalLM` loads it: <adapter>/merged."""
-    base = AUTO[TaskType.CAUSAL_LM].from_pretrained(
-        str(options.model_name_or_path), revision=options.model_revision, dtype=DTYPES[options.dtype]
-    )
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    stop_at(merged, ends)
-    fresh, target = adapter / ".merged", adapter / "merged"
-    shutil.rmtree(fresh, ignore_errors=True)
-    merged.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    replace_folder(fresh, target)
+def save_merged(options: ModelOptions, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The base with an exported LoRA merged into it, as `reslora merge` writes it, and the tokenizer: <adapter>/merged.
+
+    Raises:
+        ValueError: the base's files cannot be merged into.
+        CheckFailed: a ValueError too; the result overflows, or was not written as computed.
+    """
+    from ..export.fusing import fuse, snapshot
+
+    base = snapshot(str(options.model_name_or_path), None, options.model_revision)
+    report = fuse(adapter, str(base), adapter / "merged", overwrite=True)
+    print(report)
+    tokenizer.save_pretrained(report.path)
+    return report.path
