@@ -25,11 +25,11 @@ from reslora_diffusion.diffusion.train.history import History, NonFiniteLoss, pl
 from reslora_diffusion.diffusion.train.model_card import usage
 from reslora_diffusion.diffusion.train.optimizers import fast_forward, make_lr_scheduler, make_optimizer
 from reslora_diffusion.diffusion.train.record import export_name
+from reslora_diffusion.diffusion.train.training_state import load_training_state, save_training_state
 from reslora_diffusion.interruption import Interruption
 from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, run_program
 from reslora_diffusion.utils.state_files import BrokenState
-from reslora_diffusion.utils.training_state import load_training_state, save_training_state
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -10,9 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "reslora_diffusion"
-FILES = sorted(
-    p for folder in ("reslora_diffusion", "app", "train_scripts", "benchmarks") for p in ROOT.glob(f"{folder}/**/*.py")
-)
 # What each floor may use of the others, and which libraries are its own business.
 MAY_IMPORT = {
     "utils": {"utils"},
@@ -104,13 +101,6 @@ def test_private_parts_of_peft_stand_in_one_folder() -> None:
     for path in PACKAGE.glob("**/*.py"):
         if path.parent.name != "peft" and path.name != "adapter.py":
             assert not private.search(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_open_with_what_they_are(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if tree.body:
-        assert ast.get_docstring(tree), "the first screen of a module states its idea"
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
 
-from reslora_diffusion.utils.training_state import load_training_state, save_training_state
+from reslora_diffusion.diffusion.train.training_state import load_training_state, save_training_state
 from sticker_data import (
     BACKGROUNDS,
     TEMPLATES,

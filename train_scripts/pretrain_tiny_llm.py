@@ -42,11 +42,11 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from reslora_diffusion.diffusion.train.training_state import load_training_state, save_training_state
 from reslora_diffusion.llm.encoding import encode_prompt
 from reslora_diffusion.llm.generation import Question
 from reslora_diffusion.llm.generation import evaluate as evaluate_generations
 from reslora_diffusion.llm.tasks import TASKS, read_number
-from reslora_diffusion.utils.training_state import load_training_state, save_training_state
 from word_problems import SPLITS, bare_sum, held_out_split, pretraining_problem
 
 STAGES = ("tokenizer", "train", "task", "evaluate")

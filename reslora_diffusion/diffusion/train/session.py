@@ -23,7 +23,6 @@ from reslora_diffusion.export import ExportReport, export_lora, save_merged
 from reslora_diffusion.methods.schedules import Change, Schedule
 from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
-from reslora_diffusion.utils.training_state import load_training_state, save_training_state
 
 from ...utils.files import write_text
 from ...utils.problems import Stopped, listing, refuse
@@ -47,6 +46,7 @@ from .optimizers import DECIDED, fast_forward, make_lr_scheduler
 from .record import export_name, versions
 from .rescue import written_elsewhere
 from .schedules import settings_of
+from .training_state import load_training_state, save_training_state
 from .validation import SHEET, ValidationImages, fixed_noise_loss
 
 MERGE_REPORT = "merge_report.json"

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .files import partial_name, replace_folder
-from .state_files import FACTS, TENSORS, BrokenState, check_state, write_facts
+from ...utils.files import partial_name, replace_folder
+from ...utils.state_files import FACTS, TENSORS, BrokenState, check_state, write_facts
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # What bitsandbytes puts between a parameter and its 8-bit moments in `state_dict()`, and not in `state`.
