@@ -1,10 +1,12 @@
 """`--schedule` and `--optimizer` of the language-model scripts, end to end on a tiny model."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reslora_diffusion.choices import PAIR_OPTIMIZERS
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
@@ -16,7 +18,7 @@ ENTIRE = [
     {"schedule": "coto", "shortcut": "middle", "lora_dropout": 0.1, "torch_compile": False},
     {"schedule": "restart:stages=2,momentum=0.5,warmup=1", "shortcut": "block", "optimizer": "rite"},
     {"schedule": "restart:ranks=2/1", "shortcut": "none", "gradient_accumulation_steps": 2},
-    {"optimizer": "pro", "method": "lora"},
+    {"optimizer": "pro", "method": "lora", "optimizer_args": "damping=1e-6"},
 ]
 
 
@@ -72,6 +74,24 @@ def test_the_best_step_of_an_earlier_link_is_exported_as_it_was(folders, tmp_pat
         ({"schedule": "fold", "shortcut": "block"}, ["fold: block merges exactly"]),
         ({"optimizer": "ritt"}, ["--optimizer: got 'ritt'", "did you mean rite?"]),
         ({"optimizer": "pro", "shortcut": "middle"}, ["--optimizer pro: with `middle` one lora_B"]),
+        ({"optimizer": "pro", "optimizer_args": "damp=1"}, ["LoraPro has no 'damp'; it has "]),
+        ({"optimizer": "rite", "optimizer_args": "eps=-1"}, ["--optimizer rite: Invalid epsilon value"]),
+        ({"optimizer_args": "damping=1"}, ["--optimizer_args: are those of --optimizer, which is not given"]),
+        (
+            {"schedule": "prune:ratio=2", "shortcut": "none", "optimizer": "ritt"},
+            ["prune: ratio: got 2.0, wanted a number above 0 and below 1", "did you mean rite?"],
+        ),
+        (
+            {"schedule": "prune", "shortcut": "middle", "save_merged_model": True, "load_best_model_at_end": True},
+            ["`middle` depends on activations", "an early step is the best", "wanted no --save_merged_model"],
+        ),
+        (
+            {"schedule": "prune:ratio=0.9", "shortcut": "none", "load_best_model_at_end": False},
+            [
+                "ratio=0.9 would leave model.layers.0.self_attn without heads: it has 2",
+                "channels of model.layers.0.mlp",
+            ],
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(folders, tmp_path, options, wanted):  # noqa: F811
@@ -106,3 +126,35 @@ def test_another_schedule_does_not_continue_a_run(folders, tmp_path):  # noqa: F
 
 def test_names_of_optimizers_stand_in_one_order_everywhere():
     assert tuple(OPTIMIZERS) == PAIR_OPTIMIZERS
+
+
+def test_a_run_that_prunes_leaves_a_smaller_model_and_resumes_bit_for_bit(folders, tmp_path):  # noqa: F811
+    options = {"task": None, "dataset_name": folders["talks"], "load_best_model_at_end": False, "shortcut": "none"}
+    options |= {"schedule": "prune:ratio=0.5,every=1", "target_modules": "all-linear"}
+    whole = run(folders, tmp_path / "out", **options)
+    (tmp_path / "again").mkdir()
+    (whole / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
+    again = run(folders, tmp_path / "again", **options, resume_from_checkpoint="latest")
+    stored, found = (load_file(folder / "pruned" / "model.safetensors") for folder in (whole, again))
+    assert stored.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in stored.items())
+    assert not (whole / WEIGHTS).exists()
+    report = json.loads((whole / "pruning_report.json").read_text())
+    assert report["loaded_by"] == "from_pretrained"
+    assert report["loss_pruned"] == pytest.approx(report["loss_masked"], rel=1e-5)
+    assert report["loss_pruned"] != pytest.approx(report["loss_base"], rel=1e-4)
+    assert set(report["kept"].values()) == {"1 of 2", "24 of 48"}
+    model = AutoModelForCausalLM.from_pretrained(whole / "pruned")
+    assert sum(p.numel() for p in model.parameters()) == report["parameters_after"] < report["parameters_before"]
+    assert AutoTokenizer.from_pretrained(whole / "pruned")("Mia").input_ids
+    shutil.rmtree(whole / "checkpoint-4")
+    assert any("holds a pruned model already" in problem for problem in problems(folders, tmp_path, **options))
+
+
+def test_a_handover_under_deepspeed_is_refused_like_a_fold(folders, tmp_path):  # noqa: F811
+    """DeepSpeed takes the optimizer step from copies of the factors that a fold replaces."""
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    options = {"shortcut": "input", "deepspeed": tmp_path / "zero.json"}
+    for asked in ({"handover_at": 0.5}, {"schedule": "fold"}):
+        found = "\n".join(problems(folders, tmp_path / "out", **options, **asked))
+        assert "DeepSpeed takes the optimizer step itself" in found, asked

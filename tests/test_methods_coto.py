@@ -12,9 +12,9 @@ from reference import adapt_naively
 from reslora_diffusion import calibrate, explain_kernels, factor_pairs, get_controller, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
+from reslora_diffusion.methods.blocks import block_of
 from reslora_diffusion.methods.optimizers import LoraPro, LoraRite
 from reslora_diffusion.methods.schedules import Change, Coto
-from reslora_diffusion.methods.schedules.coto import block_of
 from test_core_shortcuts import adapted, factors_of, gradients, loss_of
 
 CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None)]

@@ -3,16 +3,25 @@
 import pytest
 import torch
 
+from dreambooth import arguments
 from models import build, inputs, output
 from reslora_diffusion import calibrate, factor_pairs, get_controller, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
+from reslora_diffusion.diffusion.models.architecture import read_architecture
+from reslora_diffusion.diffusion.train.optimizers import optimizer_problems
+from reslora_diffusion.diffusion.train.schedules import schedule_problems
+from reslora_diffusion.export import export_lora, export_peft
+from reslora_diffusion.llm import methods as llm_methods
+from reslora_diffusion.llm.options import ModelOptions
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
-from reslora_diffusion.methods.schedules import parse_schedule
+from reslora_diffusion.methods.schedules import Prune, Schedule, parse_schedule
 from reslora_diffusion.methods.schedules.making import make_schedule
 from reslora_diffusion.methods.schedules.settings import SCHEDULES, conflicts_of
 from reslora_diffusion.methods.table import FEATURES, conflicts, table
 from test_core_shortcuts import adapted, loss_of
 
+SHORTCUTS = ("none", "input", "block", "middle")
 BATCHES = [inputs("llama", seed=n) for n in range(4)]
 
 
@@ -69,6 +78,114 @@ def test_what_the_table_says_is_what_happens(text: str, shortcut: str, kind: str
         assert torch.allclose(got, wanted, atol=1e-10)
 
 
+TEXTS = ["coto", "restart:stages=2,momentum=0.5", "fold:at=0.5", "prune:parts=heads,every=1", None]
+UNET_BATCHES = [inputs("unet", seed=n) for n in range(3)]
+MADE = {"llama": BATCHES[:3], "unet": UNET_BATCHES}
+
+
+def combinations() -> list:
+    """Every schedule, shortcut and optimizer; those that have both a schedule and an optimizer take their time."""
+    return [
+        pytest.param(name, text, shortcut, kind, marks=[pytest.mark.slow] if text and kind else [])
+        for name in MADE
+        for text in TEXTS
+        for shortcut in SHORTCUTS
+        for kind in (None, *OPTIMIZERS)
+        if text or kind
+    ]
+
+
+@pytest.mark.parametrize(("name", "text", "shortcut", "kind"), combinations())
+def test_every_pair_trains_three_steps_and_exports_what_is_proved(
+    tmp_path, name: str, text: str | None, shortcut: str, kind: str | None
+) -> None:
+    settings = text and parse_schedule(text)
+    refused = [*(conflicts_of(settings, [shortcut]) if settings else [])]
+    refused += [OPTIMIZERS[kind].conflicts[shortcut]] if kind and shortcut in OPTIMIZERS[kind].conflicts else []
+    if refused:  # by both trainers, before a model is loaded: below
+        return
+    model, batches = adapted(name, shortcut, 1), MADE[name]
+    before = output(name, model, batches[0])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[kind](trained, factor_pairs(model), lr=1e-3) if kind else torch.optim.AdamW(trained, lr=1e-3)
+    run = lambda model, batch: output(name, model, batch)  # noqa: E731
+    schedule = make_schedule(settings, seed=1, calibrate=lambda: calibrate(model, batches, run)) if text else Schedule()
+    schedule.start([AdaptedModel(model)], 3, optimizer)
+    for step, batch in enumerate(batches):
+        schedule.before_step(step)
+        loss_of(run(model, batch)).backward()
+        schedule.after_backward(step)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert any(gradient.any() for gradient in gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_step(step + 1)
+    after = output(name, model, batches[0])
+    assert after.isfinite().all()
+    assert (after - before).abs().max() > 1e-4
+    if isinstance(schedule, Prune):
+        slim, _ = schedule.slim()
+        assert torch.allclose(output(name, slim, batches[0]), after, atol=1e-10)
+        return
+    calibrate(model, batches, run)
+    factors = merged_factors(model)
+    if name == "unet":
+        report = export_lora(tmp_path, {"unet": factors}, name="x", dtype=torch.float32)
+    else:
+        report = export_peft(tmp_path, factors, dtype=torch.float32)
+    assert report.files
+    assert all(path.is_file() for path in report.files.values())
+
+
+ASKED = {  # options of the DreamBooth trainer, or of the language models', by feature
+    **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
+    "loraplus": {"loraplus_lr_ratio": 16.0, "shortcut": "block"},
+    "max_norm": {"scale_weight_norms": 1.0, "shortcut": "block"},
+    "convolutions": {"target_modules": ["to_q", "conv1"], "shortcut": "block"},
+    "cuda_graph": {"cuda_graph": True, "shortcut": "block"},
+    "text_encoder": {"train_text_encoder": True, "shortcut": "block"},
+    "sharded_base": {"shortcut": "block"},
+    "best": {"keep_best": True, "shortcut": "block"},
+}
+OF_LLM = {
+    **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
+    "best": {"load_best_model_at_end": True, "shortcut": "none"},
+    "fsdp": {"fsdp": "full_shard", "shortcut": "none"},
+    "deepspeed": {"deepspeed": "zero.json", "shortcut": "none"},
+}
+
+
+def words_of(method: str) -> dict[str, str]:
+    flag, name = method.removeprefix("--").split()
+    return {flag: name}
+
+
+@pytest.mark.parametrize("method", conflicts())
+def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, method: str) -> None:
+    """By the trainers that have the feature. DoRA's magnitudes are refused by the adapter's configuration."""
+    for feature, reason in conflicts()[method].items():
+        said = []
+        if feature in ASKED:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", str(feature == "sharded_base").lower())
+            options = arguments(tmp_path, **words_of(method), **ASKED[feature])
+            base = read_architecture(options)
+            options.take_defaults(base.family)
+            said += [*schedule_problems(options, base, None), *optimizer_problems(options)]
+            if feature == "cuda_graph" and "optimizer" in method:  # said of every optimizer that is not fused
+                reason = "--cuda_graph records the optimizer too"
+            assert any(reason in line for line in said), (method, feature)
+        if feature in OF_LLM:
+            options, training = ModelOptions(), TrainingOptions()
+            for name, value in {**words_of(method), **OF_LLM[feature]}.items():
+                setattr(options if hasattr(options, name) else training, name, value)
+            training.world_size = 1
+            training.load_best_model_at_end = feature == "best"
+            said = [*llm_methods.schedule_problems(options, training), *llm_methods.process_problems(options, training)]
+            assert any(reason in line for line in said), (method, feature)
+        assert feature in {*ASKED, *OF_LLM, "dora"}, feature
+
+
 def test_the_table_is_made_of_what_is_checked() -> None:
     text = table()
     for method, reasons in conflicts().items():
@@ -78,5 +195,5 @@ def test_the_table_is_made_of_what_is_checked() -> None:
             assert reason in text
     lines = {line.split("  ")[0]: line.split("  ")[1:] for line in text.splitlines()}
     marks = [cell.strip() for cell in lines["--shortcut middle"] if cell.strip()]
-    assert marks == ["yes", "no", "yes", "no", "no", "no", "no"]
-    assert [kind.conflicts for kind in SCHEDULES.values()] == list(conflicts().values())[:3]
+    assert marks == ["yes", "no", "yes", "no", "no", "no", "no", "no"]
+    assert [kind.conflicts for kind in SCHEDULES.values()] == list(conflicts().values())[:4]

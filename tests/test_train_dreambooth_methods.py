@@ -5,11 +5,15 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from dreambooth import arguments, script, train
 from reslora_diffusion.diffusion.options import checks
+from reslora_diffusion.diffusion.options.preflight import preflight
+from reslora_diffusion.methods.pruning import load_pruned
 from reslora_diffusion.utils.problems import BadInput
+from tiny import tiny_pipeline_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -72,7 +76,7 @@ def test_dropped_adapters_change_what_is_learned_and_the_header_says_so(tmp_path
     [
         (
             {"schedule": "cotto", "shortcut": "block", "rank": 0},
-            ["--schedule: got 'cotto', wanted coto, restart, fold; did you mean coto?", "--rank: got 0"],
+            ["--schedule: got 'cotto', wanted coto, restart, fold, prune; did you mean coto?", "--rank: got 0"],
         ),
         (
             {"schedule": "restart:stages=9,ranks=8/4", "shortcut": "input", "scale_weight_norms": 1.0},
@@ -124,3 +128,64 @@ def test_settings_of_an_optimizer_of_pairs(tmp_path):
     args = arguments(tmp_path, optimizer="rite", adam_epsilon=1e-5)
     assert settings(LoraRite, args)["eps"] == 1e-5
     assert settings(LoraPro, args)["weight_decay"] == args.adam_weight_decay
+
+
+PRUNED = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"], "method": "lora"}
+
+
+def test_a_run_that_prunes_leaves_a_smaller_denoiser_and_resumes_bit_for_bit(tmp_path):
+    """The outer blocks stay whole, so `load_pruned` reads it; half of the heads and channels of the others is gone."""
+    options = PRUNED | {"schedule": "prune:ratio=0.5,every=1", "max_train_steps": 4, "checkpointing_steps": 2}
+    whole = train(tmp_path / "whole", **options)
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    train(again, **options, resume_from_checkpoint="latest")
+    assert_same(state(again, 4), state(whole, 4))
+    stored = load_file(whole / "pruned" / "diffusion_pytorch_model.safetensors")
+    assert_same(load_file(again / "pruned" / "diffusion_pytorch_model.safetensors"), stored)
+    assert not list(whole.rglob(WEIGHTS))  # a LoRA of the whole model was not trained
+    report = json.loads((whole / "pruning_report.json").read_text())
+    assert report["parameters_after"] == sum(value.numel() for value in stored.values()) < report["parameters_before"]
+    assert report["loss_pruned"] == pytest.approx(report["loss_masked"], rel=1e-5)
+    assert report["loss_pruned"] != pytest.approx(report["loss_base"], rel=1e-5)
+    kept = {name: left for name, left in report["kept"].items() if name.endswith((".attn1", ".ff"))}
+    assert sorted(left == "2 of 4" for name, left in kept.items() if name.endswith("attn1")) == [False] * 2 + [True] * 5
+    unet = load_pruned(whole / "pruned", UNet2DConditionModel)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder(), unet=unet, safety_checker=None)
+    made = pipeline("a sticker", num_inference_steps=1, height=64, width=64, output_type="latent").images
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (
+            {"schedule": "prune:ratio=1.5,parts=mlp", "shortcut": "block"},
+            ["prune: ratio: got 1.5, wanted a number above 0 and below 1", "prune: parts: got 'mlp'"],
+        ),
+        (
+            {"schedule": "prune", "shortcut": "input", "cuda_graph": True, "train_text_encoder": True},
+            ["`input` depends on activations", "wanted no --cuda_graph", "wanted no --train_text_encoder"],
+        ),
+        ({"schedule": "prune:ratio=0.9", **PRUNED}, ["ratio=0.9 would leave", "without heads: it has 4"]),
+        ({"schedule": "prune", "method": "lora"}, ["channels of", "have no adapter, so nothing scores them"]),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_before_weights_are_read(tmp_path, options, wanted):
+    with pytest.raises(BadInput) as caught:
+        checks.check(arguments(tmp_path / "run", **options))
+    for part in wanted:
+        assert part in str(caught.value)
+
+
+def test_a_race_has_no_place_for_a_run_that_leaves_no_lora(tmp_path):
+    options = {"compare": ["lora", "reslora-block"], "schedule": "prune", "target_modules": PRUNED["target_modules"]}
+    with pytest.raises(BadInput, match="no LoRA that could be compared"):
+        script.main(arguments(tmp_path / "race", **options))
+
+
+def test_rite_is_told_that_gradients_are_clipped_before_it(tmp_path):
+    args = arguments(tmp_path, optimizer="rite", shortcut="block")
+    assert any("rite clips by itself" in line for line in preflight(checks.check(args), args))
+    high = arguments(tmp_path, optimizer="rite", shortcut="block", max_grad_norm=1000)
+    assert not any("rite clips by itself" in line for line in preflight(checks.check(high), high))

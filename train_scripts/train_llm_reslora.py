@@ -78,6 +78,7 @@ def train(
     from reslora_diffusion.llm import models
     from reslora_diffusion.llm.encoding import Collator, pack, uses_flash_attention
     from reslora_diffusion.llm.preflight import past_the_end
+    from reslora_diffusion.llm.pruning import pruning_problems
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
@@ -86,7 +87,8 @@ def train(
     kind = TaskType.CAUSAL_LM
     config = models.load_config(options, kind)
     context = models.context_length(config)
-    refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
+    problems = [*models.target_problems(config, options, kind), *length_problems(context, options.max_length)]
+    refuse([*problems, *pruning_problems(config, options, kind)])
     tokenizer = models.load_tokenizer(options, config)
     options.max_length = options.max_length or min(1024, context or 1024)
     stops = models.stored_stops(options, config)
@@ -145,10 +147,10 @@ def train(
         if trainer.is_world_process_zero():
             write_json(output / "results.json", results)
             write_json(output / "history.json", history(trainer))
+            models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
         export(trainer, options, kind)
         if trainer.is_world_process_zero():
             print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
-            models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
             if options.save_merged_model:
                 models.save_merged(options, output, tokenizer)
     if destination and trainer.is_world_process_zero():

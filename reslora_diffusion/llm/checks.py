@@ -172,6 +172,8 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
             )
         elif (output / "adapter_model.safetensors").exists():
             problems.append(f"--output_dir {output}: holds an adapter already; wanted another folder")
+        elif (output / "pruned").exists():
+            problems.append(f"--output_dir {output}: holds a pruned model already; wanted another folder")
     elif output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file, wanted a folder")
     return problems

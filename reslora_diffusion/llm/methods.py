@@ -3,13 +3,13 @@ what optimizers themselves say."""
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..choices import PAIR_OPTIMIZERS
-from ..methods.schedules.settings import RestartSettings, Settings, conflicts_of, nearest, parse_schedule
+from ..methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, nearest, parse_schedule
 from ..rules import ShortcutFields
 from ..utils.problems import BadInput
-from .options import ModelOptions
+from .options import GlueOptions, ModelOptions
 from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -25,12 +25,16 @@ def features_of(options: ModelOptions, training: "TrainingOptions | TrainingArgu
     """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     linked = options.method == "reslora" and options.num_previous != "0"
     found = [options.shortcut or str(ShortcutFields.shortcut) if linked else "none"]
+    if training.load_best_model_at_end:
+        found.append("best")
     launched = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("deepspeed", "fsdp")}
     return found + [name for name, yes in launched.items() if yes or getattr(training, name, None)]
 
 
 def schedule_problems(options: ModelOptions, training: TrainingOptions) -> Iterator[str]:
     """Everything that is wrong with the schedule; of several processes, `process_problems` asks."""
+    if options.handover_at is not None and "deepspeed" in features_of(options, training):
+        yield f"--handover_at: {FoldSettings.conflicts['deepspeed']}"
     try:
         settings = settings_of(options)
     except BadInput as error:
@@ -47,7 +51,17 @@ def schedule_problems(options: ModelOptions, training: TrainingOptions) -> Itera
         problems.append(f"{settings.name}: --handover_at is another schedule, and a run has one; wanted one of them")
     if settings.name == "fold" and options.shortcut == "block":
         problems.append("fold: block merges exactly, and folded it has more parameters; wanted input or middle")
+    if settings.name == "prune":
+        problems += prune_problems(options)
     yield from (f"--schedule: {problem}" for problem in problems)
+
+
+def prune_problems(options: ModelOptions) -> Iterator[str]:
+    """What does not go with a run whose result is a smaller model."""
+    if isinstance(options, GlueOptions):
+        yield "prune: a classifier's head is trained beside the adapter; wanted a causal language model"
+    if getattr(options, "save_merged_model", False):
+        yield "prune: the adapter is merged into the smaller model anyway; wanted no --save_merged_model"
 
 
 def process_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
@@ -60,15 +74,31 @@ def process_problems(options: ModelOptions, training: "TrainingArguments") -> It
         )
     if options.optimizer is None:
         return
-    from ..methods.optimizers import OPTIMIZERS
+    import torch
+    from torch import nn
 
+    from ..methods.optimizers import OPTIMIZERS
+    from ..methods.optimizers.parameters import unknown_settings
+
+    kind: Any = OPTIMIZERS[options.optimizer]
     for name in features_of(options, training):
-        if reason := OPTIMIZERS[options.optimizer].conflicts.get(name):
+        if reason := kind.conflicts.get(name):
             yield f"--optimizer {options.optimizer}: {reason}"
+    unknown = unknown_settings(kind, options.optimizer_args)
+    yield from unknown
+    if not unknown:
+        from .scheduling import pair_settings
+
+        try:
+            kind([nn.Parameter(torch.zeros(2, 2))], [], lr=training.learning_rate, **pair_settings(options, training))
+        except (ValueError, TypeError, RuntimeError) as error:
+            yield f"--optimizer {options.optimizer}: {error}"
 
 
 def optimizer_problems(options: ModelOptions) -> Iterator[str]:
-    """A name that is none."""
+    """A name that is none, and settings of none."""
+    if options.optimizer is None and options.optimizer_args:
+        yield "--optimizer_args: are those of --optimizer, which is not given; those of --optim are --optim_args"
     if options.optimizer is not None and options.optimizer not in PAIR_OPTIMIZERS:
         wanted = f"{', '.join(PAIR_OPTIMIZERS)}; those of torch and others are --optim"
         yield f"--optimizer: got {options.optimizer!r}, wanted {wanted}{nearest(options.optimizer, PAIR_OPTIMIZERS)}"

@@ -38,11 +38,13 @@ class ModelOptions:
     distillation_steps: int | None = option(None, "Steps in which the merged model learns what the unmerged one says.")
     handover_at: float | None = option(None, "Fold input or middle into plain LoRA after this share of the steps.")
     schedule: str | None = option(
-        None, "What changes while training: coto, restart:stages=3,momentum=0.5 or fold:at=0.85 (docs/methods.md)."
+        None,
+        "What changes while training: coto, restart:stages=3, fold:at=0.85 or prune:ratio=0.5 (docs/methods.md).",
     )
     optimizer: str | None = option(
         None, "rite, pro, scaled_adamw or reflora, which see both factors of a LoRA, in place of --optim."
     )
+    optimizer_args: dict[str, str] = option({}, "Further settings of --optimizer, by its own names, as damping=1e-3.")
     rank: int = option(4, "Rank of the adapter.")
     lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..methods.advice import clipping_note
 from ..rules import ShortcutFields
 from .checks import adapter_settings
 from .options import ModelOptions
@@ -52,10 +53,10 @@ def preflight(trainer: Trainer, options: ModelOptions, trained: int) -> Iterator
     yield f"{kind}: rank {rank}, lora_alpha {alpha:g}, scale {scale:g}; {trained:,} trained parameters"
     schedule = SchedulerType(args.lr_scheduler_type).value
     warmup = f", warm-up {args.warmup_steps:g}" + (" of the steps" if 0 < args.warmup_steps < 1 else "")
-    yield (
-        f"{OptimizerNames(args.optim).value}: learning rate {args.learning_rate:g}, {schedule}{warmup}, "
-        f"weight decay {args.weight_decay:g}"
-    )
+    optimizer = options.optimizer or OptimizerNames(args.optim).value
+    yield (f"{optimizer}: learning rate {args.learning_rate:g}, {schedule}{warmup}, weight decay {args.weight_decay:g}")
+    if note := clipping_note(options.optimizer, args.max_grad_norm):
+        yield note
     steps, each, accumulated = steps_of(trainer), trainer._train_batch_size, args.gradient_accumulation_steps
     parts = [(each, "examples"), (accumulated, "accumulated"), (processes, "processes")]
     batch = " x ".join(f"{count} {name}" for count, name in parts if count > 1 or name == "examples")

@@ -18,6 +18,7 @@ from reslora_diffusion.core.sharding import whole
 from reslora_diffusion.export import export_peft
 from reslora_diffusion.export.beside import trained_beside
 
+from ..methods.schedules import Prune
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
 from .models import DTYPES
@@ -92,12 +93,18 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
 
 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
-    """Write the plain LoRA and prove it. The first process writes what all have put together.
+    """Write the plain LoRA and prove it; after `--schedule prune`, the smaller model. The first process writes what all
+    have put together.
 
     Raises:
         ValueError: it cannot be exported, as what has learned nothing yet; or it failed its proof.
     """
     model = trainer.adapted
+    if isinstance(trainer.schedule, Prune):  # shapes differ from the base's, so no LoRA of the base can be written
+        from .pruning import export_pruned
+
+        export_pruned(trainer, trainer.output_folder)
+        return
     restore_exported_factors(model)
     factors = exported_factors(model)
     beside = trained_beside(model, base_model=options.model_name_or_path)

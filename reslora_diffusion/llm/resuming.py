@@ -3,7 +3,8 @@
     checkpoint-N/  unfinished              ours: there while the others are written
                    trainer_state.json      written last by `transformers.Trainer`
                    adapter_config.json, adapter_model.safetensors, optimizer.pt, scheduler.pt, rng_state.pth
-                   schedule.json           ours: how far a `--schedule` has come
+                   schedule.json           ours: how far a `--schedule` has come, with its numbers, where it has
+                   schedule.safetensors    any
                    checksums.json          ours: SHA-256 of every other file
 
 A checkpoint without checksums (sharded, or from an older version) is whole if its files are complete by their own
@@ -28,6 +29,7 @@ CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"
 CONFIG = "adapter_config.json"
 SCHEDULE = "schedule.json"  # of a run with one: the option, and the state
+SCHEDULE_TENSORS = "schedule.safetensors"
 
 
 def checkpoints_in(output: Path) -> list[Path]:

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput
 
 from reslora_diffusion import (
-    AdaptedModel,
     ResLoraConfig,
     Shortcut,
     calibrate,
@@ -31,9 +30,7 @@ from reslora_diffusion import (
     merge_report,
     merged_forward,
 )
-from reslora_diffusion.methods.optimizers import OPTIMIZERS, factor_pairs
-from reslora_diffusion.methods.schedules import Fold, Schedule
-from reslora_diffusion.methods.schedules.base import follow_learning_rate
+from reslora_diffusion.methods.schedules import Fold
 from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
@@ -44,7 +41,8 @@ from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
 from .methods import settings_of
 from .options import ModelOptions
-from .resuming import SCHEDULE, STATE, remove_oldest, write_checksums
+from .resuming import SCHEDULE, remove_oldest, write_checksums
+from .scheduling import Scheduled, load_schedule, pair_optimizer, save_schedule
 
 Batch = dict[str, Any]
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -170,6 +168,7 @@ class ExportedTrainer(Trainer):
                 seed=self.args.seed,
                 calibrate=lambda: calibrated(self.accelerator.unwrap_model(self.model), calibration),
                 on_device=self.args.torch_compile or self.args.world_size > 1,
+                gradient_scale=self.gradient_scale,
             )
             self.add_callback(Scheduled(self.schedule))
         self.calibration, self.exact_match, self.distillation_steps = calibration, exact_match, distillation_steps
@@ -178,6 +177,11 @@ class ExportedTrainer(Trainer):
     def output_folder(self) -> Path:
         assert self.args.output_dir is not None, "transformers fills it in"
         return Path(self.args.output_dir)
+
+    def gradient_scale(self) -> float:
+        """What gradients are multiplied by when the optimizer is about to step; clipping takes that away before."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None or self.args.max_grad_norm else scaler.get_scale()
 
     @property
     def stop_was_requested(self) -> bool:
@@ -216,14 +220,7 @@ class ExportedTrainer(Trainer):
         """The optimizer of pairs that was asked for, or what transformers makes."""
         if self.options is None or self.options.optimizer is None or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
-        kind, given = OPTIMIZERS[self.options.optimizer], self.args
-        model = self.accelerator.unwrap_model(self.model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        eps = {} if given.adam_epsilon == 1e-8 else {"eps": given.adam_epsilon}  # not given: the optimizer's own
-        betas = (given.adam_beta1, given.adam_beta2)
-        self.optimizer = kind(
-            trained, factor_pairs(model), lr=given.learning_rate, betas=betas, weight_decay=given.weight_decay, **eps
-        )
+        self.optimizer = pair_optimizer(self.options, self.args, self.accelerator.unwrap_model(self.model))
         return self.optimizer
 
     def evaluation_loop(
@@ -257,8 +254,7 @@ class ExportedTrainer(Trainer):
                 self.args.save_total_limit = limit
             self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
             if self.schedule is not None and saves:
-                facts = {"option": self.options and self.options.schedule, "state": self.schedule.state_dict()}
-                Path(folder, SCHEDULE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+                save_schedule(folder, self.schedule, self.options.schedule if self.options else None)
             if saves and self.accelerator.distributed_type not in SHARDING:
                 write_checksums(folder)
         if saves and not self.stop_was_requested:  # else this step is perhaps written again, at the end of its epoch
@@ -274,9 +270,7 @@ class ExportedTrainer(Trainer):
         chain come with them. A fold is recognised by the adapter's own configuration (`restore_shortcut`)."""
         if self.schedule is None or isinstance(self.schedule, Fold) or not (checkpoint / SCHEDULE).is_file():
             return
-        steps = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["max_steps"]
-        self.schedule.start([AdaptedModel(self.accelerator.unwrap_model(self.model))], steps)
-        self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))["state"])
+        load_schedule(checkpoint, self.schedule, self.accelerator.unwrap_model(self.model))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -321,28 +315,6 @@ class StopWhenAsked(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             args.load_best_model_at_end = False  # nothing is exported now
-
-
-class Scheduled(TrainerCallback):
-    """Calls a schedule at its hooks in a `transformers.Trainer`."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        inner = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
-        self.schedule.start([AdaptedModel(getattr(model, "module", model))], state.max_steps, inner)
-        follow_learning_rate(self.schedule, kwargs.get("lr_scheduler"))
-
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.before_step(state.global_step)
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.after_backward(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.after_step(state.global_step)
 
 
 def fold_at(share: float, model: nn.Module, calibration: Sequence[Batch]) -> Scheduled:

@@ -15,6 +15,9 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
     "max_norm": "--scale_weight_norms",
     "convolutions": "adapters on convolutions and embeddings",
     "cuda_graph": "--cuda_graph",
+    "text_encoder": "--train_text_encoder",
+    "best": "the best step by its loss, rather than the last",
+    "sharded_base": "a base that FSDP has sharded",
     "fsdp": "factors that FSDP has sharded",
     "deepspeed": "DeepSpeed",
 }

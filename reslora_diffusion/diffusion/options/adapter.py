@@ -40,7 +40,7 @@ class AdapterOptions:
     )
     schedule: str | None = option(
         None,
-        "What changes while training: coto, restart:stages=3,momentum=0.5 or fold:at=0.85 (docs/methods.md).",
+        "What changes while training: coto, restart:stages=3, fold:at=0.85 or prune:ratio=0.5 (docs/methods.md).",
         binds=True,
         in_header=True,
     )

@@ -135,6 +135,10 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
     except BadInput as error:
         found.problems += error.problems
     found.problems += slow_problems(options, base)
+    if base is not None and options.schedule and not found.problems:
+        from ..train.pruning import pruning_problems
+
+        found.problems += pruning_problems(options, base)
     found.refuse(options)
     assert base is not None  # without one there were problems
     return Plan(found.concepts, found.buckets, *length(options, found.concepts), base)

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from ...methods.advice import clipping_note
 from ...rules import ShortcutFields
 from ...utils.environment import is_installed
 from ..data.concepts import Concept
@@ -61,6 +62,8 @@ def training(plan: Plan, options: DreamBoothOptions, count: int) -> Iterator[str
     yield f"on {PartialState().device}: the frozen base in {precision}, adapters in float32"
     yield adapter_line(options)
     yield optimizer_line(options, count)
+    if note := clipping_note(options.optimizer, options.max_grad_norm):
+        yield note
     if options.resume_from_checkpoint and (
         found := find_checkpoint(Path(options.output_dir), options.resume_from_checkpoint)
     ):

@@ -4,7 +4,6 @@ group      one component, one factor (lora_A, lora_B), one factor on the learnin
 lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXiv 2402.12354), times `--lr_pattern`
 """
 
-import ast
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ...methods import optimizers
 from ...methods.optimizers import FactorPair, PairOptimizer
+from ...methods.optimizers.parameters import literal, parameters_of, unknown_settings
 from ..models.architecture import matches
 from ..options import DreamBoothOptions
 from .schedules import features_of
@@ -46,16 +46,6 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     if name in optimizers.OPTIMIZERS:
         return optimizers.OPTIMIZERS[name]
     return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
-
-
-def parameters_of(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
-    """What an optimizer takes by name, besides parameters and pairs; one of pairs hands on what `AdamW` takes."""
-    own = dict(inspect.signature(kind).parameters)
-    if issubclass(kind, PairOptimizer):
-        adamw = inspect.signature(torch.optim.AdamW).parameters
-        handed_on = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-        own = {name: adamw[name] for name in handed_on} | own
-    return {name: value for name, value in own.items() if name not in ("self", "params", "pairs", "adamw")}
 
 
 def name_of(options: DreamBoothOptions) -> str:
@@ -90,14 +80,6 @@ def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> d
     return chosen | {name: literal(value) for name, value in options.optimizer_args.items()}
 
 
-def literal(text: str) -> Any:
-    """A Python literal, else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def optimizer_problems(options: DreamBoothOptions) -> list[str]:
     """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
@@ -106,11 +88,7 @@ def optimizer_problems(options: DreamBoothOptions) -> list[str]:
         return []
     except KeyError:
         return [f"--optimizer: torch {torch.__version__} has no {options.optimizer}"]
-    known = set(parameters_of(kind))
-    unknown = [name for name in options.optimizer_args if name not in known]
-    problems = [
-        f"--optimizer_args: {kind.__name__} has no {name!r}; it has {', '.join(sorted(known))}" for name in unknown
-    ]
+    problems = unknown_settings(kind, options.optimizer_args)
     if options.cuda_graph and not settings(kind, options).get("fused"):
         fused = ", ".join(name.lower() for name in FUSED)
         problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")

@@ -52,7 +52,10 @@ def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
     given = override(own, words)
     if shared := [f"--{name}={value}" for name, value in given.values.items() if name in SHARED]:
         raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])
-    refuse(f"--compare: {word}: {problem}" for problem in given.problems)
+    problems = list(given.problems)
+    if (own.schedule or "").startswith("prune"):
+        problems.append("--schedule prune leaves a smaller model, and no LoRA that could be compared")
+    refuse(f"--compare: {word}: {problem}" for problem in problems)
     return own
 
 

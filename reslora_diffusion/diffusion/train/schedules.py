@@ -8,6 +8,7 @@ from ...rules import ShortcutFields
 from ...utils.problems import BadInput
 from ..models.architecture import LINEAR, Architecture, rank_of
 from ..options import DreamBoothOptions
+from ..options.launcher import shards
 from ..options.model_checks import adapter_settings
 
 
@@ -29,6 +30,12 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
         found.append("cuda_graph")
     if options.scale_weight_norms:
         found.append("max_norm")
+    if options.keep_best:
+        found.append("best")
+    if options.train_text_encoder:
+        found.append("text_encoder")
+    if shards():
+        found.append("sharded_base")
     if architecture and any(layer.kind != LINEAR for _, _, layer in architecture.adapted(options)):
         found.append("convolutions")
     return found

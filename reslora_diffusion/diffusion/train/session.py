@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import ExportReport, export_lora, save_merged
-from reslora_diffusion.methods.schedules import Change, Schedule
+from reslora_diffusion.methods.schedules import Change, Prune, Schedule
 from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
 
@@ -43,6 +43,7 @@ from .history import History, NonFiniteLoss, plot_losses
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler
+from .pruning import PruningReport, export_pruned
 from .record import export_name, versions
 from .rescue import written_elsewhere
 from .schedules import settings_of
@@ -90,7 +91,11 @@ class Run:
         self.method = self.adapters.merging()  # as trained: after a fold the adapters are plain LoRA
         self.collect_tensors()
         self.schedule = make_schedule(
-            settings_of(self.options), seed=self.seed, calibrate=self.calibrate, on_device=self.options.compile
+            settings_of(self.options),
+            seed=self.seed,
+            calibrate=self.calibrate,
+            on_device=self.options.compile,
+            gradient_scale=self.scaler.get_scale,
         )
         self.schedule.start(self.adapters.handles(), self.plan.max_train_steps, self.optimizer)
         self.make_lr_scheduler()
@@ -236,7 +241,7 @@ class Run:
 
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
-        if self.adapters.health_problem() is None:
+        if self.adapters.health_problem() is None and not isinstance(self.schedule, Prune):  # that leaves no LoRA
             factors = self.adapters.factors()
             save_merged(folder / STATE_FOLDER, factors, self.facts(step))
             try:
@@ -353,11 +358,15 @@ class Run:
             facts=self.facts(step, report),
         )
 
-    def finish(self, step: int) -> tuple[MergeReport, ExportReport | None]:
+    def finish(self, step: int) -> tuple[MergeReport | PruningReport, ExportReport | PruningReport | None]:
         """Measure the merge, export, and write the files that show the run; processes but the main one get no report
-        of the export."""
+        of the export. A run that prunes leaves the smaller model instead."""
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
+        if isinstance(self.schedule, Prune):
+            with self.averaged():
+                pruned = export_pruned(self, step)
+            return pruned, pruned if self.accelerator.is_main_process else None
         with self.averaged():
             self.calibrate(self.options.distillation_steps or 0)
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)

@@ -3,6 +3,7 @@
     Coto      drops the adapters of whole blocks, fewer and fewer      --schedule coto
     Restart   freezes the adapter and starts another beside it         --schedule restart:stages=3
     Fold      folds the shortcut into plain LoRA, and trains on        --schedule fold:at=0.85
+    Prune     masks heads and channels, and leaves a smaller model     --schedule prune:ratio=0.5
 
 A training loop knows only this much of them:
 
@@ -25,6 +26,7 @@ HOMES = {
     "Change": "base",
     "Coto": "coto",
     "Fold": "fold",
+    "Prune": "prune",
     "Restart": "restart",
     "Schedule": "base",
     "parse_schedule": "settings",

@@ -28,6 +28,7 @@ class Schedule:
     What a schedule draws must be a function of (seed, step), so that processes and resumed runs agree.
     """
 
+    saved_with_adapter = False  # whether the files of the adapter, as PEFT writes them, hold `tensors` too
     conflicts: Mapping[str, str] = {}  # shortcut, option or method -> the reason why the two do not go together
 
     def start(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from .base import Schedule
 from .coto import Coto
 from .fold import Fold
+from .prune import Prune
 from .restart import Restart
-from .settings import CotoSettings, FoldSettings, RestartSettings, Settings
+from .settings import CotoSettings, FoldSettings, PruneSettings, RestartSettings, Settings
 
 
 def make_schedule(
@@ -15,6 +16,7 @@ def make_schedule(
     seed: int,
     calibrate: Callable[[], object] = lambda: None,
     on_device: bool = False,
+    gradient_scale: Callable[[], float] = lambda: 1.0,
 ) -> Schedule:
     """The schedule of these settings; without any, one that changes nothing, and takes up what was folded.
 
@@ -23,9 +25,12 @@ def make_schedule(
         calibrate: of a `Fold`.
         on_device: whether gates shall be scalars on the device: for what is compiled, and for DDP, which waits for a
             gradient of every parameter.
+        gradient_scale: of a `Prune`.
     """
     if isinstance(settings, CotoSettings):
         return Coto(seed, settings.initial_p, settings.ratio, on_device)
     if isinstance(settings, RestartSettings):
         return Restart(settings.stages, settings.momentum, settings.warmup, settings.ranks, seed)
+    if isinstance(settings, PruneSettings):
+        return Prune(**vars(settings), gradient_scale=gradient_scale)
     return Fold(settings.at if isinstance(settings, FoldSettings) else None, calibrate)

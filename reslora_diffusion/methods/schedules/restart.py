@@ -50,6 +50,7 @@ class Restart(Schedule):
         BadInput: naming everything that is wrong with the settings.
     """
 
+    saved_with_adapter = True
     conflicts = RestartSettings.conflicts
 
     def __init__(

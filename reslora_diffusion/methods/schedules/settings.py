@@ -3,18 +3,22 @@
     coto     coto:initial_p=0.1,ratio=0.75
     restart  restart:stages=3,momentum=0.5,warmup=10      restart:ranks=8/4/2
     fold     fold:at=0.85
+    prune    prune:ratio=0.5      prune:ratio=0.25,parts=channels,spare=1
 
 Known without torch, so that bad input is answered at once.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, get_type_hints
 
 from ...utils.options import convert, option, value_problems
-from ...utils.problems import BadInput
+from ...utils.problems import BadInput, listing
+
+if TYPE_CHECKING:
+    from ..pruning.structures import Structure
 
 DORA = "shortcuts and schedules are of adapters without DoRA's magnitudes; wanted no DoRA"
 SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"
@@ -133,7 +137,78 @@ class FoldSettings(Settings):
     }
 
 
-SCHEDULES: dict[str, type[Settings]] = {kind.name: kind for kind in (CotoSettings, RestartSettings, FoldSettings)}
+@dataclass
+class PruneSettings(Settings):
+    """Settings of `prune.Prune`."""
+
+    ratio: float = option(0.5, "Share of the heads and channels that is cut out.", above=0, below=1)
+    parts: str = option("all", "What is cut out: heads, channels or all.", choices=("heads", "channels", "all"))
+    spare: int | None = option(
+        None, "First and last blocks left whole (default: 0 if the configuration has one width, else 1).", at_least=0
+    )
+    decay: float = option(0.9, "Of the moving average of scores.", at_least=0, below=1)
+    every: int = option(10, "Steps between two choices of what is masked.", at_least=1)
+    warmup: float = option(0.1, "Share of the steps before anything is masked.", at_least=0, below=1)
+    cooldown: float = option(0.1, "Share of the steps that are left when the ratio is reached.", at_least=0, below=1)
+
+    name = "prune"
+    summary = "masks heads and channels by LoRA's gradients, and leaves a smaller model (LoRAPrune)"
+    conflicts = {
+        "input": "scores are of what B A does to one layer's weight, and `input` depends on activations; wanted "
+        "shortcut none or block",
+        "middle": "scores are of what B A does to one layer's weight, and `middle` depends on activations; wanted "
+        "shortcut none or block",
+        "dora": DORA,
+        "cuda_graph": "scores are made of gradients between two recordings, which has not been tried; wanted no "
+        "--cuda_graph",
+        "text_encoder": "one model is pruned, and a LoRA of the text encoder would stay behind; wanted no "
+        "--train_text_encoder",
+        "sharded_base": "scores are of whole weights of the base, of which each process has a part; wanted DDP or one "
+        "process",
+        "best": "an early step is the best by its loss, as little is masked in it; wanted the last step: "
+        "--keep_best false",
+        "fsdp": SHARDED,
+        "deepspeed": DEEPSPEED,
+    }
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.warmup + self.cooldown >= 1:
+            yield f"warmup and cooldown: got {self.warmup} and {self.cooldown}, wanted less than 1 together"
+
+    def cut(self, count: int) -> int:
+        """How many of so many groups go: the whole number nearest to the ratio."""
+        return int(self.ratio * count + 0.5)
+
+    def structure_problems(
+        self, structures: Sequence["Structure"], chosen: Sequence["Structure"], adapted: Container[str]
+    ) -> Iterator[str]:
+        """What is wrong with pruning these structures of a model, of which some are `chosen`.
+
+        Args:
+            adapted: names of the layers that an adapter is on.
+        """
+        kinds = ("heads", "channels") if self.parts == "all" else (self.parts,)
+        for kind in kinds:
+            there = [one for one in structures if one.kind == kind]
+            own = [one for one in chosen if one.kind == kind]
+            if not there:
+                yield f"no {kind} were found; known are Llama's and its like, T5's, and those of UNets, SD3 and FLUX"
+            elif not own:
+                yield f"spare={self.spare} leaves no {kind} to prune; wanted less"
+            elif bare := [one.name for one in own if not any(layer in adapted for layer in one.layers)]:
+                yield (
+                    f"{kind} of {listing(bare)} have no adapter, so nothing scores them; wanted their layers among "
+                    f"--target_modules, or parts={'channels' if kind == 'heads' else 'heads'}"
+                )
+            elif empty := [one for one in own if self.cut(one.count) >= one.count]:
+                yield f"ratio={self.ratio} would leave {empty[0].name} without {kind}: it has {empty[0].count}"
+        if chosen and not any(self.cut(one.count) for one in chosen):
+            yield f"ratio={self.ratio} is less than one head or channel of each block; wanted more"
+
+
+KINDS: tuple[type[Settings], ...] = (CotoSettings, RestartSettings, FoldSettings, PruneSettings)
+SCHEDULES = {kind.name: kind for kind in KINDS}
 
 
 def parse_schedule(text: str) -> Settings:
