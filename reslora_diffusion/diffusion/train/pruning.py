@@ -15,8 +15,8 @@ from ...methods.pruning.structures import chosen
 from ...methods.schedules import Prune
 from ...methods.schedules.settings import PruneSettings
 from ...utils.files import write_text
-from ..models.attn_processor import unset_attn_processors
 from ..models.architecture import is_target
+from ..models.attn_processor import unset_attn_processors
 from ..models.meta_pipeline import MetaPipeline
 from ..options import DreamBoothOptions
 from .schedules import settings_of
