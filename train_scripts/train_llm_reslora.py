@@ -168,11 +168,11 @@ def judge(trainer: "ExportedTrainer", options: LlmOptions, data: "Data") -> dict
         return {"test": {}}
     test = replace(exact_match, questions=data.test_questions, read=data.test_read)
     with model.disable_adapter():
-        answered = {"base": test.ask(model, trainer.accelerator)} if options.eval_base else {}
+        answered = {"base": test.evaluate(model, trainer.accelerator)} if options.eval_base else {}
     if is_reslora(model):
-        answered["as trained"] = test.ask(model, trainer.accelerator)
+        answered["as trained"] = test.evaluate(model, trainer.accelerator)
     with merged(model):
-        answered["as exported"] = test.ask(model, trainer.accelerator)
+        answered["as exported"] = test.evaluate(model, trainer.accelerator)
     if trainer.is_world_process_zero():
         answered["as exported"].write(Path(trainer.args.output_dir, "predictions.jsonl"))
     return {
