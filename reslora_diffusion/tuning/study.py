@@ -7,6 +7,7 @@ A trial counts with its least loss over the evaluations, because a training with
 chosen on one half of the held-out draws; the other half says what it gains over the command as it was given.
 """
 
+import json
 import os
 import socket
 import time
@@ -27,6 +28,7 @@ from .space import Space
 
 STUDY = "reslora-tune"
 FILE = "study.jsonl"
+LONGEST_LINE = 2**20
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 Report = Callable[[int, np.ndarray], bool]  # step and losses [draws] so far; answers whether to stop
 Progress = Callable[[Mapping[str, Any]], None]
@@ -115,8 +117,19 @@ def storage_of(where: str) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     path = Path(where)
+    if path.is_file() and (first := path.open("rb").readline(LONGEST_LINE)) and not is_journal(first):
+        raise ValueError("it is no journal of Optuna's")  # which would write to any file
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def is_journal(line: bytes) -> bool:
+    """Whether a file whose first line this is holds what Optuna writes."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and "op_code" in entry
 
 
 def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: Progress = lambda facts: None) -> None:

@@ -1,0 +1,259 @@
+"""`reslora tune`: space, search, budget and storage on a made-up training; then the image trainer on the tiny pipeline.
+
+The language-model trainer is tuned in test_tuning_llm.py.
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from dreambooth import SUBJECTS, words
+from reslora_diffusion.tuning.command import parse, tune
+from reslora_diffusion.tuning.outcome import conclude, gain_of
+from reslora_diffusion.tuning.settings import EVALUATIONS, Settings
+from reslora_diffusion.tuning.space import Space
+from reslora_diffusion.tuning.study import DONE, Spent, open_study, search
+from reslora_diffusion.utils.problems import BadInput
+
+START = {"learning_rate": 1e-3, "lora_alpha": 1.0, "rank": 4, "method": "lora", "lr_scheduler": "constant"}
+
+
+class Valley:
+    """A training whose loss falls with the steps to a height that is least at learning rate 4e-3, alpha / r 4."""
+
+    steps, start, identity, given = 1000, START, {"data": "valley"}, {"rank": 4, "output_dir": "out"}
+    keeping_best = {"keep_best": True}
+    seconds = 1.0  # of a step
+
+    def __init__(self):
+        self.seen = []
+
+    def train(self, options, steps, evaluate_at, report):
+        self.seen.append(options)
+        rate = math.log(options.get("learning_rate", 1e-3) / 4e-3)
+        alpha = math.log(options.get("lora_alpha", 4.0) / 16)
+        height = rate**2 + alpha**2 + (math.nan if options.get("learning_rate", 0) > 1e-2 else 0)
+        for step in evaluate_at:
+            draws = 1 + height + 1 / step + np.arange(16) / 100
+            if report(step, draws):
+                break
+        return Spent(self.seconds, self.seconds * step)
+
+
+def study_of(tmp_path, trainee, **settings):
+    chosen = Settings(**settings)
+    return chosen, open_study(chosen, tmp_path, trainee.identity)
+
+
+# ---------------------------------------------------------------------------------------------------------- search
+
+
+def test_the_search_stays_in_its_share_and_finds_the_valley(tmp_path):
+    trainee = Valley()
+    settings, study = study_of(tmp_path, trainee, share=0.9)
+    search(trainee, settings, study)
+    trials = study.get_trials(states=DONE)
+    spent = sum(trial.user_attrs["seconds"] for trial in trials)
+    assert 0.7 * 900 < spent <= 1.1 * 900
+    assert any(trial.state.name == "PRUNED" for trial in trials)
+    assert trials[0].params == {"learning_rate": 1e-3, "lora_alpha": 1.0}
+    assert trials[0].state.name == "COMPLETE", "the command as given is measured to the end"
+    found = conclude(trainee, settings, study, tmp_path, "train")
+    assert found.gain.is_shown
+    assert found.gain.loss_after < found.gain.loss_before - 1
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert written == {"rank": 4, "output_dir": "out", **found.best, "keep_best": True}
+    assert json.loads((tmp_path / "tune.json").read_text())["gain"]["is_shown"]
+    assert (tmp_path / "tune.png").stat().st_size > 1000
+
+
+def test_a_search_that_is_cut_off_goes_on_where_it_stopped(tmp_path):
+    class Cut(Valley):
+        def train(self, *args):
+            if len(self.seen) == 2:
+                raise KeyboardInterrupt
+            return super().train(*args)
+
+    first = Cut()
+    settings, study = study_of(tmp_path, first, share=0.9)
+    with pytest.raises(KeyboardInterrupt):
+        search(first, settings, study)
+    again = Valley()
+    settings, study = study_of(tmp_path, again, share=0.9)
+    assert len(study.get_trials(states=DONE)) == 2
+    search(again, settings, study)
+    trials = study.get_trials(states=DONE)
+    assert len(trials) > 4
+    tried = [trial.params for trial in trials]
+    assert {"learning_rate": 2.5e-4, "lora_alpha": 1.0} in tried, "the trial that was cut off is made again"
+    assert sum(trial.user_attrs["seconds"] for trial in trials) <= 1.1 * 900
+
+
+def test_two_processes_share_one_study(tmp_path):
+    """The second finds the share spent, by the trials of the first."""
+    settings, study = study_of(tmp_path, Valley(), share=0.9)
+    search(Valley(), settings, study)
+    other = Valley()
+    settings, study = study_of(tmp_path, other, share=0.9)
+    search(other, settings, study)
+    assert other.seen == []
+
+
+def test_a_trial_of_a_process_that_is_no_more_is_made_again(tmp_path):
+    import socket
+
+    settings, study = study_of(tmp_path, Valley(), share=0.9)
+    study.enqueue_trial({"learning_rate": 2e-3, "lora_alpha": 2.0})
+    lost = study.ask()
+    Space(START, settings.search).suggest(lost)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lost.set_user_attr("process", [socket.gethostname(), gone.pid])
+    search(Valley(), settings, study)
+    assert {"learning_rate": 2e-3, "lora_alpha": 2.0} in [t.params for t in study.get_trials(states=DONE)]
+
+
+def test_a_point_that_diverges_is_never_the_best(tmp_path):
+    trainee = Valley()
+    settings, study = study_of(tmp_path, trainee, share=0.9, search=["learning_rate"])
+    study.enqueue_trial({"learning_rate": 1e-3})
+    study.enqueue_trial({"learning_rate": 1.5e-2})
+    search(trainee, settings, study)
+    assert any(options["learning_rate"] == 1.5e-2 for options in trainee.seen)
+    assert conclude(trainee, settings, study, tmp_path, "train").best["learning_rate"] < 1e-2
+
+
+def test_without_a_shown_gain_the_options_stay(tmp_path):
+    class Flat(Valley):
+        def train(self, options, steps, evaluate_at, report):
+            for step in evaluate_at:
+                noise = np.random.default_rng(len(self.seen)).normal(0, 1e-3, 16)
+                if report(step, np.ones(16) + noise * (-1) ** np.arange(16)):
+                    break
+            self.seen.append(options)
+            return Spent(1.0, float(step))
+
+    trainee = Flat()
+    settings, study = study_of(tmp_path, trainee, share=0.9)
+    search(trainee, settings, study)
+    found = conclude(trainee, settings, study, tmp_path, "train")
+    assert not found.gain.is_shown
+    assert "no gain is shown" in str(found)
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == {"rank": 4, "output_dir": "out", "keep_best": True}
+
+
+def test_the_gain_is_paired_over_draws_that_chose_nothing():
+    rng = np.random.default_rng(0)
+    before = rng.normal(1, 1, 32)
+    after = before - 0.1 + rng.normal(0, 0.01, 32)
+    after[::2] -= 100  # what the choice was made on
+    found = gain_of(before, after)
+    wanted = stats.ttest_rel(before[1::2], after[1::2]).confidence_interval()
+    assert (found.low, found.high) == pytest.approx(tuple(wanted))
+    assert found.draws == 16
+
+
+def test_a_point_stands_for_options_of_the_trainers():
+    space = Space(START | {"rank": 8}, ["learning_rate", "lora_alpha", "method"])
+    found = space.options(
+        START | {"rank": 8, "lora_alpha": 2.0, "learning_rate": 1.23456e-3, "method": "reslora-block"}
+    )
+    assert found == {"learning_rate": 1.23e-3, "lora_alpha": 16.0, "method": "reslora", "shortcut": "block"}
+    assert Space(START, ["rank"]).options(START | {"rank": 16}) == {"rank": 16, "lora_alpha": 16.0}
+    assert Space(START, ["rank"]).choices("rank") == [4, 2, 8, 16]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_the_storage_of_another_command_is_refused(tmp_path):
+    settings, study = study_of(tmp_path, Valley())
+    other = Valley()
+    other.identity = {"data": "another"}
+    with pytest.raises(BadInput, match="holds the study of another command .data was 'valley' and is 'another'"):
+        open_study(settings, tmp_path, other.identity)
+
+
+@pytest.mark.parametrize("content", ["no json\n", '{"a": 1}\n', "[]\n"])
+def test_a_file_that_is_no_storage_is_refused(tmp_path, content):
+    (tmp_path / "study.jsonl").write_text(content)
+    with pytest.raises(BadInput, match="cannot be used"):
+        open_study(Settings(), tmp_path, {})
+    assert (tmp_path / "study.jsonl").read_text() == content
+
+
+def test_every_problem_is_named_at_once_and_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").write_bytes((SUBJECTS / "octopus" / "0.png").read_bytes())
+    line = words(tmp_path / "out", instance_data_dir=tmp_path / "one", rnak=3, dry_run=True)
+    settings, program, rest = parse(["--share", "1.5", "--search", "learning_rat", "--speed", "9", "train", *line])
+    with pytest.raises(BadInput) as error:
+        tune(program, rest, settings)
+    for part in (
+        "--share: got 1.5, wanted a number above 0 and below 1",
+        "--search: got 'learning_rat', wanted learning_rate, lora_alpha, rank, method, lr_scheduler",
+        "unknown option --speed",
+        "unknown option --rnak",
+        "--dry_run: a search has no use for it",
+        "wanted two different images or more",
+    ):
+        assert part in str(error.value), part
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_without_a_training_is_refused():
+    settings, program, _ = parse(["--share", "0.2", "glue", "--rank", "4"])
+    assert program is None
+    assert any("wanted train or train-llm" in problem for problem in settings.problems)
+
+
+# ---------------------------------------------------------------------------------------------- the image trainer
+
+
+def test_the_image_trainer_is_tuned_and_trained_with_what_was_found(tmp_path, capsys):
+    options = {"max_train_steps": 2000, "method": "lora", "learning_rate": 1e-5, "num_inference_steps": None}
+    line = words(tmp_path / "out", **options)
+    settings, program, rest = parse(["--share", "0.5", "--trial_steps", "6", "--trials", "4", "train", *line])
+    seen = []
+    found = tune(program, rest, settings, seen.append)
+    assert found.trials == 4
+    assert seen[0]["options"] == {"learning_rate": 1e-5, "lora_alpha": 4.0}
+    assert [facts["step"] for facts in seen[:EVALUATIONS]] == [2, 4, 6]
+    assert found.gain.is_shown
+    assert found.best["learning_rate"] == 4e-5 or found.best["lora_alpha"] == 32
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [
+        "run.yaml",
+        "study.jsonl",
+        "tune",
+        "tune.json",
+        "tune.png",
+    ]
+    config = tmp_path / "out" / "tune" / "run.yaml"
+    assert (
+        yaml.safe_load(config.read_text()).items() >= {"keep_best": True, "validation_split": 0.2, **found.best}.items()
+    )
+    from dreambooth import script
+
+    trained = script.main(script.parse_args(["--config", str(config), "--max_train_steps", "4"]))
+    assert (trained / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_trials_of_equal_options_are_equal_bit_for_bit(tmp_path):
+    """A trial is a function of its options and the seed, whatever was tried before it."""
+    from reslora_diffusion.tuning.command import dreambooth
+
+    line = words(tmp_path / "out", max_train_steps=50, shortcut="input")
+    trainee, _ = dreambooth(line, Settings(), [])
+    found = []
+    for rate in (1e-2, 3e-2, 1e-2):
+        trainee.train({"learning_rate": rate}, 2, [1, 2], lambda step, losses: found.append(losses))
+    assert np.array_equal(found[0], found[4])
+    assert np.array_equal(found[1], found[5])
+    assert not np.array_equal(found[1], found[3])
+    assert all(len(losses) == 32 for losses in found)
