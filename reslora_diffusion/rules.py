@@ -40,7 +40,6 @@ class MergeMethod(StrEnum):
 
 # Options of PEFT that change what one block computes, in a way that a shortcut between blocks does not share.
 VARIANTS = (
-    "use_dora",
     "use_qalora",
     "arrow_config",
     "use_bdlora",
@@ -49,6 +48,13 @@ VARIANTS = (
     "monteclora_config",
     "kasa_config",
 )
+
+
+CROSSES = (
+    "DoRA takes norms of W + B A, and shortcut {shortcut!r} adds what other layers have computed, which is no part of "
+    "a weight; wanted shortcut none or block"
+)
+WITHOUT_DORA = {str(shortcut): CROSSES.format(shortcut=str(shortcut)) for shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)}
 
 
 @dataclass
@@ -90,6 +96,8 @@ def faults(given: Mapping[str, Any]) -> list[str]:
         found.append(f"lora_dropout: got {dropout!r}, wanted 0 or more and below 1")
     if bad := {name: rank for name, rank in (values.get("rank_pattern") or {}).items() if rank < 1}:
         found.append(f"rank_pattern: got {bad}, wanted ranks of 1 or more")
+    if values.get("use_dora") and values["shortcut"] in WITHOUT_DORA and count != 0:
+        found.append(f"use_dora: {WITHOUT_DORA[values['shortcut']]}")
     found += [
         f"{name}: got {values[name]!r}, which does not combine with a shortcut; use PEFT's LoraConfig"
         for name in VARIANTS

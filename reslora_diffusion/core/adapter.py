@@ -119,6 +119,7 @@ class Adapter(Shared):
     def link(self) -> None:
         """Build the chains of the configuration as it is now, and tell each layer its place in them."""
         self.shortcut = self.config.effective_shortcut
+        self.dora = bool(self.config.use_dora)
         path, m = self.path, self.config.num_previous
         dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
@@ -281,7 +282,7 @@ class Adapter(Shared):
         if len(together) < 2 or self.is_idle() or self.merged is not None or self.observer is not None:
             return
         layers = [self.layer(name) for name in together]
-        if x.ndim > 3 or self.transform is not None or len(layers[0].module.active_adapters) > 1:
+        if x.ndim > 3 or self.dora or len(layers[0].module.active_adapters) > 1:
             return  # images, channels first; adapters one by one
         if any(layer.own_output_reason() or plain_reason(x, *layer.frozen()) for layer in layers):
             return

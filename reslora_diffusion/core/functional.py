@@ -54,8 +54,19 @@ class LinearOp(NamedTuple):
 Kernel = Callable[[LinearOp], tuple[Tensor, Tensor | None]]  # y, and what is published
 
 
+class Magnitude(NamedTuple):
+    """What DoRA has beside its factors: the length of each row of the weight, [out, 1], or of each column, [1, in].
+
+    The weight is W + delta_weight; with `of_base` it is W, as ComfyUI reads rows of a file (`export.dora`).
+    """
+
+    values: Tensor
+    of_base: bool = False
+
+
 class LoraFactors(NamedTuple):
-    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A.
+    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A. With a magnitude it is a DoRA, whose change
+    depends on the base weight (`core.dora.decomposed_weight`).
 
     Shapes: lora_A [r, in], lora_B [out, r]. For a convolution lora_A [r, in, kh, kw], lora_B [out, r, 1, 1].
     """
@@ -63,10 +74,17 @@ class LoraFactors(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    magnitude: Magnitude | None = None
 
 
 def delta_weight(factors: LoraFactors) -> Tensor:
-    """The dense update [out, in] of a linear layer."""
+    """The dense update [out, in] of a linear layer.
+
+    Raises:
+        ValueError: it is a DoRA's, which the base weight decides on.
+    """
+    if factors.magnitude is not None:
+        raise ValueError("the change of a DoRA depends on the base weight; wanted decomposed_weight")
     return factors.scaling * (factors.lora_B @ factors.lora_A)
 
 

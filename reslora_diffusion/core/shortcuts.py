@@ -89,7 +89,7 @@ class Block(Plain):
         return (layer, *layer.window)
 
     def plain(self, own: LoraFactors, window: Sequence[LoraFactors], correction: Tensor | None) -> LoraFactors:
-        return LoraFactors(*concatenated([(A, B) for A, B, _ in (own, *window)]), own.scaling)
+        return LoraFactors(*concatenated([(f.lora_A, f.lora_B) for f in (own, *window)]), own.scaling)
 
 
 class Input(Plain):

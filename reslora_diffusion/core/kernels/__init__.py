@@ -138,7 +138,7 @@ def transformed(choice: Choice) -> Choice:
 def with_transform(kernel: Kernel, op: LinearOp) -> tuple[Tensor, Tensor | None]:
     """transform(W x + sum_j s_j U_j z_j) + b."""
     assert op.transform is not None
-    base = op.base if op.base is None or op.bias is None else op.base - op.bias
+    base = op.base if op.base is None or op.bias is None else op.base - op.bias.to(op.base.dtype)
     y, value = kernel(op._replace(base=base, bias=None, transform=None))
     y = op.transform(y)
-    return y if op.bias is None else y + op.bias, value
+    return y if op.bias is None else y + op.bias.to(y.dtype), value

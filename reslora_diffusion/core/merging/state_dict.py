@@ -42,11 +42,14 @@ def merged_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> 
     paths = dict(zip(factors, paths_in(model, list(factors)), strict=True))
     rank = max(len(f.lora_A) for f in factors.values())
     merged: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B, scaling) in factors.items():
+    for name, (lora_A, lora_B, scaling, magnitude) in factors.items():
         more = rank - len(lora_A)
         rows, columns = (0, 0) * (lora_A.ndim - 1) + (0, more), (0, 0) * (lora_B.ndim - 2) + (0, more)
         merged[f"{paths[name]}.lora_A.weight"] = F.pad(lora_A.detach(), rows).clone()
         merged[f"{paths[name]}.lora_B.weight"] = F.pad(scaling * lora_B.detach(), columns).clone()
+        if magnitude is not None:
+            shape = (-1,) if lora_B.ndim == 2 else (1, -1, *lora_B.shape[2:])
+            merged[f"{paths[name]}.lora_magnitude_vector"] = magnitude.values.reshape(shape).clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the factors among them are not used
         stored = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

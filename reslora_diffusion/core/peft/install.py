@@ -11,6 +11,7 @@ from ...utils.problems import listing
 from ..adapter import Adapter, Unjoined
 from ..config import ResLoraConfig, Shortcut
 from ..discovery import runs_twice
+from ..dora import start_at_the_base
 from .variant import put_variant
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ def install(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> Non
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
     if config.effective_shortcut in (Shortcut.INPUT, Shortcut.MIDDLE):
         unlinked |= {name: "runs more than once in a forward" for name in layers if runs_twice(model, name)}
+    if config.use_dora:
+        others = [layer for layer, _, has_factors in unjoined.values() if has_factors]
+        for layer in (*layers.values(), *others):
+            start_at_the_base(layer, adapter_name)
     adapter = Adapter(model, adapter_name, configs, layers, unlinked, unjoined)
     log_what_is_alone(adapter)
     for name, layer in layers.items():

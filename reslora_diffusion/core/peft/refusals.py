@@ -43,6 +43,8 @@ def refuse_combination(model: nn.Module, adapters: list[str], combination_type: 
     ours = {name: one for name, one in found.items() if one is not None and not one.is_plain}
     ways = [(one.shortcut, one.config.num_previous, one.joined) for one in ours.values()]
     problems = []
+    if decomposed := [name for name, one in found.items() if one is not None and one.dora]:
+        problems.append(f"{', '.join(map(repr, decomposed))} are DoRA, whose magnitudes have no weighted sum")
     if linked := [name for name, one in ours.items() if one.frozen]:
         problems.append(f"{', '.join(map(repr, linked))} have frozen factors beside those that are trained")
     elif ours and (len(ours) < len(found) or any(way != ways[0] for way in ways)):

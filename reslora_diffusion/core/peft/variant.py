@@ -8,9 +8,10 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..functional import delta_weight
+from ..dora import SHARDED, exact_dtype, ratio, row_norms
+from ..functional import LoraFactors, delta_weight
 from ..merging.factors import merged_factors_of
-from ..sharding import placed_like
+from ..sharding import is_sharded, placed_like
 
 
 class ResLoraVariant(LoraVariant):
@@ -35,8 +36,12 @@ class ResLoraVariant(LoraVariant):
         """What merging adds to `orig_weight`, in its precision, orientation and placement."""
         factors = merged_factors_of(self.adapter, self.adapter.sites[self.name])
         factors = factors._replace(scaling=module.scaling[active_adapter])
-        delta = delta_weight(factors).to(torch.promote_types(factors.lora_A.dtype, orig_weight.dtype))
-        delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+        transposed = getattr(module, "fan_in_fan_out", False)
+        if factors.magnitude is not None:
+            delta = decomposed_change(module, factors, orig_weight.T if transposed else orig_weight)
+        else:
+            delta = delta_weight(factors).to(torch.promote_types(factors.lora_A.dtype, orig_weight.dtype))
+        delta = delta.T if transposed else delta
         return placed_like(delta.to(orig_weight.dtype), orig_weight)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -53,6 +58,23 @@ class ResLoraVariant(LoraVariant):
         assert self.merged_delta is not None
         delta, self.merged_delta = self.merged_delta, None
         return orig_weight.data.sub_(delta.to(orig_weight.device))
+
+
+def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tensor:
+    """What merging a DoRA adds to `weight` [out, in], into which others may be merged: its norms are without those.
+
+    Raises:
+        RuntimeError: a process holds only a part of the weight.
+    """
+    if is_sharded(weight):
+        raise RuntimeError(SHARDED)
+    A, B, scaling, magnitude = factors
+    assert magnitude is not None
+    with module._unmerged_base_weight() as base:
+        base = base.T if getattr(module, "fan_in_fan_out", False) else base
+        factor = ratio(magnitude.values.flatten(), row_norms(base, [A], [B], [scaling]))
+    exact = weight.to(exact_dtype(weight))
+    return factor[:, None] * (exact + (scaling * (B @ A)).to(exact)) - exact
 
 
 class KeepInputDtype:

@@ -99,8 +99,9 @@ class Coto(Schedule):
             adapter = self.adapters[number]
             for name in self.groups[number, block]:
                 layer: Any = adapter.layers[name]
-                for side in (layer.lora_A, layer.lora_B):
-                    side[adapter.adapter_name].weight.grad = None
+                for side in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                    if adapter.adapter_name in side:
+                        side[adapter.adapter_name].weight.grad = None
 
     def after_step(self, steps: int) -> Change:
         self.closed = []

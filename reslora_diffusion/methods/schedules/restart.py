@@ -110,8 +110,8 @@ class Restart(Schedule):
             for name, share in kept.items():
                 weights(adapter, name)[1].copy_(share)
         if self.optimizer is not None:
-            for factor in trained:
-                self.optimizer.state.pop(factor, None)
+            for parameter in (*trained, *(m for adapter in self.adapters for m in magnitudes(adapter))):
+                self.optimizer.state.pop(parameter, None)
         self.take_rank()
         if not self.momentum:
             self.draw()
@@ -191,6 +191,12 @@ def weights(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """`(lora_A, lora_B)` of a layer, as they are trained."""
     layer: Any = adapter.layers[name]
     return layer.lora_A[adapter.adapter_name].weight, layer.lora_B[adapter.adapter_name].weight
+
+
+def magnitudes(adapter: Adapter) -> list[nn.Parameter]:
+    """Those of a DoRA, which goes on through all links; none of another adapter."""
+    sides: list[Any] = [layer.lora_magnitude_vector for layer in adapter.layers.values()]
+    return [side[adapter.adapter_name].weight for side in sides if adapter.adapter_name in side]
 
 
 def resize(adapter: Adapter, rank: int) -> Replaced:

@@ -20,7 +20,7 @@ from ...utils.problems import BadInput, listing
 if TYPE_CHECKING:
     from ..pruning.structures import Structure
 
-DORA = "shortcuts and schedules are of adapters without DoRA's magnitudes; wanted no DoRA"
+DORA = "`block` is all that DoRA has to fold, and that merges exactly at the end; wanted no fold"
 SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"
 DEEPSPEED = "DeepSpeed takes the optimizer step itself, from copies of parameters and gradients; use DDP or one process"
 
@@ -70,7 +70,6 @@ class CotoSettings(Settings):
     conflicts = {
         "cuda_graph": "a recorded step updates every adapter, also those that were dropped: their moments would fade "
         "and their weights decay; wanted no --cuda_graph",
-        "dora": DORA,
         "fsdp": SHARDED,
         "deepspeed": DEEPSPEED,
     }
@@ -92,7 +91,6 @@ class RestartSettings(Settings):
         "equals it; wanted shortcut none or block",
         "middle": "a finished link is frozen, and what `middle` makes of it depends on activations, so no plain LoRA "
         "equals it; wanted shortcut none or block",
-        "dora": DORA,
         "convolutions": "convolutions and embeddings are adapted by PEFT's own layers, which hold one link; wanted "
         "linear layers alone",
         "max_norm": "--scale_weight_norms sees the link that is trained, and not those that are frozen; wanted none",
