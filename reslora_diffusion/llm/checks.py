@@ -82,6 +82,7 @@ def adapter_settings(options: ModelOptions) -> dict[str, Any]:
         "lora_alpha": options.lora_alpha if options.lora_alpha is not None else 2 * options.rank,
         "lora_dropout": options.lora_dropout,
         "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
         "target_modules": "all-linear" if targets == ["all-linear"] else targets,
     }
     if options.method == "lora":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..choices import PAIR_OPTIMIZERS
+from ..methods.dora import dora_problems
 from ..methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, nearest, parse_schedule
 from ..rules import ShortcutFields
 from ..utils.problems import BadInput
@@ -28,6 +29,7 @@ def features_of(options: ModelOptions, training: "TrainingOptions | TrainingArgu
     if training.load_best_model_at_end:
         found.append("best")
     launched = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("deepspeed", "fsdp")}
+    found += ["dora"] if options.use_dora else []
     return found + [name for name, yes in launched.items() if yes or getattr(training, name, None)]
 
 
@@ -72,6 +74,8 @@ def process_problems(options: ModelOptions, training: "TrainingArguments") -> It
             "--schedule: restart: ranks replace parameters, which DistributedDataParallel does not notice; wanted one "
             "process, or links of one rank"
         )
+    if options.use_dora:
+        yield from dora_problems(features_of(options, training))
     if options.optimizer is None:
         return
     import torch

@@ -49,6 +49,7 @@ class ModelOptions:
     lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")
     use_rslora: bool = option(False, "Scaling is lora_alpha / sqrt(rank).")
+    use_dora: bool = option(False, "Train the length of each row of the weights apart (DoRA; shortcuts none, block).")
     export_dtype: str = option("float16", "Precision of the exported LoRA: float32, bfloat16 or float16.")
     target_modules: list[str] | None = option(
         None, "Names of adapted layers, or all-linear (default: PEFT's for the model, mostly q and v)."

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from reslora_diffusion import LoraFactors, explain, merged_factors
-from reslora_diffusion.core.sharding import whole
+from reslora_diffusion.core.merging.factors import factors_of
 from reslora_diffusion.export import export_peft
 from reslora_diffusion.export.beside import trained_beside
 
@@ -35,11 +35,7 @@ def exported_factors(model: PeftModel) -> dict[str, LoraFactors]:
     if is_reslora(model):
         return merged_factors(model)
     return {
-        name: LoraFactors(
-            whole(layer.lora_A["default"].weight).detach(),
-            whole(layer.lora_B["default"].weight).detach(),
-            layer.scaling["default"],
-        )
+        name: factors_of(layer, "default")
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "lora_A") and "default" in layer.lora_A
     }

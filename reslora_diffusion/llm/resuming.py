@@ -159,6 +159,7 @@ def differences(found: Path, training: TrainingOptions, options: ModelOptions) -
         "r": options.rank,
         "lora_alpha": alpha,
         "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
     }
     folded = stored.get("shortcut") == "none"  # saved after a handover
     if options.shortcut and not folded:

@@ -223,6 +223,10 @@ class ExportedTrainer(Trainer):
         self.optimizer = pair_optimizer(self.options, self.args, self.accelerator.unwrap_model(self.model))
         return self.optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters that decay: DoRA's magnitudes are lengths of rows, whose zero is no smaller a change."""
+        return [name for name in super().get_decay_parameter_names(model) if "lora_magnitude_vector" not in name]
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from . import dora
 from .optimizers import OPTIMIZERS
 from .schedules.settings import SCHEDULES
 
@@ -10,9 +11,10 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
     "input": "--shortcut input",
     "block": "--shortcut block",
     "middle": "--shortcut middle",
-    "dora": "DoRA's magnitudes (PEFT's use_dora)",
+    "dora": "--use_dora",
     "loraplus": "--loraplus_lr_ratio",
     "max_norm": "--scale_weight_norms",
+    "network_weights": "--network_weights",
     "convolutions": "adapters on convolutions and embeddings",
     "cuda_graph": "--cuda_graph",
     "text_encoder": "--train_text_encoder",
@@ -26,13 +28,14 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
 def conflicts() -> dict[str, Mapping[str, str]]:
     """Reasons by method and feature."""
     schedules = {f"--schedule {name}": kind.conflicts for name, kind in SCHEDULES.items()}
-    return schedules | {f"--optimizer {name}": kind.conflicts for name, kind in OPTIMIZERS.items()}
+    optimizers = {f"--optimizer {name}": kind.conflicts for name, kind in OPTIMIZERS.items()}
+    return schedules | optimizers | {"--use_dora": dora.CONFLICTS}
 
 
 def table() -> str:
     """A line for each feature, a column for each method; below, the reasons."""
     found = conflicts()
-    short = {method: method.rpartition(" ")[2] for method in found}
+    short = {method: method.rpartition(" ")[2].removeprefix("--use_") for method in found}
     width = max(map(len, FEATURES.values()))
     lines = [" " * width + "  " + "  ".join(short.values())]
     for feature, meaning in FEATURES.items():

@@ -57,6 +57,12 @@ class AdapterOptions:
         kohya={"network_alpha": "whose default is 1 in kohya's scripts and --rank here"},
     )
     use_rslora: bool = option(False, "Scale the adapters by lora_alpha / sqrt(rank).", binds=True)
+    use_dora: bool = option(
+        False,
+        "Train the length of each row of the adapted weights apart from its direction (DoRA; shortcuts none, block).",
+        binds=True,
+        in_header=True,
+    )
     lora_dropout: float = option(
         0.0,
         "Dropout on the input of the adapters.",

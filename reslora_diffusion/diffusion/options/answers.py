@@ -11,7 +11,6 @@ from .dreambooth import DreamBoothOptions
 
 # Options of diffusers' scripts.
 NOT_SUPPORTED = {
-    "use_dora": "its norms of whole weights do not go together with a path between layers; --use_rslora does",
     "do_edm_style_training": "the noise levels are those of the model's own schedule",
     "enable_npu_flash_attention": "no such device was ever tested",
     "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",

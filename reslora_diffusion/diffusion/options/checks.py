@@ -29,7 +29,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.variants import variant_problems
 from ..train.checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from ..train.record import differences
-from ..train.schedules import schedule_problems
+from ..train.schedules import decomposition_problems, schedule_problems
 from . import DreamBoothOptions
 from .inventory import inventory
 from .launcher import launcher_problems, world_size
@@ -101,7 +101,7 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         misfits = error.problems
     found.problems += misfits
     steps = None if found.problems else length(options, found.concepts)[0]
-    found.problems += schedule_problems(options, architecture, steps)
+    found.problems += [*schedule_problems(options, architecture, steps), *decomposition_problems(options)]
     if steps is not None:
         found.problems += past_the_end(options, steps)
     if found.problems and known and (options.optimizer_args or options.network_weights):

@@ -24,6 +24,7 @@ def adapter_settings(options: DreamBoothOptions) -> dict[str, Any]:
         "lora_alpha": options.lora_alpha or options.rank,
         "lora_dropout": options.lora_dropout,
         "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
         "rank_pattern": dict(options.rank_pattern),
         "alpha_pattern": dict(options.alpha_pattern),
         "init_lora_weights": "gaussian",

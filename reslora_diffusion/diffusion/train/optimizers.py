@@ -1,6 +1,6 @@
 """The optimizer by name, and its parameter groups.
 
-group      one component, one factor (lora_A, lora_B), one factor on the learning rate
+group      one component, one factor (lora_A, lora_B, DoRA's magnitude), one factor on the learning rate
 lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXiv 2402.12354), times `--lr_pattern`
 """
 
@@ -129,7 +129,10 @@ def parameter_groups(
             pattern = next((f for regex, f in options.lr_pattern.items() if matches(regex, layer)), 1.0)
             lr = base * pattern * (options.loraplus_lr_ratio or 1.0 if factor.startswith("B") else 1.0)
             own = {} if decay is None else {"weight_decay": decay}
-            group = groups.setdefault((component, lr), {"params": [], "lr": lr, **own})
+            magnitude = factor.startswith("magnitude")
+            if magnitude:
+                own = {"weight_decay": 0.0}  # a length, whose zero is no smaller a change
+            group = groups.setdefault((component, lr, magnitude), {"params": [], "lr": lr, **own})
             group["params"].append(parameter)
     return list(groups.values())
 

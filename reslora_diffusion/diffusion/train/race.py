@@ -30,7 +30,7 @@ from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_image
 
 SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")
-HEADS = ("lora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
+HEADS = ("lora", "dora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
 APP_FORMAT_VERSION = 1  # of the app's settings files
 
 
@@ -41,6 +41,8 @@ def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
     if head not in HEADS:
         raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
     own = options.changed()
+    own.use_dora = options.use_dora or method == "dora"
+    method = "lora" if method == "dora" else method
     own.compare, own.method = None, method
     own.output_dir = str(Path(options.output_dir) / re.sub(r"[^\w.=+]+", "-", word))
     own.shortcut = shortcut or options.shortcut

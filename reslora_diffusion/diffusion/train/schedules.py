@@ -3,6 +3,9 @@
 Known without torch.
 """
 
+import os
+
+from ...methods.dora import dora_problems
 from ...methods.schedules.settings import FoldSettings, Settings, conflicts_of, parse_schedule
 from ...rules import ShortcutFields
 from ...utils.problems import BadInput
@@ -36,9 +39,21 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
         found.append("text_encoder")
     if shards():
         found.append("sharded_base")
+    if options.network_weights:
+        found.append("network_weights")
+    if options.use_dora:
+        found.append("dora")
     if architecture and any(layer.kind != LINEAR for _, _, layer in architecture.adapted(options)):
         found.append("convolutions")
     return found
+
+
+def decomposition_problems(options: DreamBoothOptions) -> list[str]:
+    """What does not go with DoRA."""
+    if not options.use_dora or options.compare:
+        return []
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return dora_problems([*features_of(options), *(["deepspeed"] if deepspeed else [])])
 
 
 def schedule_problems(options: DreamBoothOptions, architecture: Architecture | None, steps: int | None) -> list[str]:
