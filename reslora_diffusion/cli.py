@@ -158,7 +158,7 @@ def verify(
     Example:
       reslora verify my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    read_headers(source, beside=True)
+    read_headers(source, beside=True, dora=True)
     if base:
         check_base(base)
     from .export.verify import verify_lora
@@ -185,7 +185,7 @@ def merge(
     Example:
       reslora merge my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 fused
     """
-    headers = read_headers(source)
+    headers = read_headers(source, dora=True)
     check_merge(source, base, output, overwrite, scale=scale)
     check_stored(headers, base)
     from .export.fusing import fuse
@@ -211,7 +211,7 @@ def resize(
       reslora resize my_lora.safetensors --rank 8 --output small.safetensors --allow_lossy
     """
     asked = parse_rank(rank)
-    read_headers(source)
+    read_headers(source, dora=True)
     from .export.tools import resize
 
     target = output or Path(f"{stem(source)}-rank{asked}")
@@ -273,22 +273,32 @@ def convert(
     to: Annotated[Target, typer.Option(help="whose format")],
     output: Output = None,
     dtype: StoredDtype = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help=f"of a DoRA: {BASE_HELP}")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of a DoRA: make a plain LoRA of this rank")] = None,
+    allow_lossy: Lossy = False,
 ) -> None:
     """Write a LoRA for another program.
 
     diffusers; kohya for ComfyUI, A1111, Forge and kohya's own tools; PEFT. The same LoRA, proved. Without --output,
     into FILE-diffusers, FILE-kohya.safetensors or FILE-peft in the current folder.
 
+    A DoRA stays one: with --base its kohya file is what ComfyUI reads as it was trained, without it what LyCORIS does.
+    With --base and --rank it becomes the nearest plain LoRA, which every program reads.
+
     \b
     Example:
       reslora convert from_civitai.safetensors --to diffusers --output panda
       reslora convert panda --to kohya --output panda.safetensors
     """
-    read_headers(source)
+    read_headers(source, dora=True)
+    if base:
+        check_base(base)
     from .export.tools import convert
 
     suffix = ".safetensors" if to is Target.KOHYA else ""
-    show(convert(source, output or Path(f"{stem(source)}-{to}{suffix}"), str(to), dtype=dtype_of(dtype)))
+    target = output or Path(f"{stem(source)}-{to}{suffix}")
+    precision = dtype_of(dtype)
+    show(convert(source, target, str(to), dtype=precision, base=base, rank=rank, allow_lossy=allow_lossy))
 
 
 @app.command()

@@ -60,18 +60,19 @@ def keeps_the_base(init: object) -> bool:
     return init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in KEEPS_THE_BASE)
 
 
-def not_plain(config: Mapping[str, Any], where: str) -> Iterator[str]:
+def not_plain(config: Mapping[str, Any], where: str, dora: bool = False) -> Iterator[str]:
     """Why a stored PEFT configuration means more than its factors; each with the field and its value.
 
     Args:
         config: the fields, as PEFT or diffusers wrote them.
         where: the name of what they stand in.
+        dora: whether a DoRA may be there.
     """
     kind = config.get("peft_type", "LORA")
     if is_unmerged(config):
         yield UNMERGED
         return
-    if kind not in ("LORA", "RESLORA") or is_set(config.get("use_dora")):
+    if kind not in ("LORA", "RESLORA") or (is_set(config.get("use_dora")) and not dora):
         yield f"is {'DoRA' if is_set(config.get('use_dora')) else printable(kind)} by its {where}; wanted plain LORA"
         return
     init = config.get("init_lora_weights", True)
@@ -82,7 +83,7 @@ def not_plain(config: Mapping[str, Any], where: str) -> Iterator[str]:
         yield f"{where}: init_lora_weights is {shortened(init)}, wanted {wanted}"
     for name, value in config.items():
         meaning = FIELDS.get(name, Meaning.NO_EFFECT if name in SHORTCUT_FIELDS else Meaning.NOT_PLAIN)
-        if meaning is Meaning.NOT_PLAIN and is_set(value):
+        if meaning is Meaning.NOT_PLAIN and is_set(value) and not (dora and name == "use_dora"):
             what = "makes it no plain LoRA" if name in FIELDS else "is no field that this version knows"
             found = f"{where}: {printable(name, 80)} is {shortened(value)}"
             yield f"{found}, which {what}; use it in PEFT"

@@ -96,8 +96,8 @@ def faults(given: Mapping[str, Any]) -> list[str]:
         found.append(f"lora_dropout: got {dropout!r}, wanted 0 or more and below 1")
     if bad := {name: rank for name, rank in (values.get("rank_pattern") or {}).items() if rank < 1}:
         found.append(f"rank_pattern: got {bad}, wanted ranks of 1 or more")
-    if values.get("use_dora") and values["shortcut"] in WITHOUT_DORA and count != 0:
-        found.append(f"use_dora: {WITHOUT_DORA[values['shortcut']]}")
+    if values.get("use_dora") and values["shortcut"] not in (Shortcut.NONE, Shortcut.BLOCK) and count != 0:
+        found.append(f"use_dora: {WITHOUT_DORA.get(values['shortcut'], 'wanted shortcut none or block')}")
     found += [
         f"{name}: got {values[name]!r}, which does not combine with a shortcut; use PEFT's LoraConfig"
         for name in VARIANTS

@@ -2,7 +2,6 @@
 of ours: V = W + s B A is formed, its rows are normalised by a norm that is a constant to the gradient, and stretched to
 the trained magnitude. With `block`, V has the products of earlier blocks too."""
 
-import torch
 from torch import Tensor, nn
 
 

@@ -28,9 +28,7 @@ CASES = [("none", 1), ("block", 1), ("block", None)]
 
 def config(name: str, shortcut: str = "none", num_previous: int | None = 1, **options: object) -> ResLoraConfig:
     options = {"target_modules": TARGETS[name]} | options
-    return ResLoraConfig(
-        r=3, lora_alpha=6, use_dora=True, shortcut=shortcut, num_previous=num_previous, **options
-    )
+    return ResLoraConfig(r=3, lora_alpha=6, use_dora=True, shortcut=shortcut, num_previous=num_previous, **options)
 
 
 def with_dora(name: str, shortcut: str = "none", num_previous: int | None = 1, **options: object) -> nn.Module:
@@ -196,10 +194,13 @@ def test_merged_factors_are_a_dora_of_the_whole_window(shortcut: str, num_previo
     assert rank == {"none": 3, "block": 6 if num_previous else 12}[shortcut]
     settings = LoraConfig(r=rank, lora_alpha=rank, use_dora=True, target_modules=TARGETS["llama"])
     inject_adapter_in_model(settings, loaded, state_dict=None)
-    state = {k.replace("lora_magnitude_vector", "lora_magnitude_vector.default"): v for k, v in
-             merged_state_dict(model).items()}
-    state = {k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v
-             for k, v in state.items()}
+    state = {
+        k.replace("lora_magnitude_vector", "lora_magnitude_vector.default"): v
+        for k, v in merged_state_dict(model).items()
+    }
+    state = {
+        k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v for k, v in state.items()
+    }
     state = {k + (".weight" if k.endswith("vector.default") else ""): v for k, v in state.items()}
     _, unexpected = loaded.double().load_state_dict(state, strict=False)
     assert not unexpected
@@ -282,7 +283,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for value in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(value, Tensor) and not any(value.data_ptr() == a.data_ptr() for a in args if torch.is_tensor(a)):
+            if isinstance(value, Tensor) and not any(
+                value.data_ptr() == a.data_ptr() for a in args if torch.is_tensor(a)
+            ):
                 self.size = max(self.size, value.numel())
         return found
 

@@ -155,12 +155,12 @@ def test_what_is_not_supported_says_why(tmp_path):
     args = parse(
         ["--pretrained_model_name_or_path", str(tiny_pipeline_folder()), "--output_dir", str(tmp_path / "run")]
         + ["--instance_data_dir", str(SUBJECTS / "octopus"), "--instance_prompt", PROMPT, "--resolution", "64"]
-        + ["--use_dora", "--do_edm_style_training", "--lora_blocks", "12,30"]
+        + ["--validation_images", "x", "--do_edm_style_training", "--lora_blocks", "12,30"]
     )
     with pytest.raises(BadInput) as problem:
         check(args)
     assert [line.split()[1] for line in str(problem.value).splitlines()[1:]] == [
-        "--use_dora",
+        "--validation_images",
         "--do_edm_style_training",
         "--lora_blocks",
     ]

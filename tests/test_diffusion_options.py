@@ -120,7 +120,6 @@ def test_every_option_of_kohyas_is_answered():
         ("--ip_noise_gamma", "is not here: the noise that is added is the noise that is predicted"),
         ("--sdpa", "is not needed: attention is PyTorch's scaled_dot_product_attention"),
         ("--network_alpha", "is --lora_alpha here, whose default is 1 in kohya's scripts and --rank here"),
-        ("--use_dora", "--use_dora is not supported, because"),
         ("--rnak", "unknown option --rnak (did you mean --rank?)"),
         ("--unheard_of", "unknown option --unheard_of"),
     ],

@@ -132,8 +132,6 @@ def test_a_joined_layer_of_flux_has_equally_many_outputs_for_each_part(tmp_path)
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        (f"{KOHYA}.dora_scale", "DoRA"),
-        (f"unet.{PATH}.lora_magnitude_vector", "DoRA"),
         (f"{KOHYA}.hada_w1_a", "LoHa"),
         (f"{KOHYA}.lokr_w1", "LoKr"),
         (f"{KOHYA}.lora_mid.weight", "LoCon with a middle tensor"),

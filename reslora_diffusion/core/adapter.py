@@ -19,6 +19,7 @@ from .chains import Explanation, build_chains, windows
 from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
 from .config import ResLoraConfig, Shortcut
 from .discovery import find_sites
+from .dora import transform_of
 from .functional import Publish, version_of
 from .kernels import can_be_grouped, grouped_linears, in_group, plain_reason
 from .kernels.report import KernelReport
@@ -102,6 +103,11 @@ class Adapter(Shared):
         return [[site.name for site in chain.sites] for chain in self.chains if len(chain.sites) > 1]
 
     @property
+    def dora(self) -> bool:
+        """Whether each layer has a magnitude beside its factors."""
+        return bool(self.config.use_dora)
+
+    @property
     def is_plain(self) -> bool:
         """Whether no layer is joined to another, and none has frozen factors: the factors are those of a plain LoRA."""
         return not self.joined and not self.frozen
@@ -119,7 +125,7 @@ class Adapter(Shared):
     def link(self) -> None:
         """Build the chains of the configuration as it is now, and tell each layer its place in them."""
         self.shortcut = self.config.effective_shortcut
-        self.dora = bool(self.config.use_dora)
+        self.transform = transform_of if self.dora else self.transform
         path, m = self.path, self.config.num_previous
         dropouts = [layer.lora_dropout[self.adapter_name] for layer in self.layers.values()]
         self.dropless = all(isinstance(dropout, nn.Identity) for dropout in dropouts)
@@ -282,7 +288,7 @@ class Adapter(Shared):
         if len(together) < 2 or self.is_idle() or self.merged is not None or self.observer is not None:
             return
         layers = [self.layer(name) for name in together]
-        if x.ndim > 3 or self.dora or len(layers[0].module.active_adapters) > 1:
+        if x.ndim > 3 or self.transform is not None or len(layers[0].module.active_adapters) > 1:
             return  # images, channels first; adapters one by one
         if any(layer.own_output_reason() or plain_reason(x, *layer.frozen()) for layer in layers):
             return

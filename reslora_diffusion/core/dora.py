@@ -5,7 +5,7 @@
     W' = (m / c) V                       m [out]: `lora_magnitude_vector`, which starts as the c of the fresh adapter
     y = (m / c) (W x + sum_j s_j U_j D_j x) + b
 
-With dropout d, W' is applied to d(x) and W to the rest: y = W (x - d(x)) + (m / c) V d(x) + b, as in PEFT.
+With dropout d, W' is applied to d(x) and W to the rest, as in PEFT: y = W (x - d(x)) + (m / c) V d(x) + b.
 
 Neither V nor any other matrix of its size is made: with U = [s_1 U_1, ..] and D = [D_1; ..] of R rows,
 
@@ -14,9 +14,9 @@ Neither V nor any other matrix of its size is made: with U = [s_1 U_1, ..] and D
 m and c are float32 or float64, whatever W is: m / c is close to 1, which bfloat16 knows to 2 or 3 digits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,6 @@ from torch import Tensor, nn
 
 from .functional import LinearOp, LoraFactors, Magnitude, side_by_side
 from .sharding import is_sharded
-
-if TYPE_CHECKING:
-    from .layer import AdaptedLayer
 
 CHUNK = 2**20  # elements of W that are cast to float32 at a time
 SHARDED = (
@@ -70,6 +67,10 @@ def lengthened(factor: Tensor, h: Tensor) -> Tensor:
     return (factor * h).to(h.dtype)
 
 
+def unchanged(h: Tensor) -> Tensor:
+    return h
+
+
 def decomposed_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
     """W' [out, in, ...] of a base weight and the factors of a DoRA, in float32 or float64.
 
@@ -99,7 +100,7 @@ def base_weight(layer: Any) -> Tensor:
         RuntimeError: a process holds only a part of it.
     """
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     if weight is not None and (is_sharded(weight) or not weight.numel()):
         raise RuntimeError(SHARDED)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
@@ -133,24 +134,24 @@ def start_at_the_base(layer: Any, adapter_name: str) -> None:
 # --------------------------------------------------------------------------------------------- of an adapted layer
 
 
-def with_magnitude(layer: "AdaptedLayer", op: LinearOp) -> LinearOp:
-    """The operation of a layer, transformed by m / c; see the module.
+def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor]:
+    """What m / c makes of W x + sum_j s_j U_j D_j d(x), the output of an `AdaptedLayer` without its bias:
+
+        (m / c) h + (1 - m / c) W (x - d(x))
 
     A gate of the layer's own block acts on m / c - 1 too: a block that is closed leaves rows as long as they are.
     """
     gate = layer.own_gate
     if isinstance(gate, float) and gate == 0:
-        return op
+        return unchanged
     norms = row_norms(base_weight(layer.module), op.D, op.U, op.scalings)
-    magnitude = layer.module.lora_magnitude_vector[layer.shared.adapter_name].weight
-    factor = ratio(magnitude, norms)
+    factor = ratio(layer.module.lora_magnitude_vector[layer.shared.adapter_name].weight, norms)
     if isinstance(gate, Tensor) or gate != 1:
         factor = 1 + gate * (factor - 1)
     if op.read is None:
-        return op._replace(transform=partial(lengthened, factor))
+        return partial(lengthened, factor)
     if op.base is None:
-        rest, base = F.linear(op.x - op.read, op.weight), None  # type: ignore[arg-type]
+        dropped = F.linear(op.x - op.read, op.weight)  # type: ignore[arg-type]
     else:
-        base = layer.base(op.read)
-        rest = op.base - base
-    return op._replace(x=op.read, read=None, base=base, transform=lambda h: lengthened(factor, h) + rest)
+        dropped = op.base - layer.base(op.read)
+    return lambda h: lengthened(factor, h) + lengthened(1 - factor, dropped)

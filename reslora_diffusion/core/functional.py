@@ -14,7 +14,7 @@ knows of adapters, chains or models.
 
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,7 @@ class Magnitude(NamedTuple):
 
 
 class LoraFactors(NamedTuple):
-    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A. With a magnitude it is a DoRA, whose change
-    depends on the base weight (`core.dora.decomposed_weight`).
+    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A.
 
     Shapes: lora_A [r, in], lora_B [out, r]. For a convolution lora_A [r, in, kh, kw], lora_B [out, r, 1, 1].
     """
@@ -74,7 +73,36 @@ class LoraFactors(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    magnitude: Magnitude | None = None
+
+    @property
+    def magnitude(self) -> Magnitude | None:
+        """None; a `DoraFactors` has one."""
+        return None
+
+
+class DoraFactors(LoraFactors):
+    """A DoRA of one layer: the same three, and a magnitude. What it makes of a base weight is
+    `core.dora.decomposed_weight`."""
+
+    def __new__(
+        cls, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Magnitude | None = None
+    ) -> "DoraFactors":
+        made = super().__new__(cls, lora_A, lora_B, scaling)
+        made.__dict__["stretch"] = magnitude
+        return made
+
+    @property
+    def magnitude(self) -> Magnitude | None:
+        return self.__dict__["stretch"]
+
+    def _replace(self, **changes: Any) -> "DoraFactors":  # type: ignore[override]
+        magnitude = changes.pop("magnitude", self.magnitude)
+        return DoraFactors(*LoraFactors(*self)._replace(**changes), magnitude)
+
+
+def with_magnitude(factors: LoraFactors, magnitude: Magnitude | None) -> LoraFactors:
+    """The same factors with this magnitude, or without any."""
+    return LoraFactors(*factors) if magnitude is None else DoraFactors(*factors, magnitude)
 
 
 def delta_weight(factors: LoraFactors) -> Tensor:

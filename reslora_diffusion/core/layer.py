@@ -7,7 +7,7 @@ for a small layer they would take as long as the arithmetic. Parameters are read
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..rules import Shortcut
 from .chains import Site
-from .dora import with_magnitude
 from .forward_state import OUTSIDE, ForwardState, Published
 from .functional import LinearOp, LoraFactors, Publish, side_by_side, version_of
 from .kernels import Choice, choose
@@ -71,7 +70,7 @@ class Shared:
         self.merged: dict[str, LoraFactors] | None = None  # inside `merged_forward`: what the layers compute instead
         self.gates: dict[str, Gate] = {}
         self.frozen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # more (A, B) of a block, under its scaling
-        self.dora = False  # whether each layer has a magnitude (`core.dora`)
+        self.transform: Callable[[AdaptedLayer, LinearOp], Callable[[Tensor], Tensor]] | None = None  # `core.dora`
 
 
 class AdaptedLayer:
@@ -103,8 +102,8 @@ class AdaptedLayer:
             op = self.path.op(self, x)
         if base is not None:
             op = op._replace(base=base)
-        if shared.dora:
-            op = with_magnitude(self, op)
+        if shared.transform is not None:
+            op = op._replace(transform=shared.transform(self, op))
         choice = self.choice = choose(op, self.reason, shared.kernel)
         y, value = choice.kernel(op)
         if self.reads and shared.merged is None:
@@ -115,7 +114,7 @@ class AdaptedLayer:
 
     def merged_op(self, x: Tensor, factors: LoraFactors) -> LinearOp:
         """Plain LoRA with other factors than the layer's own."""
-        A, B, scaling, _ = factors
+        A, B, scaling = factors
         return LinearOp(x, *self.frozen(), [A.to(x.dtype)], [B.to(x.dtype)], [scaling], self.dropped(x))
 
     def take_prepared(self, x: Tensor) -> Tensor | None:

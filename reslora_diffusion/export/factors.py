@@ -6,6 +6,8 @@
     folding        scaling moves into B, then each rank-one term is shared out evenly between A and B by a power of two:
                    an exact step in floating point, which keeps both factors away from the ends of float16's range
 
+Of a DoRA, all of it is about the direction W + scaling * lora_B @ lora_A; its magnitude goes along unchanged.
+
 A convolution's factors, lora_A [R, in, kh, kw] and lora_B [out, R, 1, 1], are matrices with their trailing dimensions
 flattened, and get them back.
 """
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magnitude
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a module: what rounding may cost
 Components = dict[str, dict[str, LoraFactors]]  # component -> module path -> factors
@@ -38,12 +40,14 @@ def with_matrices(like: LoraFactors, A: Tensor, B: Tensor) -> LoraFactors:
     """Inverse of `matrices`: float32, scaling 1, trailing dimensions as in `like`."""
     A = A.reshape(A.shape[0], *like.lora_A.shape[1:])
     B = B.reshape(*B.shape, *like.lora_B.shape[2:])
-    return LoraFactors(A.float().contiguous(), B.float().contiguous(), 1.0)
+    return with_magnitude(LoraFactors(A.float().contiguous(), B.float().contiguous(), 1.0), like.magnitude)
 
 
 def on_cpu(factors: LoraFactors) -> LoraFactors:
     """Off the device they were trained on and out of its graph; float64 is not everywhere."""
-    return LoraFactors(factors.lora_A.detach().cpu(), factors.lora_B.detach().cpu(), float(factors.scaling))
+    held = LoraFactors(factors.lora_A.detach().cpu(), factors.lora_B.detach().cpu(), float(factors.scaling))
+    magnitude = factors.magnitude
+    return with_magnitude(held, magnitude and magnitude._replace(values=magnitude.values.detach().cpu()))
 
 
 def computable(tensor: Tensor) -> Tensor:
@@ -69,7 +73,13 @@ def delta_norm(factors: LoraFactors) -> float:
 
 
 def relative_error(got: LoraFactors, wanted: LoraFactors) -> float:
-    """||delta_got - delta_wanted|| / ||delta_wanted||; infinite if only one of them is zero or the shapes differ."""
+    """||delta_got - delta_wanted|| / ||delta_wanted||; infinite if only one of them is zero or the shapes differ.
+
+    Of DoRAs that, or the same of their magnitudes, if it is larger; infinite if only one is a DoRA.
+    """
+    if got.magnitude is not None or wanted.magnitude is not None:
+        plain = relative_error(LoraFactors(*got), LoraFactors(*wanted))
+        return max(plain, magnitude_error(got.magnitude, wanted.magnitude))
     if got.lora_A.shape[1:] != wanted.lora_A.shape[1:] or got.lora_B.shape[0] != wanted.lora_B.shape[0]:
         return float("inf")
     error, size = delta_norm(summed_factors([got, wanted], [1.0, -1.0])), delta_norm(wanted)
@@ -78,9 +88,19 @@ def relative_error(got: LoraFactors, wanted: LoraFactors) -> float:
     return error / size
 
 
+def magnitude_error(got: Magnitude | None, wanted: Magnitude | None) -> float:
+    """||m_got - m_wanted|| / ||m_wanted||; infinite if they are of different kinds."""
+    if got is None or wanted is None or got.values.shape != wanted.values.shape or got.of_base != wanted.of_base:
+        return float("inf")
+    error = (got.values.double() - wanted.values.double()).norm() / wanted.values.double().norm()
+    return error.nan_to_num(float("inf")).item()
+
+
 def summed_factors(terms: Iterable[LoraFactors], weights: Iterable[float]) -> LoraFactors:
     """sum_k w_k delta_k of several LoRAs of one module, exactly, in float64; the ranks add up."""
     terms = list(terms)
+    if any(term.magnitude is not None for term in terms):
+        raise ValueError("DoRAs have no weighted sum; merge them into the base one after the other")
     As, Bs = zip(*(matrices(f) for f in terms), strict=True)
     A = torch.cat(As).reshape(-1, *terms[0].lora_A.shape[1:])
     B = torch.cat([w * b for w, b in zip(weights, Bs, strict=True)], dim=1)
@@ -101,7 +121,8 @@ def padded(factors: LoraFactors, rank: int) -> LoraFactors:
     extra = rank - rank_of(factors)
     A = torch.cat([factors.lora_A, factors.lora_A.new_zeros(extra, *factors.lora_A.shape[1:])])
     zeros = factors.lora_B.new_zeros(factors.lora_B.shape[0], extra, *factors.lora_B.shape[2:])
-    return LoraFactors(A, torch.cat([factors.lora_B, zeros], dim=1), factors.scaling)
+    held = LoraFactors(A, torch.cat([factors.lora_B, zeros], dim=1), factors.scaling)
+    return with_magnitude(held, factors.magnitude)
 
 
 def singular_values(factors: LoraFactors) -> Tensor:

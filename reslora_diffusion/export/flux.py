@@ -11,11 +11,11 @@ whole each part has all of A.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # names are looked at without waiting for torch
-    from reslora_diffusion.core.functional import LoraFactors
+    from reslora_diffusion.core.functional import LoraFactors, Magnitude
 
 LAYERS = {  # theirs, with dots -> the layers of diffusers that it is made of
     "double_blocks": {
@@ -105,16 +105,37 @@ def join(modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
 
 def split(modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
     """Inverse of `join`; of a joined layer the parts that do something, or all of them if none does."""
+    from reslora_diffusion.core.functional import LoraFactors, with_magnitude
+
     found: dict[str, LoraFactors] = {}
     for path, factors in modules.items():
         parts = parts_of(path, len(factors.lora_B))
         if len(parts) == 1:
             found[next(iter(parts))] = factors
             continue
-        for (part, _), B in zip(parts.items(), factors.lora_B.split([*parts.values()]), strict=True):
+        rows = [*parts.values()]
+        lengths = magnitudes(path, factors, rows)
+        for (part, _), B, magnitude in zip(parts.items(), factors.lora_B.split(rows), lengths, strict=True):
             terms = B.ne(0).any(0)
             if terms.any():
-                found[part] = factors._replace(lora_A=factors.lora_A[terms], lora_B=B[:, terms])
-            elif not factors.lora_B.any():
-                found[part] = factors._replace(lora_B=B)
+                own = LoraFactors(factors.lora_A[terms], B[:, terms], factors.scaling)
+                found[part] = with_magnitude(own, magnitude)
+            elif magnitude is not None or not factors.lora_B.any():
+                found[part] = with_magnitude(LoraFactors(factors.lora_A, B, factors.scaling), magnitude)
     return found
+
+
+def magnitudes(path: str, factors: LoraFactors, rows: list[int]) -> Sequence[Magnitude | None]:
+    """The magnitude of a joined layer's DoRA, taken apart as its rows are.
+
+    Raises:
+        ValueError: it is of columns, which go through all parts.
+    """
+    if factors.magnitude is None:
+        return [None] * len(rows)
+    from reslora_diffusion.core.functional import Magnitude
+
+    values, of_base = factors.magnitude
+    if values.shape[1] != 1:
+        raise ValueError(f"{path}: its dora_scale is the length of columns of several layers of diffusers together")
+    return [Magnitude(part, of_base) for part in values.split(rows)]

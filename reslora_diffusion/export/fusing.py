@@ -1,4 +1,5 @@
-"""Fuse a LoRA into its base: W' = W + scale * delta_weight, added in float32, stored in the precision W has.
+"""Fuse a LoRA into its base: W' = W + scale * delta_weight, added in float32, stored in the precision W has. Of a DoRA,
+delta_weight is what it makes of W less W itself (`core.dora.decomposed_weight`).
 
 A base is a diffusers pipeline or a transformers model, in a folder or on the hub. What can be checked from its
 configurations is checked before its weights are read. Its files are copied tensor by tensor (`rewriting`), and read
@@ -16,13 +17,14 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from reslora_diffusion.core.dora import decomposed_weight
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
-from .header import PEFT_FILE, reading
+from .header import PEFT_FILE, open_safetensors, reading
 from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
@@ -92,7 +94,7 @@ def fuse(
         CheckFailed: a ValueError too; the result overflows, or was not written as computed.
     """
     output = Path(output)
-    lora = read_lora(source)
+    lora = read_lora(source, dora=True)
     check_merge(source, base, output, overwrite, health_problems(lora.components), scale)
     models = fitting_models(lora.components, base)
     if tied := tied_weights(lora.components, models):
@@ -180,7 +182,7 @@ class Fusion:
             if not weight.is_floating_point() or weight.dtype.itemsize == 1:
                 kind = f"{weight.dtype}, which is no precision to add in"
                 raise ValueError(f"{component}.{path} of the base is stored as {kind}; merge into the original weights")
-            delta = self.scale * dense(factors, weight.shape, transposed)
+            delta = self.scale * dense(factors, weight, transposed)
             exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
             fused = exact.to(self.dtype or weight.dtype)
             if not fused.isfinite().all():
@@ -263,8 +265,28 @@ def components_in(folder: Path) -> list[str]:
     return sorted(name for name in named if (folder / name).is_dir())
 
 
-def dense(factors: LoraFactors, shape: torch.Size, transposed: bool) -> Tensor:
+def filled(models: Models, components: Components, base: str, variant: str | None = None) -> Models:
+    """Hollow models of a base, with the weights of the adapted modules as they are in its files."""
+    files = weight_files(snapshot(base, variant), variant)
+    found = Fusion(components, models, files, 1.0, None).factors
+    for component in components:
+        layers = dict(models[component].named_modules())
+        for file, name in files[component].tensors():
+            if (component, name) in found:
+                layer = base_layer(layers, found[component, name][0])
+                assert layer is not None, "`fitting_models` has found it"
+                with open_safetensors(file) as tensors:
+                    layer.weight = nn.Parameter(tensors.get_tensor(name), requires_grad=False)
+    return models
+
+
+def dense(factors: LoraFactors, weight: Tensor, transposed: bool) -> Tensor:
     """Float32 delta_weight in the shape of a layer's weight."""
+    shape = weight.shape
+    if factors.magnitude is not None:
+        exact = (weight.T if transposed else weight).double()
+        delta = (decomposed_weight(exact, factors) - exact).float()
+        return delta.T if transposed else delta
     A, B = matrices(factors)
     delta = (B @ A).float()
     return delta.T if transposed else delta.reshape(shape)

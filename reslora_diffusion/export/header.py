@@ -4,13 +4,13 @@
     read_headers  source -> one Header for each file that belongs to it, or one message with every problem found
 
 Files come from strangers. Nothing is unpickled, the header is held against the size of the file before anything is
-read, names in it never become paths, and what is not plain LoRA (DoRA, LoHa, LoKr, full differences) is refused by
-name.
+read, names in it never become paths, and what is not plain LoRA (LoHa, LoKr, full differences) is refused by name; so
+is DoRA, unless the caller knows what to do with it.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..plain_lora import not_plain
 from ..utils.problems import BAD_DATA, Unusable, listing, printable
 from .keys import COMPONENTS, Dialect
-from .parsing import Key, beside_lora, parse_all, structure_problems
+from .parsing import MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
 from .scaling import StatedScaling
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -63,6 +63,22 @@ class Header:
         for name, key in self.keys.items():
             if (first := modules[key.component, key.path][key.part]) != name:
                 yield key, first, name
+
+    @property
+    def magnitudes(self) -> list[str]:
+        """Names of the tensors that make a DoRA of it."""
+        return [name for name, key in self.keys.items() if key.part in MAGNITUDES]
+
+    def axis(self, names: Mapping[str, str]) -> tuple[str, int] | None:
+        """Of a module with these tensors by part: the name of its magnitude, and whether it is of rows (0) or columns
+        (1); None where it has none."""
+        for part in MAGNITUDES:
+            if part in names:
+                out, width = self.shapes[names["B"]][0], self.shapes[names["A"]][1]
+                axis = axis_of(part, self.shapes[names[part]], out, width)
+                assert axis is not None, "`structure_problems` has refused it"
+                return names[part], axis
+        return None
 
     def scaling(self, component: str, path: str, rank: int, alpha: float | None) -> float:
         """Scaling of a module: its own alpha first, then a configuration; 1 without either, as every loader has it."""
@@ -190,21 +206,22 @@ def embedded_configs(metadata: dict[str, str]) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------------------- header
 
 
-def read_headers(source: str | Path, *, beside: bool = False) -> list[Header]:
+def read_headers(source: str | Path, *, beside: bool = False, dora: bool = False) -> list[Header]:
     """The headers of a LoRA, one for each file that belongs to it.
 
     Args:
         source: a file or folder.
         beside: whether modules that were trained beside the LoRA may be there; else they are refused by name.
+        dora: whether it may be a DoRA.
 
     Raises:
         ValueError: one message with everything that is wrong.
     """
     with reading(source):
-        return [read_header(path, component, beside) for path, component in parts(Path(source))]
+        return [read_header(path, component, beside, dora) for path, component in parts(Path(source))]
 
 
-def read_header(path: Path, folder_component: str | None = None, beside: bool = False) -> Header:
+def read_header(path: Path, folder_component: str | None = None, beside: bool = False, dora: bool = False) -> Header:
     """The header of one file."""
     with reading(path), open_safetensors(path, framework="np") as file:
         metadata = dict(file.metadata() or {})
@@ -214,6 +231,9 @@ def read_header(path: Path, folder_component: str | None = None, beside: bool = 
     more = beside_lora(shapes)
     keys, problems = parse_all([name for name in shapes if name not in more], folder_component)
     problems += structure_problems(keys, shapes)
+    magnitudes = [name for name, key in keys.items() if key.part in MAGNITUDES]
+    if magnitudes and not dora:
+        problems.append(f"holds DoRA, not plain LoRA: {listing(magnitudes)}")
     if strange := [n for n, key in keys.items() if dtypes[n] not in READABLE + WHOLE * (key.part == "alpha")]:
         kinds = ", ".join(sorted({dtypes[name] for name in strange}))
         wanted = f"not floating-point as {', '.join(READABLE)} are"
@@ -228,7 +248,9 @@ def read_header(path: Path, folder_component: str | None = None, beside: bool = 
         configs, where = embedded_configs(metadata), DIFFUSERS_METADATA
         if any(key.dialect is Dialect.PEFT for key in keys.values()):
             configs, where = {"": peft_config_beside(path)}, PEFT_CONFIG
-        problems += dict.fromkeys(problem for config in configs.values() for problem in not_plain(config, where))
+        problems += dict.fromkeys(problem for config in configs.values() for problem in not_plain(config, where, dora))
+        if dora and not magnitudes and any(config.get("use_dora") for config in configs.values()):
+            problems.append(f"{where}: use_dora is true, and there are no magnitudes in the file")
         scalings = {component: StatedScaling(config) for component, config in configs.items()}
     except ValueError as error:
         problems.append(str(error))

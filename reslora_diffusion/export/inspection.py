@@ -54,7 +54,10 @@ MARKS = {  # how a header names a family
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One adapted module. `alpha` is None where the file states none; `rank_needed` keeps the error within 5 %."""
+    """One adapted module. `alpha` is None where the file states none; `rank_needed` keeps the error within 5 %.
+
+    `magnitude` says of a DoRA whether lengths of "rows" or of "columns" were trained; `norm` is of lora_B lora_A then.
+    """
 
     component: str
     path: str
@@ -66,6 +69,7 @@ class ModuleFacts:
     norm: float
     rank_needed: int
     finite: bool
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ class Inspection:
     @property
     def healthy(self) -> bool:
         return not self.problems
+
+    @property
+    def is_dora(self) -> bool:
+        return any(m.magnitude for m in self.modules)
 
     @property
     def norm(self) -> float:
@@ -113,6 +121,7 @@ class Inspection:
             "sha256": self.sha256,
             "dialect": str(self.dialect),
             "family": str(self.family),
+            "dora": self.is_dora,
             "components": {component: len(self.of(component)) for component in self.components},
             "ranks": dict(sorted(Counter(m.rank for m in self.modules).items())),
             "rank_needed": self.rank_needed,
@@ -145,10 +154,11 @@ class Inspection:
                 )
             )
         largest = sorted(self.modules, key=lambda m: -m.norm)[:LARGEST]
+        kind = "DoRA" if self.is_dora else "LoRA"
         head = ("component", "modules", "ranks", "needed", "alphas", "norm", "norms of modules")
         lines = [
             f"{printable(', '.join(map(str, self.files)), None)}: {self.size_bytes / 2**20:.1f} MiB",
-            f"a LoRA for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
+            f"a {kind} for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
             f"sha256 {listing(self.sha256, 8)}",
             "",
             *table(head, rows),
@@ -176,7 +186,7 @@ def inspect_lora(source: str | Path) -> Inspection:
     Raises:
         ValueError: it is no LoRA file, with everything that is wrong with it.
     """
-    headers = read_headers(source, beside=True)
+    headers = read_headers(source, beside=True, dora=True)
     modules = [facts for header in headers for facts in module_facts(header)]
     widths: dict[str, dict[str, int]] = defaultdict(dict)
     for m in modules:
@@ -208,7 +218,9 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
             rank, alpha = A.shape[0], float(file.get_tensor(names["alpha"]).item()) if "alpha" in names else None
             scaling = header.scaling(component, path, rank, alpha)
             largest = torch.stack([A.abs().amax(), scaling * B.abs().amax()])
-            finite = bool((largest.abs() < LARGEST_NUMBER).all())
+            stretched = header.axis(names)
+            lengths = computable(file.get_tensor(stretched[0])).double() if stretched else torch.ones(1)
+            finite = bool((largest.abs() < LARGEST_NUMBER).all() and (lengths.abs() < LARGEST_NUMBER).all())
             values = singular_values(LoraFactors(A, B, scaling)) if finite else None
             yield ModuleFacts(
                 component,
@@ -221,6 +233,7 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
                 norm=float("nan") if values is None else values.norm().item(),
                 rank_needed=rank if values is None else needed_rank(values),
                 finite=finite,
+                magnitude=("rows", "columns")[stretched[1]] if stretched else None,
             )
 
 
@@ -228,7 +241,7 @@ def faults(modules: list[ModuleFacts]) -> list[str]:
     """Reasons why nobody can use the file."""
     broken = [f"{m.component}.{m.path}" for m in modules if not m.finite]
     problems = [f"{len(broken)} of {len(modules)} modules hold NaN or infinity: {listing(broken)}"] if broken else []
-    if not any(m.norm for m in modules):
+    if not any(m.norm or m.magnitude for m in modules):
         problems.append(f"all {len(modules)} modules are zero: the file changes nothing")
     return problems
 
@@ -236,7 +249,7 @@ def faults(modules: list[ModuleFacts]) -> list[str]:
 def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[str]:
     """Facts that its user may want to know."""
     found = []
-    if zero := [f"{m.component}.{m.path}" for m in modules if m.norm == 0]:
+    if zero := [f"{m.component}.{m.path}" for m in modules if m.norm == 0 and not m.magnitude]:
         found.append(f"{len(zero)} of {len(modules)} modules are zero: {listing(zero)}")
     scalings = {round(m.scaling, 9) for m in modules}
     alphas = {m.alpha for m in modules}
@@ -249,6 +262,15 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
         found.append("ComfyUI and A1111 want kohya keys: `reslora convert --to kohya`")
         if header.configs and scalings != {1.0}:
             found.append("its scaling stands in lora_adapter_metadata, which diffusers before 0.34 ignores")
+    if axes := sorted({m.magnitude for m in modules if m.magnitude}):
+        found.append(f"a DoRA, which trains the length of {' and '.join(axes)}; norms above are of lora_B lora_A alone")
+        if header.dialect is Dialect.KOHYA:
+            found.append(
+                "diffusers drops its dora_scale with a warning, and would load something else: "
+                "`reslora convert --to diffusers`"
+            )
+        if header.dialect is Dialect.KOHYA and "rows" in axes:
+            found.append("A1111 knows the length of columns alone, and would compute something else")
     says = (header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version", "")).lower()
     said = next((f for f, marks in MARKS.items() if any(mark in says for mark in marks)), None)
     if said and family in MARKS and said is not family:

@@ -220,6 +220,11 @@ def from_sgm(path: str) -> str:
 PEFT_PREFIX = "base_model.model."
 
 
+def magnitude_key(key_A: str) -> str:
+    """Key of a DoRA's magnitude in the dialects of diffusers and PEFT, by that of its lora_A."""
+    return f"{key_A.removesuffix('.lora_A.weight')}.lora_magnitude_vector"
+
+
 def peft_keys(path: str) -> tuple[str, str]:
     """Keys of lora_A and lora_B in PEFT's `adapter_model.safetensors`."""
     return f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight"

@@ -22,7 +22,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.dora import magnitude_of
+from reslora_diffusion.core.functional import LoraFactors, with_magnitude
 
 from .factors import Components, computable
 from .hollow import Models, PlaceholderDenoiser
@@ -54,10 +55,13 @@ def quiet() -> Iterator[None]:
 def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
     """What a model's LoRA layers hold, by classic path; a layer that the loader left without values holds nothing."""
     found = {
-        classic_path(component, name): LoraFactors(
-            layer.lora_A[ADAPTER].get_parameter("weight").detach(),
-            layer.lora_B[ADAPTER].get_parameter("weight").detach(),
-            layer.scaling[ADAPTER],
+        classic_path(component, name): with_magnitude(
+            LoraFactors(
+                layer.lora_A[ADAPTER].get_parameter("weight").detach(),
+                layer.lora_B[ADAPTER].get_parameter("weight").detach(),
+                layer.scaling[ADAPTER],
+            ),
+            magnitude_of(layer, ADAPTER),
         )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A

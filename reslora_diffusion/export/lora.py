@@ -23,7 +23,8 @@ from ..utils.files import fresh_folder, replace_files
 from ..utils.names import composed, file_name_problem
 from ..utils.problems import listing
 from .base import base_problems
-from .factors import Components, delta_norm, on_cpu, rank_of
+from .dora import by_norms_of, dora_facts, is_dora, kohya_dora, magnitude_problems, weights_in, with_magnitudes_of
+from .factors import TOLERANCE, Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of
 from .geometry import Family, family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
@@ -38,6 +39,7 @@ from .writer import (
     diffusers_tensors,
     kohya_header,
     kohya_tensors,
+    recognisable,
     reslora_header,
     save_tensors,
     uniform,
@@ -83,7 +85,8 @@ def export_lora(
         CheckFailed: a ValueError too; the rank loses too much, or a written file failed its proof.
     """
     if formats is None:
-        formats = ("diffusers", "kohya") if has_kohya_names(components) else ("diffusers",)
+        joined = is_dora({"": components.get("transformer", {})})
+        formats = ("diffusers", "kohya") if has_kohya_names(components) and not joined else ("diffusers",)
     if not formats or not set(formats) <= {"diffusers", "kohya"}:
         raise ValueError(f"formats: got {list(formats)}, wanted 'diffusers', 'kohya' or both")
     name = composed(name)
@@ -136,6 +139,8 @@ def write_proved(
     }
     components = {c: modules for c, modules in components.items() if modules}
     problems = input_problems(components, name, files) + health_problems(components)
+    if not problems and Dialect.DIFFUSERS in files:
+        problems += magnitude_problems(recognised(components), kohya=False)
     problems += base_problems(components, models)
     if problems:
         raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
@@ -145,6 +150,7 @@ def write_proved(
     if problem := size_problem(folder, cut, file_rank, dtype, len(files)):
         raise ValueError(f"this LoRA cannot be exported: {problem}")
     stored = uniform(cut, file_rank, dtype)
+    in_kohya = by_norms_of(cut, weights_in(models, cut), base=True) if is_dora(cut) else cut
     with fresh_folder(folder) as fresh:
         placed = {dialect: fresh / path for dialect, path in files.items()}
         for path in placed.values():
@@ -153,11 +159,19 @@ def write_proved(
             metadata = reslora_header(facts) | diffusers_metadata(stored, file_rank)
             save_tensors(diffusers_tensors(stored), diffusers_file, metadata=metadata)
         if kohya_file := placed.get(Dialect.KOHYA):
-            tensors = kohya_tensors(stored, naming)
-            header = kohya_header(tensors, facts, name=name, rank=file_rank, family=family)
+            tensors = kohya_tensors(with_magnitudes_of(stored, in_kohya), naming)
+            stated = dict(facts) | dora_facts(in_kohya)
+            header = kohya_header(tensors, stated, name=name, rank=file_rank, family=family)
             save_tensors(tensors, kohya_file, metadata=header)
-        checks = prove(placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models)
-        written = read_lora(next(iter(placed.values()))).components
+        checks = prove(
+            placed.get(Dialect.DIFFUSERS), placed.get(Dialect.KOHYA), cut, dtype, family, naming, models, in_kohya
+        )
+        notes: list[str] = []
+        if kohya_file and is_dora(cut):
+            notes, checked = kohya_dora(kohya_file, cut, in_kohya, models, naming, TOLERANCE[dtype])
+            checks += checked
+        written = read_lora(next(iter(placed.values())), dora=True).components
+        reference = components if Dialect.DIFFUSERS in files else with_magnitudes_of(components, in_kohya)
         report = ExportReport(
             folder=folder,
             files={str(dialect): folder / path for dialect, path in files.items()},
@@ -168,12 +182,13 @@ def write_proved(
             asked_rank=rank,
             rank_needed=smallest_rank(components) if rank == "full" and facts.get("shortcut") == "block" else None,
             losses=losses,
-            errors=errors_against(written, components),
+            errors=errors_against(written, reference),
             norms={(c, path): delta_norm(f) for c, modules in components.items() for path, f in modules.items()},
             ranks={(c, path): rank_of(f) for c, modules in components.items() for path, f in modules.items()},
             checks=checks,
             versions=loader_versions(),
             facts={key: str(value) for key, value in facts.items()},
+            notes=notes,
         )
         moved = list(files.values())
         if save_report:
@@ -181,6 +196,11 @@ def write_proved(
             moved.append(Path(REPORT_FILE))
         replace_files(fresh, folder, moved)
     return report
+
+
+def recognised(components: Components) -> Components:
+    """What a file in diffusers' dialect holds: with the modules of zeros that make its text encoders known."""
+    return {c: recognisable(c, modules, Dialect.DIFFUSERS) for c, modules in components.items()}
 
 
 def has_kohya_names(components: Components) -> bool:
@@ -196,7 +216,12 @@ def input_problems(components: Components, name: str, files: Mapping[Dialect, Pa
         problems.append(f"name {problem}")
     if strange := components.keys() - set(COMPONENTS):
         problems.append(f"components {sorted(strange)}; wanted some of {', '.join(COMPONENTS)}")
-    if Dialect.KOHYA in files and not has_kohya_names(components):
+    if Dialect.KOHYA in files and is_dora({"": components.get("transformer", {})}):
+        problems.append(
+            "a kohya file has one dora_scale for layers of FLUX.1 that are several in diffusers; wanted diffusers' "
+            "dialect alone (formats), or a plain LoRA"
+        )
+    elif Dialect.KOHYA in files and not has_kohya_names(components):
         problems.append(
             "a kohya file is for a unet or FLUX.1's blocks, and this LoRA is not; wanted diffusers' dialect"
         )

@@ -24,13 +24,12 @@ class Key(NamedTuple):
     dialect: Dialect
     component: str
     path: str
-    part: str  # "A", "B", "alpha"
+    part: str  # "A", "B", "alpha"; of a DoRA "magnitude" in PEFT's names, "dora_scale" in kohya's
 
 
 SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 NOT_PLAIN = {
     rf"(^|[._]){UNMERGED_KEY}$|\.lora_A_calibration$": "an unmerged ResLoRA (export_pipeline merges it)",
-    r"dora_scale$|lora_magnitude_vector": "DoRA",
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.lora_mid\.": "LoCon with a middle tensor (CP decomposition)",
@@ -46,13 +45,13 @@ FOREIGN = {
     r"^lora_prior_|prior_unet": "Stable Cascade",
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.": "a whole checkpoint, no LoRA",
 }
-KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(down|up)\.weight|(alpha))")
+KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(down|up)\.weight|(alpha)|(dora_scale))")
 DOTTED_KEY = re.compile(
     r"(?P<path>.+?)(?:\.processor)?(?:"
     r"\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"  # PEFT, with or without the adapter's name
     r"|\.lora(?:_linear_layer)?\.(?P<linear>down|up)\.weight"  # diffusers before PEFT
     r"|\.to_(?P<proj>q|k|v|out)_lora\.(?P<processor>down|up)\.weight"  # attention processors of 2023
-    r"|\.(?P<alpha>alpha))"
+    r"|\.(?P<alpha>alpha)|\.(?P<scale>dora_scale)|\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)"
 )
 MODULE_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 LONGEST_NAME = 500  # characters; real ones have up to 150
@@ -75,7 +74,7 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
     """
     if match := KOHYA_KEY.fullmatch(key):
         component, path = from_kohya(match[1])
-        return Key(Dialect.KOHYA, component, path, SIDES[match[2]] if match[2] else "alpha")
+        return Key(Dialect.KOHYA, component, path, SIDES[match[2]] if match[2] else match[3] or match[4])
     match = DOTTED_KEY.fullmatch(key)
     if match is None:
         raise ValueError(f"{key} is not a LoRA key of diffusers, kohya or PEFT")
@@ -101,7 +100,7 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
         unet = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
         path = f"{path}.{(unet if component in ('unet', 'transformer') else clip)[proj]}"
     side = match["peft"] or match["linear"] or match["processor"]
-    return Key(dialect, component, path, SIDES[side] if side else "alpha")
+    return Key(dialect, component, path, SIDES[side] if side else match["alpha"] or match["scale"] or "magnitude")
 
 
 def beside_lora(names: Iterable[str]) -> dict[str, str]:
@@ -144,6 +143,23 @@ def parse_all(names: list[str], folder_component: str | None = None) -> tuple[di
     return parsed, problems
 
 
+MAGNITUDES = ("magnitude", "dora_scale")  # parts of a DoRA: PEFT's, kohya's
+
+
+def axis_of(part: str, shape: tuple[int, ...], out: int, width: int) -> int | None:
+    """Of a DoRA's magnitude: 0 if it is the length of rows, 1 if of columns, None if of neither.
+
+    Rows are [out] and [1, out, 1, 1] in PEFT, [out, 1, ..] in kohya files; columns are [1, in, ..], there alone.
+    """
+    if shape == (out,) or (
+        part == "magnitude" and len(shape) > 2 and shape[0] == 1 and math.prod(shape) == shape[1] == out
+    ):
+        return 0
+    if part == "dora_scale" and len(shape) > 1 and math.prod(shape[2:]) == 1:
+        return 0 if shape[:2] == (out, 1) else 1 if shape[:2] == (1, width) else None
+    return None
+
+
 def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """Mixed dialects, missing partners, ranks that disagree; found from names and shapes alone."""
     problems = []
@@ -159,10 +175,11 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
         lonely = [f"{c}.{path}" for (c, path), side in sides.items() if other in side and want not in side]
         if lonely:
             problems.append(f"lora_{want} is missing for {len(lonely)} modules: {listing(lonely)}")
-    orphans = [f"{c}.{path}" for (c, path), side in sides.items() if side.keys() == {"alpha"}]
-    if orphans:
-        problems.append(f"alpha without lora_A and lora_B: {listing(orphans)}")
-    unlike, uneven, vectors = [], [], []
+    orphans = {f"{c}.{path}": " and ".join(side) for (c, path), side in sides.items() if not side.keys() & {"A", "B"}}
+    for what in dict.fromkeys(orphans.values()):
+        alone = [name for name, parts in orphans.items() if parts == what]
+        problems.append(f"{what} without lora_A and lora_B: {listing(alone)}")
+    unlike, uneven, vectors, shapeless = [], [], [], []
     for (component, path), side in sides.items():
         A, B = side.get("A"), side.get("B")
         if A is not None and B is not None:
@@ -171,6 +188,11 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
                 unlike.append(f"{component}.{path}: lora_A {list(A)}, lora_B {list(B)}")
             elif sum(parts_of(path, B[0]).values()) != B[0]:
                 uneven.append(f"{path}: lora_B {list(B)}")
+            shapeless += [
+                f"{component}.{path}: {list(side[part])}, the layer is [{B[0]}, {A[1]}]"
+                for part in MAGNITUDES
+                if alike and part in side and axis_of(part, side[part], B[0], A[1]) is None
+            ]
         if math.prod(side.get("alpha", ())) != 1:
             vectors.append(f"{component}.{path}")
     if unlike:
@@ -179,6 +201,8 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
         problems.append(
             f"outputs of FLUX.1's q, k and v are not equally many in {len(uneven)} modules: {listing(uneven)}"
         )
+    if shapeless:
+        problems.append(f"magnitudes of neither rows nor columns in {len(shapeless)} modules: {listing(shapeless)}")
     if vectors:
         problems.append(f"alpha is not a single number in {len(vectors)} modules: {listing(vectors)}")
     return problems

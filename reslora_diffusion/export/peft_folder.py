@@ -27,10 +27,11 @@ from ..utils.files import fresh_folder, replace_files
 from ..utils.problems import listing
 from .base import base_layer, base_problems, is_transposed
 from .beside import Beside, hold_values, missing_head, trained_beside, trained_by_hand, unlike, without_peft
+from .dora import is_dora, magnitude_problems, stored
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
-from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, peft_keys
+from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, magnitude_key, peft_keys
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, size_problem
 from .outputs import OutputProof, Outputs, start_proof, unmoved
@@ -93,6 +94,7 @@ def export_peft(
     if beside is None:
         beside = trained_beside(model, adapter_name, base_model) if model is not None else Beside({}, {})
     problems = health_problems(components) + base_problems(components, models)
+    problems += magnitude_problems(components, kohya=False)
     problems += [problem] if (problem := missing_head(task_type, beside.tensors)) else []
     problems += [problem] if model is not None and (problem := trained_by_hand(model, beside)) else []
     if problems:
@@ -100,19 +102,23 @@ def export_peft(
     cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
     if problem := size_problem(output_dir, cut, file_rank, dtype):
         raise ValueError(f"this LoRA cannot be exported: {problem}")
-    stored = uniform(cut, file_rank, dtype)[component]
+    held = uniform(cut, file_rank, dtype)[component]
     config = adapter_config(component, modules, file_rank, base_model, task_type, models.get(component)) | beside.fields
     trained = {path.removeprefix(PEFT_PREFIX): f for path, f in factors.items()}
     proof = start_proof(model, trained, adapter_name, beside, inputs)
     with fresh_folder(output_dir) as fresh, unmoved(model):
         more = {f"{PEFT_PREFIX}{name}": value.cpu().contiguous().clone() for name, value in beside.tensors.items()}
-        save_tensors(peft_tensors(component, stored) | more, fresh / PEFT_FILE, metadata=reslora_header(facts))
+        save_tensors(peft_tensors(component, held) | more, fresh / PEFT_FILE, metadata=reslora_header(facts))
         (fresh / PEFT_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         worst = max(loss.relative_error for loss in losses.values())
         base = models.get(component)
         checks, outputs = prove_peft(fresh, component, cut[component], dtype, base, beside, proof, worst)
         paths = {"peft": Path(PEFT_FILE), "config": Path(PEFT_CONFIG)}
-        written = {path: f for parts in read_lora(fresh, beside=True).components.values() for path, f in parts.items()}
+        written = {
+            path: f
+            for parts in read_lora(fresh, beside=True, dora=True).components.values()
+            for path, f in parts.items()
+        }
         report = ExportReport(
             folder=output_dir,
             files={kind: output_dir / path for kind, path in paths.items()},
@@ -129,7 +135,7 @@ def export_peft(
             checks=checks,
             versions=loader_versions(),
             facts={key: str(value) for key, value in facts.items()},
-            notes=([vllm_note(file_rank)] if component == MODEL else []) + beside_notes(beside),
+            notes=([vllm_note(file_rank, is_dora(cut))] if component == MODEL else []) + beside_notes(beside),
             outputs=outputs,
         )
         (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
@@ -178,8 +184,10 @@ def beside_notes(beside: Beside) -> list[str]:
     return [f"and what was trained beside the factors, for PEFT: {listing(beside.tensors)}"] if beside.tensors else []
 
 
-def vllm_note(rank: int) -> str:
+def vllm_note(rank: int, dora: bool = False) -> str:
     """What to start vLLM with."""
+    if dora:
+        return "vLLM serves no DoRA: merge it into its base for that (`reslora merge`)"
     needed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if needed is None:
         return f"vLLM serves ranks of at most {VLLM_RANKS[-1]}, this one has {rank}: export at a smaller rank"
@@ -193,6 +201,8 @@ def peft_tensors(component: str, modules: Mapping[str, LoraFactors]) -> dict[str
         for layout in sorted({path, flat_path(path)} if component == "text_encoder" else {path}):
             key_A, key_B = peft_keys(layout)
             tensors[key_A], tensors[key_B] = f.lora_A.clone(), f.lora_B.clone()
+            if f.magnitude is not None:
+                tensors[magnitude_key(key_A)] = stored(f, kohya=False)
     return tensors
 
 
@@ -209,7 +219,8 @@ def adapter_config(
     transposed = {is_transposed(base_layer(found, path)) for path in modules}
     if len(transposed) > 1:
         raise ValueError("this LoRA cannot be exported: PEFT has one fan_in_fan_out for Conv1D and Linear together")
-    return {
+    dora = {"use_dora": True} if is_dora({component: dict(modules)}) else {}  # a field that old versions lack
+    return dora | {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,

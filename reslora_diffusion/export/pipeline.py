@@ -14,6 +14,7 @@ from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.core.peft.variant import find_adapter
 
+from .dora import is_dora
 from .lora import export_lora
 from .report import ExportReport
 
@@ -59,6 +60,8 @@ def export_pipeline(
             problems.append(f"  - {name}: {error}")
     if problems:
         raise ValueError("\n".join(["the adapters of this pipeline cannot be exported:", *problems]))
+    if is_dora(factors):
+        options.setdefault("models", adapted)  # whose norms a file for ComfyUI is divided by
     return export_lora(output_dir, factors, facts=method_of(adapted, adapter_name) | dict(facts or {}), **options)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..utils.problems import listing
+from .dora import is_dora
 from .factors import TOLERANCE, Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
 from .header import open_safetensors
@@ -57,6 +58,8 @@ def finiteness_problems(components: Components) -> list[str]:
                 bad.append(f"{component}.{path}")
             elif not math.isfinite(f.scaling):
                 bad.append(f"{component}.{path} (scaling {f.scaling})")
+            elif f.magnitude is not None and not f.magnitude.values.isfinite().all():
+                bad.append(f"{component}.{path} (magnitude)")
     return [f"{len(bad)} modules hold NaN or infinity: {listing(bad)}"] if bad else []
 
 
@@ -67,7 +70,7 @@ def health_problems(components: Components) -> list[str]:
         f"{component}.{path}"
         for component, modules in components.items()
         for path, f in modules.items()
-        if f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any()
+        if f.magnitude is None and (f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any())
     ]
     if not any(components.values()):
         problems.append("there are no modules")
@@ -178,17 +181,23 @@ def prove(
     family: Family,
     naming: Naming,
     models: Mapping[str, nn.Module],
+    kohya: Components | None = None,
 ) -> list[LoaderCheck]:
     """Check the files of an export through every loader.
+
+    Args:
+        kohya: what its file shall say, where that is something else: a DoRA is divided by other norms there. diffusers
+            is not asked about that file, whose `dora_scale` it drops.
 
     Raises:
         CheckFailed: a file does not mean what it should.
     """
     tolerance = TOLERANCE[dtype]
-    files = [file for file in (diffusers_file, kohya_file) if file]
+    files = [file for file in (diffusers_file, kohya_file) if file and not (file is kohya_file and is_dora(wanted))]
     checks, problems = diffusers_checks(files, wanted, tolerance, naming, models)
     if kohya_file:
-        checks.append(compare("kohya's rules", kohya_file.name, read_lora(kohya_file).components, wanted, tolerance))
+        read = read_lora(kohya_file, dora=True).components
+        checks.append(compare("kohya's rules", kohya_file.name, read, wanted if kohya is None else kohya, tolerance))
         checks += check_names(kohya_file, wanted, family)
     problems += [problem for check in checks if (problem := misreading(check, tolerance))]
     flat = not projects("text_encoder", wanted)

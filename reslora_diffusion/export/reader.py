@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magnitude
 
 from ..utils.problems import Unusable
+from .dora import DORA_NORM
 from .factors import Components, computable
 from .flux import split
 from .header import (
@@ -47,12 +48,13 @@ class LoraFile:
     beside: dict[str, str] = field(default_factory=dict)  # what else the file holds, as in the header
 
 
-def read_lora(source: str | Path, *, beside: bool = False) -> LoraFile:
+def read_lora(source: str | Path, *, beside: bool = False, dora: bool = False) -> LoraFile:
     """Read any LoRA file or folder.
 
     Args:
         source: a file or folder.
         beside: whether modules that were trained beside the LoRA may be there; only the LoRA is read.
+        dora: whether it may be a DoRA, whose factors have a magnitude each and say nothing without the base.
 
     >>> lora = read_lora("my_lora.safetensors")
     >>> lora.dialect, lora.components["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].lora_A.shape
@@ -60,7 +62,7 @@ def read_lora(source: str | Path, *, beside: bool = False) -> LoraFile:
     Raises:
         ValueError: one message with everything that is wrong with the file.
     """
-    files = [read_tensors(header) for header in read_headers(source, beside=beside)]
+    files = [read_tensors(header) for header in read_headers(source, beside=beside, dora=dora)]
     first, *rest = files
     for other in rest:
         for component, modules in other.components.items():
@@ -86,6 +88,12 @@ def read_tensors(header: Header) -> LoraFile:
             if alpha is not None or header.configs:
                 alphas[component, path] = scaling * A.shape[0]
             components[component][path] = LoraFactors(A, B, scaling)
+            if stretched := header.axis(names):
+                values = computable(file.get_tensor(stretched[0])).float()
+                of_base = header.metadata.get(f"reslora.{DORA_NORM}") == "base" and stretched[1] == 0
+                shape = (1, -1) if stretched[1] else (-1, 1)
+                magnitude = Magnitude(values.reshape(shape), of_base)
+                components[component][path] = with_magnitude(components[component][path], magnitude)
     if header.dialect is Dialect.KOHYA and "transformer" in components:
         components["transformer"] = split(components["transformer"])
     return LoraFile(

@@ -9,6 +9,7 @@ A target that ends in `.safetensors` is one file; any other is a folder with eve
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -17,11 +18,14 @@ from torch import nn
 
 from ..utils.names import file_name_from
 from ..utils.problems import listing
+from .dora import by_norms_of, is_dora, plain_of, weights_in
 from .factors import Components, summed_factors
+from .fusing import filled
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
+from .hollow import Models, fitting_models
 from .keys import COMPONENTS, Dialect
-from .limits import Rank, check_weights
+from .limits import LOSSY_ERROR, CheckFailed, Rank, check_weights
 from .lora import export_lora, write_lora_file
 from .peft_folder import export_peft_components
 from .ranks import RankSettings
@@ -48,7 +52,7 @@ def resize(
         ValueError: the file cannot be used.
         CheckFailed: a ValueError too; the rank loses too much, or the result failed its proof.
     """
-    lora = read_lora(source)
+    lora = read_lora(source, dora=True)
     dialect = lora.dialect
     return save_lora(
         output,
@@ -63,9 +67,23 @@ def resize(
 
 
 def convert(
-    source: str | Path, output: str | Path, to: Dialect | str, *, dtype: torch.dtype | None = None
+    source: str | Path,
+    output: str | Path,
+    to: Dialect | str,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    rank: int | None = None,
+    allow_lossy: bool = False,
 ) -> list[ExportReport]:
-    """Write the same LoRA for another program.
+    """Write the same LoRA for another program; of a DoRA also a plain LoRA, which every program reads alike.
+
+    Args:
+        dtype: precision of the file; as it is, if not given.
+        base: folder or hub name of the base of a DoRA, for a kohya file that ComfyUI reads as it was trained, and for
+            a plain LoRA.
+        rank: make a plain LoRA of this rank of a DoRA: the nearest to what it changes in the base.
+        allow_lossy: write it although a module loses more than `limits.LOSSY_ERROR` of its change.
 
     >>> convert("from_civitai.safetensors", "out", "diffusers")   # out/pytorch_lora_weights.safetensors
     >>> convert("out", "for_comfyui.safetensors", "kohya")
@@ -75,14 +93,57 @@ def convert(
         ValueError: the file cannot be used, or the other program has no name for its modules.
         CheckFailed: a ValueError too; the result failed its proof.
     """
-    lora, to = read_lora(source), Dialect(to)
+    lora, to = read_lora(source, dora=True), Dialect(to)
     facts = carried_facts(lora.metadata)
     precision = dtype or kept_dtype(lora)
+    components, models, note = with_base(lora.components, base, rank, to, allow_lossy)
     if to is Dialect.PEFT or Path(output).suffix == ".safetensors":
-        return save_lora(output, lora.components, to, sources=[source], facts=facts, dtype=precision)
-    refuse_overwriting(output, [source])
-    name, formats = file_name(output), (to,)
-    return [export_lora(output, lora.components, name=name, formats=formats, facts=facts, dtype=precision)]
+        reports = save_lora(
+            output, components, to, sources=[source], facts=facts, dtype=precision, models=models, rank="full"
+        )
+    else:
+        refuse_overwriting(output, [source])
+        name, formats = file_name(output), (to,)
+        reports = [
+            export_lora(
+                output, components, name=name, formats=formats, facts=facts, dtype=precision, models=models, rank="full"
+            )
+        ]
+    return [replace(report, notes=[*report.notes, *note]) for report in reports]
+
+
+def with_base(
+    components: Components, base: str | None, rank: int | None, to: Dialect, allow_lossy: bool
+) -> tuple[Components, Models, list[str]]:
+    """A DoRA as it is written where its base is known: components, models with weights, and what there is to say.
+
+    Raises:
+        ValueError: it is no DoRA, or there is a rank and no base.
+        CheckFailed: a ValueError too; the rank loses too much.
+    """
+    if not is_dora(components):
+        if base is not None or rank is not None:
+            raise ValueError("--base and --rank are for DoRA, and this is a plain LoRA; `reslora resize` cuts one")
+        return components, {}, []
+    if base is None:
+        if rank is not None:
+            raise ValueError("a plain LoRA of a DoRA depends on the base: wanted --base MODEL beside --rank")
+        return components, {}, []
+    models = filled(fitting_models(components, base), components, base)
+    if rank is None:
+        if to is not Dialect.KOHYA:
+            components = by_norms_of(components, weights_in(models, components), base=False)
+        return components, models, []
+    plain, losses = plain_of(components, weights_in(models, components), rank)
+    worst, loss = max(losses.items(), key=lambda item: item[1].relative_error)
+    kept = sum(one.energy_kept for one in losses.values()) / len(losses)
+    said = (
+        f"a plain LoRA of rank {rank} holds {kept:.1%} of what the DoRA changes, a module on average; most is lost of "
+        f"{'.'.join(worst)} ({loss.relative_error:.0%})"
+    )
+    if loss.relative_error > LOSSY_ERROR and not allow_lossy:
+        raise CheckFailed(f"{said}. Choose a larger --rank, or allow the loss (--allow_lossy)")
+    return plain, models, [said]
 
 
 def combine(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.files import atomic_write
 from .header import DIFFUSERS_FILE, PEFT_FILE, read_headers
-from .keys import Dialect, classic_path, diffusers_keys
+from .keys import Dialect, classic_path, diffusers_keys, magnitude_key
 from .limits import LOSSY_ERROR, Rank
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def save_merged(folder: str | os.PathLike, components: Components, facts: Mappin
 
     >>> save_merged("run/checkpoint-100/state", {"unet": merged_factors(unet)})
     """
+    from .dora import stored
     from .factors import folded, on_cpu
     from .writer import reslora_header, save_tensors
 
@@ -54,6 +55,8 @@ def save_merged(folder: str | os.PathLike, components: Components, facts: Mappin
             exact = folded(on_cpu(factors))
             key_A, key_B = diffusers_keys(component, classic_path(component, name))
             tensors[key_A], tensors[key_B] = exact.lora_A, exact.lora_B
+            if exact.magnitude is not None:
+                tensors[magnitude_key(key_A)] = stored(exact, kohya=False)
     with atomic_write(path) as fresh:
         save_tensors(tensors, fresh, metadata=reslora_header(facts or {}))
     return path
@@ -88,7 +91,7 @@ def lora_of(source: str | Path) -> Path:
         raise ValueError(
             f"{source} has trained, but holds no LoRA yet; wanted {DIFFUSERS_FILE} in it or in a checkpoint"
         )
-    read_headers(folder)
+    read_headers(folder, dora=True)
     return folder
 
 
@@ -105,7 +108,7 @@ def read_trained(source: str | Path) -> Trained:
     from .writer import carried_facts
 
     source, place = Path(source), lora_of(source)
-    lora = read_lora(place)
+    lora = read_lora(place, dora=True)
     facts = carried_facts(lora.metadata)
     if source.is_file():
         return Trained(lora, facts, source.stem)
@@ -115,7 +118,7 @@ def read_trained(source: str | Path) -> Trained:
     for twin in twins:
         merged = twin / STATE_FOLDER / MERGED_FILE
         if merged.is_file():
-            exact = read_lora(merged)
+            exact = read_lora(merged, dora=True)
             if max(errors_against(lora.components, exact.components).values()) <= LOSSY_ERROR:  # one LoRA, not two
                 lora = exact
                 break
@@ -156,9 +159,13 @@ def export_trained(
     trained = read_trained(source)
     models = {}
     if base:
+        from .dora import is_dora
+        from .fusing import filled
         from .hollow import fitting_models
 
         models = fitting_models(trained.lora.components, base)
+        if is_dora(trained.lora.components):
+            models = filled(models, trained.lora.components, base)
     return save_lora(
         output,
         trained.lora.components,

@@ -16,6 +16,7 @@ import torch
 
 from ..utils.problems import listing
 from .base import check_base, misfits
+from .dora import KOHYA_LOADERS, STRENGTH, by_base, is_dora, without_magnitudes
 from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
@@ -93,7 +94,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
     source = Path(source)
     recorded, problems = recorded_hashes(source)
     files, others = files_of(source, recorded)
-    loras = [read_lora(path, beside=True) for path in files]
+    loras = [read_lora(path, beside=True, dora=True) for path in files]
     first = loras[0]
     components = first.components
     models = base_models(base, components) if base else {}
@@ -122,6 +123,8 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
         for path in files
         if path.name in recorded and sha256(path) != recorded[path.name]
     ]
+    if is_dora(components):
+        result.notes += [STRENGTH, *(KOHYA_LOADERS for lora in loras if lora.dialect is Dialect.KOHYA)]
     if first.dialect is not Dialect.PEFT and not components.keys() <= set(COMPONENTS):
         result.notes.append(f"the loader of {listing(components)} was not tried; only Stable Diffusion's are")
     return result
@@ -160,6 +163,8 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
     family, naming = family_of(components), naming_of(components)
     if lora.dialect is Dialect.KOHYA and "transformer" in components:
         naming = Naming.FLUX
+    if lora.dialect is Dialect.KOHYA and is_dora(components):
+        return check_names(lora.path, components, family), []
     endless = [f for config in lora.configs.values() for c in components.values() for f in endless_fields(config, c)]
     if endless:
         return [], [f"diffusers was not tried: it may never end with the expressions in {listing(set(endless))}"]
@@ -204,7 +209,10 @@ def twin_problems(loras: list[LoraFile]) -> list[str]:
     first, *others = loras
     problems = []
     for other in others:
-        errors = errors_against(other.components, first.components)
+        found, wanted = other.components, first.components
+        if by_base(found) != by_base(wanted):  # ComfyUI's rows, whose base is not at hand
+            found, wanted = without_magnitudes(found), without_magnitudes(wanted)
+        errors = errors_against(found, wanted)
         if unlike := [f"{c}.{path}" for (c, path), error in errors.items() if error > EXACT]:
             problems.append(f"{other.path.name} differs from {first.path.name} in {listing(unlike)}")
     return problems

@@ -31,11 +31,12 @@ from torch import Tensor
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.problems import listing
+from .dora import stored
 from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
 from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip
 from .header import DIFFUSERS_METADATA
-from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, projects, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, magnitude_key, projects, to_kohya
 from .progress import progress
 
 ARCHITECTURES = {
@@ -60,7 +61,7 @@ KOHYA_FACTS = {
 # What describes a file rather than its training: written anew, never carried over from another file.
 COMPUTED = re.compile(
     r"ss_(network_(module|dim|alpha|args)|output_name|v2|base_model_version)|sshs_\w+|reslora\.version\..*"
-    r"|modelspec\.(sai_model_spec|architecture|implementation|title|date|hash_sha256)"
+    r"|reslora\.dora_norm|modelspec\.(sai_model_spec|architecture|implementation|title|date|hash_sha256)"
 )
 
 
@@ -70,7 +71,7 @@ def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components
     Raises:
         ValueError: a number does not fit `dtype`, or next to nothing would be left of a module.
     """
-    stored: Components = {component: {} for component in components}
+    held: Components = {component: {} for component in components}
     todo = [(c, path, factors) for c, modules in components.items() for path, factors in modules.items()]
     too_large, too_small = [], []
     for component, path, factors in progress(todo, "folding"):
@@ -80,7 +81,7 @@ def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components
             too_large.append(f"{component}.{path}")
         elif any(lost(kept, given) > TOLERANCE[dtype] for kept, given in zip(cast[:2], exact[:2], strict=True)):
             too_small.append(f"{component}.{path}")
-        stored[component][path] = cast
+        held[component][path] = cast
     if too_large:
         raise ValueError(f"{listing(too_large, 1)} overflow {dtype}; write float32 or bfloat16")
     if too_small:
@@ -88,7 +89,7 @@ def uniform(components: Components, rank: int, dtype: torch.dtype) -> Components
             f"{listing(too_small, 1)} vanish in {dtype}: their numbers are too small for it. The adapter was hardly "
             "trained, or not at all; write float32 or bfloat16 if it is to be kept"
         )
-    return stored
+    return held
 
 
 def lost(kept: Tensor, given: Tensor) -> float:
@@ -107,6 +108,11 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
             for layout in sorted(layouts):
                 key_A, key_B = diffusers_keys(component, layout)
                 tensors[key_A], tensors[key_B] = factors.lora_A.clone(), factors.lora_B.clone()
+                if factors.magnitude is not None:
+                    key = magnitude_key(key_A)
+                    if component in CLIP_COMPONENTS:  # transformers 5 finds it by its whole name alone
+                        key = f"{key}.weight"
+                    tensors[key] = stored(factors, kohya=False)
     return tensors
 
 
@@ -116,7 +122,9 @@ def diffusers_metadata(components: Components, rank: int) -> dict[str, str]:
     for component, modules in components.items():
         paths = recognisable(component, modules, Dialect.DIFFUSERS)
         targets = sorted(flat_path(path) if component in CLIP_COMPONENTS else path for path in paths)
-        fields = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+        fields: dict[str, object] = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+        if any(f.magnitude is not None for f in modules.values()):
+            fields["use_dora"] = True
         stated |= {f"{component}.{field}": value for field, value in fields.items()}
     return {DIFFUSERS_METADATA: json.dumps(stated, sort_keys=True)}
 
@@ -134,6 +142,8 @@ def kohya_tensors(components: Components, naming: Naming) -> dict[str, Tensor]:
             tensors[f"{name}.lora_down.weight"] = factors.lora_A.clone()
             tensors[f"{name}.lora_up.weight"] = factors.lora_B.clone()
             tensors[f"{name}.alpha"] = torch.tensor(float(factors.lora_A.shape[0]))
+            if factors.magnitude is not None:
+                tensors[f"{name}.dora_scale"] = stored(factors, kohya=True)
     return tensors
 
 

@@ -1,4 +1,7 @@
-"""`--use_dora` on every command line: what DoRA does not go with. The method itself is `core.dora`. Known without torch."""
+"""`--use_dora` on every command line: what DoRA does not go with. The method itself is `core.dora`.
+
+Known without torch.
+"""
 
 from collections.abc import Iterable
 

@@ -14,7 +14,7 @@ from ...utils.problems import listing
 from ..adapter import Adapter
 from ..chains import Site
 from ..dora import magnitude_of
-from ..functional import LoraFactors, concatenated
+from ..functional import LoraFactors, concatenated, with_magnitude
 from ..sharding import whole
 from .corrections import corrections_of
 
@@ -36,7 +36,7 @@ def plain_factors(adapter: Adapter, site: Site, correction: Tensor | None) -> Lo
     """The plain LoRA of one layer, given C."""
     window = [block_of(adapter, name) for name in adapter.windows[site.name]]
     plain = adapter.path.plain(block_of(adapter, site.name), window, correction)
-    return plain._replace(magnitude=magnitude_of(adapter.layers[site.name], adapter.adapter_name))
+    return with_magnitude(plain, magnitude_of(adapter.layers[site.name], adapter.adapter_name))
 
 
 def merged_factors_of(adapter: Adapter, site: Site) -> LoraFactors:
@@ -72,7 +72,7 @@ def unjoined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
 def factors_of(layer: Any, adapter_name: str) -> LoraFactors:
     """The factors of one of PEFT's layers, as they are; gathered where they are sharded."""
     A, B = (whole(side[adapter_name].weight).detach() for side in (layer.lora_A, layer.lora_B))
-    return LoraFactors(A, B, layer.scaling[adapter_name], magnitude_of(layer, adapter_name))
+    return with_magnitude(LoraFactors(A, B, layer.scaling[adapter_name]), magnitude_of(layer, adapter_name))
 
 
 def refuse_more_than_factors(config: LoraConfig) -> None:

@@ -42,7 +42,8 @@ def merged_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> 
     paths = dict(zip(factors, paths_in(model, list(factors)), strict=True))
     rank = max(len(f.lora_A) for f in factors.values())
     merged: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B, scaling, magnitude) in factors.items():
+    for name, found in factors.items():
+        (lora_A, lora_B, scaling), magnitude = found, found.magnitude
         more = rank - len(lora_A)
         rows, columns = (0, 0) * (lora_A.ndim - 1) + (0, more), (0, 0) * (lora_B.ndim - 2) + (0, more)
         merged[f"{paths[name]}.lora_A.weight"] = F.pad(lora_A.detach(), rows).clone()

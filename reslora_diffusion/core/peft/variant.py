@@ -68,7 +68,7 @@ def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tens
     """
     if is_sharded(weight):
         raise RuntimeError(SHARDED)
-    A, B, scaling, magnitude = factors
+    (A, B, scaling), magnitude = factors, factors.magnitude
     assert magnitude is not None
     with module._unmerged_base_weight() as base:
         base = base.T if getattr(module, "fan_in_fan_out", False) else base

@@ -356,6 +356,7 @@ class Run:
             name=name if folder == self.output else f"{name}-{step:06d}",
             dtype=DTYPES[self.options.save_precision],
             facts=self.facts(step, report),
+            models=self.adapters.models if self.options.use_dora else None,  # a file for ComfyUI needs their norms
         )
 
     def finish(self, step: int) -> tuple[MergeReport | PruningReport, ExportReport | PruningReport | None]:
