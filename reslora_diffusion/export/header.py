@@ -248,9 +248,9 @@ def read_header(path: Path, folder_component: str | None = None, beside: bool = 
         configs, where = embedded_configs(metadata), DIFFUSERS_METADATA
         if any(key.dialect is Dialect.PEFT for key in keys.values()):
             configs, where = {"": peft_config_beside(path)}, PEFT_CONFIG
-        problems += dict.fromkeys(problem for config in configs.values() for problem in not_plain(config, where, dora))
-        if dora and not magnitudes and any(config.get("use_dora") for config in configs.values()):
-            problems.append(f"{where}: use_dora is true, and there are no magnitudes in the file")
+        problems += dict.fromkeys(
+            problem for config in configs.values() for problem in not_plain(config, where, bool(dora and magnitudes))
+        )
         scalings = {component: StatedScaling(config) for component, config in configs.items()}
     except ValueError as error:
         problems.append(str(error))
