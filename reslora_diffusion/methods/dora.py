@@ -7,9 +7,7 @@ from collections.abc import Iterable
 
 from ..rules import WITHOUT_DORA
 
-SHARDED = (
-    "DoRA takes norms of whole rows of the base, of which each process holds a part; wanted DDP or one process"
-)
+SHARDED = "DoRA takes norms of whole rows of the base, of which each process holds a part; wanted DDP or one process"
 CONFLICTS = WITHOUT_DORA | {
     "max_norm": "--scale_weight_norms bounds the norm of B A, and DoRA's change of the weight is not B A; wanted none",
     "network_weights": "a LoRA's file has no magnitudes, and its norms would not be those that training starts with; "
