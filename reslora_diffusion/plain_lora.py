@@ -39,7 +39,10 @@ FIELDS = {
     ),
 }
 # What `ResLoraConfig` adds. With the shortcut "none" nothing of it matters.
-SHORTCUT_FIELDS = ("shortcut", "num_previous", "merge_method", "same_resolution_only", "reslora_version")
+SHORTCUT_FIELDS = (
+    *("shortcut", "num_previous", "merge_method", "same_resolution_only"),
+    *("calibrated", "frozen_links", "reslora_version"),
+)
 
 # Initialisations after which lora_B @ lora_A = 0; "mica" too, but it freezes lora_B by a layer of its own.
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")

@@ -74,6 +74,12 @@ class ShortcutFields:
     same_resolution_only: bool = field(
         default=False, metadata={"help": "Cut block chains where the number of tokens changes."}
     )
+    calibrated: bool = field(
+        default=False, metadata={"help": "Written when saved: whether the file has a calibration."}
+    )
+    frozen_links: int = field(
+        default=0, metadata={"help": "Written when saved: how many frozen links the file has beside the factors."}
+    )
     reslora_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of this configuration."})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -531,13 +532,55 @@ def test_what_peft_refuses_for_lora_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:the factors of adapter")
 @pytest.mark.parametrize("shortcut", LINKED)
 def test_transformers_own_saving_and_loading(shortcut: str, tmp_path: Path) -> None:
-    """It writes the type RESLORA beside the factors; its loader drops the calibration, which merging then asks for."""
+    """It writes the type RESLORA beside the factors, and its loader puts the calibration where merging finds it."""
     model = calibrated("llama", adapted("llama", shortcut))
     model.save_pretrained(tmp_path)
-    loaded = build("llama")
+    loaded = build("llama").double()
     loaded.load_adapter(tmp_path)
     args = inputs("llama")
-    assert torch.equal(output("llama", loaded.double(), args), output("llama", model, args))
-    if shortcut != "block":
-        with pytest.raises(ValueError, match="call calibrate"):
-            merged_factors(loaded)
+    assert torch.equal(output("llama", loaded, args), output("llama", model, args))
+    assert get_controller(loaded).calibration.keys() == get_controller(model).calibration.keys()
+    assert not any("calibration" in name for name in loaded.state_dict())
+    for name, factors in merged_factors(model).items():
+        assert torch.allclose(merged_factors(loaded)[name].lora_A, factors.lora_A)
+
+
+@pytest.mark.filterwarnings("ignore:the factors of adapter")
+@pytest.mark.parametrize("loader", ["transformers", "peft"])
+def test_frozen_links_come_with_their_adapter(tmp_path: Path, loader: str) -> None:
+    """Without them the adapter computes something else."""
+    model = adapted("llama", "block")
+    adapter = get_controller(model)
+    frozen = {name: adapter.factors(name) for name in list(adapter.layers)[::2]}
+    for _ in range(2):
+        adapter.add_frozen({name: tuple(torch.randn_like(f) / 4 for f in pair) for name, pair in frozen.items()})
+    model.save_pretrained(tmp_path)
+    args = inputs("llama")
+    if loader == "transformers":
+        loaded = build("llama").double()
+        loaded.load_adapter(tmp_path)
+    else:
+        loaded = PeftModel.from_pretrained(build("llama").double(), tmp_path)
+        loaded.double()
+        loaded = loaded.get_base_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(output("llama", loaded, args), output("llama", model, args), atol=1e-12)
+    assert not any("frozen" in name for name in loaded.state_dict())
+
+
+def test_frozen_links_that_a_loader_drops_are_missed() -> None:
+    config = ResLoraConfig(r=2, target_modules=["q_proj"], frozen_links=2)
+    model = get_peft_model(build("llama"), config)
+    with pytest.warns(UserWarning, match="saved with 2 frozen links beside its factors, and they were not loaded"):
+        output("llama", model, inputs("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output("llama", model, inputs("llama"))
+
+
+@pytest.mark.filterwarnings("ignore:the factors of adapter")
+@pytest.mark.parametrize("shortcut", LINKED)
+def test_saving_by_transformers_and_loading_by_peft(shortcut: str, tmp_path: Path) -> None:
+    model = calibrated("llama", adapted("llama", shortcut))
+    model.save_pretrained(tmp_path)

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .arrivals import settle, warn_of_lost_links
 from .chains import Explanation, build_chains, windows
 from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
 from .config import ResLoraConfig, Shortcut
@@ -71,6 +72,8 @@ class Adapter(Shared):
         self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
         self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
         self.calibrated_at: dict[str, int] = {}
+        self.awaits = False  # whether buffers are there for what a loader puts beside the factors; see core.arrivals
+        self.lacks_links = False  # of those that its file has
         self.corrections_while_merged: dict[str, Tensor] = {}
         self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `prepare` computes together
         self.packer = Packer()
@@ -205,6 +208,8 @@ class Adapter(Shared):
         """Forward pre-hook of the root."""
         if not torch.compiler.is_compiling():
             self.refresh()
+            settle(self)
+            warn_of_lost_links(self)
         self.gone = self.is_gone()
         if self.gone:  # `close` will take the hooks away
             return

@@ -24,6 +24,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..arrivals import settle
 from ..chains import Site
 from ..config import MergeMethod, Shortcut
 from ..sharding import whole
@@ -99,6 +100,7 @@ def corrections_of(adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         ValueError: the method needs `calibrate` first.
     """
+    settle(adapter)
     method = MergeMethod(adapter.config.merge_method)
     if adapter.merges_exactly or method is MergeMethod.DROP:
         return {name: torch.zeros_like(adapter.lora_A(name).detach()) for name in adapter.sites}

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...utils.problems import listing
 from ..adapter import Adapter, Unjoined
+from ..arrivals import make_places
 from ..config import ResLoraConfig, Shortcut
 from ..discovery import runs_twice
 from ..dora import start_at_the_base
@@ -68,6 +69,7 @@ def install(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> Non
     log_what_is_alone(adapter)
     for name, layer in layers.items():
         put_variant(layer, adapter, name)
+    make_places(adapter)
 
 
 def log_what_is_alone(adapter: Adapter) -> None:

@@ -91,6 +91,8 @@ class ResLoraModel(LoraModel):
         adapter = find_adapter(model, adapter_name)
         if adapter is None:
             return tensors
+        config.calibrated = bool(adapter.calibration)
+        config.frozen_links = max(map(len, adapter.frozen.values()), default=0)
         names = {id(module): name for name, module in model.named_modules()}
         for name, correction in adapter.calibration.items():
             tensors[f"{names[id(adapter.layers[name])]}.{CALIBRATION_KEY}"] = correction.contiguous()

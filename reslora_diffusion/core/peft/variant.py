@@ -8,6 +8,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..arrivals import settle
 from ..dora import SHARDED, exact_dtype, ratio, row_norms
 from ..functional import LoraFactors, delta_weight
 from ..merging.factors import merged_factors_of
@@ -122,6 +123,7 @@ def find_adapter(model: nn.Module, adapter_name: str) -> Adapter | None:
         variant = getattr(module, "lora_variant", {}).get(adapter_name)
         if isinstance(variant, ResLoraVariant):
             variant.adapter.refresh()
+            settle(variant.adapter)
             return variant.adapter
     return None
 

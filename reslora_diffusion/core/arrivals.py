@@ -1,0 +1,88 @@
+"""Places for what a file has beside the factors, for loaders that know tensors by their names alone.
+
+`PeftModel.from_pretrained` hands a file's tensors to `ResLoraModel`. transformers' `load_adapter` puts each one where
+the model has a buffer of its name, and drops the others. So a saved configuration says what stands beside the factors
+(`calibrated`, `frozen_links`), injecting it makes buffers of those names, and what has arrived in them is taken when
+the adapter is used first.
+
+    <layer>.lora_A_calibration.<adapter>        C [r, in]
+    <layer>.lora_{A,B}_frozen.<adapter>.<link>  the factors of a finished link
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+CALIBRATION = "lora_A_calibration"
+FROZEN = {"A": "lora_A_frozen", "B": "lora_B_frozen"}
+
+
+def make_places(adapter: "Adapter") -> None:
+    """Buffers for what the configuration says; NaN until something arrives."""
+    links = range(adapter.config.frozen_links)
+    for name, layer in adapter.layers.items():
+        A, B = adapter.factors(name)
+        if adapter.config.calibrated:
+            place(layer, A, CALIBRATION, adapter.adapter_name)
+        for link in links:
+            place(layer, A, FROZEN["A"], adapter.adapter_name, str(link))
+            place(layer, B, FROZEN["B"], adapter.adapter_name, str(link))
+    if adapter.config.calibrated or links:
+        adapter.awaits = True
+
+
+def place(layer: nn.Module, like: Tensor, *names: str) -> None:
+    """A buffer of a tensor's shape in a layer, at a name of several parts."""
+    *path, leaf = names
+    for name in path:
+        if name not in layer._modules:
+            layer.add_module(name, nn.Module())
+        layer = layer.get_submodule(name)
+    layer.register_buffer(leaf, torch.full_like(like.detach(), torch.nan))
+
+
+def taken(layer: nn.Module, first: str, adapter_name: str) -> Iterator[Tensor]:
+    """The buffers of an adapter under a name, which go from the layer; those into which nothing came are left out."""
+    holder = layer._modules.get(first)
+    if holder is None:
+        return
+    found = holder._buffers.pop(adapter_name, None)
+    inner = holder._modules.pop(adapter_name, None)
+    values = [found] if found is not None else list(inner._buffers.values()) if inner is not None else []
+    if not holder._buffers and not holder._modules:
+        del layer._modules[first]
+    yield from (value for value in values if value is not None and not (value.is_meta or value.isnan().any()))
+
+
+def settle(adapter: "Adapter") -> None:
+    """Give the adapter what a loader has put into its places, and take the places away."""
+    if not adapter.awaits:
+        return
+    adapter.awaits = False
+    calibration, frozen = {}, False
+    for name, layer in adapter.layers.items():
+        for value in taken(layer, CALIBRATION, adapter.adapter_name):
+            calibration[name] = value
+        pairs = zip(*(list(taken(layer, FROZEN[side], adapter.adapter_name)) for side in "AB"), strict=True)
+        for pair in pairs:
+            frozen = True
+            adapter.add_frozen({name: pair})
+    adapter.calibration = calibration or adapter.calibration
+    adapter.lacks_links = adapter.config.frozen_links > 0 and not frozen
+
+
+def warn_of_lost_links(adapter: "Adapter") -> None:
+    """Frozen links are a part of what was trained: an adapter that was loaded without them says so once."""
+    if adapter.lacks_links and not adapter.frozen:
+        warnings.warn(
+            f"adapter {adapter.adapter_name!r} was saved with {adapter.config.frozen_links} frozen links beside its "
+            "factors, and they were not loaded: load it by PeftModel.from_pretrained or model.load_adapter",
+            stacklevel=2,
+        )
+    adapter.lacks_links = False
