@@ -3,15 +3,18 @@
 import pytest
 import torch
 
+from dora_reference import decomposed
 from dreambooth import arguments
 from models import build, inputs, output
 from reslora_diffusion import calibrate, factor_pairs, get_controller, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.diffusion.models.architecture import read_architecture
+from reslora_diffusion.diffusion.options.model_checks import adapter_problems
 from reslora_diffusion.diffusion.train.optimizers import optimizer_problems
-from reslora_diffusion.diffusion.train.schedules import schedule_problems
+from reslora_diffusion.diffusion.train.schedules import decomposition_problems, schedule_problems
 from reslora_diffusion.export import export_lora, export_peft
 from reslora_diffusion.llm import methods as llm_methods
+from reslora_diffusion.llm.checks import option_problems
 from reslora_diffusion.llm.options import ModelOptions
 from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
@@ -19,6 +22,7 @@ from reslora_diffusion.methods.schedules import Prune, Schedule, parse_schedule
 from reslora_diffusion.methods.schedules.making import make_schedule
 from reslora_diffusion.methods.schedules.settings import SCHEDULES, conflicts_of
 from reslora_diffusion.methods.table import FEATURES, conflicts, table
+from test_core_dora import with_dora
 from test_core_shortcuts import adapted, loss_of
 
 SHORTCUTS = ("none", "input", "block", "middle")
@@ -138,6 +142,45 @@ def test_every_pair_trains_three_steps_and_exports_what_is_proved(
     assert all(path.is_file() for path in report.files.values())
 
 
+@pytest.mark.parametrize("text", ["coto", "restart:stages=2,momentum=0.5", None])
+@pytest.mark.parametrize("shortcut", ["none", "block"])
+@pytest.mark.parametrize("name", MADE)
+def test_dora_trains_three_steps_with_what_it_composes_with(
+    tmp_path, name: str, shortcut: str, text: str | None
+) -> None:
+    model, batches = with_dora(name, shortcut), MADE[name]
+    before = output(name, model, batches[0])
+    assert (before - output(name, build(name), batches[0])).abs().max() > 1e-3
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = make_schedule(parse_schedule(text), seed=1) if text else Schedule()
+    schedule.start([AdaptedModel(model)], 3, optimizer)
+    moved = {key: p.detach().clone() for key, p in model.named_parameters() if "magnitude" in key}
+    for step, batch in enumerate(batches):
+        schedule.before_step(step)
+        loss_of(output(name, model, batch)).backward()
+        schedule.after_backward(step)
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert any(gradient.any() for key, gradient in gradients.items() if "magnitude" in key)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_step(step + 1)
+    parameters = dict(model.named_parameters())
+    assert any(not torch.equal(parameters[key], value) for key, value in moved.items())
+    after = output(name, model, batches[0])
+    assert (after - before).abs().max() > 1e-4
+    factors, plain = merged_factors(model), build(name)
+    for path, f in factors.items():
+        weight = plain.get_submodule(path).weight
+        weight.data.copy_(decomposed(weight, *f, f.magnitude.values))
+    assert torch.allclose(output(name, plain, batches[0]), after, atol=1e-9)
+    if name == "unet":
+        report = export_lora(tmp_path, {"unet": factors}, name="x", dtype=torch.float32, models={"unet": model})
+    else:
+        report = export_peft(tmp_path, factors, dtype=torch.float32)
+    assert report.largest_error < 1e-5
+
+
 ASKED = {  # options of the DreamBooth trainer, or of the language models', by feature
     **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
     "loraplus": {"loraplus_lr_ratio": 16.0, "shortcut": "block"},
@@ -147,23 +190,26 @@ ASKED = {  # options of the DreamBooth trainer, or of the language models', by f
     "text_encoder": {"train_text_encoder": True, "shortcut": "block"},
     "sharded_base": {"shortcut": "block"},
     "best": {"keep_best": True, "shortcut": "block"},
+    "network_weights": {"network_weights": "lora.safetensors", "shortcut": "block"},
+    "dora": {"use_dora": True, "shortcut": "block"},
 }
 OF_LLM = {
     **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
     "best": {"load_best_model_at_end": True, "shortcut": "none"},
     "fsdp": {"fsdp": "full_shard", "shortcut": "none"},
     "deepspeed": {"deepspeed": "zero.json", "shortcut": "none"},
+    "dora": {"use_dora": True, "shortcut": "none"},
 }
 
 
 def words_of(method: str) -> dict[str, str]:
-    flag, name = method.removeprefix("--").split()
-    return {flag: name}
+    flag, _, name = method.removeprefix("--").partition(" ")
+    return {flag: name or True}
 
 
 @pytest.mark.parametrize("method", conflicts())
 def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, method: str) -> None:
-    """By the trainers that have the feature. DoRA's magnitudes are refused by the adapter's configuration."""
+    """By the trainers that have the feature."""
     for feature, reason in conflicts()[method].items():
         said = []
         if feature in ASKED:
@@ -172,6 +218,7 @@ def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkey
             base = read_architecture(options)
             options.take_defaults(base.family)
             said += [*schedule_problems(options, base, None), *optimizer_problems(options)]
+            said += [*decomposition_problems(options), *adapter_problems(options)]
             if feature == "cuda_graph" and "optimizer" in method:  # said of every optimizer that is not fused
                 reason = "--cuda_graph records the optimizer too"
             assert any(reason in line for line in said), (method, feature)
@@ -182,8 +229,9 @@ def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkey
             training.world_size = 1
             training.load_best_model_at_end = feature == "best"
             said = [*llm_methods.schedule_problems(options, training), *llm_methods.process_problems(options, training)]
+            said += option_problems(options)
             assert any(reason in line for line in said), (method, feature)
-        assert feature in {*ASKED, *OF_LLM, "dora"}, feature
+        assert feature in {*ASKED, *OF_LLM}, feature
 
 
 def test_the_table_is_made_of_what_is_checked() -> None:

@@ -20,7 +20,8 @@ from ...utils.problems import BadInput, listing
 if TYPE_CHECKING:
     from ..pruning.structures import Structure
 
-DORA = "`block` is all that DoRA has to fold, and that merges exactly at the end; wanted no fold"
+FOLDED_DORA = "`block` is all that DoRA has to fold, and that merges exactly at the end; wanted no fold"
+PRUNED_DORA = "scores are of what B A does to a weight, and DoRA does more to it than B A; wanted no --use_dora"
 SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"
 DEEPSPEED = "DeepSpeed takes the optimizer step itself, from copies of parameters and gradients; use DDP or one process"
 
@@ -130,7 +131,7 @@ class FoldSettings(Settings):
     summary = "folds the shortcut into plain LoRA, and trains on"
     conflicts = {
         "none": "there is no shortcut to fold; wanted input, middle or block",
-        "dora": DORA,
+        "dora": FOLDED_DORA,
         "deepspeed": DEEPSPEED,
     }
 
@@ -156,7 +157,7 @@ class PruneSettings(Settings):
         "shortcut none or block",
         "middle": "scores are of what B A does to one layer's weight, and `middle` depends on activations; wanted "
         "shortcut none or block",
-        "dora": DORA,
+        "dora": PRUNED_DORA,
         "cuda_graph": "scores are made of gradients between two recordings, which has not been tried; wanted no "
         "--cuda_graph",
         "text_encoder": "one model is pruned, and a LoRA of the text encoder would stay behind; wanted no "
