@@ -11,7 +11,7 @@ the adapter is used first.
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def make_places(adapter: "Adapter") -> None:
         adapter.awaits = True
 
 
-def place(layer: nn.Module, like: Tensor, *names: str) -> None:
+def place(layer: Any, like: Tensor, *names: str) -> None:
     """A buffer of a tensor's shape in a layer, at a name of several parts."""
     *path, leaf = names
     for name in path:
@@ -47,7 +47,7 @@ def place(layer: nn.Module, like: Tensor, *names: str) -> None:
     layer.register_buffer(leaf, torch.full_like(like.detach(), torch.nan))
 
 
-def taken(layer: nn.Module, first: str, adapter_name: str) -> Iterator[Tensor]:
+def taken(layer: Any, first: str, adapter_name: str) -> Iterator[Tensor]:
     """The buffers of an adapter under a name, which go from the layer; those into which nothing came are left out."""
     holder = layer._modules.get(first)
     if holder is None:
