@@ -22,9 +22,9 @@ import typer
 from typer.core import TyperGroup
 
 from .choices import Modules, Precision, Target
-from .export.base import check_base, check_merge, check_pair, check_stored
-from .export.header import read_headers
-from .export.limits import CheckFailed, check_weights, parse_rank
+from .commands import checking
+from .export import checks
+from .export.limits import CheckFailed, parse_rank
 from .programs import add_commands
 from .utils.problems import printable_lines
 
@@ -89,7 +89,7 @@ def show(reports: Iterable[object]) -> None:
     typer.echo("\n\n".join(map(str, reports)))
 
 
-@app.command()
+@app.command(cls=checking(checks.known_rank, checks.trained, checks.known_base))
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="output_dir of a training, or a checkpoint-N in it")
@@ -115,14 +115,13 @@ def export(
       reslora export runs/panda panda --export_rank auto
       reslora export runs/panda/checkpoint-200 panda-200 --dtype fp32
     """
-    asked = parse_rank(rank)
-    from .export.trained import export_trained, lora_of
+    from .export.trained import export_trained
 
-    lora_of(run)
+    asked = parse_rank(rank)
     show(export_trained(run, output, rank=asked, dtype=dtype.dtype, name=name, base=base, allow_lossy=allow_lossy))
 
 
-@app.command()
+@app.command(cls=checking(checks.readable_beside))
 def inspect(source: LoraSource, as_json: AsJson = False) -> None:
     """Say what a LoRA file is.
 
@@ -142,7 +141,7 @@ def inspect(source: LoraSource, as_json: AsJson = False) -> None:
         raise typer.Exit(CHECK_FAILED)
 
 
-@app.command()
+@app.command(cls=checking(checks.readable_beside, checks.known_base))
 def verify(
     source: LoraSource,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help=BASE_HELP)] = None,
@@ -158,9 +157,6 @@ def verify(
     Example:
       reslora verify my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    read_headers(source, beside=True, dora=True)
-    if base:
-        check_base(base)
     from .export.verify import verify_lora
 
     result = verify_lora(source, base)
@@ -169,7 +165,7 @@ def verify(
         raise typer.Exit(CHECK_FAILED)
 
 
-@app.command()
+@app.command(cls=checking(checks.readable, checks.mergeable, checks.fitting))
 def merge(
     source: LoraSource,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the fused model")],
@@ -185,16 +181,13 @@ def merge(
     Example:
       reslora merge my_lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 fused
     """
-    headers = read_headers(source, dora=True)
-    check_merge(source, base, output, overwrite, scale=scale)
-    check_stored(headers, base)
     from .export.fusing import fuse
 
     report = fuse(source, base, output, scale=scale, dtype=dtype_of(dtype), variant=variant, overwrite=overwrite)
     typer.echo(str(report))
 
 
-@app.command()
+@app.command(cls=checking(checks.known_rank, checks.readable))
 def resize(
     source: LoraSource,
     rank: RankOption,
@@ -210,15 +203,17 @@ def resize(
     Example:
       reslora resize my_lora.safetensors --rank 8 --output small.safetensors --allow_lossy
     """
-    asked = parse_rank(rank)
-    read_headers(source, dora=True)
     from .export.tools import resize
 
+    asked = parse_rank(rank)
     target = output or Path(f"{stem(source)}-rank{asked}")
     show(resize(source, target, asked, dtype=dtype_of(dtype), allow_lossy=allow_lossy))
 
 
-@app.command(context_settings={"ignore_unknown_options": True})  # a negative weight looks like one
+@app.command(
+    cls=checking(checks.known_rank, checks.combinable, checks.all_readable),
+    context_settings={"ignore_unknown_options": True},  # a negative weight looks like one
+)
 def combine(
     sources: Annotated[list[str], typer.Argument(metavar="A B ...", help="LoRAs for one base")],
     weights: Annotated[
@@ -237,37 +232,15 @@ def combine(
     Example:
       reslora combine subject.safetensors style.safetensors --weights 1,0.6 --output both
     """
-    files, factors = files_and_weights(sources, weights or [])
-    asked = parse_rank(rank)
-    check_weights(factors, files)
-    for source in files:
-        read_headers(source)
     from .export.tools import combine
 
+    files, factors = checks.files_and_weights(sources, weights or [])
+    asked = parse_rank(rank)
     target = output or Path("combined")
     show(combine(files, target, factors, rank=asked, dtype=dtype_of(dtype), allow_lossy=allow_lossy))
 
 
-def files_and_weights(words: list[str], weights: list[str]) -> tuple[list[Path], list[float]]:
-    """Files and weights of `A B --weights 1 -0.6`, where the parser takes -0.6 for a third file: numbers that are no
-    files are weights."""
-
-    def is_number(word: str) -> bool:
-        try:
-            return isinstance(float(word), float)
-        except ValueError:
-            return False
-
-    trailing = [word for word in words if weights and is_number(word) and not Path(word).exists()]
-    numbers = [part for group in weights for part in group.split(",")] + trailing
-    problems = [f"no such option: {word}" for word in words if word.startswith("-") and word not in trailing]
-    problems += [f"--weights: got {number}, wanted a number" for number in numbers if not is_number(number)]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return [Path(word) for word in words if word not in trailing], [float(number) for number in numbers]
-
-
-@app.command()
+@app.command(cls=checking(checks.readable, checks.known_base))
 def convert(
     source: LoraSource,
     to: Annotated[Target, typer.Option(help="whose format")],
@@ -290,9 +263,6 @@ def convert(
       reslora convert from_civitai.safetensors --to diffusers --output panda
       reslora convert panda --to kohya --output panda.safetensors
     """
-    read_headers(source, dora=True)
-    if base:
-        check_base(base)
     from .export.tools import convert
 
     suffix = ".safetensors" if to is Target.KOHYA else ""
@@ -301,7 +271,7 @@ def convert(
     show(convert(source, target, str(to), dtype=precision, base=base, rank=rank, allow_lossy=allow_lossy))
 
 
-@app.command()
+@app.command(cls=checking(checks.comparable))
 def extract(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help=f"fine-tuned model: {BASE_HELP}")],
     base: Annotated[str, typer.Argument(metavar="BASE", help="what it was tuned from")],
@@ -321,7 +291,6 @@ def extract(
     Example:
       reslora extract my-dreambooth-model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 16 --output extracted
     """
-    check_pair(tuned, base)
     from .export.extraction import extract
 
     target = output or Path(f"{Path(tuned).name}-lora")

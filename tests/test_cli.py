@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lora_factors import ATTENTION, random_factors
-from reslora_diffusion.cli import app, files_and_weights
+from reslora_diffusion.cli import app
 from reslora_diffusion.export import export_lora, read_lora, write_lora_file
 from reslora_diffusion.export.base import check_stored
+from reslora_diffusion.export.checks import files_and_weights
 from reslora_diffusion.export.header import read_headers
 from reslora_diffusion.export.hollow import fitting_models
 from tiny import tiny_pipeline_folder, tiny_unet
@@ -281,3 +282,25 @@ def test_a_single_file_is_no_base(run, source, words):
     code, output = run(command, source, *rest, "--base", source)
     assert code == 2
     assert "is a single file; wanted the folder or hub name of a pipeline" in output
+
+
+def test_all_that_is_wrong_is_in_one_message(run, source, tmp_path):
+    """An unknown option, a value that cannot be, and files that are not there."""
+    code, output = run("resize", "nowhere.safetensors", "--rank", "none", "--frobnicate", "3", "--dtype", "fp99")
+    assert code == 2
+    assert "4 problems" in output
+    for part in ("No such option: --frobnicate", "'fp99'", "rank must be 'full'", "nowhere.safetensors does not exist"):
+        assert part in output, output
+    code, output = run("merge", "nowhere.safetensors", "out", "--base", "/nowhere", "--scale", "much")
+    assert (code, "much" in output, "nowhere.safetensors does not exist" in output) == (2, True, True)
+    assert "/nowhere does not exist" in output
+    code, output = run("merge", "--rnak=3", source, "out", "--base", "/nowhere", "--scale", "nan")
+    assert "No such option: --rnak" in output
+    assert "/nowhere does not exist" in output
+    assert "wanted a finite number" in output
+    code, output = run("combine", source, "a.safetensors", "b.safetensors", "--weights", "x", "--rank", "0")
+    for part in ("a.safetensors does not exist", "b.safetensors does not exist", "got x, wanted a number", "got '0'"):
+        assert part in output, output
+    assert run("verify", source, "--frobnicate")[1].count("No such option") == 1
+    assert run("verify", "--help")[0] == 0
+    assert written(tmp_path) == []
