@@ -22,7 +22,7 @@ from tiny import tiny_pipeline_folder, tiny_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("export", "inspect", "verify", "merge", "resize", "combine", "convert", "extract", "methods")
-TRAINING = ("train", "train-llm", "glue", "compare", "env")  # tests/test_programs.py
+TRAINING = ("train", "train-llm", "glue", "tune", "compare", "env")  # tests/test_programs.py
 SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 BASE = str(tiny_pipeline_folder())
 
@@ -292,7 +292,7 @@ def test_all_that_is_wrong_is_in_one_message(run, source, tmp_path):
     for part in ("No such option: --frobnicate", "'fp99'", "rank must be 'full'", "nowhere.safetensors does not exist"):
         assert part in output, output
     code, output = run("merge", "nowhere.safetensors", "out", "--base", "/nowhere", "--scale", "much")
-    assert (code, "much" in output, "nowhere.safetensors does not exist" in output) == (2, True, True)
+    assert (code, "--scale" in output, "nowhere.safetensors does not exist" in output) == (2, True, True)
     assert "/nowhere does not exist" in output
     code, output = run("merge", "--rnak=3", source, "out", "--base", "/nowhere", "--scale", "nan")
     assert "No such option: --rnak" in output

@@ -11,19 +11,18 @@ the adapter is used first.
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .adapter import Adapter
+Adapter = Any  # `core.adapter.Adapter`, which takes what arrives
 
 CALIBRATION = "lora_A_calibration"
 FROZEN = {"A": "lora_A_frozen", "B": "lora_B_frozen"}
 
 
-def make_places(adapter: "Adapter") -> None:
+def make_places(adapter: Adapter) -> None:
     """Buffers for what the configuration says; NaN until something arrives."""
     links = range(adapter.config.frozen_links)
     for name, layer in adapter.layers.items():
@@ -60,7 +59,7 @@ def taken(layer: Any, first: str, adapter_name: str) -> Iterator[Tensor]:
     yield from (value for value in values if value is not None and not (value.is_meta or value.isnan().any()))
 
 
-def settle(adapter: "Adapter") -> None:
+def settle(adapter: Adapter) -> None:
     """Give the adapter what a loader has put into its places, and take the places away."""
     if not adapter.awaits:
         return
@@ -77,7 +76,7 @@ def settle(adapter: "Adapter") -> None:
     adapter.lacks_links = adapter.config.frozen_links > 0 and not frozen
 
 
-def warn_of_lost_links(adapter: "Adapter") -> None:
+def warn_of_lost_links(adapter: Adapter) -> None:
     """Frozen links are a part of what was trained: an adapter that was loaded without them says so once."""
     if adapter.lacks_links and not adapter.frozen:
         warnings.warn(

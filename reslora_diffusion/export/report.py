@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .limits import LOSSY_ERROR
-from .outputs import Outputs
 from .proof import LoaderCheck
 from .ranks import Losses
 from .tables import table
+
+if TYPE_CHECKING:  # which waits for PEFT
+    from .outputs import Outputs
 
 SHOWN = 5  # modules that a cut hurt most
 
@@ -41,7 +44,7 @@ class ExportReport:
     versions: dict[str, str]
     facts: dict[str, str]
     notes: list[str] = field(default_factory=list)
-    outputs: Outputs | None = None  # of the whole model, in a PEFT folder
+    outputs: "Outputs | None" = None  # of the whole model, in a PEFT folder
 
     @property
     def energy_kept(self) -> float:
