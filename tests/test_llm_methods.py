@@ -18,11 +18,14 @@ ENTIRE = [
     {"schedule": "coto", "shortcut": "middle", "lora_dropout": 0.1, "torch_compile": False},
     {"schedule": "restart:stages=2,momentum=0.5,warmup=1", "shortcut": "block", "optimizer": "rite"},
     {"schedule": "restart:ranks=2/1", "shortcut": "none", "gradient_accumulation_steps": 2},
+    {"schedule": "ranks:ratio=0.5,every=1", "shortcut": "none", "optimizer": "scaled_adamw"},
+    {"schedule": "fold:at=0.5", "shortcut": "input", "optimizer": "rite"},
+    {"schedule": "coto", "shortcut": "block", "optimizer": "reflora"},
     {"optimizer": "pro", "method": "lora", "optimizer_args": "damping=1e-6"},
 ]
 
 
-@pytest.mark.parametrize("options", ENTIRE, ids=lambda options: options.get("schedule", "pro"))
+@pytest.mark.parametrize("options", ENTIRE, ids=lambda options: "-".join(map(str, options.values())))
 def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(folders, tmp_path, options):  # noqa: F811
     """Step 2 of 4 is the knot of two links."""
     options = options | {"task": None, "dataset_name": folders["talks"], "load_best_model_at_end": False}

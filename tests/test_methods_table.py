@@ -82,7 +82,7 @@ def test_what_the_table_says_is_what_happens(text: str, shortcut: str, kind: str
         assert torch.allclose(got, wanted, atol=1e-10)
 
 
-TEXTS = ["coto", "restart:stages=2,momentum=0.5", "fold:at=0.5", "prune:parts=heads,every=1", None]
+TEXTS = ["coto", "restart:stages=2,momentum=0.5", "fold:at=0.5", "prune:parts=heads,every=1", "ranks:every=1", None]
 UNET_BATCHES = [inputs("unet", seed=n) for n in range(3)]
 MADE = {"llama": BATCHES[:3], "unet": UNET_BATCHES}
 
@@ -192,6 +192,7 @@ ASKED = {  # options of the DreamBooth trainer, or of the language models', by f
     "best": {"keep_best": True, "shortcut": "block"},
     "network_weights": {"network_weights": "lora.safetensors", "shortcut": "block"},
     "dora": {"use_dora": True, "shortcut": "block"},
+    "ema": {"use_ema": True, "shortcut": "block"},
 }
 OF_LLM = {
     **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
@@ -244,4 +245,4 @@ def test_the_table_is_made_of_what_is_checked() -> None:
     lines = {line.split("  ")[0]: line.split("  ")[1:] for line in text.splitlines()}
     marks = [cell.strip() for cell in lines["--shortcut middle"] if cell.strip()]
     assert marks == ["yes", "no", "yes", "no", "no", "no", "no", "no", "no"]
-    assert [kind.conflicts for kind in SCHEDULES.values()] == list(conflicts().values())[:4]
+    assert [kind.conflicts for kind in SCHEDULES.values()] == list(conflicts().values())[:5]

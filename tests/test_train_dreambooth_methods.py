@@ -35,13 +35,21 @@ ENTIRE = [
     {"schedule": "restart:ranks=4/2", "method": "lora", "use_ema": True, "gradient_checkpointing": True},
     {"schedule": "restart:ranks=4/2", "shortcut": "none", "optimizer": "pro"},
     {"schedule": "fold:at=0.5", "shortcut": "block", "optimizer": "rite"},
+    {"schedule": "fold:at=0.5", "shortcut": "input", "optimizer": "scaled_adamw"},
+    {"schedule": "coto", "shortcut": "input", "optimizer": "reflora"},
+    {"schedule": "coto", "shortcut": "block", "optimizer": "scaled_adamw"},
+    {"schedule": "coto", "method": "lora", "optimizer": "pro"},
+    {"schedule": "ranks:ratio=0.5,every=1", "shortcut": "block", "train_text_encoder": True},
 ]
 
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(options, marks=[pytest.mark.slow] if place % 2 else []) for place, options in enumerate(ENTIRE)],
-    ids=lambda options: f"{options['schedule']}-{options.get('shortcut', 'lora')}",
+    [
+        pytest.param(options, marks=[pytest.mark.slow] if place % 2 or place > 5 else [])
+        for place, options in enumerate(ENTIRE)
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(tmp_path, options):
     """Step 2 of 4 is the knot of two links; the second link begins there, with a B of zero."""
@@ -56,6 +64,8 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(tmp_path, options):
     if "stages" in options["schedule"]:
         assert ranks == {2 * (4 + 4)}  # two links, those of the block before with them
         assert len(load_file(whole / "checkpoint-2" / WEIGHTS))  # at the knot, where every lora_B was small or zero
+    elif options["schedule"].startswith("ranks:"):
+        assert ranks == {2 * (4 - 2)}
     elif "ranks" in options["schedule"]:
         assert ranks == {4 + 2}
         assert (whole / "checkpoint-2" / WEIGHTS).is_file()
@@ -76,7 +86,7 @@ def test_dropped_adapters_change_what_is_learned_and_the_header_says_so(tmp_path
     [
         (
             {"schedule": "cotto", "shortcut": "block", "rank": 0},
-            ["--schedule: got 'cotto', wanted coto, restart, fold, prune; did you mean coto?", "--rank: got 0"],
+            ["--schedule: got 'cotto', wanted coto, restart, fold, prune, ranks; did you mean coto?", "--rank: got 0"],
         ),
         (
             {"schedule": "restart:stages=9,ranks=8/4", "shortcut": "input", "scale_weight_norms": 1.0},

@@ -103,6 +103,8 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
         return
     restore_exported_factors(model)
     factors = exported_factors(model)
+    if trainer.schedule is not None:
+        factors = trainer.schedule.exported(factors)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     if trainer.is_world_process_zero():
         report = export_peft(

@@ -18,6 +18,7 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
     "convolutions": "adapters on convolutions and embeddings",
     "cuda_graph": "--cuda_graph",
     "text_encoder": "--train_text_encoder",
+    "ema": "--use_ema",
     "best": "the best step by its loss, rather than the last",
     "sharded_base": "a base that FSDP has sharded",
     "fsdp": "factors that FSDP has sharded",

@@ -33,6 +33,8 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
         found.append("cuda_graph")
     if options.scale_weight_norms:
         found.append("max_norm")
+    if options.use_ema:
+        found.append("ema")
     if options.keep_best:
         found.append("best")
     if options.train_text_encoder:

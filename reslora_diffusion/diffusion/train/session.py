@@ -242,12 +242,16 @@ class Run:
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
         if self.adapters.health_problem() is None and not isinstance(self.schedule, Prune):  # that leaves no LoRA
-            factors = self.adapters.factors()
+            factors = self.factors()
             save_merged(folder / STATE_FOLDER, factors, self.facts(step))
             try:
                 self.export(folder, factors, step)
             except ValueError as error:
                 self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
+
+    def factors(self) -> dict[str, dict[str, LoraFactors]]:
+        """The plain LoRA of each component as it would be exported now."""
+        return {name: self.schedule.exported(factors) for name, factors in self.adapters.factors().items()}
 
     def restore(self, folder: Path) -> int:
         """Inverse of `save`; returns the step."""
@@ -302,7 +306,7 @@ class Run:
                     merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
                 values |= {"merge_gap": merged - values["validation_loss"]}
                 if self.options.keep_best and step and not (self.best and self.best.loss_merged <= merged):
-                    self.best = Best.of(step, loss, merged, self.adapters.factors())
+                    self.best = Best.of(step, loss, merged, self.factors())
         self.seen = values
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
@@ -373,7 +377,7 @@ class Run:
             merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
             if not self.accelerator.is_main_process:
                 return merged, None
-            factors = self.adapters.factors()
+            factors = self.factors()
             if self.best and self.best.step != step:
                 was = f"{merged.loss_merged:.5f} at step {step}"
                 step, factors, merged = self.best.step, self.best.factors, self.best.report(merged)

@@ -4,6 +4,7 @@
     Restart   freezes the adapter and starts another beside it         --schedule restart:stages=3
     Fold      folds the shortcut into plain LoRA, and trains on        --schedule fold:at=0.85
     Prune     masks heads and channels, and leaves a smaller model     --schedule prune:ratio=0.5
+    Ranks     takes ranks away, and leaves a smaller LoRA              --schedule ranks:ratio=0.5
 
 A training loop knows only this much of them:
 
@@ -27,6 +28,7 @@ HOMES = {
     "Coto": "coto",
     "Fold": "fold",
     "Prune": "prune",
+    "Ranks": "ranks",
     "Restart": "restart",
     "Schedule": "base",
     "parse_schedule": "settings",

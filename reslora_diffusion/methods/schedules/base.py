@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.attach import AdaptedModel
+from ...core.functional import LoraFactors
 
 Factor = Callable[[int], float]  # on the learning rate, as a function of the steps that are done
 
@@ -57,6 +58,10 @@ class Schedule:
     def evaluation(self) -> AbstractContextManager:
         """Inside, the adapters compute what would be exported, as far as the schedule decides that."""
         return nullcontext()
+
+    def exported(self, factors: dict[str, LoraFactors]) -> dict[str, LoraFactors]:
+        """What is written of the plain LoRA that an adapter merges into."""
+        return factors
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides tensors; JSON's types."""

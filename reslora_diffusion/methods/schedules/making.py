@@ -6,8 +6,9 @@ from .base import Schedule
 from .coto import Coto
 from .fold import Fold
 from .prune import Prune
+from .ranks import Ranks
 from .restart import Restart
-from .settings import CotoSettings, FoldSettings, PruneSettings, RestartSettings, Settings
+from .settings import CotoSettings, FoldSettings, PruneSettings, RanksSettings, RestartSettings, Settings
 
 
 def make_schedule(
@@ -25,7 +26,7 @@ def make_schedule(
         calibrate: of a `Fold`.
         on_device: whether gates shall be scalars on the device: for what is compiled, and for DDP, which waits for a
             gradient of every parameter.
-        gradient_scale: of a `Prune`.
+        gradient_scale: of a `Prune` and of `Ranks`.
     """
     if isinstance(settings, CotoSettings):
         return Coto(seed, settings.initial_p, settings.ratio, on_device)
@@ -33,4 +34,6 @@ def make_schedule(
         return Restart(settings.stages, settings.momentum, settings.warmup, settings.ranks, seed)
     if isinstance(settings, PruneSettings):
         return Prune(**vars(settings), gradient_scale=gradient_scale)
+    if isinstance(settings, RanksSettings):
+        return Ranks(**vars(settings), gradient_scale=gradient_scale)
     return Fold(settings.at if isinstance(settings, FoldSettings) else None, calibrate)

@@ -74,7 +74,7 @@ class Prune(Schedule):
         cooldown: float = 0.1,
         gradient_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self.settings = PruneSettings(ratio, parts, spare, decay, every, warmup, cooldown)
+        self.settings = PruneSettings(ratio, decay, every, warmup, cooldown, parts, spare)
         self.gradient_scale = gradient_scale
         self.adapted: AdaptedModel
         self.all: list[Structure] = []  # of the model
@@ -115,21 +115,15 @@ class Prune(Schedule):
             mixed = decay * old + (1 - decay) * new
             self.scores[structure.name] = torch.where(new.isfinite().all(), mixed, old)
 
-    def progress(self, steps: int) -> float:
-        """u after so many steps."""
-        first, last = self.settings.warmup * self.total_steps, (1 - self.settings.cooldown) * self.total_steps
-        return min(1.0, max(0.0, (steps - first) / max(last - first, 1e-9)))
-
     def after_step(self, steps: int) -> Change:
-        done = self.progress(steps) >= 1
-        if self.done or not (done or steps % self.settings.every == 0):
+        if not self.settings.is_due(steps, self.total_steps):
             return Change.NOTHING
-        share = 1 - (1 - self.progress(steps)) ** 3
+        share = self.settings.share(steps, self.total_steps)
         for structure in self.structures:
             count = int(share * self.settings.cut(structure.count) + 1e-9)
             lowest = self.scores[structure.name].argsort(stable=True)[:count].cpu()
             self.gone[structure.name] = torch.zeros(structure.count, dtype=torch.bool).index_fill_(0, lowest, True)
-        self.done = done
+        self.done = share == 1
         self.mask()
         return Change.NOTHING
 

@@ -4,6 +4,7 @@
     restart  restart:stages=3,momentum=0.5,warmup=10      restart:ranks=8/4/2
     fold     fold:at=0.85
     prune    prune:ratio=0.5      prune:ratio=0.25,parts=channels,spare=1
+    ranks    ranks:ratio=0.5
 
 Known without torch, so that bad input is answered at once.
 """
@@ -137,18 +138,47 @@ class FoldSettings(Settings):
 
 
 @dataclass
-class PruneSettings(Settings):
-    """Settings of `prune.Prune`."""
+class GradualSettings(Settings):
+    """Of schedules that take away more and more: a share 1 - (1 - u)^3 of what goes in the end, u from 0 to 1."""
 
-    ratio: float = option(0.5, "Share of the heads and channels that is cut out.", above=0, below=1)
+    ratio: float = option(0.5, "Share that is cut out.", above=0, below=1)
+    decay: float = option(0.9, "Of the moving average of scores.", at_least=0, below=1)
+    every: int = option(10, "Steps between two choices of what goes.", at_least=1)
+    warmup: float = option(0.1, "Share of the steps before anything goes.", at_least=0, below=1)
+    cooldown: float = option(0.1, "Share of the steps that are left when the ratio is reached.", at_least=0, below=1)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.warmup + self.cooldown >= 1:
+            yield f"warmup and cooldown: got {self.warmup} and {self.cooldown}, wanted less than 1 together"
+
+    def cut(self, count: int) -> int:
+        """How many of so many go in the end: the whole number nearest to the ratio."""
+        return int(self.ratio * count + 0.5)
+
+    def progress(self, steps: int, total_steps: int) -> float:
+        """u after so many steps."""
+        first, last = self.warmup * total_steps, (1 - self.cooldown) * total_steps
+        return min(1.0, max(0.0, (steps - first) / max(last - first, 1e-9)))
+
+    def share(self, steps: int, total_steps: int) -> float:
+        """Of those that go in the end."""
+        return 1 - (1 - self.progress(steps, total_steps)) ** 3
+
+    def is_due(self, steps: int, total_steps: int) -> bool:
+        """Whether it is chosen anew after so many steps: every so often, and when u has just come to 1."""
+        u, before = (self.progress(count, total_steps) for count in (steps, steps - 1))
+        return before < 1 and (u >= 1 or steps % self.every == 0)
+
+
+@dataclass
+class PruneSettings(GradualSettings):
+    """Settings of `prune.Prune`; the ratio is that of heads and channels."""
+
     parts: str = option("all", "What is cut out: heads, channels or all.", choices=("heads", "channels", "all"))
     spare: int | None = option(
         None, "First and last blocks left whole (default: 0 if the configuration has one width, else 1).", at_least=0
     )
-    decay: float = option(0.9, "Of the moving average of scores.", at_least=0, below=1)
-    every: int = option(10, "Steps between two choices of what is masked.", at_least=1)
-    warmup: float = option(0.1, "Share of the steps before anything is masked.", at_least=0, below=1)
-    cooldown: float = option(0.1, "Share of the steps that are left when the ratio is reached.", at_least=0, below=1)
 
     name = "prune"
     summary = "masks heads and channels by LoRA's gradients, and leaves a smaller model (LoRAPrune)"
@@ -169,15 +199,6 @@ class PruneSettings(Settings):
         "fsdp": SHARDED,
         "deepspeed": DEEPSPEED,
     }
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.warmup + self.cooldown >= 1:
-            yield f"warmup and cooldown: got {self.warmup} and {self.cooldown}, wanted less than 1 together"
-
-    def cut(self, count: int) -> int:
-        """How many of so many groups go: the whole number nearest to the ratio."""
-        return int(self.ratio * count + 0.5)
 
     def structure_problems(
         self, structures: Sequence["Structure"], chosen: Sequence["Structure"], adapted: Container[str]
@@ -206,7 +227,41 @@ class PruneSettings(Settings):
             yield f"ratio={self.ratio} is less than one head or channel of each block; wanted more"
 
 
-KINDS: tuple[type[Settings], ...] = (CotoSettings, RestartSettings, FoldSettings, PruneSettings)
+@dataclass
+class RanksSettings(GradualSettings):
+    """Settings of `ranks.Ranks`; the ratio is that of the ranks of each layer, or of the layers."""
+
+    whole: bool = option(False, "Take whole adapters rather than ranks of each.")
+
+    name = "ranks"
+    summary = "takes away the ranks, or the adapters, that matter least: a smaller LoRA"
+    conflicts = {
+        "middle": "a rank of a chain's layers is one and the same with `middle`, and would go in all of them; wanted "
+        "shortcut none, input or block",
+        "dora": PRUNED_DORA,
+        "cuda_graph": "scores are made of gradients between two recordings, which has not been tried; wanted no "
+        "--cuda_graph",
+        "convolutions": "adapters on convolutions and embeddings would keep their ranks, and with them the file its size; "
+        "wanted linear layers alone",
+        "ema": "an average remembers the ranks that have gone; wanted no --use_ema",
+        "best": "an early step is the best by its loss, and has more ranks; wanted the last step: --keep_best false",
+        "fsdp": SHARDED,
+        "deepspeed": DEEPSPEED,
+    }
+
+    def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
+        yield from (f"{self.name}: {problem}" for problem in self.size_problems([rank], None))
+
+    def size_problems(self, ranks: Iterable[int], layers: int | None) -> Iterator[str]:
+        """Where nothing would go, or nothing would be left; of so many layers, if that is known."""
+        counted = {"adapters": [layers] if layers else []} if self.whole else {"ranks": sorted(set(ranks))}
+        for what, counts in counted.items():
+            for count in counts:
+                if not 0 < (gone := self.cut(count)) < count:
+                    yield f"ratio={self.ratio} would take {gone} of {count} {what}; wanted some to go, and some to stay"
+
+
+KINDS: tuple[type[Settings], ...] = (CotoSettings, RestartSettings, FoldSettings, PruneSettings, RanksSettings)
 SCHEDULES = {kind.name: kind for kind in KINDS}
 
 
