@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from models import build, inputs, output
-from reslora_diffusion import factor_pairs, get_controller, merged_factors
+from reslora_diffusion import ResLoraConfig, attach, factor_pairs, get_controller, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import export_lora, export_peft
@@ -162,6 +162,10 @@ def test_ranks_of_convolutions_and_a_lora_that_is_all_zero() -> None:
 def test_what_does_not_go_with_it() -> None:
     with pytest.raises(BadInput, match="would go in all of them"):
         Training("middle")
+    model = build("unet")
+    attach(model, ResLoraConfig(r=2, target_modules=["to_q", "conv1"], shortcut="block"))
+    with pytest.raises(BadInput, match="wanted linear layers alone"):
+        Ranks().start([AdaptedModel(model)], STEPS)
     with pytest.raises(BadInput, match="ratio"):
         Ranks(ratio=1.0)
     with pytest.raises(BadInput, match="ratio=0.9 would take 3 of 3 ranks"):

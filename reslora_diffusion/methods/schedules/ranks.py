@@ -6,7 +6,7 @@ smaller.
     S_t   = decay S_(t-1) + (1 - decay) I_t
 
 Exported files have one rank, that of their largest module (`export.writer` says why). So every layer loses the same
-share of its ranks, those of lowest score; or, with `whole`, some layers lose all, those whose ranks have the lowest sum,
+share of its ranks, those of lowest score. With `whole`, some layers lose all of theirs instead, those of the lowest sum,
 and are left out of the file. How many are gone after a step is the cubic schedule of `prune`; the ratio is reached
 exactly. A rank that is gone is zero on both sides, has no gradient, and never comes back.
 """
@@ -64,10 +64,9 @@ class Ranks(Schedule):
     ) -> None:
         own = [adapted.adapter for adapted in adapters]
         problems = [self.conflicts[s] for s in {str(adapter.shortcut) for adapter in own} & {*self.conflicts}]
-        problems += self.settings.size_problems(
-            [site.rank for adapter in own for site in adapter.sites.values()],
-            sum(len(adapter.sites) for adapter in own),
-        )
+        problems += [self.conflicts["convolutions"] for adapter in own if adapter.unjoined]
+        sites = [site for adapter in own for site in adapter.sites.values()]
+        problems += self.settings.size_problems([site.rank for site in sites], len(sites))
         refuse(f"ranks: {problem}" for problem in dict.fromkeys(problems))
         self.total_steps = total_steps
         self.layers = {f"{n}.{name}": (adapter, name) for n, adapter in enumerate(own) for name in adapter.sites}

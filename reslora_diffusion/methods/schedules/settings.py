@@ -241,8 +241,8 @@ class RanksSettings(GradualSettings):
         "dora": PRUNED_DORA,
         "cuda_graph": "scores are made of gradients between two recordings, which has not been tried; wanted no "
         "--cuda_graph",
-        "convolutions": "adapters on convolutions and embeddings would keep their ranks, and with them the file its size; "
-        "wanted linear layers alone",
+        "convolutions": "adapters on convolutions and embeddings would keep their ranks, and the file its size; wanted "
+        "linear layers alone",
         "ema": "an average remembers the ranks that have gone; wanted no --use_ema",
         "best": "an early step is the best by its loss, and has more ranks; wanted the last step: --keep_best false",
         "fsdp": SHARDED,
