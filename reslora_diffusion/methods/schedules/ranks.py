@@ -6,9 +6,9 @@ smaller.
     S_t   = decay S_(t-1) + (1 - decay) I_t
 
 Exported files have one rank, that of their largest module (`export.writer` says why). So every layer loses the same
-share of its ranks, those of lowest score. With `whole`, some layers lose all of theirs instead, those of the lowest sum,
-and are left out of the file. How many are gone after a step is the cubic schedule of `prune`; the ratio is reached
-exactly. A rank that is gone is zero on both sides, has no gradient, and never comes back.
+share of its ranks, those of lowest score. With `whole`, some layers lose all of theirs, those of the lowest sum, and
+are left out of the file. How many are gone after a step is the cubic schedule of `prune`; the ratio is reached exactly.
+A rank that is gone is zero on both sides, has no gradient, and never comes back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
