@@ -25,7 +25,7 @@ from PIL import Image
 
 from .adapters import AdapterShelf
 from .foreign import shortened
-from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, picture_count
+from .request import Column, CompareRequest, Limits, Row, Scheduler, checked, image_count, step_count
 
 SCHEDULERS = {
     Scheduler.DDIM: DDIMScheduler,
@@ -38,12 +38,12 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Cell:
-    """One generated image. `painted_with` is what the adapter layers held, not what was asked of them."""
+    """One generated image. `generated_with` is what the adapter layers held, not what was asked of them."""
 
     row: Row
     column: Column
     image: Image.Image
-    painted_with: str
+    generated_with: str
     seconds: float
 
 
@@ -104,20 +104,21 @@ class Comparer:
 
         if cancel.is_set():
             raise Cancelled
-        self.pipe.scheduler = self.scheduler(request.scheduler)
-        painted_with = self.shelf.switch(column)
+        sampling = request.sampling(row, column)
+        self.pipe.scheduler = self.scheduler(sampling.scheduler)
+        generated_with = self.shelf.switch(column)
         started = time.perf_counter()
         image = self.pipe(
             prompt=row.prompt,
             negative_prompt=request.negative_prompt,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(row.seed),
             callback_on_step_end=step_ended,
         ).images[0]
         seconds = time.perf_counter() - started
-        self.seconds_per_step = seconds / request.num_inference_steps
-        return Cell(row, column, image, painted_with, seconds)
+        self.seconds_per_step = seconds / sampling.num_inference_steps
+        return Cell(row, column, image, generated_with, seconds)
 
     def scheduler(self, kind: Scheduler):
         """A fresh scheduler: solvers of higher order keep a history, which must not leak into the next cell."""
@@ -134,8 +135,8 @@ class Comparer:
         """(images, expected seconds), from the step times measured so far."""
         if self.seconds_per_step is None:
             self.warm_up()
-        count = picture_count(checked(request, self.limits))
-        return count, count * request.num_inference_steps * self.seconds_per_step
+        checked(request, self.limits)
+        return image_count(request), step_count(request) * self.seconds_per_step
 
     def prompt_warnings(self, request: CompareRequest) -> list[str]:
         """Prompts of which the text encoder reads only the beginning."""

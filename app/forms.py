@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from .foreign import is_number, lines_of, shortened
-from .request import Adapter, CompareRequest, Limits, Scheduler, joined, problems
+from .request import (
+    Adapter,
+    Axis,
+    CompareRequest,
+    Limits,
+    Scheduler,
+    Setting,
+    joined,
+    problems,
+    setting_of,
+)
 from .training import Method, TrainRequest
 
 SWEEP = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5"
@@ -53,6 +63,33 @@ def read_placeholders(text: str) -> dict[str, tuple[str, ...]]:
     return placeholders
 
 
+NOTHING_SWEPT = "nothing more"
+
+
+def read_settings(axis: str, values: str) -> tuple[Setting, ...]:
+    """
+    >>> [setting.label for setting in read_settings("steps", "10, 25")]
+    ['10 steps', '25 steps']
+    """
+    if axis == NOTHING_SWEPT:
+        return ()
+    if axis == Axis.SCHEDULER:
+        known = {str(kind).lower(): kind for kind in Scheduler}
+        words = [word.strip() for word in re.split("[,;]", values) if word.strip()]
+        if unknown := [word for word in words if word.lower() not in known]:
+            raise ValueError(f"schedulers are {', '.join(Scheduler)}; got {shortened(unknown[0])!r}")
+        found: list[object] = [known[word.lower()] for word in words]
+    else:
+        found = [part for part in re.split(r"[\s,;]+", values.strip()) if part]
+        try:
+            found = [float(part) for part in found]
+            return tuple(setting_of(axis, value) for value in dict.fromkeys(found))
+        except ValueError:
+            example = "10, 25, 50" if axis == Axis.STEPS else "1, 4, 7.5"
+            raise ValueError(f"values of {axis} are numbers such as {example}; got {shortened(values)!r}") from None
+    return tuple(setting_of(axis, value) for value in dict.fromkeys(found))
+
+
 def read_request(
     prompts: str,
     placeholders: str,
@@ -64,6 +101,12 @@ def read_request(
     num_inference_steps: float | None,
     guidance_scale: float | None,
     scheduler: str,
+    columns_axis: str = NOTHING_SWEPT,
+    columns_values: str = "",
+    rows_axis: str = NOTHING_SWEPT,
+    rows_values: str = "",
+    strengths_first: bool = False,
+    *,
     adapters: Mapping[str, Adapter],
     limits: Limits,
 ) -> CompareRequest:
@@ -90,6 +133,15 @@ def read_request(
         except ValueError as error:
             unread.append(name)
             found.append(str(error))
+    swept = {}
+    for name, axis, text in (("columns_by", columns_axis, columns_values), ("rows_by", rows_axis, rows_values)):
+        try:
+            swept[name] = read_settings(axis, text)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            if axis != NOTHING_SWEPT and not swept[name]:
+                found.append(f"{name.removesuffix('_by')} are to go through {axis}, and no value is given")
     found += [f"the adapter {shortened(label)} is not here any more" for label in labels if label not in adapters]
     request = CompareRequest(
         prompts=tuple(line.strip() for line in lines_of(prompts) if line.strip()),
@@ -99,7 +151,9 @@ def read_request(
         num_inference_steps=int(num_inference_steps),
         guidance_scale=float(guidance_scale),
         scheduler=Scheduler(scheduler),
+        strengths_first=strengths_first,
         **values,
+        **swept,
     )
     if "placeholders" not in unread:
         found += problems(request, limits)
@@ -128,7 +182,17 @@ def fields_of(request: CompareRequest) -> tuple:
         request.num_inference_steps,
         request.guidance_scale,
         str(request.scheduler),
+        *fields_of_settings(request.columns_by),
+        *fields_of_settings(request.rows_by),
+        request.strengths_first,
     )
+
+
+def fields_of_settings(settings: tuple[Setting, ...]) -> tuple[str, str]:
+    """Inverse of `read_settings`."""
+    if not settings:
+        return NOTHING_SWEPT, ""
+    return str(settings[0].axis), ", ".join(str(setting.value).removesuffix(".0") for setting in settings)
 
 
 def read_train_request(

@@ -125,8 +125,8 @@ def measure(
         if is_of(subject_word, row.prompt):
             if sound:
                 subject.values[column][row] = likeness(cut_out(cell.image), sound)
-        elif column.adapter and (row, Column()) in places:
-            drift.values[column][row] = float(difference(cell.image, places[row, Column()].image).mean())
+        elif column.adapter and (base := places.get((row, Column(setting=column.setting)))):
+            drift.values[column][row] = float(difference(cell.image, base.image).mean())
     for column in request.columns:
         own = [cell for cell in cells if cell.column == column and not noise.values[column][cell.row]]
         diversity.values[column] = dict(diversities(own))
@@ -138,7 +138,7 @@ def diversities(cells: Iterable[Cell]) -> dict[Hashable, float]:
     """Mean difference between seeds of each prompt with more than one."""
     by_prompt = defaultdict(list)
     for cell in cells:
-        by_prompt[cell.row.prompt].append(cell.image)
+        by_prompt[cell.row.prompt, cell.row.setting].append(cell.image)
     return {
         prompt: math.fsum(float(difference(a, b).mean()) for a, b in pairs) / len(pairs)
         for prompt, images in by_prompt.items()

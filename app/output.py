@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .compare import Cell
 from .foreign import printable, shortened
-from .request import Column, CompareRequest
+from .request import Axis, Column, CompareRequest
 
 SHOWN_SIDE = 256  # small images are enlarged to at least this, by whole factors
 FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map shows brightest
@@ -58,9 +58,15 @@ def png(image: Image.Image) -> bytes:
 
 def settings_line(request: CompareRequest, base: str) -> str:
     """What all images of a comparison have in common."""
-    parts = [f"base {base}", f"{request.num_inference_steps} steps", f"guidance {request.guidance_scale:g}"]
+    common = {
+        Axis.STEPS: f"{request.num_inference_steps} steps",
+        Axis.GUIDANCE: f"guidance {request.guidance_scale:g}",
+        Axis.SCHEDULER: f"scheduler {request.scheduler}",
+    }
+    swept = {setting.axis for setting in (*request.rows_by, *request.columns_by)}
+    parts = [text for axis, text in common.items() if axis not in swept]
     negative = [f"negative prompt “{request.negative_prompt}”"] if request.negative_prompt else []
-    return " · ".join([*parts, f"scheduler {request.scheduler}", *negative, "same noise in a row"])
+    return " · ".join([f"base {base}", *parts, *negative, "same noise in a row"])
 
 
 def by_place(cells: Sequence[Cell]) -> dict:
@@ -68,10 +74,11 @@ def by_place(cells: Sequence[Cell]) -> dict:
 
 
 def column_lines(column: Column, width: int) -> list[str]:
-    """A column's label in at most three lines; the strength has its own, and the middle of a long name is left out."""
+    """A column's label in at most four lines: the name, whose middle is left out if it is long, strength and setting."""
     name = shortened(column.adapter.label if column.adapter else column.label, 2 * width)
     lines = [name[:width], name[width:]]
-    return [*filter(None, lines), *([f"× {column.strength:g}"] if column.adapter else [])]
+    strength = [f"× {column.strength:g}"] if column.adapter else []
+    return [*filter(None, lines), *strength, *([column.setting.label] if column.setting else [])]
 
 
 def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Image:
@@ -83,7 +90,7 @@ def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Im
     rows, columns = request.rows, request.columns
     width = left + len(columns) * (side + gap) + gap
     settings = textwrap.wrap(settings_line(request, base), (width - 2 * gap) // 9)
-    top = gap + (len(settings) + 3) * line + gap
+    top = gap + (len(settings) + 3 + bool(request.columns_by)) * line + gap
     canvas = Image.new("RGB", (width, top + len(rows) * (side + gap) + gap), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.multiline_text((gap, gap), "\n".join(settings), font=font, fill=FAINT)
@@ -94,7 +101,7 @@ def sheet(request: CompareRequest, cells: Sequence[Cell], base: str) -> Image.Im
         y = top + i * (side + gap)
         lines = textwrap.wrap(row.prompt, 27, max_lines=max(1, side // 20 - 2), placeholder="…")
         draw.multiline_text((gap, y), "\n".join(lines), font=font, fill=INK)
-        draw.text((gap, y + line * len(lines)), f"seed {row.seed}", font=font, fill=FAINT)
+        draw.text((gap, y + line * len(lines)), row.note, font=font, fill=FAINT)
         for j, column in enumerate(columns):
             x = left + j * (side + gap)
             if cell := generated.get((row, column)):
@@ -132,12 +139,12 @@ def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
             return "<td><small>not generated</small></td>"
         data = base64.b64encode(png(cell.image)).decode()
         alt = escaped(f"{cell.column.label}: {cell.row.label}")
-        note = f"{escaped(cell.painted_with)}, {cell.seconds:.1f} s"
+        note = f"{escaped(cell.generated_with)}, {cell.seconds:.1f} s"
         return f'<td><img alt="{alt}" src="data:image/png;base64,{data}"><small>{note}</small></td>'
 
     head = "".join(f'<th scope="col">{escaped(column.label)}</th>' for column in request.columns)
     body = "".join(
-        f'<tr><th scope="row">{escaped(row.prompt)}<br><small>seed {row.seed}</small></th>'
+        f'<tr><th scope="row">{escaped(row.prompt)}<br><small>{escaped(row.note)}</small></th>'
         + "".join(td(generated.get((row, column))) for column in request.columns)
         + "</tr>"
         for row in request.rows

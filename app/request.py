@@ -1,7 +1,7 @@
 """What a comparison asks for, as data: the settings file, the page and the tests all speak this.
 
-    rows     every prompt of the matrix x every seed
-    columns  the base, then every adapter at every strength
+    rows     every prompt of the matrix x every seed x every setting of `rows_by`
+    columns  the base, then every adapter at every strength, x every setting of `columns_by`
     cells    rows x columns, each from the same noise as the rest of its row
 
 A prompt with {placeholders} stands for all combinations of their values. Everything wrong with a request is reported
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .foreign import is_number, is_text, shortened
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 is read too
 ADAPTER_NAMES = {"label", "file", "sha256"}
 MANY = 1000  # prompts, more than which are not written out to be counted
 
@@ -31,6 +31,39 @@ class Scheduler(StrEnum):
     EULER = "Euler"
     DPM = "DPM++ 2M"
     UNIPC = "UniPC"
+
+
+class Axis(StrEnum):
+    """Settings of the sampler that can be swept along the rows or the columns."""
+
+    STEPS = "steps"
+    GUIDANCE = "guidance"
+    SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a swept setting; it replaces what the request says for all images."""
+
+    axis: Axis
+    value: int | float | Scheduler
+
+    @property
+    def label(self) -> str:
+        return {
+            Axis.STEPS: f"{self.value} steps",
+            Axis.GUIDANCE: f"guidance {self.value}".removesuffix(".0"),
+            Axis.SCHEDULER: str(self.value),
+        }[self.axis]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one image is denoised."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: Scheduler
 
 
 @dataclass(frozen=True)
@@ -58,14 +91,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Column:
-    """One way to generate: an adapter at a strength, or the base when there is none."""
+    """One way to generate: an adapter at a strength, or the base when there is none; and a swept setting."""
 
     adapter: Adapter | None = None
     strength: float = 0.0
+    setting: Setting | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.adapter.label} × {self.strength:g}" if self.adapter else "base"
+        name = f"{self.adapter.label} × {self.strength:g}" if self.adapter else "base"
+        return f"{name} · {self.setting.label}" if self.setting else name
 
 
 @dataclass(frozen=True)
@@ -74,10 +109,16 @@ class Row:
 
     prompt: str
     seed: int
+    setting: Setting | None = None
+
+    @property
+    def note(self) -> str:
+        """What stands beside the prompt."""
+        return f"seed {self.seed} · {self.setting.label}" if self.setting else f"seed {self.seed}"
 
     @property
     def label(self) -> str:
-        return f"{self.prompt} · seed {self.seed}"
+        return f"{self.prompt} · {self.note}"
 
 
 @dataclass(frozen=True)
@@ -94,16 +135,34 @@ class CompareRequest:
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     scheduler: Scheduler = Scheduler.AS_SAVED
+    rows_by: tuple[Setting, ...] = ()
+    columns_by: tuple[Setting, ...] = ()
+    strengths_first: bool = (
+        False  # whether columns of one strength stand side by side, rather than those of one adapter
+    )
 
     @property
     def rows(self) -> list[Row]:
         prompts = dict.fromkeys(p for template in self.prompts for p in filled(template, self.placeholders))
-        return [Row(prompt, seed) for prompt in prompts for seed in self.seeds]
+        return [Row(*parts) for parts in itertools.product(prompts, self.seeds, self.rows_by or (None,))]
 
     @property
     def columns(self) -> list[Column]:
-        base = [Column()] if self.include_base else []
-        return base + [Column(adapter, s) for adapter in self.adapters for s in self.strengths]
+        base: list[tuple[Adapter | None, float]] = [(None, 0.0)] if self.include_base else []
+        if self.strengths_first:
+            pairs = [(adapter, s) for s in self.strengths for adapter in self.adapters]
+        else:
+            pairs = [(adapter, s) for adapter in self.adapters for s in self.strengths]
+        return [Column(*pair, setting) for pair in (*base, *pairs) for setting in self.columns_by or (None,)]
+
+    def sampling(self, row: Row, column: Column) -> Sampling:
+        """How the image in a row and column is denoised."""
+        swept = {setting.axis: setting.value for setting in (row.setting, column.setting) if setting}
+        return Sampling(
+            swept.get(Axis.STEPS, self.num_inference_steps),
+            swept.get(Axis.GUIDANCE, self.guidance_scale),
+            swept.get(Axis.SCHEDULER, self.scheduler),
+        )
 
     def to_dict(self) -> dict:
         """What a settings file holds. Adapters go by content: a path of this machine helps no other."""
@@ -113,6 +172,7 @@ class CompareRequest:
     @classmethod
     def from_dict(cls, data: object, paths: Mapping[str, str]) -> "CompareRequest":
         """Inverse of `to_dict`, for data that may come from anywhere; `paths` are the files at hand by sha256."""
+        data = upgraded(data)
         problems = settings_problems(data)
         if problems:
             raise ValueError(joined("This is not a settings file of this app", problems))
@@ -126,7 +186,22 @@ class CompareRequest:
         )
         values["placeholders"] = {name: tuple(words) for name, words in values.get("placeholders", {}).items()}
         values["scheduler"] = Scheduler(values.get("scheduler", Scheduler.AS_SAVED))
+        for name in ("rows_by", "columns_by"):
+            values[name] = tuple(setting_of(said["axis"], said["value"]) for said in values.get(name, ()))
         return cls(**values)
+
+
+def setting_of(axis: str, value: object) -> Setting:
+    """
+    Raises:
+        ValueError: the axis is unknown, or the value is none of it.
+    """
+    axis = Axis(axis)
+    if axis is Axis.SCHEDULER:
+        return Setting(axis, Scheduler(value))
+    if not is_number(value) or (axis is Axis.STEPS and value != int(value)):
+        raise ValueError(f"got {shortened(str(value))!r} for {axis}")
+    return Setting(axis, int(value) if axis is Axis.STEPS else float(value))
 
 
 def pieces(template: str) -> list[tuple[str, str | None]]:
@@ -194,14 +269,45 @@ def prompt_problems(request: CompareRequest, limits: Limits) -> list[str]:
     return problems
 
 
-def picture_count(request: CompareRequest) -> int:
+def image_count(request: CompareRequest) -> int:
     """Cells of a request whose prompts are sound. Prompts that come twice count once, unless there are more than
     MANY: ten thousand cost nothing to count."""
     prompts = sum(math.prod(len(request.placeholders[name]) for name in placeholder_names(p)) for p in request.prompts)
     if prompts <= MANY:
         prompts = len({prompt for template in request.prompts for prompt in filled(template, request.placeholders)})
     columns = len(request.adapters) * len(request.strengths) + request.include_base
-    return prompts * len(request.seeds) * columns
+    return prompts * len(request.seeds) * columns * max(1, len(request.rows_by)) * max(1, len(request.columns_by))
+
+
+def step_count(request: CompareRequest) -> int:
+    """Denoising steps of all cells of a request whose prompts are sound."""
+
+    def mean(settings: tuple[Setting, ...]) -> float | None:
+        steps = [setting.value for setting in settings if setting.axis is Axis.STEPS]
+        return sum(steps) / len(steps) if steps else None
+
+    steps = mean(request.rows_by) or mean(request.columns_by) or request.num_inference_steps
+    return round(image_count(request) * steps)
+
+
+def sampling_problems(request: CompareRequest, limits: Limits) -> list[str]:
+    """What is wrong with steps and guidance, those of the swept settings included."""
+    found = []
+    swept = (*request.rows_by, *request.columns_by)
+    steps = [request.num_inference_steps, *(s.value for s in swept if s.axis is Axis.STEPS)]
+    if bad := [value for value in steps if not 1 <= value <= limits.steps]:
+        found.append(f"steps lie between 1 and {limits.steps}; got {shortened(str(bad[0]))}")
+    guidance = [request.guidance_scale, *(s.value for s in swept if s.axis is Axis.GUIDANCE)]
+    if bad := [value for value in guidance if not 0 <= value <= limits.guidance]:
+        found.append(f"guidance lies between 0 and {limits.guidance:g}; got {shortened(str(bad[0]))}")
+    axes = [{setting.axis for setting in settings} for settings in (request.rows_by, request.columns_by)]
+    if max(map(len, axes)) > 1:
+        found.append("rows and columns are swept along one setting each")
+    if both := axes[0] & axes[1]:
+        found.append(f"{', '.join(both)} is swept along rows and columns; wanted one of them")
+    if len(set(swept)) < len(swept):
+        found.append("a value of a swept setting comes twice")
+    return found
 
 
 def problems(request: CompareRequest, limits: Limits) -> list[str]:
@@ -224,11 +330,8 @@ def problems(request: CompareRequest, limits: Limits) -> list[str]:
         found.append("there is no strength")
     if bad := [s for s in request.strengths if not 0 <= s <= limits.strength]:
         found.append(f"strengths lie between 0 and {limits.strength:g}; got {shortened(str(bad[0]))}")
-    if not 1 <= request.num_inference_steps <= limits.steps:
-        found.append(f"steps lie between 1 and {limits.steps}; got {shortened(str(request.num_inference_steps))}")
-    if not 0 <= request.guidance_scale <= limits.guidance:
-        found.append(f"guidance lies between 0 and {limits.guidance:g}; got {shortened(str(request.guidance_scale))}")
-    if not found and (count := picture_count(request)) > limits.images:
+    found += sampling_problems(request, limits)
+    if not found and (count := image_count(request)) > limits.images:
         found.append(f"this asks for {count:,} images; at most {limits.images} are generated at once")
     return found
 
@@ -240,6 +343,20 @@ def checked(request: CompareRequest, limits: Limits) -> CompareRequest:
     return request
 
 
+def upgraded(data: object) -> object:
+    """Settings of version 1 under the names of today's; anything else as it is."""
+    if not isinstance(data, dict) or data.get("format_version") != 1:
+        return data
+    data = {"images" if name == "pictures" else name: value for name, value in data.items()}
+    if isinstance(images := data.get("images"), list):
+        renamed = {"painted_with": "generated_with"}
+        data["images"] = [
+            {renamed.get(name, name): value for name, value in said.items()} if isinstance(said, dict) else said
+            for said in images
+        ]
+    return data | {"format_version": FORMAT_VERSION}
+
+
 def settings_problems(data: object) -> list[str]:
     """What keeps data from being a `CompareRequest`: unknown names and wrong types.
 
@@ -248,10 +365,13 @@ def settings_problems(data: object) -> list[str]:
     if not isinstance(data, dict):
         return ["it holds no object of names and values"]
     if data.get("format_version") != FORMAT_VERSION:
-        return [f"format_version is {data.get('format_version')!r}; this app reads {FORMAT_VERSION}"]
+        return [f"format_version is {data.get('format_version')!r}; this app reads 1 to {FORMAT_VERSION}"]
 
     def lists(kind: type | tuple[type, ...]):
         return lambda v: isinstance(v, list | tuple) and all(isinstance(x, kind) and x is not True for x in v)
+
+    def settings(value: object) -> bool:
+        return lists(dict)(value) and all(x.keys() == {"axis", "value"} and is_setting(**x) for x in value)
 
     text = lists(str)
     wanted = {
@@ -271,9 +391,12 @@ def settings_problems(data: object) -> list[str]:
         "num_inference_steps": (lambda v: type(v) is int, "a whole number"),
         "guidance_scale": (is_number, "a number"),
         "scheduler": (lambda v: v in list(Scheduler), f"one of {', '.join(Scheduler)}"),
+        "rows_by": (settings, "a list of {axis, value}"),
+        "columns_by": (settings, "a list of {axis, value}"),
+        "strengths_first": (lambda v: isinstance(v, bool), "true or false"),
         "base": (lambda v: isinstance(v, str), "a text"),
         "view": (lambda v: isinstance(v, dict), "an object"),
-        "pictures": (lists(dict), "a list of objects"),
+        "images": (lists(dict), "a list of objects"),
     }
     found = [f"{name} is not known" for name in data.keys() - wanted.keys() - {"format_version"}]
     found += [f"{name} is missing" for name in ("prompts", "seeds") if name not in data]
@@ -281,6 +404,14 @@ def settings_problems(data: object) -> list[str]:
         f"{name} is not {words}" for name, (fits, words) in wanted.items() if name in data and not fits(data[name])
     ]
     return found
+
+
+def is_setting(axis: object, value: object) -> bool:
+    try:
+        setting_of(axis, value)
+    except ValueError:
+        return False
+    return True
 
 
 def digests_in(data: object) -> set[str]:

@@ -3,7 +3,7 @@
     settings.json     the request of request.py, and beside it
         base          name of the pipeline it was generated with
         view          {"name": "Slider", "row": 0, "left": 0, "right": 2}
-        images      [{"row", "column", "file", "painted_with", "seconds"}], by the numbers of their row and column
+        images      [{"row", "column", "file", "generated_with", "seconds"}], by the numbers of their row and column
     comparison.zip    settings.json, images/<file>, sheet.png, report.html
 
 What is opened may come from anywhere: an archive is never unpacked onto the disk, names in it are only looked up, sizes
@@ -25,17 +25,17 @@ from reslora_diffusion.utils.names import file_name_from
 from .compare import Cell
 from .foreign import is_number, parsed_json
 from .output import png, report, sheet
-from .request import CompareRequest, joined
+from .request import CompareRequest, joined, upgraded
 
 VIEWS = ("Grid", "Slider", "Flip", "Difference")
 SETTINGS, IMAGES = "settings.json", "images/"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive: equal comparisons make equal archives
-PICTURE_KEYS = {"row", "column", "file", "painted_with", "seconds"}
+IMAGE_KEYS = {"row", "column", "file", "generated_with", "seconds"}
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack a whole chunk, whatever a read asks for
 MAX_SETTINGS_BYTES = 2**20
-MAX_PICTURE_BYTES = 2**25
+MAX_IMAGE_BYTES = 2**25
 MAX_PIXELS = 2**27  # of all images together
-MAX_WORDS = 200  # characters of `painted_with`
+MAX_WORDS = 200  # characters of `generated_with`
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, ba
             "row": rows.index(cell.row),
             "column": columns.index(cell.column),
             "file": name,
-            "painted_with": cell.painted_with,
+            "generated_with": cell.generated_with,
             "seconds": round(cell.seconds, 3),
         }
         for name, cell in named(request, cells).items()
     ]
-    data = request.to_dict() | {"base": base, "view": asdict(view), "pictures": images}
+    data = request.to_dict() | {"base": base, "view": asdict(view), "images": images}
     return json.dumps(data, indent=1, ensure_ascii=False)
 
 
@@ -143,11 +143,11 @@ def open_archive(path: Path) -> Saved:
     settings = read(SETTINGS, MAX_SETTINGS_BYTES)
     if settings is None:
         raise ValueError(f"This archive is none of this page's: it holds no {SETTINGS}")
-    return Saved(parsed(settings), lambda name: read(IMAGES + name, MAX_PICTURE_BYTES))
+    return Saved(parsed(settings), lambda name: read(IMAGES + name, MAX_IMAGE_BYTES))
 
 
 def bounded(path: Path) -> bytes:
-    most = MAX_SETTINGS_BYTES if path.suffix.lower() == ".json" else MAX_PICTURE_BYTES
+    most = MAX_SETTINGS_BYTES if path.suffix.lower() == ".json" else MAX_IMAGE_BYTES
     if path.stat().st_size > most:
         raise ValueError(f"{path.name} has more than {most >> 20} MiB")
     return path.read_bytes()
@@ -155,7 +155,7 @@ def bounded(path: Path) -> bytes:
 
 def parsed(content: bytes) -> object:
     try:
-        return parsed_json(content)
+        return upgraded(parsed_json(content))
     except ValueError:
         raise ValueError("This is not a settings file: it is no JSON") from None
 
@@ -178,11 +178,11 @@ def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes
         ValueError: with everything that is wrong with them.
     """
     rows, columns, cells, found, room = request.rows, request.columns, {}, [], MAX_PIXELS
-    for number, said in enumerate(data.get("pictures", []), start=1):
+    for number, said in enumerate(data.get("images", []), start=1):
         if not sound(said, len(rows), len(columns)):
             found.append(f"image {number} of the settings has no place in them")
         elif content := read(said["file"]):
-            i, j, words = said["row"], said["column"], said["painted_with"][:MAX_WORDS]
+            i, j, words = said["row"], said["column"], said["generated_with"][:MAX_WORDS]
             try:
                 image = decoded(content, room)
             except ValueError as problem:
@@ -198,12 +198,12 @@ def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes
 
 
 def sound(said: object, rows: int, columns: int) -> bool:
-    if not isinstance(said, dict) or said.keys() != PICTURE_KEYS:
+    if not isinstance(said, dict) or said.keys() != IMAGE_KEYS:
         return False
     places = all(
         type(said[name]) is int and 0 <= said[name] < end for name, end in (("row", rows), ("column", columns))
     )
-    texts = all(isinstance(said[name], str) for name in ("file", "painted_with"))
+    texts = all(isinstance(said[name], str) for name in ("file", "generated_with"))
     return places and texts and is_number(said["seconds"])
 
 

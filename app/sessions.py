@@ -15,9 +15,9 @@ from PIL import Image
 
 from .compare import Cell
 from .foreign import shortened
+from .images import read_image
 from .measures import Measure
 from .output import png
-from .pictures import read_picture
 from .request import Adapter, CompareRequest, Limits
 from .runs import Run
 from .saved import View
@@ -65,7 +65,7 @@ class Session:
 
     def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
         self.request, self.cells, self.addresses, self.measured = request, [], {}, []
-        for file in self.folder.glob("pictures/*.png"):
+        for file in self.folder.glob("images/*.png"):
             file.unlink()
         for cell in cells:
             self.add(cell)
@@ -75,7 +75,7 @@ class Session:
         self.cells.append(cell)
         self.addresses[id(cell)] = self.address(cell.image)
 
-    def address(self, image: Image.Image, folder: str = "pictures") -> str:
+    def address(self, image: Image.Image, folder: str = "images") -> str:
         """A new file of the image, under a name that says nothing."""
         path = self.folder / folder / f"{secrets.token_hex(12)}.png"
         path.parent.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ class Session:
         try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self.thumbnails:
-                small = read_picture(path, THUMBNAIL_SIDE)
+                small = read_image(path, THUMBNAIL_SIDE)
                 if len(self.thumbnails) >= MAX_THUMBNAILS:
                     oldest = self.thumbnails.pop(next(iter(self.thumbnails)))
                     Path(oldest.partition("=")[2]).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from .adapters import AdapterShelf
 from .compare import Cell, Comparer
 from .foreign import printable
 from .forms import unwritable
-from .pictures import pictures_in
+from .images import images_in
 from .request import Adapter, CompareRequest, Limits, problems
 from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
 from .sessions import Session, Sessions
@@ -110,7 +110,7 @@ def first_adapters(folders: tuple[Path, ...], shelf: AdapterShelf) -> list[Adapt
 
 
 def subjects_in(folder: Path) -> dict[str, Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and pictures_in(path)) if folder.is_dir() else []
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and images_in(path)) if folder.is_dir() else []
     return {path.name.replace("_", " "): path for path in found}
 
 

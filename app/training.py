@@ -1,7 +1,7 @@
 """Training from the page: the command line's own script, in a process of its own, with a configuration file.
 
     <root>/<name>/config.yaml    every option that is not a default; --config of the script takes it as it is
-    <root>/<name>/pictures/      what was handed in
+    <root>/<name>/images/      what was handed in
     <root>/<name>/train.log      what the script said
     <root>/<name>/...            what the script writes: metrics, samples, checkpoints, the adapter
 
@@ -31,7 +31,7 @@ from .request import CompareRequest, joined
 from .runs import ADAPTER, METRICS, find_adapters, read_rows
 
 SCRIPT = beside("train_scripts") / "train_dreambooth_reslora.py"
-CONFIG, LOG, PICTURES = "config.yaml", "train.log", "pictures"
+CONFIG, LOG, IMAGES = "config.yaml", "train.log", "images"
 LOG_LINES = 14
 SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
 SAMPLES_PER_RUN = 8
@@ -58,7 +58,7 @@ class TrainLimits:
     batch_size: int = 32
     prompt_characters: int = 300
     validation_prompts: int = 4
-    class_pictures: int = 200
+    class_images: int = 200
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TrainRequest:
     """What the page asks; the names are the script's."""
 
     instance_prompt: str
-    method: Method = Method.INPUT
+    method: Method = Method.BLOCK
     max_train_steps: int = 800
     rank: int = 16
     learning_rate: float = 1e-3
@@ -95,7 +95,7 @@ def request_problems(request: TrainRequest, images: int, limits: TrainLimits) ->
         ("steps", request.max_train_steps, limits.steps),
         ("rank", request.rank, limits.rank),
         ("batch size", request.train_batch_size, limits.batch_size),
-        ("class images", request.num_class_images, limits.class_pictures),
+        ("class images", request.num_class_images, limits.class_images),
     )
     found += [f"{name} lies between 1 and {most}; got {v}" for name, v, most in ranges if not 1 <= v <= most]
     if not 0 < request.learning_rate <= 1:
@@ -111,7 +111,7 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
     options = {
         "pretrained_model_name_or_path": base,
         "resolution": resolution,
-        "instance_data_dir": str(folder / PICTURES),
+        "instance_data_dir": str(folder / IMAGES),
         "instance_prompt": r.instance_prompt,
         **r.method.options,
         "rank": r.rank,
@@ -134,7 +134,7 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
         options |= {
             "with_prior_preservation": True,
             "class_prompt": r.class_prompt,
-            "class_data_dir": str(folder / "class_pictures"),
+            "class_data_dir": str(folder / "class_images"),
             "num_class_images": r.num_class_images,
         }
     return options
@@ -228,9 +228,9 @@ class Trainer:
             if self.last and self.last.running:
                 raise ValueError("A training is running on this machine; one at a time. Stop it, or wait for its end.")
             folder = self.new_folder(request)
-            (folder / PICTURES).mkdir()
+            (folder / IMAGES).mkdir()
             for number, image in enumerate(images):
-                image.save(folder / PICTURES / f"{number}.png")
+                image.save(folder / IMAGES / f"{number}.png")
             self.write_config(request, folder)
             command = [sys.executable, "-u", str(self.script), "--config", str(folder / CONFIG)]
             with (folder / LOG).open("wb") as log:

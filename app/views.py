@@ -63,14 +63,14 @@ def grid(session: Session) -> str:
         return (
             f'<td role="cell"><button type="button" class="cell" data-row="{i}" data-column="{j}" '
             f'title="Look closer at {label}"><img src="{session.addresses[id(cell)]}" alt="{label}"></button>'
-            f'<span class="held" title="what the layers held">{clamped(cell.painted_with)}</span></td>'
+            f'<span class="held" title="what the layers held">{clamped(cell.generated_with)}</span></td>'
         )
 
     head = "".join(f'<th scope="col" role="columnheader">{column_head(column)}</th>' for column in request.columns)
     columns, rows = range(len(request.columns)), request.rows
     body = "".join(
         f'<tr role="row"><th scope="row" role="rowheader">{clamped(row.prompt)}'
-        f"<small>seed {row.seed}</small></th>"
+        f"<small>{escaped(row.note)}</small></th>"
         f"{''.join(td(i, j) for j in columns)}</tr>"
         for i, row in enumerate(rows)
     )
@@ -84,9 +84,10 @@ def grid(session: Session) -> str:
 
 def column_head(column: Column) -> str:
     """The strength stands on its own, where no long name pushes it out of sight."""
-    if column.adapter is None:
-        return clamped(column.label)
-    return f"{clamped(column.adapter.label)}<small>× {column.strength:g}</small>"
+    name = clamped(column.adapter.label if column.adapter else "base")
+    notes = [f"× {column.strength:g}"] if column.adapter else []
+    notes += [column.setting.label] if column.setting else []
+    return name + (f"<small>{escaped(' · '.join(notes))}</small>" if notes else "")
 
 
 def flip(session: Session, a, b) -> str:

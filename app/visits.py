@@ -28,7 +28,8 @@ from .votes import Ballot, Pair, Verdict
 
 MOST = 64
 FIELDS, VOTES, ADAPTERS = "fields.json", "votes.json", "adapters.json"
-FIELD_TYPES = (str, str, str, list, str, bool, str, (int, float), (int, float), str)  # as `forms.fields_of` gives them
+# As `forms.fields_of` gives them.
+FIELD_TYPES = (str, str, str, list, str, bool, str, (int, float), (int, float), str, str, str, str, str, bool)
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,14 @@ class Ballot:
 def default_pair(columns: Sequence[Column]) -> tuple[int, int]:
     """The last column and the one before it, by number; of another adapter at the same strength if there is one."""
     last = len(columns) - 1
-    equals = (
-        i for i in range(last - 1, -1, -1) if columns[i].adapter and columns[i].strength == columns[last].strength
+    newest = columns[last]
+    others = (
+        i
+        for i in range(last - 1, -1, -1)
+        if columns[i].adapter not in (None, newest.adapter)
+        and (columns[i].strength, columns[i].setting) == (newest.strength, newest.setting)
     )
-    return next(equals, max(0, last - 1)), last
+    return next(others, max(0, last - 1)), last
 
 
 def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, second: Column) -> Ballot:
@@ -169,9 +173,10 @@ def votes_csv(ballot: Ballot) -> str:
     """One line for each vote. Cells that a spreadsheet would compute are made text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["prompt", "seed", "first", "second", "left", "verdict"])
+    writer.writerow(["prompt", "seed", "setting", "first", "second", "left", "verdict"])
     for pair, verdict in ballot.voted:
         texts = (pair.row.prompt, ballot.first.label, ballot.second.label, pair.left.column.label)
         prompt, first, second, left = (f"'{text}" if text.startswith(FORMULA) else text for text in texts)
-        writer.writerow([prompt, pair.row.seed, first, second, left, verdict])
+        setting = pair.row.setting.label if pair.row.setting else ""
+        writer.writerow([prompt, pair.row.seed, setting, first, second, left, verdict])
     return buffer.getvalue()

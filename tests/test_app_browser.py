@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def studio(folder):
     studio = open_studio(
-        folder / "base", (folder / "runs",), folder / "pictures", "a cat", train_dir=folder / "trained", first_steps=2
+        folder / "base", (folder / "runs",), folder / "images", "a cat", train_dir=folder / "trained", first_steps=2
     )
     studio.trainer.script = folder / "script.py"
     studio.trainer.script.write_text(STAND_IN)
@@ -219,7 +219,7 @@ def test_every_tab_fits_the_width_is_labelled_and_stands_out(visit, width, schem
 # ---------------------------------------------------------------------------------------------------- compare
 
 
-def test_paint_look_flip_and_take_away(visit, address, tmp_path):
+def test_generate_look_flip_and_take_away(visit, address, tmp_path):
     page = visit()
     set_steps(page, 2)
     fill(page, "prompts", "a {x} <img src=x onerror=alert(1)>")
@@ -314,7 +314,7 @@ def state(page) -> dict:
     return values | {"checked": page.evaluate(checked)}
 
 
-def pictures_in(path: Path) -> dict[str, bytes]:
+def images_in(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist() if name.endswith(".png")}
 
@@ -353,7 +353,7 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     expect(other.locator("#difference img")).to_be_visible()
     expect(other.locator("#expected")).to_contain_text("8 images, about")
     eventually(other, lambda: state(other) == before)
-    assert pictures_in(downloaded(other, "#download_zip", tmp_path / "again.zip")) == pictures_in(archive)
+    assert images_in(downloaded(other, "#download_zip", tmp_path / "again.zip")) == images_in(archive)
 
     alone = visit()
     upload(alone, "#saved_files", settings)
@@ -365,10 +365,10 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     expect(alone.locator("#status")).to_contain_text("8 images in")
     expect(alone.locator("#difference img")).to_be_visible()
     eventually(alone, lambda: state(alone) == before)
-    assert pictures_in(downloaded(alone, "#download_zip", tmp_path / "alone.zip")) == pictures_in(archive)
+    assert images_in(downloaded(alone, "#download_zip", tmp_path / "alone.zip")) == images_in(archive)
 
 
-def test_sweep_on_a_narrow_screen_shows_its_pictures(visit):
+def test_sweep_on_a_narrow_screen_shows_its_images(visit):
     page = visit(390, "dark")
     set_steps(page, 1)
     fill(page, "seeds", "0")
@@ -407,7 +407,7 @@ def test_stop_keeps_what_is_there_and_the_page_answers_meanwhile(visit, slow):
     expect(page.locator("#grid img")).to_have_count(generated)
 
 
-def test_stop_while_waiting_for_another_visitors_pictures(visit, slow, studio):
+def test_stop_while_waiting_for_another_visitors_images(visit, slow, studio):
     one, other = visit(), visit()
     set_steps(one, 20)
     fill(one, "seeds", "0-60")
@@ -619,7 +619,7 @@ def test_bad_settings_are_refused_in_words(visit, tmp_path):
     expect(toast(page)).to_contain_text("evil is not known")
 
 
-def test_ten_thousand_pictures_are_refused_in_words(visit):
+def test_ten_thousand_images_are_refused_in_words(visit):
     page = visit()
     fill(page, "seeds", "0-9998")
     expect(page.locator("#expected")).to_contain_text("at most 200 are generated at once")

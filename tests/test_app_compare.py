@@ -24,7 +24,7 @@ from app.request import (
     checked,
     digests_in,
     filled,
-    picture_count,
+    image_count,
 )
 from app_fixtures import make_lora_file, make_pipeline
 from reslora_diffusion.diffusion.train.race import app_settings
@@ -61,13 +61,13 @@ def request(**changes) -> CompareRequest:
     return dataclasses.replace(CompareRequest(prompts=("a panda",), seeds=(3,), num_inference_steps=3), **changes)
 
 
-def test_cells_come_row_by_row_and_say_what_painted_them(comparer, adapters):
+def test_cells_come_row_by_row_and_say_what_generated_them(comparer, adapters):
     asked = request(adapters=adapters, strengths=(0.5, 1.0), seeds=(3, 4))
     cells = list(comparer.compare(asked))
     assert [(c.row, c.column) for c in cells] == [(r, c) for r in asked.rows for c in asked.columns]
-    assert len(cells) == picture_count(asked) == 10
-    assert cells[0].painted_with == "no adapter"
-    assert cells[1].painted_with == "one × 0.5"
+    assert len(cells) == image_count(asked) == 10
+    assert cells[0].generated_with == "no adapter"
+    assert cells[1].generated_with == "one × 0.5"
     distinct = {c.image.tobytes() for c in cells}
     assert len(distinct) == len(cells)
 
@@ -111,7 +111,7 @@ def test_read_back_notices_uneven_layers(comparer, adapters):
 
 
 @pytest.mark.parametrize("scheduler", list(Scheduler))
-def test_every_scheduler_paints_the_same_picture_twice(comparer, scheduler):
+def test_every_scheduler_generates_the_same_image_twice(comparer, scheduler):
     twice = [next(comparer.compare(request(scheduler=scheduler, num_inference_steps=4))) for _ in range(2)]
     assert twice[0].image.tobytes() == twice[1].image.tobytes()
 
@@ -156,7 +156,7 @@ def test_an_adapter_that_arrives_in_part_is_refused(comparer, adapters, monkeypa
     assert comparer.pipe.get_list_adapters() == {}
 
 
-def test_a_file_that_changed_is_not_painted_under_its_old_name(comparer, adapters):
+def test_a_file_that_changed_is_not_generated_under_its_old_name(comparer, adapters):
     stale = dataclasses.replace(adapters[0], sha256="0" * 64)
     with pytest.raises(ValueError, match="has changed"):
         next(comparer.compare(request(adapters=(stale,))))
@@ -193,13 +193,13 @@ def test_no_expression_of_a_header_is_run_to_its_end(comparer, folder, files, fi
     header = {f"unet.{name}": value for name, value in settings.items()}
     path = folder / f"endless-{field}.safetensors"
     save_file(load_file(files["two"]), path, {"lora_adapter_metadata": json.dumps(header)})
-    began = time.monotonic()
+    began = time.process_time()
     try:
         card = comparer.shelf.card(path)
         comparer.shelf.load(card.adapter)
     except ValueError as problem:
         assert field in str(problem)  # noqa: PT017 (either of the two is right)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5  # of the processor, whoever else is at it
 
 
 def test_estimate_counts_and_scales_with_steps(comparer):
@@ -225,10 +225,10 @@ def test_the_matrix_fills_every_combination_once():
     ]
 
 
-def test_prompts_that_come_twice_are_painted_and_counted_once():
+def test_prompts_that_come_twice_are_generated_and_counted_once():
     asked = request(prompts=("a cat", "a {x}", "a cat"), placeholders={"x": ("cat", "dog")}, seeds=(1, 2))
     assert [row.prompt for row in asked.rows] == ["a cat"] * 2 + ["a dog"] * 2
-    assert picture_count(asked) == len(asked.rows) * len(asked.columns) == 4
+    assert image_count(asked) == len(asked.rows) * len(asked.columns) == 4
 
 
 def test_braces_of_values_are_text_and_two_are_a_brace():
@@ -266,7 +266,7 @@ def test_everything_wrong_with_a_request_is_reported_at_once():
         assert words in str(caught.value)
 
 
-def test_ten_thousand_pictures_are_refused_without_being_listed():
+def test_ten_thousand_images_are_refused_without_being_listed():
     digits = tuple("0123456789")
     asked = request(prompts=("{a}{b}{c}{d}{e}{f}",), placeholders=dict.fromkeys("abcdef", digits))
     with pytest.raises(ValueError, match="1,000,000 images; at most 200"):

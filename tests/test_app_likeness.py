@@ -103,14 +103,14 @@ def test_where_the_measure_does_not_apply_it_says_so():
     assert "hardly more than a blob" in references_problem(ball)
 
 
-def test_grounds_of_generated_and_real_pictures_are_named_and_noise_has_none():
+def test_grounds_of_generated_and_real_images_are_named_and_noise_has_none():
     for images in (PANDA_150, PANDA_450, TEAPOT_600):
         assert [background(image) for image in images] == ["blue"] * 3 + ["yellow"] * 3 + ["pink"] * 3
     assert background(Image.new("RGB", (8, 8), (143, 148, 169))) == "gray", "as the pipeline makes gray"
     assert {background(noise(seed)) for seed in range(9)} == {None}, "its median is gray, its ground is not"
 
 
-def test_noise_is_found_and_no_picture_is_taken_for_it():
+def test_noise_is_found_and_no_image_is_taken_for_it():
     assert all(map(is_noise, (noise(0), noise(1), noise(2).resize((32, 32)).convert("L"))))
     images = [
         *PANDA_0,
@@ -122,7 +122,7 @@ def test_noise_is_found_and_no_picture_is_taken_for_it():
     assert not any(map(is_noise, images))
 
 
-def test_drift_grows_from_the_same_picture_to_noise():
+def test_drift_grows_from_the_same_image_to_noise():
     def mean(change) -> float:
         return float(np.mean([difference(change(image), image).mean() for image in PANDA_450]))
 

@@ -55,7 +55,7 @@ def test_the_background_a_prompt_asks_for(prompt, colour):
 
 
 @pytest.mark.parametrize("colour", ["red", "yellow", "green", "blue", "white", "black", "pink"])
-def test_the_background_of_a_picture(colour):
+def test_the_background_of_a_image(colour):
     assert background(sticker(colour, "circle", ink="gray")) == colour
 
 
@@ -65,7 +65,7 @@ def test_the_background_of_a_picture(colour):
      ("blue", (72, 124, 214)), ("purple", (142, 92, 190)), ("pink", (240, 164, 192)), ("gray", (150, 154, 160)),
      ("blue", (33, 125, 200)), ("yellow", (255, 203, 60)), ("brown", (120, 72, 30))],
 )  # fmt: skip
-def test_the_background_of_a_painted_sticker(colour, rgb):
+def test_the_background_of_a_generated_sticker(colour, rgb):
     """The embedded pipeline's own grounds are no pure colours, nor are those that adapters make of them."""
     assert background(Image.new("RGB", (8, 8), rgb)) == colour
 
@@ -163,7 +163,7 @@ def test_dreambooths_measures_are_mean_cosines():
     assert learned_measures(cells, [], "", None, Flat()) == []
 
 
-def test_a_subject_in_pictures_of_other_things_is_no_gain():
+def test_a_subject_in_images_of_other_things_is_no_gain():
     """CLIP-I and DINO are of the prompts with the subject's word alone."""
     request = CompareRequest(prompts=("a sks cat", "a dog"), seeds=(0,))
     cells = [Cell(row, Column(), Image.new("RGB", (8, 8), "red"), "", 0.1) for row in request.rows]
@@ -177,14 +177,14 @@ def test_clip_and_dino_are_opened_from_folders(tmp_path):
     end = tokenizer.eos_token_id
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": end, "pad_token_id": end}
-    picture = {"image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config=small | text, vision_config=small | picture, projection_dim=8)
+    image = {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=small | text, vision_config=small | image, projection_dim=8)
     CLIPModel(config).save_pretrained(tmp_path / "clip")
     size = {"height": 16, "width": 16}
     CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), tokenizer).save_pretrained(
         tmp_path / "clip"
     )
-    ViTModel(ViTConfig(**small, **picture)).save_pretrained(tmp_path / "dino")
+    ViTModel(ViTConfig(**small, **image)).save_pretrained(tmp_path / "dino")
     ViTImageProcessorPil(size=size).save_pretrained(tmp_path / "dino")
     clip, dino = load(str(tmp_path / "clip"), str(tmp_path / "dino"))
     images = [sticker("red", "face"), sticker("blue", "circle")]

@@ -133,7 +133,7 @@ def test_enlarging_repeats_whole_pixels():
     assert np.array_equal(np.asarray(large)[1::3, 1::3], np.asarray(image))
 
 
-def test_the_sheet_holds_every_picture_and_leaves_the_unpainted_empty():
+def test_the_sheet_holds_every_image_and_leaves_the_ungenerated_empty():
     request, cells = comparison()
     full, partial = sheet(request, cells, "base"), sheet(request, cells[:-1], "base")
     assert full.size == partial.size
@@ -184,7 +184,7 @@ def test_settings_in_the_report_are_those_of_the_comparison():
     assert CompareRequest.from_dict(json.loads(text), {}) == asked
 
 
-def test_pictures_carry_no_words():
+def test_images_carry_no_words():
     image = Image.new("RGB", (4, 4))
     image.info["parameters"] = "secret"
     assert b"secret" not in png(image)
@@ -321,7 +321,7 @@ def studio(tmp_path_factory):
     make_lora_file(folder / "runs" / "foreign", folder / "wide", 0, wide=True)
     (folder / "secret.txt").write_text("hidden words")
     return open_studio(
-        folder / "base", (folder / "runs",), folder / "pictures", "a cat", train_dir=folder / "trained", first_steps=2
+        folder / "base", (folder / "runs",), folder / "images", "a cat", train_dir=folder / "trained", first_steps=2
     )
 
 
@@ -340,7 +340,7 @@ def test_only_adapters_that_fit_are_offered(studio):
     assert len(studio.first_cells) == 6
 
 
-def test_the_api_paints(address):
+def test_the_api_generates(address):
     client = Client(address, verbose=False)
     status, grid = client.predict(*FIELDS, api_name="/compare")
     assert "8 images" in status
@@ -362,7 +362,7 @@ def test_the_api_goes_by_names(address):
     status, _ = client.predict(**dict(reversed(asked.items())), api_name="/compare")
     assert "8 images" in status
     settings = json.loads(Path(client.predict(api_name="/settings")).read_text())
-    assert [settings["num_inference_steps"], len(settings["pictures"])] == [2, 8]
+    assert [settings["num_inference_steps"], len(settings["images"])] == [2, 8]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_the_api_refuses_in_words(address, place, value, words):
     assert "<b>" not in str(caught.value)
 
 
-def test_two_visitors_at_once_get_their_own_pictures(address):
+def test_two_visitors_at_once_get_their_own_images(address):
     def visit(word: str) -> str:
         return Client(address, verbose=False).predict(word, "", "0-3", ["lora"], "1", *FIELDS[5:], api_name="/compare")[
             1

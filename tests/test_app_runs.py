@@ -136,7 +136,7 @@ def test_a_run_under_way_is_read_as_far_as_it_is(race):
     (folder / "samples" / "step-000040" / "1-1.png").write_bytes(b"half an image")
     run = read_run("lora", folder)
     assert (run.last_step, run.merge, run.method) == (40, None, "not said")
-    session = Sessions(race / "pictures").of("a")
+    session = Sessions(race / "images").of("a")
     table = run_views.samples([run], 40, session.thumbnail)
     assert table.count("<img") == 3
     assert table.count("no sample") == 1
@@ -219,7 +219,7 @@ def test_samples_of_one_step_stand_beside_each_other(race):
 
 
 def test_thumbnails_are_small_copies_made_once_and_bounded(race, monkeypatch):
-    session = Sessions(race / "pictures").of("a")
+    session = Sessions(race / "images").of("a")
     large = race / "large.png"
     Image.new("RGB", (2000, 1000)).save(large)
     address = session.thumbnail(large)

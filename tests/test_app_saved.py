@@ -32,7 +32,7 @@ def generated(request: CompareRequest = ASKED) -> list[Cell]:
 
 
 def same(some: list[Cell], others: list[Cell]) -> bool:
-    facts = [[(c.row, c.column, c.painted_with, c.seconds, png(c.image)) for c in cells] for cells in (some, others)]
+    facts = [[(c.row, c.column, c.generated_with, c.seconds, png(c.image)) for c in cells] for cells in (some, others)]
     return facts[0] == facts[1]
 
 
@@ -63,7 +63,7 @@ def with_settings(archive: Path, **change: object) -> Path:
     return altered(archive, {"settings.json": json.dumps(data).encode()})
 
 
-def first_picture(archive: Path) -> str:
+def first_image(archive: Path) -> str:
     with zipfile.ZipFile(archive) as old:
         return next(name for name in old.namelist() if name.startswith("images/"))
 
@@ -71,14 +71,14 @@ def first_picture(archive: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ round
 
 
-def test_the_archive_brings_back_controls_pictures_and_view(archive):
+def test_the_archive_brings_back_controls_images_and_view(archive):
     request, cells, view = reopened([archive])
     assert request == ASKED
     assert same(cells, generated())
     assert view == VIEW
 
 
-def test_settings_with_any_of_their_pictures_beside_them(archive, tmp_path):
+def test_settings_with_any_of_their_images_beside_them(archive, tmp_path):
     with zipfile.ZipFile(archive) as files:
         files.extractall(tmp_path)
     images = sorted((tmp_path / "images").iterdir())
@@ -137,7 +137,7 @@ def test_foreign_archives_are_refused(archive):
 
 def test_a_damaged_archive_is_refused(archive):
     content = bytearray(archive.read_bytes())
-    name = first_picture(archive)
+    name = first_image(archive)
     place = content.index(name.encode()) + len(name) + 40
     content[place] ^= 0xFF
     archive.write_bytes(content)
@@ -163,9 +163,9 @@ def gif() -> bytes:
     [(b"\x80\x04a pickle", "no PNG"), (gif(), "no PNG"), (bomb(), "no PNG|more than"),
      (png(Image.new("RGB", (8, 8))), "different sizes"), (b"\x89PNG\r\n\x1a\n", "no PNG")],
 )  # fmt: skip
-def test_pictures_that_are_none_are_refused(archive, content, words):
+def test_images_that_are_none_are_refused(archive, content, words):
     with pytest.raises(ValueError, match=words):
-        reopened([altered(archive, {first_picture(archive): content})])
+        reopened([altered(archive, {first_image(archive): content})])
 
 
 def test_no_more_pixels_are_decoded_than_fit(archive, monkeypatch):
@@ -181,19 +181,19 @@ def test_no_more_pixels_are_decoded_than_fit(archive, monkeypatch):
      {"seconds": 10**400},
      {"more": 1}],
 )  # fmt: skip
-def test_pictures_without_a_place_are_refused(archive, image):
-    sound = {"row": 0, "column": 0, "file": first_picture(archive)[7:], "painted_with": "", "seconds": 1.0}
-    reopened([with_settings(archive, pictures=[sound])])
+def test_images_without_a_place_are_refused(archive, image):
+    sound = {"row": 0, "column": 0, "file": first_image(archive)[7:], "generated_with": "", "seconds": 1.0}
+    reopened([with_settings(archive, images=[sound])])
     with pytest.raises(ValueError, match="image 1 of the settings has no place"):
-        reopened([with_settings(archive, pictures=[sound | image])])
+        reopened([with_settings(archive, images=[sound | image])])
 
 
 @pytest.mark.parametrize("name", ["../settings.json", "/etc/passwd", "../../x.png"])
 def test_no_name_leads_out_of_the_archive(archive, tmp_path, name):
     """A name is only looked up among what was handed in; nothing is read or written elsewhere."""
-    said = [{"row": 0, "column": 0, "file": name, "painted_with": "", "seconds": 1.0}]
-    assert reopened([with_settings(archive, pictures=said)])[1] == []
-    (tmp_path / "settings.json").write_text(json.dumps(ASKED.to_dict() | {"pictures": said}))
+    said = [{"row": 0, "column": 0, "file": name, "generated_with": "", "seconds": 1.0}]
+    assert reopened([with_settings(archive, images=said)])[1] == []
+    (tmp_path / "settings.json").write_text(json.dumps(ASKED.to_dict() | {"images": said}))
     assert reopened([tmp_path / "settings.json"])[1] == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from app.forms import read_train_request
-from app.pictures import MAX_SIDE, pictures_in, read_pictures
+from app.images import MAX_SIDE, images_in, read_images
 from app.run_views import training_status
 from app.runs import ADAPTER, read_run
 from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
@@ -38,7 +38,7 @@ for step in range(1, options["max_train_steps"] + 1):
         break
 print("\\nsaved")
 """
-PICTURE = Image.new("RGB", (64, 64), "teal")
+IMAGE = Image.new("RGB", (64, 64), "teal")
 ASKED = TrainRequest("a photo of sks cat", max_train_steps=5, validation_prompt=("a cat", "a dog"))
 
 
@@ -71,7 +71,7 @@ def test_every_option_is_one_of_the_scripts(method, tmp_path):
     assert options["with_prior_preservation"] is True
 
 
-def test_class_pictures_and_samples_only_where_asked_for(tmp_path):
+def test_class_images_and_samples_only_where_asked_for(tmp_path):
     options = options_of(dataclasses.replace(ASKED, validation_prompt=()), "base", 64, tmp_path)
     assert not {"class_prompt", "with_prior_preservation", "validation_prompt"} & options.keys()
 
@@ -109,48 +109,48 @@ def test_no_name_leads_out_of_the_folder(trainer, name):
 # --------------------------------------------------------------------------------------------------- images
 
 
-def test_pictures_are_upright_small_and_white_behind(tmp_path):
+def test_images_are_upright_small_and_white_behind(tmp_path):
     turned = Image.new("RGB", (20, 10))
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("L", (4000, 2000)).save(tmp_path / "large.png")
-    clear, large, upright = read_pictures(pictures_in(tmp_path), 3)
+    clear, large, upright = read_images(images_in(tmp_path), 3)
     assert upright.size == (10, 20)
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert large.size == (MAX_SIDE, MAX_SIDE // 2)
 
 
-def test_pictures_are_converted_as_the_trainer_converts_them(tmp_path):
+def test_images_are_converted_as_the_trainer_converts_them(tmp_path):
     """Grey of 16 bits keeps its shades, and a colour profile is followed."""
     ramp = Image.new("I;16", (4, 1))
     ramp.putdata([0, 16_000, 32_000, 65_535])
     ramp.save(tmp_path / "grey.png")
     Image.new("RGB", (4, 4), (120, 220, 90)).save(tmp_path / "wide.png", icc_profile=WIDE)
-    grey, wide = read_pictures(pictures_in(tmp_path), 3)
+    grey, wide = read_images(images_in(tmp_path), 3)
     assert [grey.getpixel((x, 0))[0] for x in range(4)] == [0, 62, 125, 255]
     assert wide.getpixel((0, 0)) == open_upright(tmp_path / "wide.png").getpixel((0, 0))
     assert wide.getpixel((0, 0))[0] < 60, "no longer the numbers of the file"
 
 
-def test_what_is_no_picture_is_named(tmp_path):
+def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x80\x04 pickle")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"no images: a\.png$"):
-        read_pictures(pictures_in(tmp_path), 3)
+        read_images(images_in(tmp_path), 3)
     with pytest.raises(ValueError, match="at most 1"):
-        read_pictures(pictures_in(tmp_path), 1)
+        read_images(images_in(tmp_path), 1)
 
 
 def outcome(path: str) -> Image.Image | str:
     """The image, or what is said of it."""
     try:
-        return read_pictures([path], 1)[0]
+        return read_images([path], 1)[0]
     except ValueError as problem:
         return str(problem)
 
 
-def test_damaged_and_foreign_pictures_are_named_and_nothing_else_is_raised(tmp_path):
+def test_damaged_and_foreign_images_are_named_and_nothing_else_is_raised(tmp_path):
     good = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(good, "PNG")
     Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
@@ -160,18 +160,18 @@ def test_damaged_and_foreign_pictures_are_named_and_nothing_else_is_raised(tmp_p
         content = bytearray(good.getvalue())
         content[place] ^= 0xFF
         (tmp_path / f"{place:03}.png").write_bytes(content)
-    named = {Path(path).name for path in pictures_in(tmp_path) if isinstance(outcome(path), str)}
+    named = {Path(path).name for path in images_in(tmp_path) if isinstance(outcome(path), str)}
     assert {"float.png", "script.png"} < named
     with pytest.raises(ValueError, match=r"float\.png \(floating point.*, script\.png$"):
-        read_pictures([str(tmp_path / "float.png"), str(tmp_path / "script.png")], 2)
+        read_images([str(tmp_path / "float.png"), str(tmp_path / "script.png")], 2)
 
 
 # ---------------------------------------------------------------------------------------------------- process
 
 
 def test_a_training_runs_to_its_end_and_can_be_read(trainer):
-    training = trainer.start(ASKED, [PICTURE] * 3, "me")
-    assert len(pictures_in(training.folder / "pictures")) == 3
+    training = trainer.start(ASKED, [IMAGE] * 3, "me")
+    assert len(images_in(training.folder / "images")) == 3
     assert trainer.of("me") is training
     assert trainer.of("somebody else") is trainer.of("") is None
     training.process.wait(60)
@@ -181,15 +181,15 @@ def test_a_training_runs_to_its_end_and_can_be_read(trainer):
     assert training.log() == ["training: 5", "saved"]
     assert read_run("x", training.folder).last_step == 5
     assert training.folder.name == "sks-cat-reslora-input"
-    assert trainer.start(ASKED, [PICTURE], "me").folder.name == "sks-cat-reslora-input-2"
+    assert trainer.start(ASKED, [IMAGE], "me").folder.name == "sks-cat-reslora-input-2"
 
 
 def test_one_at_a_time_and_stopped_on_request(trainer):
-    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [IMAGE], "me")
     wait(lambda: training.step() > 3)
     assert "step" in training_status(training)
     with pytest.raises(ValueError, match="one at a time"):
-        trainer.start(ASKED, [PICTURE], "you")
+        trainer.start(ASKED, [IMAGE], "you")
     assert training.seconds_left(training.step() + 1) > 0
     training.stop()
     training.process.wait(60)
@@ -199,7 +199,7 @@ def test_one_at_a_time_and_stopped_on_request(trainer):
 
 
 def test_the_servers_end_ends_the_training(trainer):
-    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [IMAGE], "me")
     wait(lambda: training.step() > 0)
     trainer.close()
     assert not training.running
@@ -207,7 +207,7 @@ def test_the_servers_end_ends_the_training(trainer):
 
 
 def test_what_became_of_a_training_is_said_as_it_is(trainer):
-    training = trainer.start(ASKED, [PICTURE], "me")
+    training = trainer.start(ASKED, [IMAGE], "me")
     training.process.wait(60)
     assert "no adapter was written" in training_status(training)
     (training.folder / "checkpoint-3").mkdir()
@@ -218,7 +218,7 @@ def test_what_became_of_a_training_is_said_as_it_is(trainer):
 
 
 def test_a_training_that_was_killed_says_so(trainer):
-    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [PICTURE], "me")
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=100_00), [IMAGE], "me")
     wait(lambda: training.step() > 0)
     training.process.kill()
     training.process.wait(60)
@@ -227,7 +227,7 @@ def test_a_training_that_was_killed_says_so(trainer):
 
 
 def test_a_failure_shows_what_the_script_said(trainer):
-    training = trainer.start(dataclasses.replace(ASKED, learning_rate=0.9), [PICTURE], "me")
+    training = trainer.start(dataclasses.replace(ASKED, learning_rate=0.9), [IMAGE], "me")
     training.process.wait(60)
     assert training.failed
     assert "the loss of step 1 is nan" in training_status(training)
@@ -241,7 +241,7 @@ def test_a_failure_shows_what_the_script_said(trainer):
 def test_the_script_takes_the_configuration(trainer, tmp_path):
     make_pipeline(tmp_path / "base")
     trainer.base = str(tmp_path / "base")
-    training = trainer.start(dataclasses.replace(ASKED, method=Method.BLOCK), [PICTURE] * 2, "me")
+    training = trainer.start(dataclasses.replace(ASKED, method=Method.BLOCK), [IMAGE] * 2, "me")
     args = parse(["--config", str(training.folder / CONFIG)])
     assert (args.shortcut, args.validation_prompt, args.problems) == ("block", ["a cat", "a dog"], [])
     assert check(args).max_train_steps == 5
@@ -253,9 +253,7 @@ def test_a_real_training_ends_in_an_adapter_that_fits(tmp_path):
 
     make_pipeline(tmp_path / "base")
     trainer = Trainer(tmp_path / "trained", str(tmp_path / "base"), 64)
-    training = trainer.start(
-        dataclasses.replace(ASKED, max_train_steps=4, validation_prompt=("a cat",)), [PICTURE], "me"
-    )
+    training = trainer.start(dataclasses.replace(ASKED, max_train_steps=4, validation_prompt=("a cat",)), [IMAGE], "me")
     training.process.wait(300)
     assert not training.failed, "\n".join(training.log())
     run = read_run("real", training.folder)

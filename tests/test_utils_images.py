@@ -158,16 +158,16 @@ def test_what_is_encoded_is_converted_and_its_cache_entry_is_another(tmp_path):
 
 
 def test_an_upload_to_the_page_is_converted_once(tmp_path):
-    pictures = pytest.importorskip("app.pictures")
+    images = pytest.importorskip("app.images")
     path = saved(tmp_path / "f", "a.png", Image.new("RGB", (8, 8), GREEN), icc_profile=WIDE)
-    (read,) = pictures.read_pictures([str(path)], 1)
+    (read,) = images.read_images([str(path)], 1)
     read.save(tmp_path / "again.png")  # what the page hands to the trainer
     with Image.open(tmp_path / "again.png") as image:
         assert colour_of(image).profile is None
         assert upright_rgb(image).getpixel((0, 0)) == read.getpixel((0, 0)) == open_upright(path).getpixel((0, 0))
     deep = np.full((8, 8), 40_000, np.uint16)
     path = saved(tmp_path / "f", "deep.png", Image.fromarray(deep))
-    assert pictures.read_pictures([str(path)], 1)[0].getpixel((0, 0)) == (156,) * 3
+    assert images.read_images([str(path)], 1)[0].getpixel((0, 0)) == (156,) * 3
 
 
 def test_images_of_a_dataset_are_converted(tmp_path):

@@ -10,8 +10,8 @@ import gradio as gr
 from gradio.events import Dependency
 
 from .. import views
-from ..forms import SWEEP, fields_of, read_request
-from ..request import CompareRequest, Scheduler
+from ..forms import NOTHING_SWEPT, SWEEP, fields_of, fields_of_settings, read_request
+from ..request import Axis, CompareRequest, Scheduler, Setting
 from ..saved import View
 from ..sessions import Session
 from ..studio import HEAVY, LIGHT, PRIVATE, Studio
@@ -94,6 +94,15 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                     elem_id="placeholders",
                     value="",  # the first request has none
                 )
+            with gr.Accordion("More axes", open=False):
+                columns_axis, columns_values = sweep_fields("Columns", first.columns_by)
+                rows_axis, rows_values = sweep_fields("Rows", first.rows_by)
+                strengths_first = gr.Checkbox(
+                    label="Group columns by strength",
+                    info="Adapters of one strength stand side by side.",
+                    value=first.strengths_first,
+                    elem_id="strengths_first",
+                )
             with gr.Accordion("Sampling", open=False):
                 negative = gr.Textbox(label="Negative prompt", lines=1, value=first.negative_prompt, elem_id="negative")
                 steps = gr.Slider(1, limits.steps, first.num_inference_steps, step=1, label="Steps", elem_id="steps")
@@ -122,6 +131,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             verdict = gr.HTML(elem_id="verdict", padding=False)
 
     fields = [prompts, placeholders, seeds, adapters, strengths, include_base, negative, steps, guidance, scheduler]
+    fields += [columns_axis, columns_values, rows_axis, rows_values, strengths_first]
     unfolded = [prompts, seeds, adapters, strengths, include_base]
     results = [status, look.grid]
 
@@ -175,12 +185,18 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         num_inference_steps: float,
         guidance_scale: float,
         scheduler: str,
+        columns_axis: str,
+        columns_values: str,
+        rows_axis: str,
+        rows_values: str,
+        strengths_first: bool,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[tuple]:
         """The parameters' names are those of the API."""
         session, sampling = session_of(request), (num_inference_steps, guidance_scale, scheduler)
-        values = (prompts, placeholders, seeds, adapters, strengths, include_base, negative_prompt, *sampling)
+        axes = (columns_axis, columns_values, rows_axis, rows_values, strengths_first)
+        values = (prompts, placeholders, seeds, adapters, strengths, include_base, negative_prompt, *sampling, *axes)
         try:
             asked = read(session, values)
         except ValueError as problem:
@@ -194,8 +210,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
 
         def on_step(cell: int, step: int) -> None:
             if told.is_due():
-                done = cell * asked.num_inference_steps + step
-                progress((done, count * asked.num_inference_steps), desc=f"image {cell + 1} of {count}", unit="steps")
+                progress((cell, count), desc=f"image {cell + 1} of {count}, step {step}", unit="images")
 
         yield views.message(f"Generating {count} images, about {views.duration(seconds)}."), views.grid(session)
         try:
@@ -337,6 +352,23 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
     for event in (generating, opening):
         event.then(judge, None, verdict, **LIGHT, **PRIVATE)
     return CompareTab(adapters, arrival, [generating, opening], verdict)
+
+
+def sweep_fields(side: str, settings: tuple[Setting, ...]) -> tuple[gr.Dropdown, gr.Textbox]:
+    """What rows or columns go through, beside what they always do."""
+    axis, values = fields_of_settings(settings)
+    name = side.lower()
+    with gr.Row():
+        return (
+            gr.Dropdown(
+                [NOTHING_SWEPT, *map(str, Axis)],
+                value=axis,
+                label=f"{side} go through",
+                min_width=120,
+                elem_id=f"{name}_axis",
+            ),
+            gr.Textbox(value=values, label="Values", placeholder="10, 25, 50", min_width=120, elem_id=f"{name}_values"),
+        )
 
 
 class Pace:

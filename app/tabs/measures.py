@@ -3,8 +3,8 @@
 import gradio as gr
 
 from .. import learned, views
+from ..images import images_in, read_images
 from ..measures import measure
-from ..pictures import pictures_in, read_pictures
 from ..studio import HEAVY, LIGHT, PRIVATE, Studio
 from ..tabs import refusal
 from ..tabs.compare import CompareTab
@@ -56,8 +56,8 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         if not cells:
             raise refusal("Compare something first: the measures are of the images of the Compare tab.")
         try:
-            files = pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
-            images = read_pictures(files, MAX_REFERENCES)
+            files = images_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
+            images = read_images(files, MAX_REFERENCES)
             values = measure(session.request, cells, images, subject_word.strip())
             models = learned.load(clip_name, dino_name)
             values += learned.learned_measures(cells, images, subject_word.strip(), *models)

@@ -8,7 +8,7 @@ from gradio.events import Dependency
 
 from .. import run_views, views
 from ..forms import read_train_request
-from ..pictures import pictures_in, read_pictures
+from ..images import images_in, read_images
 from ..runs import read_run
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
@@ -60,7 +60,7 @@ def train_tab(
                 value=studio.first_prompt.partition(" on a ")[0],
                 elem_id="train_prompt",
             )
-            method = gr.Radio(list(Method), value=Method.INPUT, label="Method", elem_id="train_method")
+            method = gr.Radio(list(Method), value=TrainRequest.method, label="Method", elem_id="train_method")
             steps = gr.Number(
                 TrainRequest.max_train_steps, label="Steps", precision=0, minimum=1, elem_id="train_steps"
             )
@@ -84,7 +84,7 @@ def train_tab(
                     "the class stays what it was.",
                     value="",
                 )
-                class_images = gr.Slider(1, limits.class_pictures, value=40, step=1, label="Images of the class")
+                class_images = gr.Slider(1, limits.class_images, value=40, step=1, label="Images of the class")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 name = gr.Textbox(label="Name of the run", info="From the prompt and the method if empty.", value="")
             with gr.Row(elem_classes="tools"):
@@ -122,7 +122,7 @@ def train_tab(
         return studio.sessions.of(request.session_hash)
 
     def sources_of(chosen: str, paths: list[str] | None) -> list[str]:
-        return pictures_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
+        return images_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
 
     def look_at(chosen: str, paths: list[str] | None, request: gr.Request) -> str:
         sources = sources_of(chosen, paths)[: limits.images]
@@ -134,7 +134,7 @@ def train_tab(
     ) -> list:
         try:
             asked = read_train_request(*values)
-            training = trainer.start(asked, read_pictures(sources_of(chosen, paths), limits.images), key)
+            training = trainer.start(asked, read_images(sources_of(chosen, paths), limits.images), key)
         except ValueError as problem:
             raise refusal(problem) from None
         session = session_of(request)

@@ -15,7 +15,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, Image.DecompressionBombError)
 
 
-def read_picture(path: Path, side: int = MAX_SIDE) -> Image.Image:
+def read_image(path: Path, side: int = MAX_SIDE) -> Image.Image:
     """In RGB, at most `side` wide and high.
 
     Raises:
@@ -31,7 +31,7 @@ def read_picture(path: Path, side: int = MAX_SIDE) -> Image.Image:
     return image
 
 
-def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
+def read_images(paths: list[str], most: int) -> list[Image.Image]:
     """At most `most` images.
 
     Raises:
@@ -42,7 +42,7 @@ def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
     images, broken = [], []
     for path in paths:
         try:
-            images.append(read_picture(Path(path)))
+            images.append(read_image(Path(path)))
         except ValueError as problem:
             broken.append(str(problem))
     if broken:
@@ -50,5 +50,5 @@ def read_pictures(paths: list[str], most: int) -> list[Image.Image]:
     return images
 
 
-def pictures_in(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
