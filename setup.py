@@ -17,6 +17,7 @@ setup(
     package_dir={inside: folder for folder, inside in INSIDE.items()},
     package_data={
         "reslora_diffusion": ["py.typed"],
+        "reslora_diffusion.app": ["static/*"],
         "reslora_diffusion.train_scripts.configs": ["*.yaml"],
         "reslora_diffusion.train_scripts.configs.accelerate": ["*.json", "*.yaml"],
     },

@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", default=beside(EMBEDDED), help="folder of a pipeline, or its hub name if it is in the local cache")
+    add("--bases", type=Path, nargs="+", default=[], help="folders of other pipelines and single-file checkpoints")
     add("--runs", type=Path, nargs="+", help="folders of training runs, the only ones read (default: demo and runs)")
     add("--train_dir", type=Path, default=Path("runs", "from-page"), help="for runs started from the page")
     add("--prompt", help="of the first images (default: what the first adapters were taught)")
@@ -47,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = base_problems(Path(args.base))
     problems += [f"--runs {folder} is no folder" for folder in args.runs or () if not folder.is_dir()]
+    problems += [f"--bases {folder} is no folder" for folder in args.bases if not folder.is_dir()]
     if args.auth is not None and not all(args.auth.partition(":")):
         problems.append("--auth is a user and a password with a colon between them")
     if args.server_port is not None and not 0 < args.server_port < 65536:
@@ -109,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.prompt,
                 train_dir=args.train_dir.resolve(),
                 subjects_dir=beside(SUBJECTS),
+                bases=[folder.resolve() for folder in args.bases],
                 device=args.device,
             )
         except OSError as problem:

@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -62,6 +63,12 @@ class Comparer:
         self.lock = threading.Lock()
         self.seconds_per_step: float | None = None
         pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of the side of a generated image."""
+        model = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        return model.config.sample_size * self.pipe.vae_scale_factor
 
     def compare(
         self,
@@ -147,8 +154,11 @@ class Comparer:
 
 
 def load_pipeline(source: str | Path, device: str = "cpu") -> DiffusionPipeline:
-    """A pipeline from a folder (or the local cache of the hub), from safetensors only and without a safety checker."""
-    pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, local_files_only=True)
+    """A pipeline from a folder, a single file or the hub's local cache; safetensors only, without a safety checker."""
+    if Path(source).is_file():
+        pipe = StableDiffusionPipeline.from_single_file(str(source), local_files_only=True)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, local_files_only=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     return pipe.to(device)

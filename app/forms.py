@@ -73,6 +73,8 @@ def read_settings(axis: str, values: str) -> tuple[Setting, ...]:
     """
     if axis == NOTHING_SWEPT:
         return ()
+    if axis not in list(Axis):
+        raise ValueError(f"rows and columns go through {', '.join(Axis)} or {NOTHING_SWEPT}; got {shortened(axis)!r}")
     if axis == Axis.SCHEDULER:
         known = {str(kind).lower(): kind for kind in Scheduler}
         words = [word.strip() for word in re.split("[,;]", values) if word.strip()]
@@ -120,6 +122,9 @@ def read_request(
     if not is_number(num_inference_steps) or num_inference_steps != int(num_inference_steps):
         found.append(f"steps is a whole number; got {shortened(str(num_inference_steps))}")
         num_inference_steps = 1
+    if scheduler not in list(Scheduler):
+        found.append(f"schedulers are {', '.join(Scheduler)}; got {shortened(str(scheduler))!r}")
+        scheduler = Scheduler.AS_SAVED
     if not is_number(guidance_scale):
         found.append(f"guidance is a number; got {shortened(str(guidance_scale))}")
         guidance_scale = 1

@@ -59,6 +59,29 @@ class Measure:
     def span(self) -> float:
         return self.most - self.least
 
+    def to_dict(self, columns: Sequence[Column]) -> dict:
+        """For JSON. Columns and what values were taken of go by numbers: it matters only which of them are the same."""
+        keys = list(dict.fromkeys(key for values in self.values.values() for key in values))
+        values = {
+            columns.index(column): {keys.index(key): float(value) for key, value in found.items()}
+            for column, found in self.values.items()
+        }
+        facts = {name: getattr(self, name) for name in ("name", "wanting", "share", "least", "most")}
+        return facts | {"values": values}
+
+    @classmethod
+    def from_dict(cls, data: dict, columns: Sequence[Column]) -> "Measure":
+        """
+        Raises:
+            TypeError, ValueError, KeyError, IndexError, AttributeError: the data are none of `to_dict`.
+        """
+        measure = cls(
+            str(data["name"]), str(data["wanting"]), bool(data["share"]), float(data["least"]), float(data["most"])
+        )
+        for number, found in data["values"].items():
+            measure.values[columns[int(number)]] = {int(key): float(value) for key, value in found.items()}
+        return measure
+
 
 # ---------------------------------------------------------------------------------------------- small measures
 

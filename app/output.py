@@ -21,7 +21,6 @@ from .foreign import printable, shortened
 from .request import Axis, Column, CompareRequest
 
 SHOWN_SIDE = 256  # small images are enlarged to at least this, by whole factors
-FULL_DIFFERENCE = 0.5  # of the range of a channel: what the heat map shows brightest
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 INK, PAPER, FAINT = "#1c1917", "#ffffff", "#78716c"
 
@@ -36,12 +35,6 @@ def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
     """[height, width] in [0, 1]: mean over the channels of |a - b|."""
     x, y = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (a, b))
     return np.abs(x - y).mean(axis=-1)
-
-
-def heat_map(a: Image.Image, b: Image.Image) -> Image.Image:
-    """The difference in colour, on one scale for all pairs."""
-    colours = matplotlib.colormaps["magma"](np.clip(difference(a, b) / FULL_DIFFERENCE, 0, 1))[..., :3]
-    return Image.fromarray((colours * 255).astype(np.uint8))
 
 
 def escaped(value: object) -> str:
@@ -74,7 +67,7 @@ def by_place(cells: Sequence[Cell]) -> dict:
 
 
 def column_lines(column: Column, width: int) -> list[str]:
-    """A column's label in at most four lines: the name, whose middle is left out if it is long, strength and setting."""
+    """A column's label in at most four lines: its name, without the middle of a long one, strength and setting."""
     name = shortened(column.adapter.label if column.adapter else column.label, 2 * width)
     lines = [name[:width], name[width:]]
     strength = [f"× {column.strength:g}"] if column.adapter else []

@@ -27,7 +27,7 @@ from .foreign import is_number, parsed_json
 from .output import png, report, sheet
 from .request import CompareRequest, joined, upgraded
 
-VIEWS = ("Grid", "Slider", "Flip", "Difference")
+VIEWS = ("Grid", "Flip", "Side by side", "Slider", "Difference")
 SETTINGS, IMAGES = "settings.json", "images/"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive: equal comparisons make equal archives
 IMAGE_KEYS = {"row", "column", "file", "generated_with", "seconds"}
@@ -66,7 +66,7 @@ def named(request: CompareRequest, cells: Sequence[Cell]) -> dict[str, Cell]:
     }
 
 
-def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> str:
+def settings_data(request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> dict:
     rows, columns = request.rows, request.columns
     images = [
         {
@@ -78,8 +78,11 @@ def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, ba
         }
         for name, cell in named(request, cells).items()
     ]
-    data = request.to_dict() | {"base": base, "view": asdict(view), "images": images}
-    return json.dumps(data, indent=1, ensure_ascii=False)
+    return request.to_dict() | {"base": base, "view": asdict(view), "images": images}
+
+
+def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> str:
+    return json.dumps(settings_data(request, cells, view, base), indent=1, ensure_ascii=False)
 
 
 def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> Path:

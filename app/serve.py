@@ -6,6 +6,7 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
+from .bases import Bases
 from .compare import Comparer, load_pipeline
 from .foreign import ALONE
 from .guard import Guard
@@ -28,6 +29,7 @@ def open_studio(
     *,
     train_dir: Path,
     subjects_dir: Path | None = None,
+    bases: Sequence[Path] = (),
     device: str = "cpu",
     first_steps: int = 25,
 ) -> Studio:
@@ -38,6 +40,7 @@ def open_studio(
         folder: for the visitors' images.
         prompt: of the first images; if not given, the one that the first adapters were taught.
         train_dir: for trainings started from the page and what is kept of visits; outside of `folder`, which is served.
+        bases: folders of other pipelines and checkpoints that visitors may choose.
         subjects_dir: folders of images to train and to measure on, one for each subject.
     """
     pipe = load_pipeline(base, device)
@@ -48,10 +51,9 @@ def open_studio(
     subjects = subjects_in(subjects_dir) if subjects_dir else {}
     options = first_options(runs)
     studio = Studio(
-        comparer,
+        Bases(Path(base).name, base, comparer, bases, device),
         Sessions(folder, first_adapters(runs, comparer.shelf)),
-        Trainer(train_dir, str(base), pipe.unet.config.sample_size * pipe.vae_scale_factor),
-        Path(base).name,
+        Trainer(train_dir, str(base), comparer.resolution),
         runs,
         subjects,
         first_subject(options, subjects),

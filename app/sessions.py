@@ -33,11 +33,11 @@ THUMBNAIL_SIDE = 384
 @dataclass
 class Session:
     folder: Path
+    base: str | None = None  # label of the chosen base; None is the one that the page was started with
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by label; what this visitor may choose from
     request: CompareRequest | None = None
     cells: list[Cell] = field(default_factory=list)
     view: View = field(default_factory=View)
-    resume: tuple[CompareRequest, View] | None = None  # what to look at once opened settings have been generated again
     ballot: Ballot | None = None
     measured: list[Measure] = field(default_factory=list)  # of the cells that are shown now
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
@@ -65,6 +65,7 @@ class Session:
 
     def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
         self.request, self.cells, self.addresses, self.measured = request, [], {}, []
+        self.view = View.of(request)
         for file in self.folder.glob("images/*.png"):
             file.unlink()
         for cell in cells:

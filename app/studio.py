@@ -9,6 +9,7 @@ from typing import Any
 from reslora_diffusion.export.inspection import sha256
 
 from .adapters import AdapterShelf
+from .bases import Bases
 from .compare import Cell, Comparer
 from .foreign import printable
 from .forms import unwritable
@@ -30,16 +31,32 @@ FIRST_ADAPTERS = 8  # of runs, offered without being asked for
 
 @dataclass
 class Studio:
-    comparer: Comparer
+    bases: Bases
     sessions: Sessions
     trainer: Trainer
-    base_name: str
     runs: tuple[Path, ...] = ()
     subjects: dict[str, Path] = field(default_factory=dict)  # folders of images that come with the pipeline
     first_subject: str | None = None  # the one that the first adapters were taught
     first_request: CompareRequest | None = None
     first_cells: tuple[Cell, ...] = ()
     visits: Visits = field(default_factory=lambda: Visits(None))
+
+    @property
+    def comparer(self) -> Comparer:
+        """The one of the base that the page was started with."""
+        return self.bases.get()
+
+    def comparer_of(self, session: Session) -> Comparer:
+        """The one of the base that a visitor chose.
+
+        Raises:
+            ValueError: it cannot be loaded any more.
+        """
+        return self.bases.get(session.base)
+
+    def base_of(self, session: Session) -> str:
+        """Label of the base that a visitor chose."""
+        return session.base or self.bases.first
 
     def generate_first(self, prompt: str, num_inference_steps: int) -> None:
         """What every visitor sees before asking for anything: the first adapters at hand, on one prompt."""

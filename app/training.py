@@ -217,8 +217,18 @@ class Trainer:
         """The newest training, if this owner started it."""
         return self.last if self.last and owner and self.last.owner == owner else None
 
-    def start(self, request: TrainRequest, images: Sequence[Image.Image], owner: str) -> Training:
+    def start(
+        self,
+        request: TrainRequest,
+        images: Sequence[Image.Image],
+        owner: str,
+        base: str | None = None,
+        resolution: int | None = None,
+    ) -> Training:
         """
+        Args:
+            base, resolution: of another base than the trainer's.
+
         Raises:
             ValueError: before anything is written, with everything that is wrong.
         """
@@ -231,7 +241,7 @@ class Trainer:
             (folder / IMAGES).mkdir()
             for number, image in enumerate(images):
                 image.save(folder / IMAGES / f"{number}.png")
-            self.write_config(request, folder)
+            self.write_config(request, folder, base, resolution)
             command = [sys.executable, "-u", str(self.script), "--config", str(folder / CONFIG)]
             with (folder / LOG).open("wb") as log:
                 process = subprocess.Popen(
@@ -245,9 +255,11 @@ class Trainer:
             self.last = Training(folder, request, owner, process)
             return self.last
 
-    def write_config(self, request: TrainRequest, folder: Path) -> Path:
+    def write_config(
+        self, request: TrainRequest, folder: Path, base: str | None = None, resolution: int | None = None
+    ) -> Path:
         """The file that this training is started with."""
-        options = options_of(request, self.base, self.resolution, folder)
+        options = options_of(request, base or self.base, resolution or self.resolution, folder)
         text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=1000)
         path = folder / CONFIG
         path.write_text(f"# reslora train --config {CONFIG}\n{text}", encoding="utf-8")

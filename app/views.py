@@ -1,15 +1,20 @@
 """HTML of the page, from plain values; every word that came from outside is made printable and escaped by
 `escaped` of output.py."""
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from .adapters import FileCard
 from .foreign import lines_of, shortened
 from .measures import DRIFT, Measure
-from .output import by_place, difference, escaped
+from .output import by_place, escaped
 from .request import Column, CompareRequest
 from .sessions import Session
 from .verdict import Findings
+from .visits import Entry
 from .votes import Ballot, Tally, conclusion, tallies, tally
 
 STRONGEST = 5  # modules of a file card
@@ -25,10 +30,9 @@ def clamped(text: str) -> str:
     return f'<span class="name" title="{escaped(text)}">{escaped(text)}</span>'
 
 
-def header(base_name: str) -> str:
+def header() -> str:
     return (
         '<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>'
-        f'<p class="base">base: <b>{escaped(base_name)}</b></p>'
         '<p class="lead">Base, LoRA and ResLoRA generate from the same noise with the same settings; each image says '
         "which adapter its layers held.</p></header>"
     )
@@ -47,12 +51,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def history(entries: Sequence[Entry], address: Callable[[Path], str | None]) -> str:
+    """The visitor's comparisons, the newest first, each a button; nothing while there is only one."""
+    if len(entries) < 2:
+        return ""
+    buttons = []
+    for entry in entries:
+        source, title = address(entry.image), escaped(f"{entry.prompt} · {entry.count} images")
+        image = f'<img src="{source}" alt="">' if source else ""
+        now = ' aria-current="true"' if entry.current else ""
+        buttons.append(
+            f'<button type="button" class="entry" data-number="{entry.number}" title="{title}"{now}>{image}'
+            f"<span>{escaped(shortened(entry.prompt, 40))}</span><small>{entry.count} images</small></button>"
+        )
+    return f'<nav class="history" aria-label="Your comparisons">{"".join(buttons)}</nav>'
+
+
 def grid(session: Session) -> str:
     """Rows and columns of the session's comparison; cells to come are outlined."""
     request = session.request
     if request is None:
         return message("Write a prompt, choose adapters, and compare.")
     generated = by_place(session.cells)
+    heads = short_heads(request.columns)
 
     def td(i: int, j: int) -> str:
         row, column = request.rows[i], request.columns[j]
@@ -66,47 +87,54 @@ def grid(session: Session) -> str:
             f'<span class="held" title="what the layers held">{clamped(cell.generated_with)}</span></td>'
         )
 
-    head = "".join(f'<th scope="col" role="columnheader">{column_head(column)}</th>' for column in request.columns)
+    head = "".join(
+        f'<th scope="col" role="columnheader" data-column="{j}" data-label="{escaped(column.label)}">{heads[j]}</th>'
+        for j, column in enumerate(request.columns)
+    )
     columns, rows = range(len(request.columns)), request.rows
+    view = escaped(json.dumps(asdict(session.view)))
     body = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader">{clamped(row.prompt)}'
+        f'<tr role="row"><th scope="row" role="rowheader" data-row="{i}" data-label="{escaped(row.label)}">'
+        f"{clamped(row.prompt)}"
         f"<small>{escaped(row.note)}</small></th>"
         f"{''.join(td(i, j) for j in columns)}</tr>"
         for i, row in enumerate(rows)
     )
     return (
-        f'<div class="grid" style="--columns: {len(request.columns)}" tabindex="0" role="region" '
+        f'<div class="grid" style="--columns: {len(request.columns)}" data-rows="{len(rows)}" '
+        f'data-columns="{len(columns)}" data-view="{view}" tabindex="0" role="region" '
         f'aria-label="Comparison grid"><table role="table"><thead><tr role="row">'
         f'<th scope="col" role="columnheader"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def column_head(column: Column) -> str:
-    """The strength stands on its own, where no long name pushes it out of sight."""
-    name = clamped(column.adapter.label if column.adapter else "base")
-    notes = [f"× {column.strength:g}"] if column.adapter else []
-    notes += [column.setting.label] if column.setting else []
-    return name + (f"<small>{escaped(' · '.join(notes))}</small>" if notes else "")
+def short_heads(columns: Sequence[Column]) -> list[str]:
+    """HTML of the columns' heads. What all adapters' names begin with is left out; the whole name is in the title."""
+    names = {column.adapter.label for column in columns if column.adapter}
+    common = common_start(sorted(names))
+
+    def head(column: Column) -> str:
+        name = column.adapter.label if column.adapter else "base"
+        short = name[len(common) :] if column.adapter else name
+        notes = [f"× {column.strength:g}"] if column.adapter else []
+        notes += [column.setting.label] if column.setting else []
+        title = f'<span class="name" title="{escaped(name)}">{escaped(short)}</span>'
+        return title + (f"<small>{escaped(' · '.join(notes))}</small>" if notes else "")
+
+    return [head(column) for column in columns]
 
 
-def flip(session: Session, a, b) -> str:
-    """Two images in one place; the button turns one into the other."""
-    images = "".join(
-        f'<figure class="{side}"><img src="{session.addresses[id(cell)]}" alt="{escaped(cell.column.label)}">'
-        f"<figcaption>{escaped(cell.column.label)}</figcaption></figure>"
-        for side, cell in (("front", a), ("back", b))
-    )
-    turn = '<button type="button" class="turn">Flip <kbd>space</kbd></button>'
-    return f'<div class="flip">{images}</div>{turn}'
+def common_start(names: Sequence[str]) -> str:
+    """What several names begin with, up to the last separator, so that whole words stay.
 
-
-def difference_note(a, b) -> str:
-    values = difference(a.image, b.image)
-    return message(
-        f"{a.column.label} against {b.column.label}: mean difference {values.mean():.1%} of the range, "
-        f"{(values > 0.1).mean():.0%} of the pixels differ by more than a tenth of it. Bright is different."
-    )
+    >>> common_start(["panda/checkpoint-100", "panda/checkpoint-200"])
+    'panda/checkpoint-'
+    """
+    if len(names) < 2:
+        return ""
+    common = os.path.commonprefix(list(names))
+    return common[: max(common.rfind(separator) for separator in "/-_ ") + 1]
 
 
 SHORT = 14  # characters of a cell that stay on one line
@@ -234,9 +262,3 @@ def verdict(found: Findings | None) -> str:
     gaps = message(f"Merge gap, as the files say: {merges}.") if merges else ""
     said = "\n".join([f"{found.first.label} against {found.second.label}", *found.sentences()])
     return f'<section aria-label="Verdict">{message(said)}{differences}{gaps}</section>'
-
-
-def pair_choices(request: CompareRequest) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Choices of the row and column pickers."""
-    rows = [(row.label, i) for i, row in enumerate(request.rows)]
-    return rows, [(column.label, j) for j, column in enumerate(request.columns)]

@@ -1,19 +1,24 @@
-"""What is kept of a visit on the disk, as it is made, so that a reload or a restart of the server loses nothing.
+"""What is stored of a visit as it is made, so that a reload or a restart of the server loses nothing.
 
-    <root>/<digest of the key>/fields.json       what stands in the Compare tab's fields, as it was typed
-                               settings.json     the comparison, as `saved.py` writes it
-                               images/<file>     its images, each as it is generated
-                               votes.json        the round: pairs, sides, votes
+    <root>/<digest of the key>/fields.json           what stands in the Compare tab's fields, as it was typed
+                               base.json             label of the chosen base
+                               current.json          the number of the comparison that is looked at
+                               comparisons/<number>/settings.json    the comparison, as `saved.py` writes it
+                                                    images/<file>    its images, each as it is generated
+                                                    votes.json       the round: pairs, sides, votes
+                                                    measures.json    its figures
                                adapters/<sha256>.safetensors, adapters.json    the files that were added
 
 The key is random, lives in one tab of a browser (`sessionStorage`), and outlives reloads of it and the server. Who does
-not know it finds nothing; its digest alone is written. Of more than MOST visits the oldest go.
+not know it finds nothing; its digest alone is written. Of more than MOST visits the oldest go, and of a visit's
+comparisons those before the last MOST_COMPARISONS.
 """
 
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,56 +26,130 @@ from reslora_diffusion.utils.files import atomic_write, write_text
 
 from .compare import Cell
 from .foreign import is_text, parsed_json
+from .measures import Measure
 from .output import png
 from .request import Adapter, CompareRequest
 from .saved import IMAGES, SETTINGS, View, named, settings_json
 from .votes import Ballot, Pair, Verdict
 
 MOST = 64
-FIELDS, VOTES, ADAPTERS = "fields.json", "votes.json", "adapters.json"
+COMPARISONS = "comparisons"
+MOST_COMPARISONS = 12
+FIELDS, BASE, CURRENT, ADAPTERS = "fields.json", "base.json", "current.json", "adapters.json"
+VOTES, MEASURES = "votes.json", "measures.json"
 # As `forms.fields_of` gives them.
 FIELD_TYPES = (str, str, str, list, str, bool, str, (int, float), (int, float), str, str, str, str, str, bool)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a visit's history."""
+
+    number: int
+    prompt: str
+    count: int
+    image: Path
+    current: bool
 
 
 @dataclass(frozen=True)
 class Visit:
     folder: Path
 
-    def write(self, name: str, data: object) -> None:
-        write_text(self.folder / name, json.dumps(data))
+    def write(self, name: str | Path, data: object) -> None:
+        write_text(self.folder / name, json.dumps(data, ensure_ascii=False))
 
-    def read(self, name: str) -> object:
+    def read(self, name: str | Path) -> object:
         """None where there is nothing that can be read."""
         try:
             return parsed_json((self.folder / name).read_bytes())
         except (OSError, ValueError):
             return None
 
-    # ------------------------------------------------------------------------------------------ comparison
+    # ----------------------------------------------------------------------------------------- comparisons
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the comparisons, the oldest first."""
+        folders = (self.folder / COMPARISONS).glob("*")
+        return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+    @property
+    def current(self) -> Path | None:
+        """Folder of the comparison that is looked at; None before there is one."""
+        number, numbers = self.read(CURRENT), self.numbers
+        if number not in numbers:
+            number = numbers[-1] if numbers else None
+        return None if number is None else self.place(number)
+
+    def place(self, number: int) -> Path:
+        return self.folder / COMPARISONS / f"{number:06}"
+
+    def choose(self, number: int) -> None:
+        """Look at an earlier comparison.
+
+        Raises:
+            ValueError: it is not stored any more.
+        """
+        if number not in self.numbers:
+            raise ValueError("This comparison is not stored any more.")
+        self.write(CURRENT, number)
 
     def show(self, request: CompareRequest, cells: list[Cell], base: str, view: View) -> None:
-        """Another comparison takes the place of the last, and of the round on it."""
-        shutil.rmtree(self.folder / IMAGES, ignore_errors=True)
-        (self.folder / IMAGES).mkdir()
-        (self.folder / VOTES).unlink(missing_ok=True)
+        """Begin another comparison. It takes the place of the last one only where that has no image."""
+        if (last := self.current) and not any((last / IMAGES).glob("*.png")):
+            shutil.rmtree(last, ignore_errors=True)
+        numbers = self.numbers
+        number = numbers[-1] + 1 if numbers else 1
+        (self.place(number) / IMAGES).mkdir(parents=True)
+        self.write(CURRENT, number)
+        for old in numbers[: -(MOST_COMPARISONS - 1)]:
+            shutil.rmtree(self.place(old), ignore_errors=True)
         for name, cell in named(request, cells).items():
             self.write_image(name, cell)
-        write_text(self.folder / SETTINGS, settings_json(request, cells, view, base))
+        write_text(self.current / SETTINGS, settings_json(request, cells, view, base))
 
     def add(self, request: CompareRequest, cells: list[Cell], base: str, view: View) -> None:
         """The newest of the cells, and the settings that name it."""
         for name, cell in named(request, cells[-1:]).items():
             self.write_image(name, cell)
-        write_text(self.folder / SETTINGS, settings_json(request, cells, view, base))
+        write_text(self.current / SETTINGS, settings_json(request, cells, view, base))
 
     def write_image(self, name: str, cell: Cell) -> None:
-        with atomic_write(self.folder / IMAGES / name) as fresh:
+        with atomic_write(self.current / IMAGES / name) as fresh:
             fresh.write_bytes(png(cell.image))
+
+    def write_view(self, view: View) -> None:
+        if self.current and isinstance(data := self.read(self.current / SETTINGS), dict):
+            self.write(self.current / SETTINGS, data | {"view": asdict(view)})
 
     def comparison(self) -> list[Path]:
         """Files that `saved.open_saved` opens; none if there is no comparison."""
-        settings = self.folder / SETTINGS
-        return [settings, *sorted((self.folder / IMAGES).glob("*.png"))] if settings.is_file() else []
+        settings = self.current / SETTINGS if self.current else None
+        return [settings, *images_of(self.current)] if settings and settings.is_file() else []
+
+    def history(self) -> list["Entry"]:
+        """The comparisons with images, the newest first."""
+        found = []
+        for number in reversed(self.numbers):
+            data, images = self.read(self.place(number) / SETTINGS), images_of(self.place(number))
+            if images and isinstance(data, dict) and isinstance(prompts := data.get("prompts"), list) and prompts:
+                found.append(
+                    Entry(number, str(prompts[0]), len(images), images[-1], self.place(number) == self.current)
+                )
+        return found
+
+    def write_measures(self, measures: Sequence[Measure], request: CompareRequest) -> None:
+        if self.current:
+            self.write(self.current / MEASURES, [measure.to_dict(request.columns) for measure in measures])
+
+    def measures(self, request: CompareRequest) -> list[Measure]:
+        """Figures of the comparison; none where there are none that can be read."""
+        data = self.read(self.current / MEASURES) if self.current else None
+        try:
+            return [Measure.from_dict(said, request.columns) for said in data or ()]
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+            return []
 
     # ---------------------------------------------------------------------------------------------- fields
 
@@ -82,6 +161,14 @@ class Visit:
         values = self.read(FIELDS)
         return values if isinstance(values, list) and sound_fields(values) else None
 
+    def write_base(self, label: str) -> None:
+        self.write(BASE, label)
+
+    def base(self) -> str | None:
+        """Label of the chosen base."""
+        label = self.read(BASE)
+        return label if isinstance(label, str) else None
+
     # ------------------------------------------------------------------------------------------------ votes
 
     def write_ballot(self, ballot: Ballot) -> None:
@@ -92,12 +179,13 @@ class Visit:
             "votes": ballot.votes,
             "seen": ballot.seen,
         }
-        self.write(VOTES, data)
+        if self.current:
+            self.write(self.current / VOTES, data)
 
     def ballot(self, request: CompareRequest, cells: list[Cell]) -> Ballot | None:
         """The round, if its images are all there."""
         places = {(cell.row, cell.column): cell for cell in cells}
-        data, rows = self.read(VOTES), request.rows
+        data, rows = self.read(self.current / VOTES) if self.current else None, request.rows
         try:
             first, second = (request.columns[number] for number in data["columns"])
             pairs = []
@@ -121,12 +209,21 @@ class Visit:
         self.write(ADAPTERS, {a.sha256: a.label for a in (*kept, adapter)})
         return Adapter(adapter.label, str(path), adapter.sha256)
 
+    def write_labels(self, adapters: Iterable[Adapter]) -> None:
+        """Added files go by the names and in the order of these; those that are not among them are gone."""
+        stored = {adapter.sha256 for adapter in self.adapters()}
+        self.write(ADAPTERS, {a.sha256: a.label for a in adapters if a.sha256 in stored})
+
     def adapters(self) -> list[Adapter]:
         labels = self.read(ADAPTERS)
         if not isinstance(labels, dict):
             return []
         paths = {digest: self.folder / "adapters" / f"{digest}.safetensors" for digest in labels}
         return [Adapter(labels[d], str(p), d) for d, p in paths.items() if isinstance(labels[d], str) and p.is_file()]
+
+
+def images_of(folder: Path) -> list[Path]:
+    return sorted((folder / IMAGES).glob("*.png"))
 
 
 def sound_fields(values: list) -> bool:

@@ -45,6 +45,9 @@ def folder(tmp_path_factory) -> Path:
         make_run(folder / "runs" / name, name, shortcut, seed=seed)
     make_lora_file(folder / "runs" / "lora" / "checkpoint-20", folder / "base", 7)
     make_lora_file(folder / "foreign", folder / "wide", 0, wide=True)
+    make_pipeline(folder / "bases" / "wide", wide=True)
+    shutil.copytree(folder / "base", folder / "bases" / "damaged")
+    (folder / "bases" / "damaged" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     (folder / "broken.safetensors").write_bytes(b"\x80\x04a pickle")
     for number in range(2):
         shutil.copy(folder / "runs" / "lora" / "samples" / "step-000000" / f"{number}-0.png", folder / f"{number}.png")
@@ -54,7 +57,13 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def studio(folder):
     studio = open_studio(
-        folder / "base", (folder / "runs",), folder / "images", "a cat", train_dir=folder / "trained", first_steps=2
+        folder / "base",
+        (folder / "runs",),
+        folder / "images",
+        "a cat",
+        train_dir=folder / "trained",
+        bases=[folder / "bases"],
+        first_steps=2,
     )
     studio.trainer.script = folder / "script.py"
     studio.trainer.script.write_text(STAND_IN)
@@ -234,20 +243,40 @@ def test_generate_look_flip_and_take_away(visit, address, tmp_path):
     assert page.locator("#grid").inner_text().count("<img src=x onerror=alert(1)>") == 2
 
     page.locator("#grid button.cell").last.press("Enter")
-    page.wait_for_selector("#slider img")
-    handle = page.locator("#slider").bounding_box()
-    page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + 200)
-    page.mouse.down()
-    page.mouse.move(handle["x"] + handle["width"] / 4, handle["y"] + 200)
-    page.mouse.up()
-    page.get_by_label("Flip", exact=True).check()
-    front = page.locator("#flip .front")
-    expect(front).to_be_visible()
-    page.locator("#flip .turn").press("Space")
-    expect(front).to_be_hidden()
-    expect(page.locator("#flip .back figcaption")).to_have_text("reslora × 1")
-    page.get_by_label("Difference", exact=True).check()
-    expect(page.locator("#pair_note")).to_contain_text("mean difference")
+    viewer, first, second = page.locator("#viewer"), page.locator("#viewer .first"), page.locator("#viewer .second")
+    expect(viewer).to_be_visible()
+    expect(second.locator("figcaption")).to_have_text("reslora × 1")
+    expect(first).to_be_hidden()
+    page.keyboard.press("Space")  # wherever the focus is
+    expect(first).to_be_visible()
+    expect(second).to_be_hidden()
+    expect(first.locator("figcaption")).to_have_text("base")
+    page.keyboard.press("ArrowLeft")
+    expect(second.locator("figcaption")).to_have_text("reslora × 0.5")
+    page.keyboard.press("Shift+ArrowRight")
+    expect(first.locator("figcaption")).to_have_text("lora × 0.5")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#viewer .row")).to_contain_text("a cat")
+    page.keyboard.press("2")
+    expect(viewer.locator(".pane img")).to_have_count(2)
+    page.mouse.move(600, 400)
+    page.mouse.wheel(0, -300)
+    moved = "[...document.querySelectorAll('#viewer .pane img')].map((image) => image.style.transform)"
+    eventually(page, lambda: "scale(1.15)" in page.evaluate(moved)[0])
+    assert len(set(page.evaluate(moved))) == 1, "both images zoom together"
+    page.keyboard.press("3")
+    handle = page.get_by_label("Where the left image ends")
+    handle.focus()
+    handle.press("Home")
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('#viewer .stage')).getPropertyValue('--split')") == "0%"
+    )
+    page.keyboard.press("4")
+    expect(viewer.locator(".heat figcaption")).to_contain_text(re.compile(r"mean [0-9.]+ %"))
+    expect(viewer.locator(".pane")).to_have_count(3)
+    page.keyboard.press("Escape")
+    expect(viewer).to_be_hidden()
+    expect(page.locator("#grid button.cell").last).to_be_focused()
 
     with zipfile.ZipFile(downloaded(page, "#download_zip", tmp_path / "all.zip")) as archive:
         archive.extract("report.html", tmp_path)
@@ -303,14 +332,11 @@ def state(page) -> dict:
         "strengths",
         "negative",
         "scheduler",
-        "pair_row",
-        "pair_left",
-        "pair_right",
     )
     fields = {name: page.locator(f"#{name} :is(textarea, input)") for name in names}
     fields |= {name: page.locator(f"#{name} input[type=number]") for name in ("steps", "guidance")}
     values = {name: field.first.input_value() for name, field in fields.items() if field.count()}
-    checked = "[...document.querySelectorAll('#adapters input, #base_column input, #view input')].map((e) => e.checked)"
+    checked = "[...document.querySelectorAll('#adapters input, #base_column input')].map((e) => e.checked)"
     return values | {"checked": page.evaluate(checked)}
 
 
@@ -319,7 +345,7 @@ def images_in(path: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if name.endswith(".png")}
 
 
-def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
+def test_a_comparison_that_was_taken_away_comes_back(visit, studio, tmp_path):
     """The archive with images and view; settings alone with every control, and the same images when generated."""
     page = visit()
     set_steps(page, 3)
@@ -339,9 +365,10 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     page.click("#run")
     expect(page.locator("#status")).to_contain_text("8 images in")
     page.locator("#grid button.cell").nth(4).click()
-    page.wait_for_selector("#slider img")
-    page.get_by_label("Difference", exact=True).check()
-    expect(page.locator("#pair_note")).to_contain_text("mean difference")
+    page.keyboard.press("4")
+    expect(page.locator("#viewer .heat figcaption")).to_contain_text("mean")
+    eventually(page, lambda: any(s.view.name == "Difference" for s in studio.sessions.open.values()))
+    page.evaluate("document.getElementById('viewer').remove()")  # closing it would be another view
     before = state(page)
     archive = downloaded(page, "#download_zip", tmp_path / "all.zip")
     settings = downloaded(page, "#download_settings", tmp_path / "settings.json")
@@ -350,7 +377,9 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     assert state(other) != before
     upload(other, "#saved_files", archive)
     expect(other.locator("#status")).to_contain_text("Opened with 8 images")
-    expect(other.locator("#difference img")).to_be_visible()
+    expect(other.locator("#viewer .heat canvas")).to_be_visible()
+    expect(other.locator("#viewer .row")).to_contain_text("a dog 猫 · seed 3")
+    other.keyboard.press("Escape")
     expect(other.locator("#expected")).to_contain_text("8 images, about")
     eventually(other, lambda: state(other) == before)
     assert images_in(downloaded(other, "#download_zip", tmp_path / "again.zip")) == images_in(archive)
@@ -358,12 +387,12 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, tmp_path):
     alone = visit()
     upload(alone, "#saved_files", settings)
     expect(alone.locator("#status")).to_contain_text("Opened with 0 of 8 images")
-    expect(alone.locator("#pair_note")).to_contain_text("Not both of these images are generated")
+    expect(alone.locator("#viewer .heat figcaption")).to_contain_text("not both of these images are generated")
+    alone.keyboard.press("Escape")
     expect(alone.locator("#expected")).to_contain_text("8 images, about")
     eventually(alone, lambda: state(alone) == before)
     alone.get_by_role("button", name="Generate again").click()
     expect(alone.locator("#status")).to_contain_text("8 images in")
-    expect(alone.locator("#difference img")).to_be_visible()
     eventually(alone, lambda: state(alone) == before)
     assert images_in(downloaded(alone, "#download_zip", tmp_path / "alone.zip")) == images_in(archive)
 
@@ -433,6 +462,65 @@ def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
     expect(page.locator("#expected")).to_contain_text("8 images, about")
 
 
+def choose_base(page, name: str) -> None:
+    page.locator("#base input").click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def test_another_base_is_chosen_on_the_page_and_a_damaged_one_changes_nothing(visit, folder):
+    page = visit()
+    choose_base(page, "damaged")
+    expect(toast(page)).to_contain_text("The base damaged cannot be loaded")
+    expect(page.locator("#base input")).to_have_value("base")
+    page.get_by_role("button", name="Close").first.click()
+    choose_base(page, "wide")
+    expect(page.locator("#status")).to_contain_text("The base is wide")
+    expect(page.locator("#status")).to_contain_text("lora is not chosen any more")
+    expect(page.get_by_role("checkbox", name="lora", exact=True)).not_to_be_checked()
+    upload(page, "#adapter_files", folder / "foreign" / "pytorch_lora_weights.safetensors")
+    expect(page.locator("#adapters input:checked")).to_have_count(1)
+    set_steps(page, 1)
+    page.click("#run")
+    expect(page.locator("#status")).to_contain_text("4 images in")
+    page.reload()
+    expect(page.locator("#base input")).to_have_value("wide")
+    expect(page.locator("#grid img")).to_have_count(4)
+    assert visit(390).locator("#base input").input_value() == "base", "a choice is one visitor's own"
+
+
+def test_adapters_are_renamed_moved_and_removed(visit):
+    page = visit()
+    names = "[...document.querySelectorAll('#adapters label')].map((label) => label.innerText.trim())"
+    assert page.evaluate(names) == ["lora", "reslora"]
+    unfold(page, "Rename, reorder")
+    page.locator("#one_adapter input").click()
+    page.get_by_role("option", name="reslora", exact=True).click()
+    expect(page.locator("#new_name :is(input, textarea)")).to_have_value("reslora")
+    page.click("#move_up")
+    eventually(page, lambda: page.evaluate(names) == ["reslora", "lora"])
+    fill(page, "new_name", "ours")
+    page.click("#rename")
+    expect(page.get_by_role("checkbox", name="ours", exact=True)).to_be_checked()
+    page.click("#remove")
+    eventually(page, lambda: page.evaluate(names) == ["lora"])
+
+
+def test_steps_along_the_columns_and_guidance_along_the_rows(visit):
+    page = visit()
+    unfold(page, "More axes")
+    for side, axis, values in (("columns", "steps", "1, 2"), ("rows", "guidance", "1, 7.5")):
+        page.locator(f"#{side}_axis input").click()
+        page.get_by_role("option", name=axis, exact=True).click()
+        fill(page, f"{side}_values", values)
+    fill(page, "seeds", "0")
+    expect(page.locator("#expected")).to_contain_text("12 images, about")
+    page.click("#run")
+    expect(page.locator("#status")).to_contain_text("12 images in")
+    heads = page.locator("#grid thead small").all_inner_texts()
+    assert heads == ["1 steps", "2 steps", *["× 1 · 1 steps", "× 1 · 2 steps"] * 2]
+    assert page.locator("#grid tbody small").all_inner_texts() == ["seed 0 · guidance 1", "seed 0 · guidance 7.5"]
+
+
 def test_two_visitors_do_not_see_each_other(visit, tmp_path):
     one, other = visit(), visit(390)  # a browser of its own
     set_steps(one, 1)
@@ -469,8 +557,18 @@ def test_a_reload_loses_nothing_and_starting_afresh_does(visit, folder, studio):
     show(page, "Compare")
     fill(page, "prompts", "not yet {asked")
     expect(page.locator("#expected")).to_contain_text("braces do not pair")
+    show(page, "Measures")
+    page.click("#measure")
+    expect(page.locator("#measures")).to_contain_text("diversity")
+    show(page, "Compare")
+    page.locator("#grid button.cell").last.click()
+    page.keyboard.press("2")
+    eventually(page, lambda: any(s.view.name == "Side by side" for s in studio.sessions.open.values()))
 
     page.reload()
+    expect(page.locator("#viewer .pane")).to_have_count(2)
+    page.keyboard.press("Escape")
+    expect(page.locator("#verdict")).to_contain_text("diversity")
     expect(page.locator("#grid")).to_contain_text("a lighthouse")
     expect(page.locator("#grid img")).to_have_count(9)
     expect(page.locator("#status")).to_contain_text("9 images in")
@@ -481,7 +579,19 @@ def test_a_reload_loses_nothing_and_starting_afresh_does(visit, folder, studio):
     show(page, "Blind vote")
     expect(page.locator("#vote_pair")).to_contain_text("2 of 3")
     expect(page.locator("#vote_second input")).to_have_value("added × 1")
+    show(page, "Measures")
+    expect(page.locator("#measures")).to_contain_text("diversity")
     show(page, "Compare")
+    fill(page, "prompts", "a harbour")
+    expect(page.locator("#expected")).to_contain_text("9 images, about")
+    page.click("#run")
+    expect(page.locator("#grid")).to_contain_text("a harbour")
+    expect(page.locator("#history button")).to_have_count(2)
+    expect(page.locator("#verdict")).to_have_text("")
+    page.locator("#history button").last.click()
+    expect(page.locator("#grid")).to_contain_text("a lighthouse")
+    expect(page.locator("#verdict")).to_contain_text("diversity")
+    expect(page.locator("#prompts textarea")).to_have_value("a lighthouse")
     page.click("#afresh")
     expect(page.locator("#grid")).to_contain_text("a cat")
     arrived(page)

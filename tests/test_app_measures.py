@@ -131,7 +131,7 @@ def test_diversity_is_between_seeds_of_one_prompt():
     request = CompareRequest(prompts=("a", "b"), seeds=(0, 9))
     cells = cells_of(request, 0)
     expected = np.abs(np.asarray(cells[0].image, float) - np.asarray(cells[1].image, float)).mean() / 255
-    assert diversities(cells) == pytest.approx({"a": expected, "b": expected}, rel=1e-4)
+    assert diversities(cells) == pytest.approx({("a", None): expected, ("b", None): expected}, rel=1e-4)
     assert diversities(cells[:1]) == {}
 
 

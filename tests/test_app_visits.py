@@ -1,5 +1,6 @@
 """What is kept of a visit comes back after the server was started again; what cannot be read is left out."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,16 +9,17 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[app]'")
 
 from app.compare import Cell
+from app.measures import measure
 from app.output import png
 from app.request import Adapter, CompareRequest
-from app.saved import View, open_saved, saved_cells
-from app.visits import FIELDS, MOST, VOTES, Visits
+from app.saved import SETTINGS, View, open_saved, saved_cells, saved_view
+from app.visits import CURRENT, FIELDS, MEASURES, MOST, MOST_COMPARISONS, VOTES, Visits
 from app.votes import Choice, make_ballot
 
 KEY = "0123456789abcdef" * 2
 ADAPTER = Adapter("one", "/somewhere/file.safetensors", "d" * 64)
 ASKED = CompareRequest(prompts=("a cat",), seeds=(0, 1, 2), adapters=(ADAPTER,))
-TYPED = ["a {", "x = ", "0-", ["one"], "1", True, "", 25, 4.0, "as saved"]
+TYPED = ["a {", "x = ", "0-", ["one"], "1", True, "", 25, 4.0, "as saved", "steps", "10, ", "nothing more", "", False]
 
 
 def cells_of(request: CompareRequest) -> list[Cell]:
@@ -77,12 +79,14 @@ def test_fields_and_files_are_kept(visit, tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[", "[" * 100_000, "{}", "[1]", json.dumps([*TYPED[:-1], "\ud800"]), "null"])
 def test_what_cannot_be_read_is_left_out(visit, content):
-    for name in (FIELDS, VOTES, "adapters.json"):
+    visit.show(ASKED, cells_of(ASKED), "base", View())
+    for name in (FIELDS, CURRENT, "adapters.json", *(visit.current / name for name in (SETTINGS, VOTES, MEASURES))):
         (visit.folder / name).write_text(content)
     assert visit.fields() is None
     assert visit.ballot(ASKED, cells_of(ASKED)) is None
     assert visit.adapters() == []
-    assert visit.comparison() == []
+    assert visit.measures(ASKED) == []
+    assert visit.history() == []
 
 
 @pytest.mark.parametrize("key", ["", None, 3, "../" * 10 + "ab", KEY.upper(), KEY + "0", f"{KEY}\n"])
@@ -99,3 +103,40 @@ def test_visits_do_not_meet_and_the_oldest_go(tmp_path):
     assert folders[-1].is_dir()
     assert KEY not in str(visits.of(KEY).folder), "the disk does not give a key away"
     assert Visits(None).of(KEY) is None
+
+
+def test_earlier_comparisons_come_back_with_their_round_figures_and_view(visit, tmp_path):
+    requests = [dataclasses.replace(ASKED, prompts=(f"cat {n}",)) for n in range(MOST_COMPARISONS + 2)]
+    for asked in requests:
+        cells = cells_of(asked)
+        visit.show(asked, cells, "base", View())
+        ballot = make_ballot(asked, cells, *asked.columns)
+        ballot.vote(Choice.LEFT)
+        visit.write_ballot(ballot)
+        visit.write_measures(measure(asked, cells, [], ""), asked)
+        visit.write_view(View("Slider", 1, 0, 1))
+    visit = Visits(tmp_path / "visits").of(KEY)
+    entries = visit.history()
+    assert [entry.prompt for entry in entries] == [asked.prompts[0] for asked in requests[:1:-1]]
+    assert [entry.current for entry in entries] == [True] + [False] * (MOST_COMPARISONS - 1)
+    visit.choose(entries[-1].number)
+    request, cells = reopened(visit)
+    assert request == requests[2]
+    assert len(cells) == 6
+    assert len(visit.ballot(request, cells).votes) == 1
+    again, fresh = visit.measures(request), measure(request, cells, [], "")
+    assert [[str(m.figure(c)) for c in request.columns] for m in again] == [
+        [str(m.figure(c)) for c in request.columns] for m in fresh
+    ]
+    assert str(again[3].paired(*request.columns)) == str(fresh[3].paired(*request.columns)) != "None"
+    assert saved_view(open_saved(visit.comparison()).data, request) == View("Slider", 1, 0, 1)
+    with pytest.raises(ValueError, match="not stored any more"):
+        visit.choose(1)
+
+
+def test_a_comparison_without_an_image_leaves_no_trace(visit):
+    visit.show(ASKED, cells_of(ASKED), "base", View())
+    visit.show(ASKED, [], "base", View())
+    visit.show(ASKED, [], "base", View())
+    assert len(visit.numbers) == 2
+    assert len(visit.history()) == 1

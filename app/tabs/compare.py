@@ -1,8 +1,5 @@
-"""Compare: what to generate on the left, the images on the right, as a grid or pair by pair."""
+"""Compare: what to generate on the left, the images on the right; the comparisons before are a line below."""
 
-import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +7,17 @@ import gradio as gr
 from gradio.events import Dependency
 
 from .. import views
-from ..forms import NOTHING_SWEPT, SWEEP, fields_of, fields_of_settings, read_request
-from ..request import Axis, CompareRequest, Scheduler, Setting
+from ..forms import SWEEP
 from ..saved import View
 from ..sessions import Session
 from ..studio import HEAVY, LIGHT, PRIVATE, Studio
 from ..tabs import refusal
-from ..tabs.looking import looking
-from ..tabs.taking import opened, said, takeaway
+from .choosing import add_files, add_of_runs, manage_adapters, runs_offered
+from .fields import compare_fields
+from .generating import finished, for_programs, for_the_page
+from .looking import looking
+from .taking import opened, said, takeaway
 
-SECONDS_BETWEEN_LOOKS = 0.25
 NO_ADAPTER = "This is the base alone. Add an adapter's file, train one here, or run make demo and start the page anew."
 # On a narrow screen the images stand above the button.
 SHOW_STATUS = """() => {
@@ -40,6 +38,10 @@ AFRESH = """() => {
 }"""
 # The last input of an event that looks at the fields: when it did.
 WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
+HISTORY_CLICKS = """element.addEventListener('click', (event) => {
+  const entry = event.target.closest('[data-number]');
+  if (entry) trigger('click', {number: Number(entry.dataset.number)});
+});"""
 
 
 @dataclass(frozen=True)
@@ -53,71 +55,23 @@ class CompareTab:
 
 
 def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
-    comparer, limits = studio.comparer, studio.comparer.limits
-    # Gradio writes a value that comes for a folded field when it is unfolded, over what may have been typed by then:
-    # these fields are filled when the page is built, not when somebody comes.
-    first = studio.first_request
-
     with gr.Row(equal_height=False, elem_classes="tab-body"):
         with gr.Column(scale=4, min_width=300, elem_classes="controls"):
-            prompts = gr.Textbox(label="Prompts", info="One to a line.", lines=2, max_lines=12, elem_id="prompts")
-            with gr.Row():
-                seeds = gr.Textbox(label="Seeds", info="0-3, 7", min_width=110, elem_id="seeds")
-                strengths = gr.Textbox(
-                    label="Strengths", info=f"0 to {limits.strength:g}", min_width=110, elem_id="strengths"
-                )
-            adapters = gr.CheckboxGroup(
-                label="Adapters",
-                info="Each gets a column for every strength.",
-                choices=[adapter.label for adapter in studio.sessions.adapters],
-                elem_id="adapters",
+            base = gr.Dropdown(
+                label="Base",
+                choices=[studio.bases.first],
+                value=studio.bases.first,
+                elem_id="base",
+                visible=False,
             )
-            include_base = gr.Checkbox(label="Base column, without an adapter", value=True, elem_id="base_column")
-            with gr.Row(elem_classes="tools"):
-                files = gr.UploadButton(
-                    "Add files (.safetensors)", file_count="multiple", size="sm", min_width=120, elem_id="adapter_files"
-                )
-                sweep = gr.Button("Sweep 0 to 1.5", size="sm", min_width=110, elem_id="sweep")
-            with gr.Accordion("Prompt matrix, adapters of runs", open=False):
-                more = gr.Dropdown(
-                    label="Add from runs",
-                    info="Adapters of runs and their checkpoints.",
-                    choices=[],
-                    value=None,
-                    elem_id="adapters_of_runs",
-                )
-                placeholders = gr.Textbox(
-                    label="Placeholders",
-                    info="A line subject = panda, cactus fills {subject} in the prompts with both.",
-                    lines=1,
-                    max_lines=8,
-                    elem_id="placeholders",
-                    value="",  # the first request has none
-                )
-            with gr.Accordion("More axes", open=False):
-                columns_axis, columns_values = sweep_fields("Columns", first.columns_by)
-                rows_axis, rows_values = sweep_fields("Rows", first.rows_by)
-                strengths_first = gr.Checkbox(
-                    label="Group columns by strength",
-                    info="Adapters of one strength stand side by side.",
-                    value=first.strengths_first,
-                    elem_id="strengths_first",
-                )
-            with gr.Accordion("Sampling", open=False):
-                negative = gr.Textbox(label="Negative prompt", lines=1, value=first.negative_prompt, elem_id="negative")
-                steps = gr.Slider(1, limits.steps, first.num_inference_steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(
-                    0, limits.guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance"
-                )
-                scheduler = gr.Dropdown(
-                    list(Scheduler), value=str(first.scheduler), label="Scheduler", elem_id="scheduler"
-                )
+            fields = compare_fields(studio)
             expected = gr.HTML(elem_id="expected", padding=False)
             looked_at = gr.Number(0, visible=False)
             key = gr.Textbox("", visible=False)
-            with gr.Row(elem_classes="tools"):
+            with gr.Row(elem_classes="tools go"):
                 run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
-                stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
+            manage_adapters(studio, fields)
             with gr.Row(elem_classes="tools"):
                 saved_files = gr.UploadButton(
                     "Open a comparison (.zip or .json)", file_count="multiple", size="sm", elem_id="saved_files"
@@ -126,43 +80,38 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         with gr.Column(scale=9, min_width=320, elem_classes="results"):
             status = gr.HTML(elem_id="status", min_height=48, padding=False)
             again = gr.Button("Generate again", variant="primary", size="sm", visible=False, elem_id="again")
-            look = looking(studio)
+            grid = looking(studio)
             takeaway(studio)
             verdict = gr.HTML(elem_id="verdict", padding=False)
-
-    fields = [prompts, placeholders, seeds, adapters, strengths, include_base, negative, steps, guidance, scheduler]
-    fields += [columns_axis, columns_values, rows_axis, rows_values, strengths_first]
-    unfolded = [prompts, seeds, adapters, strengths, include_base]
-    results = [status, look.grid]
+            history = gr.HTML(js_on_load=HISTORY_CLICKS, elem_id="history", padding=False)
+    results = [status, grid, history, verdict]
 
     def session_of(request: gr.Request) -> Session:
         return studio.sessions.of(request.session_hash)
 
-    def read(session: Session, values: tuple) -> CompareRequest:
-        return read_request(*values, adapters=session.adapters, limits=limits)
+    def strip(session: Session) -> str:
+        return views.history(session.visit.history() if session.visit else (), session.thumbnail)
 
-    def filled(session: Session, asked: CompareRequest) -> list:
-        """The fields of a request, with the adapters that this visitor has."""
-        values = list(fields_of(asked))
-        here = [label for label in values[3] if label in session.adapters]
-        values[3] = gr.CheckboxGroup(choices=list(session.adapters), value=here)
-        return values
+    def shown(session: Session, words: str) -> list:
+        """Values of `results`."""
+        return [words, views.grid(session), strip(session), views.verdict(studio.findings(session))]
 
     def expect(request: gr.Request, *values) -> str | dict:
         """Several of these run at once, and may end in another order than they began: the latest look counts."""
         *values, when = values
         session = session_of(request)
         session.looked_at = max(session.looked_at, when)
-        said = expectation(session, values)
+        text = expectation(session, values)
         if when < session.looked_at:
             return gr.skip()
         if session.visit and session.arrived:
             session.visit.write_fields(values)
-        return said
+        return text
 
     def expectation(session: Session, values: list) -> str:
         try:
-            asked = read(session, values)
+            asked = fields.read(session, values)
+            comparer = studio.comparer_of(session)
         except ValueError as problem:
             return views.message(str(problem), "warn")
         count, seconds = comparer.estimate(asked)
@@ -172,109 +121,45 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
 
     def ask(request: gr.Request) -> list:
         session_of(request).ask()
-        return ["Grid", gr.Button(visible=False)]
+        return [gr.Button(visible=False), gr.Button(interactive=True)]
 
-    def generate(
-        prompts: str,
-        placeholders: str,
-        seeds: str,
-        adapters: list[str],
-        strengths: str,
-        include_base: bool,
-        negative_prompt: str,
-        num_inference_steps: float,
-        guidance_scale: float,
-        scheduler: str,
-        columns_axis: str,
-        columns_values: str,
-        rows_axis: str,
-        rows_values: str,
-        strengths_first: bool,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Iterator[tuple]:
-        """The parameters' names are those of the API."""
-        session, sampling = session_of(request), (num_inference_steps, guidance_scale, scheduler)
-        axes = (columns_axis, columns_values, rows_axis, rows_values, strengths_first)
-        values = (prompts, placeholders, seeds, adapters, strengths, include_base, negative_prompt, *sampling, *axes)
-        try:
-            asked = read(session, values)
-        except ValueError as problem:
-            raise refusal(problem) from None
-        count, seconds = comparer.estimate(asked)
-        cancel = session.begin(asked)
-        if session.visit:
-            session.visit.show(asked, [], studio.base_name, View.of(asked))
+    def halt(request: gr.Request) -> None:
+        session_of(request).cancel.set()
 
-        told, shown = Pace(), Pace()
-
-        def on_step(cell: int, step: int) -> None:
-            if told.is_due():
-                progress((cell, count), desc=f"image {cell + 1} of {count}, step {step}", unit="images")
-
-        yield views.message(f"Generating {count} images, about {views.duration(seconds)}."), views.grid(session)
-        try:
-            for cell in comparer.compare(asked, cancel, on_step):
-                if session.cancel is not cancel:
-                    return  # the visitor looks at another comparison by now
-                session.add(cell)
-                if session.visit:
-                    session.visit.add(asked, session.cells, studio.base_name, View.of(asked))
-                if shown.is_due():
-                    yield views.message(f"{len(session.cells)} of {count} images."), views.grid(session)
-        except (ValueError, RuntimeError) as problem:  # of a file, or of the machine, such as its memory
-            done = f"Ended by an error after {len(session.cells)} of {count} images, which stay."
-            yield views.message(done, "bad"), views.grid(session)
-            raise refusal(problem) from None
-        if session.cancel is cancel:
-            yield finished(session, count), views.grid(session)
-
-    def add_files(paths: list[str] | None, chosen: list[str], request: gr.Request) -> gr.CheckboxGroup:
-        return added({Path(path).name: Path(path) for path in paths or []}, True, chosen, session_of(request))
-
-    def add_of_runs(label: str | None, chosen: list[str], request: gr.Request) -> list:
-        files = studio.adapter_files()
-        if label is None:
-            return [gr.skip()] * 2
-        if label not in files:
-            raise refusal(f"There is no adapter {label} any more.")
-        return [added({label: files[label]}, False, chosen, session_of(request)), None]
-
-    def added(paths: dict[str, Path], uploaded: bool, chosen: list[str], session: Session) -> gr.CheckboxGroup:
-        """The files that fit join the adapters; the others are named with the reason. Uploads go by their own names."""
-        problems = []
-        for name, path in paths.items():
-            try:
-                card = comparer.shelf.card(path, path.stem if uploaded else name)
-            except ValueError as problem:
-                problems.append(str(problem).replace(str(path), name))
-                continue
-            if card.fits:
-                own = session.add_adapter(card.adapter)
-                if session.visit and uploaded:
-                    session.add_adapter(session.visit.keep(own))
-                chosen = [*chosen, own.label]
-            else:
-                problems.append("\n".join([f"{name} does not fit the loaded base:", *card.mismatches]))
-        if problems:
-            gr.Warning(views.plain("\n".join(problems)), duration=None, title="Not added")
-        return gr.CheckboxGroup(choices=list(session.adapters), value=list(dict.fromkeys(chosen)))
+    def ended(request: gr.Request) -> list:
+        session = session_of(request)
+        return [gr.Button(interactive=False), strip(session), views.verdict(studio.findings(session))]
 
     def open_files(paths: list[str] | None, request: gr.Request) -> list:
         session = session_of(request)
         try:
-            asked, base = opened(studio, session, [Path(path) for path in paths or []])
+            asked, its_base = opened(studio, session, [Path(path) for path in paths or []])
         except ValueError as problem:
             raise refusal(problem, "This cannot be opened") from None
         if session.visit:
-            session.visit.show(asked, session.cells, studio.base_name, session.view)
-        return [
-            *filled(session, asked),
-            said(session, base, studio.base_name),
-            views.grid(session),
-            gr.Button(visible=True),
-            *look.values(session, session.view),
-        ]
+            session.visit.show(asked, session.cells, studio.base_of(session), session.view)
+        words = said(session, its_base, studio.base_of(session))
+        return [*fields.filled(session, asked), *shown(session, words), gr.Button(visible=True)]
+
+    def look_back(event: gr.EventData, request: gr.Request) -> list:
+        """An earlier comparison of this visit, with its round and figures."""
+        session = session_of(request)
+        number = getattr(event, "number", None)
+        try:
+            if session.visit is None or type(number) is not int:
+                raise ValueError("This comparison is not stored any more.")
+            session.visit.choose(number)
+            opened(studio, session, session.visit.comparison())
+        except ValueError as problem:
+            raise refusal(problem, "This cannot be opened") from None
+        with_its_round(session)
+        count = len(session.request.rows) * len(session.request.columns)
+        session.view = View.of(session.request)
+        return [*fields.filled(session, session.request), *shown(session, finished(session, count)), gr.skip()]
+
+    def with_its_round(session: Session) -> None:
+        session.ballot = session.visit.ballot(session.request, session.cells)
+        session.measured = session.visit.measures(session.request)
 
     def arrive(key: str, request: gr.Request) -> list:
         """What this tab of the browser had before a reload, or else what everybody sees first."""
@@ -284,19 +169,21 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         restored = restore(session)
         count = len(session.request.rows) * len(session.request.columns)
         done = finished(session, count) if session.adapters else views.message(NO_ADAPTER)
-        of_runs = gr.Dropdown(choices=list(studio.adapter_files()), value=None)
-        values = filled(session, session.request)
+        values = fields.filled(session, session.request)
         if typed := session.visit.fields() if session.visit else None:
-            here = [label for label in typed[3] if label in session.adapters]
-            values = [*typed[:3], gr.CheckboxGroup(choices=list(session.adapters), value=here), *typed[4:]]
-        elif not restored:  # gradio would write them over what is typed into folded fields meanwhile
-            values = [value if f in unfolded else gr.skip() for f, value in zip(fields, values, strict=True)]
+            values = fields.typed(session, typed)
+        elif not restored:
+            values = [v if f in fields.unfolded else gr.skip() for f, v in zip(fields.controls, values, strict=True)]
         session.arrived = True
-        return [*values, of_runs, done, views.grid(session), *look.values(session, View.of(session.request))]
+        bases = list(studio.bases.choices())
+        picker = gr.Dropdown(choices=bases, value=studio.base_of(session), visible=len(bases) > 1)
+        return [*values, runs_offered(studio), picker, *shown(session, done)]
 
     def restore(session: Session) -> bool:
-        """Adapters, comparison and round of the visit, as far as they can be read."""
+        """Base, adapters, comparison, round and figures of the visit, as far as they can be read."""
         visit = session.visit
+        if visit and (label := visit.base()) in studio.bases.choices():
+            session.base = label
         for adapter in visit.adapters() if visit else ():
             session.add_adapter(adapter)
         if not visit or not (files := visit.comparison()):
@@ -305,89 +192,53 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             opened(studio, session, files)
         except ValueError:
             return False
-        session.resume = None
-        session.ballot = visit.ballot(session.request, session.cells)
+        with_its_round(session)
         return True
 
-    def judge(request: gr.Request) -> str:
-        return views.verdict(studio.findings(session_of(request)))
+    def change_base(label: str, chosen: list[str], request: gr.Request) -> list:
+        """Adapters that do not fit stay in the list of files, and are not chosen; the images stay those of the old."""
+        session = session_of(request)
+        before = session.base
+        try:
+            session.base = label
+            comparer = studio.comparer_of(session)
+        except ValueError as problem:
+            session.base = before
+            gr.Warning(views.plain(problem), duration=None, title="The base stays as it was")
+            return [gr.Dropdown(value=studio.base_of(session)), gr.skip(), gr.skip()]
+        if session.visit:
+            session.visit.write_base(label)
+        misfits = {}
+        for name in chosen:
+            try:
+                card = comparer.shelf.card(Path(session.adapters[name].path), name)
+                misfits |= {} if card.fits else {name: card.mismatches[0]}
+            except (ValueError, KeyError) as problem:
+                misfits[name] = str(problem)
+        words = [f"The base is {label}. The images are of the one before, until you compare again."]
+        words += [f"{name} is not chosen any more: {reason}" for name, reason in misfits.items()]
+        fitting = [name for name in chosen if name not in misfits]
+        return [gr.skip(), fields.choices(session, fitting), views.message("\n".join(words), "warn")]
 
-    def halt(request: gr.Request) -> None:
-        session_of(request).cancel.set()
-
-    seen = {"fn": expect, "inputs": [*fields, looked_at], "outputs": expected, "js": WITH_TIME, **LIGHT, **PRIVATE}
-    gr.on([f.change for f in fields], trigger_mode="always_last", **seen)
+    controls = fields.controls
+    seen = {"fn": expect, "inputs": [*controls, looked_at], "outputs": expected, "js": WITH_TIME, **LIGHT, **PRIVATE}
+    gr.on([control.change for control in controls], trigger_mode="always_last", **seen)
     # Gradio may forget the last of several quick changes; a field that is left is looked at once more.
-    texts = [field for field in fields if isinstance(field, gr.Textbox)]
-    gr.on([text.blur for text in texts], trigger_mode="multiple", **seen)
-    sweep.click(lambda: SWEEP, None, strengths, **LIGHT, **PRIVATE)
-    started = gr.on(
-        [run.click, again.click],
-        ask,
-        None,
-        [look.view, again],
-        **LIGHT,
-        **PRIVATE,
-    )
-    generating = started.then(
-        generate,
-        fields,
-        results,
-        api_name="compare",
-        show_progress="full",
-        show_progress_on=[status],
-        **HEAVY,
-    )
-    look.follow(generating)
+    gr.on([text.blur for text in fields.texts], trigger_mode="multiple", **seen)
+    fields.sweep.click(lambda: SWEEP, None, fields.strengths, **LIGHT, **PRIVATE)
+    started = gr.on([run.click, again.click], ask, None, [again, stop], **LIGHT, **PRIVATE)
+    on_status = {"show_progress": "full", "show_progress_on": [status]}
+    generating = started.then(for_the_page(studio, fields), controls, [status, grid], **on_status, **HEAVY, **PRIVATE)
+    generating.then(ended, None, [stop, history, verdict], **LIGHT, **PRIVATE)
+    for_programs(studio, fields)
     gr.on([run.click, again.click], None, js=SHOW_STATUS, **PRIVATE)
     stop.click(halt, None, None, **LIGHT, **PRIVATE)
-    files.upload(add_files, [files, adapters], adapters, **LIGHT, **PRIVATE)
-    more.input(add_of_runs, [more, adapters], [adapters, more], **LIGHT, **PRIVATE)
-    opening = saved_files.upload(
-        open_files, saved_files, [*fields, *results, again, *look.controls], **LIGHT, **PRIVATE
-    )
-    look.refresh(opening)
-    arrival = demo.load(arrive, key, [*fields, more, *results, *look.controls], js=KEY_OF_TAB, **LIGHT, **PRIVATE)
+    base.input(change_base, [base, fields.adapters], [base, fields.adapters, status], **HEAVY, **PRIVATE)
+    fields.files.upload(add_files(studio, fields), [fields.files, fields.adapters], fields.adapters, **LIGHT, **PRIVATE)
+    of_runs, adapters = fields.of_runs, fields.adapters
+    of_runs.input(add_of_runs(studio, fields), [of_runs, adapters], [adapters, of_runs], **LIGHT, **PRIVATE)
+    opening = saved_files.upload(open_files, saved_files, [*controls, *results, again], **LIGHT, **PRIVATE)
+    back = history.click(look_back, None, [*controls, *results, again], **LIGHT, **PRIVATE)
+    arrival = demo.load(arrive, key, [*controls, of_runs, base, *results], js=KEY_OF_TAB, **LIGHT, **PRIVATE)
     afresh.click(None, None, None, js=AFRESH, **PRIVATE)
-    for event in (generating, opening):
-        event.then(judge, None, verdict, **LIGHT, **PRIVATE)
-    return CompareTab(adapters, arrival, [generating, opening], verdict)
-
-
-def sweep_fields(side: str, settings: tuple[Setting, ...]) -> tuple[gr.Dropdown, gr.Textbox]:
-    """What rows or columns go through, beside what they always do."""
-    axis, values = fields_of_settings(settings)
-    name = side.lower()
-    with gr.Row():
-        return (
-            gr.Dropdown(
-                [NOTHING_SWEPT, *map(str, Axis)],
-                value=axis,
-                label=f"{side} go through",
-                min_width=120,
-                elem_id=f"{name}_axis",
-            ),
-            gr.Textbox(value=values, label="Values", placeholder="10, 25, 50", min_width=120, elem_id=f"{name}_values"),
-        )
-
-
-class Pace:
-    """Lets a thing be done again when some time has passed: small images are generated faster than a page is drawn."""
-
-    def __init__(self, seconds: float = SECONDS_BETWEEN_LOOKS):
-        self.seconds, self.last = seconds, -math.inf
-
-    def is_due(self) -> bool:
-        now = time.monotonic()
-        if now - self.last < self.seconds:
-            return False
-        self.last = now
-        return True
-
-
-def finished(session: Session, count: int) -> str:
-    generated = len(session.cells)
-    if generated < count:
-        return views.message(f"Stopped: {generated} of {count} images were generated, and stay.", "warn")
-    seconds = sum(cell.seconds for cell in session.cells)
-    return views.message(f"{count} images in {views.duration(seconds)}.", "good")
+    return CompareTab(adapters, arrival, [generating, opening, back], verdict)

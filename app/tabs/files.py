@@ -22,18 +22,19 @@ def files_tab(studio: Studio, tab: gr.Tab) -> None:
         labels = list(studio.sessions.of(request.session_hash).adapters)
         return gr.Dropdown(choices=labels, value=labels[0] if labels else None)
 
-    def look(path: Path, label: str | None) -> str:
+    def look(path: Path, label: str | None, request: gr.Request) -> str:
+        session = studio.sessions.of(request.session_hash)
         try:
-            return views.file_card(studio.comparer.shelf.card(path, label))
+            return views.file_card(studio.comparer_of(session).shelf.card(path, label))
         except ValueError as problem:
             return views.message(str(problem).replace(str(path), path.name), "bad")
 
     def show(label: str | None, request: gr.Request) -> str:
         adapters = studio.sessions.of(request.session_hash).adapters
-        return look(Path(adapters[label].path), label) if label in adapters else views.message(NONE)
+        return look(Path(adapters[label].path), label, request) if label in adapters else views.message(NONE)
 
-    def upload(path: str) -> str:
-        return look(Path(path), Path(path).stem)
+    def upload(path: str, request: gr.Request) -> str:
+        return look(Path(path), Path(path).stem, request)
 
     tab.select(choices, None, chosen, **LIGHT, **PRIVATE)
     chosen.change(show, chosen, card, **LIGHT, **PRIVATE)

@@ -64,16 +64,19 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         except ValueError as problem:
             raise refusal(problem) from None
         session.measured = values
+        if session.visit:
+            session.visit.write_measures(values, session.request)
         return views.measures(session.request, values), views.verdict(studio.findings(session))
 
-    def clear_stale(request: gr.Request) -> str | dict:
-        """Figures of images that are gone are taken away."""
-        return gr.skip() if studio.sessions.of(request.session_hash).measured else ""
+    def figures(request: gr.Request) -> str:
+        """Those of the images that are shown; none of images that are gone."""
+        session = studio.sessions.of(request.session_hash)
+        return views.measures(session.request, session.measured) if session.measured else ""
 
     run.click(take, [subject, references, word, clip, dino], [result, compare.verdict], **HEAVY, **PRIVATE)
     subject.input(lambda chosen: gr.File(visible=chosen == OWN), subject, references, **LIGHT, **PRIVATE)
     asked_anew = [subject.input, references.upload, references.clear, word.input, clip.input, dino.input]
     gr.on(asked_anew, lambda: "", None, result, **LIGHT, **PRIVATE)
-    tab.select(clear_stale, None, result, **LIGHT, **PRIVATE)
+    tab.select(figures, None, result, **LIGHT, **PRIVATE)
     for event in compare.news:
-        event.then(clear_stale, None, result, **LIGHT, **PRIVATE)
+        event.then(figures, None, result, **LIGHT, **PRIVATE)

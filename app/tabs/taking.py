@@ -44,7 +44,7 @@ def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:
         session = studio.sessions.of(request.session_hash)
         if session.request is None or not (session.cells or kind == "settings"):
             raise refusal("There are no images to take away: compare something first.")
-        return str(written(session, kind, studio.base_name))
+        return str(written(session, kind, studio.base_of(session)))
 
     return write
 
@@ -87,7 +87,6 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     session.ask()
     session.show(renamed, [replace(cell, column=columns[cell.column]) for cell in cells])
     session.view = saved_view(data, renamed)
-    session.resume = (renamed, session.view)
     return renamed, data.get("base")
 
 

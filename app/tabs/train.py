@@ -134,10 +134,12 @@ def train_tab(
     ) -> list:
         try:
             asked = read_train_request(*values)
-            training = trainer.start(asked, read_images(sources_of(chosen, paths), limits.images), key)
+            session = session_of(request)
+            base, resolution = studio.bases.source(session.base), studio.comparer_of(session).resolution
+            images = read_images(sources_of(chosen, paths), limits.images)
+            training = trainer.start(asked, images, key, str(base), resolution)
         except ValueError as problem:
             raise refusal(problem) from None
-        session = session_of(request)
         session.training_seen = None
         return look(session, training, chosen_adapters)
 
@@ -191,7 +193,7 @@ def train_tab(
         if file is None:
             return gr.skip()
         try:
-            card = studio.comparer.shelf.card(file, run_views.adapter_label(training, file))
+            card = studio.comparer_of(session).shelf.card(file, run_views.adapter_label(training, file))
         except ValueError as problem:
             gr.Warning(views.plain(problem), duration=None)
             return gr.skip()

@@ -1,0 +1,22 @@
+// Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
+// And what Gradio does not tell a screen reader: names of groups of choices, whether a section is open.
+document.addEventListener('keydown', (event) => {
+  if (event.target.closest('input, textarea, select, [contenteditable], [role=tab]')) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return; // Alt and an arrow turn the page back
+  const keys = {arrowleft: 'vote_left', arrowright: 'vote_right', t: 'vote_tie', n: 'vote_neither'};
+  const id = keys[event.key.toLowerCase()];
+  const button = id && document.getElementById(id);
+  if (button && button.offsetParent) { event.preventDefault(); button.click(); }
+});
+const say = (element, name, value) => {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+};
+const sayAll = () => {
+  for (const group of document.querySelectorAll('fieldset'))
+    say(group, 'aria-label', group.querySelector('[data-testid=block-info]')?.textContent.trim() || 'choices');
+  for (const heading of document.querySelectorAll('button.label-wrap'))
+    say(heading, 'aria-expanded', String(heading.classList.contains('open')));
+};
+new MutationObserver(sayAll).observe(document, {
+  subtree: true, childList: true, attributes: true, attributeFilter: ['class'],
+});
