@@ -304,7 +304,7 @@ def test_what_is_expected_is_that_of_the_latest_fields(visit, monkeypatch):
             if delay:
                 ended.release()
 
-    monkeypatch.setattr("app.tabs.compare.read_request", slow)
+    monkeypatch.setattr("app.tabs.fields.read_request", slow)
     unfold(page, "Prompt matrix")
     page.evaluate(WATCH_EXPECTED)
     fill(page, "prompts", "a {x}")
