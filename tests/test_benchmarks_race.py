@@ -1,5 +1,6 @@
 """The race: plans, search, one run's export, statistics, and the page that is made of results."""
 
+import json
 import math
 import random
 from collections import OrderedDict
@@ -357,3 +358,16 @@ def test_results_are_taken_over_once_and_say_the_same(raced, tmp_path_factory) -
     assert results.take_over(folder, target, race) == 21
     assert results.take_over(folder, target, race) == 0
     assert document({race: target}) == document({race: folder})
+
+
+def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> None:
+    race, folder = raced
+    found = tmp_path_factory.mktemp("tuned")
+    case = {"loss_base": 2.0, "options": {"learning_rate": 0.01}, "trials": 5, "share_spent": 0.29}
+    case |= {"search_wall_seconds": 3.0, "training_wall_seconds": 9.0}
+    cases = {f"seed {n}": case | {"loss_defaults": 1 + n, "loss_tuned": 0.5 + n + n / 100} for n in range(3)}
+    (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": cases}))
+    page = document({race: folder}, found)
+    assert "The gain is beyond the spread: -0.49 (-0.515 to -0.465)" in page
+    assert "| seed 1 | 2 | 2 | 1.51 | -0.49 | learning_rate 0.01 | 5 | 29 % | 3 s, 9 s |" in page
+    assert "**Not measured yet.**" in document({race: folder}, folder)

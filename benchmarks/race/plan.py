@@ -25,7 +25,7 @@ class Strict(BaseModel):
 class TaskSettings(Strict):
     """What all runs of a race share."""
 
-    name: Literal["word_problems", "stickers"]
+    name: Literal["word_problems", "chain_sums", "stickers"]
     rank: Annotated[int, Field(ge=1)] = 4
     steps: Annotated[int, Field(ge=2)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 8

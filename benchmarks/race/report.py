@@ -3,14 +3,18 @@
 python -m benchmarks.race report [--check] [--add FOLDER]
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER as RESULTS
 
 from .advice import advice, paper_beside_tuned
 from .analysis import Analysis, Entry, analyse
 from .plan import Plan
-from .statistics import Comparison, verdict
+from .statistics import Comparison, compare, verdict
 from .words import loss_with_spread, number, signed, spread, table
 
 METRICS = {"exact_match": "exact match", "other_subject_loss": "loss of another subject"}
@@ -34,8 +38,8 @@ How to read the tables:
 """
 
 
-def document(folders: Mapping[Plan, Path]) -> str:
-    """The whole page, from the folder of results of each plan."""
+def document(folders: Mapping[Plan, Path], tuned_results: Path = RESULTS) -> str:
+    """The whole page, from the folder of results of each plan and the files `tuned-<task>.json` in another."""
     found = [analyse(plan, folder) for plan, folder in folders.items()]
     tuned, published = ([a for a in found if a.is_tuned == kind] for kind in (True, False))
     parts = [HEAD, "## What to choose", advice(tuned, published)]
@@ -43,7 +47,7 @@ def document(folders: Mapping[Plan, Path]) -> str:
         parts += [paper_section(analysis, tuned)]
     for analysis in tuned:
         parts += [section(analysis)]
-    parts += [reproduce(found)]
+    parts += [tuning_on_own_data(tuned_results), reproduce(found)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -188,6 +192,50 @@ def equal_time(analysis: Analysis) -> str:
     return f"{text}\n\n{table(head, rows)}" if rows else "Not compared yet."
 
 
+# ------------------------------------------------------------------------------------------------- reslora tune
+
+
+def tuning_on_own_data(folder: Path) -> str:
+    """Trainings after `reslora tune` against trainings with the trainers' defaults (benchmarks/tuned.py)."""
+    text = (
+        "## `reslora tune`, then training, against the defaults\n\n"
+        "Both trainings have the same number of steps. The search has a stated share of the training's time (30 %), "
+        "on top of it; loading the model for each trial is not counted in that share, and the wall times show it. "
+        "Judged is the loss of the exported LoRA on data that neither the search nor a training saw. Each case is a "
+        "subject (stickers) or a seed (word problems); the interval is that of a paired t-test over the cases."
+    )
+    parts = [text]
+    for path in sorted(folder.glob("tuned-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"### {path.stem.removeprefix('tuned-')}, {content['steps']} steps", *tuned_table(content["results"])]
+    return "\n\n".join(parts if len(parts) > 1 else [*parts, "**Not measured yet.**"])
+
+
+def tuned_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The cases, and whether the differences show a gain."""
+    head = ["case", "loss of the base", "defaults", "tuned", "tuned minus defaults", "what was found", "trials"]
+    head += ["share of the time", "wall time of search and training"]
+    rows = []
+    for name, case in cases.items():
+        found = ", ".join(f"{option} {value}" for option, value in case["options"].items() if value is not None)
+        row = [name, *(number(case[f"loss_{kind}"]) for kind in ("base", "defaults", "tuned"))]
+        row += [signed(case["loss_tuned"] - case["loss_defaults"]), found or "no gain shown: the defaults"]
+        row += [str(case["trials"]), f"{100 * case['share_spent']:.0f} %"]
+        rows.append([*row, f"{case['search_wall_seconds']:.0f} s, {case['training_wall_seconds']:.0f} s"])
+    before, after = ({n: case[f"loss_{kind}"] for n, case in cases.items()} for kind in ("defaults", "tuned"))
+    c = compare(dict(enumerate(after.values())), dict(enumerate(before.values())))
+    if math.isnan(c.difference):
+        answer = "One case shows no spread, so nothing is concluded from it."
+    else:
+        shown = {"better": "The gain is beyond the spread", "worse": "The loss is **higher** after the search"}
+        answer = (
+            f"{shown.get(verdict(c, c.p), 'No difference shown')}: {signed(c.difference)} ({signed(c.low)} to "
+            f"{signed(c.high)}), p = {number(c.p, 2)}, {count(list(cases), 'case')}; a difference of "
+            f"{number(c.smallest_shown, 2)} would have been shown."
+        )
+    return [table(head, rows), answer]
+
+
 # ---------------------------------------------------------------------------------------------------------- words
 
 
@@ -228,6 +276,7 @@ def reproduce(analyses: Sequence[Analysis]) -> str:
     lines = ["## How to reproduce", "", "```bash"]
     for analysis in analyses:
         lines += [f"python -m benchmarks.race run benchmarks/race/plans/{file_of(analysis.plan)}"]
+    lines += ["python -m benchmarks.tuned stickers", "python -m benchmarks.tuned word-problems"]
     lines += ["python -m benchmarks.race report    # this page and its plots", "```", ""]
     lines += [
         "Each command can be stopped and called again (`--hours 2` stops it by itself). What the results here took:",

@@ -2,6 +2,7 @@
 
     word_problems   the embedded language model on problems of templates that it never saw: loss of the answer in nats,
                     and how often the greedy answer is the right number
+    chain_sums      SmolLM2-135M-Instruct on sums of two or three numbers, likewise
     stickers        the embedded pipeline on one held-out subject (which one is a function of the seed): loss on fixed
                     noise of a held-out image, and of another subject, which says how far the model drifted
 
@@ -9,6 +10,7 @@ Settings are chosen on the split "validation" and reported on the split "test".
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -120,6 +122,43 @@ class WordProblems:
         return {"loss": total / tokens, "exact_match": right / len(rows)}
 
 
+class ChainSums(WordProblems):
+    """SmolLM2-135M-Instruct on sums of two or three numbers, as `reasoning-gym` makes them (`pip install
+    reasoning-gym`). Its folder is that of the environment variable SMOLLM2_FOLDER, or where `make demo-llm
+    MODEL=smollm2` converts the weights to."""
+
+    target_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    sizes = {"train": 2000, "validation": 100, "test": 200}
+
+    @property
+    def folder(self) -> Path:  # type: ignore[override]
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        own = cache / "reslora_diffusion" / "smollm2-135m-instruct"
+        return Path(os.environ.get("SMOLLM2_FOLDER", own))
+
+    def problems(self) -> list[dict[str, str]]:
+        """Different problems, in an order that a seed of the task's own decides: as many as all splits need."""
+        from reasoning_gym import create_dataset
+
+        settings = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+        made = create_dataset("chain_sum", seed=1, size=2 * sum(self.sizes.values()), **settings)
+        return list({problem["question"]: problem for problem in made}.values())
+
+    @cached_property
+    def rows(self) -> dict[str, list[tuple[list[int], list[int]]]]:
+        rows = [self.encode(problem) for problem in self.problems()]
+        found, first = {}, 0
+        for split, size in self.sizes.items():
+            found[split] = rows[first : first + size]
+            first += size
+        return found
+
+    def encode(self, problem: dict[str, str]) -> tuple[list[int], list[int]]:
+        prompt = self.tokenizer(problem["question"]).input_ids
+        response = self.tokenizer(f" {problem['answer']}", add_special_tokens=False).input_ids
+        return prompt, [*response, self.tokenizer.eos_token_id]
+
+
 class Stickers:
     """The embedded pipeline's UNet on four images of a subject; a fifth is held out."""
 
@@ -189,4 +228,4 @@ class Stickers:
         return found
 
 
-TASKS = {"word_problems": WordProblems, "stickers": Stickers}
+TASKS = {"word_problems": WordProblems, "chain_sums": ChainSums, "stickers": Stickers}
