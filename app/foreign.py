@@ -1,9 +1,9 @@
 """What comes from elsewhere: JSON that may be anything, words that may hold any character, and
 who asks."""
 
-import json
 import sys
 
+from reslora_diffusion.utils.documents import parse_json
 from reslora_diffusion.utils.names import composed
 from reslora_diffusion.utils.problems import printable_lines
 
@@ -16,13 +16,7 @@ def parsed_json(content: bytes) -> object:
     Raises:
         ValueError: it is no JSON, is nested too deeply, or holds text that no encoding can write.
     """
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
-        if b"\\u" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value
+    return parse_json(content.decode("utf-8-sig"))
 
 
 def lines_of(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from .utils.problems import printable
+from .utils.problems import printable, shortened
 
 
 class Meaning(StrEnum):
@@ -110,9 +110,3 @@ def is_unmerged(config: Mapping[str, Any]) -> bool:
 
 def is_set(value: object) -> bool:
     return value is not None and value is not False and value not in ({}, [], "")
-
-
-def shortened(value: object, limit: int = 80) -> str:
-    """A value of a stranger's file, to be shown."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reslora_diffusion.utils.documents import parse_configuration
 
 from .methods import Method, method_problems, parse_method
 
@@ -103,14 +104,14 @@ def read_plan(path: str | Path) -> Plan:
     """Raises `PlanError` with every problem."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_configuration(path.read_bytes(), ".yaml")
         return Plan.model_validate(content)
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise PlanError(f"{path} is no YAML: {error}") from None
     except ValidationError as error:
         raise PlanError("\n".join([f"{path}:", *(f"  {line}" for line in lines_of(error))])) from None
+    except ValueError as error:
+        raise PlanError(f"{path} is no YAML: {error}") from None
 
 
 def lines_of(error: ValidationError) -> list[str]:

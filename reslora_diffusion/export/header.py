@@ -8,7 +8,6 @@ read, names in it never become paths, and what is not plain LoRA (LoHa, LoKr, fu
 is DoRA, unless the caller knows what to do with it.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..plain_lora import not_plain
+from ..utils.documents import parse_json
 from ..utils.problems import BAD_DATA, Unusable, listing, printable
 from .keys import COMPONENTS, Dialect
 from .parsing import MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
@@ -170,8 +170,8 @@ def parts(source: Path) -> list[tuple[Path, str | None]]:
 def json_object(text: str, where: str) -> dict:
     """A JSON object, or a ValueError that says where it was expected."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a JSON {type(value).__name__}, wanted an object")

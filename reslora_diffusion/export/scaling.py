@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ..plain_lora import shortened
+from ..utils.problems import shortened
 
 if TYPE_CHECKING:  # names need not wait for it
     import regex

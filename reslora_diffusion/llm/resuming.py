@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.documents import parse_json
 from ..utils.files import UNFINISHED, remove_folder, write_text
 from ..utils.problems import BAD_DATA, BadInput, is_first_process, listing, printable, refuse
 from ..utils.state_files import BrokenState, shapes_in
@@ -105,10 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: there is none.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    found = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"got {type(found).__name__}, wanted an object")
     return found

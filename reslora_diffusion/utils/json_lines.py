@@ -7,6 +7,8 @@ U+0085 and others, which JSON allows within a string and which `json.dumps(..., 
 import json
 from typing import Any
 
+from .documents import parse_json
+
 
 def lines_of(text: str) -> list[str]:
     """The lines of a text, without the blank ones at its end."""
@@ -23,9 +25,7 @@ def parse(line: str) -> Any:
         ValueError: the line is blank, no JSON, nested too deeply, or holds a number of too many digits.
     """
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         what = f"not JSON, {error.msg} at column {error.colno}" if line.strip() else "the line is empty"
         raise ValueError(what) from error
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

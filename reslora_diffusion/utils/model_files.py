@@ -6,10 +6,12 @@
 Where they do not tell, or hold something else than they should, `Unknown` is raised, and the caller asks the libraries.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .documents import parse_json
+from .problems import BAD_DATA
 
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
@@ -39,8 +41,8 @@ class Files:
         if (path := self.path(file)) is None:
             raise Unknown(file)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise Unknown(file) from error
         if not isinstance(found, dict):
             raise Unknown(file)
@@ -66,8 +68,8 @@ class Files:
 def shards_in(index: Path) -> set[str]:
     """The files that the weights of a model are spread over, as its index names them."""
     try:
-        return {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return {str(shard) for shard in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, *BAD_DATA) as error:
         raise Unknown(index.name) from error
 
 
@@ -78,10 +80,10 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(LARGEST_HEADER, path.stat().st_size):
                 raise Unknown(path.name)
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         if any(entry["dtype"].startswith(("U", "I")) for name, entry in header.items() if name.endswith(".weight")):
             raise Unknown(path.name)
         return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *BAD_DATA) as error:
         raise Unknown(path.name) from error

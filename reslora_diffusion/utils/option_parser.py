@@ -12,25 +12,19 @@ import dataclasses
 import difflib
 import json
 import sys
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from .documents import PARSERS, parse_configuration
 from .options import convert, default_of, facts_of, is_switch, takes_many
-from .problems import BadInput
+from .problems import BadInput, printable, shortened
 
 CLOSE = 0.75  # how alike two names must be for one to be suggested in place of the other
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": json.loads,
-    ".toml": tomllib.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-}
+MOST_SUGGESTED = 20  # unknown names that are compared with all that there are
+LONGEST_FLAG = 100  # characters; the longest of our own has 40
 
 
 def parse_file(flag: str, path: Path) -> Any:
@@ -38,11 +32,11 @@ def parse_file(flag: str, path: Path) -> Any:
     if path.suffix.lower() not in PARSERS:
         raise BadInput([f"{flag} {path}: wanted a file named {', '.join(PARSERS)}"])
     try:
-        return PARSERS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
+        return parse_configuration(path.read_bytes(), path.suffix.lower())
     except OSError as error:
         raise BadInput([f"{flag} {path}: {error.strerror}"]) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadInput([f"{flag} {path} does not parse: {error}"]) from error
+    except ValueError as error:
+        raise BadInput([f"{flag} {path} does not parse: {printable(error, 500)}"]) from error
 
 
 @dataclass
@@ -171,23 +165,24 @@ class Reader:
             self.take(given, flag, name, words)
         unknown_ones = [
             *self.unknown_options(unknown),
-            *(f"got {word!r}, which belongs to no option" for word in stray),
+            *(f"got {shortened(word)}, which belongs to no option" for word in stray),
         ]
         given.problems = [*unknown_ones, *given.problems]
         return given
 
     def mapping(self, config: Mapping[str, Any], ignored: Iterable[str] = ()) -> Given:
         """Options in a file. A value that is null counts as not given; so does one that is `ignored` and off."""
-        given = Given()
+        given, unknown = Given(), []
         for flag, value in config.items():
             if value is None or value in ([], {}) or (flag in ignored and value is False):
                 continue
             flag = str(flag).replace("-", "_")
             if flag not in self.names:
-                given.problems += self.unknown_options([f"--{flag}"])
+                unknown.append(f"--{flag}")
                 continue
             name = self.names[flag]
             self.take(given, flag, name, self.words_of(name, value))
+        given.problems[:0] = self.unknown_options(unknown)
         return given
 
     def words_of(self, name: str, value: Any) -> list[str]:
@@ -215,24 +210,28 @@ class Reader:
             value = convert(kind, words)
             given.values[name] = value.lower() if self.facts[name].lower else value
         except ValueError as error:
-            got = repr(" ".join(words)) if words else "nothing"
+            got = shortened(" ".join(words)) if words else "nothing"
             choices = self.facts[name].choices
             told = ", ".join(map(str, choices)) if choices else error
             given.problems.append(f"--{flag}: got {got}, wanted {told}")
 
     def unknown_options(self, words: Sequence[str]) -> Iterator[str]:
         """An answer to each word that is no option; words that follow an unknown option are its values."""
-        inside = False
+        inside, count = False, 0
         for word in words:
             if word.startswith("-"):
-                yield self.unknown_option(word)
+                count += 1
+                if count <= MOST_SUGGESTED:
+                    yield self.unknown_option(word)
                 inside = "=" not in word
             elif not inside:
-                yield f"got {word!r}, which belongs to no option"
+                yield f"got {shortened(word)}, which belongs to no option"
+        if count > MOST_SUGGESTED:
+            yield f"{count - MOST_SUGGESTED} more unknown options"
 
     def unknown_option(self, word: str) -> str:
         flag = word.split("=")[0]
         if answer := self.answer(flag.lstrip("-").replace("-", "_")):
             return answer
-        near = difflib.get_close_matches(flag, self.flags, n=1, cutoff=CLOSE)
-        return f"unknown option {flag}" + (f" (did you mean {near[0]}?)" if near else "")
+        near = difflib.get_close_matches(flag, self.flags, n=1, cutoff=CLOSE) if len(flag) <= LONGEST_FLAG else []
+        return f"unknown option {printable(flag, LONGEST_FLAG)}" + (f" (did you mean {near[0]}?)" if near else "")

@@ -74,6 +74,11 @@ def printable(text: object, limit: int | None = 200) -> str:
     return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
 
 
+def shortened(value: object, limit: int = 80) -> str:
+    """A value that may be a stranger's, as Python writes it."""
+    return printable(repr(value), limit)
+
+
 def printable_lines(text: object) -> str:
     """The same of a text of several lines."""
     return "\n".join(printable(line, None) for line in str(text).split("\n"))

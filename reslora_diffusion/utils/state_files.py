@@ -14,7 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .documents import parse_json
 from .files import write_text
+from .problems import BAD_DATA
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 
@@ -46,11 +48,11 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if length > size:
                 raise BrokenState(f"{path.name} is cut off")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         shapes = {name: list(entry["shape"]) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, *BAD_DATA) as error:
         raise BrokenState(f"{path.name} cannot be read: {type(error).__name__}") from error
     if end != size:
         raise BrokenState(f"{path.name} is cut off")
@@ -77,8 +79,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         BrokenState: they are missing, or not what was written.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        facts = parse_json((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BrokenState(f"{FACTS} cannot be read: {error}") from error
     if not isinstance(facts, dict):
         raise BrokenState(f"{FACTS} holds no facts")
