@@ -222,6 +222,8 @@ def read_train_request(
     numbers = {"the number of steps": steps, "the learning rate": learning_rate, "the seed": seed}
     if empty := [label for label, value in numbers.items() if value is None]:
         raise ValueError(joined("Nothing was started", [f"{label} is empty" for label in empty]))
+    if odd := [label for label, value in numbers.items() if not is_number(value)]:
+        raise ValueError(joined("Nothing was started", [f"{label} is no number" for label in odd]))
     return TrainRequest(
         instance_prompt=prompt.strip(),
         method=Method(method),

@@ -4,15 +4,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from reslora_diffusion.utils.images import upright_rgb
+from reslora_diffusion.utils.images import read_image, upright_rgb
 
 from .foreign import printable
 
 MAX_SIDE = 1024
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # none of them runs another program
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# What Pillow raises on files that are damaged or made to break it.
-UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, Image.DecompressionBombError)
 
 
 def read_image(path: Path, side: int = MAX_SIDE) -> Image.Image:
@@ -22,10 +19,9 @@ def read_image(path: Path, side: int = MAX_SIDE) -> Image.Image:
         ValueError: it is no image that can be read, and why where the reason is ours.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = upright_rgb(image)
-    except UNREADABLE as error:
-        reason = f" ({error})" if type(error) is ValueError else ""
+        image = upright_rgb(read_image(path))
+    except (OSError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise ValueError(f"{printable(path.name)}{reason}") from None
     image.thumbnail((side, side))
     return image

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
-from .foreign import is_number, is_text, shortened
+from .foreign import is_number, is_text, printable, shortened
 
 FORMAT_VERSION = 2  # version 1 is read too
 ADAPTER_NAMES = {"label", "file", "sha256"}
@@ -423,4 +423,4 @@ def digests_in(data: object) -> set[str]:
 
 def joined(head: str, found: list[str]) -> str:
     """One message for all problems."""
-    return "\n".join([f"{head}:", *(f"  - {problem}" for problem in found)])
+    return printable("\n".join([f"{head}:", *(f"  - {problem}" for problem in found)]))

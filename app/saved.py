@@ -10,7 +10,6 @@ What is opened may come from anywhere: an archive is never unpacked onto the dis
 are checked before anything is read, and nothing but PNG is decoded. Images that a file lacks can be generated again.
 """
 
-import io
 import json
 import zipfile
 import zlib
@@ -18,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from reslora_diffusion.utils.images import UnreadableImage, read_image
 from reslora_diffusion.utils.names import file_name_from
 
 from .compare import Cell
@@ -211,11 +211,11 @@ def sound(said: object, rows: int, columns: int) -> bool:
 
 
 def decoded(content: bytes, most: int) -> Image.Image:
-    """A PNG of at most so many pixels, which are counted before they are decoded."""
+    """A PNG of at most so many pixels, of which a file of its size may have so many."""
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            if image.width * image.height > most:
-                raise ValueError(f"with it there are more than {MAX_PIXELS:,} pixels")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, zlib.error, Image.DecompressionBombError):
+        image = read_image(content, formats=("PNG",))
+    except UnreadableImage:
         raise ValueError("it is no PNG that can be read") from None
+    if image.width * image.height > most:
+        raise ValueError(f"with it there are more than {MAX_PIXELS:,} pixels")
+    return image.convert("RGB")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..plain_lora import not_plain
 from ..utils.documents import parse_json
-from ..utils.problems import BAD_DATA, Unusable, listing, printable
+from ..utils.problems import BAD_DATA, Unusable, listing, printable, printable_lines
 from .keys import COMPONENTS, Dialect
 from .parsing import MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
 from .scaling import StatedScaling
@@ -107,7 +107,7 @@ def reading(path: object) -> Iterator[None]:
         raise
     except (*BAD_DATA, SafetensorError) as error:
         if str(error).startswith(str(path)):  # one of ours
-            raise
+            raise Unusable.saying(path, printable_lines(error)) from error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise Unusable(path, [f"{kind}{printable(error, 500)}"]) from error
 

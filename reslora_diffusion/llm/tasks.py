@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..utils.problems import listing, refuse
+from ..utils.problems import BAD_DATA, listing, refuse
 from .records import Messages, Part, Row, column_problems, numbers_of
 
 ANSWER = "The answer is"
@@ -58,8 +58,11 @@ def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Part, list[int]
     good: list[int] = []
     bad: list[int] = []
     for place, row in enumerate(rows):
-        answer = task.answer(row)
-        readable = answer and task.read(task.respond(row)) == answer
+        try:
+            answer = task.answer(row)
+            readable = answer and task.read(task.respond(row)) == answer and task.messages(row)
+        except BAD_DATA:  # a value of another type
+            readable = False
         (good if readable else bad).append(place)
     bad = [numbers_of(rows)[place] for place in bad]
     if len(bad) > UNREADABLE * len(rows):
@@ -75,7 +78,10 @@ def normalized(answer: str) -> str:
     text = " ".join(answer.replace("\N{MINUS SIGN}", "-").split()).rstrip(".").rstrip()
     if NUMBER.fullmatch(text):
         number = text.replace("$", "").replace(",", "")
-        return f"{float(number):.10g}" if "." in number else str(int(number))
+        if "." in number:
+            return f"{float(number):.10g}"
+        digits = number.lstrip("-0") or "0"  # Python makes no number of more than some thousand digits
+        return f"-{digits}" if number.startswith("-") and digits != "0" else digits
     return text
 
 
@@ -112,13 +118,13 @@ def read_choice(response: str, choices: str) -> str | None:
 def gsm8k_response(row: Row) -> str:
     """The worked solution without its calculator notes, on one line."""
     steps, _, answer = row["answer"].rpartition("####")
-    text = " ".join(re.sub(r"<<[^>]*>>", "", steps).split())
+    text = " ".join(re.sub(r"<<[^<>]*>>", "", steps).split())
     return f"{text} {ANSWER} {normalized(answer)}."
 
 
 def svamp_response(row: Row) -> str:
     """The equation, with 8.0 written as 8: the decimals are an artefact of how the set was made."""
-    equation = re.sub(r"(\d+)\.0\b", r"\1", str(row["Equation"]).strip())
+    equation = re.sub(r"(?<!\d)(\d+)\.0\b", r"\1", str(row["Equation"]).strip())
     return f"{equation}. {ANSWER} {normalized(str(row['Answer']))}."
 
 
@@ -134,7 +140,8 @@ def mathqa_response(row: Row) -> str:
 def metamathqa_response(row: Row) -> str:
     """One of the set's two notes of the answer is dropped: "#### 18" before "The answer is: 18"."""
     steps, _, answer = row["response"].rpartition("The answer is:")
-    steps = re.sub(r"\n####[^\n]*\s*$", "", steps.rstrip())
+    before, note, rest = steps.rstrip().rpartition("\n####")
+    steps = before if note and "\n" not in rest else steps
     return f"{steps.strip()}\n{ANSWER} {answer.strip().rstrip('.')}."
 
 

@@ -8,12 +8,31 @@ profiles are followed too. Opacity is never converted.
 """
 
 import io
+import struct
+import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageCms, ImageOps
 
+from .problems import BAD_DATA, printable
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none of them runs another program, as EPS does
+MOST_PIXELS, PIXELS_PER_BYTE = 2**24, 8  # a few kilobytes can say that they are gigabytes of white
+# What Pillow raises on files that are damaged or made to break it.
+UNREADABLE = (
+    *BAD_DATA,
+    OSError,
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 ROUNDING = 2  # levels of 255 by which profiles of sRGB differ among each other
 CHANNELS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's mode for the colour space of a profile
 
@@ -24,6 +43,33 @@ class Colour(NamedTuple):
     profile: str | None = None  # name of the profile that it is converted from
     fault: str | None = None  # why its profile is not followed
     transform: ImageCms.ImageCmsTransform | None = None
+
+
+class UnreadableImage(ValueError):
+    """A file is no image that can be used; says why in a line."""
+
+
+def read_image(source: Path | bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """An image of a file, decoded, upright, of 8 bits; its colours are still those of its profile.
+
+    Raises:
+        UnreadableImage: whatever the decoders raise, or it has more pixels than a file of its size is given.
+        OSError: there is no such file.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    most = max(MOST_PIXELS, PIXELS_PER_BYTE * len(data))
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if image.width * image.height > most:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels in {len(data):,} bytes; wanted it made smaller"
+                )
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return eight_bits(image)
+    except UNREADABLE as error:
+        reason = str(error).partition(" <_io.BytesIO")[0].strip()
+        raise UnreadableImage(printable(reason or type(error).__name__)) from None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -84,7 +130,9 @@ def is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
 def in_srgb(image: Image.Image) -> Image.Image:
     """An image of 8 bits with its colours in sRGB, as L, RGB or RGBA; its profile is dropped."""
     colour = colour_of(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = None
+    if image.has_transparency_data:
+        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
     flat = image.convert(opaque_mode(image)) if image.mode not in ("L", "RGB", "CMYK") else image
     if colour.transform is not None:
         flat = flat.convert(colour.transform.input_mode)

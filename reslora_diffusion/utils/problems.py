@@ -38,8 +38,17 @@ class Unusable(BadInput):
     def __init__(self, path: object, problems: Iterable[str]) -> None:
         super().__init__(problems)
         self.path = path
-        lines = "\n".join([f"{path} cannot be used:", *(f"  - {problem}" for problem in self.problems)])
+        lines = "\n".join(
+            [f"{printable(path, None)} cannot be used:", *(f"  - {problem}" for problem in self.problems)]
+        )
         self.args = (lines,)
+
+    @classmethod
+    def saying(cls, path: object, message: str) -> "Unusable":
+        """One whose message says the file's name by itself."""
+        error = cls(path, [message])
+        error.args = (message,)
+        return error
 
 
 class Stopped(RuntimeError):

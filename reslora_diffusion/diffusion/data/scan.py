@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ...utils.images import colour_of, eight_bits, upright_rgb
+from ...utils.images import UnreadableImage, colour_of, read_image, upright_rgb
 from ...utils.json_lines import lines_of, parse
 from ...utils.problems import listing
 
@@ -100,8 +100,8 @@ def scan(
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             try:
                 found.images.append(read_image_file(path))
-            except Exception as error:  # Pillow's decoders raise whatever their formats make them
-                unreadable[path.name] = str(error) or type(error).__name__
+            except (OSError, UnreadableImage) as error:
+                unreadable[path.name] = str(error)
         elif path.name != METADATA_FILE and path.suffix.lower() != caption_extension:
             found.skipped[path.name] = "not an image"
     if unreadable:
@@ -117,11 +117,9 @@ def scan(
 
 
 def read_image_file(path: Path) -> ScannedImage:
-    """Decode an image for its upright size; raises what PIL raises if it does not decode."""
-    with Image.open(path) as image:
-        image.load()
-        upright = eight_bits(ImageOps.exif_transpose(image))
-        colour = colour_of(upright)
+    """Decode an image for its upright size; raises `UnreadableImage` or OSError."""
+    upright = read_image(path)
+    colour = colour_of(upright)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return ScannedImage(path, upright.size, digest, profile=colour.profile, colour_fault=colour.fault)
 
@@ -172,6 +170,8 @@ def metadata_rows(found: Scan) -> dict[str, str]:
     for number, line in enumerate(lines_of(read_text(path, found)), 1):
         try:
             row = parse(line) if line.strip() else None
+            if row and not all(isinstance(row[name], str) for name in ("file_name", "text")):
+                raise TypeError
             rows |= {row["file_name"]: row["text"].strip()} if row else {}
         except (ValueError, KeyError, TypeError, AttributeError):
             found.problems.append(f'{path}, line {number}: got {line[:60]!r}, wanted {{"file_name": ..., "text": ...}}')
@@ -197,17 +197,15 @@ def add_masks(found: Scan, folder: Path) -> None:
 
 def open_upright(path: Path) -> Image.Image:
     """RGB in sRGB, turned as its EXIF orientation says; what is transparent becomes white."""
-    with Image.open(path) as image:
-        return upright_rgb(image)
+    return upright_rgb(read_image(path))
 
 
 def open_mask(image: ScannedImage, alpha: bool) -> Image.Image | None:
     """The part of an image that counts, in grey: its mask, or with `alpha` its opacity; None if all of it."""
-    with Image.open(image.mask or image.path) as stored:
-        upright = eight_bits(ImageOps.exif_transpose(stored))
-        if image.mask:
-            return upright.convert("L")
-        return upright.convert("RGBA").getchannel("A") if alpha and upright.has_transparency_data else None
+    upright = read_image(image.mask or image.path)
+    if image.mask:
+        return upright.convert("L")
+    return upright.convert("RGBA").getchannel("A") if alpha and upright.has_transparency_data else None
 
 
 def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
