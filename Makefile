@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_PROCESSES ?= 2
+SECONDS ?= 3600
 
-.PHONY: demo demo-llm test test-slow lint check evidence-check format clean
+.PHONY: demo demo-llm test test-slow fuzz lint check evidence-check format clean
 
 demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
 	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
@@ -18,6 +19,9 @@ test: $(VENV)/installed  ## the fast tests, in two processes, each of which take
 
 test-slow: $(VENV)/installed  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+fuzz: $(VENV)/installed  ## hand in files that strangers could have written, for SECONDS
+	$(BIN)/python tests/fuzz.py $(SECONDS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -148,9 +148,9 @@ def lora_doors(out: Path) -> Iterator[tuple[str, Door]]:
     yield "read", Door(files, lambda folder: bool(read_lora(source_in(folder))))
     yield "inspect", Door(files, inspect)
     yield "verify", Door(files, verify, slow=True)
-    yield "verify on a base", Door(files, verify_on_base, slow=True)
+    yield "verify-on-a-base", Door(files, verify_on_base, slow=True)
     for to in ("diffusers", "kohya", "peft"):
-        yield f"convert to {to}", Door(files, converted(to), refusals, slow=True)
+        yield f"convert-to-{to}", Door(files, converted(to), refusals, slow=True)
     yield "merge", Door(files, merge, refusals, slow=True)
     yield "resize", Door(files, shrink, refusals, slow=True)
 
@@ -189,9 +189,9 @@ def option_doors() -> Iterator[tuple[str, Door]]:
         "learning_rate",
         "resume_from_checkpoint",
     ]
-    yield "options of the image trainer", Door(strangers.configurations(names), diffusion)
-    yield "options of the image trainer, checked", Door(strangers.configurations(names), checked)
-    yield "options of the language trainer", Door(strangers.configurations(own), language)
+    yield "options-of-the-image-trainer", Door(strangers.configurations(names), diffusion)
+    yield "checked-options-of-the-image-trainer", Door(strangers.configurations(names), checked)
+    yield "options-of-the-language-trainer", Door(strangers.configurations(own), language)
     entries = strangers.configurations([*KINDS, "concepts"])
     yield "concepts", Door(entries, lambda folder: bool(read_concepts(Path(config_in(folder)))))
 
@@ -222,10 +222,17 @@ def data_doors() -> Iterator[tuple[str, Door]]:
     def lines(*columns: str) -> st.SearchStrategy[Files]:
         return strangers.json_lines([*columns]).map(lambda content: {"train.jsonl": content})
 
-    yield "a folder of images", Door(strangers.image_folders(), folder_of_images)
-    yield "images to train on", Door(strangers.image_folders(), trained_on, slow=True)
+    yield "a-folder-of-images", Door(strangers.image_folders(), folder_of_images)
+    yield "images-to-train-on", Door(strangers.image_folders(), trained_on, slow=True)
+
+    def dataset(folder: Path) -> None:
+        check(
+            arguments(folder.with_name("out"), instance_data_dir=None, dataset_name=folder, cache_dir=folder / "cache")
+        )
+
+    yield "a-dataset-of-images", Door(strangers.parquet_files(), dataset, slow=True)
     yield "conversations", Door(lines("prompt", "response", "messages", "system"), rows(None))
-    yield "word problems", Door(lines("Body", "Question", "Equation", "Answer"), rows("svamp"))
+    yield "word-problems", Door(lines("Body", "Question", "Equation", "Answer"), rows("svamp"))
 
 
 def run_doors(out: Path) -> Iterator[tuple[str, Door]]:
@@ -283,11 +290,11 @@ def run_doors(out: Path) -> Iterator[tuple[str, Door]]:
         )
         return str(resuming.checkpoint_of(given, LlmOptions())).replace(str(folder), "")
 
-    yield "a run, as the page shows it", Door(strangers.runs(), shown, (ValueError,))
-    yield "a checkpoint of the image trainer", Door(strangers.spoiled(sound), diffusion)
-    yield "a checkpoint of the language trainer", Door(strangers.spoiled(language), resumed)
+    yield "a-run-as-the-page-shows-it", Door(strangers.runs(), shown, (ValueError,))
+    yield "a-checkpoint-of-the-image-trainer", Door(strangers.spoiled(sound), diffusion)
+    yield "a-checkpoint-of-the-language-trainer", Door(strangers.spoiled(language), resumed)
     yield (
-        "a run to export",
+        "a-run-to-export",
         Door(strangers.spoiled(sound | {"run.json": b"{}"}), lambda f: bool(lora_of(f)), (ValueError,)),
     )
 
@@ -325,12 +332,12 @@ def base_doors() -> Iterator[tuple[str, Door]]:
         options = LlmOptions(model_name_or_path=str(folder), target_modules=["q_proj"], max_length=8)
         return "\n".join([*model_problems(str(folder)), *stored_problems(options)]).replace(str(folder), "")
 
-    yield "a pipeline", Door(strangers.spoiled(sound), trained, slow=True)
+    yield "a-pipeline", Door(strangers.spoiled(sound), trained, slow=True)
     yield (
-        "a pipeline to check against",
+        "a-pipeline-to-check-against",
         Door(strangers.spoiled(sound), lambda f: check_base(str(complete(f))), (ValueError,)),
     )
-    yield "a language model", Door(llm, language)
+    yield "a-language-model", Door(llm, language)
 
 
 def page_doors() -> Iterator[tuple[str, Door]]:
@@ -407,11 +414,11 @@ def page_doors() -> Iterator[tuple[str, Door]]:
         "votes.json": b'{"columns": [0, 1], "pairs": [], "votes": [], "seen": []}',
         "adapters.json": b"{}",
     }
-    yield "a saved comparison", Door(strangers.archives(), opened, (ValueError,))
-    yield "an image on the page", Door(strangers.images().map(lambda data: {"a.png": data}), uploaded, (ValueError,))
-    yield "a kept visit", Door(strangers.spoiled(kept), visited, ())
-    yield "fields of the page", Door(fields, typed, (ValueError,))
-    yield "a training from the page", Door(fields, asked_to_train, (ValueError,))
+    yield "a-saved-comparison", Door(strangers.archives(), opened, (ValueError,))
+    yield "an-image-on-the-page", Door(strangers.images().map(lambda data: {"a.png": data}), uploaded, (ValueError,))
+    yield "a-kept-visit", Door(strangers.spoiled(kept), visited, ())
+    yield "fields-of-the-page", Door(fields, typed, (ValueError,))
+    yield "a-training-from-the-page", Door(fields, asked_to_train, (ValueError,))
 
 
 def doors(out: Path) -> dict[str, Door]:

@@ -390,6 +390,38 @@ def image_folders(draw: st.DrawFn) -> Files:
     return files
 
 
+PLACES = [
+    "/etc/passwd",
+    "../../etc/hostname",
+    "https://example.org/a.png",
+    "a.png",
+    "\0",
+    "file:///etc/passwd",
+    "a" * 300,
+]
+
+
+@st.composite
+def parquet_files(draw: st.DrawFn) -> Files:
+    """A data set of images as parquet; rows may hold an image, or the name of a file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for _ in range(draw(st.integers(0, 3))):
+        inside = draw(st.booleans())
+        rows.append({"bytes": draw(images()) if inside else None, "path": draw(st.none() | st.sampled_from(PLACES))})
+    feature = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+    kinds = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table(
+        {"image": pyarrow.array(rows, kinds), "text": pyarrow.array(["x"] * len(rows), pyarrow.string())}
+    )
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    return {"train.parquet": draw(damaged(st.just(buffer.getvalue())))}
+
+
 # ------------------------------------------------------------------------------------------------- runs, checkpoints
 
 

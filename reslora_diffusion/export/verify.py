@@ -20,7 +20,7 @@ from .dora import KOHYA_LOADERS, STRENGTH, by_base, is_dora, without_magnitudes
 from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
-from .inspection import sha256
+from .inspection import sha256, stated
 from .keys import COMPONENTS, Dialect, Naming
 from .lora import REPORT_FILE
 from .proof import (
@@ -58,7 +58,10 @@ class Verification:
         return not self.problems
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"files": [str(path) for path in self.files], "passed": self.passed}
+        found = asdict(self) | {"files": [str(path) for path in self.files], "passed": self.passed}
+        for check in found["checks"]:
+            check["largest_relative_error"] = stated(check["largest_relative_error"])
+        return found
 
     def __str__(self) -> str:
         rows = [(check.loader, check.file, f"{check.matched}/{check.expected}", check.error) for check in self.checks]

@@ -11,7 +11,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from .problems import BAD_DATA, printable
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none of them runs another program, as EPS does
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none of them runs another program, as EPS does
 MOST_PIXELS, PIXELS_PER_BYTE = 2**24, 8  # a few kilobytes can say that they are gigabytes of white
 # What Pillow raises on files that are damaged or made to break it.
 UNREADABLE = (
@@ -49,7 +49,14 @@ class UnreadableImage(ValueError):
     """A file is no image that can be used; says why in a line."""
 
 
-def read_image(source: Path | bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow reads; the several images of a phone's MPO are read as a JPEG."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def read_image(source: Path | bytes, formats: Sequence[str] | None = None) -> Image.Image:
     """An image of a file, decoded, upright, of 8 bits; its colours are still those of its profile.
 
     Raises:
@@ -59,7 +66,7 @@ def read_image(source: Path | bytes, formats: Sequence[str] = FORMATS) -> Image.
     data = source if isinstance(source, bytes) else source.read_bytes()
     most = max(MOST_PIXELS, PIXELS_PER_BYTE * len(data))
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=formats or known_formats()) as image:
             if image.width * image.height > most:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels in {len(data):,} bytes; wanted it made smaller"

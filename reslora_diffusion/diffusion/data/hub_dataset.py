@@ -20,7 +20,7 @@ from PIL import Image
 
 from ...utils.files import replace_folder
 from ...utils.hub import first_line, unreachable
-from ...utils.images import FORMATS, UNREADABLE
+from ...utils.images import UNREADABLE, known_formats
 from ...utils.problems import BadInput, listing, refuse
 from ..options import DreamBoothOptions
 from .scan import IMAGE_SUFFIXES, METADATA_FILE
@@ -151,7 +151,7 @@ def write_images(rows: "Dataset", image: str, caption: str | None, folder: Path,
 def suffix_of(data: bytes) -> str:
     """The file suffix of an image's format. Readers go by content; a phone's MPO is a JPEG with more in it."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             suffix = f".{image.format}".lower()
     except UNREADABLE:  # will be named when the folder is looked at
         suffix = ".png"

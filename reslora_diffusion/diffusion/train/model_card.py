@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reslora_diffusion.export.header import DIFFUSERS_FILE
 
-from ...utils.problems import listing
+from ...utils.problems import listing, printable
 from ..models.families.base import scheduler_changes
 from ..models.load import base_model_name
 from ..models.meta_pipeline import given_base
@@ -20,15 +20,15 @@ def model_card(options: DreamBoothOptions, tag: str, prompt: str, lines: list[st
     return "\n".join(
         [
             "---",
-            *([] if local else [f"base_model: {base}"]),  # the hub takes names of its own only
+            *([] if local else [f"base_model: {quoted(base)}"]),  # the hub takes names of its own only
             "library_name: diffusers",
-            f"instance_prompt: {json.dumps(prompt)}",
+            f"instance_prompt: {quoted(prompt)}",
             f"tags: [{listing(tags, len(tags))}]",
             "---",
             "",
-            f"# {Path(options.output_dir).resolve().name}",
+            f"# {in_code(Path(options.output_dir).resolve().name)}",
             "",
-            f"A LoRA for `{base}`, trained by DreamBooth on {prompt!r}; text encoder trained: "
+            f"A LoRA for {in_code(base)}, trained by DreamBooth on {in_code(prompt)}; text encoder trained: "
             f"{'yes' if options.train_text_encoder else 'no'}.",
             "",
             "```python",
@@ -41,6 +41,16 @@ def model_card(options: DreamBoothOptions, tag: str, prompt: str, lines: list[st
             "",
         ]
     )
+
+
+def quoted(text: str) -> str:
+    """A text of printable characters between quotes, as YAML, JSON and Python read it."""
+    return json.dumps(printable(text, None), ensure_ascii=False)
+
+
+def in_code(text: str) -> str:
+    """The same in Markdown's marks for code, between which nothing is HTML or a link."""
+    return f"`{printable(text, None).replace('`', chr(39))}`"
 
 
 def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
@@ -67,7 +77,7 @@ def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
     where = options.hub_model_id if options.push_to_hub else "."
     lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
     length = f", max_sequence_length={options.max_sequence_length}" if options.max_sequence_length else ""
-    lines.append(f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{length}).images[0]")
+    lines.append(f"image = pipe({quoted(prompt)}{length}).images[0]")
     return [*lines, 'image.save("image.png")']
 
 

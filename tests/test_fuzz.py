@@ -1,0 +1,81 @@
+"""Strangers' files at every door: a value, or one error of the product's own kind, soon and within little memory.
+
+`make fuzz SECONDS=3600` looks for new ones; what it finds is put into `tests/corpus/` and stays there. Here a fixed
+choice is tried, which no chance can change.
+"""
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from fuzzing import SECONDS, Door, TooMuch, budget, doors, pass_through
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # libraries warn of what is damaged
+CORPUS = Path(__file__).parent / "corpus"
+EXAMPLES = 40  # at each door; a tenth where one takes long
+NAMES = (
+    "read inspect verify verify-on-a-base convert-to-diffusers convert-to-kohya convert-to-peft merge resize "
+    "options-of-the-image-trainer checked-options-of-the-image-trainer options-of-the-language-trainer concepts "
+    "a-folder-of-images images-to-train-on a-dataset-of-images conversations word-problems a-run-as-the-page-shows-it "
+    "a-checkpoint-of-the-image-trainer a-checkpoint-of-the-language-trainer a-run-to-export a-pipeline "
+    "a-pipeline-to-check-against a-language-model a-saved-comparison an-image-on-the-page a-kept-visit "
+    "fields-of-the-page a-training-from-the-page"
+).split()
+QUIET = settings(
+    deadline=None, database=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@cache
+def at() -> tuple[dict[str, Door], Path]:
+    """Every door, and a folder for what they read."""
+    root = Path(mkdtemp(prefix="fuzz-"))
+    (root / "out").mkdir()
+    return doors(root / "out"), root / "files"
+
+
+def test_every_door_is_tried():
+    assert [*at()[0]] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_a_stranger_hands_in(name):
+    found, folder = at()
+    door = found[name]
+    try:  # what is imported by the first reading is not its cost
+        pass_through(door, {}, folder)
+    except Exception:
+        pass
+
+    @seed(0)
+    @settings(QUIET, max_examples=EXAMPLES // 10 if door.slow else EXAMPLES)
+    @given(door.files)
+    def one(files):
+        pass_through(door, files, folder)
+
+    one()
+
+
+@pytest.mark.parametrize("case", sorted(path.relative_to(CORPUS).as_posix() for path in CORPUS.glob("*/*")))
+def test_what_once_failed(case):
+    found, folder = at()
+    files = {
+        path.relative_to(CORPUS / case).as_posix(): path.read_bytes()
+        for path in (CORPUS / case).rglob("*")
+        if path.is_file()
+    }
+    pass_through(found[case.split("/")[0]], files, folder)
+
+
+def test_the_budget_notices(tmp_path):
+    with pytest.raises(TooMuch, match="MiB"), budget():
+        bytearray(os.urandom(1)) * (300 * 2**20)
+    end = time.process_time() + 1.1 * SECONDS
+    with pytest.raises(TooMuch, match="seconds"), budget():
+        while time.process_time() < end:
+            pass
