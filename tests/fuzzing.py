@@ -226,9 +226,8 @@ def data_doors() -> Iterator[tuple[str, Door]]:
     yield "images-to-train-on", Door(strangers.image_folders(), trained_on, slow=True)
 
     def dataset(folder: Path) -> None:
-        check(
-            arguments(folder.with_name("out"), instance_data_dir=None, dataset_name=folder, cache_dir=folder / "cache")
-        )
+        given = {"instance_data_dir": None, "dataset_name": folder, "cache_dir": folder / "cache"}
+        check(arguments(folder.with_name("out"), **given))
 
     yield "a-dataset-of-images", Door(strangers.parquet_files(), dataset, slow=True)
     yield "conversations", Door(lines("prompt", "response", "messages", "system"), rows(None))
