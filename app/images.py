@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from reslora_diffusion.utils.images import read_image, upright_rgb
+from reslora_diffusion.utils import images as stored
 
 from .foreign import printable
 
@@ -19,7 +19,7 @@ def read_image(path: Path, side: int = MAX_SIDE) -> Image.Image:
         ValueError: it is no image that can be read, and why where the reason is ours.
     """
     try:
-        image = upright_rgb(read_image(path))
+        image = stored.upright_rgb(stored.read_image(path))
     except (OSError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise ValueError(f"{printable(path.name)}{reason}") from None

@@ -340,7 +340,7 @@ def base_doors() -> Iterator[tuple[str, Door]]:
 
 
 def page_doors() -> Iterator[tuple[str, Door]]:
-    from app import pictures as page_images
+    from app import images as page_images
     from app import request, saved
     from app.forms import read_placeholders, read_request, read_seeds, read_strengths, read_train_request, unwritable
     from app.training import TrainLimits, request_problems
@@ -357,7 +357,7 @@ def page_doors() -> Iterator[tuple[str, Door]]:
 
     def uploaded(folder: Path) -> None:
         for path in folder.iterdir():
-            page_images.read_picture(path)
+            page_images.read_image(path)
 
     def visited(folder: Path) -> None:
         visit = Visit(folder)
