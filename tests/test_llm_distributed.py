@@ -25,14 +25,18 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "lora_dropout": 0.1}
 
 
 def launch(processes: int, arguments: list[str], sharded_by: str | None = None) -> None:
+    done = launched(processes, arguments, sharded_by)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launched(processes: int, arguments: list[str], sharded_by: str | None = None) -> subprocess.CompletedProcess[str]:
     """`torchrun` with gloo: `accelerate launch --cpu --num_processes 2` starts a single process."""
     program = [ROOT / "tests" / "sharded.py", SCRIPT] if sharded_by else [SCRIPT]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, program), *arguments]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     settings |= shipped_settings(sharded_by) if sharded_by else {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True)
 
 
 def shipped_settings(name: str) -> dict[str, str]:
@@ -46,6 +50,17 @@ def shipped_settings(name: str) -> dict[str, str]:
     env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     given = {key: value for key, value in env.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
     return given | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+
+
+def test_a_refused_export_is_said_once(folders, tmp_path):  # noqa: F811
+    """One step of a warm-up leaves lora_B at zero. The second process neither waits for the first nor raises."""
+    options = {"task": None, "dataset_name": folders["talks"], "max_steps": 1, "warmup_steps": 1, "save_strategy": "no"}
+    done = launched(
+        2, words(folders, tmp_path / "out", **options, save_steps=None, eval_strategy="no", eval_steps=None)
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("the adapter changes nothing") == 1, done.stderr[-3000:]
+    assert "reslora_diffusion/llm" not in done.stderr  # torchrun has a traceback of its own, of no file of ours
 
 
 def results(output: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -81,7 +81,7 @@ def train(
     from reslora_diffusion.llm.pruning import pruning_problems
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
-    from reslora_diffusion.llm.results import export, history, start_record, write_json
+    from reslora_diffusion.llm.results import export, history, start_record, together, write_json
     from reslora_diffusion.llm.trainer import ExactMatch, ExportedTrainer, PackingProbe, calibration_batches, fold_at
 
     kind = TaskType.CAUSAL_LM
@@ -149,10 +149,11 @@ def train(
             write_json(output / "history.json", history(trainer))
             models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
         export(trainer, options, kind)
-        if trainer.is_world_process_zero():
-            print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
-            if options.save_merged_model:
-                models.save_merged(options, output, tokenizer)
+        with together(trainer):
+            if trainer.is_world_process_zero():
+                print("\n".join(f"{name}: {value}" for name, value in results["test"].items()))
+                if options.save_merged_model:
+                    models.save_merged(options, output, tokenizer)
     if destination and trainer.is_world_process_zero():
         print(f"pushed to {destination.send(output)}")
     trainer.accelerator.wait_for_everyone()

@@ -3,12 +3,14 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, TaskType
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -106,16 +108,32 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
     if trainer.schedule is not None:
         factors = trainer.schedule.exported(factors)
     beside = trained_beside(model, base_model=options.model_name_or_path)
-    if trainer.is_world_process_zero():
-        report = export_peft(
-            trainer.output_folder,
-            factors,
-            base_model=options.model_name_or_path,
-            task_type=task_type.value,
-            dtype=DTYPES[options.export_dtype],
-            facts={"method": options.method, "shortcut": shortcut_of(model)},
-            model=model,
-            beside=beside,
-        )
-        print(report)
-    trainer.accelerator.wait_for_everyone()
+    with together(trainer):
+        if trainer.is_world_process_zero():
+            report = export_peft(
+                trainer.output_folder,
+                factors,
+                base_model=options.model_name_or_path,
+                task_type=task_type.value,
+                dtype=DTYPES[options.export_dtype],
+                facts={"method": options.method, "shortcut": shortcut_of(model)},
+                model=model,
+                beside=beside,
+            )
+            print(report)
+
+
+@contextmanager
+def together(trainer: ExportedTrainer) -> Iterator[None]:
+    """Inside, the first process works for all. If it fails, all fail with its message: none waits for it in vain, which
+    would end in a traceback of the connection."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = broadcast_object_list([None if failure is None else str(failure)])[0]
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise ValueError(told)
