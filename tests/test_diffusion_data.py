@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dreambooth import SUBJECTS, arguments
-from reslora_diffusion.diffusion.data.buckets import Grid, auto_buckets, nearest, parse_buckets
+from reslora_diffusion.diffusion.data.buckets import Buckets, Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.data.concepts import Concept, chosen, concepts_of, read_concepts
 from reslora_diffusion.diffusion.data.encode import Views
 from reslora_diffusion.diffusion.data.scan import covering, crop_corners, open_mask, open_upright, read_image_file, scan
@@ -24,7 +24,12 @@ def folder(tmp_path):
 
 
 def views(**options) -> Views:
-    common = {"buckets": [(64, 64)], "interpolation": Image.Resampling.LANCZOS, "center_crop": True, "crops": 1}
+    common = {
+        "buckets": Buckets(((64, 64),)),
+        "interpolation": Image.Resampling.LANCZOS,
+        "center_crop": True,
+        "crops": 1,
+    }
     return Views(**common | {"flip": False} | options)
 
 

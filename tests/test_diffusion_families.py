@@ -31,7 +31,7 @@ from tiny import (
 )
 
 BUILDERS = (tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_flux)
-LENGTHS = Namespace(tokenizer_max_length=None, max_sequence_length=24)
+LENGTHS = Namespace(tokenizer_max_length=None, max_sequence_length=24, max_token_length=None)
 PROMPTS = ["a sticker of an octopus", "a photo of a dog on a blue background"]
 
 
@@ -133,7 +133,7 @@ def test_flux_is_given_tokens_places_times_and_guidance_as_its_pipeline_gives_th
 def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
     """Of train_dreambooth_lora_flux.py: uniform and unweighted, not shifted by the size of the image."""
     pipeline, levels = load(tiny_pipeline_flux), torch.arange(1000)
-    args = Namespace(**dict.fromkeys(OF_FLOWS))
+    args = Namespace(**dict.fromkeys((*OF_FLOWS, "min_timestep", "max_timestep")))
     process = FAMILIES["FluxPipeline"].process(pipeline, args)
     torch.testing.assert_close(process.sigma(levels), 1 - levels / 1000)
     assert torch.equal(process.weights(levels), torch.ones(1000))

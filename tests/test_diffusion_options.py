@@ -117,7 +117,7 @@ def test_every_option_of_kohyas_is_answered():
     [
         ("--network-dim", "--network_dim of kohya's scripts is --rank here"),
         ("--cache_text_encoder_outputs", "is not needed: prompts are encoded once unless --train_text_encoder"),
-        ("--ip_noise_gamma", "is not here: the noise that is added is the noise that is predicted"),
+        ("--blocks_to_swap", "is not here: no part of the model moves to the CPU"),
         ("--sdpa", "is not needed: attention is PyTorch's scaled_dot_product_attention"),
         ("--network_alpha", "is --lora_alpha here, whose default is 1 in kohya's scripts and --rank here"),
         ("--rnak", "unknown option --rnak (did you mean --rank?)"),

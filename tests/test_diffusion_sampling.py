@@ -8,11 +8,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from dreambooth import SUBJECTS
+from reslora_diffusion.diffusion.data.buckets import Buckets
 from reslora_diffusion.diffusion.data.encode import Example, Views, encode_images
 from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
 from reslora_diffusion.diffusion.data.scan import read_image_file, scan
 from reslora_diffusion.diffusion.data.tag_orders import tag_orders
 from reslora_diffusion.diffusion.models.families import Texts
+from reslora_diffusion.diffusion.objective.drawn_noise import NoiseRecipe
 from reslora_diffusion.diffusion.objective.noise import Diffusion
 from tiny import tiny_vae
 
@@ -88,7 +90,9 @@ def test_class_images_join_with_their_weight_and_of_their_concept():
 
 
 def test_noise_offset_moves_whole_channels():
-    plain, moved = (make_sampler(noise_offset=offset).batches(0, 4)[0].noise for offset in (0.0, 0.3))
+    plain, moved = (
+        make_sampler(recipe=NoiseRecipe(noise_offset=offset)).batches(0, 4)[0].noise for offset in (0.0, 0.3)
+    )
     difference = moved - plain
     assert difference.flatten(2).std(2).max() < 1e-6
     assert difference.abs().max() > 0.05
@@ -184,7 +188,7 @@ def test_the_cache_holds_the_posterior_and_pairs_each_image_with_its_own_prompt(
     images[2] = replace(images[2], caption=None)
     numbers = {f"number {n}": n for n in range(5)} | {"fallback": 9}
     texts = {prompt: {prompt: Texts(torch.tensor([n]))} for prompt, n in numbers.items()}
-    views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
+    views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     examples = encode_images(vae, images, views, prompt="fallback", texts=texts, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
     assert [text.hidden.item() for example in examples for text in example.texts.values()] == [0, 1, 9, 3, 4]
@@ -200,7 +204,7 @@ def test_the_cache_holds_the_posterior_and_pairs_each_image_with_its_own_prompt(
 def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     torch.manual_seed(0)
     vae, images = tiny_vae(), scan(SUBJECTS / "cake").images
-    views = Views([(64, 64)], Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
+    views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     texts = {"p": {"p": Texts(torch.zeros(1))}}
     one = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=batch_size)
     two = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=2)

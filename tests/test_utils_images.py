@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from dreambooth import arguments
+from reslora_diffusion.diffusion.data.buckets import Buckets
 from reslora_diffusion.diffusion.data.encode import Views
 from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, scan
 from reslora_diffusion.diffusion.options.inventory import describe
@@ -131,7 +132,7 @@ def test_a_profile_that_cannot_be_followed_is_named_and_the_image_is_taken_for_s
     saved(tmp_path / "f", "wide.png", image, icc_profile=WIDE)
     found = scan(tmp_path / "f")
     assert found.problems == []
-    said = "\n".join(describe(found, "instance", "a dog", []))
+    said = "\n".join(describe(found, "instance", "a dog", Buckets(())))
     assert "converted to sRGB by their colour profiles: 1 (1 from Wide (test))" in said
     for name in ("broken.png (its colour profile cannot be read", "cut.png", "grey.png", "ink.jpg (it is CMYK without"):
         assert name in said.split("taken for sRGB: ")[1]
@@ -151,7 +152,7 @@ def test_masks_are_numbers_and_not_colours(tmp_path):
 def test_what_is_encoded_is_converted_and_its_cache_entry_is_another(tmp_path):
     saved(tmp_path / "f", "a.png", Image.new("RGB", (64, 64), GREEN), icc_profile=WIDE)
     (image,) = scan(tmp_path / "f").images
-    views = Views([(64, 64)], Image.Resampling.BILINEAR, center_crop=True, crops=1, flip=False)
+    views = Views(Buckets(((64, 64),)), Image.Resampling.BILINEAR, center_crop=True, crops=1, flip=False)
     shown = np.array(open_upright(image.path).getpixel((0, 0)))
     np.testing.assert_allclose((views.of(image).pixels[0, :, 0, 0] + 1) * 127.5, shown, atol=0.01)
     assert views.key(image) != views.key(replace(image, profile=None))

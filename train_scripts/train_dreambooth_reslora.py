@@ -117,7 +117,7 @@ def train(run: "Run", step: int) -> int:
 
             if run.is_validation_step(step):
                 run.validate(step)
-            if step % options.checkpointing_steps == 0:
+            if run.is_checkpoint_step(step):
                 run.save(step, options.checkpoints_total_limit)
             bar.update()
             bar.set_postfix(run.shown(), refresh=False)

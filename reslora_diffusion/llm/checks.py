@@ -185,7 +185,7 @@ def tracker_problems(report_to: str | Sequence[str] | None) -> Iterator[str]:
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     for name in names:
         if name in TRACKERS:
-            yield from missing_packages([(f"--report_to {name}", TRACKERS[name])])
+            yield from missing_packages([(f"--report_to {name}", TRACKERS[name], TRACKERS[name])])
         elif name not in ("all", "none"):
             yield f"--report_to: got {name!r}, wanted {', '.join(TRACKERS)}, all or none"
 

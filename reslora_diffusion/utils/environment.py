@@ -18,11 +18,11 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def missing_packages(needed: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """One problem for each `(option as given, package)` whose package is not installed."""
-    for option, package in needed:
-        if not is_installed(package):
-            yield f"{option} needs the package {package}, which is not installed"
+def missing_packages(needed: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """One problem for each `(option as given, module, package)` whose module is not there; pip knows the package."""
+    for option, module, package in needed:
+        if not is_installed(module):
+            yield f"{option} needs the package {package}, which is not installed: pip install {package}"
 
 
 def unwritable(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .documents import PARSERS, parse_configuration
-from .options import convert, default_of, facts_of, is_switch, takes_many
+from .options import convert, default_of, facts_of, is_import_path, is_switch, takes_many
 from .problems import BadInput, printable, shortened
 
 CLOSE = 0.75  # how alike two names must be for one to be suggested in place of the other
@@ -208,7 +208,8 @@ class Reader:
             words = [part.strip() for word in words for part in word.split(",") if part.strip()]
         try:
             value = convert(kind, words)
-            given.values[name] = value.lower() if self.facts[name].lower else value
+            written = self.facts[name].import_path and is_import_path(value)  # the case of letters matters in Python
+            given.values[name] = value.lower() if self.facts[name].lower and not written else value
         except ValueError as error:
             got = shortened(" ".join(words)) if words else "nothing"
             choices = self.facts[name].choices

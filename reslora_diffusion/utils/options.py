@@ -29,6 +29,7 @@ class Facts:
         choices: the values that it may have.
         at_least, above, below: bounds of a number.
         lower: whether capital letters are read as small ones.
+        import_path: whether the dotted path of a Python class may be given in place of a choice.
         binds: whether a checkpoint depends on it, so that a continued run must agree on it.
         in_header: whether the headers of exported files name it.
         recorded: whether `run.json` holds it.
@@ -43,6 +44,7 @@ class Facts:
     above: float | None = None
     below: float | None = None
     lower: bool = False
+    import_path: bool = False
     binds: bool = False
     in_header: bool = False
     recorded: bool = True
@@ -134,10 +136,15 @@ def value_problems(options: Any) -> Iterator[str]:
         value = getattr(options, name)
         if value is None:
             continue
-        if facts.choices and value not in facts.choices:
+        if facts.choices and value not in facts.choices and not (facts.import_path and is_import_path(value)):
             yield f"--{name}: got {value!r}, wanted {', '.join(map(str, facts.choices))}"
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and not in_bounds(value, facts):
             yield f"--{name}: got {value}, wanted {bounds(facts)}"
+
+
+def is_import_path(value: Any) -> bool:
+    """Whether a text is the dotted path of a class: a module and a name."""
+    return isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
 
 
 def in_bounds(value: float, facts: Facts) -> bool:

@@ -9,13 +9,16 @@ They come from the command line (`--instance_data_dir` or `--dataset_name`, ...)
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...utils.option_parser import parse_file
-from ...utils.problems import BadInput, listing
+from ...utils.problems import BadInput, listing, refuse
 from ..options import DreamBoothOptions
+from ..options.peers.kohya_dataset import is_datasets, read_datasets
+from .buckets import Buckets
 from .hub_dataset import images_of_dataset
 from .scan import Scan, ScannedImage, extension_problems, scan
 
@@ -29,6 +32,22 @@ KINDS = {
     "repeats": int,
     "caption_extension": str,
 }
+# Options that a concept may have for itself; what it does not say is the run's.
+OWN = {
+    "resolution": int,
+    "aspect_ratio_buckets": str,
+    "min_bucket_reso": int,
+    "max_bucket_reso": int,
+    "bucket_reso_steps": int,
+    "bucket_no_upscale": bool,
+    "center_crop": bool,
+    "random_flip": bool,
+    "shuffle_caption": bool,
+    "keep_tokens": int,
+    "caption_prefix": str,
+    "caption_suffix": str,
+}
+MAY_BE_ZERO = ("keep_tokens",)
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 
 
@@ -43,6 +62,8 @@ class Concept:
     class_prompt: str | None = None
     num_class_images: int = 0
     held_out: frozenset[str] = frozenset()  # digests
+    own: Mapping[str, Any] = field(default_factory=dict)  # options of its own, by name
+    buckets: Buckets | None = None  # the sizes that it is trained at, once the model is known
     validation: Scan | None = None  # of a folder of its own
 
     @property
@@ -90,26 +111,33 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
         BadInput: every key that is unknown and every value of a wrong kind.
     """
     entries = parse_file("--concepts", path)
+    if is_datasets(entries):
+        entries = read_datasets(entries, f"--concepts {path}").concepts
     if isinstance(entries, dict) and entries.keys() == {"concepts"}:
         entries = entries["concepts"]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise BadInput([f"--concepts {path}: wanted a list of concepts, each with some of {', '.join(KINDS)}"])
-    problems = []
+    refuse(entry_problems(f"--concepts {path}", entries))
+    return entries
+
+
+def entry_problems(source: str, entries: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with the keys and values of entries that `source` names."""
+    problems, kinds = [], KINDS | OWN
     for number, entry in enumerate(entries, 1):
-        where = f"--concepts {path}, concept {number}"
-        problems += [f"{where}: unknown key {key!r}; wanted {', '.join(KINDS)}" for key in entry if key not in KINDS]
+        where = f"{source}, concept {number}"
+        problems += [f"{where}: unknown key {key!r}; wanted {', '.join(kinds)}" for key in entry if key not in kinds]
         problems += [
             f"{where}: {key} is {entry[key]!r}, wanted {kind.__name__}"
-            for key, kind in KINDS.items()
-            if key in entry and (type(entry[key]) is not kind or (kind is int and entry[key] < 1))
+            for key, kind in kinds.items()
+            if key in entry
+            and (type(entry[key]) is not kind or (kind is int and entry[key] < (key not in MAY_BE_ZERO)))
         ]
         if isinstance(extension := entry.get("caption_extension"), str):
             problems += extension_problems(f"{where}, caption_extension", extension)
         if "instance_data_dir" not in entry:
             problems.append(f"{where}: instance_data_dir is missing")
-    if problems:
-        raise BadInput(problems)
-    return entries
+    return problems
 
 
 def concepts_of(options: DreamBoothOptions) -> list[Concept]:
@@ -119,14 +147,47 @@ def concepts_of(options: DreamBoothOptions) -> list[Concept]:
         entries = read_concepts(Path(options.concepts))
     elif options.dataset_name and not options.instance_data_dir:
         entries = [{"instance_data_dir": str(images_of_dataset(options))}]
-    complete = [{key: entry.get(key, getattr(options, key)) for key in KINDS} for entry in entries]
-    concepts = [concept for entry in complete for concept in expand(entry, options.with_prior_preservation)]
+    concepts: list[Concept] = []
     folder, extension = options.validation_data_dir, options.caption_extension.lower()
     apart = scan(Path(folder), extension) if folder else None
-    return [
-        replace(concept, held_out=chosen(concept.instance, options.validation_split), validation=apart)
-        for concept in concepts
-    ]
+    for entry in entries:
+        complete = {key: entry.get(key, getattr(options, key)) for key in KINDS}
+        own = {key: entry[key] for key in OWN if key in entry}
+        settings = options_of(own, options)
+        concepts += [
+            in_words(replace(concept, own=own, validation=apart), settings.caption_prefix, settings.caption_suffix)
+            for concept in expand(complete, options.with_prior_preservation)
+        ]
+    return [replace(concept, held_out=chosen(concept.instance, options.validation_split)) for concept in concepts]
+
+
+def options_of(own: Mapping[str, Any], options: DreamBoothOptions) -> DreamBoothOptions:
+    """The options of a run as a concept has them."""
+    return options.changed(**own) if own else options
+
+
+def in_words(concept: Concept, prefix: str | None, suffix: str | None) -> Concept:
+    """A concept with words before and after every caption and prompt, as in kohya's scripts."""
+    if not prefix and not suffix:
+        return concept
+
+    def whole(text: str | None) -> str | None:
+        return " ".join(filter(None, (prefix, text, suffix))) if text else text
+
+    def found(part: Scan | None) -> Scan | None:
+        return part and replace(part, images=[replace(p, caption=whole(p.caption)) for p in part.images])
+
+    instance = found(concept.instance)
+    assert instance is not None, "a concept has images"
+    prompts = whole(concept.instance_prompt), whole(concept.class_prompt)
+    return replace(
+        concept,
+        instance=instance,
+        classes=found(concept.classes),
+        validation=found(concept.validation),
+        instance_prompt=prompts[0],
+        class_prompt=prompts[1],
+    )
 
 
 def chosen(found: Scan, share: float) -> frozenset[str]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..models.families import Texts, Tokens
 from ..objective.randomness import Stream, generator
-from .buckets import Size, nearest
+from .buckets import Buckets, Size
 from .disk_cache import DiskCache
 from .scan import ScannedImage, covering, crop_corners, open_mask, open_upright
 
@@ -76,7 +76,7 @@ class Views:
         vae_scale_factor: pixels to a latent, for masks.
     """
 
-    buckets: list[Size]
+    buckets: Buckets
     interpolation: Image.Resampling
     center_crop: bool
     crops: int
@@ -86,7 +86,7 @@ class Views:
 
     def cut(self, image: ScannedImage) -> tuple[Size, Size, list[tuple[int, int]]]:
         """How an image is resized, and cut to which size at which corners."""
-        box = nearest(image.size, self.buckets)
+        box = self.buckets.of(image.size)
         size = covering(image.size, box)
         offsets = [(0.5, 0.5)]
         if not self.center_crop:

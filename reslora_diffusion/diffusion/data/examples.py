@@ -12,11 +12,13 @@ from torch import nn
 from ...utils.files import sweep
 from ...utils.problems import refuse
 from ..models.families import Family, Texts
+from ..models.families.base import pieces_of
 from ..models.load import DTYPES, load_pipeline
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
+from .buckets import Buckets
 from .class_images import generate_class_images, missing_numbers
-from .concepts import Concept
+from .concepts import Concept, options_of
 from .disk_cache import DiskCache, identity
 from .encode import Example, Text, Views, encode_images
 from .scan import INTERPOLATIONS, scan
@@ -95,12 +97,14 @@ def cached_texts(
         return prepare_texts(pipeline, family, prompts, options)
     fixed = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
     parts = [getattr(pipeline, name) for name in (*family.text_encoders, *family.tokenizers, *fixed)]
-    common = {
+    common: dict[str, Any] = {
         "kind": "text",
         "family": family.title,
         "encoders": identity(*(part for part in parts if part is None or isinstance(part, nn.Module))),
         "lengths": (options.tokenizer_max_length, family.t5_length(options)),
     }
+    if (pieces := pieces_of(options)) > 1:  # entries of earlier versions are of one
+        common["pieces"] = pieces
     tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
     keys = {
         prompt: {**common, "prompt": prompt, "tokens": [tokenizer(prompt).input_ids for tokenizer in tokenizers]}
@@ -135,23 +139,11 @@ def encode_examples(
 ) -> Encoded:
     """Every image and prompt of a run; the autoencoder encodes in float32."""
     cache = DiskCache(Path(options.encoding_cache_dir)) if options.encoding_cache_dir else None
-    orders = {
-        prompt: tag_orders(prompt, options.keep_tokens) if options.shuffle_caption else [prompt]
-        for prompt in prompts_of(concepts)
-    }
-    every = ["", *(order for several in orders.values() for order in several)]
+    settings = [options_of(concept.own, options) for concept in concepts]
+    orders = [orders_of(concept, own) for concept, own in zip(concepts, settings, strict=True)]
+    every = ["", *(one for of_concept in orders for several in of_concept.values() for one in several)]
     texts = cached_texts(pipeline, plan.base.family, every, options, cache)
-    views = Views(
-        buckets=plan.buckets,
-        interpolation=INTERPOLATIONS[options.image_interpolation_mode],
-        center_crop=options.center_crop,
-        crops=options.crops_per_image,
-        flip=options.random_flip,
-        vae_scale_factor=plan.base.vae_scale_factor,
-        alpha_mask=options.alpha_mask,
-    )
     common: dict[str, Any] = {
-        "texts": {prompt: {one: texts[one] for one in several} for prompt, several in orders.items()},
         "batch_size": options.sample_batch_size,
         "threads": options.dataloader_num_workers,
         "cache": cache,
@@ -163,6 +155,8 @@ def encode_examples(
     instances, classes, held_out, encoded = [], {}, [], {}
     for number, concept in enumerate(concepts):
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
+        views = views_of(concept, settings[number], plan)
+        common["texts"] = {prompt: {one: texts[one] for one in several} for prompt, several in orders[number].items()}
         apart = concept.validation.images if concept.validation else []
         examples = encode_images(
             pipeline.vae,
@@ -178,7 +172,7 @@ def encode_examples(
         instances += [example for image, example in placed if image.digest not in measured_on] * concept.repeats
         held_out += [example for image, example in placed if image.digest in measured_on]
         if concept.classes is not None:
-            source = (concept.classes.folder, concept.class_prompt, len(concept.classes.images))
+            source = (concept.classes.folder, concept.class_prompt, len(concept.classes.images), views)
             if source not in encoded:
                 encoded[source] = encode_images(
                     pipeline.vae,
@@ -195,6 +189,25 @@ def encode_examples(
     if cache and progress:
         print(f"{options.encoding_cache_dir}: {cache.added} images and prompts were added, the others were there")
     return Encoded(instances, classes, held_out, texts[""])
+
+
+def orders_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[str]]:
+    """Every prompt of a concept, and the orders of its tags."""
+    prompts = dict.fromkeys(prompts_of([concept]))
+    return {p: tag_orders(p, options.keep_tokens) if options.shuffle_caption else [p] for p in prompts}
+
+
+def views_of(concept: Concept, options: DreamBoothOptions, plan: Plan) -> Views:
+    """Which parts of a concept's images are trained; `options` are the options as the concept has them."""
+    return Views(
+        buckets=concept.buckets or Buckets(tuple(plan.buckets)),
+        interpolation=INTERPOLATIONS[options.image_interpolation_mode],
+        center_crop=options.center_crop,
+        crops=options.crops_per_image,
+        flip=options.random_flip,
+        vae_scale_factor=plan.base.vae_scale_factor,
+        alpha_mask=options.alpha_mask,
+    )
 
 
 def prompts_of(concepts: list[Concept]) -> list[str]:

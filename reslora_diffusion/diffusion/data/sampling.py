@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models.families import Texts, Tokens
+from ..objective.drawn_noise import NoiseRecipe
 from ..objective.noise import Process
 from ..objective.randomness import Stream, generator, shuffled
 from .encode import Example, Text
@@ -29,7 +30,7 @@ class Batch:
     """Examples of one size. Shapes: latents, noise [B, C, h, w]; timesteps, weights [B]; time_ids [B, 6].
 
     `texts` holds each distinct prompt once; `prompt_index` [B] says whose is whose. `masks` [B, 1, h, w],
-    if any example has one.
+    if any example has one. `input_noise` [B, C, h, w] is what x_t is made with, if it is not the noise.
     """
 
     latents: Tensor
@@ -40,6 +41,7 @@ class Batch:
     weights: Tensor
     time_ids: Tensor
     masks: Tensor | None = None
+    input_noise: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Draw:
     view: int
     text: Text
     prompt: str
+    input_noise: Tensor | None = None
 
 
 @lru_cache(maxsize=8)
@@ -82,7 +85,7 @@ class Sampler:
         scaling_factor, shift_factor: of the autoencoder.
         process: which timesteps are drawn.
         empty: text of the empty prompt, for caption_dropout.
-        noise_offset: standard deviation of the noise that the pixels of a channel share.
+        recipe: how noise is drawn.
     """
 
     instances: Sequence[Example]
@@ -93,7 +96,7 @@ class Sampler:
     shift_factor: float = 0.0
     empty: Text | None = None
     caption_dropout: float = 0.0
-    noise_offset: float = 0.0
+    recipe: NoiseRecipe = NoiseRecipe()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,10 +126,11 @@ class Sampler:
         return self.by_size(drawn)
 
     def spread(self, first: int, count: int, total: int) -> list[Batch]:
-        """Instance draws with timesteps spread evenly over 0..T-1 as the number goes from 0 to `total`."""
-        drawn = []
+        """Instance draws with timesteps spread evenly over those that are trained, as the number goes from 0 to
+        `total`."""
+        drawn, span = [], self.process.span
         for n in range(first, first + count):
-            timestep = int((n + 0.5) / total * self.process.num_train_timesteps)
+            timestep = span[int((n + 0.5) / total * len(span))]
             drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
         return self.by_size(drawn)
 
@@ -134,15 +138,15 @@ class Sampler:
         """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
         source = generator(self.seed, stream, number)
         view = int(torch.randint(len(example.mean), (), generator=source))
-        drawn_timestep = self.process.draw(source)
+        drawn_timestep = self.process.draw(source, example.shape)
         posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
-        if self.noise_offset:
-            noise = noise + self.noise_offset * torch.randn(example.shape[0], 1, 1, generator=source)
+        noise = self.recipe.shaped(noise, source)
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
         worded = list(example.texts)
         prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
         text = self.empty if dropped else example.texts[prompt]
         assert text is not None, "captions are dropped only where there is an empty prompt"
+        spread = timestep is not None  # to measure on: its input is not perturbed
         return Draw(
             example,
             posterior_noise=posterior_noise,
@@ -151,6 +155,7 @@ class Sampler:
             view=view,
             text=text,
             prompt="" if dropped else prompt,
+            input_noise=None if spread else self.recipe.perturbed(noise, source),
         )
 
     def by_size(self, drawn: Sequence[Draw]) -> list[Batch]:
@@ -167,6 +172,7 @@ def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -
     mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))
     device = mean.device
     posterior_noise = to_device(torch.stack([draw.posterior_noise for draw in drawn]), device)
+    inputs = [draw.input_noise for draw in drawn if draw.input_noise is not None]
     masks = None
     if any(draw.example.mask is not None for draw in drawn):
         whole = torch.ones(1, *mean.shape[2:], device=device)
@@ -182,6 +188,7 @@ def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -
         weights=to_device(torch.tensor([draw.example.loss_weight for draw in drawn]), device),
         time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),
         masks=masks,
+        input_noise=None if not inputs else to_device(torch.stack(inputs), device),
     )
 
 

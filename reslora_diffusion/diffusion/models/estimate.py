@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
 from .families import Texts, Tokens
+from .families.base import pieces_of
 from .load import base_dtype
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -84,7 +85,9 @@ def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
     images, prompts = options.train_batch_size * (1 + classes), 1 + classes
     width, height = (side // base.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1]))
     latents = torch.empty(images, base.vae["latent_channels"], height, width, dtype=dtype, **meta)
-    ids = torch.zeros(prompts, len(models), base.windows[0][1], dtype=torch.long, **meta)
+    pieces = pieces_of(options)
+    length = base.windows[0][1] + 2 * (pieces - 1)  # each piece has a start and an end
+    ids = torch.zeros(prompts, len(models), length, dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
         length, inner = family.t5_length(options), denoiser.config.joint_attention_dim

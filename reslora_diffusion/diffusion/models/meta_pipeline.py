@@ -23,7 +23,7 @@ from ...utils.problems import BadInput
 from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
 from .architecture import TEXT_ENCODERS, Architecture, Layer, family_of, layers_of, left_out
-from .families.base import leave_out_layers
+from .families.base import leave_out_layers, pieces_of
 
 TOKENIZERS = {
     f"{name}{fast}": kind
@@ -87,7 +87,9 @@ def load_meta_pipeline(options: DreamBoothOptions) -> MetaPipeline:
         ]
         if options.tokenizer_name:
             tokenizers[0] = AutoTokenizer.from_pretrained(options.tokenizer_name, **where)
-        windows = [(tokenizer, options.tokenizer_max_length or tokenizer.model_max_length) for tokenizer in tokenizers]
+        read = [options.tokenizer_max_length or tokenizer.model_max_length for tokenizer in tokenizers]
+        lengths = [pieces_of(options) * (length - 2) + 2 for length in read]
+        windows = [*zip(tokenizers, lengths, strict=True)]
         of_t5 = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
         if "skip_t5" in family.not_here and (absent := [part for part in of_t5 if not index[part][1]]):
             raise KeyError(" and ".join(absent))

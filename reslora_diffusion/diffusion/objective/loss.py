@@ -127,7 +127,8 @@ class Denoiser:
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's prediction [B, C, h, w]."""
-        noisy_latents = self.process.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype)
+        noise = batch.noise if batch.input_noise is None else batch.input_noise
+        noisy_latents = self.process.add_noise(batch.latents, noise, batch.timesteps).to(self.dtype)
         times = self.process.times(batch.timesteps)
         return self.family.denoise(self.model, noisy_latents, times, self.condition(batch), self.guidance_scale)
 

@@ -9,10 +9,19 @@
                     error = model_pred - (eps - x_0), times sigma_t with `precondition_outputs`
 
 A timestep is a place 0..T-1 in the schedule; `times` is what the model is told. The schedule of a flow runs from noise
-to data, as diffusers keeps it, and its sigmas are shifted as the base's own scheduler shifts them.
+to data, as diffusers has it, and its sigmas are shifted as the base's own scheduler shifts them, unless
+`timestep_sampling` says otherwise:
+
+    sigma        the base's schedule, u by `weighting_scheme`; `discrete_flow_shift` replaces the base's shift
+    uniform      sigma ~ U(0, 1)                                        neither is shifted
+    sigmoid      sigma = sigmoid(sigmoid_scale z), z standard normal
+    shift        the same, then s sigma / (1 + (s - 1) sigma) with s = discrete_flow_shift
+    flux_shift   the same with s = exp(mu), mu from 0.5 to 1.15 as the image has from 256 to 4096 cells of 2 x 2 latents
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,10 +35,23 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
+def shifted(sigma: float, shift: float) -> float:
+    """A noise level moved towards noise, for shifts above 1."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flux_shift(shape: Sequence[int]) -> float:
+    """The shift of FLUX.1's own sampler for latents [..., h, w]."""
+    cells = (shape[-2] // 2) * (shape[-1] // 2)
+    return math.exp(0.5 + (1.15 - 0.5) * (cells - 256) / (4096 - 256))
+
+
 class Process(ABC):
     """Shapes: latents, noise, model_pred [B, C, h, w]; timesteps [B]."""
 
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
+    min_timestep: int | None
+    max_timestep: int | None
 
     @property
     @abstractmethod
@@ -41,9 +63,15 @@ class Process(ABC):
         """T."""
         return self.scheduler.config.num_train_timesteps
 
-    def draw(self, source: Generator) -> int:
-        """A timestep to train on."""
-        return int(torch.randint(self.num_train_timesteps, (), generator=source))
+    @property
+    def span(self) -> range:
+        """The timesteps that are trained: `min_timestep` <= what the model is told < `max_timestep`."""
+        most = min(self.max_timestep or self.num_train_timesteps, self.num_train_timesteps)
+        return range(min(self.min_timestep or 0, most - 1), most)
+
+    def draw(self, source: Generator, shape: Sequence[int] = ()) -> int:
+        """A timestep to train on, of latents [C, h, w]."""
+        return self.span.start + int(torch.randint(len(self.span), (), generator=source))
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -69,6 +97,8 @@ class Process(ABC):
 @dataclass(frozen=True)
 class Diffusion(Process):
     scheduler: DDPMScheduler
+    min_timestep: int | None = None
+    max_timestep: int | None = None
 
     @property
     def prediction_type(self) -> str:
@@ -102,22 +132,59 @@ class FlowMatching(Process):
     logit_std: float = 1.0
     mode_scale: float = 1.29
     precondition_outputs: bool = True
+    timestep_sampling: str = "sigma"
+    sigmoid_scale: float = 1.0
+    discrete_flow_shift: float | None = None
+    min_timestep: int | None = None
+    max_timestep: int | None = None
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
 
     @property
     def prediction_type(self) -> str:
         return "flow"
 
-    def draw(self, source: Generator) -> int:
-        u = compute_density_for_timestep_sampling(
-            self.weighting_scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=source
+    @property
+    def schedule(self) -> Tensor:
+        """sigma [T], from noise to data."""
+        if self.timestep_sampling == "sigma":
+            return self.scheduler.timesteps.to(torch.float32) / self.num_train_timesteps
+        return torch.arange(self.num_train_timesteps, 0, -1) / self.num_train_timesteps
+
+    @property
+    def span(self) -> range:
+        if not self.min_timestep and self.max_timestep in (None, self.num_train_timesteps):
+            return range(self.num_train_timesteps)
+        told = self.schedule * self.num_train_timesteps
+        most = self.max_timestep or math.inf
+        inside = ((told >= (self.min_timestep or 0)) & (told < most)).nonzero().flatten().tolist()
+        return (
+            range(inside[0], inside[-1] + 1)
+            if inside
+            else range(self.num_train_timesteps - 1, self.num_train_timesteps)
         )
-        return min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+
+    def draw(self, source: Generator, shape: Sequence[int] = ()) -> int:
+        span = self.span
+        return span[min(int(self.draw_place(source, shape) * len(span)), len(span) - 1)]
+
+    def draw_place(self, source: Generator, shape: Sequence[int]) -> float:
+        """Where in the schedule, from 0 at its noisy end to 1."""
+        if self.timestep_sampling == "sigma":
+            scheme, mean, std, scale = self.weighting_scheme, self.logit_mean, self.logit_std, self.mode_scale
+            return compute_density_for_timestep_sampling(scheme, 1, mean, std, scale, generator=source).item()
+        if self.timestep_sampling == "uniform":
+            return 1 - torch.rand((), generator=source).item()
+        sigma = torch.sigmoid(self.sigmoid_scale * torch.randn((), generator=source)).item()
+        if self.timestep_sampling == "shift":
+            sigma = shifted(sigma, 1.0 if self.discrete_flow_shift is None else self.discrete_flow_shift)
+        elif self.timestep_sampling == "flux_shift":
+            sigma = shifted(sigma, flux_shift(shape))
+        return 1 - sigma
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         device = timesteps.device
         if device not in self.sigmas:
-            self.sigmas[device] = self.scheduler.timesteps.to(device, torch.float32) / self.num_train_timesteps
+            self.sigmas[device] = self.schedule.to(device)
         return self.sigmas[device][timesteps]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

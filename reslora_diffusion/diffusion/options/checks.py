@@ -9,7 +9,7 @@ no format that tells shapes.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,8 @@ from ...utils.hub import unreachable
 from ...utils.model_files import Files
 from ...utils.names import file_name_problem
 from ...utils.problems import BadInput, listing, refuse
-from ..data.buckets import Size, parse_buckets
-from ..data.concepts import Concept, concepts_of
+from ..data.buckets import KOHYA_LIMITS, Size, make_buckets
+from ..data.concepts import Concept, concepts_of, options_of
 from ..data.hub_dataset import dataset_options
 from ..data.scan import extension_problems
 from ..models.architecture import Architecture, read_architecture
@@ -32,9 +32,10 @@ from ..train.record import differences
 from ..train.schedules import decomposition_problems, schedule_problems
 from . import DreamBoothOptions
 from .inventory import inventory
+from .kohya_checks import bad_data, bad_noise, bad_prompts
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
-from .training import OPTIMIZER_PACKAGES
+from .training import ONE_RATE, PACKAGED
 
 if TYPE_CHECKING:
     from ..models.meta_pipeline import MetaPipeline
@@ -62,12 +63,36 @@ class Findings:
     architecture: Architecture | None = None
     buckets: list[Size] = field(default_factory=list)
 
+    def fit(self, architecture: Architecture, options: DreamBoothOptions) -> None:
+        """Find the sizes that the model is trained at; raises `BadInput` with what does not fit it."""
+        problems, sizes, sized = [*model_problems(architecture, options)], list[Size](), []
+        concepts: list[Concept | None] = [*self.concepts]
+        for concept in concepts or [None]:  # without any, the options can still be held against the model
+            own, grid = options_of(concept.own, options) if concept else options, architecture.grid
+            if own.resolution != options.resolution and not grid.fits(own.resolution):
+                problems.append(f"resolution of a concept: got {own.resolution}, wanted {grid} for this model")
+            try:
+                buckets = make_buckets(
+                    own.aspect_ratio_buckets,
+                    own.resolution,
+                    grid,
+                    **{name: getattr(own, name) for name in KOHYA_LIMITS},
+                    bucket_no_upscale=own.bucket_no_upscale,
+                )
+                scans = filter(None, (concept.instance, concept.validation, concept.classes)) if concept else ()
+                sizes += buckets.all(image.size for scan in scans for image in scan.images)
+                sized += [replace(concept, buckets=buckets)] if concept else []
+            except BadInput as error:
+                problems += error.problems
+        refuse(problems)
+        self.concepts, self.buckets = sized, [*dict.fromkeys(sizes)] or [(options.resolution, options.resolution)]
+
     def refuse(self, options: DreamBoothOptions) -> None:
         """Raise `BadInput` if there is any problem, with what is in the folders."""
         if self.problems:
             square = options.resolution >= 1 and not options.aspect_ratio_buckets  # other sizes are told by the model
             sizes = self.buckets or ([(options.resolution, options.resolution)] if square else [])
-            raise BadInput(dict.fromkeys(self.problems), inventory(self.concepts, options, sizes))
+            raise BadInput(dict.fromkeys(self.problems), [*options.notes, *inventory(self.concepts, options, sizes)])
 
 
 def quick_check(options: DreamBoothOptions) -> Findings:
@@ -86,7 +111,9 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         misfits = error.problems
     known = bool(missing or options.problems or misfits or architecture)
     found = Findings([*missing.values(), *options.problems], [], architecture)
-    for find in (bad_values, bad_combinations, adapter_problems, missing_packages, bad_output):
+    for find in (bad_values, bad_combinations, bad_noise, bad_data, bad_prompts):
+        found.problems += find(options)
+    for find in (adapter_problems, missing_packages, bad_output):
         found.problems += find(options)
     found.problems += [*variant_problems(options), *launcher_problems(options), *bad_weights(options)]
     try:
@@ -96,7 +123,7 @@ def quick_check(options: DreamBoothOptions) -> Findings:
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
     try:
         if architecture:
-            found.buckets = fit(architecture, options.changed(**dict.fromkeys(missing)))
+            found.fit(architecture, options.changed(**dict.fromkeys(missing)))
     except BadInput as error:
         misfits = error.problems
     found.problems += misfits
@@ -131,7 +158,8 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
         options.take_defaults(base.family)
         if found.architecture is None:
             found.problems += [*bad_output(options), *schedule_problems(options, base, None)]
-        found.buckets = found.buckets or fit(base, options)
+        if not found.buckets:
+            found.fit(base, options)
     except BadInput as error:
         found.problems += error.problems
     found.problems += slow_problems(options, base)
@@ -180,18 +208,6 @@ def missing_models(options: DreamBoothOptions) -> dict[str, str]:
     elif Path(name).is_dir() and not Path(name, "model_index.json").is_file():
         problems[option] = f"--{option}: {name} has no model_index.json; wanted a diffusers pipeline"
     return problems
-
-
-def fit(architecture: Architecture, options: DreamBoothOptions) -> list[Size]:
-    """Sizes that the model is trained at; raises `BadInput` with what does not fit it."""
-    problems, buckets = [*model_problems(architecture, options)], [(options.resolution, options.resolution)]
-    try:
-        if options.aspect_ratio_buckets:
-            buckets = parse_buckets(options.aspect_ratio_buckets, options.resolution, architecture.grid)
-    except BadInput as error:
-        problems += error.problems
-    refuse(problems)
-    return buckets
 
 
 def slow_problems(options: DreamBoothOptions, architecture: Architecture | None) -> list[str]:
@@ -259,10 +275,15 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
             yield f"--distillation_steps refines what was fitted on data; got --merge_method {options.merge_method}"
         if options.calibration_batches < 2:
             yield "--distillation_steps holds out one of --calibration_batches; got 1, wanted 2 or more"
-    if options.optimizer == "prodigy":  # it raises at its first step
+    if options.optimizer in ONE_RATE:  # they raise at their first step
         for name, one in (("text_encoder_lr", options.learning_rate), ("loraplus_lr_ratio", 1.0), ("lr_pattern", {})):
             if (value := getattr(options, name)) not in (None, one):
-                yield f"--{name}: prodigy has one learning rate, --learning_rate, for all parameters; got {value}"
+                yield (
+                    f"--{name}: {options.optimizer} has one learning rate, --learning_rate, for all parameters; "
+                    f"got {value}"
+                )
+    if options.use_ema and "schedulefree" in options.optimizer.lower():
+        yield f"--use_ema averages weights, and so does --optimizer {options.optimizer}; wanted one of them"
     if options.cuda_graph and options.gradient_checkpointing and options.lora_dropout:
         yield "--cuda_graph with --gradient_checkpointing cannot repeat a dropout; got --lora_dropout, wanted 0"
     if options.snr_gamma is not None and options.debiased_estimation_loss:
@@ -275,12 +296,14 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
 
 def missing_packages(options: DreamBoothOptions) -> Iterator[str]:
     needed = []
-    if package := "bitsandbytes" if options.use_8bit_adam else OPTIMIZER_PACKAGES.get(options.optimizer):
-        needed.append(("--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.optimizer}", package))
+    name = "adamw8bit" if options.use_8bit_adam else options.optimizer
+    if found := PACKAGED.get(name):
+        flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {name}"
+        needed.append((flag, found.module.partition(".")[0], found.package))
     if options.enable_xformers_memory_efficient_attention:
-        needed.append(("--enable_xformers_memory_efficient_attention", "xformers"))
+        needed.append(("--enable_xformers_memory_efficient_attention", "xformers", "xformers"))
     if "report_to" in options.given and options.report_to in ("tensorboard", "wandb", "comet_ml"):
-        needed.append((f"--report_to {options.report_to}", options.report_to))
+        needed.append((f"--report_to {options.report_to}", options.report_to, options.report_to))
     yield from environment.missing_packages(needed)
 
 

@@ -63,6 +63,23 @@ class DataOptions:
         binds=True,
         kohya={"enable_bucket": "as --aspect_ratio_buckets auto"},
     )
+    min_bucket_reso: int | None = option(
+        None,
+        "Least side of --aspect_ratio_buckets auto, as in kohya's scripts (default: sides between 2:5 and 5:2).",
+        at_least=1,
+        binds=True,
+    )
+    max_bucket_reso: int | None = option(
+        None, "Largest side of --aspect_ratio_buckets auto (default: twice --resolution).", at_least=1, binds=True
+    )
+    bucket_reso_steps: int | None = option(
+        None, "Step of the sides of --aspect_ratio_buckets auto.", at_least=1, binds=True
+    )
+    bucket_no_upscale: bool = option(
+        False,
+        "With --aspect_ratio_buckets auto, train an image that is smaller than its bucket at its own size.",
+        binds=True,
+    )
     center_crop: bool = option(False, "Crop images in their centre instead of at random.", binds=True)
     random_flip: bool = option(False, "Also train on every image mirrored.", binds=True, kohya={"flip_aug": ""})
     crops_per_image: int = option(
@@ -89,6 +106,8 @@ class DataOptions:
         binds=True,
         kohya={"caption_extention": ""},
     )
+    caption_prefix: str | None = option(None, "Words put before every caption and prompt of the data.", binds=True)
+    caption_suffix: str | None = option(None, "Words put after every caption and prompt of the data.", binds=True)
     shuffle_caption: bool = option(
         False, "Read captions as tags with commas between them, in up to 8 orders each.", binds=True
     )

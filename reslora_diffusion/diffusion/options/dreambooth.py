@@ -16,7 +16,7 @@ from .adapter import AdapterOptions
 from .data import DataOptions
 from .model import ModelOptions
 from .output import OutputOptions
-from .training import TrainingOptions
+from .training import ONE_RATE, TrainingOptions
 
 if TYPE_CHECKING:
     from ..models.families import Family
@@ -29,10 +29,14 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
     Attributes:
         given: names of the options that were given; all others have the defaults of the model's family.
         problems: what was wrong with the command line or the file.
+        notes: lines on a file that another trainer wrote: what of it was translated, and what was not.
+        translated: names of the options that came from such a file.
     """
 
     given: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    translated: set[str] = field(default_factory=set)
 
     def changed(self, **values: Any) -> DreamBoothOptions:
         """A copy with other values."""
@@ -50,10 +54,14 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
     def take_defaults(self, family: Family) -> None:
         """Give options that were not given the defaults of diffusers' script for this family."""
         kind = family.pipeline_class
+        for name in sorted(self.translated & self.given & family.not_here.keys()):  # their programs ignore it
+            self.given.remove(name)
+            setattr(self, name, next(default_of(item) for item in fields(self) if item.name == name))
+            self.notes.append(f"  NOT USED: --{name}: {family.title} {family.not_here[name]}")
         for item in fields(self):
             if item.name in FACTS and item.name not in self.given and (families := FACTS[item.name].families):
                 setattr(self, item.name, families.get(kind, default_of(item)))
-        alone = self.optimizer == "prodigy"  # its learning rate is one for all, as in diffusers' scripts
+        alone = self.optimizer in ONE_RATE  # as in diffusers' scripts for prodigy
         for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
             if name not in self.given and (not self.train_text_encoder or (alone and name == "text_encoder_lr")):
                 setattr(self, name, None)

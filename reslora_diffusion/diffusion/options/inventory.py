@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ...utils.problems import listing
-from ..data.buckets import Size, nearest
+from ..data.buckets import Buckets, Size
 from ..data.concepts import Concept
 from ..data.scan import Scan
 from . import DreamBoothOptions
@@ -19,14 +19,15 @@ def inventory(concepts: Sequence[Concept], options: DreamBoothOptions, buckets: 
     """Lines on every folder; `buckets` is empty where the sizes to train at could not be told."""
     lines: list[str] = []
     for concept in concepts:
+        sizes = concept.buckets or Buckets(tuple(buckets))
         if concept.instance.folder.is_dir():  # what is missing is a problem, and there is nothing to tell of it
-            lines += describe(concept.instance, "instance", concept.instance_prompt, buckets)
+            lines += describe(concept.instance, "instance", concept.instance_prompt, sizes)
         if concept.repeats > 1 and concept.instance.images:
             lines.append(f"  each {concept.repeats} times a pass")
         if kept := [image.path.name for image in concept.validated]:
             lines.append(f"  {len(kept)} held out for validation: {listing(kept, NAMED)}")
         if concept.classes:
-            lines += describe(concept.classes, "class", concept.class_prompt, buckets)
+            lines += describe(concept.classes, "class", concept.class_prompt, sizes)
             missing = concept.num_class_images - len(concept.classes.images)
             if missing > 0 and concept.class_prompt:
                 lines.append(f"  {missing} more will be made from {concept.class_prompt!r}")
@@ -36,7 +37,7 @@ def inventory(concepts: Sequence[Concept], options: DreamBoothOptions, buckets: 
     return lines
 
 
-def describe(found: Scan, title: str, prompt: str | None, buckets: list[Size]) -> Iterator[str]:
+def describe(found: Scan, title: str, prompt: str | None, buckets: Buckets) -> Iterator[str]:
     """Lines on one folder of images; `prompt` is for those without a caption."""
     bare = found.uncaptioned
     captions = len(found.images) - len(bare)
@@ -51,7 +52,7 @@ def describe(found: Scan, title: str, prompt: str | None, buckets: list[Size]) -
     yield from describe_colours(found)
     for names in found.duplicates:
         yield f"  identical: {listing(names)}"
-    if buckets:
+    if buckets.sizes or buckets.no_upscale:
         yield from describe_sizes(found, buckets)
     if masked := sum(image.mask is not None for image in found.images):
         yield f"  masks: {masked}"
@@ -68,8 +69,8 @@ def describe_colours(found: Scan) -> Iterator[str]:
         yield f"  taken for sRGB: {listing(faults)}"
 
 
-def describe_sizes(found: Scan, buckets: list[Size]) -> Iterator[str]:
-    boxes = [nearest(image.size, buckets) for image in found.images]
+def describe_sizes(found: Scan, buckets: Buckets) -> Iterator[str]:
+    boxes = [buckets.of(image.size) for image in found.images]
     small = [
         image.path.name
         for image, box in zip(found.images, boxes, strict=True)
@@ -77,6 +78,6 @@ def describe_sizes(found: Scan, buckets: list[Size]) -> Iterator[str]:
     ]
     if small:
         yield f"  smaller than they are trained at, enlarged: {listing(small)}"
-    if len(buckets) > 1:
+    if len(buckets.sizes) > 1 or buckets.no_upscale:
         counts = Counter(f"{width}x{height}" for width, height in boxes)
         yield f"  sizes: {listing((f'{count} of {size}' for size, count in counts.most_common()), 10)}"

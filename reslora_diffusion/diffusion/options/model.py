@@ -30,6 +30,12 @@ class ModelOptions:
         "Tokens of a prompt (default: the tokenizer's own number).",
         at_least=1,
     )
+    max_token_length: int | None = option(
+        None,
+        "Stable Diffusion 1.x, 2.x, XL: read prompts of 150 or 225 tokens, in pieces of 75 (default: 75).",
+        choices=(75, 150, 225),
+        binds=True,
+    )
     max_sequence_length: int | None = option(
         None,
         "Tokens of a prompt that T5 reads (default: SD3 77, FLUX.1 512).",

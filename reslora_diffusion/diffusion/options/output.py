@@ -20,7 +20,14 @@ class OutputOptions:
         500,
         "Steps from one checkpoint to the next.",
         at_least=1,
-        kohya={"save_every_n_steps": "", "save_every_n_epochs": "which counts steps"},
+        kohya={"save_every_n_steps": ""},
+    )
+    checkpointing_epochs: int | None = option(
+        None,
+        "Passes over the data from one checkpoint to the next; overrides --checkpointing_steps. Files for ComfyUI and "
+        "A1111 are then numbered by passes.",
+        at_least=1,
+        kohya={"save_every_n_epochs": ""},
     )
     checkpoints_total_limit: int | None = option(
         None,
@@ -37,7 +44,11 @@ class OutputOptions:
     validation_prompt: list[str] | None = option(
         None,
         "One or more prompts; images of them are generated at the start, on schedule and at the end.",
-        kohya={"sample_prompts": "which takes the prompts themselves"},
+    )
+    sample_prompts: str | None = option(
+        None,
+        "File of further prompts (or its text), one a line, each with its own --w --h --d --s --l --n (width, height, "
+        "seed, steps, guidance, negative prompt), as kohya's scripts read it; one image of each.",
     )
     num_validation_images: int = option(4, "Images of each validation prompt.", at_least=0)
     validation_epochs: int = option(

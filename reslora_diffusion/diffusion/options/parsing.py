@@ -11,6 +11,8 @@ from ...utils.problems import BadInput
 from .answers import NOT_SUPPORTED, answer
 from .dreambooth import DreamBoothOptions
 from .model import FAMILY_TITLES
+from .peers import translate
+from .peers.kohya_dataset import is_datasets, read_datasets
 
 PROGRAM = "train_dreambooth_reslora.py"
 EARLIER_NAMES = {"clip_skip": "skip_clip_layers", "frugal_layers": "low_memory_layers"}  # in recorded options
@@ -25,11 +27,17 @@ def known_flags() -> list[str]:
     return sorted(reader().flags)
 
 
-def read_config(path: Path) -> Given:
-    """Options in a configuration file; raises `BadInput` if it is none."""
+def read_config(path: Path, options: DreamBoothOptions) -> Given:
+    """Options in a configuration file, ours or another trainer's; raises `BadInput` if it is none."""
     config = parse_file("--config", path)
     if not isinstance(config, dict):
         raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
+    if (found := translate(config, path)) is not None:
+        options.notes += found.lines()
+        given = reader().mapping(found.values)
+        options.translated |= given.values.keys()
+        given.problems = [f"--config {path}: {problem}" for problem in (*found.problems, *given.problems)]
+        return given
     if isinstance(config.get("options"), dict) and "command" in config:  # the `run.json` of an earlier run
         config = renamed_since(config["options"])
     return reader().mapping(config, ignored=NOT_SUPPORTED)
@@ -61,17 +69,37 @@ def parse(argv: Sequence[str] | None = None) -> DreamBoothOptions:
     given, options = reader().command_line(argv), DreamBoothOptions()
     if path := given.values.get("config"):
         try:
-            file = read_config(path)
+            file = read_config(path, options)
         except BadInput as error:
             raise BadInput([*error.problems, *given.problems]) from error
         options.update(file.values)
         options.problems += file.problems
     options.update(given.values)
+    options.translated -= given.values.keys()
     options.problems += given.problems
+    take_datasets(options)
     options.local_rank = int(os.environ.get("LOCAL_RANK", options.local_rank))
     if options.upcast_before_saving and "save_precision" not in options.given:
         options.save_precision = "fp32"
     return options
+
+
+def take_datasets(options: DreamBoothOptions) -> None:
+    """What a file of kohya's datasets, given as `--concepts`, says of all concepts, unless an option says otherwise."""
+    if not options.concepts or options.translated & {"concepts"}:
+        return
+    try:
+        content = parse_file("--concepts", options.concepts)
+        if not is_datasets(content):
+            return
+        found = read_datasets(content, f"--concepts {options.concepts}")
+    except BadInput:
+        return  # `concepts_of` raises it
+    own = reader().mapping({name: value for name, value in found.options.items() if name not in options.given})
+    options.update(own.values)
+    options.translated |= own.values.keys()
+    options.problems += own.problems
+    options.notes += [f"  NOT USED: {name}: {reason}" for name, reason in found.not_used.items()]
 
 
 def override(options: DreamBoothOptions, words: Sequence[str]) -> Given:

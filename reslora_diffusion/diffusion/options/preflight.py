@@ -13,6 +13,7 @@ from ...methods.advice import clipping_note
 from ...rules import ShortcutFields
 from ...utils.environment import is_installed
 from ..data.concepts import Concept
+from ..data.prompts import read_prompts
 from ..data.sampling import Batch
 from ..models.estimate import BACKWARD, SavedForBackward, on_paper
 from ..models.load import base_dtype
@@ -150,6 +151,7 @@ def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) 
         f"{options.pretrained_model_name_or_path}: {family.title}; options that are not given have the defaults of "
         "diffusers' script for it"
     ]
+    lines += options.notes
     lines += inventory(plan.concepts, options, plan.buckets)
     for concept in plan.concepts:
         lines += cut_off(concept, plan)
@@ -174,6 +176,8 @@ def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) 
             f"trained at guidance {guidance:g} (--training_guidance_scale, diffusers' --guidance_scale), images at "
             f"{family.validation_guidance(options):g} (--validation_guidance_scale)"
         )
+    if options.sample_prompts:
+        lines += read_prompts(options.sample_prompts).not_used
     lines += not_installed(options)
     lines.append(memory(plan, options))
     return lines + (

@@ -1,19 +1,61 @@
 """Options on the objective, the optimizer and the length of a run."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...choices import PAIR_OPTIMIZERS
 from ...utils.options import option
 from .model import FLUX, SD3, XL
 
-# The optimizers that there are, and the packages that some of them need.
-OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+
+class Packaged(NamedTuple):
+    """An optimizer of a package that need not be installed: the module and class, and what pip calls the package."""
+
+    module: str
+    name: str
+    package: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+BITSANDBYTES = {
+    "adam8bit": "Adam8bit",
+    "adamw8bit": "AdamW8bit",
+    "pagedadamw": "PagedAdamW",
+    "pagedadamw8bit": "PagedAdamW8bit",
+    "lion8bit": "Lion8bit",
+    "pagedlion8bit": "PagedLion8bit",
+    "sgd8bit": "SGD8bit",
+}
+# By name, as in kohya's scripts. `dadaptation` is one of several there, of which this is the usual one.
+PACKAGED: dict[str, Packaged] = {
+    **{name: Packaged("bitsandbytes.optim", kind, "bitsandbytes") for name, kind in BITSANDBYTES.items()},
+    "lion": Packaged("lion_pytorch", "Lion", "lion-pytorch"),
+    "came": Packaged("came_pytorch", "CAME", "came-pytorch"),
+    "prodigy": Packaged("prodigyopt", "Prodigy", "prodigyopt"),
+    "prodigyplusschedulefree": Packaged("prodigyplus", "ProdigyPlusScheduleFree", "prodigy-plus-schedule-free"),
+    **{
+        f"{name.lower()}schedulefree": Packaged("schedulefree", f"{name}ScheduleFree", "schedulefree")
+        for name in ("AdamW", "RAdam", "SGD")
+    },
+    **{
+        f"dadapt{name.lower()}": Packaged("dadaptation", f"DAdapt{name}", "dadaptation")
+        for name in ("AdaGrad", "Adam", "Adan", "Lion", "SGD")
+    },
+    "dadaptation": Packaged("dadaptation", "DAdaptAdam", "dadaptation"),
+}
+# They find one learning rate for all parameters; what is given is a factor on it, and 1 is usual.
+ONE_RATE = {"prodigy", *(name for name in PACKAGED if name.startswith("dadapt"))}
 OPTIMIZERS = (
     *PAIR_OPTIMIZERS,
-    *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "adamw8bit", "asgd", "muon", "nadam"),
-    *("prodigy", "radam", "rmsprop", "rprop", "sgd"),
+    *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "muon", "nadam"),
+    *("radam", "rmsprop", "rprop", "sgd", "sgdnesterov"),
+    *sorted(PACKAGED),
 )
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 NEWER = (XL, SD3, FLUX)  # families whose scripts in diffusers share their defaults
 
@@ -53,14 +95,17 @@ class TrainingOptions:
     )
     scale_lr: bool = option(False, "Multiply the learning rate by batch size, accumulation and number of processes.")
     lr_scheduler: str = option("constant", "Schedule of the learning rate.", choices=SCHEDULES, in_header=True)
-    lr_warmup_steps: int = option(500, "Steps in which the schedules that warm up do so.", at_least=0)
+    lr_warmup_steps: int | float = option(
+        500, "Steps in which the schedules that warm up do so; below 1 a share of all steps.", at_least=0
+    )
     lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.", at_least=1, kohya={"lr_scheduler_num_cycles": ""})
     lr_power: float = option(1.0, "Power of polynomial.", above=0, kohya={"lr_scheduler_power": ""})
     optimizer: str = option(
         "adamw",
-        "Optimizer; rite, pro, scaled_adamw and reflora are of docs/methods.md, adamw8bit of bitsandbytes, prodigy of "
-        "prodigyopt, adafactor of transformers, and all others of torch.",
+        "Optimizer, or the import path of a class such as torch.optim.AdamW. rite, pro, scaled_adamw and reflora are "
+        "of docs/methods.md, adafactor is of transformers, and the last ones are of packages that are to be installed.",
         choices=OPTIMIZERS,
+        import_path=True,
         lower=True,
         binds=True,
         in_header=True,
@@ -117,6 +162,43 @@ class TrainingOptions:
     debiased_estimation_loss: bool = option(False, "Debiased weighting of the loss.", binds=True)
     noise_offset: float = option(
         0.0, "Noise that all pixels of a channel share; 0.05 is usual.", at_least=0, binds=True, in_header=True
+    )
+    noise_offset_random_strength: bool = option(
+        False, "Multiply --noise_offset by a number between 0 and 1, drawn for each image.", binds=True
+    )
+    multires_noise_iterations: int | None = option(
+        None, "Add noise of lower and lower resolution this many times; 6 to 10 is usual.", at_least=1, binds=True
+    )
+    multires_noise_discount: float = option(
+        0.3, "Factor on each lower resolution of --multires_noise_iterations.", above=0, binds=True
+    )
+    ip_noise_gamma: float | None = option(
+        None, "Perturb the noise of the input, not what is predicted; 0.1 is usual.", above=0, binds=True
+    )
+    ip_noise_gamma_random_strength: bool = option(
+        False, "Multiply --ip_noise_gamma by a number between 0 and 1, drawn for each image.", binds=True
+    )
+    min_timestep: int | None = option(None, "Least timestep that is trained (default: 0).", at_least=0, binds=True)
+    max_timestep: int | None = option(
+        None, "Timestep below which is trained (default: the model's own number, mostly 1000).", at_least=1, binds=True
+    )
+    timestep_sampling: str | None = option(
+        None,
+        "SD3, FLUX.1: sigma, by --weighting_scheme in the model's schedule; or by sigmoid of a normal number, shifted "
+        "by --discrete_flow_shift (shift) or by the image's size (flux_shift).",
+        choices=TIMESTEP_SAMPLINGS,
+        binds=True,
+    )
+    sigmoid_scale: float | None = option(
+        None, "Scale of the normal number of --timestep_sampling sigmoid, shift and flux_shift.", above=0, binds=True
+    )
+    discrete_flow_shift: float | None = option(
+        None,
+        "SD3, FLUX.1: shift of the noise levels while training (default: the model's own; 1 for --timestep_sampling "
+        "shift).",
+        above=0,
+        binds=True,
+        kohya={"training_shift": ""},
     )
     weighting_scheme: str | None = option(
         None,

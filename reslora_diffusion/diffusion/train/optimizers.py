@@ -5,7 +5,9 @@ lr         of the component, times `--loraplus_lr_ratio` for lora_B (LoRA+, arXi
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -16,12 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from ...methods import optimizers
 from ...methods.optimizers import FactorPair, PairOptimizer
 from ...methods.optimizers.parameters import literal, parameters_of, unknown_settings
+from ...utils.options import is_import_path
 from ..models.architecture import matches
 from ..options import DreamBoothOptions
+from ..options.training import PACKAGED
 from .schedules import features_of
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
-DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable")
+DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable", "train_mode")
+LIKE_ADAM = ("adamw", "adamw8bit", "prodigy", "adafactor")  # of other libraries, with the defaults of Adam's options
 FUSED = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors, which a CUDA graph can hold
 
 
@@ -30,22 +35,30 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
     Raises:
         KeyError: this version of torch does not have it.
+        ImportError: the module or the class is not there.
+        TypeError: the class is no optimizer.
     """
-    if name == "adamw8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit
+    if name in PACKAGED:
+        return imported(PACKAGED[name].path)
+    if is_import_path(name):
+        return imported(name)
     if name == "adafactor":  # with an external learning rate, as diffusion trainers use it
-        from transformers.optimization import Adafactor
-
-        return Adafactor
-    if name == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy
+        return imported("transformers.optimization.Adafactor")
     if name in optimizers.OPTIMIZERS:
         return optimizers.OPTIMIZERS[name]
+    name = "sgd" if name == "sgdnesterov" else name
     return {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)}[name]
+
+
+def imported(path: str) -> type[torch.optim.Optimizer]:
+    """A class by its dotted path; raises `ImportError` if there is none, `TypeError` if it is no optimizer."""
+    module, _, name = path.rpartition(".")
+    kind = getattr(import_module(module), name, None)
+    if kind is None:
+        raise ImportError(f"{module} has no {name}")
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise TypeError(f"{path} is no torch.optim.Optimizer")
+    return kind
 
 
 def name_of(options: DreamBoothOptions) -> str:
@@ -61,6 +74,8 @@ def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> d
         "eps": options.adam_epsilon,
         "fused": True,  # one kernel for many tensors, and a step with non-finite gradients is skipped on the device
         "capturable": options.cuda_graph and torch.cuda.is_available(),
+        "momentum": 0.9 if options.optimizer == "sgdnesterov" else None,
+        "nesterov": True if options.optimizer == "sgdnesterov" else None,
         "relative_step": False,
         "scale_parameter": False,
         "beta3": options.prodigy_beta3,
@@ -68,24 +83,61 @@ def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> d
         "use_bias_correction": options.prodigy_use_bias_correction,
         "safeguard_warmup": options.prodigy_safeguard_warmup,
     }
-    if isinstance(known["eps"].default if "eps" in known else None, tuple):
-        del chosen["eps"]  # Adafactor's are two of another meaning
-    chosen = {name: value for name, value in chosen.items() if name in known}
+    chosen = {name: value for name, value in chosen.items() if name in known and own_default(name, value, known)}
     if issubclass(kind, PairOptimizer):  # where one has a default of its own, that of the command line is not meant
         own = inspect.signature(kind).parameters
         flags = {"eps": "adam_epsilon", "weight_decay": "adam_weight_decay"}
         chosen = {n: v for n, v in chosen.items() if n not in own or flags.get(n) in options.given}
+    elif not kind.__module__.startswith("torch.optim") and options.optimizer not in LIKE_ADAM:
+        meant = {
+            "betas": ("adam_beta1", "adam_beta2"),
+            "eps": ("adam_epsilon",),
+            "weight_decay": ("adam_weight_decay",),
+        }
+        chosen = {n: v for n, v in chosen.items() if n not in meant or options.given & {*meant[n]}}
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
         chosen.pop("fused", None)
     return chosen | {name: literal(value) for name, value in options.optimizer_args.items()}
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer trains other weights than those that are to be used: it says which by `train` and `eval`."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
+@contextmanager
+def used_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, parameters hold what is to be used (arXiv 2405.15682, x); after it, to the bit what they held before."""
+    free: Any = optimizer
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [parameter.detach().clone() for parameter in parameters]
+    free.eval()
+    try:
+        yield
+    finally:
+        free.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, held, strict=True):
+                parameter.copy_(value)
+
+
+def own_default(name: str, value: Any, known: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether an option has something to say: not of a setting that the class has a default of another form for, as
+    CAME has three betas and two epsilons, and not None in place of a number."""
+    default = known[name].default
+    unlike = isinstance(default, tuple) and (not isinstance(value, tuple) or len(value) != len(default))
+    return not unlike and (value is not None or default is None)
 
 
 def optimizer_problems(options: DreamBoothOptions) -> list[str]:
     """Settings that the optimizer does not take. Names and optional packages are checked elsewhere."""
     try:
         kind = optimizer_class(name_of(options))
-    except ImportError:
-        return []
+    except (ImportError, TypeError) as error:
+        return [f"--optimizer: {error}"] if is_import_path(name_of(options)) else []
     except KeyError:
         return [f"--optimizer: torch {torch.__version__} has no {options.optimizer}"]
     problems = unknown_settings(kind, options.optimizer_args)
@@ -146,9 +198,17 @@ def make_optimizer(
     """The optimizer of the adapters. `pairs`: of their factors, for those that see them together."""
     kind: Any = optimizer_class(name_of(options))
     own = {"pairs": pairs} if issubclass(kind, PairOptimizer) else {}
-    return kind(
-        parameter_groups(components, options, processes), lr=options.learning_rate, **own, **settings(kind, options)
-    )
+    groups = parameter_groups(components, options, processes)
+    optimizer = kind(groups, lr=options.learning_rate, **own, **settings(kind, options))
+    if is_schedule_free(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def warmup_steps(options: DreamBoothOptions, max_train_steps: int) -> int:
+    """`--lr_warmup_steps`, a share of all steps if it is below 1."""
+    given = options.lr_warmup_steps
+    return round(given * max_train_steps) if given < 1 else int(given)
 
 
 def make_lr_scheduler(
@@ -157,7 +217,7 @@ def make_lr_scheduler(
     return get_scheduler(
         options.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
+        num_warmup_steps=warmup_steps(options, max_train_steps),
         num_training_steps=max_train_steps,
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,

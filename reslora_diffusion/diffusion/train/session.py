@@ -6,7 +6,7 @@ Methods are called by every process alike; only the main one writes. What is ran
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -42,7 +42,7 @@ from .ema import Ema
 from .history import History, NonFiniteLoss, plot_losses
 from .merging import Evaluation, MergeReport, forwards_of, merge_report
 from .model_card import model_card
-from .optimizers import DECIDED, fast_forward, make_lr_scheduler
+from .optimizers import DECIDED, fast_forward, make_lr_scheduler, used_weights
 from .pruning import PruningReport, export_pruned
 from .record import export_name, versions
 from .rescue import written_elsewhere
@@ -277,11 +277,21 @@ class Run:
         return facts["step"]
 
     def averaged(self) -> AbstractContextManager:
-        """Inside, the adapters hold their moving average if there is one: what is shown and exported."""
-        return self.ema.in_place_of(self.tensors) if self.ema is not None else nullcontext()
+        """Inside, the adapters hold what is shown and exported: their moving average if there is one, or the weights
+        that a schedule-free optimizer means."""
+        return self.ema.in_place_of(self.tensors) if self.ema is not None else used_weights(self.optimizer)
 
     def calibrate(self, distillation_steps: int = 0) -> None:
         self.adapters.calibrate(self.evaluation.calibration, forwards_of(self.denoiser), distillation_steps)
+
+    def is_checkpoint_step(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps from one checkpoint to the next."""
+        passes = self.options.checkpointing_epochs
+        return passes * self.plan.steps_per_epoch if passes else self.options.checkpointing_steps
 
     def is_validation_step(self, step: int) -> bool:
         every = self.options.validation_steps or self.options.validation_epochs * self.plan.steps_per_epoch
@@ -352,12 +362,16 @@ class Run:
     def export(
         self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
     ) -> ExportReport:
-        """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered, as kohya numbers it."""
-        name = export_name(self.options)
+        """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered: by its step, or with
+        `--checkpointing_epochs` as kohya's scripts number theirs, by passes and by steps between them."""
+        name, number = export_name(self.options), f"{step:06d}"
+        if self.options.checkpointing_epochs:
+            passes, rest = divmod(step, self.plan.steps_per_epoch)
+            number = f"step{step:08d}" if rest else f"{passes:06d}"
         return export_lora(
             folder,
             factors,
-            name=name if folder == self.output else f"{name}-{step:06d}",
+            name=name if folder == self.output else f"{name}-{number}",
             dtype=DTYPES[self.options.save_precision],
             facts=self.facts(step, report),
             models=self.adapters.models if self.options.use_dora else None,  # a file for ComfyUI needs their norms

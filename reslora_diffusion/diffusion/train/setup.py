@@ -7,6 +7,7 @@ build     what is trained and how, validation, optimizer                        
 """
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from ..data.sampling import Sampler
 from ..models import load as models
 from ..models.adapters import Adapters, add_adapters
 from ..models.warm_start import start_from
+from ..objective.drawn_noise import NoiseRecipe
 from ..objective.loss import Denoiser, Objective
 from ..options import DreamBoothOptions
 from ..options.checks import Plan
@@ -34,7 +36,7 @@ from .merging import Evaluation
 from .optimizers import make_optimizer
 from .record import resolve_seed, trackable, write_record
 from .session import Run
-from .validation import ValidationImages, fixed_noise_loss
+from .validation import ValidationImages, fixed_noise_loss, prompts_of_run, words_of
 
 # Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
 UNSCALED: dict[str, Any] = {"init_scale": 1.0, "growth_interval": 2**30}
@@ -122,7 +124,7 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
         process=loaded.process,
         empty=encoded.empty,
         caption_dropout=options.caption_dropout_rate,
-        noise_offset=options.noise_offset,
+        recipe=NoiseRecipe(**{item.name: getattr(options, item.name) for item in fields(NoiseRecipe)}),
     )
     return Data(encoded, sampler, facts)
 
@@ -146,21 +148,21 @@ def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
 def validation_images_of(begun: Start, loaded: Loaded) -> ValidationImages:
     """Who generates validation images."""
     options, family, pipeline = begun.options, begun.plan.base.family, loaded.pipeline
-    prompts = options.validation_prompt or []
+    prompts = prompts_of_run(options)
     assert options.seed is not None, "`resolve_seed` has set it"
     assert options.validation_guidance_scale is not None, "`start` has set it to the family's"
     return ValidationImages(
         pipeline,
         family,
         prompts,
-        num_images=options.num_validation_images,
         resolution=options.resolution,
+        grid=begun.plan.base.grid,
         seed=options.seed,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.validation_guidance_scale,
         text_is_frozen=not options.train_text_encoder,
         folder=Path(options.output_dir),
-        tokens=family.read(pipeline, ["", *prompts], options) if prompts else None,
+        tokens=family.read(pipeline, words_of(prompts), options) if prompts else None,
     )
 
 

@@ -99,6 +99,8 @@ def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[s
     Raises:
         BrokenState: a parameter has some of its moments and lacks others.
     """
+    for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+        del optimizer.state[parameter]  # made by asking for it; torch's helpers take it for a state
     fresh = {k.replace(WRAPPED, ""): v for k, v in get_optimizer_state_dict(model, optimizer, options=FLAT).items()}
     lent = {key.rpartition(".")[0] for key in fresh} - {key.rpartition(".")[0] for key in flat}
     absent = [key for key in fresh.keys() - flat.keys() if key.rpartition(".")[0] not in lent]
@@ -108,3 +110,20 @@ def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[s
     for name, parameter in model.named_parameters():
         if f"state.{name}" in lent:
             optimizer.state.pop(parameter, None)
+    set_rest(model, optimizer, {key: flat[key] for key in flat.keys() - fresh.keys()})
+
+
+def set_rest(model: nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
+    """Restore what torch's helpers do not: what an optimizer makes in a step with gradients and not in one without."""
+    parameters = dict(model.named_parameters())
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for key, value in rest.items():
+        kind, _, name = key.partition(".")
+        owner, _, entry = name.rpartition(".")
+        parameter = parameters.get(owner)
+        if parameter is None or parameter not in groups:
+            continue
+        if kind == "state":
+            optimizer.state[parameter][entry] = value.to(parameter.device) if torch.is_tensor(value) else value
+        else:
+            groups[parameter][entry] = value

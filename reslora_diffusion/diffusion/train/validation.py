@@ -8,20 +8,36 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..data.buckets import Grid
+from ..data.prompts import ValidationPrompt, read_prompts
 from ..data.sampling import Batch
 from ..models.adapters import Adapters
 from ..models.families import Family, Texts, Tokens
 from ..objective.loss import Denoiser
 from ..objective.randomness import Stream, generator
+from ..options import DreamBoothOptions
 from .sheet import contact_sheet, save_image
 
 SAMPLES = "samples"
 SHEET = "samples.png"
+
+
+def words_of(prompts: Sequence[ValidationPrompt]) -> list[str]:
+    """Everything that is to be encoded for the prompts: the empty prompt first, each text once."""
+    return [*dict.fromkeys(["", *(words for p in prompts for words in (p.prompt, p.negative_prompt))])]
+
+
+def prompts_of_run(options: DreamBoothOptions) -> list[ValidationPrompt]:
+    """`--num_validation_images` of each `--validation_prompt`, then one of each prompt of `--sample_prompts`."""
+    numbers = range(options.num_validation_images)
+    own = [ValidationPrompt(prompt, number=n) for prompt in options.validation_prompt or () for n in numbers]
+    return own + (read_prompts(options.sample_prompts).prompts if options.sample_prompts else [])
 
 
 @torch.no_grad()
@@ -32,20 +48,23 @@ def fixed_noise_loss(denoiser: Denoiser, batches: Sequence[Batch]) -> float:
 
 @dataclass
 class ValidationImages:
-    """Generates images of the validation prompts. Frozen text encoders encode them once and can then be freed."""
+    """Generates an image of every validation prompt. Frozen text encoders encode them once and can then be freed.
+
+    `tokens` are those of `words_of(prompts)`; `grid` is what the sides of an image must be on.
+    """
 
     pipeline: DiffusionPipeline
     family: Family
-    prompts: list[str]
-    num_images: int
+    prompts: list[ValidationPrompt]
     resolution: int
+    grid: Grid
     seed: int
     num_inference_steps: int
     guidance_scale: float
     text_is_frozen: bool
     folder: Path
     tokens: Tokens | None
-    texts: list[Texts] | None = field(init=False, default=None)
+    texts: dict[str, Texts] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.wanted and self.text_is_frozen:
@@ -53,42 +72,67 @@ class ValidationImages:
 
     @property
     def wanted(self) -> bool:
-        return bool(self.prompts) and self.num_images > 0
+        return bool(self.prompts)
 
     @torch.no_grad()
-    def encode(self) -> list[Texts]:
-        """The empty prompt and the validation prompts, as the text encoders see them now: one by one as a pipeline
-        does it, because in one batch their last bits may come out differently."""
+    def encode(self) -> dict[str, Texts]:
+        """The words of every prompt, as the text encoders see them now: one by one as a pipeline does it, because in
+        one batch their last bits may come out differently."""
         assert self.tokens is not None, "there are prompts to generate images of"
         encoders = self.family.text_encoders_of(self.pipeline)
         each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
-        return [self.family.encode(encoders, Tokens(*parts)) for parts in each]
+        encoded = [self.family.encode(encoders, Tokens(*parts)) for parts in each]
+        return dict(zip(words_of(self.prompts), encoded, strict=True))
 
     def generate(self, adapters: Adapters) -> list[Image.Image]:
-        """Images of every prompt, in order."""
+        """An image of every prompt, in order."""
         self.pipeline.vae.to(self.family.denoiser_of(self.pipeline).device)
-        images = []
         with adapters.evaluation(), adapters.merged():
-            negative, *prompts = self.texts or self.encode()
-            for prompt in prompts:
-                for n in range(self.num_images):
-                    images += self.pipeline(
-                        **self.family.pipeline_inputs(self.pipeline, prompt, negative),
-                        height=self.resolution,
-                        width=self.resolution,
-                        num_inference_steps=self.num_inference_steps,
-                        guidance_scale=self.guidance_scale,
-                        generator=generator(self.seed, Stream.VALIDATION, n),
-                    ).images
+            texts = self.texts or self.encode()
+            images = [self.pipeline(**self.settings(prompt, texts)).images[0] for prompt in self.prompts]
         self.pipeline.vae.to("cpu")
         return images
+
+    def settings(self, prompt: ValidationPrompt, texts: dict[str, Texts]) -> dict[str, Any]:
+        """What the pipeline is given for one prompt; what the prompt does not say is the run's."""
+        text, negative = texts[prompt.prompt], texts[prompt.negative_prompt]
+        given: dict[str, Any] = {
+            **self.family.pipeline_inputs(self.pipeline, text, negative, empty=not prompt.negative_prompt)
+        }
+        guidance = prompt.guidance_scale if self.family.is_guided else prompt.scale
+        if self.family.is_guided and prompt.scale is not None and prompt.scale > 1:
+            given |= {
+                "true_cfg_scale": prompt.scale,
+                "negative_prompt_embeds": negative.hidden,
+                "negative_pooled_prompt_embeds": negative.pooled,
+            }
+        source = generator(self.seed, Stream.VALIDATION, prompt.number)
+        return given | {
+            "height": self.side(prompt.height),
+            "width": self.side(prompt.width),
+            "num_inference_steps": prompt.sample_steps or self.num_inference_steps,
+            "guidance_scale": self.guidance_scale if guidance is None else guidance,
+            "generator": source if prompt.seed is None else torch.Generator().manual_seed(prompt.seed),
+        }
+
+    def side(self, asked: int | None) -> int:
+        """A side in pixels that the model can be given."""
+        return self.resolution if asked is None else max(self.grid.smallest, asked // self.grid.step * self.grid.step)
+
+    def names(self) -> list[str]:
+        """Of the images' files: number of the prompt, then of the image of that prompt."""
+        place, names = -1, []
+        for prompt in self.prompts:
+            place += prompt.number == 0
+            names.append(f"{place}-{prompt.number}.png")
+        return names
 
     def save(self, images: list[Image.Image], step: int) -> None:
         """Write images to `samples/`, and make the sheet of all steps anew."""
         folder = self.folder / SAMPLES / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for n, image in enumerate(images):
-            save_image(image, folder / f"{n // self.num_images}-{n % self.num_images}.png")
+        for name, image in zip(self.names(), images, strict=True):
+            save_image(image, folder / name)
         self.write_sheet()
 
     def forget_after(self, step: int) -> None:
@@ -100,11 +144,10 @@ class ValidationImages:
     def write_sheet(self) -> None:
         """A column for each step, a row for each image."""
         steps = sorted((self.folder / SAMPLES).glob("step-*"))
-        names = [f"{p}-{n}.png" for p in range(len(self.prompts)) for n in range(self.num_images)]
+        names = self.names()
         columns = {
             f"step {int(step.name[5:])}": [step / name for name in names]
             for step in steps
             if all((step / name).is_file() for name in names)
         }
-        rows = [prompt for prompt in self.prompts for _ in range(self.num_images)]
-        save_image(contact_sheet(columns, rows), self.folder / SHEET)
+        save_image(contact_sheet(columns, [prompt.prompt for prompt in self.prompts]), self.folder / SHEET)

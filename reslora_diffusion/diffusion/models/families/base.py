@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
     from ...objective.noise import Process
 
+OF_CLIP_ALONE = {"max_token_length": "lengthens the prompts of models that read CLIP alone; see --max_sequence_length"}
 OF_ONE_CLIP = {"skip_clip_layers": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
 OF_FLOWS = dict.fromkeys(
-    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs".split(), "belongs to flow matching"
+    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs timestep_sampling sigmoid_scale "
+    "discrete_flow_shift".split(),
+    "belongs to flow matching",
 )
+SHORTEST = 75  # tokens of a prompt that CLIP reads at once, besides start and end
 OF_DIFFUSION = dict.fromkeys(
     "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
     "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
@@ -45,6 +49,38 @@ def scheduler_changes(options: DreamBoothOptions) -> dict[str, str | bool]:
     given = {name: getattr(options, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
     given = {name: value for name, value in given.items() if value is not None}
     return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
+
+
+def pieces_of(options: DreamBoothOptions) -> int:
+    """How many times 75 tokens of a prompt are read."""
+    return (options.max_token_length or SHORTEST) // SHORTEST
+
+
+def in_pieces(ids: Tensor, pieces: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids [P, n (L - 2) + 2] as n pieces [P, n L], each with the start and an end, as kohya's scripts cut them: a piece
+    that is full ends in the end of text; one with nothing but padding begins with it."""
+    import torch
+
+    start, end, pad = ids[:, :1], tokenizer.eos_token_id, tokenizer.pad_token_id
+    cut = []
+    for part in ids[:, 1:-1].chunk(pieces, dim=1):
+        first, last = part[:, :1].clone(), ids[:, -1:].clone()
+        if pad != end:
+            last[(part[:, -1:] != end) & (part[:, -1:] != pad)] = end
+            first[first == pad] = end
+        cut.append(torch.cat([start, first, part[:, 1:], last], dim=1))
+    return torch.cat(cut, dim=1)
+
+
+def joined(states: Tensor, pieces: int) -> Tensor:
+    """Hidden states [P n, L, D] of n pieces as those of one prompt [P, n (L - 2) + 2, D]: one start and one end."""
+    import torch
+
+    if pieces == 1:
+        return states
+    parts = states.unflatten(0, (-1, pieces))
+    inner = parts[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([parts[:, 0, :1], inner, parts[:, -1, -1:]], dim=1)
 
 
 class Tokens(NamedTuple):
@@ -96,6 +132,10 @@ class Family(ABC):
         """Channels of the latents that a denoiser of this configuration works on."""
         return config["in_channels"]
 
+    def pieces(self, text_encoder: Any, ids: Tensor) -> int:
+        """Of how many pieces ids [..., L] of a prompt are: more than one where they are more than the encoder reads."""
+        return max(1, ids.shape[-1] // text_encoder.config.max_position_embeddings)
+
     def t5_length(self, options: DreamBoothOptions) -> int:
         """Tokens of a prompt that T5 is given."""
         return options.max_sequence_length or self.max_sequence_length
@@ -113,20 +153,24 @@ class Family(ABC):
     def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
         """The forward process of the base, as the options change it; the pipeline then samples by the same."""
 
-    def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None) -> Tensor:
-        """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None)."""
+    def tokenize(
+        self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: list[str], length: int | None, pieces: int = 1
+    ) -> Tensor:
+        """Token ids [P, E, L], padded and cut to `length` (the tokenizers' own if None). Of prompts in `pieces`, each
+        piece has `length` tokens, with a start and an end of its own."""
         import torch
 
-        ids = [
-            tokenizer(
+        ids = []
+        for tokenizer in tokenizers:
+            own = length or tokenizer.model_max_length
+            whole = tokenizer(
                 prompts,
                 padding="max_length",
                 truncation=True,
-                max_length=length or tokenizer.model_max_length,
+                max_length=pieces * (own - 2) + 2,
                 return_tensors="pt",
             ).input_ids
-            for tokenizer in tokenizers
-        ]
+            ids.append(in_pieces(whole, pieces, tokenizer) if pieces > 1 else whole)
         return torch.stack(ids, dim=1)
 
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor | None:
@@ -137,7 +181,7 @@ class Family(ABC):
         """What `encode` is given, on the pipeline's device."""
         import torch
 
-        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, options.tokenizer_max_length)
+        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, options.tokenizer_max_length, pieces_of(options))
         with torch.no_grad():
             return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, options))
 
@@ -162,8 +206,10 @@ class Family(ABC):
         return model(latents, timestep=times, **conditions, return_dict=False)[0]
 
     @abstractmethod
-    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
-        """Keyword arguments of the pipeline in place of prompts; `negative` is the empty prompt."""
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Tensor | None]:
+        """Keyword arguments of the pipeline in place of prompts; `empty` says whether `negative` is of no words."""
 
 
 class UNetFamily(Family):
@@ -188,7 +234,9 @@ class UNetFamily(Family):
 
         if changes := scheduler_changes(options):
             pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
-        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config))
+        return Diffusion(
+            DDPMScheduler.from_config(pipeline.scheduler.config), options.min_timestep, options.max_timestep
+        )
 
 
 class FlowFamily(Family):
@@ -199,13 +247,16 @@ class FlowFamily(Family):
     flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
 
     def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
-        """Noise levels are shifted as the base's scheduler shifts them for every size alike."""
+        """Noise levels are shifted as the base's scheduler shifts them for every size alike, or as options say."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         from ...objective.noise import FlowMatching
 
-        given = {name: value for name in OF_FLOWS if (value := getattr(options, name)) is not None}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        names = (*OF_FLOWS, "min_timestep", "max_timestep")
+        given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        replaced = options.discrete_flow_shift is not None
+        shift = {"shift": options.discrete_flow_shift, "use_dynamic_shifting": False} if replaced else {}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **shift)
         return FlowMatching(scheduler, **{**self.flow, **given})
 
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor:

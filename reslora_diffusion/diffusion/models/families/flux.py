@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
-from .base import OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .base import OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,7 +40,10 @@ class Flux(FlowFamily):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     not_here = (
-        OF_DIFFUSION | OF_ONE_CLIP | {"skip_t5": "cannot do without T5, whose states are all that it reads of a prompt"}
+        OF_DIFFUSION
+        | OF_CLIP_ALONE
+        | OF_ONE_CLIP
+        | {"skip_t5": "cannot do without T5, whose states are all that it reads of a prompt"}
     )
     max_sequence_length = 512
     guidance_scale = 3.5
@@ -92,5 +95,7 @@ class Flux(FlowFamily):
         )[0]
         return F.pixel_shuffle(packed.mT.unflatten(2, (len(rows), len(columns))), CELL)
 
-    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Tensor | None]:
         return {"prompt_embeds": texts.hidden, "pooled_prompt_embeds": texts.pooled}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import Texts, Tokens, UNetFamily
+from .base import Texts, Tokens, UNetFamily, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -21,10 +21,14 @@ class StableDiffusion(UNetFamily):
     tokenizers = ("tokenizer",)
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
-        return Texts(text_encoders[0](tokens.ids[:, 0], return_dict=False)[0])
+        encoder, ids = text_encoders[0], tokens.ids[:, 0]
+        pieces = self.pieces(encoder, ids)
+        return Texts(joined(encoder(ids.reshape(len(ids) * pieces, -1), return_dict=False)[0], pieces))
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden}
 
-    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Tensor | None]:
         return {"prompt_embeds": texts.hidden, "negative_prompt_embeds": negative.hidden}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
-from .base import OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .base import OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,7 +33,7 @@ class StableDiffusion3(FlowFamily):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
-    not_here = OF_DIFFUSION | OF_ONE_CLIP
+    not_here = OF_DIFFUSION | OF_CLIP_ALONE | OF_ONE_CLIP
 
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         patch = vae_scale_factor * config["patch_size"]
@@ -65,7 +65,9 @@ class StableDiffusion3(FlowFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "pooled_projections": texts.pooled}
 
-    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Tensor | None]:
         return {
             "prompt_embeds": texts.hidden,
             "pooled_prompt_embeds": texts.pooled,

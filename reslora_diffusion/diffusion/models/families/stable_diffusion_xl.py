@@ -1,7 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders, side by side.
 
     hidden = [second to last hidden states of encoder 1, of encoder 2]       [P, L, D1 + D2]
-    pooled = projected end-of-text state of encoder 2                        [P, D2]
+    pooled = projected end-of-text state of encoder 2                        [P, D2]    of a long prompt's first piece
 
 The UNet is also told the size that the image had, where it was cropped, and the size that it is trained at.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily
+from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,19 +30,24 @@ class StableDiffusionXL(UNetFamily):
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         import torch
 
+        pieces = self.pieces(text_encoders[0], tokens.ids)
         outputs = [
-            encoder(tokens.ids[:, place], output_hidden_states=True, return_dict=True)
+            encoder(tokens.ids[:, place].unflatten(-1, (pieces, -1)).flatten(0, 1), output_hidden_states=True)
             for place, encoder in enumerate(text_encoders)
         ]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Texts(hidden, outputs[-1].text_embeds)
+        hidden = torch.cat([joined(output.hidden_states[-2], pieces) for output in outputs], dim=-1)
+        return Texts(hidden, outputs[-1].text_embeds[::pieces])
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         extra = {"text_embeds": texts.pooled, "time_ids": time_ids}
         return {"encoder_hidden_states": texts.hidden, "added_cond_kwargs": extra}
 
-    def pipeline_inputs(self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts) -> dict[str, Tensor | None]:
-        if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself treats a prompt not given
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Tensor | None]:
+        if empty and pipeline.config.get(
+            "force_zeros_for_empty_prompt"
+        ):  # as the pipeline itself treats a prompt not given
             assert negative.pooled is not None, "the second text encoder pools"
             negative = Texts(*(part.new_zeros(part.shape) for part in (negative.hidden, negative.pooled)))
         return {

@@ -1,0 +1,50 @@
+"""What contradicts what among the options that are kohya's: noise, noise levels, buckets, prompts."""
+
+from collections.abc import Iterator
+
+from ...utils.problems import BadInput
+from ..data.buckets import KOHYA_LIMITS
+from ..data.prompts import read_prompts
+from . import DreamBoothOptions
+
+
+def bad_data(options: DreamBoothOptions) -> Iterator[str]:
+    """Options of buckets and of prompts that change nothing, or contradict each other."""
+    for name in (*KOHYA_LIMITS, "bucket_no_upscale"):
+        if getattr(options, name) and options.aspect_ratio_buckets != "auto":
+            yield f"--{name} is used only with --aspect_ratio_buckets auto"
+    if (options.max_token_length or 75) > 75 and options.tokenizer_max_length:
+        yield "--max_token_length reads a prompt in pieces of the tokenizer's length; got --tokenizer_max_length too"
+
+
+def bad_noise(options: DreamBoothOptions) -> Iterator[str]:
+    """Options of noise and of noise levels that contradict each other, or change nothing."""
+    least, most = options.min_timestep or 0, options.max_timestep
+    if most is not None and least >= most:
+        yield f"--min_timestep and --max_timestep: got {least} and {most}, wanted the first below the second"
+    for name in ("noise_offset", "ip_noise_gamma"):
+        if getattr(options, f"{name}_random_strength") and not getattr(options, name):
+            yield f"--{name}_random_strength is used only with --{name}"
+    if "multires_noise_discount" in options.given and not options.multires_noise_iterations:
+        yield "--multires_noise_discount is used only with --multires_noise_iterations"
+    sampling = options.timestep_sampling or "sigma"
+    if options.sigmoid_scale is not None and sampling in ("sigma", "uniform"):
+        yield f"--sigmoid_scale is used only with --timestep_sampling sigmoid, shift or flux_shift; got {sampling}"
+    if options.discrete_flow_shift is not None and sampling not in ("sigma", "shift"):
+        yield f"--discrete_flow_shift is used only with --timestep_sampling sigma or shift; got {sampling}"
+    if (
+        "weighting_scheme" in options.given
+        and options.weighting_scheme in ("logit_normal", "mode")
+        and sampling != "sigma"
+    ):
+        yield f"--weighting_scheme {options.weighting_scheme} and --timestep_sampling {sampling} both draw noise levels"
+
+
+def bad_prompts(options: DreamBoothOptions) -> list[str]:
+    """Lines of a file of prompts that do not parse."""
+    try:
+        if options.sample_prompts:
+            read_prompts(options.sample_prompts)
+    except BadInput as error:
+        return error.problems
+    return []

@@ -1,0 +1,24 @@
+"""Configurations of other trainers, read as they are.
+
+    translate(content, path)   options here, by name, and what was translated and what was not; None if it is ours
+
+kohya's scripts (TOML), kohya_ss (the JSON of its presets), datasets of kohya's scripts (TOML with subsets).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import kohya, kohya_gui
+from .translation import Translation
+
+__all__ = ["Translation", "translate"]
+
+
+def translate(content: Mapping[str, Any], path: Path) -> Translation | None:
+    """The configuration of another trainer in options of this one; None if the names in it are not another's."""
+    if kohya_gui.is_preset(content):
+        return kohya.translated(kohya_gui.as_script(content), f"{path.name}, a preset of kohya_ss")
+    if kohya.is_config(content):
+        return kohya.translated(kohya.flat(content), f"{path.name}, a configuration of kohya's scripts")
+    return None

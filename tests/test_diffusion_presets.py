@@ -1,0 +1,204 @@
+"""Configurations of kohya's scripts and of kohya_ss, as they are: translated, said to be so, and trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dreambooth import SUBJECTS, script
+from reslora_diffusion.diffusion.data.concepts import concepts_of
+from reslora_diffusion.diffusion.options import parse
+from reslora_diffusion.diffusion.options.checks import quick_check
+from reslora_diffusion.utils.problems import BadInput
+from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_xl
+
+PRESETS = Path(__file__).parent / "presets"
+# Each with the pipeline that it is for, and words of the command line that make it small.
+SMALL = ["--resolution", "64", "--num_inference_steps", "2", "--calibration_batches", "1"]
+BUCKETS = ["--min_bucket_reso", "32", "--max_bucket_reso", "96", "--bucket_reso_steps", "16"]
+PUBLISHED = {
+    "kohya_ss_sd15.json": (tiny_pipeline, ["--optimizer", "adamw", "--aspect_ratio_buckets", "72,64"]),
+    "kohya_ss_sdxl.json": (tiny_pipeline_xl, [*BUCKETS, "--num_class_images", "2"]),
+    "kohya_ss_flux.json": (tiny_pipeline_flux, BUCKETS),
+    "kohya_sdxl.toml": (tiny_pipeline_xl, ["--num_class_images", "2"]),
+    "kohya_sd3.toml": (tiny_pipeline_3, BUCKETS),
+}
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """Write a preset for folders that are there; returns its path."""
+    data, classes = tmp_path / "data", tmp_path / "reg"
+    for name, subject in (("3_sks animal", "octopus"), ("1_red cake", "cake")):
+        (data / name).mkdir(parents=True)
+        for number in range(2):
+            shutil.copy(SUBJECTS / subject / f"{number}.png", data / name)
+    (classes / "1_thing").mkdir(parents=True)
+    for number in range(2):
+        shutil.copy(SUBJECTS / "teapot" / f"{number}.png", classes / "1_thing")
+
+    def write(name: str, **changes: object) -> Path:
+        for file in {name, "dataset.toml", "prompts.txt"}:
+            text = (PRESETS / file).read_text().replace("@DATA@", str(data)).replace("@OUT@", str(tmp_path))
+            text = text.replace("@REG@", str(classes / "1_thing" if file == "dataset.toml" else classes))
+            if file == "dataset.toml":
+                text = text.replace("1024", "64").replace("512", "32").replace("1536", "96")
+            if file == name and changes:
+                text = json.dumps(json.loads(text) | changes)
+            (tmp_path / file).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_preset_trains(preset, tmp_path, name, capsys):
+    build, words = PUBLISHED[name]
+    words = ["--config", str(preset(name)), "--pretrained_model_name_or_path", str(saved(build)), *SMALL, *words]
+    folder = script.main(script.parse_args([*words, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]))
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
+    assert json.loads((folder / "export_report.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"{name}, a " in printed
+    assert "options translated" in printed
+    if "sdxl.toml" in name:
+        assert sorted(p.name for p in (folder / "samples" / "step-000000").iterdir()) == ["0-0.png", "1-0.png"]
+        numbered = {p.name for p in folder.glob("checkpoint-*/kohya/*")}
+        assert numbered == {"ohwx-000001.safetensors", "ohwx-000002.safetensors"}
+
+
+def test_a_preset_of_kohya_ss_means_what_it_means_there(preset):
+    options = parse(["--config", str(preset("kohya_ss_sd15.json"))])
+    assert options.problems == []
+    wanted = {
+        "rank": 16,
+        "lora_alpha": 32,
+        "learning_rate": 1e-4,
+        "text_encoder_lr": 5e-5,
+        "train_text_encoder": True,
+        "num_train_epochs": 2,
+        "max_train_steps": None,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 0.1,
+        "skip_clip_layers": 1,
+        "aspect_ratio_buckets": "656,512",
+        "snr_gamma": 5,
+        "noise_offset": 0.05,
+        "multires_noise_iterations": None,  # "Original" is the offset alone
+        "caption_dropout_rate": 0.05,
+        "random_flip": True,
+        "center_crop": True,
+        "max_token_length": 225,
+        "optimizer": "adamw8bit",
+        "optimizer_args": {"weight_decay": "0.1", "betas": "0.9,0.99"},
+        "checkpointing_epochs": 1,
+        "seed": 1234,
+        "train_batch_size": 3,
+        "save_precision": "bf16",
+        "export_name": "sks",
+    }
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    said = "\n".join(options.notes)
+    assert "NOT USED" not in said
+    assert "network_dim as --rank" in said
+    assert "not needed here: " in said
+    assert "xformers" in said
+
+
+def test_what_a_family_does_not_have_is_not_used_where_another_program_wrote_it(preset):
+    """kohya's scripts for FLUX.1 ignore min_snr_gamma, which their program writes for every model."""
+    words = ["--config", str(preset("kohya_ss_flux.json")), "--pretrained_model_name_or_path"]
+    options = parse([*words, str(saved(tiny_pipeline_flux)), *SMALL, *BUCKETS])
+    quick_check(options)
+    assert options.snr_gamma is None
+    assert "NOT USED: --snr_gamma: FLUX.1 belongs to diffusion" in "\n".join(options.notes)
+    wanted = {"timestep_sampling": "shift", "discrete_flow_shift": 3.1582, "loraplus_lr_ratio": 4.0}
+    wanted |= {"precondition_outputs": 0, "training_guidance_scale": 1.0, "max_sequence_length": 256}
+    wanted |= {"train_text_encoder": False, "max_train_steps": 3}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    given = parse([*words, str(saved(tiny_pipeline_flux)), *SMALL, *BUCKETS, "--snr_gamma", "5"])
+    with pytest.raises(BadInput, match="--snr_gamma does not apply to FLUX.1"):
+        quick_check(given)
+
+
+def test_a_configuration_of_kohyas_scripts_has_their_defaults(tmp_path):
+    path = tmp_path / "k.toml"
+    path.write_text(
+        '[a]\nnetwork_module = "networks.lora"\n[b]\ntrain_data_dir = "img"\nunheard_of = 3\nlowram = true\n'
+    )
+    options = parse(["--config", str(path), "--rank", "32"])
+    assert options.problems == []
+    wanted = {"lora_alpha": 1, "learning_rate": 2e-6, "train_batch_size": 1, "max_train_steps": 1600, "rank": 32}
+    wanted |= {"caption_extension": ".caption", "center_crop": True, "train_text_encoder": True, "report_to": "none"}
+    wanted |= {"text_encoder_lr": 2e-6, "adam_weight_decay": 0.01, "adam_weight_decay_text_encoder": 0.01}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    said = "\n".join(options.notes)
+    assert "NOT USED: unheard_of: no such option is known of kohya's scripts" in said
+    assert "not needed here: network_module, lowram" in said
+    assert "defaults of its program: " in said
+
+
+def test_a_dataset_of_kohyas_is_concepts(preset, tmp_path):
+    preset("kohya_sdxl.toml")
+    options = parse(["--config", str(tmp_path / "kohya_sdxl.toml")])
+    assert options.problems == []
+    first, second = concepts_of(options)
+    assert (first.repeats, first.instance_prompt, first.own["random_flip"]) == (3, "sks animal, sticker", True)
+    assert (second.repeats, second.instance_prompt) == (1, "ohwx red cake, sticker")
+    assert first.classes.folder == second.classes.folder == tmp_path / "reg" / "1_thing"
+    assert first.own["aspect_ratio_buckets"] == "auto"
+    assert (first.own["min_bucket_reso"], first.own["max_bucket_reso"]) == (32, 96)
+    assert options.train_batch_size == 2  # that of the dataset
+    alone = parse(["--concepts", str(tmp_path / "dataset.toml")])
+    assert [concept.repeats for concept in concepts_of(alone)] == [3, 1]
+    assert (alone.train_batch_size, alone.with_prior_preservation) == (2, True)
+    assert parse(["--concepts", str(tmp_path / "dataset.toml"), "--train_batch_size", "5"]).train_batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"full_fp16": True, "mixed_precision": "bf16"},
+            "full_fp16 wants mixed_precision fp16; got 'bf16'",
+        ),
+        (
+            {"network_train_unet_only": True, "network_train_text_encoder_only": True},
+            "leave nothing to train",
+        ),
+        ({"use_8bit_adam": True, "optimizer": "Lion"}, "use_8bit_adam and optimizer_type Lion are two optimizers"),
+        ({"debiased_estimation_loss": True}, "min_snr_gamma and debiased_estimation_loss both weight the loss"),
+        ({"max_resolution": "wide"}, "resolution: "),
+        ({"LoRA_type": "LyCORIS/LoHa"}, "network_module: LyCORIS/LoHa is no LoRA"),
+        ({"lr_scheduler": "sideways"}, "--lr_scheduler: got 'sideways', wanted linear"),
+        ({"masked_loss": True}, "masked_loss: wanted conditioning_data_dir with masks, or alpha_mask"),
+    ],
+)
+def test_a_preset_that_contradicts_itself_is_refused_in_one_message(preset, changes, said):
+    path = preset("kohya_ss_sd15.json", **changes)
+    options = parse(["--config", str(path)])
+    with pytest.raises(BadInput, match="--pretrained_model_name_or_path is required") as error:
+        quick_check(options)
+    assert any(said in problem for problem in error.value.problems)
+    assert any("options translated" in line for line in error.value.found)
+
+
+def test_a_dataset_that_cannot_be_read_names_each_subset(tmp_path):
+    path = tmp_path / "d.toml"
+    path.write_text('[[datasets]]\nresolution = "many"\n[[datasets.subsets]]\nimage_dir = "x"\n[[datasets]]\n')
+    with pytest.raises(BadInput) as error:
+        concepts_of(parse(["--concepts", str(path)]))
+    assert ["dataset 1, resolution" in error.value.problems[0], "dataset 2: wanted" in error.value.problems[1]] == [
+        True
+    ] * 2
+
+
+def test_our_own_files_stay_ours(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"rank": 8, "network_dim": 4}))
+    options = parse(["--config", str(path)])
+    assert options.rank == 8 or options.notes  # a name of kohya's makes it kohya's
+    path.write_text(yaml.safe_dump({"rank": 8, "learning_rate": 1e-4}))
+    assert (parse(["--config", str(path)]).notes, parse(["--config", str(path)]).rank) == ([], 8)
