@@ -27,7 +27,7 @@ BITSANDBYTES = {
     "pagedadamw8bit": "PagedAdamW8bit",
     "lion8bit": "Lion8bit",
     "pagedlion8bit": "PagedLion8bit",
-    "sgd8bit": "SGD8bit",
+    "sgdnesterov8bit": "SGD8bit",
 }
 # By name, as in kohya's scripts. `dadaptation` is one of several there, of which this is the usual one.
 PACKAGED: dict[str, Packaged] = {

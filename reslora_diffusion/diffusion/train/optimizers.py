@@ -74,8 +74,8 @@ def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> d
         "eps": options.adam_epsilon,
         "fused": True,  # one kernel for many tensors, and a step with non-finite gradients is skipped on the device
         "capturable": options.cuda_graph and torch.cuda.is_available(),
-        "momentum": 0.9 if options.optimizer == "sgdnesterov" else None,
-        "nesterov": True if options.optimizer == "sgdnesterov" else None,
+        "momentum": 0.9 if options.optimizer.startswith("sgdnesterov") else None,
+        "nesterov": True if options.optimizer.startswith("sgdnesterov") else None,
         "relative_step": False,
         "scale_parameter": False,
         "beta3": options.prodigy_beta3,
