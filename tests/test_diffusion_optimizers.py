@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dreambooth import arguments, train
 from reslora_diffusion.diffusion.options import parse
-from reslora_diffusion.diffusion.options.training import OPTIMIZERS, PACKAGED
+from reslora_diffusion.diffusion.options.training import ONE_RATE, OPTIMIZERS, PACKAGED
 from reslora_diffusion.diffusion.train.optimizers import optimizer_problems, settings, used_weights
 from reslora_diffusion.utils.environment import is_installed
 from schedule_free import AveragedSGD
@@ -52,9 +52,8 @@ def test_a_package_that_is_not_there_is_named_as_pip_knows_it(refused, name):  #
 @pytest.mark.parametrize("name", sorted(name for name in PACKAGED if is_installed(PACKAGED[name].module)))
 def test_packaged_optimizers_train_three_steps_and_resume(tmp_path, name):
     """Run where the packages are installed; what differs on a resume is named."""
-    options = {"optimizer": name, "learning_rate": 1e-3, "max_train_steps": 4, "checkpointing_steps": 2}
-    if "8bit" in name or name == "pagedadamw":
-        options["rank"] = 8
+    options = {"optimizer": name, "learning_rate": 1.0 if name in ONE_RATE else 1e-3, "max_train_steps": 4}
+    options |= {"checkpointing_steps": 2, "save_precision": "fp32"}  # some find a rate that is small at first
     whole = train(tmp_path / "whole", **options)
     weights = load_file(whole / "pytorch_lora_weights.safetensors")
     assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)

@@ -35,7 +35,6 @@ PACKAGED: dict[str, Packaged] = {
     "lion": Packaged("lion_pytorch", "Lion", "lion-pytorch"),
     "came": Packaged("came_pytorch", "CAME", "came-pytorch"),
     "prodigy": Packaged("prodigyopt", "Prodigy", "prodigyopt"),
-    "prodigyplusschedulefree": Packaged("prodigyplus", "ProdigyPlusScheduleFree", "prodigy-plus-schedule-free"),
     **{
         f"{name.lower()}schedulefree": Packaged("schedulefree", f"{name}ScheduleFree", "schedulefree")
         for name in ("AdamW", "RAdam", "SGD")
