@@ -8,21 +8,33 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import inputs, output
-from reslora_diffusion import explain_kernels
+from reslora_diffusion import explain_kernels, get_controller
 from reslora_diffusion.core import kernels
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import choose, runlora
 from reslora_diffusion.core.kernels.fused import fused_linear
-from reslora_diffusion.core.kernels.runlora import LOW_RANK, Form, cheapest, cost, runlora_linear
+from reslora_diffusion.core.kernels.runlora import (
+    BACKWARDS,
+    FORWARDS,
+    LOW_RANK,
+    Form,
+    cheapest,
+    cost,
+    named,
+    operations,
+    runlora_linear,
+)
 from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
 
 FORMS = [
     Form(*large, keeps) for *large, keeps in product((False, True), repeat=4) if not keeps or large[0] and large[2]
 ]
+NAMES = [f"{forward}{backward}" for forward in FORWARDS for backward in BACKWARDS]
+MIXED = [named(name) for name in NAMES if named(name) not in FORMS]
 
 
 def name_of(form: object) -> str:
-    return "".join(letter if yes else "-" for letter, yes in zip("yfxk", form, strict=True))  # type: ignore[call-overload]
+    return "".join(letter if yes else "-" for letter, yes in zip("yfxku", form, strict=True))  # type: ignore[call-overload]
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -34,7 +46,7 @@ def factors(parts: int, rank: int, width: int, out: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
+@pytest.mark.parametrize("form", FORMS + MIXED, ids=name_of)
 def test_first_and_second_derivatives(form: Form, parts: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(4, 3).double().requires_grad_(False)
@@ -64,12 +76,13 @@ def test_first_and_second_derivatives(form: Form, parts: int) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
+@pytest.mark.parametrize("form", FORMS + MIXED, ids=name_of)
 def test_multiplications_are_as_counted(
     form: Form, wanted: tuple[bool, bool], parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for_x, for_factors = wanted
-    form = Form(form.y, form.factors or not for_factors, form.x or not for_x, form.keeps and for_x)
+    up = form.up if for_factors else None
+    form = Form(form.y, form.factors or not for_factors, form.x or not for_x, form.keeps and for_x, up)
     monkeypatch.setattr(runlora, "PASS", 0)
     monkeypatch.setattr(runlora, "LAUNCH", 0)
     rows, width, out = 6, 5, 3
@@ -85,6 +98,80 @@ def test_multiplications_are_as_counted(
             y.sum().backward()
     frozen = rows * width * out * (1 + for_x)
     assert counter.get_total_flops() == 2 * (cost(form, rows, width, out, rank, parts, *wanted) + frozen)
+
+
+# The paper's table (arXiv 2312.03415, section 3), over 2, for X [b, n], W [n, m], U [n, r], V [r, m].
+TABLE = {
+    "F1": lambda b, n, m, r: b * n * m + b * n * r + b * r * m,
+    "F2": lambda b, n, m, r: n * r * m + b * n * m,
+    "B1": lambda b, n, m, r: b * m * r + b * n * r + b * n * r + b * m * r + b * n * m + b * n * r,
+    "B2": lambda b, n, m, r: b * m * r + b * n * r + b * n * m + n * m * r + b * n * m + b * n * r,
+    "B3": lambda b, n, m, r: b * n * m + 2 * n * m * r + b * n * m + b * m * r + b * n * r,
+    "B4": lambda b, n, m, r: b * n * m + 2 * n * m * r + n * m * r + b * n * m,
+    "B5": lambda b, n, m, r: b * m * r + b * n * r + b * n * r + b * m * r + n * m * r + b * n * m,
+    "B6": lambda b, n, m, r: b * n * m + n * m * r + b * n * r + b * m * r + b * n * m + b * m * r + b * n * r,
+    "B7": lambda b, n, m, r: b * n * m + n * m * r + b * n * r + b * m * r + n * m * r + b * n * m,
+    "B8": lambda b, n, m, r: b * m * r + b * n * r + b * n * m + n * m * r + n * m * r + b * n * m,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_paper_s_table_of_operations_is_what_is_computed(name: str) -> None:
+    """One product is saved: of F1, XU is kept for dV where that wants it, and not made again."""
+    rows, width, out, rank = 11, 7, 5, 3
+    sizes = rows, width, out, rank
+    table = tuple(2 * TABLE[part](*sizes) for part in (name[:2], name[2:]))
+    assert operations(name, *sizes) == table
+    x, weight = leaf(rows, width), leaf(out, width).detach()
+    given = factors(1, rank, width, out)
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **options: 2 * a[0] * a[1] * b[1]}
+    counted = []
+    form = named(name)
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        y, _ = runlora_linear(LinearOp(x, weight, None, given[:1], given[1:], (1.0,)), form)
+        counted.append(counter.get_total_flops())
+        y.sum().backward()
+        counted.append(counter.get_total_flops() - counted[0])
+    saved = 2 * rows * width * rank if not form.y and not form.dU else 0
+    assert counted == [table[0], table[1] - saved]
+
+
+def test_no_mixed_form_is_ever_the_least() -> None:
+    for rows, width, out, rank in product((16, 700, 40000), (32, 300, 4096), (40, 320, 11000), (1, 16, 400)):
+        least = min(sum(operations(name, rows, width, out, rank)) for name in NAMES if named(name) in FORMS)
+        mixed = min(sum(operations(name, rows, width, out, rank)) for name in NAMES if named(name) in MIXED)
+        assert least <= mixed
+
+
+@pytest.mark.parametrize("wanted", ["runlora:F2B5", "runlora:f1b8", "runlora:time", "runlora"])
+@pytest.mark.parametrize("shortcut", ["none", "block"])
+def test_a_form_is_chosen_by_name_by_time_or_by_count(wanted: str, shortcut: str) -> None:
+    model, args = adapted("llama", shortcut, 1), inputs("llama")
+    base, blocks = reference_of("llama", model, shortcut, 1)
+    get_controller(model).kernel = wanted
+    state = torch.random.get_rng_state()
+    got, expected = output("llama", model, args), output("llama", base, args)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (got - expected).abs().max() < 1e-10
+    loss_of(got).backward()
+    loss_of(expected).backward()
+    assert_same_gradients(model, blocks)
+    choices = set(explain_kernels(model).layers.values())
+    assert {kernel for kernel, _ in choices} == {"runlora"}
+    if wanted == "runlora:F2B5":
+        assert choices == {("runlora", "asked for runlora:F2B5: y, dx through matrices as large as W")}
+    model = adapted("llama", "input", 1)  # what crosses layers fits no form but the first
+    get_controller(model).kernel = wanted
+    output("llama", model, args)
+    assert "fused" in {kernel for kernel, _ in explain_kernels(model).layers.values()}
+
+
+@pytest.mark.parametrize("wanted", ["runlora:F3B1", "runlora:F1B9", "fussed", "fused:F1B1"])
+def test_a_form_that_is_none_is_refused(wanted: str) -> None:
+    model = adapted("llama", "none", 1)
+    get_controller(model).kernel = wanted
+    with pytest.raises(ValueError, match="wanted F1 or F2 and B1 to B8|got the kernel"):
+        output("llama", model, inputs("llama"))
 
 
 def test_small_layers_and_long_sequences_take_large_matrices() -> None:

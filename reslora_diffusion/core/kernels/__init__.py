@@ -8,6 +8,7 @@ equal to rounding.
     plain      torch's own functions                       under autocast, functorch, tracing; odd bases, torch.compile
     fused      one node of the autograd graph              everywhere else
     runlora    the form with the least arithmetic          float32 and float64 on a CPU, where nothing crosses layers
+               runlora:F2B5, runlora:time: by name, by time    where it is asked for (`Adapter.kernel`)
     grouped    several operations that read one x          attention on a GPU (`Adapter.prepare`)
     closed     nothing of low rank                         blocks whose gate is the number 0
 
@@ -26,8 +27,9 @@ from ..functional import Kernel, LinearOp
 from . import runlora
 from .fused import fused_linear
 from .grouped import can_be_grouped, grouped_linear, grouped_linears
+from .measured import quickest
 from .plain import closed_linear, plain_linear
-from .runlora import LOW_RANK, fits, runlora_linear, shape_of
+from .runlora import LOW_RANK, fits, named, runlora_linear, shape_of
 
 __all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "plain_reason"]
 
@@ -54,7 +56,11 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
 
     Args:
         reason: why the frozen layer computes its own output, where it does.
-        wanted: the kernel to choose wherever it can compute the operation, to compare kernels.
+        wanted: the kernel to choose wherever it can compute the operation, to compare kernels: a name in `KERNELS`,
+            `runlora:` and a form (`runlora.named`), or `runlora:time`.
+
+    Raises:
+        ValueError: there is no such kernel or form.
     """
     if op.base is None:
         reason = plain_reason(op.x, op.weight, op.bias)
@@ -66,13 +72,26 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
         choice = plain_because(reason)
     elif op.read is not None and op.ahead is not None:
         choice = plain_because("it reads another tensor than the next layer wants projected")
-    elif wanted is not None and (wanted != "runlora" or fits(op)):
-        choice = Choice(wanted, "it was asked for", KERNELS[wanted])
+    elif wanted is not None and (asked := asked_for(wanted, op)):
+        choice = asked
     elif op.x.is_cpu and fits(op):
         choice = by_cost(*shape_of(op))
     else:
         choice = FUSED
     return choice if op.transform is None else transformed(choice)
+
+
+def asked_for(wanted: str, op: LinearOp) -> Choice | None:
+    """What a name means; None where RunLoRA's forms do not fit the operation."""
+    kernel, _, form = wanted.partition(":")
+    if kernel not in KERNELS or (form and kernel != "runlora"):
+        raise ValueError(f"got the kernel {wanted!r}, wanted {', '.join(KERNELS)}, runlora:time or runlora:F2B5")
+    if kernel == "runlora" and not fits(op):
+        return None
+    if not form:
+        return Choice(kernel, "it was asked for", KERNELS[kernel])
+    found = quickest(op) if form == "time" else named(form)
+    return Choice(kernel, f"asked for {wanted}: {found}", partial(runlora_linear, form=found))
 
 
 def is_closed(op: LinearOp) -> bool:

@@ -10,7 +10,9 @@ and g W:
     dD, dU      t = s g U, t^T x, s g^T z  T R (in + 2 out)     G = g^T x, s U^T G, s G D^T  (T + 2 R) in out
     dx          t D                        T R in               g V                          R in out
 
-and where one of them needs a z, t or V that no other has left behind, that too. Large matrices win where there are many
+and where one of them needs a z, t or V that no other has left behind, that too. The paper calls y by these F1 and F2,
+and the eight combinations of dD, dU and dx B1 to B8 (`named`); one of dD and dU through G and the other through rank R
+is never the least (tests), so `cheapest` does not look at those. Large matrices win where there are many
 more rows than features and R is not small beside these: small models, long sequences, and `block`, whose R is the sum
 over its window. The choice is a function of shapes, the same in every run; nothing is timed. Passes over memory and
 launches are counted as well, as so many multiplications: that ranks the forms as they rank when measured (docs/LOG.md).
@@ -41,25 +43,74 @@ SMALL = 2**16  # elements of a V that may be kept for backward whatever the low-
 class Form(NamedTuple):
     """Which of y, (dD, dU) and dx go through large matrices, and whether V is kept from y for dx.
 
-    A gradient that is not wanted is said to go through them: nothing goes through rank R for it.
+    A gradient that is not wanted is said to go through them: nothing goes through rank R for it. `up` is of dU, where
+    that is not as `factors` says.
     """
 
     y: bool
     factors: bool
     x: bool
     keeps: bool
+    up: bool | None = None
+
+    @property
+    def dU(self) -> bool:
+        """Whether dU goes through G."""
+        return self.factors if self.up is None else self.up
 
     @property
     def entirely(self) -> bool:
         """Whether nothing goes through rank R."""
-        return self.y and self.factors and self.x
+        return self.y and self.factors and self.dU and self.x
 
     def __str__(self) -> str:
-        large = [name for name, yes in (("y", self.y), ("dD and dU", self.factors), ("dx", self.x)) if yes]
+        both = (("dD and dU", self.factors),) if self.factors == self.dU else (("dD", self.factors), ("dU", self.dU))
+        large = [name for name, yes in (("y", self.y), *both, ("dx", self.x)) if yes]
         return f"{', '.join(large) or 'nothing'} through matrices as large as W"
 
 
 LOW_RANK = Form(False, False, False, False)
+FORWARDS = {"F1": False, "F2": True}  # the paper's names: whether y goes through V
+BACKWARDS = {  # whether dD, dU go through G, and dx through V
+    "B1": (False, False, False),
+    "B2": (False, True, False),
+    "B3": (True, True, False),
+    "B4": (True, True, True),
+    "B5": (False, False, True),
+    "B6": (True, False, False),
+    "B7": (True, False, True),
+    "B8": (False, True, True),
+}
+
+
+def named(name: str) -> Form:
+    """The form that the paper calls so, such as `F2B5`; V is made again for dx, as there.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    forward, backward = name[:2].upper(), name[2:].upper()
+    if forward not in FORWARDS or backward not in BACKWARDS:
+        raise ValueError(f"got the form {name!r}, wanted F1 or F2 and B1 to B8 in one word, such as F2B5")
+    down, up, x = BACKWARDS[backward]
+    return Form(FORWARDS[forward], down, x, False, None if up == down else up)
+
+
+def operations(name: str, rows: int, width: int, out: int, rank: int) -> tuple[int, int]:
+    """The paper's table: floating-point operations of the forward and of the backward of a named form, the frozen
+    layer's among them. b, n, m, r there are `rows`, `width`, `out`, `rank`; what is counted twice is a product that a
+    backward makes again."""
+    form = named(name)
+    frozen, V = rows * width * out, rank * width * out
+    z, t = rows * rank * width, rows * rank * out
+    forward = frozen + (V if form.y else z + t)
+    backward = frozen + (V if form.x else z)  # dx
+    if not (form.factors and form.x):
+        backward += t  # t, of dD and dx
+    if form.factors or form.dU:
+        backward += frozen  # G
+    backward += (V if form.factors else z) + (V if form.dU else z + t)
+    return 2 * forward, 2 * backward
 
 
 def cost(
@@ -69,12 +120,12 @@ def cost(
     z, t, V = rows * rank * width, rows * rank * out, (rank + PASS) * width * out
     stack, products = (0, parts) if parts == 1 or form.entirely else (2, 1)  # D and U are put together, or not
     total, launches = (V, stack + products) if form.y else (z + t, stack + 2)
-    if for_factors and form.factors:
-        total += (rows + 2 * rank) * width * out
-        launches += 1 + 2 * parts
-    elif for_factors:
-        total += z + 2 * t + (z if form.y else 0)
-        launches += 3 + stack + (1 if form.y else 0)
+    if for_factors:
+        large = (form.factors, form.dU)
+        total += rows * width * out * any(large) + rank * width * out * sum(large)
+        launches += any(large) + parts * sum(large)
+        total += (0 if form.factors else z + t) + (0 if form.dU else t + (z if form.y else 0))
+        launches += (0 if form.factors else 2) + (0 if form.dU else 1 + form.y) + (0 if all(large) else stack)
     if for_x and form.x:
         total += 0 if form.keeps else V
         launches += 0 if form.keeps else products
@@ -156,7 +207,7 @@ class WholeLinear(torch.autograd.Function):
             z = F.linear(rows, pairs[0])
             y = F.linear(rows, weight, bias).addmm_(z, pairs[1].t(), alpha=scaling)
         ctx.remake, kept = what_to_keep(x)
-        z, V = None if form.factors else z, V if form.keeps else None
+        z, V = None if form.dU else z, V if form.keeps else None
         ctx.save_for_backward(kept, weight, V, z, *pairs, *(() if pairs is parts else parts))
         ctx.form, ctx.scaling, ctx.pairs = form, scaling, len(pairs)
         return shaped(y, x.shape[:-1])
@@ -174,8 +225,8 @@ class WholeLinear(torch.autograd.Function):
             pairs = side_by_side(parts[:half], parts[half:]) if parts else pairs
         D, U = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))
-        low_factors, low_x = for_factors and not form.factors, for_x and not form.x
-        if low_factors or low_x:
+        low_D, low_U, low_x = for_factors and not form.factors, for_factors and not form.dU, for_x and not form.x
+        if low_D or low_x:
             t = scaled_product(g, U[0], scaling)
         dx = None
         if low_x:
@@ -184,13 +235,11 @@ class WholeLinear(torch.autograd.Function):
             dx = torch.mm(g, merged_weight(weight, D, U, scaling) if V is None else V).view(x.shape)
         if not for_factors:
             return None, None, dx, None, None, *[None] * len(for_parts)
-        if low_factors:
-            z = F.linear(rows, D[0]) if z is None else z
-            dD, dU = [torch.mm(t.t(), rows)], [scaled_product(g.t(), z, scaling)]
-        else:
-            G = torch.mm(g.t(), rows)
-            dD = [scaled_product(up.t(), G, scaling) for up in U]
-            dU = [scaled_product(G, down.t(), scaling) for down in D]
+        G = None if low_D and low_U else torch.mm(g.t(), rows)
+        if low_U and z is None:
+            z = F.linear(rows, D[0])
+        dD = [torch.mm(t.t(), rows)] if low_D else [scaled_product(up.t(), G, scaling) for up in U]
+        dU = [scaled_product(g.t(), z, scaling)] if low_U else [scaled_product(G, down.t(), scaling) for down in D]
         if not parts:
             return None, None, dx, None, None, *dD, *dU
         return None, None, dx, None, None, *split(dD[0], dU[0], parts[:half], parts[half:])
