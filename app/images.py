@@ -21,7 +21,7 @@ def read_image(path: Path, side: int = MAX_SIDE) -> Image.Image:
     try:
         image = stored.upright_rgb(stored.read_image(path))
     except (OSError, ValueError) as error:
-        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        reason = "" if isinstance(error, (OSError, stored.NoImage)) else f" ({error})"
         raise ValueError(f"{printable(path.name)}{reason}") from None
     image.thumbnail((side, side))
     return image

@@ -204,7 +204,7 @@ def data_doors() -> Iterator[tuple[str, Door]]:
 
     def folder_of_images(folder: Path) -> str:
         found = scan(folder)
-        for image in found.pictures if hasattr(found, "pictures") else found.images:
+        for image in found.images:
             assert open_upright(image.path).mode == "RGB"
             open_mask(image, alpha=True)
         return "\n".join([*found.problems, *found.skipped])

@@ -49,6 +49,10 @@ class UnreadableImage(ValueError):
     """A file is no image that can be used; says why in a line."""
 
 
+class NoImage(UnreadableImage):
+    """The decoders cannot read it: it is damaged, or something else."""
+
+
 @cache
 def known_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that the installed Pillow reads; the several images of a phone's MPO are read as a JPEG."""
@@ -60,7 +64,8 @@ def read_image(source: Path | bytes, formats: Sequence[str] | None = None) -> Im
     """An image of a file, decoded, upright, of 8 bits; its colours are still those of its profile.
 
     Raises:
-        UnreadableImage: whatever the decoders raise, or it has more pixels than a file of its size is given.
+        NoImage: the decoders cannot read it.
+        UnreadableImage: it has more pixels than a file of its size is given, or says no colours.
         OSError: there is no such file.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
@@ -76,7 +81,8 @@ def read_image(source: Path | bytes, formats: Sequence[str] | None = None) -> Im
             return eight_bits(image)
     except UNREADABLE as error:
         reason = str(error).partition(" <_io.BytesIO")[0].strip()
-        raise UnreadableImage(printable(reason or type(error).__name__)) from None
+        kind = UnreadableImage if type(error) is ValueError else NoImage
+        raise kind(printable(reason or type(error).__name__)) from None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
