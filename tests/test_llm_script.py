@@ -33,6 +33,7 @@ from reslora_diffusion.export import fuse
 from reslora_diffusion.llm import reading
 from reslora_diffusion.llm.generation import generate
 from reslora_diffusion.llm.options import LlmOptions
+from reslora_diffusion.llm.resuming import fault_of
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.llm.trainer import ExportedTrainer
 from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped
@@ -329,6 +330,24 @@ def test_what_was_trained_is_kept_if_the_export_fails(folders, tmp_path, monkeyp
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_what_is_not_finite_is_said_by_its_cause(folders, tmp_path):
+    """NaN in the base is no matter of a learning rate; a learning rate that wrecks the adapters overwrites nothing."""
+    broken = AutoModelForCausalLM.from_pretrained(folders["model"])
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    shutil.copytree(folders["model"], tmp_path / "model")
+    broken.save_pretrained(tmp_path / "model")
+    options = {"task": None, "dataset_name": folders["talks"], "max_new_tokens": None}
+    found = problems(folders, tmp_path, **options, model_name_or_path=tmp_path / "model")
+    assert "1 tensor of the model holds NaN or infinity: model.layers.1.mlp.up_proj.weight" in found[0]
+    options |= {"eval_strategy": "no", "load_best_model_at_end": False, "save_steps": 1, "max_steps": 6}
+    options |= {"learning_rate": 1e38, "max_grad_norm": 0, "warmup_steps": 0, "optim": "sgd"}
+    with pytest.raises(Stopped, match="the adapters are not finite after step .*A lower --learning_rate may help"):
+        run(folders, tmp_path / "out", **options)
+    for left in (tmp_path / "out").glob("checkpoint-*"):
+        assert fault_of(left) is None
 
 
 # --------------------------------------------------------------------------------------------------- the hub

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from reslora_diffusion import ResLoraConfig
 
 from ..utils.hub import looking_up
-from ..utils.problems import BadInput, listing
+from ..utils.problems import BadInput, listing, refuse
+from ..utils.weights import broken_model
 from .checks import PRECISIONS, adapter_settings
 from .model_checks import layer_problems, leaves_of
 from .options import ModelOptions
@@ -122,13 +123,15 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskT
     """The frozen model with its weights."""
     name = str(options.model_name_or_path)
     with looking_up("--model_name_or_path", name), held_in(options.dtype):
-        return AUTO[task_type].from_pretrained(
+        model = AUTO[task_type].from_pretrained(
             name,
             config=config,
             revision=options.model_revision,
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
         )
+    refuse(f"--model_name_or_path {name}: {problem}" for problem in broken_model(model, "model"))
+    return model
 
 
 @contextmanager

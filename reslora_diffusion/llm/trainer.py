@@ -35,13 +35,14 @@ from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
 from ..utils.files import unfinished
-from ..utils.problems import Interrupted, refuse
+from ..utils.problems import Interrupted, Stopped, listing, refuse
+from ..utils.weights import broken_tensors
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
 from .methods import settings_of
 from .options import ModelOptions
-from .resuming import SCHEDULE, remove_oldest, write_checksums
+from .resuming import SCHEDULE, checkpoints_in, remove_oldest, write_checksums
 from .scheduling import Scheduled, load_schedule, pair_optimizer, save_schedule
 
 Batch = dict[str, Any]
@@ -246,7 +247,12 @@ class ExportedTrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that counts as broken until it is whole; older ones are removed only then."""
+        """A checkpoint that counts as broken until it is whole; older ones are removed only then.
+
+        Raises:
+            Stopped: the adapters are not finite; what was saved before is still there.
+        """
+        self.refuse_wrecked()
         saves, limit = self.args.should_save, self.args.save_total_limit
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         with unfinished(folder) if saves else nullcontext():
@@ -263,6 +269,21 @@ class ExportedTrainer(Trainer):
                 write_checksums(folder)
         if saves and not self.stop_was_requested:  # else this step is perhaps written again, at the end of its epoch
             remove_oldest(folder, limit, self.state.best_model_checkpoint)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.refuse_wrecked()  # transformers leaves losses that are not finite out of its logs
+        super().log(logs, *args, **kwargs)
+
+    def refuse_wrecked(self) -> None:
+        """Raise `Stopped` if training has made the adapters something else than numbers. The base was looked at before
+        the first step, so a learning rate that is too large is the likely cause."""
+        if self.accelerator.distributed_type in SHARDING or not (broken := broken_tensors(self.adapted, True)):
+            return
+        there = listing(path.name for path in checkpoints_in(self.output_folder)) or "no checkpoint"
+        raise Stopped(
+            f"the adapters are not finite after step {self.state.global_step} ({listing(broken, 2)}): not saved. "
+            f"In {self.output_folder}: {there}. A lower --learning_rate may help"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.take_up_schedule(Path(resume_from_checkpoint))

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
-from ...utils.problems import BadInput, listing, refuse
+from ...utils.problems import BadInput, refuse
+from ...utils.weights import broken_model
 from ..options import DreamBoothOptions
 from ..options.launcher import shards
 from ..train.distributed import shard
@@ -68,22 +69,11 @@ def load_pipeline(options: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPi
     return pipeline
 
 
-@torch.no_grad()
 def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
-    """What is wrong with the numbers in a base, whose losses and images would be NaN whatever is trained on it."""
+    """What is wrong with the numbers in a base."""
     for part, model in pipeline.components.items():
-        if not isinstance(model, nn.Module):
-            continue
-        floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype in DTYPES.values()}
-        # A sum is not finite if a number is not, and reads each number once without a copy.
-        doubtful = [name for name, tensor in floating.items() if not tensor.sum(dtype=torch.float32).isfinite()]
-        if broken := [name for name in doubtful if not floating[name].isfinite().all()]:
-            several = "1 tensor" if len(broken) == 1 else f"{len(broken)} tensors"
-            hold = "holds" if len(broken) == 1 else "hold"
-            yield (
-                f"{several} of the {part} {hold} NaN or infinity: {listing(broken)}; wanted another copy of the model "
-                "(a download or a merge went wrong)"
-            )
+        if isinstance(model, nn.Module):
+            yield from broken_model(model, part)
 
 
 def refuse_base(options: DreamBoothOptions, dtype: torch.dtype, loss: float) -> None:
