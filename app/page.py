@@ -21,7 +21,7 @@ def build_demo(studio: Studio) -> gr.Blocks:
         fill_width=True,
         delete_cache=(IDLE_FILES_SECONDS, IDLE_FILES_SECONDS),
     ) as demo:
-        gr.HTML(views.header(), padding=False)
+        gr.HTML(views.header(studio.bases.first if len(studio.bases.choices()) == 1 else ""), padding=False)
         watch = train_watch()
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):

@@ -150,7 +150,7 @@ def log(lines: Sequence[str]) -> str:
 
 def training_status(training: Training) -> str:
     """Where a training stands, in a line and a bar."""
-    step, total, name = training.step(), training.request.max_train_steps, training.folder.name
+    step, total, name = training.step(), training.total_steps, training.folder.name
     if training.running:
         left = training.seconds_left(step)
         text = f"step {step} of {total}" if step else "getting ready"
@@ -160,11 +160,11 @@ def training_status(training: Training) -> str:
     if training.failed:
         how = "ended with an error" if (signal := training.killed_by) is None else f"was killed from outside ({signal})"
         return message("\n".join([f"{name} {how}, after {step} of {total} steps:", *training.log()]), "bad")
-    adapter = training.adapter()
-    where = f"{adapter_label(training, adapter)} is offered to the Compare tab" if adapter else "no adapter was written"
+    names = " and ".join(adapter_label(training, adapter) for adapter in training.adapters())
+    where = f"offered to the Compare tab: {names}" if names else "no adapter was written"
     if training.stopped:
         return message(f"{name} was stopped at step {step} of {total}; {where}.", "warn")
-    return message(f"{name}: {step} steps done; {where}.", "good" if adapter else "bad")
+    return message(f"{name}: {step} steps done; {where}.", "good" if names else "bad")
 
 
 def adapter_label(training: Training, adapter: Path) -> str:

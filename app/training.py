@@ -35,6 +35,7 @@ CONFIG, LOG, IMAGES = "config.yaml", "train.log", "images"
 LOG_LINES = 14
 SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
 SAMPLES_PER_RUN = 8
+PAIR = ("lora", "reslora-block")  # contenders of --compare, trained one after the other on the same draws
 
 
 class Method(StrEnum):
@@ -42,9 +43,12 @@ class Method(StrEnum):
     INPUT = "ResLoRA, input"
     BLOCK = "ResLoRA, block"
     MIDDLE = "ResLoRA, middle"
+    PAIR = "LoRA, then ResLoRA"
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, str | list[str]]:
+        if self is Method.PAIR:
+            return {"compare": list(PAIR)}
         if self is Method.LORA:
             return {"method": "lora"}
         return {"method": "reslora", "shortcut": self.name.lower()}
@@ -165,12 +169,20 @@ class Training:
         code = self.process.poll()
         return signal.Signals(-code).name if code is not None and code < 0 else None
 
+    @property
+    def total_steps(self) -> int:
+        """Of all the runs that it makes."""
+        return self.request.max_train_steps * (len(PAIR) if self.request.method is Method.PAIR else 1)
+
+    def runs(self) -> list[Path]:
+        """Folders of its runs that have begun: its own, or one for each of a pair."""
+        if self.request.method is not Method.PAIR:
+            return [self.folder]
+        return [folder for name in PAIR if ((folder := self.folder / name) / METRICS).is_file()]
+
     def step(self) -> int:
-        try:
-            rows = [row["step"] for row in read_rows(self.folder / METRICS) if "loss" in row]
-        except ValueError:  # said where the run is read
-            rows = []
-        step = max(rows, default=0)
+        """Steps done in all runs."""
+        step = sum(steps_done(folder) for folder in self.runs())
         if step and self.first_seen is None:
             self.first_seen = (step, time.monotonic())
         return step
@@ -180,7 +192,7 @@ class Training:
         if self.first_seen is None or step <= self.first_seen[0]:
             return None
         pace = (time.monotonic() - self.first_seen[1]) / (step - self.first_seen[0])
-        return pace * (self.request.max_train_steps - step)
+        return pace * (self.total_steps - step)
 
     def log(self) -> list[str]:
         """The last lines; a progress bar counts as one, however often it was drawn."""
@@ -190,18 +202,30 @@ class Training:
         lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
         return [line for line in lines if line][-LOG_LINES:]
 
-    def adapter(self) -> Path | None:
-        """The exported file, or the newest checkpoint's where training was stopped before its end."""
-        if (self.folder / ADAPTER).is_file():
-            return self.folder / ADAPTER
-        files = find_adapters((self.folder,)).values()
-        return max(files, key=lambda path: path.stat().st_mtime, default=None)
+    def adapters(self) -> list[Path]:
+        """The exported file of each run, or the newest checkpoint's where training was stopped before its end."""
+        return [file for folder in self.runs() if (file := newest_adapter(folder))]
 
     def stop(self) -> None:
         """Ask it to finish its step and save; asked again, it ends at once."""
         if self.running:
             self.stopped = True
             self.process.send_signal(signal.SIGTERM)
+
+
+def steps_done(folder: Path) -> int:
+    """The last step in a run's metrics; 0 where they cannot be read, which is said where the run is read."""
+    try:
+        return max((row["step"] for row in read_rows(folder / METRICS) if "loss" in row), default=0)
+    except ValueError:
+        return 0
+
+
+def newest_adapter(folder: Path) -> Path | None:
+    if (folder / ADAPTER).is_file():
+        return folder / ADAPTER
+    files = find_adapters((folder,)).values()
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 class Trainer:

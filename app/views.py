@@ -30,9 +30,11 @@ def clamped(text: str) -> str:
     return f'<span class="name" title="{escaped(text)}">{escaped(text)}</span>'
 
 
-def header() -> str:
+def header(base_name: str = "") -> str:
+    """`base_name` where there is one base alone; several have a picker."""
+    base = f'<p class="base">base: <b>{escaped(base_name)}</b></p>' if base_name else ""
     return (
-        '<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>'
+        f'<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>{base}'
         '<p class="lead">Base, LoRA and ResLoRA generate from the same noise with the same settings; each image says '
         "which adapter its layers held.</p></header>"
     )

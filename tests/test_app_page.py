@@ -1,6 +1,7 @@
 """What stands between the page and its floors: forms, files to take away, sessions, HTML; and the page's API."""
 
 import html
+import io
 import json
 import re
 import zipfile
@@ -22,6 +23,8 @@ from app import views
 from app.__main__ import main, parse_args
 from app.adapters import MAX_LABEL, AdapterShelf, default_label
 from app.compare import Cell
+from app.figure import KINDS as FIGURES
+from app.figure import figure
 from app.foreign import ALONE, name_of
 from app.forms import fields_of, read_placeholders, read_request, read_seeds, read_strengths, unwritable
 from app.guard import Guard
@@ -500,3 +503,30 @@ def test_the_command_listens_on_this_machine_alone(studio):
     base = studio.sessions.root.parent / "base"
     args = parse_args(["--base", str(base)])
     assert (args.server_name, args.share, args.auth) == ("127.0.0.1", False, None)
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_figure_holds_what_was_chosen_and_says_what_it_is_of(kind):
+    request, cells = comparison("a $x$ panda")
+    drawn = figure(request, cells, request.rows[:1], request.columns, "sticker-sd", kind, "2026-01-02")
+    again = figure(request, cells, request.rows[:1], request.columns, "sticker-sd", kind, "2026-01-02")
+    assert drawn == again
+    if kind == "png":
+        with Image.open(io.BytesIO(drawn)) as image:
+            colours = {
+                image.convert("RGB").getpixel((x, y)) for x in range(0, image.width, 9) for y in range(0, 900, 9)
+            }
+        assert {cell.image.getpixel((0, 0)) for cell in cells[:2]} <= colours
+        assert cells[-1].image.getpixel((0, 0)) not in colours, "the other row was not chosen"
+    elif kind == "svg":
+        text = re.sub("<[^>]*>", " ", drawn.decode())
+        for words in ("sticker-sd", "dddddddddddd", "seeds 0.", "2026-01-02", "torch ", "one × 1", "a $x$ panda"):
+            assert words in re.sub(r"\s+", " ", text), words
+    else:
+        assert drawn.startswith(b"%PDF")
+
+
+def test_a_figure_of_nothing_is_refused():
+    request, cells = comparison()
+    with pytest.raises(ValueError, match="Choose rows and columns"):
+        figure(request, cells, [], request.columns, "base", "png")

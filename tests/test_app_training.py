@@ -66,8 +66,11 @@ def test_every_option_is_one_of_the_scripts(method, tmp_path):
     asked = dataclasses.replace(ASKED, method=method, class_prompt="a photo of a cat")
     options = options_of(asked, "base", 64, tmp_path)
     assert {f"--{name}" for name in options} <= set(known_flags())
-    assert options["method"] == ("lora" if method is Method.LORA else "reslora")
-    assert ("shortcut" in options) == (method is not Method.LORA)
+    if method is Method.PAIR:
+        assert options["compare"] == ["lora", "reslora-block"]
+    else:
+        assert options["method"] == ("lora" if method is Method.LORA else "reslora")
+        assert ("shortcut" in options) == (method is not Method.LORA)
     assert options["with_prior_preservation"] is True
 
 
@@ -232,7 +235,7 @@ def test_a_failure_shows_what_the_script_said(trainer):
     assert training.failed
     assert "the loss of step 1 is nan" in training_status(training)
     assert len(training.log()) <= LOG_LINES
-    assert training.adapter() is None
+    assert training.adapters() == []
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -263,6 +266,6 @@ def test_a_real_training_ends_in_an_adapter_that_fits(tmp_path):
     assert run.prompts == ("a cat",)
     assert run.merge is not None
     assert run.merge.step == run.merged_at == 4
-    card = Comparer(load_pipeline(tmp_path / "base")).shelf.card(Path(training.adapter()))
+    card = Comparer(load_pipeline(tmp_path / "base")).shelf.card(training.adapters()[0])
     assert card.fits, card.mismatches
     assert (training.folder / CONFIG).is_file()

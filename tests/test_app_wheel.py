@@ -24,7 +24,7 @@ trainer = Trainer(Path("trained").resolve(), sys.argv[1], 64)
 asked = TrainRequest("a cat", Method.INPUT, max_train_steps=1, rank=2, train_batch_size=1)
 training = trainer.start(asked, [Image.new("RGB", (64, 64), "teal")], "me")
 assert training.process.wait() == 0, training.log()
-print(training.adapter())
+print(*training.adapters())
 """
 
 

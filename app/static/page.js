@@ -8,6 +8,11 @@ document.addEventListener('keydown', (event) => {
   const button = id && document.getElementById(id);
   if (button && button.offsetParent) { event.preventDefault(); button.click(); }
 });
+// Ctrl+Enter compares from any field of the Compare tab.
+document.addEventListener('keydown', (event) => {
+  const button = document.getElementById('run');
+  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && button?.offsetParent) button.click();
+});
 const say = (element, name, value) => {
   if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 };

@@ -65,13 +65,13 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 visible=False,
             )
             fields = compare_fields(studio)
+            manage_adapters(studio, fields)
             expected = gr.HTML(elem_id="expected", padding=False)
             looked_at = gr.Number(0, visible=False)
             key = gr.Textbox("", visible=False)
             with gr.Row(elem_classes="tools go"):
                 run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
-            manage_adapters(studio, fields)
             with gr.Row(elem_classes="tools"):
                 saved_files = gr.UploadButton(
                     "Open a comparison (.zip or .json)", file_count="multiple", size="sm", elem_id="saved_files"

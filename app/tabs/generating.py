@@ -157,4 +157,4 @@ def finished(session: Session, count: int) -> str:
     if generated < count:
         return views.message(f"Stopped: {generated} of {count} images were generated, and stay.", "warn")
     seconds = sum(cell.seconds for cell in session.cells)
-    return views.message(f"{count} images in {views.duration(seconds)}.", "good")
+    return views.message(f"{count} image{'s' * (count != 1)} in {views.duration(seconds)}.", "good")

@@ -8,6 +8,8 @@ from pathlib import Path
 import gradio as gr
 
 from .. import views
+from ..figure import KINDS as FIGURES
+from ..figure import figure
 from ..forms import unwritable
 from ..output import png, report, sheet
 from ..request import CompareRequest, digests_in, joined, problems
@@ -37,6 +39,48 @@ def takeaway(studio: Studio) -> None:
             button = gr.Button(name, size="sm", min_width=110, elem_id=f"download_{kind}")
             click = button.click(writer(studio, kind), None, taken, api_name=kind, **LIGHT)
             click.success(None, taken, None, js=SAVE, **PRIVATE)
+    with gr.Accordion("Figure for a paper", open=False) as accordion:
+        rows = gr.Dropdown(label="Rows", choices=[], multiselect=True, elem_id="figure_rows")
+        columns = gr.Dropdown(label="Columns", choices=[], multiselect=True, elem_id="figure_columns")
+        with gr.Row(elem_classes="tools"):
+            for kind in FIGURES:
+                button = gr.Button(f"Figure .{kind}", size="sm", min_width=100, elem_id=f"figure_{kind}")
+                click = button.click(drawer(studio, kind), [rows, columns], taken, **LIGHT, **PRIVATE)
+                click.success(None, taken, None, js=SAVE, **PRIVATE)
+    accordion.expand(chosen_for_figure(studio), None, [rows, columns], **LIGHT, **PRIVATE)
+
+
+def chosen_for_figure(studio: Studio) -> Callable[[gr.Request], list]:
+    """Rows and columns of the comparison that is shown, all of them chosen."""
+
+    def choose(request: gr.Request) -> list:
+        asked = studio.sessions.of(request.session_hash).request
+        sides = (asked.rows, asked.columns) if asked else ((), ())
+        choices = [[(part.label, number) for number, part in enumerate(side)] for side in sides]
+        return [gr.Dropdown(choices=parts, value=[number for _, number in parts]) for parts in choices]
+
+    return choose
+
+
+def drawer(studio: Studio, kind: str) -> Callable[[list[int], list[int], gr.Request], str]:
+    def draw(rows: list[int], columns: list[int], request: gr.Request) -> str:
+        session = studio.sessions.of(request.session_hash)
+        if session.request is None or not session.cells:
+            raise refusal("There are no images to take away: compare something first.")
+        sides = ((rows, session.request.rows), (columns, session.request.columns))
+        if any(number >= len(side) for numbers, side in sides for number in numbers):
+            raise refusal("Fold and unfold this section: its rows and columns are of an earlier comparison.")
+        try:
+            chosen = [[side[number] for number in sorted(numbers)] for numbers, side in sides]
+            content = figure(session.request, list(session.cells), *chosen, studio.base_of(session), kind)
+        except ValueError as problem:
+            raise refusal(problem) from None
+        path = session.folder / "out" / f"figure.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return str(path)
+
+    return draw
 
 
 def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:

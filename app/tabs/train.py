@@ -9,7 +9,7 @@ from gradio.events import Dependency
 from .. import run_views, views
 from ..forms import read_train_request
 from ..images import images_in, read_images
-from ..runs import read_run
+from ..runs import Run, read_run
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
 from ..tabs import refusal
@@ -163,16 +163,16 @@ def train_tab(
     def look(session: Session, training: Training, chosen_adapters: list[str]) -> list:
         running = training.running
         try:
-            run = read_run(training.folder.name, training.folder)
+            runs = [read_run(label(training, folder), folder) for folder in training.runs()]
         except ValueError as problem:
             return [views.message(str(problem), "bad"), *nothing_new()[1:]]
-        seen = (training.folder, len(run.losses), len(run.validation), len(run.samples), running)
+        seen = (training.folder, running, *((len(r.losses), len(r.validation), len(r.samples)) for r in runs))
         news = seen != session.training_seen
         session.training_seen = seen
         return [
             run_views.training_status(training),
-            run_views.curves([run], SMOOTHING) if news else gr.skip(),
-            run_views.sample_history(run, session.thumbnail) if news else gr.skip(),
+            run_views.curves(runs, SMOOTHING) if news and runs else gr.skip(),
+            samples_of_runs(runs, session) if news else gr.skip(),
             run_views.log(training.log()),
             gr.Button(interactive=not running),
             gr.Button("Stop at once" if training.stopped else "Stop", interactive=running),
@@ -180,6 +180,12 @@ def train_tab(
             gr.Timer(active=running),
             gr.skip() if running else offered(session, training, chosen_adapters),
         ]
+
+    def samples_of_runs(runs: list[Run], session: Session) -> str:
+        """The steps of one run side by side; of two, their newest samples."""
+        if len(runs) == 1:
+            return run_views.sample_history(runs[0], session.thumbnail)
+        return run_views.samples(runs, max((run.last_step for run in runs), default=0), session.thumbnail)
 
     def take_away(session: Session, training: Training) -> Path:
         """A copy of the configuration where the page may serve it from."""
@@ -189,19 +195,20 @@ def train_tab(
 
     def offered(session: Session, training: Training, chosen_adapters: list[str]):
         """What was trained joins the adapters to compare."""
-        file = training.adapter()
-        if file is None:
-            return gr.skip()
-        try:
-            card = studio.comparer_of(session).shelf.card(file, run_views.adapter_label(training, file))
-        except ValueError as problem:
-            gr.Warning(views.plain(problem), duration=None)
-            return gr.skip()
-        if not card.fits:
-            gr.Warning(views.plain("\n".join(card.mismatches)), duration=None)
-            return gr.skip()
-        label = session.add_adapter(card.adapter).label
-        return gr.CheckboxGroup(choices=list(session.adapters), value=list(dict.fromkeys([*chosen_adapters, label])))
+        chosen = list(chosen_adapters)
+        for file in training.adapters():
+            try:
+                card = studio.comparer_of(session).shelf.card(file, run_views.adapter_label(training, file))
+                if not card.fits:
+                    raise ValueError("\n".join(card.mismatches))
+            except ValueError as problem:
+                gr.Warning(views.plain(problem), duration=None)
+                continue
+            chosen.append(session.add_adapter(card.adapter).label)
+        return gr.CheckboxGroup(choices=list(session.adapters), value=list(dict.fromkeys(chosen)))
+
+    def label(training: Training, folder: Path) -> str:
+        return training.folder.name if folder == training.folder else f"{training.folder.name}/{folder.name}"
 
     start.click(begin, [owner, subject, files, adapters, *fields], shown, **LIGHT, **PRIVATE)
     stop.click(halt, owner, None, **LIGHT, **PRIVATE)
