@@ -160,11 +160,12 @@ def training_status(training: Training) -> str:
     if training.failed:
         how = "ended with an error" if (signal := training.killed_by) is None else f"was killed from outside ({signal})"
         return message("\n".join([f"{name} {how}, after {step} of {total} steps:", *training.log()]), "bad")
-    names = " and ".join(adapter_label(training, adapter) for adapter in training.adapters())
-    where = f"offered to the Compare tab: {names}" if names else "no adapter was written"
+    labels = [adapter_label(training, adapter) for adapter in training.adapters()]
+    names = f"{' and '.join(labels)} {'is' if len(labels) == 1 else 'are'} offered to the Compare tab"
+    where = names if labels else "no adapter was written"
     if training.stopped:
         return message(f"{name} was stopped at step {step} of {total}; {where}.", "warn")
-    return message(f"{name}: {step} steps done; {where}.", "good" if names else "bad")
+    return message(f"{name}: {step} steps done; {where}.", "good" if labels else "bad")
 
 
 def adapter_label(training: Training, adapter: Path) -> str:

@@ -183,8 +183,8 @@ def test_a_training_runs_to_its_end_and_can_be_read(trainer):
     assert "5 steps done" in training_status(training)
     assert training.log() == ["training: 5", "saved"]
     assert read_run("x", training.folder).last_step == 5
-    assert training.folder.name == "sks-cat-reslora-input"
-    assert trainer.start(ASKED, [IMAGE], "me").folder.name == "sks-cat-reslora-input-2"
+    assert training.folder.name == "sks-cat-reslora-block"
+    assert trainer.start(ASKED, [IMAGE], "me").folder.name == "sks-cat-reslora-block-2"
 
 
 def test_one_at_a_time_and_stopped_on_request(trainer):
@@ -269,3 +269,22 @@ def test_a_real_training_ends_in_an_adapter_that_fits(tmp_path):
     card = Comparer(load_pipeline(tmp_path / "base")).shelf.card(training.adapters()[0])
     assert card.fits, card.mismatches
     assert (training.folder / CONFIG).is_file()
+
+
+def test_a_pair_is_trained_on_equal_terms_and_both_are_offered(tmp_path):
+    from app.compare import Comparer, load_pipeline
+
+    make_pipeline(tmp_path / "base")
+    trainer = Trainer(tmp_path / "trained", str(tmp_path / "base"), 64)
+    asked = dataclasses.replace(ASKED, method=Method.PAIR, max_train_steps=3, validation_prompt=(), rank=2)
+    training = trainer.start(asked, [IMAGE], "me")
+    training.process.wait(300)
+    assert not training.failed, "\n".join(training.log())
+    assert (training.step(), training.total_steps) == (6, 6)
+    assert [folder.name for folder in training.runs()] == ["lora", "reslora-block"]
+    first, second = (read_run(folder.name, folder) for folder in training.runs())
+    assert first.losses[0] == pytest.approx(second.losses[0]), "the same draws, and neither has learned yet"
+    assert (first.method, second.method) == ("lora", "reslora block")
+    shelf = Comparer(load_pipeline(tmp_path / "base")).shelf
+    assert [shelf.card(file).fits for file in training.adapters()] == [True, True]
+    assert "sks-cat-lora-then-reslora/lora and sks-cat-lora-then-reslora/reslora-block" in training_status(training)
