@@ -64,6 +64,14 @@ def flush_tree(folder: Path) -> None:
         flush(Path(root))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with those that it lies in, each of them on the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        flush(path.parent)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden path to write to; it is renamed to `path` if nothing is raised, and removed otherwise.
@@ -119,7 +127,7 @@ def fresh_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden folder inside `folder`; it is removed at the end, and so is `folder` if it is new and empty."""
     folder = Path(folder)
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         yield fresh
@@ -137,7 +145,7 @@ def unfinished(folder: str | os.PathLike) -> Iterator[None]:
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_folder(folder)
     (folder / UNFINISHED).touch()
     flush_tree(folder)
     flush(folder.parent)
@@ -176,7 +184,7 @@ def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike])
                 raise NotADirectoryError(errno.ENOTDIR, message, str(folder / parent))
         flush(fresh / name)
     for name in places:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent)
         os.replace(fresh / name, folder / name)
     for parent in {(folder / name).parent for name in places} | {folder}:
         flush(parent)

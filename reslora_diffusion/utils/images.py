@@ -10,7 +10,6 @@ profiles are followed too. Opacity is never converted.
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
@@ -60,7 +59,7 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def read_image(source: Path | bytes, formats: Sequence[str] | None = None) -> Image.Image:
+def read_image(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
     """An image of a file, decoded, upright, of 8 bits; its colours are still those of its profile.
 
     Raises:

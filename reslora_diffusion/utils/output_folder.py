@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import sweep
+from .files import make_folder, sweep
 from .problems import BadInput
 
 try:
@@ -30,7 +30,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
         yield
         return
     made = not output_dir.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     held = os.open(output_dir, os.O_RDONLY)
     try:
         try:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...utils.files import remove_folder, replace_folder
+from ...utils.files import make_folder, remove_folder, replace_folder
 from ...utils.problems import BAD_DATA, BadInput
 from ...utils.state_files import FACTS, fault_of_state, read_facts
 
@@ -83,7 +83,7 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     folder, fresh = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
     for left_behind in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    make_folder(fresh)
     try:
         write(fresh)
         replace_folder(fresh, folder)
