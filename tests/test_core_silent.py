@@ -584,3 +584,20 @@ def test_frozen_links_that_a_loader_drops_are_missed() -> None:
 def test_saving_by_transformers_and_loading_by_peft(shortcut: str, tmp_path: Path) -> None:
     model = calibrated("llama", adapted("llama", shortcut))
     model.save_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- layers that share weights
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, ResLoraConfig])
+def test_replicated_layers_are_no_layers_of_the_base(kind: type, tmp_path: Path) -> None:
+    """Their factors were exported as a LoRA of the base, 0.8 of the adapter's effect wrong, with a proof of 0.0."""
+    config = kind(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    model = get_peft_model(build("llama"), config)
+    randomise(model)
+    with pytest.raises(ValueError, match="layer_replication=.* layers that the base does not have"):
+        merged_state_dict(model)
+    if kind is ResLoraConfig:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="share one weight, and merging would add to it what each"):
+                merge()

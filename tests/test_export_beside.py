@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from llm_tiny import GROUPED
 from reslora_diffusion import ResLoraConfig, merged_factors
@@ -109,3 +109,14 @@ def test_a_resized_vocabulary(tmp_path):
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(TOKENS).logits, peft(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_biases_beside_a_lora_hide_none_of_it(tmp_path):
+    """PEFT looked for the biases in a model that has only what the LoRA adapts, and was said not to load the folder."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only")
+    peft = trained(Qwen2ForCausalLM(Qwen2Config(**GROUPED)), config)
+    peft.save_pretrained(tmp_path)
+    result = verify_lora(tmp_path)
+    assert result.passed, str(result)
+    assert [(check.matched, check.expected) for check in result.checks] == [(3, 3)]

@@ -39,12 +39,14 @@ CLIP_MODULE = re.compile(r"text_model\.encoder\.layers\.(\d{1,9})\.(self_attn\.(
 
 
 def hollow(model: nn.Module) -> nn.Module:
-    """Replace every tensor by a zero of no size to speak of, expanded to its shape; in place."""
+    """Replace every tensor by a zero of no size to speak of, expanded to its shape; in place. Biases are small, and
+    loaders write into them: they have memory of their own."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 zero = torch.zeros((), dtype=torch.float32, device="cpu").expand(parameter.shape)
-                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+                value = zero.clone() if name == "bias" else zero
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros((), dtype=buffer.dtype, device="cpu").expand(buffer.shape)

@@ -87,6 +87,11 @@ def refuse_more_than_factors(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so the factors are no LoRA "
             "of the base that others have; use merge_and_unload, or train with init_lora_weights=True"
         )
+    if config.layer_replication:
+        raise ValueError(
+            f"layer_replication={config.layer_replication!r} has made layers that the base does not have, so the "
+            "factors are no LoRA of it; use save_pretrained, and PEFT where it is loaded"
+        )
 
 
 def plain_lora_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:

@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..config import PeftType, ResLoraConfig
 from ..merging.corrections import corrections_of
 from .install import install
-from .refusals import refuse_combination, refuse_unmatched_targets
+from .refusals import refuse_combination, refuse_shared_weights, refuse_unmatched_targets
 from .variant import find_adapter
 
 UNMERGED = (
@@ -52,6 +52,7 @@ class ResLoraModel(LoraModel):
         for name in adapter_names or self.active_adapters:
             if (adapter := find_adapter(self.model, name)) is not None:
                 corrections_of(adapter)  # raises, if it does, before the first layer is changed
+                refuse_shared_weights(self.model, [name])
         super().merge_adapter(adapter_names, safe_merge)
 
     def add_weighted_adapter(  # type: ignore[override]
@@ -78,6 +79,8 @@ class ResLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         adapters = [find_adapter(self.model, name) for name in self.peft_config]
+        if (args[0] if args else kwargs.get("merge", True)) and any(adapters):
+            refuse_shared_weights(self.model, kwargs.get("adapter_names") or self.active_adapters)
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         for adapter in filter(None, adapters):
             adapter.remove_hooks()

@@ -1,8 +1,10 @@
 """What ResLoRA refuses of PEFT's operations, and why."""
 
 import difflib
+from collections.abc import Iterable
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
@@ -62,6 +64,21 @@ def refuse_combination(model: nn.Module, adapters: list[str], combination_type: 
         raise ValueError(
             "add_weighted_adapter: " + "; ".join(problems) + ". Or combine the plain LoRAs that they merge into "
             "(merged_factors, reslora_diffusion.export.combine)"
+        )
+
+
+def refuse_shared_weights(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Raise `ValueError` if a merge would add what several layers have learned to the one weight that they share, as
+    the copies of `layer_replication` do."""
+    users: dict[int, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and any(one in {*layer.lora_A, *layer.lora_embedding_A} for one in adapters):
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            users.setdefault(id(weight), []).append(name)
+    if shared := [names for names in users.values() if len(names) > 1]:
+        raise ValueError(
+            f"{', '.join(shared[0][:3])} share one weight, and merging would add to it what each of them has learned; "
+            "use the adapter unmerged, or train with layers of their own"
         )
 
 
