@@ -41,7 +41,7 @@ NAMES = {
     **{f"{kind}_frozen": f"ours, `{kind}`, `save_memory`" for kind in ("input", "block", "middle")},
 }
 TITLES = {"machine": "The GPU", "correctness": "Correctness on the GPU", "kernels": "What each kernel gains on the GPU"}
-KINDS = ("counting", "step", "run", "startup", *TITLES)
+KINDS = ("counting", "step", "methods", "run", "startup", *TITLES)
 RUN_AIM = 0.6
 TIME_AIM, MEMORY_AIM, OVERHEAD_AIM = 1.0, 0.75, 0.45
 OURS = ("lora", "input", "block", "middle")
@@ -137,6 +137,29 @@ def startup_section(content: dict[str, Any]) -> str:
     ]
     head = ["", "seconds", f"processor seconds (aim {content['aim']})"]
     return f"## How soon commands answer\n\n{markdown(head, rows)}\n\n{where(content['machine'])}"
+
+
+def methods_section(content: dict[str, Any]) -> str:
+    parts = [
+        "## What each method costs",
+        f"Whole runs of {content['steps']} steps beside plain LoRA with AdamW, on one thread of a CPU, rank 16, float32 "
+        "(`python -m benchmarks.methods`). The runs take turns step by step in one process; times are processor time of "
+        'the thread, as the machine was loaded, and ratios are of whole runs (quartiles: step by step). "lora again" '
+        "is what noise does. Memory is counted: factors, gradients, optimizer, schedule and what a forward saves. On "
+        "models as small as these, what an optimizer does for each pair of factors weighs more than on large ones with "
+        "many tokens; the papers' numbers are of GPUs and models of billions of parameters.",
+    ]
+    head = ["", "ms a step", "x LoRA", "quartiles", "memory, MB", "optimizer, MB", "claimed"]
+    for case, methods in content["results"].items():
+        rows = []
+        for name, values in methods.items():
+            memory, (low, _, high) = values["megabytes"], values["quartiles"]
+            times = [f"{1000 * values['seconds']:.1f}", f"{values['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
+            rows.append(
+                [f"`{name}`", *times, f"{sum(memory.values()):.1f}", f"{memory['optimizer']:.2f}", values["claim"]]
+            )
+        parts += [f"### {case}", markdown(head, rows)]
+    return "\n\n".join([*parts, where(content["machine"])])
 
 
 def run_section(content: dict[str, Any]) -> str:
@@ -239,7 +262,7 @@ def gpu_section(measured: bool) -> str:
 
 
 def document(results: dict[str, dict[str, Any]]) -> str:
-    make = {"counting": counting_section, "startup": startup_section, "run": run_section}
+    make = {"counting": counting_section, "startup": startup_section, "run": run_section, "methods": methods_section}
     make |= dict.fromkeys(TITLES, lines_section)
     parts = [
         "# Performance",
