@@ -71,10 +71,13 @@ def fresh_A(link: int, place: int, A: Tensor) -> Tensor:
     return torch.empty(A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(int(seed)))
 
 
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.25])
 @pytest.mark.parametrize(("shortcut", "m"), [("none", 1), ("block", 2)])
-def test_training_agrees_with_a_reference_that_merges_into_the_base(shortcut: str, m: int, momentum: float) -> None:
-    training, base = Training(shortcut, m, momentum=momentum), build("llama")
+def test_training_agrees_with_a_reference_that_merges_into_the_base(
+    shortcut: str, m: int, momentum: float, merge: bool
+) -> None:
+    training, base = Training(shortcut, m, momentum=momentum, merge=merge), build("llama")
     blocks = adapt_naively(base, factors_of(training.model), shortcut, m, lambda m: output("llama", m, BATCHES[0]))
     untouched = output("llama", build("llama"), BATCHES[0])
     assert training.run() == [TIED if step in (3, 6) else Change.NOTHING for step in range(1, STEPS + 1)]
@@ -109,6 +112,16 @@ def test_training_agrees_with_a_reference_that_merges_into_the_base(shortcut: st
             assert (own - reference).abs().max() < 1e-9, name
     with merged_forward(training.model):
         assert torch.allclose(output("llama", training.model, BATCHES[0]), got, atol=1e-10)
+    plain = build("llama")
+    for name, (A, B, scaling) in training.schedule.exported(merged_factors(training.model)).items():
+        plain.get_submodule(name).weight.data += scaling * B @ A
+    assert torch.allclose(output("llama", plain, BATCHES[0]), got, atol=1e-10)
+    training.schedule.finish()
+    assert torch.allclose(output("llama", training.model, BATCHES[0]), got, atol=1e-10)
+    for name in get_controller(training.model).sites:
+        own = training.model.get_submodule(name).base_layer.weight
+        assert torch.equal(own, build("llama").get_submodule(name).weight), name
+    assert {len(links) for links in get_controller(training.model).frozen.values()} == {2}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -150,7 +163,13 @@ def test_ranks_step_down_and_the_export_is_the_sum_of_the_links(shortcut: str, k
 
 @pytest.mark.parametrize("at", [2, 3, 4, 6])  # 3 and 6 are knots
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("adamw", {"momentum": 0.5}), ("adamw", {"stages": None, "ranks": [3, 2, 1]}), ("rite", {})]
+    ("kind", "settings"),
+    [
+        ("adamw", {"momentum": 0.5}),
+        ("adamw", {"stages": None, "ranks": [3, 2, 1]}),
+        ("rite", {}),
+        ("rite", {"merge": True, "momentum": 0.5}),
+    ],
 )
 def test_a_resumed_run_continues_bit_for_bit(at: int, kind: str, settings: dict) -> None:
     training = Training("block", 1, kind, **settings)
@@ -164,7 +183,7 @@ def test_a_resumed_run_continues_bit_for_bit(at: int, kind: str, settings: dict)
 
     again = Training("block", 1, kind, **settings)
     again.schedule.load_state_dict(state)
-    again.model.load_state_dict(values)
+    again.model.load_state_dict({name: value for name, value in values.items() if "lora_" in name}, strict=False)
     again.schedule.load_tensors(tensors)
     again.optimizer.load_state_dict(moments)
     again.rates.load_state_dict(rates)
@@ -222,6 +241,16 @@ def test_what_does_not_go_with_a_restart_is_refused() -> None:
         Restart().start([AdaptedModel(model)], 9)
     with pytest.raises(ValueError, match=r"got .*restart:stages=2.*wanted the same"):
         Restart(stages=2).load_state_dict(Restart(stages=3).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_16_bits_takes_no_links_in(dtype: torch.dtype) -> None:
+    model = adapted("llama", "none", 1)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora_" in name else parameter.data.to(dtype)
+    with pytest.raises(ValueError, match="which would round them away"):
+        Restart(merge=True).start([AdaptedModel(model)], 9)
+    Restart().start([AdaptedModel(model)], 9)
 
 
 def test_an_unlinked_lora_is_no_adapter_of_ours() -> None:

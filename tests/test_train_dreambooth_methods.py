@@ -40,6 +40,7 @@ ENTIRE = [
     {"schedule": "coto", "shortcut": "block", "optimizer": "scaled_adamw"},
     {"schedule": "coto", "method": "lora", "optimizer": "pro"},
     {"schedule": "ranks:ratio=0.5,every=1", "shortcut": "block", "train_text_encoder": True},
+    {"schedule": "restart:stages=2,momentum=0.5,merge=true", "shortcut": "block", "train_text_encoder": True},
 ]
 
 
@@ -101,6 +102,10 @@ def test_dropped_adapters_change_what_is_learned_and_the_header_says_so(tmp_path
                 "got 4 stages in 3 steps",
                 "ranks begin with 8, and the adapter has rank 4",
             ],
+        ),
+        (
+            {"schedule": "restart:merge=true", "shortcut": "block", "mixed_precision": "bf16"},
+            ["restart: merge adds links to a base in bf16, which would round them away"],
         ),
         ({"schedule": "coto", "cuda_graph": True}, ["coto: a recorded step updates every adapter"]),
         ({"schedule": "fold", "shortcut": "none"}, ["fold: there is no shortcut to fold"]),

@@ -53,6 +53,8 @@ def schedule_problems(options: ModelOptions, training: TrainingOptions) -> Itera
         problems.append(f"{settings.name}: --handover_at is another schedule, and a run has one; wanted one of them")
     if settings.name == "fold" and options.shortcut == "block":
         problems.append("fold: block merges exactly, and folded it has more parameters; wanted input or middle")
+    if isinstance(settings, RestartSettings):
+        problems += settings.merge_problems(options.dtype, features_of(options, training))
     if settings.name == "prune":
         problems += prune_problems(options)
     yield from (f"--schedule: {problem}" for problem in problems)

@@ -39,6 +39,9 @@ class Scheduled(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.after_step(state.global_step)
 
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.finish()
+
 
 def save_schedule(folder: Path, schedule: Schedule, option: str | None) -> None:
     """Write how far a schedule has come beside the files of a checkpoint."""

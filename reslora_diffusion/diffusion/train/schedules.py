@@ -6,7 +6,7 @@ Known without torch.
 import os
 
 from ...methods.dora import dora_problems
-from ...methods.schedules.settings import FoldSettings, Settings, conflicts_of, parse_schedule
+from ...methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, parse_schedule
 from ...rules import ShortcutFields
 from ...utils.problems import BadInput
 from ..models.architecture import LINEAR, Architecture, rank_of
@@ -71,6 +71,9 @@ def schedule_problems(options: DreamBoothOptions, architecture: Architecture | N
     problems = conflicts_of(settings, features_of(options, architecture))
     if options.handover is not None:
         problems.append(f"{settings.name}: --handover is another schedule, and a run has one; wanted one of them")
+    if isinstance(settings, RestartSettings):
+        precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        problems += settings.merge_problems(precision, features_of(options))
     problems += settings.misfits(steps, options.rank)
     if architecture and getattr(settings, "ranks", None):
         ranks = sorted({rank_of(options, name) for _, name, _ in architecture.adapted(options)})

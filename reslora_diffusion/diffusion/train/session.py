@@ -251,7 +251,10 @@ class Run:
 
     def factors(self) -> dict[str, dict[str, LoraFactors]]:
         """The plain LoRA of each component as it would be exported now."""
-        return {name: self.schedule.exported(factors) for name, factors in self.adapters.factors().items()}
+        return {
+            name: self.schedule.exported(factors, number)
+            for number, (name, factors) in enumerate(self.adapters.factors().items())
+        }
 
     def restore(self, folder: Path) -> int:
         """Inverse of `save`; returns the step."""
@@ -380,6 +383,7 @@ class Run:
     def finish(self, step: int) -> tuple[MergeReport | PruningReport, ExportReport | PruningReport | None]:
         """Measure the merge, export, and write the files that show the run; processes but the main one get no report
         of the export. A run that prunes leaves the smaller model instead."""
+        self.schedule.finish()
         problem = self.adapters.health_problem()
         refuse([f"nothing was exported: {problem}"] if problem else [])
         if isinstance(self.schedule, Prune):

@@ -59,9 +59,12 @@ class Schedule:
         """Inside, the adapters compute what would be exported, as far as the schedule decides that."""
         return nullcontext()
 
-    def exported(self, factors: dict[str, LoraFactors]) -> dict[str, LoraFactors]:
-        """What is written of the plain LoRA that an adapter merges into."""
+    def exported(self, factors: dict[str, LoraFactors], adapter: int = 0) -> dict[str, LoraFactors]:
+        """What is written of the plain LoRA that an adapter, by its number, merges into."""
         return factors
+
+    def finish(self) -> None:
+        """Training is over; what is evaluated and exported comes next."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides tensors; JSON's types."""

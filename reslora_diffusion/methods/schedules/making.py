@@ -31,7 +31,7 @@ def make_schedule(
     if isinstance(settings, CotoSettings):
         return Coto(seed, settings.initial_p, settings.ratio, on_device)
     if isinstance(settings, RestartSettings):
-        return Restart(settings.stages, settings.momentum, settings.warmup, settings.ranks, seed)
+        return Restart(settings.stages, settings.momentum, settings.warmup, settings.ranks, seed, settings.merge)
     if isinstance(settings, PruneSettings):
         return Prune(**vars(settings), gradient_scale=gradient_scale)
     if isinstance(settings, RanksSettings):

@@ -120,7 +120,7 @@ class Ranks(Schedule):
                 A.index_fill_(0, places, 0)
                 B.index_fill_(1, places, 0)
 
-    def exported(self, factors: dict[str, LoraFactors]) -> dict[str, LoraFactors]:
+    def exported(self, factors: dict[str, LoraFactors], adapter: int = 0) -> dict[str, LoraFactors]:
         return without_zeros(factors)
 
     def state_dict(self) -> dict[str, Any]:

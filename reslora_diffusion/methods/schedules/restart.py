@@ -9,9 +9,12 @@ T steps are `stages` equal parts. At the end of each but the last, a knot is tie
     B   <- m B                       m = momentum; for m = 0 the next link starts as any LoRA does, from a fresh A
     moments <- 0                     and the learning rate begins its schedule again, with a warm-up
 
-Chain of LoRA is m = 0 with a few stages, perhaps of falling `ranks`; PeriodicLoRA has many, and m > 0. W is never
+Chain of LoRA is m = 0 with a few stages, perhaps of falling `ranks`; PeriodicLoRA has many, and m > 0. W is not
 touched, so a quantised base does as well, and what is exported is exact: one LoRA of the sum of the ranks (`reslora
 resize` makes it smaller, and says what is lost). With `block`, the links of a block are borrowed like its factors.
+
+As in both papers, `merge` adds finished links to W instead (`absorbed`), for a base in float32: later steps cost what
+one link costs. The export is the same, and W is put back when training ends.
 
 Neither paper's code was published. That momentum keeps the function, the summaries of PeriodicLoRA do not say; without
 it, every knot would be a jump.
@@ -28,8 +31,10 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.attach import AdaptedModel
+from ...core.functional import LoraFactors
 from ...utils.problems import refuse
 from ..optimizers.pairs import PairOptimizer
+from .absorbed import Absorbed, Link
 from .base import Change, Factor, Schedule
 from .settings import RestartSettings
 
@@ -45,12 +50,12 @@ class Restart(Schedule):
         warmup: steps in which the learning rate rises again after each knot.
         ranks: of each link, the first being the adapter's; scaling stays what it was.
         seed: of the A that later links start from, a function of (seed, link, layer).
+        merge: whether finished links are added to the base's weights.
 
     Raises:
         BadInput: naming everything that is wrong with the settings.
     """
 
-    saved_with_adapter = True
     conflicts = RestartSettings.conflicts
 
     def __init__(
@@ -60,8 +65,11 @@ class Restart(Schedule):
         warmup: int = 10,
         ranks: Sequence[int] = (),
         seed: int = 0,
+        merge: bool = False,
     ) -> None:
-        self.settings = RestartSettings(stages, momentum, warmup, list(ranks))
+        self.settings = RestartSettings(stages, momentum, warmup, list(ranks), merge)
+        self.merge, self.saved_with_adapter = merge, not merge
+        self.absorbed: list[Absorbed] = []  # by adapter, where links are merged
         self.stages, self.momentum, self.warmup, self.ranks = self.settings.links, momentum, warmup, list(ranks)
         self.seed, self.stage, self.total_steps = seed, 0, 0
         self.adapters: list[Adapter] = []
@@ -73,6 +81,9 @@ class Restart(Schedule):
         self.adapters, self.total_steps = [adapted.adapter for adapted in adapters], total_steps
         self.optimizer = optimizer
         problems = []
+        if self.merge and not self.absorbed:
+            self.absorbed = [Absorbed(adapter) for adapter in self.adapters]
+            problems += [problem for absorbed in self.absorbed for problem in absorbed.problems()]
         for adapter in self.adapters:
             if reason := self.conflicts.get(str(adapter.shortcut)):
                 problems.append(reason)
@@ -102,11 +113,9 @@ class Restart(Schedule):
         """Freeze the link that is trained, and begin the next."""
         self.stage += 1
         trained = [factor for adapter in self.adapters for name in adapter.sites for factor in weights(adapter, name)]
-        for adapter in self.adapters:
+        for number, adapter in enumerate(self.adapters):
             kept = {name: self.momentum * weights(adapter, name)[1] for name in adapter.sites}
-            adapter.add_frozen(
-                {name: (A.clone(), B - kept[name]) for name in kept for A, B in [weights(adapter, name)]}
-            )
+            self.freeze(number, {n: (A.clone(), B - kept[n]) for n in kept for A, B in [weights(adapter, n)]})
             for name, share in kept.items():
                 weights(adapter, name)[1].copy_(share)
         if self.optimizer is not None:
@@ -115,6 +124,24 @@ class Restart(Schedule):
         self.take_rank()
         if not self.momentum:
             self.draw()
+
+    def freeze(self, number: int, link: Link) -> None:
+        """Put a finished link of an adapter where it stays."""
+        if self.merge:
+            self.absorbed[number].add(link)
+        else:
+            self.adapters[number].add_frozen(link)
+
+    def exported(self, factors: dict[str, LoraFactors], adapter: int = 0) -> dict[str, LoraFactors]:
+        return self.absorbed[adapter].extend(factors) if self.absorbed else factors
+
+    def finish(self) -> None:
+        """Put the base back as it was, and the links beside the adapter."""
+        absorbed, self.absorbed = self.absorbed, []
+        for adapter, own in zip(self.adapters, absorbed, strict=False):
+            for link in own.restore():
+                like = {name: weights(adapter, name)[0] for name in link}
+                adapter.add_frozen({n: (A.to(like[n]), B.to(like[n])) for n, (A, B) in link.items()})
 
     def draw(self) -> None:
         """A of the next link, kaiming-uniform as PEFT has it."""
@@ -168,23 +195,32 @@ class Restart(Schedule):
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            f"{number}.{name}.{link}.{side}": factor
-            for number, adapter in enumerate(self.adapters)
-            for name, links in adapter.frozen.items()
-            for link, pair in enumerate(links)
+            f"{number}.{name}.{place}.{side}": factor
+            for number in range(len(self.adapters))
+            for place, link in enumerate(self.chain(number))
+            for name, pair in link.items()
             for side, factor in zip("AB", pair, strict=True)
         }
+
+    def chain(self, number: int) -> list[Link]:
+        """The finished links of an adapter."""
+        if self.absorbed:
+            return [*self.absorbed[number].links]
+        frozen = self.adapters[number].frozen
+        return [{name: links[place] for name, links in frozen.items()} for place in range(self.stage if frozen else 0)]
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for number, adapter in enumerate(self.adapters):
             adapter.frozen = {}
+            if self.absorbed:
+                self.absorbed[number].restore()
             for link in range(self.stage):
                 found = {}
                 for name in adapter.sites:
                     own = weights(adapter, name)
                     A, B = (tensors[f"{number}.{name}.{link}.{side}"].to(own[0]) for side in "AB")
                     found[name] = A, B
-                adapter.add_frozen(found)
+                self.freeze(number, found)
 
 
 def weights(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:

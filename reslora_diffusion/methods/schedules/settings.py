@@ -55,7 +55,7 @@ class Settings:
         given = [
             f"{item.name}={'/'.join(map(str, value)) if isinstance(value, list) else value}"
             for item in dataclasses.fields(self)
-            if (value := getattr(self, item.name)) not in (None, [])
+            if (value := getattr(self, item.name)) not in (None, []) and value is not False
         ]
         return f"{self.name}:{','.join(given)}" if given else self.name
 
@@ -85,6 +85,7 @@ class RestartSettings(Settings):
     momentum: float = option(0.0, "Share of a finished link that the next one keeps.", at_least=0, below=1)
     warmup: int = option(10, "Steps in which the learning rate rises again after each restart.", at_least=0)
     ranks: list[int] = option([], "Rank of each link, as 8/4/2 (default: that of the adapter).")
+    merge: bool = option(False, "Add finished links to the base's weights, which must be float32.")
 
     name = "restart"
     summary = "freezes the adapter and starts another beside it (PeriodicLoRA, Chain of LoRA)"
@@ -114,6 +115,16 @@ class RestartSettings(Settings):
             yield "ranks: got one, wanted one for each of two stages or more"
         if self.momentum and len(set(self.ranks)) > 1:
             yield "momentum keeps a part of the finished link, whose rank it has; wanted momentum=0 where ranks differ"
+
+    def merge_problems(self, dtype: str, features: Container[str]) -> Iterator[str]:
+        """Why finished links cannot be added to a base of this precision."""
+        if not self.merge:
+            return
+        if dtype not in ("float32", "no"):
+            yield f"{self.name}: merge adds links to a base in {dtype}, which would round them away; wanted float32"
+        for name, what in (("dora", "DoRA's norms are of the weights"), ("sharded_base", "each process has a part")):
+            if name in features:
+                yield f"{self.name}: merge changes the base's weights, and {what}; wanted merge=false"
 
     def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
         if total_steps is not None and self.links > total_steps:
