@@ -3,8 +3,8 @@
     W <- W + s sum_k B_k A_k         k: the block's own link, with shortcut `block` those of the blocks it borrows too
 
 What is computed and held on the device is then one link, however many there were. The CPU holds the links as well, and
-W as it was: an export is of the base that others have, and exact (`extend`), and after training the weights are put back
-bit for bit (`restore`). W must be float32 or float64: 16 bits would round small links away.
+W as it was: an export is of the base that others have, and exact (`extend`), and after training the weights are put
+back bit for bit (`restore`). W must be float32 or float64: 16 bits would round small links away.
 """
 
 from collections.abc import Iterator, Mapping
