@@ -142,12 +142,12 @@ def startup_section(content: dict[str, Any]) -> str:
 def methods_section(content: dict[str, Any]) -> str:
     parts = [
         "## What each method costs",
-        f"Whole runs of {content['steps']} steps beside plain LoRA with AdamW, on one thread of a CPU, rank 16, float32 "
-        "(`python -m benchmarks.methods`). The runs take turns, one step each, in one process. Times are processor time "
-        "of the thread, as the machine was loaded; ratios are of whole runs, quartiles step by step. `lora again` is "
-        "what noise does. Memory is counted: factors, gradients, optimizer, schedule and what a forward saves. On models "
-        "as small as these, what an optimizer does for each pair of factors weighs more than on large ones with many "
-        "tokens. The papers' numbers are of GPUs and of models of billions of parameters.",
+        f"Whole runs of {content['steps']} steps beside plain LoRA with AdamW, on one thread of a CPU, rank 16, "
+        "float32 (`python -m benchmarks.methods`). The runs take turns, one step each, in one process. Times are "
+        "processor time of the thread, as the machine was loaded; ratios are of whole runs, quartiles step by step. "
+        "`lora again` is what noise does. Memory is counted: factors, gradients, optimizer, schedule and what forwards "
+        "save. On models as small as these, what an optimizer does for each pair of factors weighs more than on large "
+        "ones with many tokens. The papers' numbers are of GPUs and of models of billions of parameters.",
     ]
     head = ["", "ms a step", "x LoRA", "quartiles", "memory, MB", "optimizer, MB", "claimed"]
     for case, methods in content["results"].items():
