@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 from llm_tiny import load_script
 from reslora_diffusion.tuning.command import parse, tune
+from reslora_diffusion.tuning.llm import row_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-llm"
@@ -26,3 +29,14 @@ def test_the_language_model_trainer_is_tuned_and_trained_with_what_was_found(tmp
     script = load_script("train_llm_reslora")
     output = script.main(["--config", str(config), "--max_steps", "2", "--max_new_tokens", "2", "--eval_base", "false"])
     assert (output / "adapter_model.safetensors").is_file()
+
+
+def test_losses_of_padded_rows_are_those_of_each_row_alone():
+    """With random logits; the rows have 3 and 5 tokens of which 2 and 3 are learned."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.tensor([[-100, 4, 2, -100, -100], [-100, -100, 1, 6, 3]])
+    found = row_losses(logits, labels)
+    for row, length in enumerate((3, 5)):
+        logs = logits[row, :length].log_softmax(-1)
+        alone = [-logs[place - 1, label] for place, label in enumerate(labels[row, :length].tolist()) if label >= 0]
+        assert float(found[row]) == pytest.approx(float(torch.stack(alone).mean()))

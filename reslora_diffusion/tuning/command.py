@@ -58,7 +58,7 @@ def tune(program: str, words: Sequence[str], settings: Settings, progress: "Prog
     study = open_study(settings, folder, {"program": program, **trainee.identity})
     try:
         search(trainee, settings, study, progress or show)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         raise Interrupted("the search; the same command continues it") from None
     return conclude(trainee, settings, study, folder, program)
 

@@ -17,6 +17,8 @@ from ..llm.training_options import TrainingOptions
 from ..utils.option_parser import parse_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..llm.trainer import ExportedTrainer
     from .study import Report, Spent
 
@@ -190,8 +192,21 @@ class Judge:
         was = model.training
         model.eval()
         collate: Any = self.trainer.data_collator
+        rows = sorted(range(len(self.rows)), key=lambda n: len(self.rows[n]["input_ids"]))  # little padding
+        size = self.trainer.args.per_device_eval_batch_size
         with torch.no_grad(), as_exported(model, self.trainer.calibration):
-            for batch in batches_of(self.rows, collate, 1):
-                found.append(float(run_model(model, batch).loss))
+            for batch in batches_of([self.rows[n] for n in rows], collate, size):
+                found.append(row_losses(run_model(model, batch).logits, batch["labels"]).cpu())
         model.train(was)
-        return np.array(found)
+        losses = np.empty(len(rows))
+        losses[rows] = torch.cat(found).double().numpy()
+        return losses
+
+
+def row_losses(logits: "Tensor", labels: "Tensor") -> "Tensor":
+    """Mean loss [B] over the learned tokens of each row: logits [B, T, V], labels [B, T] with -100 elsewhere."""
+    import torch.nn.functional as F
+
+    wanted = labels[:, 1:].to(logits.device)
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), wanted, reduction="none")  # 0 where it is -100
+    return each.sum(1) / (wanted != -100).sum(1)

@@ -70,6 +70,8 @@ class Outcome:
             f"{gain.loss_before:.4g}: gain {gain.gain:.2g} ({gain.low:.2g} to {gain.high:.2g}; 95 %, over "
             f"{gain.draws} draws that chose nothing, one seed of training)",
         ]
+        if self.trials < 3:
+            lines.append(f"{self.trials} trials say little: the time is too short for more; wanted a larger --share")
         if not gain.is_shown:
             lines.append("no gain is shown, so the options stay as they were given")
         if self.best_step < self.trial_steps:

@@ -52,7 +52,7 @@ class Space:
         """The command itself, then one step along each number: the rest is the sampler's."""
         own = {name: self.start[name] for name in self.searched}
         yield own
-        for name, factor in (("learning_rate", 4), ("learning_rate", 1 / 4), ("lora_alpha", 8)):
+        for name, factor in (("learning_rate", 4), ("lora_alpha", 8), ("learning_rate", 1 / 4)):
             if name in self.searched:
                 yield own | {name: self.start[name] * factor}
 

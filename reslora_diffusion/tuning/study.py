@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..utils.problems import BadInput
+from ..utils.problems import BadInput, Stopped, is_out_of_memory
 from .settings import EVALUATIONS, Settings
 from .space import Space
 
@@ -171,10 +171,13 @@ def run_trial(
     started = time.monotonic()
     try:
         spent = trainee.train(options, steps, evaluate_at, report)
-    except BaseException:
+    except BaseException as error:
         with suppress(Exception):
             study.tell(trial, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
+        if is_out_of_memory(error):
+            advice = "search another --search, or train with less"
+            raise Stopped(f"out of memory in trial {trial.number} ({options}); the study is kept; {advice}") from error
         raise
     finite = [(step, losses) for step, losses in measured if np.isfinite(losses).all()]
     if finite:
