@@ -60,7 +60,7 @@ def test_the_search_stays_in_its_share_and_finds_the_valley(tmp_path):
     search(trainee, settings, study)
     trials = study.get_trials(states=DONE)
     spent = sum(trial.user_attrs["seconds"] for trial in trials)
-    assert 0.7 * 900 < spent <= 1.1 * 900
+    assert 0.7 * 900 < spent <= 900
     assert any(trial.state.name == "PRUNED" for trial in trials)
     assert trials[0].params == {"learning_rate": 1e-3, "lora_alpha": 1.0}
     assert trials[0].state.name == "COMPLETE", "the command as given is measured to the end"
@@ -92,7 +92,7 @@ def test_a_search_that_is_cut_off_goes_on_where_it_stopped(tmp_path):
     assert len(trials) > 4
     tried = [trial.params for trial in trials]
     assert {"learning_rate": 2.5e-4, "lora_alpha": 1.0} in tried, "the trial that was cut off is made again"
-    assert sum(trial.user_attrs["seconds"] for trial in trials) <= 1.1 * 900
+    assert sum(trial.user_attrs["seconds"] for trial in trials) <= 900
 
 
 def test_two_processes_share_one_study(tmp_path):

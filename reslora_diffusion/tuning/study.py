@@ -75,11 +75,11 @@ class Budget:
 
     spent: float
     allowed: float
-    each: float  # a trial's, on average
+    longest: float  # a trial's
 
     @property
     def is_spent(self) -> bool:
-        return self.spent + self.each / 2 > self.allowed
+        return self.spent + self.longest > self.allowed
 
 
 def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) -> optuna.Study:
@@ -211,4 +211,4 @@ def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int) -> 
     """Time is counted in what trials took to train and to measure; loading the model comes on top."""
     times = [trial.user_attrs["seconds"] for trial in trials]
     whole = steps * median(trial.user_attrs["step_seconds"] for trial in trials)
-    return Budget(sum(times), settings.share * whole, sum(times) / len(times))
+    return Budget(sum(times), settings.share * whole, max(times))
