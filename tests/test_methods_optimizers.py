@@ -307,6 +307,46 @@ def test_reflora_steps_as_balanced_factors_do() -> None:
     torch.testing.assert_close(B @ only.A.grad + only.B.grad @ A, motion, rtol=1e-8, atol=1e-8)
 
 
+def preconditioned_reference(kind, A, B, loss, steps, lr, damping):
+    """AdamW written out, on gradients that are multiplied as the papers say: RefLoRA's S is T T^T, where B T is the
+    balanced factor that the singular value decomposition of B A gives."""
+    A, B = A.clone(), B.clone()
+    state, products = {}, []
+
+    def adam(name, g, t):
+        m, v = state.get(name, (0.0, 0.0))
+        state[name] = m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        return (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+    for t in range(1, steps + 1):
+        W = (SCALING * B @ A).requires_grad_()
+        (g,) = torch.autograd.grad(loss(W), W)
+        g_A, g_B = SCALING * B.T @ g, SCALING * g @ A.T
+        if kind is ScaledAdamW:
+            eye = torch.eye(RANK)
+            g_A = torch.linalg.solve(B.T @ B + damping * eye, g_A)
+            g_B = torch.linalg.solve(A @ A.T + damping * eye, g_B.T).T
+        else:
+            U, sigma, _ = torch.linalg.svd(B @ A, full_matrices=False)
+            T = torch.linalg.lstsq(B, U[:, :RANK] * sigma[:RANK].sqrt()).solution
+            g_A, g_B = T @ T.T @ g_A, g_B @ torch.linalg.inv(T @ T.T)
+        A, B = (f - lr * adam(n, g, t) for n, f, g in (("A", A, g_A), ("B", B, g_B)))
+        products.append(SCALING * B @ A)
+    return products
+
+
+@pytest.mark.parametrize(("kind", "damping"), [(ScaledAdamW, 1e-2), (RefLora, 0.0)])
+def test_preconditioned_adamw_over_several_steps(kind: type, damping: float) -> None:
+    As, Bs, losses = problem(1)
+    only = pair(As[0], Bs[0])
+    optimizer = kind(parameters([only]), [only], lr=0.01, damping=damping, weight_decay=0.0)
+    got = train(optimizer, [only], losses, 8)
+    wanted = preconditioned_reference(kind, As[0], Bs[0], losses[0], 8, 0.01, damping)
+    assert (got[-1][0] - SCALING * Bs[0] @ As[0]).norm() > 0.05
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours[0], theirs, rtol=1e-7, atol=1e-8)
+
+
 # ------------------------------------------------------------------------------------------ what all of them share
 
 
