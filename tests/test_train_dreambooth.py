@@ -376,7 +376,7 @@ def test_a_signal_while_merging_keeps_what_was_trained(tmp_path, monkeypatch):
 
     options = {"max_train_steps": 2, "use_ema": True}
     with monkeypatch.context() as patched:
-        patched.setattr("reslora_diffusion.diffusion.train.session.merge_report", quits)
+        patched.setattr("reslora_diffusion.diffusion.train.finishing.merge_report", quits)
         with pytest.raises(Interrupted, match="after step 2, while merging; continue by"):
             train(tmp_path / "run", **options)
         patched.setattr("reslora_diffusion.diffusion.train.setup.add_adapters", quits)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` sho
 
     from reslora_diffusion.diffusion.data.sampling import Batch
     from reslora_diffusion.diffusion.objective.loss import Denoiser
-    from reslora_diffusion.diffusion.options.checks import Plan
+    from reslora_diffusion.diffusion.options.plan import Plan
     from reslora_diffusion.diffusion.train.session import Run
 
 
@@ -181,8 +181,10 @@ def teach(options: DreamBoothOptions, plan: "Plan") -> Path:
         run.close()
     if step < plan.max_train_steps:
         raise Interrupted(f"after step {step} of {plan.max_train_steps}; continue by --resume_from_checkpoint latest")
+    from reslora_diffusion.diffusion.train.finishing import finish
+
     with rescued(run, "merging"):
-        merged, exported = run.finish(step)
+        merged, exported = finish(run, step)
     if exported:
         print(merged)
         print(f"{options.method} adapter: steps {first_step + 1} to {step} in {time.monotonic() - started:.0f} s")

@@ -18,7 +18,6 @@ merged base, is read alike by all.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +30,7 @@ from .base import base_layer, is_transposed
 from .factors import Components, Loss, from_matrix
 from .header import open_safetensors
 from .keys import Naming, to_kohya
-from .limits import CheckFailed
-
-if TYPE_CHECKING:
-    from .proof import LoaderCheck
+from .limits import CheckFailed, LoaderCheck
 
 Weights = Iterable[tuple[str, str, Tensor]]  # component, path, W [out, in, ...]
 DORA_NORM = "dora_norm"  # of the header, under `reslora.`: "base" where rows are divided by norms of W
@@ -186,8 +182,6 @@ def kohya_dora(
     Raises:
         CheckFailed: ComfyUI would compute something else.
     """
-    from .proof import LoaderCheck
-
     rows = [f.magnitude for modules in written.values() for f in modules.values() if has_rows(f)]
     of_base = all(magnitude.of_base for magnitude in rows if magnitude is not None)
     notes = [KOHYA_READERS.format(rule=FOR_COMFYUI if of_base else AS_TRAINED)]

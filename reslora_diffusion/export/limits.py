@@ -1,6 +1,7 @@
-"""Thresholds, choices and the one kind of failure that several modules share. Nothing here waits for torch."""
+"""Thresholds, choices, and how a check ends, which several modules share. Nothing here waits for torch."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 LOSSY_ERROR = 0.05  # of a module's norm: a cut that loses more must be asked for
@@ -10,6 +11,25 @@ Rank = int | Literal["full", "auto"]
 
 class CheckFailed(ValueError):
     """The input was sound, but what came of it did not pass: a failed proof, or a loss that nobody allowed."""
+
+
+@dataclass(frozen=True)
+class LoaderCheck:
+    """One loader's view of one file."""
+
+    loader: str
+    file: str
+    matched: int
+    expected: int
+    largest_relative_error: float | None  # None where only names were compared
+    misread: list[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> str:
+        return "names only" if self.largest_relative_error is None else f"{self.largest_relative_error:.1e}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 
 def parse_rank(text: str) -> Rank:

@@ -13,7 +13,6 @@ may cost is `TOLERANCE`; a missing, extra or misread module is an infinite error
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,28 +24,9 @@ from .factors import TOLERANCE, Components, relative_error
 from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
 from .header import open_safetensors
 from .keys import Naming, from_kohya, projects
-from .limits import CheckFailed
+from .limits import CheckFailed, LoaderCheck
 from .progress import progress
 from .reader import read_lora
-
-
-@dataclass(frozen=True)
-class LoaderCheck:
-    """One loader's view of one file."""
-
-    loader: str
-    file: str
-    matched: int
-    expected: int
-    largest_relative_error: float | None  # None where only names were compared
-    misread: list[str] = field(default_factory=list)
-
-    @property
-    def error(self) -> str:
-        return "names only" if self.largest_relative_error is None else f"{self.largest_relative_error:.1e}"
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def finiteness_problems(components: Components) -> list[str]:

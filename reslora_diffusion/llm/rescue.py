@@ -1,4 +1,4 @@
-"""What an error leaves behind: what was trained is written before anyone reads about the error.
+"""Errors that end a run: what was trained is written before the error is reported.
 
 with enough_memory(options, training):     before the first step: there is nothing to keep
     model = ...
@@ -12,15 +12,14 @@ import gc
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from ..utils.files import write_text
-from ..utils.hub import first_line
-from ..utils.problems import BadInput, Interrupted, Stopped, is_out_of_memory
+from ..utils.problems import BadInput, Interrupted, Stopped, enough_memory_or, first_line, is_out_of_memory
 from .options import ScriptOptions
 from .resuming import checkpoints_in, fault_of
 from .trainer import SHARDING, ExportedTrainer
@@ -50,22 +49,13 @@ def memory_advice(options: ScriptOptions, training: TrainingArguments, evaluatin
     return f"these options need less: {', '.join([text for applies, text in choices if applies][:SHOWN])}"
 
 
-@contextmanager
-def enough_memory(options: ScriptOptions, training: TrainingArguments) -> Iterator[None]:
+def enough_memory(options: ScriptOptions, training: TrainingArguments) -> AbstractContextManager:
     """Inside, nothing has been trained yet.
 
     Raises:
         Stopped: the memory does not suffice; says which options need less.
     """
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = first_line(error)
-    if failure:
-        raise Stopped(f"out of memory before the first step ({failure}); {memory_advice(options, training)}")
+    return enough_memory_or(lambda: memory_advice(options, training))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..utils.hub import first_line
+from ..utils.problems import first_line
 from .forms import Messages, is_learned, tools_of
 
 THINK, THOUGHT = "<think>", "</think>"

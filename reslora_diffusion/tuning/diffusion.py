@@ -19,7 +19,7 @@ import torch
 from ..diffusion.data.sampling import Batch
 from ..diffusion.objective.randomness import Stream, seed_of
 from ..diffusion.options import DreamBoothOptions
-from ..diffusion.options.checks import Plan
+from ..diffusion.options.plan import Plan
 from ..diffusion.train import setup
 from ..diffusion.train.session import Run
 from ..utils.problems import Stopped

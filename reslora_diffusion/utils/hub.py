@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from .problems import BadInput
+from .problems import BadInput, first_line
 
 PATIENCE = 5.0  # seconds until a hub that does not answer counts as out of reach
 
@@ -46,10 +46,6 @@ def looking_up(option: str, name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         reason = f"it is not on this machine, and {why}" if why else first_line(error)
         raise BadInput([f"{option} {name}: {reason}"]) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def create_repository(name: str | None, output: str | Path, token: str | None, private: bool | None = None) -> str:

@@ -67,6 +67,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters of it; the error's type where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+@contextmanager
+def enough_memory_or(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, nothing has been trained yet; an error of memory becomes `Stopped`, with advice."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = first_line(error)
+    if failure:  # outside of `except`, where the frames of the error hold its memory
+        raise Stopped(f"out of memory before the first step ({failure}); {advice()}")
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise `BadInput` if there is any problem."""
     if problems := list(problems):

@@ -15,7 +15,7 @@ from ..models.families import Family, Texts
 from ..models.families.base import pieces_of
 from ..models.load import DTYPES, load_pipeline
 from ..options import DreamBoothOptions
-from ..options.checks import Plan
+from ..options.plan import Plan
 from .buckets import Buckets
 from .class_images import generate_class_images, missing_numbers
 from .concepts import Concept, options_of

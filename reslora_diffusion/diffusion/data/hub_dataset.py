@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ...utils.files import replace_folder
-from ...utils.hub import first_line, unreachable
+from ...utils.hub import unreachable
 from ...utils.images import UNREADABLE, known_formats
-from ...utils.problems import BadInput, listing, refuse
+from ...utils.problems import BadInput, first_line, listing, refuse
 from ..options import DreamBoothOptions
 from .scan import IMAGE_SUFFIXES, METADATA_FILE
 

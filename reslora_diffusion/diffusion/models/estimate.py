@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..options import DreamBoothOptions
-from ..options.checks import Plan
+from ..options.plan import Plan
 from .families import Texts, Tokens
 from .families.base import pieces_of
 from .load import base_dtype

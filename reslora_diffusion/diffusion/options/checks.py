@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reslora_diffusion.export.header import read_headers
 
@@ -35,23 +34,10 @@ from .inventory import inventory
 from .kohya_checks import bad_data, bad_noise, bad_prompts
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
+from .plan import Plan
 from .training import ONE_RATE, PACKAGED
 
-if TYPE_CHECKING:
-    from ..models.meta_pipeline import MetaPipeline
-
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is trained on, and for how long."""
-
-    concepts: list[Concept]
-    buckets: list[Size]
-    max_train_steps: int
-    steps_per_epoch: int
-    base: "MetaPipeline"
 
 
 @dataclass

@@ -7,9 +7,9 @@ diffusers' script for the family of the model: `take_defaults` fills them in onc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ...utils.options import default_of, facts_of, value_problems
 from .adapter import AdapterOptions
@@ -18,8 +18,14 @@ from .model import ModelOptions
 from .output import OutputOptions
 from .training import ONE_RATE, TrainingOptions
 
-if TYPE_CHECKING:
-    from ..models.families import Family
+
+class FamilyDefaults(Protocol):
+    """What of a `models.families.Family` decides on defaults."""
+
+    title: str
+    pipeline_class: str
+    is_guided: bool
+    not_here: Mapping[str, str]
 
 
 @dataclass
@@ -51,7 +57,7 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
             setattr(self, name, value)
         self.given |= values.keys()
 
-    def take_defaults(self, family: Family) -> None:
+    def take_defaults(self, family: FamilyDefaults) -> None:
         """Give options that were not given the defaults of diffusers' script for this family."""
         kind = family.pipeline_class
         for name in sorted(self.translated & self.given & family.not_here.keys()):  # their programs ignore it

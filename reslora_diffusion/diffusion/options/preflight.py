@@ -22,10 +22,10 @@ from ..train.checkpoints import find_checkpoint
 from ..train.optimizers import learning_rate_factor, name_of
 from ..train.record import changes
 from . import DreamBoothOptions
-from .checks import Plan
 from .inventory import inventory
 from .launcher import processes, world_size
 from .model_checks import adapter_settings
+from .plan import Plan
 
 FEW = 50  # steps in which no subject is learnt
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam

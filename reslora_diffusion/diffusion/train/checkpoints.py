@@ -11,10 +11,13 @@ one that a failing disk or a power cut has damaged is found and passed over.
 
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ...utils.files import make_folder, remove_folder, replace_folder
 from ...utils.problems import BAD_DATA, BadInput
@@ -96,3 +99,16 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
         for old in there[: max(0, len(there) + 1 - limit)]:
             remove_folder(old)
     return folder
+
+
+def written_elsewhere(output: Path, step: int, write: Callable[[Path], None]) -> str:
+    """Write a checkpoint that the output folder does not take to the temporary files; returns where, in words."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f"{output.resolve().name}-"))
+        place = write_checkpoint(folder, step, write)
+        return f"; it is in {place} instead: move it into {output} to continue from it"
+    except (OSError, SafetensorError):
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        return ""

@@ -1,4 +1,4 @@
-"""What an error leaves behind: a trained adapter is on the disk before anyone reads about the error.
+"""Errors that end a run: the trained adapter is written before the error is reported.
 
     with rescued(run, "merging"):
         ...                    after an error a checkpoint is written, then `Stopped` says what failed and what is kept
@@ -8,23 +8,15 @@ is named instead. Where the output folder takes no checkpoint, the folder for te
 """
 
 import gc
-import shutil
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from ...utils.files import write_text
-from ...utils.problems import BadInput, Interrupted, Stopped, is_out_of_memory, listing
+from ...utils.problems import BadInput, Interrupted, Stopped, enough_memory_or, first_line, is_out_of_memory, listing
 from ..options import DreamBoothOptions
-from .checkpoints import checkpoints_in, write_checkpoint
-
-if TYPE_CHECKING:
-    from .session import Run
+from .checkpoints import checkpoints_in
+from .session import Run
 
 DETAILS = "error.txt"
 CONTINUE = "continue by --resume_from_checkpoint latest"
@@ -50,7 +42,7 @@ def memory_advice(options: DreamBoothOptions, training: bool = True) -> str:
 
 
 def release_memory() -> None:
-    """Give back what a failed computation held."""
+    """Free the memory of a failed computation."""
     import torch
 
     gc.collect()
@@ -58,28 +50,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def enough_memory(options: DreamBoothOptions) -> Iterator[None]:
+def enough_memory(options: DreamBoothOptions) -> AbstractContextManager:
     """Inside, nothing has been trained yet; raises `Stopped` with advice where the memory does not suffice."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = short(error)
-    if failure:
-        raise Stopped(f"out of memory before the first step ({failure}); {memory_advice(options)}")
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error, without an end that only developers read."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return enough_memory_or(lambda: memory_advice(options))
 
 
 @contextmanager
-def rescued(run: "Run", doing: str) -> Iterator[None]:
+def rescued(run: Run, doing: str) -> Iterator[None]:
     """Inside, an error that ends the run is turned into `Stopped`, after what was trained has been written.
 
     Raises:
@@ -105,11 +82,11 @@ def rescued(run: "Run", doing: str) -> Iterator[None]:
     failure.__traceback__ = None  # its frames hold the memory of the failed step
     release_memory()
     if is_out_of_memory(failure):
-        cause = f"out of memory in step {run.step + 1} ({short(failure)}); {memory_advice(run.options)}"
+        cause = f"out of memory in step {run.step + 1} ({first_line(failure)}); {memory_advice(run.options)}"
         if doing != "training":
-            cause = f"out of memory while {doing} ({short(failure)})"
+            cause = f"out of memory while {doing} ({first_line(failure)})"
     else:
-        cause = f"{doing} failed: {type(failure).__name__}: {short(failure)}"
+        cause = f"{doing} failed: {type(failure).__name__}: {first_line(failure)}"
         if isinstance(failure, EXPECTED):
             cause = f"{doing} failed: {failure}"
         else:
@@ -119,7 +96,7 @@ def rescued(run: "Run", doing: str) -> Iterator[None]:
     raise Stopped(f"{cause}. {kept(run)}") from failure
 
 
-def kept(run: "Run") -> str:
+def kept(run: Run) -> str:
     """Write the state of the last whole step, and say where it is."""
     there = [path.name for path in checkpoints_in(run.output)]
     older = f"in {run.output}: {listing(reversed(there)) or 'no checkpoint'}"
@@ -134,18 +111,5 @@ def kept(run: "Run") -> str:
     except Stopped as error:
         return f"{error}; {older}"
     except Exception as error:  # a device that answers nothing any more
-        return f"The last step could not be kept ({short(error)}); {older}"
+        return f"The last step could not be kept ({first_line(error)}); {older}"
     return f"Kept: checkpoint-{run.step} in {run.output} with all that was trained; {CONTINUE}, which also exports it"
-
-
-def written_elsewhere(output: Path, step: int, write: Callable[[Path], None]) -> str:
-    """Write a checkpoint that the output folder does not take among the temporary files; return where, in words."""
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f"{output.resolve().name}-"))
-        place = write_checkpoint(folder, step, write)
-        return f"; it is in {place} instead: move it into {output} to continue from it"
-    except (OSError, SafetensorError):
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        return ""

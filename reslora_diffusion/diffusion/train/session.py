@@ -1,10 +1,11 @@
-"""A run: everything a training loop holds, and what happens around its steps (save, restore, validate, export).
+"""A run: everything a training loop holds, and what happens around its steps: save, restore, validate.
+
+`finishing` merges and exports it.
 
 Methods are called by every process alike; only the main one writes. What is random or scheduled is a function of
 (options, step), so a checkpoint holds tensors, the optimizer's moments and a step, and nothing else.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,45 +20,34 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.export import ExportReport, export_lora, save_merged
+from reslora_diffusion.export import ExportReport, save_merged
 from reslora_diffusion.methods.schedules import Change, Prune, Schedule
 from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
 
-from ...utils.files import write_text
-from ...utils.problems import Stopped, listing, refuse
-from ..data.examples import prompts_of
+from ...utils.problems import Stopped, listing
 from ..data.sampling import Batch, Sampler
 from ..models.adapters import Adapters
-from ..models.load import DTYPES, base_model_name
 from ..objective.loss import Denoiser
 from ..objective.randomness import Stream, seed_of
-from ..options import IN_HEADER, DreamBoothOptions
-from ..options.checks import Plan
+from ..options import DreamBoothOptions
 from ..options.launcher import shards
+from ..options.plan import Plan
 from .best import Best
 from .changes import Data
-from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint
+from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint, written_elsewhere
 from .ema import Ema
+from .exporting import checkpoint_number, export_factors, header_facts
 from .history import History, NonFiniteLoss, plot_losses
-from .merging import Evaluation, MergeReport, forwards_of, merge_report
-from .model_card import model_card
+from .merging import Evaluation, MergeReport, forwards_of
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler, used_weights
-from .pruning import PruningReport, export_pruned
-from .record import export_name, versions
-from .rescue import written_elsewhere
+from .record import versions
 from .schedules import settings_of
-from .training_state import load_training_state, save_training_state
-from .validation import SHEET, ValidationImages, fixed_noise_loss
+from .training_state import load_training_state, save_training_state, take
+from .validation import ValidationImages, fixed_noise_loss
 
-MERGE_REPORT = "merge_report.json"
 LOSS_PLOT = "loss.png"
 IMAGE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-
-
-def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those tensors whose names begin so, under the rest of their names; they are taken out."""
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 @dataclass
@@ -84,7 +74,7 @@ class Run:
     settled: bool = field(init=False, default=True)  # whether all that a step changes belongs to that step
     unwritten: OSError | None = field(init=False, default=None)
     saved_step: int | None = field(init=False, default=None)
-    seen: dict[str, float] = field(init=False, default_factory=dict)
+    latest: dict[str, float] = field(init=False, default_factory=dict)
     best: Best | None = field(init=False, default=None)  # under --keep_best, on the process that validates
 
     def __post_init__(self) -> None:
@@ -307,9 +297,10 @@ class Run:
             if self.validation_images.wanted or self.options.keep_best:
                 self.calibrate()
             if self.accelerator.is_main_process or shards():
-                self.look(step)
+                self.measure(step)
 
-    def look(self, step: int) -> None:
+    def measure(self, step: int) -> None:
+        """Evaluate and write the losses; generate and save the images."""
         with self.adapters.evaluation():
             known = step == 0 and not self.options.network_weights  # every lora_B is zero, and the loss is the base's
             loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
@@ -320,7 +311,7 @@ class Run:
                 values |= {"merge_gap": merged - values["validation_loss"]}
                 if self.options.keep_best and step and not (self.best and self.best.loss_merged <= merged):
                     self.best = Best.of(step, loss, merged, self.factors())
-        self.seen = values
+        self.latest = values
         self.history.write([{"step": step, **values}])
         self.accelerator.log(values, step=step)
         images = self.validation_images.generate(self.adapters) if self.validation_images.wanted else []
@@ -340,73 +331,18 @@ class Run:
         smoothed = self.history.smoothed
         loss = {} if smoothed is None else {"loss": f"{smoothed:.4f}"}
         return loss | {
-            name: f"{value:+.0e}" if name == "merge_gap" else f"{value:.4f}" for name, value in self.seen.items()
+            name: f"{value:+.0e}" if name == "merge_gap" else f"{value:.4f}" for name, value in self.latest.items()
         }
-
-    # ------------------------------------------------------------------------------------------ finish
-
-    def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
-        """What the headers of the LoRA's files say of its training; kohya's `ss_*` are made from the same names."""
-        facts = {
-            **{name: getattr(self.options, name) for name in IN_HEADER},
-            "method": self.options.method,
-            **self.method,
-            "num_previous": self.options.num_previous,
-            "handover": self.options.handover,
-            "ss_clip_skip": self.options.skip_clip_layers and self.options.skip_clip_layers + 1,  # kohya counts from 1
-            "base_model": base_model_name(self.options),
-            "trigger_words": self.options.instance_prompt,
-            "steps": step,
-            "seed": self.options.seed,
-            "merge_gap": report.gap if report else None,
-        }
-        return {key: str(value) for key, value in facts.items() if value is not None}
 
     def export(
         self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
     ) -> ExportReport:
-        """Write the plain LoRA of now. A checkpoint's file for ComfyUI and A1111 is numbered: by its step, or with
-        `--checkpointing_epochs` as kohya's scripts number theirs, by passes and by steps between them."""
-        name, number = export_name(self.options), f"{step:06d}"
-        if self.options.checkpointing_epochs:
-            passes, rest = divmod(step, self.plan.steps_per_epoch)
-            number = f"step{step:08d}" if rest else f"{passes:06d}"
-        return export_lora(
-            folder,
-            factors,
-            name=name if folder == self.output else f"{name}-{number}",
-            dtype=DTYPES[self.options.save_precision],
-            facts=self.facts(step, report),
-            models=self.adapters.models if self.options.use_dora else None,  # a file for ComfyUI needs their norms
-        )
+        """Write factors as a plain LoRA, with what the run knows of them in the headers."""
+        number = checkpoint_number(self.options, self.plan, step)
+        return export_factors(self.options, self.adapters, factors, folder, self.facts(step, report), number)
 
-    def finish(self, step: int) -> tuple[MergeReport | PruningReport, ExportReport | PruningReport | None]:
-        """Measure the merge, export, and write the files that show the run; processes but the main one get no report
-        of the export. A run that prunes leaves the smaller model instead."""
-        self.schedule.finish()
-        problem = self.adapters.health_problem()
-        refuse([f"nothing was exported: {problem}"] if problem else [])
-        if isinstance(self.schedule, Prune):
-            with self.averaged():
-                pruned = export_pruned(self, step)
-            return pruned, pruned if self.accelerator.is_main_process else None
-        with self.averaged():
-            self.calibrate(self.options.distillation_steps or 0)
-            merged = merge_report(self.adapters, self.denoiser, self.evaluation, self.loss_base, **self.method)
-            if not self.accelerator.is_main_process:
-                return merged, None
-            factors = self.factors()
-            if self.best and self.best.step != step:
-                was = f"{merged.loss_merged:.5f} at step {step}"
-                step, factors, merged = self.best.step, self.best.factors, self.best.report(merged)
-                self.accelerator.print(f"exported is step {step}: held-out loss {merged.loss_merged:.5f}, {was}")
-            exported = self.export(self.output, factors, step, merged)
-        write_text(self.output / MERGE_REPORT, json.dumps(merged.to_dict() | {"step": step}, indent=2))
-        plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
-        tag, prompt = self.plan.base.family.tag, self.options.instance_prompt or prompts_of(self.plan.concepts)[0]
-        images = [name for name in (SHEET, LOSS_PLOT) if (self.output / name).is_file()]
-        write_text(self.output / "README.md", model_card(self.options, tag, prompt, str(merged).splitlines(), images))
-        return merged, exported
+    def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
+        return header_facts(self.options, self.method, step, report)
 
     def close(self) -> None:
         """Let the trackers write what they hold. A full disk must not hide why a run has ended."""

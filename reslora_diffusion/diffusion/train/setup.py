@@ -26,7 +26,7 @@ from ..models.warm_start import start_from
 from ..objective.drawn_noise import NoiseRecipe
 from ..objective.loss import Denoiser, Objective
 from ..options import DreamBoothOptions
-from ..options.checks import Plan
+from ..options.plan import Plan
 from ..options.preflight import expectation, kept_for_backward, preflight, tracker_of
 from .changes import data_changes, data_of
 from .checkpoints import broken_in, find_checkpoint, restoring, stored_facts

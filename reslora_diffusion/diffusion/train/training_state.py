@@ -127,3 +127,8 @@ def set_rest(model: nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str,
             optimizer.state[parameter][entry] = value.to(parameter.device) if torch.is_tensor(value) else value
         else:
             groups[parameter][entry] = value
+
+
+def take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those tensors whose names begin so, under the rest of their names; they are taken out."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

@@ -1,0 +1,66 @@
+"""The LoRA files of a run, and what their headers say of its training."""
+
+from pathlib import Path
+
+from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.merging.report import MergeReport
+from reslora_diffusion.export import ExportReport, export_lora
+
+from ..models.adapters import Adapters
+from ..models.load import DTYPES, base_model_name
+from ..options import IN_HEADER, DreamBoothOptions
+from ..options.plan import Plan
+from .record import export_name
+
+
+def header_facts(
+    options: DreamBoothOptions, method: dict[str, str], step: int, report: MergeReport | None = None
+) -> dict[str, str]:
+    """Facts of training for the headers; kohya's `ss_*` are made from the same names.
+
+    Args:
+        method: shortcut and merge method, as the adapters were trained.
+    """
+    facts = {
+        **{name: getattr(options, name) for name in IN_HEADER},
+        "method": options.method,
+        **method,
+        "num_previous": options.num_previous,
+        "handover": options.handover,
+        "ss_clip_skip": options.skip_clip_layers and options.skip_clip_layers + 1,  # kohya counts from 1
+        "base_model": base_model_name(options),
+        "trigger_words": options.instance_prompt,
+        "steps": step,
+        "seed": options.seed,
+        "merge_gap": report.gap if report else None,
+    }
+    return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+def checkpoint_number(options: DreamBoothOptions, plan: Plan, step: int) -> str:
+    """The number of a checkpoint's file for ComfyUI and A1111: its step, or with `--checkpointing_epochs` as kohya's
+    scripts number theirs, by passes and by steps between them."""
+    if not options.checkpointing_epochs:
+        return f"{step:06d}"
+    passes, rest = divmod(step, plan.steps_per_epoch)
+    return f"step{step:08d}" if rest else f"{passes:06d}"
+
+
+def export_factors(
+    options: DreamBoothOptions,
+    adapters: Adapters,
+    factors: dict[str, dict[str, LoraFactors]],
+    folder: Path,
+    facts: dict[str, str],
+    number: str,
+) -> ExportReport:
+    """Write a plain LoRA; in a checkpoint, the file for ComfyUI and A1111 is numbered."""
+    name = export_name(options)
+    return export_lora(
+        folder,
+        factors,
+        name=name if folder == Path(options.output_dir) else f"{name}-{number}",
+        dtype=DTYPES[options.save_precision],
+        facts=facts,
+        models=adapters.models if options.use_dora else None,  # a file for ComfyUI needs their norms
+    )
