@@ -213,6 +213,9 @@ def read_train_request(
     class_images: float,
     seed: float | None,
     name: str,
+    optimizer: str = TrainRequest.optimizer,
+    schedule: str = TrainRequest.schedule,
+    use_dora: bool = False,
 ) -> TrainRequest:
     """The train tab's fields, in their order; what they hold is checked when the training is started.
 
@@ -237,4 +240,7 @@ def read_train_request(
         num_class_images=int(class_images),
         seed=int(seed),
         name=name.strip(),
+        optimizer=optimizer,
+        schedule=schedule,
+        use_dora=use_dora,
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from reslora_diffusion.methods.offers import offered_optimizers, offered_schedules
 from reslora_diffusion.programs import beside
 from reslora_diffusion.utils.names import file_name_from
 
@@ -35,6 +36,8 @@ CONFIG, LOG, IMAGES = "config.yaml", "train.log", "images"
 LOG_LINES = 14
 SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
 SAMPLES_PER_RUN = 8
+PLAIN_OPTIMIZER, NO_SCHEDULE = "adamw", "none"
+OF_MODELS = ("prune",)  # schedules that leave a smaller model, and no adapter that could be compared
 PAIR = ("lora", "reslora-block")  # contenders of --compare, trained one after the other on the same draws
 
 
@@ -81,6 +84,15 @@ class TrainRequest:
     num_class_images: int = 40
     seed: int = 0
     name: str = ""
+    optimizer: str = PLAIN_OPTIMIZER
+    schedule: str = NO_SCHEDULE
+    use_dora: bool = False
+
+    @property
+    def features(self) -> list[str]:
+        """What it has, by the names of the methods' `conflicts`."""
+        shortcuts = ["none", "block"] if self.method is Method.PAIR else [self.method.options.get("shortcut", "none")]
+        return [*shortcuts, self.optimizer, *(["dora"] if self.use_dora else [])]
 
 
 def request_problems(request: TrainRequest, images: int, limits: TrainLimits) -> list[str]:
@@ -102,6 +114,12 @@ def request_problems(request: TrainRequest, images: int, limits: TrainLimits) ->
         ("class images", request.num_class_images, limits.class_images),
     )
     found += [f"{name} lies between 1 and {most}; got {v}" for name, v, most in ranges if not 1 <= v <= most]
+    schedules = {offer.value: offer.reasons for offer in offered_schedules(request.features)}
+    if request.schedule != NO_SCHEDULE:
+        unknown = (f"{request.schedule}: there is none of this name",)
+        found += [f"schedule {why}" for why in schedules.get(request.schedule, unknown)]
+    if request.optimizer not in (PLAIN_OPTIMIZER, *(offer.value for offer in offered_optimizers())):
+        found.append(f"there is no optimizer {request.optimizer}")
     if not 0 < request.learning_rate <= 1:
         found.append(f"the learning rate lies between 0 and 1; got {request.learning_rate:g}")
     if not 0 <= request.seed < 2**32:
@@ -127,6 +145,12 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
         "report_to": "none",
         "output_dir": str(folder),
     }
+    if r.optimizer != PLAIN_OPTIMIZER:
+        options["optimizer"] = r.optimizer
+    if r.schedule != NO_SCHEDULE:
+        options["schedule"] = r.schedule
+    if r.use_dora:
+        options["use_dora"] = True
     if r.validation_prompt:
         options |= {
             "validation_prompt": list(r.validation_prompt),

@@ -300,7 +300,7 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "this app reads 1"),
+        ({"format_version": 3}, "this app reads 1 to 2"),
         ({"colour": 1}, "colour is not known"),
         ({"seeds": "3"}, "whole numbers"),
         ({"seeds": [True]}, "whole numbers"),

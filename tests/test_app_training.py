@@ -12,7 +12,17 @@ from app.forms import read_train_request
 from app.images import MAX_SIDE, images_in, read_images
 from app.run_views import training_status
 from app.runs import ADAPTER, read_run
-from app.training import CONFIG, LOG_LINES, Method, Trainer, TrainRequest, options_of, request_problems, slug
+from app.training import (
+    CONFIG,
+    LOG_LINES,
+    Method,
+    Trainer,
+    TrainLimits,
+    TrainRequest,
+    options_of,
+    request_problems,
+    slug,
+)
 from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.data.scan import open_upright
 from reslora_diffusion.diffusion.options import known_flags, parse
@@ -288,3 +298,17 @@ def test_a_pair_is_trained_on_equal_terms_and_both_are_offered(tmp_path):
     shelf = Comparer(load_pipeline(tmp_path / "base")).shelf
     assert [shelf.card(file).fits for file in training.adapters()] == [True, True]
     assert "sks-cat-lora-then-reslora/lora and sks-cat-lora-then-reslora/reslora-block" in training_status(training)
+
+
+def test_methods_of_the_family_reach_the_script_and_what_does_not_compose_is_said(tmp_path):
+    asked = dataclasses.replace(ASKED, optimizer="rite", schedule="coto")
+    assert request_problems(asked, 1, TrainLimits()) == []
+    options = options_of(asked, "base", 64, tmp_path)
+    assert (options["optimizer"], options["schedule"]) == ("rite", "coto")
+    assert not {"optimizer", "schedule", "use_dora"} & options_of(ASKED, "base", 64, tmp_path).keys()
+    bad = dataclasses.replace(ASKED, method=Method.INPUT, schedule="restart", optimizer="nope")
+    problems = "\n".join(request_problems(bad, 1, TrainLimits()))
+    assert "schedule restart: a finished link is frozen" in problems
+    assert "there is no optimizer nope" in problems
+    pair = dataclasses.replace(ASKED, method=Method.PAIR, schedule="fold")
+    assert any("no shortcut to fold" in problem for problem in request_problems(pair, 1, TrainLimits()))

@@ -6,6 +6,8 @@ from pathlib import Path
 import gradio as gr
 from gradio.events import Dependency
 
+from reslora_diffusion.methods.offers import Offer, offered_optimizers, offered_schedules
+
 from .. import run_views, views
 from ..forms import read_train_request
 from ..images import images_in, read_images
@@ -13,7 +15,7 @@ from ..runs import Run, read_run
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
 from ..tabs import refusal
-from ..training import CONFIG, Method, Training, TrainRequest
+from ..training import CONFIG, NO_SCHEDULE, OF_MODELS, PLAIN_OPTIMIZER, Method, Training, TrainRequest
 
 SECONDS_BETWEEN_LOOKS = 2
 SMOOTHING = 0.95
@@ -22,6 +24,11 @@ INTRODUCTION = (
     "Teaches the loaded base a subject from a few images, with the script of the command line and a configuration "
     "file that it takes too. The adapter joins the Compare tab when it is done."
 )
+
+
+def said(offer: Offer) -> tuple[str, str]:
+    """A choice of a dropdown: its words, and its value."""
+    return f"{offer.value}: {offer.summary}", offer.value
 
 
 def train_watch() -> tuple[gr.BrowserState, gr.Timer]:
@@ -71,6 +78,21 @@ def train_tab(
                 lines=2,
                 elem_id="train_samples_of",
             )
+            with gr.Accordion("The rest of the family", open=False):
+                optimizer = gr.Dropdown(
+                    [("AdamW", PLAIN_OPTIMIZER), *map(said, offered_optimizers())],
+                    value=PLAIN_OPTIMIZER,
+                    label="Optimizer",
+                    elem_id="train_optimizer",
+                )
+                schedules = [offer for offer in offered_schedules() if offer.value not in OF_MODELS]
+                schedule = gr.Dropdown(
+                    [("none", NO_SCHEDULE), *map(said, schedules)],
+                    value=NO_SCHEDULE,
+                    label="Schedule",
+                    elem_id="train_schedule",
+                )
+                dora = gr.Checkbox(False, label="DoRA: magnitudes beside the directions", elem_id="train_dora")
             with gr.Accordion("More", open=False):
                 rank = gr.Slider(1, limits.rank, value=TrainRequest.rank, step=1, label="Rank")
                 rate = gr.Number(TrainRequest.learning_rate, label="Learning rate", minimum=0, maximum=1)
@@ -115,6 +137,9 @@ def train_tab(
         class_images,
         seed,
         name,
+        optimizer,
+        schedule,
+        dora,
     ]
     shown = [status, curves, images, log, start, stop, config, timer, adapters]
 
