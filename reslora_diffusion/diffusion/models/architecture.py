@@ -143,7 +143,7 @@ def read_architecture(options: DreamBoothOptions) -> Architecture | None:
     Raises:
         BadInput: the pipeline is not of a family that is trained here.
     """
-    files = Files(options.pretrained_model_name_or_path or "", options.revision)
+    files = Files(options.config_source, options.revision)
     try:
         index = files.json("model_index.json")
         family = family_of(index, files.name)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
+from reslora_diffusion.export.single_file import is_single_file, load_single_file, read_single_file
+
 from ...utils.problems import BadInput, refuse
 from ...utils.weights import broken_model
 from ..options import DreamBoothOptions
@@ -47,20 +49,23 @@ def load_pipeline(options: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPi
     try:
         if options.tokenizer_name:
             given["tokenizer"] = AutoTokenizer.from_pretrained(options.tokenizer_name, revision=options.revision)
-        index = DiffusionPipeline.load_config(name, revision=options.revision)
+        index = DiffusionPipeline.load_config(options.config_source, revision=options.revision)
         if index["_class_name"] == "StableDiffusionPipeline":
             given |= {"safety_checker": None, "requires_safety_checker": False}
         given |= {part: None for part in OF_T5 if part in index and (options.skip_t5 or index[part][0] is None)}
         if options.pretrained_vae_model_name_or_path:
             given["vae"] = AutoencoderKL.from_pretrained(options.pretrained_vae_model_name_or_path, dtype=dtype)
-        pipeline = DiffusionPipeline.from_pretrained(
-            name,
-            dtype=dtype,
-            revision=options.revision,
-            variant=options.variant,
-            **given,
-        )
-    except (OSError, ValueError) as error:
+        if is_single_file(name):
+            pipeline = load_single_file(read_single_file(str(name)), options.config_source, dtype, **given)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(
+                name,
+                dtype=dtype,
+                revision=options.revision,
+                variant=options.variant,
+                **given,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         raise BadInput([f"{name} cannot be loaded: {error}"]) from error
     refuse(f"{name}: {problem}" for problem in broken_weights(pipeline))
     pipeline.set_progress_bar_config(disable=True)

@@ -66,7 +66,7 @@ def load_meta_pipeline(options: DreamBoothOptions) -> MetaPipeline:
     Raises:
         BadInput: they cannot be read, or are not of a family that is trained here.
     """
-    name = given_base(options)
+    name = options.config_source
     where: dict[str, Any] = {"revision": options.revision}
     why = None if Path(name).is_dir() else unreachable()
     try:

@@ -7,17 +7,16 @@ no format that tells shapes.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reslora_diffusion.export.header import read_headers
+from reslora_diffusion.export.single_file import is_single_file
 
 from ...rules import ShortcutFields
 from ...utils import environment
 from ...utils.hub import unreachable
-from ...utils.model_files import Files
 from ...utils.names import file_name_problem
 from ...utils.problems import BadInput, listing, refuse
 from ..data.buckets import KOHYA_LIMITS, Size, make_buckets
@@ -30,6 +29,7 @@ from ..train.checkpoints import broken_in, checkpoints_in, find_checkpoint, stor
 from ..train.record import differences
 from ..train.schedules import decomposition_problems, schedule_problems
 from . import DreamBoothOptions
+from .base_checks import is_on_this_machine, missing_models, take_single_file
 from .inventory import inventory
 from .kohya_checks import bad_data, bad_noise, bad_prompts
 from .launcher import launcher_problems, world_size
@@ -88,6 +88,7 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         BadInput: every problem found, unless torch may know of more.
     """
     missing = missing_models(options)
+    take_single_file(options, missing)
     architecture, misfits = None, []
     try:
         without = options.changed(**dict.fromkeys(missing))  # the rest can still be held against each other
@@ -124,17 +125,13 @@ def quick_check(options: DreamBoothOptions) -> Findings:
     return found
 
 
-def is_on_this_machine(options: DreamBoothOptions) -> bool:
-    """Whether the model is a folder or in the hub's cache; else it takes the hub, and time, to learn more."""
-    return Files(options.pretrained_model_name_or_path or "", options.revision).path("model_index.json") is not None
-
-
 def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
     """The plan of a run; raises `BadInput` with every problem found, and with what was found in the folders."""
     found = found or quick_check(options)
-    name = options.pretrained_model_name_or_path or ""
+    name, single = options.config_source, is_single_file(options.pretrained_model_name_or_path)
     if not Path(name).is_dir() and (why := unreachable()) and not is_on_this_machine(options):
-        found.problems.append(f"--pretrained_model_name_or_path {name}: it is not on this machine, and {why}")
+        flag = "--base_config" if single else "--pretrained_model_name_or_path"
+        found.problems.append(f"{flag} {name}: it is not on this machine, and {why}")
         found.refuse(options)
     from ..models.meta_pipeline import load_meta_pipeline
 
@@ -163,37 +160,6 @@ def length(options: DreamBoothOptions, concepts: list[Concept]) -> tuple[int, in
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (options.train_batch_size * options.gradient_accumulation_steps * world_size()))
     return options.max_train_steps or options.num_train_epochs * per_epoch, per_epoch
-
-
-# What makes a folder of a single file.
-CLASSES_BY_OPTION = {
-    "pretrained_model_name_or_path": "StableDiffusionPipeline",
-    "pretrained_vae_model_name_or_path": "AutoencoderKL",
-    "tokenizer_name": "",
-}
-
-
-def missing_models(options: DreamBoothOptions) -> dict[str, str]:
-    """Why there is nothing to look at under an option, as far as this machine can tell."""
-    problems = {}
-    for option in CLASSES_BY_OPTION:
-        name = getattr(options, option) or ""
-        folder = Path(name)
-        if re.match(r"https?://", name):
-            problems[option] = f"--{option}: {name} is an address; wanted a folder, or the hub's OWNER/NAME"
-        elif folder.is_file():
-            kind = CLASSES_BY_OPTION[option]
-            problems[option] = f"--{option}: {name} is a single file; wanted a folder or a hub name" + (
-                f" ({kind}.from_single_file({folder.name!r}).save_pretrained('folder') makes one)" if kind else ""
-            )
-        elif name and not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2):
-            problems[option] = f"--{option}: {name} is missing; wanted a folder or a hub name"
-    option, name = "pretrained_model_name_or_path", options.pretrained_model_name_or_path
-    if not name:
-        problems[option] = f"--{option} is required"
-    elif Path(name).is_dir() and not Path(name, "model_index.json").is_file():
-        problems[option] = f"--{option}: {name} has no model_index.json; wanted a diffusers pipeline"
-    return problems
 
 
 def slow_problems(options: DreamBoothOptions, architecture: Architecture | None) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
+from reslora_diffusion.export.single_file import is_single_file, read_single_file
+
 from ...utils.options import default_of, facts_of, value_problems
 from .adapter import AdapterOptions
 from .data import DataOptions
@@ -56,6 +58,12 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
         for name, value in values.items():
             setattr(self, name, value)
         self.given |= values.keys()
+
+    @property
+    def config_source(self) -> str:
+        """Folder or hub name of the base's configurations and tokenizers; raises `BadInput` for a file that is none."""
+        name = self.pretrained_model_name_or_path or ""
+        return (self.base_config or read_single_file(name).config) if is_single_file(name) else name
 
     def take_defaults(self, family: FamilyDefaults) -> None:
         """Give options that were not given the defaults of diffusers' script for this family."""

@@ -15,7 +15,14 @@ class ModelOptions:
     """Model."""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "Folder or hub name of a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 pipeline.", binds=True
+        None,
+        "Folder or hub name of a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 pipeline, or one .safetensors file.",
+        binds=True,
+    )
+    base_config: str | None = option(
+        None,
+        "Of a base that is one file: folder or hub name of a pipeline whose configurations and tokenizers it has "
+        "(default: the one of the hub that its family began with).",
     )
     revision: str | None = option(None, "Revision of the model on the hub.")
     variant: str | None = option(None, "Variant of the weight files, such as fp16.")

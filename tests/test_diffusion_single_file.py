@@ -1,0 +1,136 @@
+"""Bases as people have them: one .safetensors file under the original names, and what is none."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from dreambooth import arguments, train
+from original_layout import write_single_file
+from reslora_diffusion.diffusion.options.checks import quick_check
+from reslora_diffusion.export.single_file import load_single_file, read_single_file
+from reslora_diffusion.utils.problems import BadInput
+from tiny import saved, tiny_pipeline, tiny_pipeline_xl
+
+
+def without_weights(folder, target):
+    """The configurations and tokenizers of a pipeline alone."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+def tiny_xl(folder):
+    """SDXL whose two text encoders differ in width, by which a file's are told apart."""
+    pipeline = tiny_pipeline_xl(folder)
+    config = pipeline.text_encoder_2.config.to_dict() | {"hidden_size": 48, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**config)).eval()
+    unet = type(pipeline.unet).from_config(dict(pipeline.unet.config) | {"cross_attention_dim": 80}).eval()
+    parts = pipeline.components | {"text_encoder_2": second, "unet": unet}
+    own = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    own.save_pretrained(folder)
+    return own
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline, tiny_xl])
+def test_a_single_file_is_the_pipeline_that_it_was_made_of(tmp_path, build):
+    pipeline = build(tmp_path / "folder")
+    path = write_single_file(pipeline, tmp_path / "model.safetensors")
+    found = read_single_file(path)
+    assert found.pipeline_class == type(pipeline).__name__
+    loaded = load_single_file(found, str(without_weights(tmp_path / "folder", tmp_path / "config")), torch.float32)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if build is tiny_xl else [])):
+        wanted, got = (getattr(p, part).state_dict() for p in (pipeline, loaded))
+        assert wanted.keys() == got.keys(), part
+        assert all(torch.equal(wanted[name], got[name]) for name in wanted), part
+
+
+def test_a_run_on_a_single_file_is_the_run_on_its_folder(tmp_path):
+    folder = saved(tiny_pipeline)
+    path = write_single_file(tiny_pipeline(tmp_path / "again"), tmp_path / "model.safetensors")
+    config = without_weights(folder, tmp_path / "config")
+    one = train(tmp_path / "one", pretrained_model_name_or_path=path, base_config=config, train_text_encoder=True)
+    other = train(tmp_path / "other", train_text_encoder=True)
+    exported = [load_file(run / "pytorch_lora_weights.safetensors") for run in (one, other)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_v_prediction_of_sdxl_is_told_from_the_files_keys(tmp_path):
+    """NoobAI and other SDXL models have the configuration of SDXL, and two empty tensors that say what they predict."""
+    pipeline = tiny_xl(tmp_path / "folder")
+    config = without_weights(tmp_path / "folder", tmp_path / "config")
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    noob = write_single_file(pipeline, tmp_path / "noob.safetensors", **marks)
+    plain = write_single_file(pipeline, tmp_path / "plain.safetensors")
+    said = {}
+    for path in (noob, plain):
+        options = arguments(tmp_path / "out", pretrained_model_name_or_path=path, base_config=config)
+        quick_check(options)
+        said[path.stem] = (options.prediction_type, bool(options.rescale_betas_zero_snr))
+    assert said == {"noob": ("v_prediction", True), "plain": ("epsilon", False)}
+    folder = train(tmp_path / "run", pretrained_model_name_or_path=noob, base_config=config)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
+
+
+def tensors(*names, shape=(4, 4)):
+    return {name: torch.zeros(shape) for name in names}
+
+
+UNET = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tensors("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"), "is a LoRA"),
+        (tensors("encoder.down.0.block.0.conv1.weight", "quant_conv.weight"), "is an autoencoder"),
+        (tensors("text_model.encoder.layers.0.mlp.fc1.weight"), "is a text encoder"),
+        (tensors("model.diffusion_model.distilled_guidance_layer.in_proj.bias"), "is a Chroma model"),
+        (tensors("down_blocks.0.resnets.0.conv1.weight"), "is a UNet in diffusers' layout"),
+        (tensors(UNET, "cond_stage_model.transformer.x", shape=(4, 9, 3, 3)), "is a model for inpainting"),
+        (tensors(UNET, "conditioner.embedders.0.model.x"), "is the refiner of SDXL"),
+        (tensors(UNET), "holds a UNet without text encoders"),
+        (tensors("something.else"), "is of no family that is known here (it holds something.else)"),
+    ],
+)
+def test_what_is_no_base_is_named_in_one_message_before_weights_are_read(tmp_path, content, said):
+    path = tmp_path / "model.safetensors"
+    save_file(content, path)
+    with pytest.raises(BadInput) as error:
+        quick_check(arguments(tmp_path / "out", pretrained_model_name_or_path=path))
+    (problem,) = error.value.problems
+    assert problem.startswith(f"--pretrained_model_name_or_path: {path} {said}")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (("joint_blocks.0.context_block.adaLN_modulation.1.bias", "joint_blocks.37.x"), "StableDiffusion3Pipeline"),
+        (
+            ("double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight", "guidance_in.in_layer.bias"),
+            "FluxPipeline",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_transformers_are_told_by_their_names(tmp_path, names, wanted, prefix):
+    """SD3 and FLUX.1: what they are is told from a header; released files have not been loaded here."""
+    path = tmp_path / "model.safetensors"
+    save_file(tensors(*(prefix + name for name in names)), path)
+    found = read_single_file(path)
+    assert (found.pipeline_class, found.whole) == (wanted, False)
+    assert found.config.endswith(("FLUX.1-dev", "3.5-large"))
+
+
+def test_a_pickle_and_another_familys_configuration_are_refused(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(BadInput, match=r"model.ckpt is a single file of another kind; wanted one named .safetensors"):
+        quick_check(arguments(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "model.ckpt"))
+    path = write_single_file(tiny_pipeline(tmp_path / "folder"), tmp_path / "model.safetensors")
+    xl = saved(tiny_pipeline_xl)
+    with pytest.raises(BadInput, match="is a StableDiffusionXLPipeline, .* a StableDiffusionPipeline"):
+        quick_check(arguments(tmp_path / "out", pretrained_model_name_or_path=path, base_config=xl))
