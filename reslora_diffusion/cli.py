@@ -71,7 +71,15 @@ Output = Annotated[
 ]
 Variant = Annotated[str | None, typer.Option(help="of the model's weight files, such as fp16")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, with every module")]
-BASE_HELP = "folder or hub name of a diffusers pipeline or transformers model"
+BASE_HELP = (
+    "folder or hub name of a diffusers pipeline or transformers model, or one file of Stable Diffusion or FLUX.1"
+)
+BaseConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="of a base that is one file: pipeline whose configurations it has (default: the hub's)"
+    ),
+]
 
 
 def dtype_of(precision: Precision | None) -> "torch.dtype | None":
@@ -145,6 +153,7 @@ def inspect(source: LoraSource, as_json: AsJson = False) -> None:
 def verify(
     source: LoraSource,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help=BASE_HELP)] = None,
+    base_config: BaseConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that a LoRA loads and fits its base.
@@ -159,7 +168,7 @@ def verify(
     """
     from .export.verify import verify_lora
 
-    result = verify_lora(source, base)
+    result = verify_lora(source, base, base_config)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
@@ -174,6 +183,7 @@ def merge(
     dtype: Annotated[Precision | None, typer.Option(help="precision of the result (default: the base's)")] = None,
     variant: Variant = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it holds something")] = False,
+    base_config: BaseConfig = None,
 ) -> None:
     """Fuse a LoRA into its base: a whole model.
 
@@ -183,7 +193,16 @@ def merge(
     """
     from .export.fusing import fuse
 
-    report = fuse(source, base, output, scale=scale, dtype=dtype_of(dtype), variant=variant, overwrite=overwrite)
+    report = fuse(
+        source,
+        base,
+        output,
+        scale=scale,
+        dtype=dtype_of(dtype),
+        variant=variant,
+        overwrite=overwrite,
+        base_config=base_config,
+    )
     typer.echo(str(report))
 
 

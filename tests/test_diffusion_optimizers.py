@@ -65,7 +65,7 @@ def test_packaged_optimizers_train_three_steps_and_resume(tmp_path, name):
 
 def test_names_are_those_of_kohyas_scripts_in_small_letters():
     kohyas = "AdamW AdamW8bit PagedAdamW PagedAdamW8bit Lion8bit PagedLion8bit Lion SGDNesterov DAdaptation "
-    kohyas += "DAdaptAdam DAdaptAdaGrad DAdaptAdan DAdaptLion DAdaptSGD Prodigy Adafactor "
+    kohyas += "DAdaptAdam DAdaptAdaGrad DAdaptAdan DAdaptLion Prodigy Adafactor "
     kohyas += "AdamWScheduleFree RAdamScheduleFree SGDScheduleFree"
     assert {name.lower() for name in kohyas.split()} <= set(OPTIMIZERS)
 

@@ -11,7 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from dreambooth import arguments, train
 from original_layout import write_single_file
 from reslora_diffusion.diffusion.options.checks import quick_check
+from reslora_diffusion.export.fusing import fuse
 from reslora_diffusion.export.single_file import load_single_file, read_single_file
+from reslora_diffusion.export.verify import verify_lora
 from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline, tiny_pipeline_xl
 
@@ -134,3 +136,23 @@ def test_a_pickle_and_another_familys_configuration_are_refused(tmp_path):
     xl = saved(tiny_pipeline_xl)
     with pytest.raises(BadInput, match="is a StableDiffusionXLPipeline, .* a StableDiffusionPipeline"):
         quick_check(arguments(tmp_path / "out", pretrained_model_name_or_path=path, base_config=xl))
+
+
+def test_a_lora_is_verified_against_a_single_file_and_merged_into_it(tmp_path):
+    """The fused model is that of the folder, to the bit; v-prediction of the file is in its scheduler."""
+    folder = saved(tiny_pipeline)
+    run = train(tmp_path / "run")
+    path = write_single_file(tiny_pipeline(tmp_path / "again"), tmp_path / "model.safetensors")
+    config = str(without_weights(folder, tmp_path / "config"))
+    assert verify_lora(run, str(path), config).passed
+    report = fuse(run, str(path), tmp_path / "fused", base_config=config)
+    other = fuse(run, str(folder), tmp_path / "other")
+    assert (report.base, report.modules) == (str(path), other.modules)
+    for part in ("unet", "text_encoder", "vae"):
+        (one,), (two,) = (list((f / part).glob("*.safetensors")) for f in (tmp_path / "fused", tmp_path / "other"))
+        first, second = load_file(one), load_file(two)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), part
+    assert not list(tmp_path.glob(".base-*"))
+    with pytest.raises(ValueError, match="is a LoRA"):
+        fuse(run, str(run / "pytorch_lora_weights.safetensors"), tmp_path / "third")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from ..utils.hub import unreachable
 from ..utils.model_files import Files, Unknown
-from ..utils.problems import Unusable, listing
+from ..utils.problems import BadInput, Unusable, listing
 from .flux import parts_of
 from .geometry import family_of_widths
 from .header import Header
 from .keys import classic_path, flat_path
+from .single_file import read_single_file
 
 if TYPE_CHECKING:  # names of bases are looked at without waiting for torch
     from torch import nn
@@ -139,10 +140,11 @@ def check_base_name(name: str) -> list[str]:
             return []
         return [f"{name} holds neither model_index.json nor config.json: no diffusers pipeline, no transformers model"]
     if path.is_file():
-        return [
-            f"{name} is a single file; wanted the folder or hub name of a pipeline "
-            "(StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) makes one)"
-        ]
+        try:
+            read_single_file(path)
+        except BadInput as error:
+            return error.problems
+        return []
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         return [f"{name} does not exist"]
     files = Files(name, None)

@@ -9,7 +9,7 @@ back: the fused weights are what was computed, and all others are the base's, bi
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,9 @@ from .limits import CheckFailed
 from .peft_folder import MODEL
 from .progress import progress
 from .proof import health_problems
-from .reader import read_lora
+from .reader import LoraFile, read_lora
 from .rewriting import Change, WeightFiles, component_weights, copy_others, differences, precisions, rewritten, size_of
+from .single_file import as_folder
 
 QUANTISED = "quantization_config"
 GENERATION = "generation_config.json"
@@ -75,16 +76,18 @@ def fuse(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     overwrite: bool = False,
+    base_config: str | None = None,
 ) -> FuseReport:
     """Write the base with a LoRA in it, as a model of its own.
 
     Args:
         source: any LoRA file or folder.
-        base: folder or hub name of a diffusers pipeline or transformers model, with safetensors weights.
+        base: folder or hub name of a diffusers pipeline or transformers model, with safetensors weights; or one file.
         output: a new folder; one that holds something is replaced only with `overwrite`.
         scale: strength of the LoRA.
         dtype: precision of the result; every tensor keeps the base's own if not given.
         variant: of the base's weight files, such as "fp16".
+        base_config: of a base that is one file: the pipeline whose configurations it has.
 
     >>> fuse("my_lora.safetensors", "stable-diffusion-v1-5/stable-diffusion-v1-5", "fused")
     >>> StableDiffusionPipeline.from_pretrained("fused")
@@ -96,6 +99,22 @@ def fuse(
     output = Path(output)
     lora = read_lora(source, dora=True)
     check_merge(source, base, output, overwrite, health_problems(lora.components), scale)
+    with as_folder(base, base_config, output.absolute().parent) as folder:
+        report = fuse_into(lora, source, folder, output, scale=scale, dtype=dtype, variant=variant)
+    return replace(report, base=base)
+
+
+def fuse_into(
+    lora: LoraFile,
+    source: str | Path,
+    base: str,
+    output: Path,
+    *,
+    scale: float,
+    dtype: torch.dtype | None,
+    variant: str | None,
+) -> FuseReport:
+    """`fuse` for a base in diffusers' layout, once both were checked."""
     models = fitting_models(lora.components, base)
     if tied := tied_weights(lora.components, models):
         raise ValueError(f"{source} cannot be merged into {base}: {tied_problem(tied)}")

@@ -7,8 +7,12 @@ Configurations and tokenizers are not in such a file: they are those of a pipeli
 default the one of the hub that the family began with.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..utils.model_files import Unknown, shapes_in
@@ -45,6 +49,7 @@ class SingleFile:
         prediction_type: what the file itself says of it; None where it does not.
         zero_terminal_snr: whether the file says that its last timestep has no signal.
         whole: whether text encoders and autoencoder are in it.
+        stored: the precision of most of its numbers, as safetensors names it.
     """
 
     path: Path
@@ -53,6 +58,7 @@ class SingleFile:
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     whole: bool = True
+    stored: str = "F32"
 
 
 def is_single_file(name: str | None) -> bool:
@@ -71,6 +77,7 @@ def read_single_file(path: str | Path) -> SingleFile:
             raise ValueError(f"{path} is a single file of another kind; wanted one named {' or '.join(SUFFIXES)}")
         with open_safetensors(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
+            kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (no mapping)
         shapes = shapes_in(path)
     except Unknown as error:
         raise BadInput([f"{path} is quantised, or its header cannot be read; {WANTED}"]) from error
@@ -78,7 +85,7 @@ def read_single_file(path: str | Path) -> SingleFile:
         raise BadInput([str(error)]) from error
     if (reason := no_base(shapes)) is not None:
         raise BadInput([f"{path} {reason}"])
-    return known(path, shapes, metadata)
+    return replace(known(path, shapes, metadata), stored=kinds.most_common(1)[0][0])
 
 
 def no_base(shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -146,9 +153,50 @@ def load_single_file(found: SingleFile, config: str, dtype: Any, **given: Any) -
     kind: Any = getattr(diffusers, found.pipeline_class)
     if found.whole:
         local = {"local_files_only": True} if Path(config).is_dir() else {}
-        return kind.from_single_file(str(found.path), config=config, dtype=dtype, **local, **given)
+        return as_said(found, kind.from_single_file(str(found.path), config=config, dtype=dtype, **local, **given))
     part: Any = {"FluxPipeline": "FluxTransformer2DModel"}.get(found.pipeline_class, "SD3Transformer2DModel")
     denoiser = getattr(diffusers, part).from_single_file(
         str(found.path), config=config, subfolder="transformer", dtype=dtype
     )
     return kind.from_pretrained(config, transformer=denoiser, dtype=dtype, **given)
+
+
+def as_said(found: SingleFile, pipeline: Any) -> Any:
+    """The pipeline with the scheduler that the file asks for, whatever the configuration says."""
+    if found.prediction_type is not None:
+        said: dict[str, Any] = {"prediction_type": found.prediction_type}
+        if found.zero_terminal_snr:
+            said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **said)
+    return pipeline
+
+
+def config_of(base: str, config: str | None) -> str:
+    """Folder or hub name of a base's configurations; raises `BadInput` for a file that is no base."""
+    return (config or read_single_file(base).config) if is_single_file(base) else base
+
+
+@contextmanager
+def as_folder(base: str, config: str | None, beside: Path) -> Iterator[str]:
+    """Inside, a base of one file is a folder in diffusers' layout, made in `beside`; any other base is what it is.
+
+    Raises:
+        ValueError: the file cannot be loaded with these configurations.
+    """
+    if not is_single_file(base):
+        yield base
+        return
+    import torch
+
+    found = read_single_file(base)
+    source = config_of(base, config)
+    without = {"safety_checker": None} if found.pipeline_class == "StableDiffusionPipeline" else {}
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(found.stored, torch.float32)
+    try:
+        pipeline = load_single_file(found, source, dtype, **without)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{base} cannot be loaded with the configurations of {source}: {error}") from error
+    with TemporaryDirectory(dir=beside, prefix=".base-") as folder:
+        pipeline.save_pretrained(folder)
+        del pipeline
+        yield folder

@@ -35,6 +35,7 @@ from .proof import (
 )
 from .reader import LoraFile, read_lora
 from .scaling import endless_fields, matched
+from .single_file import config_of
 from .tables import table
 
 LARGEST_REPORT = 2**24  # bytes; the report of SDXL has half a million
@@ -77,12 +78,13 @@ class Verification:
         )
 
 
-def verify_lora(source: str | Path, base: str | None = None) -> Verification:
+def verify_lora(source: str | Path, base: str | None = None, base_config: str | None = None) -> Verification:
     """Check a LoRA file or folder, and against a base if there is one.
 
     Args:
         source: a file, an export folder (both of its files are checked), a PEFT folder.
-        base: folder or hub name of a diffusers pipeline or transformers model; only its configurations are read.
+        base: folder or hub name of a diffusers pipeline or transformers model; only its configurations are read. Of one
+            file its names and shapes say what it is, and `base_config` (by default the hub's) is read.
 
     >>> result = verify_lora("my_lora.safetensors", "stable-diffusion-v1-5/stable-diffusion-v1-5")
     >>> print(result); result.passed
@@ -94,6 +96,7 @@ def verify_lora(source: str | Path, base: str | None = None) -> Verification:
 
     if base:
         check_base(base)
+        base = config_of(base, base_config)
     source = Path(source)
     recorded, problems = recorded_hashes(source)
     files, others = files_of(source, recorded)

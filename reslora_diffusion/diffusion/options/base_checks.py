@@ -66,13 +66,10 @@ def take_single_file(options: DreamBoothOptions, missing: Mapping[str, str]) -> 
         return
     found = read_single_file(str(options.pretrained_model_name_or_path))
     said = {"prediction_type": found.prediction_type, "rescale_betas_zero_snr": found.zero_terminal_snr or None}
-    if options.base_config and (other := class_of(options.base_config, options.revision)) not in (
-        None,
-        found.pipeline_class,
-    ):
-        options.problems.append(
-            f"--base_config: {options.base_config} is a {other}, {found.path} a {found.pipeline_class}"
-        )
+    other = class_of(options.base_config, options.revision) if options.base_config else None
+    if other not in (None, found.pipeline_class):
+        problem = f"{options.base_config} is a {other}, {found.path} a {found.pipeline_class}; wanted the same"
+        options.problems.append(f"--base_config: {problem}")
     own = {name: value for name, value in said.items() if value is not None and getattr(options, name) is None}
     options.update(own)
     if own.get("prediction_type") == "v_prediction":

@@ -41,7 +41,7 @@ PACKAGED: dict[str, Packaged] = {
     },
     **{
         f"dadapt{name.lower()}": Packaged("dadaptation", f"DAdapt{name}", "dadaptation")
-        for name in ("AdaGrad", "Adam", "Adan", "Lion", "SGD")
+        for name in ("AdaGrad", "Adam", "Adan", "Lion")
     },
     "dadaptation": Packaged("dadaptation", "DAdaptAdam", "dadaptation"),
 }
