@@ -71,9 +71,7 @@ Output = Annotated[
 ]
 Variant = Annotated[str | None, typer.Option(help="of the model's weight files, such as fp16")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, with every module")]
-BASE_HELP = (
-    "folder or hub name of a diffusers pipeline or transformers model, or one file of Stable Diffusion or FLUX.1"
-)
+BASE_HELP = "folder or hub name of a diffusers pipeline or transformers model, or one file of a pipeline"
 BaseConfig = Annotated[
     str | None,
     typer.Option(

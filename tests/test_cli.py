@@ -277,11 +277,11 @@ def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch,
 
 
 @pytest.mark.parametrize("words", [("verify",), ("merge", "out")])
-def test_a_single_file_is_no_base(run, source, words):
+def test_a_lora_is_no_base(run, source, words):
     command, *rest = words
     code, output = run(command, source, *rest, "--base", source)
     assert code == 2
-    assert "is a single file; wanted the folder or hub name of a pipeline" in output
+    assert "is a LoRA, which is trained on a base" in output
 
 
 def test_all_that_is_wrong_is_in_one_message(run, source, tmp_path):

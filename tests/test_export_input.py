@@ -363,7 +363,7 @@ def test_a_base_that_cannot_be(tmp_path, base):
     write_lora_file(source, {"unet": random_factors(tiny_unet(), ("to_q",), 0)}, "kohya")
     with pytest.raises(ValueError, match="does not exist"):
         verify_lora(source, base)
-    with pytest.raises(ValueError, match="is a single file; wanted the folder"):
+    with pytest.raises(ValueError, match="is a LoRA, which is trained on a base"):
         verify_lora(source, str(source))
     with pytest.raises(ValueError, match="holds neither model_index.json nor config.json"):
         verify_lora(source, str(tmp_path))
