@@ -38,6 +38,21 @@ def write_state(folder, step=0):
     save_training_state(folder / "state", {"a": torch.ones(3)}, facts={"step": step})
 
 
+def test_a_launcher_that_passes_ctrl_c_on_does_not_quit_at_once(monkeypatch):
+    """The terminal tells every process of its group; torchrun tells its workers once more."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Interruption(Accelerator(cpu=True)) as interruption:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert interruption.requested()
+        interruption.echo_until = time.monotonic() - 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_limit_removes_what_was_written_first(tmp_path):
     """A checkpoint of more steps may be damaged, or of an attempt that was given up: what was just written stays."""
 
