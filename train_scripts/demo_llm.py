@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""The language model's whole job in one command: teach the embedded model new word problems by LoRA and by ResLoRA.
+"""The language model's whole job in one command: teach a model new word problems by LoRA and by ResLoRA.
 
-    python train_scripts/demo_llm.py                      # three minutes on two CPU cores, five on busy ones
+    python train_scripts/demo_llm.py                      # the embedded model: three minutes on two idle CPU cores
     python train_scripts/demo_llm.py --num_train_epochs 1 # the same road, too short to learn much
+    python train_scripts/demo_llm.py --model smollm2      # SmolLM2-135M-Instruct, see smollm2.py
 
 Processes that share nothing but files; the two runs side by side, each on half of the cores:
 
     train_llm_reslora.py --method lora      ->  demo/llm/lora/adapter_model.safetensors
     train_llm_reslora.py --method reslora   ->  demo/llm/reslora/adapter_model.safetensors
-    answer_with_peft.py, without our code   ->  demo/llm/{lora,reslora}/reloaded.jsonl
+    answer_with_peft.py, without our code   ->  demo/llm/{lora,reslora}/reloaded.jsonl, demo/llm/base.jsonl
 
-and from those demo/llm/comparison.png and demo/llm/demo.json. Both runs see the same problems in the same order and
-start from the same seed. One task, one seed and one learning rate show that the machinery works; they do not show that
-one method is better than the other.
+and from those demo/llm/comparison.png and demo/llm/demo.json. Both runs have the same number of trained parameters, see
+the same problems in the same order and start from the same seed. One task, one seed and one learning rate show that the
+machinery works; they do not show that one method is better than the other.
 """
 
 import argparse
@@ -24,12 +25,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reslora_diffusion.llm.records import read_json_lines
+from reslora_diffusion.llm.records import Row, choose, read_json_lines
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.utils.files import atomic_write
+from reslora_diffusion.utils.problems import printable, run_program
+from smollm2 import smollm2
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
     from reslora_diffusion.llm.generation import Generations
@@ -37,20 +41,50 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` sho
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
 TASK = TASKS["svamp"]
+DEMOS: dict[str, dict[str, Any]] = {  # settings by model; those of a name in `--help` can be given
+    "tiny": {
+        "model_name_or_path": ROOT / "assets" / "tiny-llm",
+        "output_dir": Path("demo", "llm"),
+        "num_train_epochs": 6,
+        "learning_rate": 3e-3,
+        "rank": 4,
+        "dtype": "float32",
+        "train_batch": 16,
+        "eval_batch": 125,
+    },
+    "smollm2": {
+        "output_dir": Path("demo", "smollm2"),
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "rank": 8,
+        "max_eval_examples": 100,
+        "dtype": "bfloat16",
+        "train_batch": 8,
+        "eval_batch": 50,
+    },
+}
+SHOWN = 3  # problems whose answers are printed
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", type=Path, default=ROOT / "assets" / "tiny-llm")
+    parser.add_argument("--model", default="tiny", choices=tuple(DEMOS), help="the embedded one, or SmolLM2-135M")
+    parser.add_argument("--model_name_or_path", type=Path, help="another model, trained by the settings of --model")
     parser.add_argument("--dataset_name", type=Path, default=ROOT / "assets" / "tiny-llm" / "word_problems")
-    parser.add_argument("--output_dir", type=Path, default=Path("demo") / "llm")
-    parser.add_argument("--num_train_epochs", type=int, default=6)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--output_dir", type=Path, help="default: demo/llm, or demo/smollm2")
+    parser.add_argument("--num_train_epochs", type=int)
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--max_train_examples", type=int)
+    parser.add_argument("--max_eval_examples", type=int, help="problems to validate on, and to test on")
     parser.add_argument("--shortcut", default="block", choices=("input", "block", "middle"))
     parser.add_argument("--num_previous", default="1", help="layers a shortcut reaches back to, or all")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in DEMOS[args.model].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
 
 
 def start(script: str, words: list[object], share: int = 1) -> subprocess.Popen:
@@ -87,43 +121,56 @@ def train(args: argparse.Namespace, method: str) -> subprocess.Popen:
     words = [f"--method={method}", f"--model_name_or_path={args.model_name_or_path}", "--task=svamp"]
     words += [f"--dataset_name={args.dataset_name}", f"--output_dir={folder}", f"--seed={args.seed}"]
     words += [f"--rank={args.rank}", "--target_modules=all-linear", f"--learning_rate={args.learning_rate}"]
-    words += [f"--num_train_epochs={args.num_train_epochs}", "--per_device_train_batch_size=16"]
+    words += [f"--num_train_epochs={args.num_train_epochs}", f"--per_device_train_batch_size={args.train_batch}"]
+    words += [f"--{n}={getattr(args, n)}" for n in ("max_train_examples", "max_eval_examples") if getattr(args, n)]
     words += [
-        "--per_device_eval_batch_size=125",
+        f"--dtype={args.dtype}",
+        f"--per_device_eval_batch_size={args.eval_batch}",
         "--max_new_tokens=40",
         "--export_dtype=float32",
         "--disable_tqdm=true",
     ]
-    words += ["--dataloader_pin_memory=false", f"--eval_base={method == 'lora'}"]
+    words += ["--dataloader_pin_memory=false", "--eval_base=false"]
     if method == "reslora":
         words += [f"--shortcut={args.shortcut}", f"--num_previous={args.num_previous}"]
     return start("train_llm_reslora.py", words, share=len(RUNS))
 
 
-def write_questions(args: argparse.Namespace) -> list[dict]:
-    """The test problems without their answers, for a program that does not know the task; returns the rows."""
-    rows = read_json_lines(args.dataset_name / "test.jsonl")
+def write_questions(args: argparse.Namespace) -> Sequence[Row]:
+    """The test problems without their answers, for a program that does not know the task; returns the rows, which are
+    those that the runs choose."""
+    rows = choose(read_json_lines(args.dataset_name / "test.jsonl"), args.max_eval_examples, args.seed)
     lines = [json.dumps({"messages": TASK.messages(row)[:1]}) for row in rows]
     (args.output_dir / "questions.jsonl").write_text("\n".join(lines) + "\n")
     return rows
 
 
-def reload(args: argparse.Namespace, method: str) -> subprocess.Popen:
-    """Plain PEFT answers the questions with the exported folder."""
-    folder = args.output_dir / method
-    words = [f"--model_name_or_path={args.model_name_or_path}", f"--adapter={folder}"]
-    words += [f"--questions={args.output_dir / 'questions.jsonl'}", f"--output={folder / 'reloaded.jsonl'}"]
-    return start("answer_with_peft.py", words, share=len(RUNS))
+def ask(args: argparse.Namespace, adapter: Path | None, output: Path, share: int = 1) -> subprocess.Popen:
+    """Plain PEFT answers the questions with an exported folder; without one, transformers does."""
+    words = [f"--model_name_or_path={args.model_name_or_path}", f"--adapter={adapter or 'none'}"]
+    words += [f"--questions={args.output_dir / 'questions.jsonl'}", f"--output={output}"]
+    return start("answer_with_peft.py", [*words, f"--batch_size={args.eval_batch}"], share)
 
 
-def answers(folder: Path, rows: list[dict]) -> tuple["Generations", int]:
-    """`(what plain PEFT answered, how many responses are the same as the run's own)`."""
+def responses_in(path: Path) -> list[str]:
+    return [row["response"] for row in read_json_lines(path)]
+
+
+def judged(responses: list[str], rows: Sequence[Row]) -> "Generations":
     from reslora_diffusion.llm.generation import Generations
 
-    responses = [row["response"] for row in read_json_lines(folder / "reloaded.jsonl")]
-    recorded = [row["response"] for row in read_json_lines(folder / "predictions.jsonl")]
-    same = sum(a == b for a, b in zip(responses, recorded, strict=True))
-    return Generations(responses, [TASK.read(text) for text in responses], [TASK.answer(row) for row in rows]), same
+    return Generations(responses, [TASK.read(text) for text in responses], [TASK.answer(row) for row in rows])
+
+
+def show_answers(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """The first few problems, and what the base and both exports say."""
+    files = {"base": args.output_dir / "base.jsonl"}
+    files |= {label: args.output_dir / method / "reloaded.jsonl" for label, method in RUNS.items()}
+    said = {label: responses_in(path) for label, path in files.items()}
+    for number, row in enumerate(rows[:SHOWN]):
+        print(f"\n{TASK.ask(row)}\n  wanted   {TASK.answer(row)}")
+        for label, responses in said.items():
+            print(f"  {label:8} {printable(responses[number])}")
 
 
 def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
@@ -156,6 +203,8 @@ def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.model_name_or_path is None:
+        args.model_name_or_path = smollm2()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     figures: dict[str, Any] = {
@@ -165,10 +214,16 @@ def main(argv: list[str] | None = None) -> None:
     }
     rows = write_questions(args)
     follow({label: train(args, method) for label, method in RUNS.items()})
-    follow({label: reload(args, method) for label, method in RUNS.items()})
+    folders = {method: args.output_dir / method for method in RUNS.values()}
+    follow({m: ask(args, folder, folder / "reloaded.jsonl", len(RUNS)) for m, folder in folders.items()})
+    follow({"base": ask(args, None, args.output_dir / "base.jsonl")})
+    base = judged(responses_in(args.output_dir / "base.jsonl"), rows)
+    figures |= {"base_exact_match": base.exact_match, "base_text": str(base)}
     for label, method in RUNS.items():
-        folder = args.output_dir / method
-        found, same = answers(folder, rows)
+        folder = folders[method]
+        found = judged(responses_in(folder / "reloaded.jsonl"), rows)
+        recorded = responses_in(folder / "predictions.jsonl")
+        same = sum(a == b for a, b in zip(found.responses, recorded, strict=True))
         results = json.loads((folder / "results.json").read_text())
         figures["runs"][label] = {
             "exact_match": found.exact_match,
@@ -179,19 +234,19 @@ def main(argv: list[str] | None = None) -> None:
             "exported_rank": json.loads((folder / "adapter_config.json").read_text())["r"],
             "trained_parameters": json.loads((folder / "run.json").read_text())["trained_parameters"],
         }
-        figures.setdefault("base_exact_match", results["exact_match"].get("base"))
     figures["seconds"] = round(time.monotonic() - started, 1)
     from reslora_diffusion.llm.results import write_json
 
     write_json(args.output_dir / "demo.json", figures)
     draw(args, figures, args.output_dir / "comparison.png")
     print(f"\nexact match on the test problems, by plain PEFT from the exported folders ({figures['seconds']:.0f} s):")
-    print(f"  base     {figures['base_exact_match']:.1%}")
+    print(f"  base     {figures['base_text']}")
     for label, run in figures["runs"].items():
         print(f"  {label:8} {run['text']}, rank {run['exported_rank']}")
         print(f"           same responses as before the export: {run['same_responses_after_reload']}")
-    print(f"curves: {args.output_dir / 'comparison.png'}\nfigures: {args.output_dir / 'demo.json'}")
+    show_answers(args, rows)
+    print(f"\ncurves: {args.output_dir / 'comparison.png'}\nfigures: {args.output_dir / 'demo.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -5,6 +5,7 @@ ones, which know how training is distributed.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ..utils.problems import BadInput, refuse
 from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
 from .options import ModelOptions, ScriptOptions
+from .quantising import is_quantised, quantisation_problems
 from .records import is_json_lines
 from .resuming import checkpoint_of, checkpoints_in
 from .training_options import TrainingOptions
@@ -108,6 +110,7 @@ def option_problems(options: ModelOptions) -> list[str]:
         problems += [f"{flag}: does nothing with --method lora" for flag in given]
     if options.calibration_examples < 1:
         problems.append(f"--calibration_examples: got {options.calibration_examples}, wanted 1 or more")
+    problems += quantisation_problems(options)
     reach = options.num_previous
     if reach is not None and reach != "all" and not reach.isdecimal():
         return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
@@ -158,6 +161,12 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
     problems += tracker_problems(training.report_to)
+    if training.use_liger_kernel:
+        problems += missing_packages([("--use_liger_kernel", "liger_kernel")])
+        if any(target.rpartition(".")[2] == "lm_head" for target in options.target_modules or ()):
+            problems.append(
+                "--use_liger_kernel: its loss multiplies by the weight of lm_head and passes its adapter by"
+            )
     attention = options.attn_implementation or ""
     if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
         problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
@@ -220,6 +229,12 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
         yield (
             f"--packing with {options.attn_implementation}: several GPUs of one process share out rows, not their "
             f"lengths; wanted a process for each, by accelerate launch --num_processes {training.n_gpu}"
+        )
+    sharded = is_deepspeed_zero3_enabled() or bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and is_quantised(options):
+        yield (
+            "--load_in_4bit, --load_in_8bit: not with FSDP or DeepSpeed ZeRO-3, which shard weights in one precision; "
+            "wanted a whole model for each process"
         )
     if not is_deepspeed_zero3_enabled():
         return

@@ -10,6 +10,7 @@ from typing import Any
 from ..utils.model_files import Files, Unknown
 from ..utils.problems import listing
 from .options import LlmOptions, ScriptOptions
+from .quantising import stored_quantisation_problems
 
 EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name
 OUTPUT = "lm_head"
@@ -49,7 +50,7 @@ def stored_problems(options: ScriptOptions) -> list[str]:
         if "text_config" in config:
             return []
         context = config.get("max_position_embeddings", config.get("n_positions"))  # as GPT-2 calls it
-        problems = [*length_problems(context, options.max_length)]
+        problems = [*length_problems(context, options.max_length), *stored_quantisation_problems(config, options)]
         layers = stored_layers(files.shapes("")) if options.target_modules and keeps_names(config) else {}
     except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):
         return []

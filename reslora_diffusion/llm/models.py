@@ -30,6 +30,7 @@ from ..utils.weights import broken_model
 from .checks import PRECISIONS, adapter_settings
 from .model_checks import layer_problems, leaves_of
 from .options import ModelOptions
+from .quantising import quantisation
 
 AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
 PURPOSE = {TaskType.CAUSAL_LM: "a causal language model", TaskType.SEQ_CLS: "a sequence classifier"}
@@ -129,6 +130,7 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskT
             revision=options.model_revision,
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
+            quantization_config=quantisation(options, task_type == TaskType.SEQ_CLS),
         )
     refuse(f"--model_name_or_path {name}: {problem}" for problem in broken_model(model, "model"))
     return model
