@@ -3,7 +3,8 @@
     export RUN OUT     inspect FILE     verify FILE     merge FILE --base MODEL OUT
     resize FILE        combine A B      convert FILE    extract TUNED BASE
     methods            what can be combined in training, and why not
-    train   train-llm   glue   compare   env            the programs, see `programs`
+    chat BASE LORA     evaluate BASE LORA                   a language model with and without its adapter
+    train   train-llm   glue   dpo   grpo   compare   env                 the programs, see `programs`
 
 Each command is a thin view of the function of the same name in `reslora_diffusion.export`. Input is looked at before
 torch is imported, so that `--help`, `inspect` and bad input answer at once.

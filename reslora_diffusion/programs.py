@@ -3,6 +3,7 @@
     reslora train --instance_data_dir my_dog ...                 in this process: it is told to stop, saves, and ends
     reslora train --num_processes 2 ...                          by `accelerate launch`, which is waited for
     reslora train --config_file fsdp2.yaml ...                   likewise, as accelerate's configuration says
+    reslora train-llm --seeds 5 --grid learning_rate=1e-4,3e-4   many runs, one after the other (`llm.sweep`)
 
 Everything else is the program's own option. Nothing stands between the terminal and a training in this process. Where
 several processes train, Ctrl-C and SIGTERM are passed on to each of them, and the command returns when all have saved.
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .llm.commands import chat, evaluate
 
 PACKAGES = (
     "reslora-diffusion torch diffusers transformers peft accelerate safetensors tokenizers huggingface-hub numpy "
@@ -101,12 +104,32 @@ def train(context: typer.Context) -> None:
 
 def train_llm(context: typer.Context) -> None:
     """Fine-tune a language model (train_llm_reslora.py)."""
-    raise typer.Exit(start("train_llm_reslora.py", context.args))
+    raise typer.Exit(start_or_sweep("train-llm", "train_llm_reslora.py", context.args))
 
 
 def glue(context: typer.Context) -> None:
     """Fine-tune a classifier on a GLUE task (train_glue_reslora.py)."""
-    raise typer.Exit(start("train_glue_reslora.py", context.args))
+    raise typer.Exit(start_or_sweep("glue", "train_glue_reslora.py", context.args))
+
+
+def start_or_sweep(command: str, script: str, words: list[str]) -> int:
+    """One run, or with --seeds or --grid many (see `llm.sweep`)."""
+    from .llm.sweep import run, sweep_of
+
+    sweep = sweep_of(words, default_output=f"reslora-{command.removeprefix('train-')}")
+    if sweep is None:
+        return start(script, words)
+    return run(sweep, [sys.executable, "-m", "reslora_diffusion.cli", command])
+
+
+def dpo(context: typer.Context) -> None:
+    """Teach a language model which answers are preferred, by DPO (train_dpo_reslora.py)."""
+    raise typer.Exit(start("train_dpo_reslora.py", context.args))
+
+
+def grpo(context: typer.Context) -> None:
+    """Reward a language model for right answers, by GRPO (train_grpo_reslora.py)."""
+    raise typer.Exit(start("train_grpo_reslora.py", context.args))
 
 
 def compare(context: typer.Context) -> None:
@@ -176,8 +199,12 @@ def add_commands(app: typer.Typer) -> None:
         "train": train,
         "train-llm": train_llm,
         "glue": glue,
+        "dpo": dpo,
+        "grpo": grpo,
         "tune": tune,
         "compare": compare,
     }.items():
         app.command(name, add_help_option=False, context_settings=PASSED_ON)(program)
+    app.command("chat")(chat)
+    app.command("evaluate")(evaluate)
     app.command("env")(env)

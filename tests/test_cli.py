@@ -22,7 +22,8 @@ from tiny import tiny_pipeline_folder, tiny_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("export", "inspect", "verify", "merge", "resize", "combine", "convert", "extract", "methods")
-TRAINING = ("train", "train-llm", "glue", "tune", "compare", "env")  # tests/test_programs.py
+LANGUAGE = ("train-llm", "glue", "dpo", "grpo")
+TRAINING = ("train", *LANGUAGE, "tune", "compare", "chat", "evaluate", "env")  # tests/test_programs.py
 SITE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 BASE = str(tiny_pipeline_folder())
 

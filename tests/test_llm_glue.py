@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from reslora_diffusion.llm.glue import GLUE, METRICS, accuracy, f1, matthews, measure, pearson, ranks, spearman
+from reslora_diffusion.llm.glue import GLUE, METRICS, accuracy, f1, matthews, measure, pearson, ranks, read, spearman
+from reslora_diffusion.llm.options import GlueOptions
+from reslora_diffusion.utils.problems import BadInput
 
 PREDICTED = np.array([1, 1, 1, 0, 0, 0, 1, 0])
 LABELS = np.array([1, 0, 1, 0, 1, 0, 1, 1])  # TP 3, FP 1, FN 2, TN 2
@@ -63,3 +65,49 @@ def test_logits_are_read_by_the_kind_of_task():
     assert measure(GLUE["mnli"], logits, np.array([0, 1, 2, 2])) == {"accuracy": 0.75}
     scores = np.array([[1.0], [2.0], [4.0]])
     assert measure(GLUE["stsb"], scores, np.array([1.0, 2.0, 3.0]))["spearman"] == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------------- the original files
+
+TABLES = {
+    "rte": 'index\tsentence1\tsentence2\tlabel\n0\tA "b c\td\tnot_entailment\n1\te\tf\tentailment\n',
+    "cola": "gj04\t1\t\tOur friends.\ncj99\t0\t*\tThey drank.\n",
+    "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta\tb\n0\t7\t8\tc\td\n",
+    "stsb": "index\tsentence1\tsentence2\tscore\n0\ta\tb\t5.000\n1\tc\td\t2.4\n",
+    "qqp": "id\tquestion1\tquestion2\tis_duplicate\n1\ta\tb\t1\n2\tonly\n3\tc\td\t0\n",
+}
+FOUND = {
+    "rte": [{"sentence1": 'A "b c', "sentence2": "d", "label": 1}, {"sentence1": "e", "sentence2": "f", "label": 0}],
+    "cola": [{"sentence": "Our friends.", "label": 1}, {"sentence": "They drank.", "label": 0}],
+    "mrpc": [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "c", "sentence2": "d", "label": 0}],
+    "stsb": [{"sentence1": "a", "sentence2": "b", "label": 5.0}, {"sentence1": "c", "sentence2": "d", "label": 2.4}],
+    "qqp": [{"question1": "a", "question2": "b", "label": 1}, {"question1": "c", "question2": "d", "label": 0}],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_glues_own_files_are_read(name, tmp_path, capsys):
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / file).write_bytes(TABLES[name].replace("\n", "\r\n").encode())
+    rows = read(GlueOptions(task_name=name, dataset_name=str(tmp_path)))
+    assert rows["train"] == rows["validation"] == FOUND[name]
+    assert ("left out 1 of 3 rows" in capsys.readouterr().out) == (name == "qqp")
+
+
+def test_mnli_has_two_files_to_report_on(tmp_path):
+    table = "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n1\tc\td\tcontradiction\n"
+    for file in ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"):
+        (tmp_path / file).write_text(table)
+    rows = read(GlueOptions(task_name="mnli", dataset_name=str(tmp_path)))
+    assert rows.keys() == {"train", "validation_matched", "validation_mismatched"}
+    assert rows["train"][1] == {"premise": "c", "hypothesis": "d", "label": 2}
+
+
+def test_what_is_wrong_with_a_file_of_glue_is_said(tmp_path):
+    options = GlueOptions(task_name="rte", dataset_name=str(tmp_path))
+    (tmp_path / "train.tsv").write_text("index\tsentence1\tlabel\n0\ta\tentailment\n")
+    with pytest.raises(BadInput, match="has no column sentence2; it has index, sentence1, label"):
+        read(options)
+    (tmp_path / "train.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\tmaybe\n")
+    with pytest.raises(BadInput, match="row 1: got label 'maybe', wanted entailment, not_entailment"):
+        read(options)

@@ -361,6 +361,11 @@ def test_what_is_uploaded_is_the_exported_lora_and_no_file_holds_the_token(folde
     assert "pushed to https://huggingface.co/nobody/sks/commit/1" in capsys.readouterr().out
     local = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
     assert there.files.keys() == {name for name in local if not name.startswith("checkpoint-")}
+    card = there.files["README.md"].decode()
+    assert "library_name: peft" in card
+    assert "- reslora" in card
+    assert "A LoRA of rank 4 for" in card  # --rank=2 and one predecessor
+    assert "| as exported | " in card
     assert json.loads(there.files["adapter_config.json"])["peft_type"] == "LORA"
     assert there.files["adapter_model.safetensors"] == local["adapter_model.safetensors"].read_bytes()
     assert {"checkpoint-2/training_args.bin", "run.json"} <= local.keys()

@@ -3,6 +3,7 @@
 import pytest
 
 from reslora_diffusion.llm.tasks import TASKS, normalized, read_choice, read_number, read_text, usable
+from reslora_diffusion.llm.values import canonical, same
 from reslora_diffusion.utils.problems import BadInput
 
 ROWS = {
@@ -111,10 +112,13 @@ def test_prompts_and_responses():
     )
     assert texts("svamp", 1)[1] == "( 3 + 2.5 ). The answer is 5.5."
     question, answer = texts("mathqa")
-    assert "Options: a ) rs . 400 , b ) rs . 300" in question
+    assert "\nThere are 5 options: a ) rs . 400 , b ) rs . 300" in question
+    assert question.endswith("\nPlease answer the correct option.")
     assert not answer.startswith('"')
     assert texts("metamathqa", 1)[1] == "It is 10*11 = 110.\nThe answer is 110."
     question, answer = texts("hellaswag")
+    assert question.startswith('Here is a sentence to be continued: "')
+    assert "There are 4 options as an ending:\n0: " in question
     assert "3: starts pulling up." in question
     assert answer == "The answer is 3."
 
@@ -210,3 +214,53 @@ def test_a_worked_solution_without_its_last_sentence_has_no_answer():
 def test_foreign_columns_are_named():
     with pytest.raises(BadInput, match="no 'Body' in row 1, 2, 3; row 1 has question, answer"):
         usable(TASKS["svamp"], ROWS["gsm8k"], "train")
+
+
+# ------------------------------------------------------------------------------------------------------- by value
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (r"\frac{1}{2}", "0.5"),
+        (r"\dfrac12", "1/2"),
+        ("-2/4", r"-\frac{1}{2}"),
+        (r"3\frac{1}{2}", "3.5"),
+        ("1,000", "1000"),
+        ("50\\%", "50"),
+        ("x = 5", "5"),
+        ("$5$", "5.0"),
+        (r"\boxed{12}", "12"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"( 3 , \dfrac{1}{2} )", "(3, 0.5)"),
+        (r"2 \sqrt{3}", r"2\sqrt{3}"),
+        ("5 + 3i", "5+3i"),
+        (r"12\text{ inches}", "12"),
+        ("90^\\circ", "90"),
+        (r"\text{even}", "even"),
+    ],
+)
+def test_answers_are_compared_by_value(answer, wanted):
+    assert same(answer, wanted), (canonical(answer), canonical(wanted))
+    assert same(wanted, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (None, "1"),
+        ("1/3", "0.333"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("1,2", "12"),
+        (r"\frac{1}{0}", "0"),
+        ("even", "odd"),
+        ("-5", "5"),
+        ("x", "y"),
+        ("a", "b"),
+        ("1234", "1,2,34"),
+        ("9" * 500, "9" * 499 + "8"),
+    ],
+)
+def test_other_answers_are_not_taken_for_equal(answer, wanted):
+    assert not same(answer, wanted)

@@ -33,7 +33,6 @@ from reslora_diffusion.llm.records import Row, choose, read_json_lines
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.utils.files import atomic_write
 from reslora_diffusion.utils.problems import printable, run_program
-from smollm2 import smollm2
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` should answer at once
     from reslora_diffusion.llm.generation import Generations
@@ -204,6 +203,8 @@ def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.model_name_or_path is None:
+        from smollm2 import smollm2
+
         args.model_name_or_path = smollm2()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -116,6 +116,7 @@ def train(
             options.max_new_tokens,
             training.per_device_eval_batch_size,
             options.num_beams,
+            options.max_total_tokens,
         )
     with enough_memory(options, training):
         trainer = ExportedTrainer(

@@ -162,7 +162,7 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
         problems += distillation_problems(options, shortcut)
     problems += tracker_problems(training.report_to)
     if training.use_liger_kernel:
-        problems += missing_packages([("--use_liger_kernel", "liger_kernel")])
+        problems += missing_packages([("--use_liger_kernel", "liger_kernel", "liger-kernel")])
         if any(target.rpartition(".")[2] == "lm_head" for target in options.target_modules or ()):
             problems.append(
                 "--use_liger_kernel: its loss multiplies by the weight of lm_head and passes its adapter by"

@@ -4,7 +4,7 @@
     sharegpt     {"conversations": [{"from": "human", "value": ...}, ...]}                   ShareGPT's
     response     {"prompt": ..., "response": ...}, or "completion"                           text, or lists of messages
     instruction  {"instruction": ..., "input": ..., "output": ..., "history": [[q, a]]}      Alpaca's, Dolly's
-    preference   {"prompt": ..., "chosen": ..., "rejected": ...}                             `reslora prefer` uses both
+    preference   {"prompt": ..., "chosen": ..., "rejected": ...}                             `reslora dpo` uses both
     text         {"text": ...}                                                               every token is learned
 
     form = form_of(rows, {"prompt": "question", "response": "answer"})    names of ours: columns of the data set

@@ -1,6 +1,6 @@
 """Evaluation by generation: answers are generated greedily or by beams, read, and compared.
 
-    exact match = right answers / questions, with Wilson's 95 % interval
+    exact match = right answers / questions, with Wilson's 95 % interval; 0.5 and \\frac{1}{2} are the same answer
 
 Batches are padded on the left, the longest prompts first, and stop at the model's end tokens.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.files import write_text
+from .values import same
 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
@@ -41,7 +42,7 @@ class Generations:
 
     @property
     def correct(self) -> int:
-        return sum(got == wanted for got, wanted in zip(self.answers, self.wanted, strict=True))
+        return sum(map(same, self.answers, self.wanted))
 
     @property
     def exact_match(self) -> float:
@@ -54,7 +55,7 @@ class Generations:
     def write(self, path: Path) -> None:
         """One line per question: response, the answer read from it, the answer wanted."""
         rows = zip(self.responses, self.answers, self.wanted, strict=True)
-        lines = [json.dumps({"response": r, "answer": a, "wanted": w, "right": a == w}) for r, a, w in rows]
+        lines = [json.dumps({"response": r, "answer": a, "wanted": w, "right": same(a, w)}) for r, a, w in rows]
         write_text(path, "\n".join(lines) + "\n")
 
 
@@ -81,6 +82,7 @@ def generate(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
+    max_total_tokens: int | None = None,
     batch_size: int = 32,
     num_beams: int = 1,
     synced_gpus: bool = False,
@@ -88,7 +90,9 @@ def generate(
 ) -> list[str]:
     """The response to each prompt, without special tokens. The model's mode and settings are left as they were.
 
-    `synced_gpus`: as in transformers, all processes take equally many steps, as sharded weights need.
+    Args:
+        max_total_tokens: of a prompt and its response; a longer prompt gets no response.
+        synced_gpus: as in transformers, all processes take equally many steps, as sharded weights need.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -97,18 +101,22 @@ def generate(
     try:
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             chosen = order[start : start + batch_size]
+            room = [max_new_tokens if max_total_tokens is None else max_total_tokens - len(prompts[i]) for i in chosen]
+            if max(room) < 1 and not synced_gpus:
+                continue
             ids, mask = left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id)
             out = cast("GenerativePreTrainedModel", model).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(1, min(max_new_tokens, max(room))),
                 num_beams=num_beams,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=synced_gpus,
             )
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            rows = [row[: max(0, tokens)] for row, tokens in zip(out[:, ids.shape[1] :], room, strict=True)]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 responses[i] = text.strip()
     finally:
@@ -123,6 +131,7 @@ def evaluate(
     read: Callable[[str], str | None],
     *,
     max_new_tokens: int,
+    max_total_tokens: int | None = None,
     batch_size: int = 32,
     num_beams: int = 1,
     synced_gpus: bool = False,
@@ -134,6 +143,7 @@ def evaluate(
         tokenizer,
         [question.input_ids for question in questions],
         max_new_tokens=max_new_tokens,
+        max_total_tokens=max_total_tokens,
         batch_size=batch_size,
         num_beams=num_beams,
         synced_gpus=synced_gpus,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.problems import listing, refuse
+from .glue_files import holds_tsv, read_tsv
 from .options import GlueOptions
 from .records import Row, carve, choose, column_problems, numbers_of, read_rows
 
@@ -128,7 +129,12 @@ def read(options: GlueOptions) -> dict[str, Sequence[Row]]:
     """
     task = GLUE[str(options.task_name)]
     subset = options.task_name if options.dataset_name == SOURCE else None
-    splits = {name: read_rows(options.dataset_name, name, subset) for name in ("train", *task.reported)}
+    splits: dict[str, Sequence[Row] | None]
+    if holds_tsv(options.dataset_name):
+        kind = str(options.task_name)
+        splits = {n: read_tsv(options.dataset_name, n, kind, task.columns) for n in ("train", *task.reported)}
+    else:
+        splits = {n: read_rows(options.dataset_name, n, subset) for n in ("train", *task.reported)}
     refuse(f"{options.dataset_name}: has no split {name!r}" for name, rows in splits.items() if rows is None)
     found: dict[str, Sequence[Row]] = {name: rows for name, rows in splits.items() if rows is not None}
     problems = [problem for name, rows in found.items() for problem in row_problems(task, rows, name)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..utils.model_files import Files, Unknown
 from ..utils.problems import listing
-from .options import LlmOptions, ScriptOptions
+from .options import GlueOptions, ScriptOptions
 from .quantising import stored_quantisation_problems
 
 EMBEDDING = ("emb", "wte", "wpe")  # in the last part of an embedding's name
@@ -56,7 +56,7 @@ def stored_problems(options: ScriptOptions) -> list[str]:
         return []
     if not layers:
         return problems
-    leaves, whole = {*leaves_of(layers), OUTPUT}, isinstance(options, LlmOptions)
+    leaves, whole = {*leaves_of(layers), OUTPUT}, not isinstance(options, GlueOptions)
     targets = [target for target in options.target_modules or [] if target != "all-linear"]
     certain = [
         target

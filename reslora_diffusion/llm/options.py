@@ -9,16 +9,14 @@ The defaults of the method live in `ResLoraConfig`; `None` here means "not given
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..utils.option_parser import Given, Reader, parse_file
 from ..utils.options import default_of, facts_of, option
-from ..utils.problems import BadInput, refuse
+from ..utils.problems import BadInput, is_first_process, refuse
+from .other_programs import translate
 from .tasks import TASKS
 from .training_options import TrainingOptions
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 
 @dataclass
@@ -83,6 +81,7 @@ class LlmOptions(ModelOptions):
     )
     packing: bool = option(False, "Several examples in one sequence, none of which sees another.")
     max_new_tokens: int = option(256, "Most tokens of a generated answer.")
+    max_total_tokens: int | None = option(None, "Most tokens of a question and its generated answer together.")
     num_beams: int = option(1, "Beams of generation.")
     eval_base: bool = option(True, "Also test the model without adapter.")
     save_merged_model: bool = option(False, "Also write the whole merged model, to <output_dir>/merged.")
@@ -93,14 +92,44 @@ class GlueOptions(ModelOptions):
     """Which GLUE task a sequence classifier is tuned on."""
 
     task_name: str | None = option(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
-    dataset_name: str = option("nyu-mll/glue", "A folder with train.jsonl and validation.jsonl, or a `datasets` name.")
+    dataset_name: str = option("nyu-mll/glue", "A folder with train.jsonl or GLUE's train.tsv, or a `datasets` name.")
     validation_fraction: float = option(0.1, "Share of train that chooses the best step.")
     max_validation_examples: int = option(1000, "But at most so many rows.")
     max_train_examples: int | None = option(None, "Train on a random choice of so many rows.")
     max_length: int = option(512, "Most tokens of an input; longer ones are cut.")
 
 
-ScriptOptions = LlmOptions | GlueOptions
+@dataclass
+class TunedOptions(ModelOptions):
+    """What a causal language model is tuned on by one of TRL's trainers."""
+
+    dataset_name: str | None = option(None, "A .jsonl file, a folder with train.jsonl, or a `datasets` name.")
+    dataset_config: str | None = option(None, "Configuration of the data set, as in `datasets`.")
+    max_train_examples: int | None = option(None, "Train on a random choice of so many rows.", at_least=1)
+    max_length: int | None = option(None, "Most tokens of a prompt and its answer; longer ones are cut.", at_least=1)
+
+
+@dataclass
+class PreferenceOptions(TunedOptions):
+    """Which preferences a model learns, by DPO."""
+
+    columns: dict[str, str] | None = option(None, "Columns by their usual names: prompt=question chosen=best ...")
+    beta: float = option(0.1, "How close to the base the model stays; larger is closer.", above=0)
+    loss_type: list[str] = option(["sigmoid"], "sigmoid (DPO), ipo, hinge, ..., as in TRL's DPOConfig.")
+
+
+@dataclass
+class RewardOptions(TunedOptions):
+    """Which task a model is rewarded for, by GRPO."""
+
+    task: str | None = option(None, f"Whose right answers are rewarded: {', '.join(TASKS)}.")
+    num_generations: int = option(8, "Answers to each prompt, which are compared.", at_least=2)
+    max_new_tokens: int = option(256, "Most tokens of a generated answer.", at_least=1)
+    temperature: float = option(1.0, "Of the generation.", above=0)
+    beta: float = option(0.0, "Weight of the divergence from the base.", at_least=0)
+
+
+ScriptOptions = LlmOptions | GlueOptions | PreferenceOptions | RewardOptions
 
 
 @dataclass
@@ -110,7 +139,12 @@ class ConfigFile:
     config: Path | None = option(None, "YAML, JSON or TOML file with options by name; the command line wins.")
 
 
-PROGRAMS = {LlmOptions: "train_llm_reslora.py", GlueOptions: "train_glue_reslora.py"}
+PROGRAMS = {
+    LlmOptions: "train_llm_reslora.py",
+    GlueOptions: "train_glue_reslora.py",
+    PreferenceOptions: "train_dpo_reslora.py",
+    RewardOptions: "train_grpo_reslora.py",
+}
 Options = TypeVar("Options", bound=ModelOptions)
 
 
@@ -130,14 +164,18 @@ def parse(kind: type[Options], argv: Sequence[str] | None, defaults: dict[str, A
     Raises:
         BadInput: the `--config` file cannot be read; said together with what is wrong with the command line.
     """
-    read, file = reader(kind), Given()
+    read, file, notes = reader(kind), Given(), []
     given = read.command_line(argv)
     if path := given.values.get("config"):
         try:
             config = parse_file("--config", path)
             if not isinstance(config, dict):
                 raise BadInput([f"--config {path}: got {type(config).__name__}, wanted options by name"])
-            file = read.mapping(config)
+            translation = translate(config) if kind is LlmOptions else None
+            file = read.mapping(translation.values if translation else config)
+            if translation:
+                file.problems = [*translation.problems, *file.problems]
+                notes = [f"{path} is a file of {translation.program}'s", *translation.notes]
         except BadInput as error:
             raise BadInput([*error.problems, *given.problems]) from error
     options, training = kind(), TrainingOptions()
@@ -146,15 +184,26 @@ def parse(kind: type[Options], argv: Sequence[str] | None, defaults: dict[str, A
         if name != "config":
             setattr(options if name in own else training, name, value)
     training.problems = [*file.problems, *given.problems]
+    if notes and is_first_process():
+        print("\n".join(notes))
     return options, training
 
 
-def training_arguments(training: TrainingOptions) -> "TrainingArguments":
-    """Raises `BadInput` with what `TrainingArguments` finds wrong with them."""
+def training_arguments(training: TrainingOptions, kind: Any = None, **more: Any) -> Any:
+    """`TrainingArguments`, or what TRL makes of them.
+
+    Args:
+        kind: such as `trl.DPOConfig`.
+        more: arguments of its own.
+
+    Raises:
+        BadInput: it finds something wrong with them.
+    """
     from transformers import TrainingArguments
 
+    kind = kind or TrainingArguments
     offered = {item.name: default_of(item) for item in fields(TrainingOptions) if "facts" in item.metadata}
-    known = {item.name for item in fields(TrainingArguments)}
+    known = {item.name for item in fields(kind)}
     refuse(
         f"--{name}: the installed version of transformers has no such training argument"
         for name, default in offered.items()
@@ -162,6 +211,6 @@ def training_arguments(training: TrainingOptions) -> "TrainingArguments":
     )
     given = {name: getattr(training, name) for name in offered if name in known}
     try:
-        return TrainingArguments(**given, remove_unused_columns=False)  # examples hold ids and labels, nothing else
+        return kind(**given, remove_unused_columns=False, **more)  # examples hold ids and labels, nothing else
     except ValueError as error:
         raise BadInput([str(error)]) from error

@@ -41,7 +41,7 @@ def quantisation_problems(options: ModelOptions) -> Iterator[str]:
     if options.load_in_4bit and options.load_in_8bit:
         yield "--load_in_4bit, --load_in_8bit: got both, wanted one"
     flag = "--load_in_4bit" if options.load_in_4bit else "--load_in_8bit"
-    yield from missing_packages([(flag, options.quantized_by)])
+    yield from missing_packages([(flag, options.quantized_by, options.quantized_by)])
     if options.load_in_4bit and options.quantized_by == "torchao" and find_spec("torch"):
         import torch
 

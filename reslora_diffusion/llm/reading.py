@@ -46,7 +46,14 @@ def option_problems(options: LlmOptions) -> list[str]:
         problems.append(f"--prompt_template: got {options.prompt_template!r}, wanted {{prompt}} in it")
     if not 0 < options.validation_fraction < 1:
         problems.append(f"--validation_fraction: got {options.validation_fraction}, wanted more than 0 and less than 1")
-    for name in ("max_length", "max_new_tokens", "num_beams", "max_train_examples", "max_eval_examples"):
+    for name in (
+        "max_length",
+        "max_new_tokens",
+        "max_total_tokens",
+        "num_beams",
+        "max_train_examples",
+        "max_eval_examples",
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"--{name}: got {value}, wanted 1 or more")
@@ -147,7 +154,7 @@ def column_notes(rows: Rows, form: Form, name: str) -> list[str]:
     if form.system and any(row.get(form.system) for row in rows):
         notes.append(f"{name}: {form.system!r} is the turn of the system")
     if form.rejected:
-        notes.append(f"{name}: {form.rejected!r} is not learned from here; reslora prefer learns from both")
+        notes.append(f"{name}: {form.rejected!r} is not learned from here; reslora dpo learns from both")
     if unread := unread_columns(rows, form) if rows else []:
         notes.append(f"{name}: columns that are not read: {listing(unread, 12)}")
     return notes

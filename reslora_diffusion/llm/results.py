@@ -97,21 +97,26 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
     Raises:
         ValueError: it cannot be exported, as what has learned nothing yet; or it failed its proof.
     """
-    model = trainer.adapted
     if isinstance(trainer.schedule, Prune):  # shapes differ from the base's, so no LoRA of the base can be written
         from .pruning import export_pruned
 
         export_pruned(trainer, trainer.output_folder)
         return
+    export_lora(trainer, options, task_type)
+
+
+def export_lora(trainer: Trainer, options: ModelOptions, task_type: TaskType) -> None:
+    """Write the plain LoRA of any trainer's model and prove it; raises as `export` does."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     restore_exported_factors(model)
     factors = exported_factors(model)
-    if trainer.schedule is not None:
-        factors = trainer.schedule.exported(factors)
+    if (schedule := getattr(trainer, "schedule", None)) is not None:
+        factors = schedule.exported(factors)
     beside = trained_beside(model, base_model=options.model_name_or_path)
     with together(trainer):
         if trainer.is_world_process_zero():
             report = export_peft(
-                trainer.output_folder,
+                str(trainer.args.output_dir),
                 factors,
                 base_model=options.model_name_or_path,
                 task_type=task_type.value,
@@ -124,7 +129,7 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
 
 
 @contextmanager
-def together(trainer: ExportedTrainer) -> Iterator[None]:
+def together(trainer: Trainer) -> Iterator[None]:
     """Inside, the first process works for all. If it fails, all fail with its message: none waits for it in vain, which
     would end in a traceback of the connection."""
     failure = None

@@ -7,8 +7,10 @@
     metamathqa   meta-math/MetaMathQA         number or LaTeX          part of train        GSM8K's test
     hellaswag    Rowan/hellaswag              number 0 to 3            part of train        validation
 
-(HellaSwag's test split is unlabelled.) Prompts and responses follow the authors' code, every response ending in
-"The answer is X.", so that one rule reads all answers. Unlike theirs, no step is ever chosen by test results.
+(HellaSwag's test split is unlabelled.) Prompts are those of the authors' code, but for a space that SVAMP lacks there
+between story and question; responses follow it, every one ending in "The answer is X.", so that one rule reads all
+answers. Unlike theirs, no step is ever chosen by test results. Answers are generated: the shares are not those that
+lm-eval reports as `acc` for mathqa and hellaswag, where the likelihoods of the given choices are compared.
 """
 
 import re
@@ -129,7 +131,8 @@ def svamp_response(row: Row) -> str:
 
 
 def mathqa_question(row: Row) -> str:
-    return f"{row['Problem']}\nOptions: {row['options']}\nPlease answer with the letter of the correct option."
+    count = row["options"].count(")")
+    return f"{row['Problem']}\nThere are {count} options: {row['options']}\nPlease answer the correct option."
 
 
 def mathqa_response(row: Row) -> str:
@@ -152,7 +155,10 @@ def metamathqa_answer(row: Row) -> str:
 
 def hellaswag_question(row: Row) -> str:
     endings = "\n".join(f"{number}: {ending}" for number, ending in enumerate(row["endings"]))
-    return f"Which ending continues this text?\n{row['ctx']}\n{endings}\nPlease answer with the number of the ending."
+    return (
+        f'Here is a sentence to be continued: "{row["ctx"]}"\nThere are 4 options as an ending:\n{endings}\n'
+        "Please select the correct option and answer with a number between 0 and 3."
+    )
 
 
 TASKS = {

@@ -113,6 +113,7 @@ class ExactMatch:
     max_new_tokens: int
     batch_size: int
     num_beams: int = 1
+    max_total_tokens: int | None = None
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Generations:
         """Every process asks its part of the questions; all get all answers.
@@ -129,6 +130,7 @@ class ExactMatch:
                 questions,
                 self.read,
                 max_new_tokens=self.max_new_tokens,
+                max_total_tokens=self.max_total_tokens,
                 batch_size=self.batch_size,
                 num_beams=self.num_beams,
                 synced_gpus=accelerator.distributed_type in SHARDING,

@@ -1,0 +1,116 @@
+"""DPO and GRPO: what TRL is given, and three real steps of each on the embedded model."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from llm_tiny import ROOT, load_script
+from reslora_diffusion.llm.alignment import Reward, preferences
+from reslora_diffusion.llm.tasks import TASKS
+from reslora_diffusion.utils.problems import BadInput
+
+FOLDER = ROOT / "assets" / "tiny-llm"
+PROMPT = [{"role": "user", "content": "2 + 2"}]
+
+
+def turn(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_a_preference_is_a_prompt_and_two_answers():
+    wanted = [{"prompt": PROMPT, "chosen": [turn("4")], "rejected": [turn("5")]}]
+    assert preferences([{"prompt": "2 + 2", "chosen": "4", "rejected": "5"}]) == wanted
+    assert preferences([{"chosen": [*PROMPT, turn("4")], "rejected": [*PROMPT, turn("5")]}]) == wanted
+    with pytest.raises(BadInput, match="train row 1: chosen and rejected answer different prompts"):
+        preferences([{"chosen": [*PROMPT, turn("4")], "rejected": [*PROMPT, turn("?"), *PROMPT, turn("5")]}])
+    with pytest.raises(BadInput, match="rows are response .*, wanted 'chosen' and 'rejected'"):
+        preferences([{"prompt": "2 + 2", "response": "4"}])
+
+
+def test_right_answers_are_rewarded():
+    reward = Reward(TASKS["svamp"])
+    texts = ["( 2 + 2 ). The answer is 4.", "The answer is 5.", "nothing"]
+    assert reward(completions=texts, wanted=["4"] * 3, prompts=[""] * 3) == [1.0, 0.0, 0.0]
+    assert reward(completions=[[turn("The answer is 4.0.")]], wanted=["4"]) == [1.0]
+
+
+def words(output, **options) -> list[str]:
+    given = {
+        "model_name_or_path": FOLDER,
+        "output_dir": output,
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "rank": 2,
+        "shortcut": "middle",
+        "calibration_examples": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "export_dtype": "float32",
+    }
+    return [f"--{name}={value}" for name, value in (given | options).items()]
+
+
+def assert_plain_and_trained(output) -> None:
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((output / "results.json").read_text())["steps"] == 3
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), output).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        moved = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - moved).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_dpo_prefers_what_was_chosen_after_three_steps(tmp_path):
+    pytest.importorskip("trl")
+    rows = [{"prompt": f"{i} + 1", "chosen": f"The answer is {i + 1}.", "rejected": "No."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    script = load_script("train_dpo_reslora")
+    output = script.main(words(tmp_path / "out", dataset_name=tmp_path / "rows.jsonl"))
+    assert_plain_and_trained(output)
+    logged = json.loads((output / "history.json").read_text())["logged"]
+    assert logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts at the base
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert logged[-1]["rewards/margins"] > 0
+
+
+@pytest.mark.slow
+def test_grpo_rewards_right_answers_for_three_steps(tmp_path):
+    pytest.importorskip("trl")
+    script = load_script("train_grpo_reslora")
+    told = "Mia has {a} shells. Mia finds {b} more shells."  # the model was trained on sums that are told so
+    asked = {"Question": "How many shells does Mia have now?"}
+    pairs = [(a, b) for a in range(11, 15) for b in range(21, 25)]
+    rows = [asked | {"Body": told.format(a=a, b=b), "Equation": f"( {a} + {b} )", "Answer": a + b} for a, b in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = {"dataset_name": tmp_path / "rows.jsonl", "task": "svamp", "max_new_tokens": 24, "num_generations": 8}
+    output = script.main(words(tmp_path / "out", **given, per_device_train_batch_size=8, temperature=1.5))
+    assert_plain_and_trained(output)
+    logged = json.loads((output / "history.json").read_text())["logged"]
+    assert len(logged) == 3
+    assert any(0 < row["rewards/exact_match/mean"] < 1 for row in logged)
+    assert any(row["grad_norm"] > 0 for row in logged)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_all_problems_come_together(name, tmp_path):
+    script = load_script(f"train_{name}_reslora")
+    bad = words(tmp_path / "out", beta=-1, shortcut="sideways", dtype="int4")
+    with pytest.raises(BadInput) as caught:
+        script.main(bad)
+    message = str(caught.value)
+    for part in (
+        "--beta: got -1.0",
+        "sideways",
+        "--dtype: got 'int4'",
+        "--task" if name == "grpo" else "--dataset_name",
+    ):
+        assert part in message

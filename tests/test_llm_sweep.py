@@ -1,0 +1,83 @@
+"""Seeds and grids: which runs there are, that the finished ones stay, and what the benchmarks read."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sweep import interval, main, read, table
+from reslora_diffusion.llm.sweep import Sweep, run, sweep_of
+from reslora_diffusion.utils.problems import BadInput
+
+PROGRAM = """
+import json, pathlib, sys
+given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
+folder = pathlib.Path(given["output_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "words.json").write_text(json.dumps(given))
+if given["seed"] == "1" and "resume_from_checkpoint" not in given:
+    (folder / "checkpoint-2").mkdir()
+    sys.exit(3)
+score = float(given["learning_rate"]) + int(given["seed"]) / 10
+results = {"method": "reslora", "shortcut": "block", "exact_match": {"as exported": score}, "best_metric": None}
+(folder / "results.json").write_text(json.dumps(results))
+(folder / "adapter_model.safetensors").write_bytes(b"")
+"""
+
+
+def test_a_command_line_without_either_flag_is_one_run():
+    assert sweep_of(["--rank", "4", "--seed=3"], "out") is None
+
+
+def test_every_setting_is_run_with_every_seed():
+    words = ["--rank=4", "--seeds", "3", "--grid", "learning_rate=1e-4,3e-4", "lora-alpha=8", "--packing", "true"]
+    sweep = sweep_of([*words, "--output-dir", "there"], "out")
+    assert sweep == Sweep(
+        {"learning_rate": ["1e-4", "3e-4"], "lora_alpha": ["8"]}, [0, 1, 2], sweep.words, Path("there")
+    )
+    assert sweep.words == ["--rank=4", "--packing", "true"]
+    assert len(sweep.runs()) == 6
+    assert sweep.folder(*sweep.runs()[-1]) == Path("there", "learning_rate-3e-4_lora_alpha-8_seed-2")
+    assert sweep_of(["--seeds=4,9"], "out").seeds == [4, 9]
+    assert sweep_of(["--grid", "rank=2,4"], "out").seeds == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "many"], "got many, wanted how many"),
+        (["--seeds"], "got nothing, wanted how many"),
+        (["--seeds", "0"], "got 0, wanted 1 or more"),
+        (["--grid", "learning_rate"], "got 'learning_rate', wanted an option and its values"),
+        (["--grid", "seed=1,2"], "got 'seed=1,2', wanted an option"),
+        (["--grid"], "--grid: got nothing"),
+        (["--seeds", "2", "--seed", "4"], "set them for each run"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(words, message):
+    with pytest.raises(BadInput, match=message):
+        sweep_of(words, "out")
+
+
+def test_a_stopped_sweep_goes_on_where_it_was_and_benchmarks_read_it(tmp_path, capsys):
+    program = [sys.executable, "-c", PROGRAM]
+    sweep = Sweep({"learning_rate": ["1", "2"]}, [0, 1, 2], ["--rank=4"], tmp_path)
+    assert run(sweep, program) == 3
+    assert [one["seed"] for one in read([tmp_path])] == [0]
+    assert run(sweep, program) == 3  # the first of the second setting's
+    first = tmp_path / "learning_rate-1_seed-0" / "words.json"
+    assert json.loads((tmp_path / "learning_rate-1_seed-1" / "words.json").read_text())["resume_from_checkpoint"]
+    kept = first.stat().st_mtime_ns
+    assert run(sweep, program) == 0
+    assert first.stat().st_mtime_ns == kept
+    assert "learning_rate-1_seed-0: is finished" in capsys.readouterr().out
+    runs = read([tmp_path])
+    assert [(one["setting"]["learning_rate"], one["seed"]) for one in runs] == [(x, s) for x in "12" for s in range(3)]
+    main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:5] == ["reslora", "block", "learning_rate", "1", "3"]
+    assert "1.1 (0.8516 to 1.348)" in lines[1]
+    with pytest.raises(ValueError, match="wanted one of exact_match.as exported"):
+        table(runs, "nothing")
+    assert interval([1.0]) is None
