@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.dora import magnitude_of
+from reslora_diffusion.core.functional import LoraFactors, with_magnitude
 from reslora_diffusion.export.base import base_problems
 from reslora_diffusion.export.factors import common_rank, relative_error
 from reslora_diffusion.export.inspection import Inspection, inspect_lora
@@ -70,7 +71,7 @@ class AdapterShelf:
             raise ValueError(f"{path.name} has {size / 2**30:.1f} GiB; LoRA files of at most 2 GiB are read")
         inspection = inspect_lora(path)
         adapter = Adapter(name_of(label or default_label(path), MAX_LABEL), str(path), inspection.sha256[0])
-        return FileCard(adapter, inspection, mismatches(inspection, read_lora(path), self.models))
+        return FileCard(adapter, inspection, mismatches(inspection, read_lora(path, dora=True), self.models))
 
     def load(self, adapter: Adapter) -> str:
         """Bring a file into the pipeline unless it is there; returns its name."""
@@ -85,7 +86,7 @@ class AdapterShelf:
             raise ValueError(joined(f"{adapter.label} does not fit the loaded base", card.mismatches))
         if len(self.loaded) >= MAX_LOADED:
             self.unload(next(iter(self.loaded)))
-        lora = read_lora(Path(adapter.path))
+        lora = read_lora(Path(adapter.path), dora=True)
         self.pipe.load_lora_weights(tensors_of(lora), adapter_name=name)
         self.loaded[name] = {layer: layer.scaling[name] for layer in self.layers() if name in layer.scaling}
         if unlike := self.differences(name, lora):
@@ -104,7 +105,7 @@ class AdapterShelf:
                     found.append(f"{component}.{path} was left out")
                     continue
                 A, B = (side[name].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))
-                held = LoraFactors(A, B, layer.scaling[name])
+                held = with_magnitude(LoraFactors(A, B, layer.scaling[name]), magnitude_of(layer, name))
                 if (error := relative_error(held, factors)) > LOADING_TOLERANCE:
                     found.append(f"{component}.{path} differs by {error:.1%}")
         return found

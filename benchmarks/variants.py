@@ -7,7 +7,9 @@ peft_bf16_autocast  the same with bf16 adapters
 peft_fp32        PEFT's LoRA in float32 on a bf16 base, without autocast
 kohya            a LoRA module as in kohya's sd-scripts, in float32 under autocast
 paper_*          ResLoRA as the paper writes it, layer by layer, values handed over on the layers
+peft_dora        PEFT's DoRA, on a base without autocast
 lora, input, block, middle      ours, float32 factors on a base without autocast
+dora, block_dora                the same as DoRA
 *_frozen         ours, with the memory-saving forms of frozen layers
 """
 
@@ -74,9 +76,9 @@ def floor(model: nn.Module, targets: list[str], on_gpu: bool) -> None:
 # -------------------------------------------------------------------------------------------------------- PEFT
 
 
-def peft(dtype: torch.dtype | None) -> Callable[[nn.Module, list[str], bool], None]:
+def peft(dtype: torch.dtype | None, dora: bool = False) -> Callable[[nn.Module, list[str], bool], None]:
     def adapt(model: nn.Module, targets: list[str], on_gpu: bool) -> None:
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=False)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=False, use_dora=dora)
         inject_adapter_in_model(config, model)
         base = next(p for p in model.parameters() if not p.requires_grad).dtype
         cast_adapters(model, dtype or base)
@@ -168,10 +170,15 @@ def paper(kind: str) -> Callable[[nn.Module, list[str], bool], None]:
 # -------------------------------------------------------------------------------------------------------- ours
 
 
-def ours(shortcut: str, memory: bool = False) -> Callable[[nn.Module, list[str], bool], None]:
+def ours(shortcut: str, memory: bool = False, dora: bool = False) -> Callable[[nn.Module, list[str], bool], None]:
     def adapt(model: nn.Module, targets: list[str], on_gpu: bool) -> None:
         config = ResLoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=targets, shortcut=shortcut, init_lora_weights=False
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=targets,
+            shortcut=shortcut,
+            init_lora_weights=False,
+            use_dora=dora,
         )
         attach(model, config)
         cast_adapters(model, torch.float32)
@@ -195,6 +202,9 @@ VARIANTS = {
         *(Variant(f"paper_{kind}", paper(kind)) for kind in ("input", "block", "middle")),
         Variant("lora", ours("none")),
         *(Variant(kind, ours(kind)) for kind in ("input", "block", "middle")),
+        Variant("peft_dora", peft(torch.float32, dora=True)),
+        Variant("dora", ours("none", dora=True)),
+        Variant("block_dora", ours("block", dora=True)),
         *(
             Variant(f"{name}_frozen", ours(kind, True))
             for name, kind in {"lora": "none", "input": "input", "block": "block", "middle": "middle"}.items()

@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from app.adapters import AdapterShelf
 from dora_reference import decomposed
 from lora_factors import random_factors
 from reslora_diffusion import ResLoraConfig, attach, merged_factors
@@ -284,3 +285,19 @@ def test_factors_of_a_dora_are_three_and_a_magnitude() -> None:
         assert torch.equal(same.magnitude.values, torch.ones(4, 1))
     first, second, scaling = f
     assert (first is A, second is B, scaling) == (True, True, 1.0)
+
+
+def test_the_page_generates_with_what_was_trained(tmp_path, pipeline):
+    """A DoRA of diffusers' layout is loaded as one; a kohya file goes by its own rows."""
+    for layout in ("peft", "kohya"):
+        path, factors, lengths, _ = stranger(tmp_path, pipeline, layout)
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
+        shelf = AdapterShelf(pipe)
+        shelf.load(shelf.card(path, "a").adapter)
+        bases = dict(pipeline.unet.named_modules())
+        for name, layer in pipe.unet.named_modules():
+            if name in factors:
+                layer.merge()
+                f = factors[name]
+                exact = decomposed(bases[name].weight, f.lora_A, f.lora_B, f.scaling, lengths[name])
+                assert (layer.get_base_layer().weight - exact).norm() < 1e-5 * exact.norm()

@@ -235,7 +235,8 @@ class WholeLinear(torch.autograd.Function):
             dx = torch.mm(g, merged_weight(weight, D, U, scaling) if V is None else V).view(x.shape)
         if not for_factors:
             return None, None, dx, None, None, *[None] * len(for_parts)
-        G = None if low_D and low_U else torch.mm(g.t(), rows)
+        if not (low_D and low_U):
+            G = torch.mm(g.t(), rows)
         if low_U and z is None:
             z = F.linear(rows, D[0])
         dD = [torch.mm(t.t(), rows)] if low_D else [scaled_product(up.t(), G, scaling) for up in U]
