@@ -1,9 +1,9 @@
-"""RunLoRA's forms against PEFT and the plain form: one linear layer, forward and backward, where the paper says it wins.
+"""RunLoRA's forms against PEFT and the plain form: one linear layer, forward and backward, where they may win.
 
-    python -m benchmarks.runlora [--rounds N] [--scale S] [--output FILE]
+    python -m benchmarks.runlora [--rounds N] [--shapes N ...] [--output FILE]
 
 Layers have many rows and ranks that are not small beside their widths. What is compared takes turns in one process, and
-is timed by the processor time of one thread, which other programs on the machine do not count into (`benchmarks.timing`).
+is timed by the processor time of one thread, into which other programs do not count (`benchmarks.timing`).
 
     frozen     the base layer alone, with the gradient of its input
     peft       PEFT's lora.Linear                                             (the yardstick)

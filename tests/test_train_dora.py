@@ -111,7 +111,9 @@ def test_a_language_model(folders, tmp_path, options):  # noqa: F811
     base = AutoModelForCausalLM.from_pretrained(folders["model"])
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["model"]), whole)
     tokens = torch.arange(3, 12)[None]
+    by_transformers = AutoModelForCausalLM.from_pretrained(whole)
     with torch.no_grad():
+        assert torch.allclose(by_transformers(tokens).logits, loaded(tokens).logits, atol=1e-5)
         assert (loaded(tokens).logits - base(tokens).logits).abs().max() > 1e-3
     trainer = object.__new__(ExportedTrainer)
     decayed = trainer.get_decay_parameter_names(loaded)

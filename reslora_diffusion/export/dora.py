@@ -35,6 +35,7 @@ from .limits import CheckFailed, LoaderCheck
 Weights = Iterable[tuple[str, str, Tensor]]  # component, path, W [out, in, ...]
 DORA_NORM = "dora_norm"  # of the header, under `reslora.`: "base" where rows are divided by norms of W
 STRENGTH = "a DoRA: its strength is not linear, and it cannot be added to others"
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 KOHYA_LOADERS = (
     "dora_scale is read by ComfyUI, Forge and LyCORIS; diffusers drops it with a warning, and A1111 knows columns "
     "alone (docs/export.md)"
@@ -195,8 +196,9 @@ def kohya_dora(
             A, B, alpha, scale = (tensors.get_tensor(f"{name}.{part}") for part in parts)
             exact = decomposed_weight(weight.double(), trained[component][path])
             got = comfyui_weight(weight.double(), A, B, float(alpha), scale, 1.0)
-            size = (exact - weight.double()).norm()
-            errors[f"{component}.{path}"] = ((got - exact).norm() / size).item() if size else 0.0
+            size, off = (exact - weight.double()).norm(), (got - exact).norm()
+            off = (off - ROUNDING * weight.double().norm()).clamp_min(0)  # all that float32 knows of a dora_scale
+            errors[f"{component}.{path}"] = (off / size).item() if size else off.item()
     if not errors:
         return notes, []
     misread = [name for name, error in errors.items() if not error <= tolerance]

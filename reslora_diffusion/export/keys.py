@@ -220,9 +220,14 @@ def from_sgm(path: str) -> str:
 PEFT_PREFIX = "base_model.model."
 
 
-def magnitude_key(key_A: str) -> str:
-    """Key of a DoRA's magnitude in the dialects of diffusers and PEFT, by that of its lora_A."""
-    return f"{key_A.removesuffix('.lora_A.weight')}.lora_magnitude_vector"
+def magnitude_keys(key_A: str, by_transformers: bool) -> list[str]:
+    """Keys of a DoRA's magnitude in the dialects of diffusers and PEFT, by that of its lora_A.
+
+    Where transformers 5 may load them, there are two: its `load_adapter` looks for the whole name of the parameter, and
+    leaves a magnitude under PEFT's name out, without a word. PEFT takes either.
+    """
+    key = f"{key_A.removesuffix('.lora_A.weight')}.lora_magnitude_vector"
+    return [key, f"{key}.weight"] if by_transformers else [key]
 
 
 def peft_keys(path: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from .dora import is_dora, magnitude_problems, stored
 from .factors import Components, delta_norm, on_cpu, rank_of
 from .geometry import family_of
 from .header import PEFT_CONFIG, PEFT_FILE
-from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, magnitude_key, peft_keys
+from .keys import CLIP_COMPONENTS, PEFT_PREFIX, classic_path, flat_path, magnitude_keys, peft_keys
 from .limits import CheckFailed, Rank
 from .lora import REPORT_FILE, size_problem
 from .outputs import OutputProof, Outputs, start_proof, unmoved
@@ -202,7 +202,7 @@ def peft_tensors(component: str, modules: Mapping[str, LoraFactors]) -> dict[str
             key_A, key_B = peft_keys(layout)
             tensors[key_A], tensors[key_B] = f.lora_A.clone(), f.lora_B.clone()
             if f.magnitude is not None:
-                tensors[magnitude_key(key_A)] = stored(f, kohya=False)
+                tensors |= {key: stored(f, kohya=False) for key in magnitude_keys(key_A, by_transformers=True)}
     return tensors
 
 

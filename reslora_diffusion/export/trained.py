@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.files import atomic_write
 from .header import DIFFUSERS_FILE, PEFT_FILE, read_headers
-from .keys import Dialect, classic_path, diffusers_keys, magnitude_key
+from .keys import Dialect, classic_path, diffusers_keys, magnitude_keys
 from .limits import LOSSY_ERROR, Rank
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def save_merged(folder: str | os.PathLike, components: Components, facts: Mappin
             key_A, key_B = diffusers_keys(component, classic_path(component, name))
             tensors[key_A], tensors[key_B] = exact.lora_A, exact.lora_B
             if exact.magnitude is not None:
-                tensors[magnitude_key(key_A)] = stored(exact, kohya=False)
+                tensors[magnitude_keys(key_A, by_transformers=False)[0]] = stored(exact, kohya=False)
     with atomic_write(path) as fresh:
         save_tensors(tensors, fresh, metadata=reslora_header(facts or {}))
     return path

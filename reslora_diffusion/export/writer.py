@@ -36,7 +36,7 @@ from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
 from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip
 from .header import DIFFUSERS_METADATA
-from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, magnitude_key, projects, to_kohya
+from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, magnitude_keys, projects, to_kohya
 from .progress import progress
 
 ARCHITECTURES = {
@@ -109,10 +109,8 @@ def diffusers_tensors(components: Components) -> dict[str, Tensor]:
                 key_A, key_B = diffusers_keys(component, layout)
                 tensors[key_A], tensors[key_B] = factors.lora_A.clone(), factors.lora_B.clone()
                 if factors.magnitude is not None:
-                    key = magnitude_key(key_A)
-                    if component in CLIP_COMPONENTS:  # transformers 5 finds it by its whole name alone
-                        key = f"{key}.weight"
-                    tensors[key] = stored(factors, kohya=False)
+                    for key in magnitude_keys(key_A, by_transformers=component in CLIP_COMPONENTS):
+                        tensors[key] = stored(factors, kohya=False)
     return tensors
 
 
