@@ -8,14 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .adapters import FileCard
+from .compare import Cell
 from .foreign import lines_of, shortened
 from .measures import DRIFT, Measure
 from .output import by_place, escaped
+from .raters import Pool
 from .request import Column, CompareRequest
 from .sessions import Session
 from .verdict import Findings
 from .visits import Entry
-from .votes import Ballot, Tally, conclusion, tallies, tally
+from .votes import Ballot, Tally, Verdict, conclusion, tallies, tally
 
 STRONGEST = 5  # modules of a file card
 
@@ -233,23 +235,66 @@ def ballot(session: Session) -> str:
         for side, cell in (("left", current.left), ("right", current.right))
     )
     number = len(session.ballot.votes) + 1
-    title = f"<p>{escaped(current.row.prompt)} <small>({number} of {count})</small></p>"
+    title = (
+        f"<p><b>{escaped(session.ballot.question)}</b><br>{escaped(current.row.prompt)} "
+        f"<small>({number} of {count})</small></p>"
+    )
     return f'{earlier}<div class="ballot">{title}{images}</div>'
+
+
+def counted(votes: Tally) -> tuple:
+    """Cells of a line of votes."""
+    low, high = votes.interval
+    rate = "–" if votes.win_rate is None else f"{votes.win_rate:.0%} ({low:.0%} to {high:.0%})"
+    return votes.first, votes.second, votes.ties, votes.neither, rate, f"{votes.p_value:.3f}"
 
 
 def vote_result(ballot: Ballot) -> str:
     """Win rate of the first column, by prompt and overall."""
 
-    def line(name: str, counted: Tally) -> tuple:
-        low, high = counted.interval
-        rate = "–" if counted.win_rate is None else f"{counted.win_rate:.0%} ({low:.0%} to {high:.0%})"
-        return name, counted.first, counted.second, counted.ties, counted.neither, rate, f"{counted.p_value:.3f}"
-
     first, second = ballot.first.label, ballot.second.label
-    lines = [line(prompt, counted) for prompt, counted in tallies(ballot).items()]
-    lines.append(line("overall", tally(ballot.votes)))
+    lines = [(prompt, *counted(votes)) for prompt, votes in tallies(ballot).items()]
+    lines.append(("overall", *counted(tally(ballot.votes))))
     head = ("prompt", first, second, "ties", "both bad", f"{first} wins (95 % interval)", "sign test, p")
     return message(conclusion(ballot)) + table(head, lines, "Votes")
+
+
+def recap(session: Session) -> str:
+    """Every pair that was voted on, with its sides as they were shown."""
+    ballot = session.ballot
+    if ballot.request is not session.request:
+        return ""
+
+    def side(cell: Cell) -> str:
+        source = session.addresses.get(id(cell))
+        image = f'<img src="{source}" alt="">' if source else ""
+        return f"<td>{image}<small>{escaped(cell.column.label)}</small></td>"
+
+    said = {Verdict.FIRST: ballot.first.label, Verdict.SECOND: ballot.second.label}
+    lines = "".join(
+        f'<tr><th scope="row">{escaped(pair.row.label)}</th>{side(pair.left)}{side(pair.right)}'
+        f"<td>{escaped(said.get(vote, vote))}</td></tr>"
+        for pair, vote in ballot.voted
+    )
+    head = "<tr><th>prompt and seed</th><th>left</th><th>right</th><th>vote</th></tr>"
+    return (
+        f"<details><summary>All {len(ballot.votes)} pairs, with their sides</summary>"
+        f'<div class="scroll"><table class="facts recap"><thead>{head}</thead><tbody>{lines}</tbody></table></div></details>'
+    )
+
+
+def pooled(pool: Pool) -> str:
+    """What several raters said together."""
+    names = (pool.first, pool.second)
+    lines = [(rater, *counted(tally)) for rater, tally in pool.by_rater.items()]
+    lines.append(("each pair once, by its majority", *counted(pool.by_pair)))
+    head = ("rater", *names, "ties", "both bad", f"{names[0]} wins (95 % interval)", "sign test, p")
+    if pool.compared:
+        share = f"{pool.agreed / pool.compared:.0%} of {pool.compared}"
+        agreement = f"Two raters said the same of a pair in {share} cases; 50 % is chance."
+    else:
+        agreement = "No pair was decided by two raters, so that nothing can be said of their agreement."
+    return table(head, lines, f"{len(pool.by_rater)} raters") + message(agreement)
 
 
 def verdict(found: Findings | None) -> str:

@@ -178,6 +178,8 @@ class Visit:
             "pairs": [[rows.index(pair.row), pair.first_is_left] for pair in ballot.pairs],
             "votes": ballot.votes,
             "seen": ballot.seen,
+            "question": ballot.question,
+            "rater": ballot.rater,
         }
         if self.current:
             self.write(self.current / VOTES, data)
@@ -192,7 +194,9 @@ class Visit:
             for number, first_is_left in data["pairs"]:
                 a, b = places[rows[number], first], places[rows[number], second]
                 pairs.append(Pair(rows[number], *((a, b) if first_is_left else (b, a)), bool(first_is_left)))
-            return Ballot(request, first, second, pairs, [Verdict(v) for v in data["votes"]], [*map(int, data["seen"])])
+            words = {name: str(data[name]) for name in ("question", "rater") if name in data}
+            votes, seen = [Verdict(v) for v in data["votes"]], [*map(int, data["seen"])]
+            return Ballot(request, first, second, pairs, votes, seen, **words)
         except (TypeError, KeyError, ValueError, IndexError):
             return None
 

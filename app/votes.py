@@ -22,6 +22,20 @@ from .output import by_place
 from .request import Column, CompareRequest, Row
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet computes
+CSV_COLUMNS = (
+    "prompt",
+    "seed",
+    "setting",
+    "first",
+    "second",
+    "left",
+    "verdict",
+    "question",
+    "rater",
+    "place",
+    "looked_at",
+)
+QUESTION = "Which image is better?"
 ENOUGH_VOTES = 10  # fewer decided votes than this, and nothing is claimed
 
 
@@ -59,6 +73,8 @@ class Ballot:
     pairs: list[Pair]
     votes: list[Verdict] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)  # how many votes there were each time the result was looked at
+    question: str = QUESTION
+    rater: str = ""
 
     @property
     def current(self) -> Pair | None:
@@ -97,7 +113,14 @@ def default_pair(columns: Sequence[Column]) -> tuple[int, int]:
     return next(others, max(0, last - 1)), last
 
 
-def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, second: Column) -> Ballot:
+def make_ballot(
+    request: CompareRequest,
+    cells: Sequence[Cell],
+    first: Column,
+    second: Column,
+    question: str = QUESTION,
+    rater: str = "",
+) -> Ballot:
     """All rows that both columns generated, shuffled.
 
     Raises:
@@ -115,7 +138,7 @@ def make_ballot(request: CompareRequest, cells: Sequence[Cell], first: Column, s
     if not pairs:
         raise ValueError("these two columns have no images in common; compare them first")
     shuffler.shuffle(pairs)
-    return Ballot(request, first, second, pairs)
+    return Ballot(request, first, second, pairs, question=question.strip() or QUESTION, rater=rater.strip())
 
 
 @dataclass(frozen=True)
@@ -170,13 +193,25 @@ def conclusion(ballot: Ballot) -> str:
 
 
 def votes_csv(ballot: Ballot) -> str:
-    """One line for each vote. Cells that a spreadsheet would compute are made text."""
+    """One line for each vote, with its place in the round, and after how many votes the result was looked at. Cells that
+    a spreadsheet would compute are made text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["prompt", "seed", "setting", "first", "second", "left", "verdict"])
-    for pair, verdict in ballot.voted:
-        texts = (pair.row.prompt, ballot.first.label, ballot.second.label, pair.left.column.label)
-        prompt, first, second, left = (f"'{text}" if text.startswith(FORMULA) else text for text in texts)
+    writer.writerow(CSV_COLUMNS)
+    looks = " ".join(map(str, ballot.seen))
+    for number, (pair, verdict) in enumerate(ballot.voted, start=1):
         setting = pair.row.setting.label if pair.row.setting else ""
-        writer.writerow([prompt, pair.row.seed, setting, first, second, left, verdict])
+        columns = (ballot.first.label, ballot.second.label, pair.left.column.label)
+        line = [
+            pair.row.prompt,
+            pair.row.seed,
+            setting,
+            *columns,
+            verdict,
+            ballot.question,
+            ballot.rater,
+            number,
+            looks,
+        ]
+        writer.writerow([f"'{value}" if str(value).startswith(FORMULA) else value for value in line])
     return buffer.getvalue()

@@ -11,8 +11,9 @@ from PIL import Image
 
 from app.compare import Cell
 from app.intervals import sign_test, wilson_interval
+from app.raters import read_votes
 from app.request import Adapter, Column, CompareRequest
-from app.votes import Choice, Verdict, conclusion, default_pair, make_ballot, tallies, tally, votes_csv
+from app.votes import QUESTION, Choice, Verdict, conclusion, default_pair, make_ballot, tallies, tally, votes_csv
 
 ADAPTERS = (Adapter("=one", "p", "a"), Adapter("two", "q", "b"))
 
@@ -142,3 +143,52 @@ def test_two_equal_columns_make_no_ballot():
         make_ballot(request, [], chosen.first, chosen.first)
     with pytest.raises(ValueError, match="compare them first"):
         make_ballot(request, [], chosen.first, chosen.second)
+
+
+# --------------------------------------------------------------------------------------------- several raters
+
+
+def votes_of(rater: str, verdicts: list[Verdict], swapped: bool = False) -> str:
+    """A rater's CSV on pairs in one order, of which the columns may have been chosen the other way round."""
+    chosen = ballot(seeds=len(verdicts), prompts=("a panda",))
+    chosen.pairs.sort(key=lambda pair: pair.row.seed)
+    if swapped:
+        chosen.first, chosen.second = chosen.second, chosen.first
+    chosen.votes, chosen.rater, chosen.seen = list(verdicts), rater, [3, len(verdicts)]
+    return votes_csv(chosen)
+
+
+F, S, T, N = Verdict.FIRST, Verdict.SECOND, Verdict.TIE, Verdict.NEITHER
+
+
+def test_several_raters_count_each_pair_once():
+    files = {
+        "a.csv": votes_of("Ann", [F, F, F, T, N]),
+        "b.csv": votes_of("Bob", [S, S, S, S, F], swapped=True),  # F F F F S of the other order
+        "c.csv": votes_of("", [F, S, S, T, N]),
+    }
+    pool = read_votes(files)
+    assert list(pool.by_rater) == ["Ann", "Bob", "c.csv"]
+    assert (pool.by_rater["Bob"].first, pool.by_rater["Bob"].second) == (4, 1)
+    assert (pool.by_pair.first, pool.by_pair.second, pool.by_pair.ties) == (4, 1, 0)
+    # Decided pairs of votes: 3 on the first pair, all equal; 3 on each of the next two, one equal.
+    assert (pool.agreed, pool.compared) == (5, 9)
+
+
+def test_a_csv_says_the_question_the_rater_and_every_look():
+    row = next(csv.DictReader(io.StringIO(votes_of("Ann", [F, S, T]))))
+    assert (row["question"], row["rater"], row["place"], row["looked_at"]) == (QUESTION, "Ann", "1", "3 3")
+
+
+def test_votes_that_cannot_be_pooled_are_named_together():
+    other = votes_of("Cyd", [F]).replace("two", "three")
+    files = {
+        "a.csv": votes_of("Ann", [F, S]),
+        "again.csv": votes_of("Ann", [F, S]),
+        "c.csv": other,
+        "d.csv": "x,y\n1,2\n",
+    }
+    with pytest.raises(ValueError, match="cannot be pooled") as caught:
+        read_votes(files)
+    for words in ("c.csv, line 2: on", "d.csv: these are no votes", "Ann voted twice on 'a panda', seed 0"):
+        assert words in str(caught.value)

@@ -1,16 +1,21 @@
 """Blind vote: which of two images is better, without knowing whose it is."""
 
+from pathlib import Path
+
 import gradio as gr
 
 from .. import views
+from ..images import images_in
+from ..raters import MAX_BYTES, read_votes
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
 from ..tabs import refusal
 from ..tabs.compare import CompareTab
-from ..votes import Choice, default_pair, make_ballot, votes_csv
+from ..votes import QUESTION, Choice, default_pair, make_ballot, votes_csv
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
+MAX_REFERENCES = 6
 IDS = {Choice.LEFT: "vote_left", Choice.TIE: "vote_tie", Choice.NEITHER: "vote_neither", Choice.RIGHT: "vote_right"}
 INTRODUCTION = (
     "Two images of one prompt from the same noise, sides shuffled. Votes are on the images of the Compare tab: "
@@ -21,11 +26,15 @@ INTRODUCTION = (
 def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
     gr.HTML(views.message(INTRODUCTION), padding=False)
     with gr.Row():
+        question = gr.Textbox(label="The question", value=QUESTION, min_width=200, elem_id="vote_question")
+        rater = gr.Textbox(label="Rater", placeholder="you", min_width=100, scale=0, elem_id="vote_rater")
+    with gr.Row():
         first = gr.Dropdown(label="One column", choices=[], min_width=140, elem_id="vote_first")
         second = gr.Dropdown(label="The other", choices=[], min_width=140, elem_id="vote_second")
         begin = gr.Button(
             "Begin a round", variant="primary", min_width=140, elem_id="vote_begin", elem_classes="beside"
         )
+    subject = gr.HTML(elem_id="vote_subject", padding=False)
     pair = gr.HTML(elem_id="vote_pair", min_height=64, padding=False)
     with gr.Row(elem_classes="verdicts"):
         buttons = {
@@ -37,6 +46,15 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         reveal = gr.Button("Show the result", size="sm", interactive=False, elem_id="vote_reveal", min_width=140)
         out = gr.DownloadButton("Votes .csv", size="sm", interactive=False, elem_id="download_votes", min_width=110)
     result = gr.HTML(elem_id="vote_result", padding=False)
+    with gr.Accordion("Several raters", open=False):
+        files = gr.File(
+            label="Votes .csv of each rater, this page's own",
+            file_count="multiple",
+            file_types=[".csv"],
+            height=120,
+            elem_id="vote_files",
+        )
+        together = gr.HTML(elem_id="vote_pool", padding=False)
 
     controls = [*buttons.values(), back]
     outputs = [pair, *controls, reveal]
@@ -64,7 +82,7 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         pickers = [gr.Dropdown(choices=labels, value=label) for label in pair]
         return [*pickers, *(state(session) if ballot else [gr.skip()] * len(outputs))]
 
-    def start(first: str | None, second: str | None, request: gr.Request) -> list:
+    def start(first: str | None, second: str | None, asked: str, rater: str, request: gr.Request) -> list:
         session = session_of(request)
         if session.request is None or first is None or second is None:
             raise refusal("Compare something first: votes are on the images of the Compare tab.")
@@ -72,10 +90,10 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         if gone := [label for label in (first, second) if label not in listed]:
             raise refusal(f"The comparison has no column {gone[0]} any more: choose from the ones it has.")
         try:
-            session.ballot = make_ballot(session.request, session.cells, listed[first], listed[second])
+            session.ballot = make_ballot(session.request, session.cells, listed[first], listed[second], asked, rater)
         except ValueError as problem:
             raise refusal(problem) from None
-        return [*state(session), "", gr.DownloadButton(interactive=False)]
+        return [*state(session), "", gr.DownloadButton(interactive=False), references(session)]
 
     def cast(choice: Choice):
         def vote(request: gr.Request) -> list:
@@ -100,10 +118,29 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         session.ballot.seen.append(len(session.ballot.votes))
         state(session)
         found = views.verdict(studio.findings(session))
-        return [views.vote_result(session.ballot), gr.DownloadButton(value=str(path), interactive=True), found]
+        shown = views.vote_result(session.ballot) + views.recap(session)
+        return [shown, gr.DownloadButton(value=str(path), interactive=True), found]
+
+    def references(session: Session) -> str:
+        """Images of the subject that the first adapters were taught, to vote by."""
+        name = studio.first_subject
+        paths = images_in(studio.subjects[name])[:MAX_REFERENCES] if name in studio.subjects else []
+        return views.strip([*filter(None, (session.thumbnail(Path(path)) for path in paths))], f"subject: {name}")
+
+    def pool(paths: list[str] | None) -> str:
+        if not paths:
+            return ""
+        try:
+            if long := [Path(path).name for path in paths if Path(path).stat().st_size > MAX_BYTES]:
+                raise ValueError(f"{long[0]} has more than {MAX_BYTES >> 20} MiB, and cannot be votes")
+            texts = {Path(path).name: Path(path).read_text(encoding="utf-8", errors="replace") for path in paths}
+            return views.pooled(read_votes(texts))
+        except ValueError as problem:
+            return views.message(str(problem), "bad")
 
     tab.select(columns, None, [first, second, *outputs], **LIGHT, **PRIVATE)
-    begin.click(start, [first, second], [*outputs, result, out], **LIGHT, **PRIVATE)
+    begin.click(start, [first, second, question, rater], [*outputs, result, out, subject], **LIGHT, **PRIVATE)
+    files.change(pool, files, together, **LIGHT, **PRIVATE)
     for choice, button in buttons.items():
         button.click(cast(choice), None, outputs, trigger_mode="once", **LIGHT, **PRIVATE)
     back.click(undo, None, outputs, **LIGHT, **PRIVATE)
