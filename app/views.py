@@ -279,7 +279,8 @@ def recap(session: Session) -> str:
     head = "<tr><th>prompt and seed</th><th>left</th><th>right</th><th>vote</th></tr>"
     return (
         f"<details><summary>All {len(ballot.votes)} pairs, with their sides</summary>"
-        f'<div class="scroll"><table class="facts recap"><thead>{head}</thead><tbody>{lines}</tbody></table></div></details>'
+        f'<div class="scroll"><table class="facts recap"><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
+        "</details>"
     )
 
 

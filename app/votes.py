@@ -193,8 +193,8 @@ def conclusion(ballot: Ballot) -> str:
 
 
 def votes_csv(ballot: Ballot) -> str:
-    """One line for each vote, with its place in the round, and after how many votes the result was looked at. Cells that
-    a spreadsheet would compute are made text."""
+    """One line for each vote, with its place in the round, and how many votes there were at each look at the result.
+    Cells that a spreadsheet would compute are made text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(CSV_COLUMNS)
