@@ -28,6 +28,7 @@ from typing import Any
 
 from reslora_diffusion.diffusion.data.scan import open_upright, scan
 from reslora_diffusion.diffusion.train.sheet import contact_sheet
+from reslora_diffusion.rules import ShortcutFields
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_train_steps", type=int, default=1000, help="optimizer steps of each run")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--shortcut", default="input", choices=("input", "block", "middle"))
+    parser.add_argument("--shortcut", default=str(ShortcutFields.shortcut), choices=("input", "block", "middle"))
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

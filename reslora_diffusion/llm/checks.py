@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..rules import Shortcut, ShortcutFields, faults
 from ..utils.environment import missing_packages, unwritable
+from ..utils.options import wrong_values
 from ..utils.problems import BadInput, refuse
 from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
@@ -24,7 +25,6 @@ from .training_options import TrainingOptions
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 TRACKERS = {  # of transformers, and the package that each needs
     "azure_ml": "azureml.core.run",
     "clearml": "clearml",
@@ -98,23 +98,17 @@ def adapter_settings(options: ModelOptions) -> dict[str, Any]:
 def option_problems(options: ModelOptions) -> list[str]:
     """Faults of the model's and the adapter's options."""
     problems = [*model_problems(options.model_name_or_path)]
-    if options.method not in ("lora", "reslora"):
-        problems.append(f"--method: got {options.method!r}, wanted lora or reslora")
-    problems += [
-        f"--{name}: got {getattr(options, name)!r}, wanted {', '.join(PRECISIONS)}"
-        for name in ("dtype", "export_dtype")
-        if getattr(options, name) not in PRECISIONS
-    ]
+    wrong = wrong_values(options)
+    problems += wrong.values()
     if options.method == "lora":
         given = [f"--{name}" for name in ONLY_RESLORA if getattr(options, name) is not None]
         problems += [f"{flag}: does nothing with --method lora" for flag in given]
-    if options.calibration_examples < 1:
-        problems.append(f"--calibration_examples: got {options.calibration_examples}, wanted 1 or more")
     problems += quantisation_problems(options)
     reach = options.num_previous
     if reach is not None and reach != "all" and not reach.isdecimal():
         return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
-    return problems + faults(adapter_settings(options))
+    settings = {name: value for name, value in adapter_settings(options).items() if name not in wrong}
+    return problems + faults(settings)
 
 
 def model_problems(name: str | None) -> Iterator[str]:
@@ -155,8 +149,6 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     if options.handover_at is not None:
         if options.method == "lora" or shortcut not in ("input", "middle"):
             problems.append("--handover_at: does nothing here; only shortcuts input and middle have something to fold")
-        if not 0 < options.handover_at < 1:
-            problems.append(f"--handover_at: got {options.handover_at}, wanted a share of the steps between 0 and 1")
     problems += [*schedule_problems(options, training), *optimizer_problems(options)]
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)

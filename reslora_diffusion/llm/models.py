@@ -26,10 +26,10 @@ from reslora_diffusion import ResLoraConfig
 
 from ..utils.hub import looking_up
 from ..utils.problems import BadInput, listing, refuse
-from ..utils.weights import broken_model
-from .checks import PRECISIONS, adapter_settings
+from ..weights import broken_model
+from .checks import adapter_settings
 from .model_checks import layer_problems, leaves_of
-from .options import ModelOptions
+from .options import PRECISIONS, ModelOptions
 from .quantising import quantisation
 
 AUTO = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}

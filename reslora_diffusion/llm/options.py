@@ -11,12 +11,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..rules import MergeMethod, Shortcut
 from ..utils.option_parser import Given, Reader, parse_file
 from ..utils.options import default_of, facts_of, option
 from ..utils.problems import BadInput, is_first_process, refuse
 from .other_programs import translate
 from .tasks import TASKS
 from .training_options import TrainingOptions
+
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -26,18 +29,26 @@ class ModelOptions:
     model_name_or_path: str | None = option(None, "Folder or hub name of the model.")
     model_revision: str | None = option(None, "Of the model on the hub.")
     tokenizer_name: str | None = option(None, "Folder or hub name, if the tokenizer is not the model's.")
-    dtype: str = option("float32", "Precision of the frozen model: float32, bfloat16 or float16.")
+    dtype: str = option("float32", "Precision of the frozen model.", choices=PRECISIONS)
     load_in_4bit: bool = option(False, "Hold the frozen model in 4 bits (QLoRA); it computes in --dtype.")
     load_in_8bit: bool = option(False, "Hold the frozen model in 8 bits.")
-    quantized_by: str = option("bitsandbytes", "What quantises it: bitsandbytes (NF4, doubly quantised) or torchao.")
+    quantized_by: str = option(
+        "bitsandbytes", "What quantises it; bitsandbytes in NF4, doubly quantised.", choices=("bitsandbytes", "torchao")
+    )
     attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, ...")
-    method: str = option("reslora", "reslora, or lora: PEFT's own LoRA through the same script.")
-    shortcut: str | None = option(None, "input, block, middle or none.")
+    method: str = option("reslora", "What is trained; lora is PEFT's own LoRA.", choices=("lora", "reslora"))
+    shortcut: str | None = option(
+        None, "Residual path between the adapters of consecutive layers.", choices=tuple(map(str, Shortcut))
+    )
     num_previous: str | None = option(None, "Earlier layers that a shortcut reaches back to, or all.")
-    merge_method: str | None = option(None, "least_squares, paper_input, paper_weight or drop.")
-    calibration_examples: int = option(128, "Training examples that a merge is fitted on.")
-    distillation_steps: int | None = option(None, "Steps in which the merged model learns what the unmerged one says.")
-    handover_at: float | None = option(None, "Fold input or middle into plain LoRA after this share of the steps.")
+    merge_method: str | None = option(
+        None, "How input and middle become a plain LoRA.", choices=tuple(map(str, MergeMethod))
+    )
+    calibration_examples: int = option(128, "Training examples that a merge is fitted on.", at_least=1)
+    distillation_steps: int | None = option(None, "Steps that refine the merge on the outputs of the unmerged model.")
+    handover_at: float | None = option(
+        None, "Fold input or middle into plain LoRA after this share of the steps.", above=0, below=1
+    )
     schedule: str | None = option(
         None,
         "What changes while training: coto, restart:stages=3, fold:at=0.85 or prune:ratio=0.5 (docs/methods.md).",
@@ -51,7 +62,7 @@ class ModelOptions:
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")
     use_rslora: bool = option(False, "Scaling is lora_alpha / sqrt(rank).")
     use_dora: bool = option(False, "Train the length of each row of the weights apart (DoRA; shortcuts none, block).")
-    export_dtype: str = option("float16", "Precision of the exported LoRA: float32, bfloat16 or float16.")
+    export_dtype: str = option("float16", "Precision of the exported LoRA.", choices=PRECISIONS)
     target_modules: list[str] | None = option(
         None, "Names of adapted layers, or all-linear (default: PEFT's for the model, mostly q and v)."
     )

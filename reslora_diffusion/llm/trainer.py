@@ -36,7 +36,7 @@ from reslora_diffusion.methods.schedules.making import make_schedule
 from ..interruption import Interruption
 from ..utils.files import unfinished
 from ..utils.problems import Interrupted, Stopped, listing, refuse
-from ..utils.weights import broken_tensors
+from ..weights import broken_tensors
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate

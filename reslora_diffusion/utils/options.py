@@ -132,14 +132,21 @@ def is_switch(kind: Any) -> bool:
 
 def value_problems(options: Any) -> Iterator[str]:
     """Values that are no choice of theirs, or out of bounds."""
+    yield from wrong_values(options).values()
+
+
+def wrong_values(options: Any) -> dict[str, str]:
+    """The same by the name of the option."""
+    found = {}
     for name, facts in facts_of(type(options)).items():
         value = getattr(options, name)
         if value is None:
             continue
         if facts.choices and value not in facts.choices and not (facts.import_path and is_import_path(value)):
-            yield f"--{name}: got {value!r}, wanted {', '.join(map(str, facts.choices))}"
+            found[name] = f"--{name}: got {value!r}, wanted {', '.join(map(str, facts.choices))}"
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and not in_bounds(value, facts):
-            yield f"--{name}: got {value}, wanted {bounds(facts)}"
+            found[name] = f"--{name}: got {value}, wanted {bounds(facts)}"
+    return found
 
 
 def is_import_path(value: Any) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from reslora_diffusion.export.single_file import is_single_file, load_single_file, read_single_file
 
 from ...utils.problems import BadInput, refuse
-from ...utils.weights import broken_model
+from ...weights import broken_model
 from ..options import DreamBoothOptions
 from ..options.launcher import shards
 from ..train.distributed import shard

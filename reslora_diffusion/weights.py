@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .problems import listing
+from .utils.problems import listing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
