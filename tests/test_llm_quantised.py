@@ -123,7 +123,7 @@ def test_what_cannot_be_quantised_is_said_at_once(tmp_path):
 
     assert "got both, wanted one" in problems(load_in_4bit=True, load_in_8bit=True)
     assert "does nothing without" in problems(quantized_by="torchao")
-    assert "got 'gptq', wanted bitsandbytes or torchao" in problems(quantized_by="gptq", load_in_4bit=True)
+    assert "got 'gptq', wanted bitsandbytes, torchao" in problems(quantized_by="gptq", load_in_4bit=True)
 
 
 @pytest.mark.parametrize(

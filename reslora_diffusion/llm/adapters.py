@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ..utils.hub import first_line, looking_up
 from ..utils.model_files import Files, Unknown, shapes_in
 from ..utils.problems import BadInput, listing, refuse
-from .checks import PRECISIONS
 from .model_checks import keeps_names, stored_layers
 
 if TYPE_CHECKING:
