@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.hub import first_line, looking_up
+from ..utils.hub import looking_up
 from ..utils.model_files import Files, Unknown, shapes_in
-from ..utils.problems import BadInput, listing, refuse
+from ..utils.problems import BadInput, first_line, listing, refuse
 from .model_checks import keeps_names, stored_layers
+from .options import PRECISIONS
 
 if TYPE_CHECKING:
     from peft import PeftModel
