@@ -10,60 +10,17 @@ at once, as one ValueError, before an image is generated.
 
 import itertools
 import math
-import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
 from pathlib import Path
 
-from .foreign import is_number, is_text, printable, shortened
+from .axes import Axis, Sampling, Scheduler, Setting, is_setting, setting_of
+from .foreign import is_number, is_text, shortened
+from .templates import filled, placeholder_names
 
 FORMAT_VERSION = 2  # version 1 is read too
 ADAPTER_NAMES = {"label", "file", "sha256"}
 MANY = 1000  # prompts, more than which are not written out to be counted
-
-
-class Scheduler(StrEnum):
-    """Solvers that leave the noise of the first step as the only noise, so that cells of a row stay comparable."""
-
-    AS_SAVED = "as saved"
-    DDIM = "DDIM"
-    EULER = "Euler"
-    DPM = "DPM++ 2M"
-    UNIPC = "UniPC"
-
-
-class Axis(StrEnum):
-    """Settings of the sampler that can be swept along the rows or the columns."""
-
-    STEPS = "steps"
-    GUIDANCE = "guidance"
-    SCHEDULER = "scheduler"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One value of a swept setting; it replaces what the request says for all images."""
-
-    axis: Axis
-    value: int | float | Scheduler
-
-    @property
-    def label(self) -> str:
-        return {
-            Axis.STEPS: f"{self.value} steps",
-            Axis.GUIDANCE: f"guidance {self.value}".removesuffix(".0"),
-            Axis.SCHEDULER: str(self.value),
-        }[self.axis]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one image is denoised."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: Scheduler
 
 
 @dataclass(frozen=True)
@@ -137,9 +94,7 @@ class CompareRequest:
     scheduler: Scheduler = Scheduler.AS_SAVED
     rows_by: tuple[Setting, ...] = ()
     columns_by: tuple[Setting, ...] = ()
-    strengths_first: bool = (
-        False  # whether columns of one strength stand side by side, rather than those of one adapter
-    )
+    strengths_first: bool = False  # columns of one strength stand side by side, instead of those of one adapter
 
     @property
     def rows(self) -> list[Row]:
@@ -189,60 +144,6 @@ class CompareRequest:
         for name in ("rows_by", "columns_by"):
             values[name] = tuple(setting_of(said["axis"], said["value"]) for said in values.get(name, ()))
         return cls(**values)
-
-
-def setting_of(axis: str, value: object) -> Setting:
-    """
-    Raises:
-        ValueError: the axis is unknown, or the value is none of it.
-    """
-    axis = Axis(axis)
-    if axis is Axis.SCHEDULER:
-        return Setting(axis, Scheduler(value))
-    if not is_number(value) or (axis is Axis.STEPS and value != int(value)):
-        raise ValueError(f"got {shortened(str(value))!r} for {axis}")
-    return Setting(axis, int(value) if axis is Axis.STEPS else float(value))
-
-
-def pieces(template: str) -> list[tuple[str, str | None]]:
-    """(text, the name between braces after it), in order; `{{` is a brace.
-
-    Raises:
-        ValueError: braces that do not pair, or more than a name between them.
-    """
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError:
-        raise ValueError(f"braces do not pair in the prompt {shortened(template)!r}") from None
-    found = []
-    for text, name, spec, conversion in parsed:
-        if name is not None and not (name.isidentifier() and not spec and conversion is None):
-            raise ValueError(f"a placeholder is a word between braces, like {{subject}}; got {shortened(template)!r}")
-        found.append((text, name))
-    return found
-
-
-def placeholder_names(template: str) -> list[str]:
-    """Names between braces, each once, in order.
-
-    Raises:
-        ValueError: as `pieces`.
-    """
-    return list(dict.fromkeys(name for _, name in pieces(template) if name is not None))
-
-
-def filled(template: str, placeholders: dict[str, tuple[str, ...]]) -> list[str]:
-    """The template with every combination of its placeholders' values; braces of values are text.
-
-    >>> filled("a {subject} on {colour}", {"subject": ("panda",), "colour": ("red", "blue")})
-    ['a panda on red', 'a panda on blue']
-    """
-    names, parts = placeholder_names(template), pieces(template)
-    prompts = []
-    for values in itertools.product(*(placeholders[name] for name in names)):
-        value_of = dict(zip(names, values, strict=True))
-        prompts.append("".join(text + (value_of[name] if name else "") for text, name in parts))
-    return prompts
 
 
 def prompt_problems(request: CompareRequest, limits: Limits) -> list[str]:
@@ -404,14 +305,6 @@ def settings_problems(data: object) -> list[str]:
         f"{name} is not {words}" for name, (fits, words) in wanted.items() if name in data and not fits(data[name])
     ]
     return found
-
-
-def is_setting(axis: object, value: object) -> bool:
-    try:
-        setting_of(axis, value)
-    except ValueError:
-        return False
-    return True
 
 
 def digests_in(data: object) -> set[str]:
