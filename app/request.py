@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .axes import Axis, Sampling, Scheduler, Setting, is_setting, setting_of
-from .foreign import is_number, is_text, shortened
+from .foreign import is_number, is_text, printable, shortened
 from .templates import filled, placeholder_names
 
 FORMAT_VERSION = 2  # version 1 is read too
