@@ -297,3 +297,9 @@ def test_a_run_with_everything_of_kohyas_objective(tmp_path):
 def test_views_of_one_image_at_two_resolutions_are_two_sizes():
     assert Buckets(((64, 64),)).of((10, 20)) == (64, 64)
     assert replace(Buckets(()), no_upscale=8, area=1024, smallest=16).of((10, 20)) == (16, 16)
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red\u2028panda --w 64\na blue\u0085panda\n", encoding="utf-8")
+    assert len(read_prompts(path).prompts) == 2

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from reslora_diffusion.diffusion.data.buckets import Buckets
 from reslora_diffusion.diffusion.data.encode import Views
 from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, scan
 from reslora_diffusion.diffusion.options.inventory import describe
-from reslora_diffusion.utils.images import colour_of, upright_rgb
+from reslora_diffusion.utils.images import colour_of, read_image, upright_rgb
 
 GREEN = (120, 220, 90)
 TO_SRGB = np.array(
@@ -183,3 +184,25 @@ def test_images_of_a_dataset_are_converted(tmp_path):
     (image,) = scan(images_of_dataset(args)).images
     assert image.profile == "Wide (test)"
     assert open_upright(image.path).getpixel((0, 0)) != GREEN
+
+
+def png_of_16_bits(kind, channels, transparent):
+    """Half of one colour, half of another, of which one is transparent by its value (tRNS)."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    other = [value - 300 for value in channels]
+    rows = [b"\0" + struct.pack(f">{len(channels) * 4}H", *(channels * 2 + other * 2))] * 4
+    header = struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)
+    shown = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(f">{len(channels)}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + shown + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, [30000]), (2, [30000, 5000, 60000])])
+def test_what_is_transparent_by_a_value_of_16_bits_is_white(kind, channels):
+    image = upright_rgb(read_image(png_of_16_bits(kind, channels, channels)))
+    left, right = image.getpixel((0, 0)), image.getpixel((3, 3))
+    assert left == (255, 255, 255)
+    wanted = [value - 300 for value in channels] * (3 // len(channels))
+    assert all(abs(got * 257 - value) <= 257 for got, value in zip(right, wanted, strict=True))

@@ -85,17 +85,25 @@ def read_image(source: Path | bytes, formats: tuple[str, ...] | None = None) -> 
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits by its upper 8: Pillow's own conversion makes all above 255 white.
+    """Grey of 16 bits by its upper 8, and its transparent value as opacity: Pillow's own conversion makes all above 255
+    white, and looks for the value of 16 bits among those of 8.
 
     Raises:
         ValueError: floating point, which may be of any range.
     """
     if image.mode == "F":
         raise ValueError("floating point (mode F) does not say what is white; wanted 8 or 16 bits")
+    transparent = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):  # older Pillow reads 16 bits as I
-        info = image.info
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-        image.info = dict(info)
+        info, wide = image.info, image.convert("I")
+        image = wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image.info = {key: value for key, value in info.items() if key != "transparency"}
+        if isinstance(transparent, int):
+            import numpy as np  # rare, and nobody else waits for it
+
+            image.putalpha(Image.fromarray(np.uint8(np.asarray(wide) != transparent) * 255))
+    elif isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits, of which Pillow reads the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...utils.json_lines import lines_of
 from ...utils.option_parser import parse_file
 from ...utils.problems import BadInput, printable
 
@@ -64,10 +65,10 @@ def read_prompts(source: str | Path) -> PromptFile:
     """
     flag, entries, path = "--sample_prompts", list[tuple[str, Any]](), Path(source)
     source = str(source)
-    written = len(source.splitlines()) > 1 or path.suffix.lower() not in (".txt", ".json", ".toml")
+    written = len(lines_of(source)) > 1 or path.suffix.lower() not in (".txt", ".json", ".toml")
     if written or path.suffix.lower() == ".txt":
         try:
-            lines = (source if written else path.read_text(encoding="utf-8-sig")).splitlines()
+            lines = lines_of(source if written else path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput([f"{flag} {path}: {error}"]) from error
         where = flag if written else f"{flag} {path}"
