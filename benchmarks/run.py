@@ -3,6 +3,9 @@
     python -m benchmarks.run --model FOLDER --data FOLDER --prompt "a photo of sks dog" [--steps 200] [--rounds 3]
         [--diffusers_script path/to/examples/dreambooth/train_dreambooth_lora.py]
 
+diffusers' script imports torchvision, which nothing of ours needs: pip install -e '.[benchmarks]' -c constraints.txt
+brings the version for the installed torch (with --extra-index-url https://download.pytorch.org/whl/cpu on a CPU).
+
 Both scripts get the same options and data, and nobody validates. Runs take turns, so that what else the machine does
 falls on all of them; figures are medians of the rounds, ratios are taken round by round. A short run before tells what
 the steps take and what everything else, whatever a script does inside; of ours the parts are timed as well.
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +32,7 @@ OURS = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
 FEW = 5
 MEASURES = ("seconds", "processor", "memory")
 THEIRS = "diffusers"
+OF_THEIRS = ("torchvision",)  # imported by diffusers' script, and not needed by ours
 
 
 class ScriptFailed(SystemExit):
@@ -127,6 +132,8 @@ def main() -> None:
                 if not Path(getattr(args, name)).is_dir()]  # fmt: skip
     if args.diffusers_script and not args.diffusers_script.is_file():
         problems.append(f"--diffusers_script: no file {args.diffusers_script}")
+    elif args.diffusers_script and (lacking := [name for name in OF_THEIRS if find_spec(name) is None]):
+        problems.append(f"--diffusers_script needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
     if args.steps <= FEW:
         problems.append(f"--steps: got {args.steps}, wanted more than {FEW}")
     if problems:

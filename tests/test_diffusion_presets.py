@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from dreambooth import SUBJECTS, script
 from reslora_diffusion.diffusion.data.concepts import concepts_of
@@ -65,6 +66,12 @@ def test_a_published_preset_trains(preset, tmp_path, name, capsys):
     assert "options translated" in printed
     if "sdxl.toml" in name:
         assert sorted(p.name for p in (folder / "samples" / "step-000000").iterdir()) == ["0-0.png", "1-0.png"]
+        with safe_open(next(folder.glob("kohya/*.safetensors")), "pt") as file:
+            frequency = json.loads(file.metadata()["ss_tag_frequency"])
+        assert frequency == {
+            "3_sks animal": {"sks animal": 2, "sticker": 2},
+            "1_red cake": {"ohwx red cake": 2, "sticker": 2},
+        }
         numbered = {p.name for p in folder.glob("checkpoint-*/kohya/*")}
         assert numbered == {"ohwx-000001.safetensors", "ohwx-000002.safetensors"}
 

@@ -7,8 +7,15 @@ caption alone.
 """
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 
 ORDERS = 8  # of a caption, at most
+
+
+def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+    """How many captions have each tag, in small letters, as kohya's scripts count them."""
+    return dict(Counter(tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip()))
 
 
 def tag_orders(caption: str, keep_tokens: int = 0) -> list[str]:

@@ -1,11 +1,15 @@
 """The LoRA files of a run, and what their headers say of its training."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.merging.report import MergeReport
 from reslora_diffusion.export import ExportReport, export_lora
 
+from ..data.concepts import Concept
+from ..data.tag_orders import tag_counts
 from ..models.adapters import Adapters
 from ..models.load import DTYPES, base_model_name
 from ..options import IN_HEADER, DreamBoothOptions
@@ -35,6 +39,15 @@ def header_facts(
         "merge_gap": report.gap if report else None,
     }
     return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+def tag_frequency(concepts: Sequence[Concept]) -> str:
+    """kohya's `ss_tag_frequency`, which A1111 shows: how many captions of each folder have each tag."""
+    found: dict[str, dict[str, int]] = {}
+    for concept in concepts:
+        captions = [image.caption or concept.instance_prompt or "" for image in concept.trained]
+        found.setdefault(concept.instance.folder.name, {}).update(tag_counts(captions))
+    return json.dumps(found, ensure_ascii=False)
 
 
 def checkpoint_number(options: DreamBoothOptions, plan: Plan, step: int) -> str:

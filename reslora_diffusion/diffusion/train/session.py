@@ -37,7 +37,7 @@ from .best import Best
 from .changes import Data
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint, written_elsewhere
 from .ema import Ema
-from .exporting import checkpoint_number, export_factors, header_facts
+from .exporting import checkpoint_number, export_factors, header_facts, tag_frequency
 from .history import History, NonFiniteLoss, plot_losses
 from .merging import Evaluation, MergeReport, forwards_of
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler, used_weights
@@ -342,7 +342,8 @@ class Run:
         return export_factors(self.options, self.adapters, factors, folder, self.facts(step, report), number)
 
     def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
-        return header_facts(self.options, self.method, step, report)
+        facts = header_facts(self.options, self.method, step, report)
+        return facts | {"ss_tag_frequency": tag_frequency(self.plan.concepts)}
 
     def close(self) -> None:
         """Let the trackers write what they hold. A full disk must not hide why a run has ended."""
