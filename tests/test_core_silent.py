@@ -584,6 +584,12 @@ def test_frozen_links_that_a_loader_drops_are_missed() -> None:
 def test_saving_by_transformers_and_loading_by_peft(shortcut: str, tmp_path: Path) -> None:
     model = calibrated("llama", adapted("llama", shortcut))
     model.save_pretrained(tmp_path)
+    base, args = build("llama").double(), inputs("llama")
+    before = output("llama", base, args)
+    loaded = PeftModel.from_pretrained(base, tmp_path).double().get_base_model()
+    assert torch.allclose(output("llama", loaded, args), output("llama", model, args), atol=1e-12)
+    assert (output("llama", loaded, args) - before).abs().max() > 1e-3
+    assert get_controller(loaded).calibration.keys() == get_controller(model).calibration.keys()
 
 
 # ------------------------------------------------------------------------------------------- layers that share weights

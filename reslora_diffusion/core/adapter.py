@@ -1,6 +1,6 @@
 """One adapter on one model: its layers, their chains, and the hooks around a forward of the model.
 
-An `Adapter` is reached from every adapted layer (`layer.lora_variant[adapter_name].adapter`) and from nowhere else: it
+An `Adapter` is reached from every adapted layer (`core.peft.lookup.adapter_of`) and from nowhere else: it
 is no module, holds no parameters, and goes with its layers through `deepcopy`. What a layer computes is in
 `core.shortcuts` and `core.layer`; what the adapter merges into is in `core.merging`.
 """
@@ -26,6 +26,7 @@ from .kernels import can_be_grouped, grouped_linears, in_group, plain_reason
 from .kernels.report import KernelReport
 from .layer import AdaptedLayer, Gate, Prepared, Shared
 from .packed import Packer
+from .peft.lookup import adapter_of
 from .places import Places
 from .roots import are_whole, find_root, find_roots, is_fused, may_be_fused
 from .sharding import whole
@@ -243,8 +244,7 @@ class Adapter(Shared):
     def is_gone(self) -> bool:
         """Whether the adapter was deleted, or its layers unloaded, behind our back."""
         name, layer = next(iter(self.layers.items()))
-        variant = layer.lora_variant.get(self.adapter_name)
-        if getattr(variant, "adapter", None) is not self:
+        if adapter_of(layer, self.adapter_name) is not self:
             return True
         found: nn.Module | None = self.root
         for part in filter(None, name.removeprefix(self.root_name).split(".")):

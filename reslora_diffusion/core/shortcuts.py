@@ -49,6 +49,17 @@ class ResidualPath(Protocol):
     def projection(self, own: Tensor, previous: Tensor) -> Tensor:
         """Which of two lora_A is applied to x_{n-k}: that of the block itself, or of the predecessor."""
 
+    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
+        """The layers that `layer` reads, nearest first, each with the name that its alignment is summed under."""
+
+    def sources(
+        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """x_{n-k} [..., in] by the name that its alignment is summed under. `inputs` lives as long as one batch."""
+
+    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
+        """The rows of which the paper's merge takes the norm, of inputs [T, in]."""
+
 
 class Plain:
     """h_n = W_n x_n + s B_n A_n x_n: LoRA, on the code path of the others."""
@@ -74,6 +85,17 @@ class Plain:
 
     def projection(self, own: Tensor, previous: Tensor) -> Tensor:
         return own
+
+    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
+        return []
+
+    def sources(
+        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
+        return rows
 
 
 class Block(Plain):
@@ -131,6 +153,16 @@ class Input(Plain):
     def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
         return F.linear(values[0], lora_A)
 
+    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
+        if not layer.window and layer.follower is None:
+            return []  # alone: it computes plain LoRA
+        return [(layer.window[0].name if layer.window else layer.name, layer.name)]
+
+    def sources(
+        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return dict(values)
+
 
 class Middle(Input):
     """h_n = W_n x_n + s B_n sum_k A_{n-k} x_{n-k}: bottlenecks are summed, at rank r.
@@ -156,6 +188,18 @@ class Middle(Input):
 
     def projection(self, own: Tensor, previous: Tensor) -> Tensor:
         return previous
+
+    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
+        return [(other.name, other.name) for other in layer.window]
+
+    def sources(
+        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        inputs[layer.name] = x
+        return {other.name: inputs[other.name] for other in layer.window if other.name in inputs}
+
+    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
+        return F.linear(rows, lora_A)
 
 
 SHORTCUTS: dict[Shortcut, ResidualPath] = {

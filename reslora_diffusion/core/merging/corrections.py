@@ -26,7 +26,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..arrivals import settle
 from ..chains import Site
-from ..config import MergeMethod, Shortcut
+from ..config import MergeMethod
 from ..sharding import whole
 from .statistics import Moments, Norms
 
@@ -43,11 +43,9 @@ def least_squares_correction(guess: Tensor, second: Tensor, cross: Tensor, ridge
     return G + torch.linalg.solve(S_ridge, P - G @ S, left=False)
 
 
-def neighbours(adapter: Adapter, site: Site) -> list[str]:
-    """Layers that the shortcut into `site` reads, nearest first; the first of several of `input` reads itself."""
-    layer = adapter.layer(site.name)
-    window = [other.name for other in layer.window]
-    return window or ([site.name] if adapter.shortcut is Shortcut.INPUT and layer.follower is not None else [])
+def neighbours(adapter: Adapter, site: Site) -> list[tuple[str, str]]:
+    """Layers that the shortcut into `site` reads, nearest first, and the names that their alignments are under."""
+    return adapter.path.neighbours(adapter.layer(site.name))
 
 
 def factor_read(adapter: Adapter, site: Site, neighbour: str) -> Tensor:
@@ -61,15 +59,14 @@ def least_squares(adapter: Adapter, site: Site, moments: Moments) -> Tensor:
         return torch.zeros_like(A)
     inner = moments.inner[site.name]
     guess = torch.zeros_like(A, dtype=torch.float64)
-    for name in neighbours(adapter, site):
-        key = site.name if adapter.shortcut is Shortcut.INPUT else name
+    for name, key in neighbours(adapter, site):
         if key in inner and inner[""] > 0:
             guess += inner[key] / inner[""] * factor_read(adapter, site, name).double()
     return least_squares_correction(guess, moments.second_of(site.name), moments.cross[site.name])
 
 
 def paper_input(adapter: Adapter, site: Site, norms: Norms) -> Tensor:
-    total = sum(norms.mean(name) / norms.mean(site.name) for name in neighbours(adapter, site))
+    total = sum(norms.mean(name) / norms.mean(site.name) for name, _ in neighbours(adapter, site))
     return total * adapter.lora_A(site.name).detach()
 
 
@@ -81,7 +78,7 @@ def paper_weight(adapter: Adapter) -> dict[str, Tensor]:
         for place, site in enumerate(chain.sites):
             A, B = (factor.detach() for factor in adapter.factors(site.name))
             correction = torch.zeros_like(A)
-            for back, name in enumerate(neighbours(adapter, site), 1):
+            for back, (name, _) in enumerate(neighbours(adapter, site), 1):
                 reaches = place - back - 1
                 ratio = size[reaches] / size[place - 1] if reaches >= 0 else 1.0
                 correction = correction + ratio * factor_read(adapter, site, name)

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ...utils.files import atomic_write
 from ..adapter import Adapter
-from ..config import Shortcut
 from ..layer import AdaptedLayer
 from ..sharding import is_distributed
 
@@ -104,17 +103,11 @@ class Moments(Tokens):
         self.inputs.clear()
 
     def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
-        middle = self.adapter.shortcut is Shortcut.MIDDLE
-        if middle:
-            self.inputs[layer.name] = x
+        others = self.adapter.path.sources(layer, x, values, self.inputs)
         if layer.name not in self.sites or not values:
             return
         rows = self.rows(x)
         self.add_second(layer.name, x, rows)
-        if middle:
-            others = {other.name: self.inputs[other.name] for other in layer.window if other.name in self.inputs}
-        else:
-            others = {layer.name: values[0][1]}
         lora_A = self.adapter.lora_A(layer.name).detach().to(rows.dtype)
         added = self.adapter.path.added(lora_A, [self.rows(value) for _, value in values])
         add(self.cross, layer.name, added.T @ rows)
@@ -167,8 +160,7 @@ class Norms(Tokens):
 
     def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
         rows = self.rows(x)
-        if self.adapter.shortcut is Shortcut.MIDDLE:
-            rows = rows @ self.adapter.lora_A(layer.name).detach().to(rows.dtype).T
+        rows = self.adapter.path.normed(rows, self.adapter.lora_A(layer.name).detach().to(rows.dtype))
         add(self.total, layer.name, rows.norm())
         self.count[layer.name] = self.count.get(layer.name, 0) + 1
 
