@@ -23,6 +23,7 @@ from typing import Annotated
 import typer
 
 from .llm.commands import chat, evaluate
+from .utils.documents import parse_json
 
 PACKAGES = (
     "reslora-diffusion torch diffusers transformers peft accelerate safetensors tokenizers huggingface-hub numpy "
@@ -187,7 +188,7 @@ def environment(run: Path | None = None) -> dict[str, str]:
     found |= {name: os.environ[name] for name in settings if name in os.environ}
     if run is not None:
         try:
-            record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+            record = parse_json((run / "run.json").read_text(encoding="utf-8"))
             found |= {"command": " ".join(record["command"]), "options": json.dumps(record["options"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{run} has no run.json that can be read: {error}") from error

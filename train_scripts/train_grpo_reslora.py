@@ -21,6 +21,7 @@ from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import RewardOptions, parse, training_arguments
 from reslora_diffusion.llm.tasks import TASKS
+from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import refuse, run_program
 
 DEFAULTS = {
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     options, values = parse(RewardOptions, argv, DEFAULTS)
     checkpoint, rows = check(options, values, problems_of(options), lambda: read(options, values.seed))
-    return train(options, values, rows, checkpoint)
+    with alone_in(Path(values.output_dir)):
+        return train(options, values, rows, checkpoint)
 
 
 def train(options: RewardOptions, values: Any, rows: Sequence[dict] | None, checkpoint: str | None) -> Path:

@@ -6,7 +6,6 @@ configurations is checked before its weights are read. Its files are copied tens
 back: the fused weights are what was computed, and all others are the base's, bit for bit.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from reslora_diffusion.core.dora import decomposed_weight
 from reslora_diffusion.core.functional import LoraFactors
 
+from ..utils.documents import parse_json
 from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
@@ -232,7 +232,7 @@ def end_tokens(config: Path) -> list[int]:
     if not config.is_file():
         return []
     with reading(config):
-        stated = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        stated = parse_json(config.read_text(encoding="utf-8")).get("eos_token_id")
     return [] if stated is None else stated if isinstance(stated, list) else [stated]
 
 
@@ -271,7 +271,11 @@ def weight_files(folder: Path, variant: str | None) -> dict[str, WeightFiles]:
 
 def refuse_quantised(folder: Path) -> None:
     config = folder / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(QUANTISED):
+    if not config.is_file():
+        return
+    with reading(config):
+        quantised = parse_json(config.read_text(encoding="utf-8")).get(QUANTISED)
+    if quantised:
         raise ValueError(f"{folder} is quantised ({QUANTISED} in its config.json); merge into the original weights")
 
 

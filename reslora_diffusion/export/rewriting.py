@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..utils.documents import parse_json
 from ..utils.problems import listing
 from .header import open_safetensors, reading
 
@@ -71,7 +72,7 @@ def sharded(folder: Path, stem: str, index: str, problems: list[str]) -> WeightF
         ValueError: a shard is not there.
     """
     with reading(folder / index):
-        shards = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(parse_json((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
         plain = [Path(shard).name == shard for shard in shards]
     if missing := [
         shard for shard, name in zip(shards, plain, strict=True) if not (name and (folder / shard).is_file())
@@ -102,9 +103,10 @@ def copy_others(folder: Path, target: Path, dtype: torch.dtype | None) -> None:
         shutil.copyfile(path, target / path.name)
     config = target / "config.json"
     if dtype is not None and config.is_file():
-        stated = json.loads(config.read_text(encoding="utf-8"))
-        kind = str(dtype).removeprefix("torch.")
-        stated |= {name: kind for name in ("dtype", "torch_dtype") if name in stated}
+        with reading(config):
+            stated = parse_json(config.read_text(encoding="utf-8"))
+            kind = str(dtype).removeprefix("torch.")
+            stated |= {name: kind for name in ("dtype", "torch_dtype") if name in stated}
         config.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,13 +7,13 @@ names         of a kohya file, in ComfyUI's and A1111's maps of the released bas
 twins         the files of one export mean the same, and are those that its report describes
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..utils.documents import parse_json
 from ..utils.problems import listing
 from .base import check_base, misfits
 from .dora import KOHYA_LOADERS, STRENGTH, by_base, is_dora, without_magnitudes
@@ -153,7 +153,7 @@ def recorded_hashes(folder: Path) -> tuple[dict[str, str], list[str]]:
     try:
         if report.stat().st_size > LARGEST_REPORT:
             raise ValueError
-        files = json.loads(report.read_text(encoding="utf-8"))["files"].values()
+        files = parse_json(report.read_text(encoding="utf-8"))["files"].values()
         return {Path(entry["path"]).name: entry["sha256"] for entry in files}, []
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}, [f"{REPORT_FILE} is not a report of an export"]

@@ -7,12 +7,12 @@
 A folder of PEFT is taken, also one with the unmerged shortcuts of a checkpoint.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.documents import parse_json
 from ..utils.hub import looking_up
 from ..utils.model_files import Files, Unknown, shapes_in
 from ..utils.problems import BadInput, first_line, listing, refuse
@@ -56,7 +56,7 @@ class Pair:
         if not (folder / CONFIG).is_file():
             return
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
             kind = config["peft_type"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             yield f"{folder / CONFIG}: cannot be read: {error}"

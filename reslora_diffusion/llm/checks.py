@@ -4,13 +4,13 @@ Training arguments are plain values here, as `options.parse` gives them. `launch
 ones, which know how training is distributed.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..rules import Shortcut, ShortcutFields, faults
+from ..utils.documents import parse_json
 from ..utils.environment import missing_packages, unwritable
 from ..utils.options import wrong_values
 from ..utils.problems import BadInput, refuse
@@ -131,7 +131,7 @@ def checkpointing_settings(training: TrainingOptions) -> Mapping[str, Any]:
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
     given: object = next((value for name in names if (value := getattr(training, name, None))), {})
     try:
-        found = json.loads(given) if isinstance(given, str) else given
+        found = parse_json(given) if isinstance(given, str) else given
     except ValueError:
         found = {}
     return found if isinstance(found, Mapping) else {}

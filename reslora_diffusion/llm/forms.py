@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..utils.documents import parse_json
 from ..utils.problems import BadInput, listing, printable
 from .records import SHOWN, Messages, Row, column_problems, numbers_of
 
@@ -267,7 +268,7 @@ def tools_in(value: Any) -> list[Any] | None:
 
 def parsed(value: Any, name: str) -> Any:
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"got {name} {printable(value, 80)!r}, which is no JSON") from error
 

@@ -10,7 +10,7 @@ Nothing is quoted. A row that lacks a field, of which QQP has some, is left out,
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..utils.problems import BadInput
+from ..utils.problems import BadInput, listing, shortened
 from .records import Row
 
 ENTAILMENT = ("entailment", "not_entailment")
@@ -53,7 +53,7 @@ def read_tsv(source: str, split: str, task: str, columns: Sequence[str]) -> list
     head = WITHOUT_NAMES.get(task) or table.pop(0)
     theirs = {name: COLUMNS.get(task, {}).get(name, name) for name in (*columns, "label")}
     if missing := [name for name in theirs.values() if name not in head]:
-        raise BadInput([f"{path}: has no column {', '.join(missing)}; it has {', '.join(head)}"])
+        raise BadInput([f"{path}: has no column {', '.join(missing)}; it has {listing(head, 12)}"])
     places = {name: head.index(column) for name, column in theirs.items()}
     whole = [fields for fields in table if all(place < len(fields) and fields[place] for place in places.values())]
     if len(whole) < len(table):
@@ -65,7 +65,7 @@ def read_tsv(source: str, split: str, task: str, columns: Sequence[str]) -> list
         try:
             rows.append(row | {"label": label_of(task, row["label"])})
         except ValueError:
-            bad.append(f"{path} row {number}: got label {row['label']!r}, wanted {wanted(task)}")
+            bad.append(f"{path} row {number}: got label {shortened(row['label'])}, wanted {wanted(task)}")
     if bad:
         raise BadInput(bad[:10])
     return rows

@@ -3,12 +3,12 @@
 answer(found, value, given)     adds to `found`; `given` are all keys of the file
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.documents import parse_json
 from ..utils.problems import listing
 
 FORMATS = ("alpaca", "chat_template", "sharegpt", "completion", "alpaca_chat.load_qa")  # of axolotl, as recognised here
@@ -164,7 +164,7 @@ def factory_dataset(found: Translation, value: Any, given: Mapping[str, Any]) ->
         return
     index = folder / "dataset_info.json"
     try:
-        entry = json.loads(index.read_text(encoding="utf-8"))[names[0]]
+        entry = parse_json(index.read_text(encoding="utf-8"))[names[0]]
         source = entry.get("hf_hub_url") or str(folder / entry["file_name"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found.problems.append(f"LLaMA-Factory's dataset {names[0]}: {index} does not describe it: {error}")

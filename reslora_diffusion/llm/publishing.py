@@ -5,13 +5,13 @@ without this package, and would pickle the token into each checkpoint (`training
 arguments before it is made.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..utils.documents import parse_json
 from ..utils.files import write_text
 from ..utils.hub import create_repository, upload
 
@@ -72,7 +72,7 @@ def card(output: Path) -> str:
 def facts_in(path: Path) -> dict[str, Any]:
     """A record of a run; empty where it is missing or damaged, since an upload does not depend on it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

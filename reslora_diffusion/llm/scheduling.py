@@ -14,6 +14,7 @@ from ..methods.optimizers import OPTIMIZERS, factor_pairs
 from ..methods.optimizers.parameters import literal
 from ..methods.schedules import Schedule
 from ..methods.schedules.base import follow_learning_rate
+from ..utils.documents import parse_json
 from .options import ModelOptions
 from .resuming import SCHEDULE, SCHEDULE_TENSORS, STATE
 
@@ -53,9 +54,9 @@ def save_schedule(folder: Path, schedule: Schedule, option: str | None) -> None:
 
 def load_schedule(folder: Path, schedule: Schedule, model: nn.Module) -> None:
     """Give the adapter the form that it has in a checkpoint, whose values are loaded afterwards."""
-    steps = json.loads((folder / STATE).read_text(encoding="utf-8"))["max_steps"]
+    steps = parse_json((folder / STATE).read_text(encoding="utf-8"))["max_steps"]
     schedule.start([AdaptedModel(model)], steps)
-    schedule.load_state_dict(json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))["state"])
+    schedule.load_state_dict(parse_json((folder / SCHEDULE).read_text(encoding="utf-8"))["state"])
     if (folder / SCHEDULE_TENSORS).is_file():
         schedule.load_tensors(load_file(folder / SCHEDULE_TENSORS))
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..utils.documents import parse_json
 from ..utils.files import write_text
 from ..utils.problems import BadInput, refuse
 
@@ -149,7 +150,7 @@ def write(sweep: Sweep) -> Path:
     for setting, seed in sweep.runs():
         folder = sweep.folder(setting, seed)
         if is_finished(folder):
-            result = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            result = parse_json((folder / RESULTS).read_text(encoding="utf-8"))
             method = result.get("method")
             method = f"{method} {result['shortcut']}" if result.get("shortcut") else method
             facts = {"setting": setting, "seed": seed, "method": method, "folder": folder.name}

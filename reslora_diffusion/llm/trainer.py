@@ -4,7 +4,6 @@ At every evaluation the shortcuts are merged (`calibrate`, `merged_forward`), so
 the best step are those of the plain LoRA that will be written, not of a model that nobody can load.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from reslora_diffusion.methods.schedules import Fold
 from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..interruption import Interruption
+from ..utils.documents import parse_json
 from ..utils.files import unfinished
 from ..utils.problems import Interrupted, Stopped, listing, refuse
 from ..weights import broken_tensors
@@ -379,7 +379,7 @@ def restore_shortcut(model: PeftModel, checkpoint: str | Path) -> None:
     stored = Path(checkpoint, "adapter_config.json")
     if is_reslora(model) and stored.is_file():
         controller = get_controller(model)
-        controller.config.shortcut = Shortcut(json.loads(stored.read_text())["shortcut"])
+        controller.config.shortcut = Shortcut(parse_json(stored.read_text())["shortcut"])
         controller.link()
 
 

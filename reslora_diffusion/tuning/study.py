@@ -7,7 +7,6 @@ A trial counts with its least loss over the evaluations, because a training with
 chosen on one half of the held-out draws; the other half says what it gains over the command as it was given.
 """
 
-import json
 import os
 import socket
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ..utils.documents import parse_json
 from ..utils.problems import BadInput, Stopped, is_out_of_memory
 from .settings import EVALUATIONS, Settings
 from .space import Space
@@ -126,7 +126,7 @@ def storage_of(where: str) -> Any:
 def is_journal(line: bytes) -> bool:
     """Whether a file whose first line this is holds what Optuna writes."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return False
     return isinstance(entry, dict) and "op_code" in entry

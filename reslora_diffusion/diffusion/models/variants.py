@@ -3,11 +3,11 @@
 diffusers takes a component's files of the variant, else its plain ones; some component must have the variant.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...utils.documents import parse_json
 from ..options import DreamBoothOptions
 
 PLAIN = "plain ones"
@@ -33,7 +33,7 @@ def variant_problems(options: DreamBoothOptions) -> Iterator[str]:
     """Problems of `--variant` with a model folder. Nothing is known of a hub name before diffusers asks for it."""
     folder = Path(options.pretrained_model_name_or_path or "")
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # no folder, or named by other checks
         return
     if not isinstance(index, dict):

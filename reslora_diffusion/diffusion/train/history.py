@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.documents import parse_json
 from ...utils.environment import is_installed
 from ...utils.files import atomic_write, write_text
 from ...utils.json_lines import lines_of
@@ -31,7 +32,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     path, rows = Path(run) / FILE, []
     for line in lines_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ():
         with suppress(ValueError, RecursionError):
-            row = json.loads(line)
+            row = parse_json(line)
             if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append(row)
     return rows

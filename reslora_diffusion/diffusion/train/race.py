@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...utils.documents import parse_json
 from ...utils.files import write_text
 from ...utils.problems import BadInput, refuse
 from ..options import DreamBoothOptions, override
@@ -120,7 +121,7 @@ def write_comparison(output: Path, folders: dict[str, Path], options: DreamBooth
     from .history import plot_losses, read_history
 
     plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
-    reports = {name: json.loads((folder / "merge_report.json").read_text()) for name, folder in folders.items()}
+    reports = {name: parse_json((folder / "merge_report.json").read_text()) for name, folder in folders.items()}
     figures = {
         name: {key: value for key, value in report.items() if key != "output_errors"} | {"folder": str(folders[name])}
         for name, report in reports.items()

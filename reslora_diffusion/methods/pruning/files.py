@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ...utils.documents import parse_json
 from ...utils.files import write_text
-from ...utils.problems import refuse
+from ...utils.problems import BAD_DATA, BadInput, printable, refuse
 from .slicing import Slimmed, resize, set_attributes
 
 SHAPES = "pruned.json"
@@ -50,7 +51,11 @@ def load_pruned(folder: str | Path, kind: Any, dtype: torch.dtype | None = None)
     folder = Path(folder)
     if not (folder / SHAPES).is_file():
         return kind.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
-    facts = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
+    try:
+        facts = parse_json((folder / SHAPES).read_text(encoding="utf-8"))
+        facts["layers"].items(), facts["attributes"].items()
+    except (OSError, *BAD_DATA) as error:
+        raise BadInput([f"{folder / SHAPES} cannot be read: {printable(error)}"]) from error
     tensors = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
     model = bare(folder, kind)
     names = dict(model.named_modules())
