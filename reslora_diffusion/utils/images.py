@@ -101,7 +101,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
         if isinstance(transparent, int):
             import numpy as np  # rare, and nobody else waits for it
 
-            image.putalpha(Image.fromarray(np.uint8(np.asarray(wide) != transparent) * 255))
+            image.putalpha(Image.fromarray((np.asarray(wide) != transparent).astype(np.uint8) * 255))
     elif isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits, of which Pillow reads the upper 8
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
