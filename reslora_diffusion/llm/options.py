@@ -20,6 +20,7 @@ from .tasks import TASKS
 from .training_options import TrainingOptions
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+BACKENDS = ("bitsandbytes", "torchao")  # of quantised models
 
 
 @dataclass
@@ -33,7 +34,7 @@ class ModelOptions:
     load_in_4bit: bool = option(False, "Hold the frozen model in 4 bits (QLoRA); it computes in --dtype.")
     load_in_8bit: bool = option(False, "Hold the frozen model in 8 bits.")
     quantized_by: str = option(
-        "bitsandbytes", "What quantises it; bitsandbytes in NF4, doubly quantised.", choices=("bitsandbytes", "torchao")
+        "bitsandbytes", "What quantises it; bitsandbytes in NF4, doubly quantised.", choices=BACKENDS
     )
     attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, ...")
     method: str = option("reslora", "What is trained; lora is PEFT's own LoRA.", choices=("lora", "reslora"))

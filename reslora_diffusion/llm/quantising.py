@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..utils.environment import missing_packages
-from .options import ModelOptions
+from .options import BACKENDS, ModelOptions
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-BACKENDS = ("bitsandbytes", "torchao")
 WITHOUT_SHORTCUTS = ("awq", "aqlm", "eetq")  # PEFT computes these adapters in layers of its own
 GROUP = 32
 HEADS = ["classifier", "score"]  # of sequence classifiers; they are trained as a whole
@@ -67,8 +66,6 @@ def quantisation(options: ModelOptions, classifies: bool = False) -> "Quantizati
     """What `from_pretrained` is given; None for a model in its own precision."""
     if not is_quantised(options):
         return None
-    from .models import DTYPES
-
     if options.quantized_by == "torchao":
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -82,6 +79,6 @@ def quantisation(options: ModelOptions, classifies: bool = False) -> "Quantizati
         load_in_8bit=options.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[options.dtype],
+        bnb_4bit_compute_dtype=options.dtype,
         llm_int8_skip_modules=HEADS if classifies else None,
     )
