@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ def put(files: Files, folder: Path) -> Path:
 def pass_through(door: Door, files: Files, folder: Path) -> None:
     """Raises whatever must not happen."""
     place = put(files, folder)
-    with budget():
+    with budget(), redirect_stdout(None):
         try:
             shown = door.read(place)
         except door.refusals as error:
