@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from llm_tiny import GROUPED
 from lora_factors import random_factors, wanted_deltas
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.export import export_peft, fuse, write_lora_file
+from reslora_diffusion.export import combine, convert, export_peft, export_trained, fuse, resize, write_lora_file
 from reslora_diffusion.export.limits import CheckFailed
 from tiny import tiny_pipeline_folder
 
@@ -243,5 +243,13 @@ def test_the_end_that_a_lora_was_taught_goes_into_the_merged_model(tmp_path, fil
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     assert merged.generation_config.eos_token_id == [2, 7]
     assert "generation stops where the LoRA was taught to: 7" in str(report)
+    for name, write in {
+        "converted": lambda out: convert(tmp_path / "lora" / file, out, "peft"),
+        "resized": lambda out: resize(tmp_path / "lora" / file, out, "full"),
+        "exported": lambda out: export_trained(tmp_path / "lora" / file, out),
+        "combined": lambda out: combine([tmp_path / "lora" / file] * 2, out, [0.5, 0.5]),
+    }.items():
+        write(tmp_path / name)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == [2, 7], name
     taught.unlink()
     assert "generation stops" not in str(fuse(tmp_path / "lora", str(tmp_path / "base"), tmp_path / "plain"))

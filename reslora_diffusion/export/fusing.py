@@ -24,7 +24,8 @@ from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
-from .header import PEFT_FILE, open_safetensors, reading
+from .generation import take_generation
+from .header import open_safetensors
 from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
@@ -36,7 +37,6 @@ from .rewriting import Change, WeightFiles, component_weights, copy_others, diff
 from .single_file import as_folder
 
 QUANTISED = "quantization_config"
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -214,26 +214,6 @@ class Fusion:
             return fused
 
         return changed
-
-
-def take_generation(source: Path, fused: Path) -> str | None:
-    """Let the fused model generate as the LoRA's own `generation_config.json` says, which has the tokens that answers
-    were taught to end with; return those that the base's does not stop at."""
-    taught = (source.parent if source.name == PEFT_FILE else source) / GENERATION
-    if not taught.is_file():
-        return None
-    before = end_tokens(fused / GENERATION) or end_tokens(fused / "config.json")
-    shutil.copyfile(taught, fused / GENERATION)
-    return ", ".join(str(token) for token in end_tokens(taught) if token not in before) or None
-
-
-def end_tokens(config: Path) -> list[int]:
-    """The tokens that a configuration ends generation at."""
-    if not config.is_file():
-        return []
-    with reading(config):
-        stated = parse_json(config.read_text(encoding="utf-8")).get("eos_token_id")
-    return [] if stated is None else stated if isinstance(stated, list) else [stated]
 
 
 def snapshot(name: str, variant: str | None, revision: str | None = None) -> Path:

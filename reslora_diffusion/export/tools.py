@@ -21,13 +21,14 @@ from ..utils.problems import listing
 from .dora import by_norms_of, is_dora, plain_of, weights_in
 from .factors import Components, summed_factors
 from .fusing import filled
+from .generation import carry_generation
 from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
 from .hollow import Models, fitting_models
 from .keys import COMPONENTS, Dialect
 from .limits import LOSSY_ERROR, CheckFailed, Rank, check_weights
 from .lora import export_lora, write_lora_file
-from .peft_folder import export_peft_components
+from .peft_folder import MODEL, export_peft_components
 from .ranks import RankSettings
 from .reader import LoraFile, read_lora
 from .report import ExportReport
@@ -260,7 +261,10 @@ def save_lora(
     if dialect is Dialect.PEFT or not components.keys() <= set(COMPONENTS):
         stated = facts.get("base_model")
         base_model = None if stated is None else str(stated)
-        return export_peft_components(output, components, models=models, base_model=base_model, facts=facts, **settings)
+        done = export_peft_components(output, components, models=models, base_model=base_model, facts=facts, **settings)
+        if components.keys() == {MODEL}:
+            carry_generation(sources, output)
+        return done
     name = name or file_name(output)
     return [export_lora(output, components, name=name, facts=facts, models=models, **settings)]
 
