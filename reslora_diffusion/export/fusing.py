@@ -25,7 +25,7 @@ from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
 from .factors import Components, matrices
 from .generation import take_generation
-from .header import open_safetensors
+from .header import open_safetensors, reading
 from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
