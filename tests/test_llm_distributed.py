@@ -109,13 +109,25 @@ def test_two_processes_equal_one(folders, alone, tmp_path):  # noqa: F811
     assert_same(alone("middle"), tmp_path / "two", "DistributedType.MULTI_CPU", atol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["coto", "restart:stages=2,momentum=0.5,warmup=0"])
+@pytest.mark.parametrize(
+    "schedule", ["coto", "restart:stages=2,momentum=0.5,warmup=0", "restart:stages=2,merge=true", "ranks:every=1"]
+)
 def test_two_processes_follow_one_schedule(schedule, folders, tmp_path):  # noqa: F811
     """One of them computes with gates on the device, as DDP waits for a gradient of every factor, the other without."""
     more = {"shortcut": "block", "schedule": schedule}
     for processes in (1, 2):
         launch(processes, words(folders, tmp_path / str(processes), **options(4 // processes) | more))
     assert_same(tmp_path / "1", tmp_path / "2", "DistributedType.MULTI_CPU", atol=1e-5)
+
+
+def test_two_processes_prune_alike(folders, tmp_path):  # noqa: F811
+    more = {"shortcut": "none", "schedule": "prune:ratio=0.5,every=1", "load_best_model_at_end": False}
+    for processes in (1, 2):
+        given = options(4 // processes) | more | {"target_modules": "all-linear"}
+        launch(processes, words(folders, tmp_path / str(processes), **given))
+    one, two = (load_file(tmp_path / count / "pruned" / "model.safetensors") for count in ("1", "2"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
