@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_reference import decompose_naively, decomposed
+from llm_tiny import batch
+from llm_tiny import build as build_llm
 from models import TARGETS, build, inputs, output, randomise
 from reslora_diffusion import (
     ResLoraConfig,
@@ -21,6 +23,7 @@ from reslora_diffusion import (
 )
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.core.dora import decomposed_weight, row_norms
+from reslora_diffusion.core.merging.fold import handover
 from reslora_diffusion.methods.schedules import Coto, Restart
 
 CASES = [("none", 1), ("block", 1), ("block", None)]
@@ -363,6 +366,38 @@ def test_dropped_blocks_keep_their_magnitudes() -> None:
         for name, layer in get_controller(model).layers.items():
             m = layer.lora_magnitude_vector["default"].weight
             assert (m.grad is None) == (name in closed), name
+
+
+def test_a_handover_of_block_is_the_same_dora_at_the_rank_of_the_window() -> None:
+    model, args = with_dora("llama", "block"), inputs("llama")
+    before = output("llama", model, args)
+    handover(model)
+    assert torch.allclose(output("llama", model, args), before, atol=1e-12)
+    assert {len(f.lora_A) for f in merged_factors(model).values()} == {3, 6}
+
+
+def test_weights_that_lie_on_their_side() -> None:
+    """GPT-2's Conv1D, [in, out]: starts at the base, merges and unmerges."""
+    base = build_llm("gpt2")
+    args = batch("gpt2")
+    plain = base(**args).logits
+    settings = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "shortcut": "block"}
+    model = get_peft_model(base, ResLoraConfig(r=3, use_dora=True, **settings)).eval()
+    assert torch.equal(model(**args).logits, plain)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * noise)
+            elif "lora_" in name:
+                parameter.copy_(0.2 * noise)
+    trained = model(**args).logits
+    assert (trained - plain).abs().max() > 1e-2
+    model.merge_adapter()
+    assert torch.allclose(model(**args).logits, trained, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(model(**args).logits, trained, atol=1e-5)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])

@@ -206,6 +206,11 @@ def test_conversions(tmp_path, pipeline):
             got = decomposed(W, A, B, float(alpha) / len(A), tensors[f"{key}.dora_scale"], kohya_axis)
             exact = decomposed(W, f.lora_A, f.lora_B, f.scaling, lengths[module])
             assert (got - exact).norm() < 1e-5 * (exact - W).norm()
+        fuse(tmp_path / f"{name}.safetensors", base, tmp_path / f"fused_{name}", dtype=torch.float32)
+        merged = dict(StableDiffusionPipeline.from_pretrained(tmp_path / f"fused_{name}").unet.named_modules())
+        for module, f in factors.items():
+            exact = decomposed(bases[module].weight, f.lora_A, f.lora_B, f.scaling, lengths[module])
+            assert (merged[module].weight - exact).norm() < 1e-6 * exact.norm()
     with pytest.raises(ValueError, match="norms of the base, as ComfyUI has them"):
         convert(tmp_path / "for_comfyui.safetensors", tmp_path / "back", "diffusers")
     for source, more in (("as_trained", {}), ("for_comfyui", {"base": base})):

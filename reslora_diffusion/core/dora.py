@@ -25,6 +25,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .functional import LinearOp, LoraFactors, Magnitude, side_by_side
+from .kernels import under_autocast
 from .sharding import is_sharded
 
 CHUNK = 2**20  # elements of W that are cast to float32 at a time
@@ -43,23 +44,25 @@ def exact_dtype(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def row_norms(weight: Tensor, D: Sequence[Tensor], U: Sequence[Tensor], scalings: Sequence[float | Tensor]) -> Tensor:
-    """c [out], the norms of the rows of W + sum_j s_j U_j D_j; W [out, in], D_j [r_j, in], U_j [out, r_j]."""
-    dtype = exact_dtype(weight)
-    with torch.autocast(weight.device.type, enabled=False):
-        down, up = side_by_side([d.to(dtype) for d in D], [s * u.to(dtype) for s, u in zip(scalings, U, strict=True)])
-        if weight.dtype == dtype:
-            own, cross = torch.linalg.vector_norm(weight, dim=1), weight @ down.T
-        else:
-            parts = (part.to(dtype) for part in weight.split(max(1, CHUNK // weight.shape[1])))
-            found = [(torch.linalg.vector_norm(part, dim=1), part @ down.T) for part in parts]
-            own, cross = (torch.cat(column) for column in zip(*found, strict=True))
-        squared = own.square() + ((2 * cross + up @ (down @ down.T)) * up).sum(1)
-        return squared.clamp_min(0).sqrt()
+    """c [out], the norms of the rows of W + sum_j s_j U_j D_j; that of a row of zeros is just above 0.
 
-
-def ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """m / c, and 1 for a row of zeros, which has no direction."""
-    return torch.where(norms > 0, magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+    Shapes: W [out, in], D_j [r_j, in], U_j [out, r_j].
+    """
+    if under_autocast(weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            return row_norms(weight, D, U, scalings)
+    dtype, s = exact_dtype(weight), scalings[0]
+    if isinstance(s, Tensor) or any(other != s for other in scalings):
+        U, s = [each * up.to(dtype) for each, up in zip(scalings, U, strict=True)], 1.0
+    down, up = side_by_side([d.to(dtype) for d in D], [u.to(dtype) for u in U])
+    if weight.dtype == dtype:
+        own, cross = torch.linalg.vector_norm(weight, dim=1), weight @ down.T
+    else:
+        parts = (part.to(dtype) for part in weight.split(max(1, CHUNK // weight.shape[1])))
+        found = [(torch.linalg.vector_norm(part, dim=1), part @ down.T) for part in parts]
+        own, cross = (torch.cat(column) for column in zip(*found, strict=True))
+    low = torch.addmm(cross, up, down @ down.T, beta=2, alpha=s).mul_(up).sum(1)
+    return own.square_().add_(low, alpha=s).clamp_min_(torch.finfo(dtype).tiny).sqrt_()
 
 
 def lengthened(factor: Tensor, h: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def decomposed_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
     over = flat if of_base else V
     kept = 0 if values.shape[1] == 1 and len(values) == len(V) else 1
     norms = torch.linalg.vector_norm(over, dim=[d for d in range(V.ndim) if d != kept], keepdim=True)
-    return ratio(values.to(flat).reshape(norms.shape), norms) * V
+    return values.to(flat).reshape(norms.shape) / norms.clamp_min(torch.finfo(dtype).tiny) * V
 
 
 # ------------------------------------------------------------------------------------------------ of a PEFT layer
@@ -145,7 +148,7 @@ def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor]:
     if isinstance(gate, float) and gate == 0:
         return unchanged
     norms = row_norms(base_weight(layer.module), op.D, op.U, op.scalings)
-    factor = ratio(layer.module.lora_magnitude_vector[layer.shared.adapter_name].weight, norms)
+    factor = layer.module.lora_magnitude_vector[layer.shared.adapter_name].weight / norms
     if isinstance(gate, Tensor) or gate != 1:
         factor = 1 + gate * (factor - 1)
     if op.read is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..arrivals import settle
-from ..dora import SHARDED, exact_dtype, ratio, row_norms
+from ..dora import SHARDED, exact_dtype, row_norms
 from ..functional import LoraFactors, delta_weight
 from ..merging.factors import merged_factors_of
 from ..sharding import is_sharded, placed_like
@@ -73,7 +73,7 @@ def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tens
     assert magnitude is not None
     with module._unmerged_base_weight() as base:
         base = base.T if getattr(module, "fan_in_fan_out", False) else base
-        factor = ratio(magnitude.values.flatten(), row_norms(base, [A], [B], [scaling]))
+        factor = magnitude.values.flatten() / row_norms(base, [A], [B], [scaling])
     exact = weight.to(exact_dtype(weight))
     return factor[:, None] * (exact + (scaling * (B @ A)).to(exact)) - exact
 
