@@ -13,7 +13,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dreambooth import SUBJECTS, words
+from dreambooth import ROOT, SUBJECTS, environment, words
 from reslora_diffusion.tuning.command import parse, tune
 from reslora_diffusion.tuning.outcome import conclude, gain_of
 from reslora_diffusion.tuning.settings import EVALUATIONS, Settings
@@ -95,14 +95,36 @@ def test_a_search_that_is_cut_off_goes_on_where_it_stopped(tmp_path):
     assert sum(trial.user_attrs["seconds"] for trial in trials) <= 900
 
 
-def test_two_processes_share_one_study(tmp_path):
-    """The second finds the share spent, by the trials of the first."""
-    settings, study = study_of(tmp_path, Valley(), share=0.9)
-    search(Valley(), settings, study)
-    other = Valley()
-    settings, study = study_of(tmp_path, other, share=0.9)
-    search(other, settings, study)
-    assert other.seen == []
+SECOND = """
+import sys, time
+from pathlib import Path
+from test_tuning import Valley, study_of
+from reslora_diffusion.tuning.study import Spent, search
+class Slow(Valley):
+    def train(self, *args):
+        time.sleep(1)
+        return super().train(*args)
+settings, study = study_of(Path(sys.argv[1]), Slow(), share=0.9, storage=sys.argv[2])
+search(Slow(), settings, study)
+"""
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_two_processes_share_one_study_and_its_time(tmp_path, kind):
+    """Started at the same time on the same storage; both make trials, and together they stay in the share."""
+    storage = str(tmp_path / "study.jsonl") if kind == "journal" else f"sqlite:///{tmp_path}/study.db"
+    command = [sys.executable, "-c", SECOND, str(tmp_path), storage]
+    variables = environment(ROOT / "tests")
+    both = [subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    settings, study = study_of(tmp_path, Valley(), share=0.9, storage=storage)
+    trials = study.get_trials(states=DONE)
+    assert len({trial.number for trial in trials}) == len(trials) > 2
+    assert sum(trial.user_attrs["seconds"] for trial in trials) <= 900
+    another = Valley()
+    search(another, settings, study)
+    assert another.seen == [], "nothing of the time is left"
 
 
 def test_a_trial_of_a_process_that_is_no_more_is_made_again(tmp_path):

@@ -15,7 +15,7 @@ FEWEST_STEPS = 6  # of a trial
 
 @dataclass
 class Settings:
-    """Search settings for a training, by short trainings."""
+    """Search learning rate and alpha for a training: reslora tune [--option VALUE ...] train|train-llm [ITS OPTIONS]"""
 
     share: float = option(0.3, "Time for the search, as a share of the training's time.", above=0, below=1)
     search: list[str] = option(

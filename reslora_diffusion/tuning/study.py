@@ -76,10 +76,11 @@ class Budget:
     spent: float
     allowed: float
     longest: float  # a trial's
+    running: int = 0  # trials of other processes
 
     @property
     def is_spent(self) -> bool:
-        return self.spent + self.longest > self.allowed
+        return self.spent + self.longest * (1 + self.running) > self.allowed
 
 
 def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) -> optuna.Study:
@@ -91,13 +92,7 @@ def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) ->
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     where = settings.storage or str(folder / FILE)
     try:
-        study = optuna.create_study(
-            storage=storage_of(where),
-            study_name=STUDY,
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, seed=os.getpid()),
-            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-        )
+        study = made_or_loaded(where)
         known = study.user_attrs.get("identity")
     except Exception as error:  # each kind of storage has errors of its own
         raise BadInput([f"--storage {where}: cannot be used: {str(error).splitlines()[0]}"]) from error
@@ -107,6 +102,24 @@ def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) ->
         told = ", ".join(f"{name} was {known.get(name)!r} and is {identity.get(name)!r}" for name in differing[:5])
         raise BadInput([f"--storage {where}: holds the study of another command ({told}); wanted another --folder"])
     return study
+
+
+def made_or_loaded(where: str) -> optuna.Study:
+    """Tried again where another process has just made the tables of a data base, which Optuna then cannot make."""
+    for patience in (1, 3, None):
+        try:
+            return optuna.create_study(
+                storage=storage_of(where),
+                study_name=STUDY,
+                load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, seed=os.getpid()),
+                pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+            )
+        except Exception as error:
+            if patience is None or "already exists" not in str(error):
+                raise
+            time.sleep(patience)
+    raise AssertionError("the last try returns or raises")
 
 
 def storage_of(where: str) -> Any:
@@ -141,7 +154,8 @@ def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: 
     free_abandoned(study)
     while True:
         trials = study.get_trials(deepcopy=False, states=DONE)
-        if trials and budget_of(trials, settings, trainee.steps).is_spent:
+        others = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if trials and budget_of(trials, settings, trainee.steps, others).is_spent:
             return
         if settings.trials and len(trials) >= settings.trials:
             return
@@ -207,8 +221,8 @@ def free_abandoned(study: optuna.Study) -> None:
                 study.enqueue_trial(trial.params)
 
 
-def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int) -> Budget:
+def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int, running: int = 0) -> Budget:
     """Time is counted in what trials took to train and to measure; loading the model comes on top."""
     times = [trial.user_attrs["seconds"] for trial in trials]
     whole = steps * median(trial.user_attrs["step_seconds"] for trial in trials)
-    return Budget(sum(times), settings.share * whole, max(times))
+    return Budget(sum(times), settings.share * whole, max(times), running)
