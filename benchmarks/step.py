@@ -172,7 +172,7 @@ def prepare(
 
 def as_graph(step: Callable[[], Any], graphs: CudaGraphs) -> Callable[[], Any]:
     """The step recorded once as a CUDA graph, and replayed."""
-    with graphs.aside():
+    with graphs.as_recorded():
         for _ in range(WARM_UP):
             step()
     return graphs.record(step)

@@ -26,7 +26,7 @@ class Precision(StrEnum):
 
 
 class Target(StrEnum):
-    """Whose format a file is converted to."""
+    """The program whose format a file is converted to."""
 
     DIFFUSERS = "diffusers"
     KOHYA = "kohya"

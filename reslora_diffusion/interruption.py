@@ -58,8 +58,8 @@ class Interruption:
         )
 
     def requested(self) -> bool:
-        """Whether any process was told to stop: all of them leave the loop at the same step."""
+        """Whether a signal reached any process: all of them leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
             return self.received
-        told = torch.tensor(float(self.received), device=self.accelerator.device)
-        return self.accelerator.reduce(told, reduction="sum").item() > 0
+        received = torch.tensor(float(self.received), device=self.accelerator.device)
+        return self.accelerator.reduce(received, reduction="sum").item() > 0

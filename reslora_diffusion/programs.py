@@ -1,6 +1,6 @@
 """Programs as commands: `reslora train`, `train-llm`, `glue` and `compare` of the repository's folders, `tune`, `env`.
 
-    reslora train --instance_data_dir my_dog ...                 in this process: it is told to stop, saves, and ends
+    reslora train --instance_data_dir my_dog ...                 in this process: on a signal it saves and ends
     reslora train --num_processes 2 ...                          by `accelerate launch`, which is waited for
     reslora train --config_file fsdp2.yaml ...                   likewise, as accelerate's configuration says
     reslora train-llm --seeds 5 --grid learning_rate=1e-4,3e-4   many runs, one after the other (`llm.sweep`)

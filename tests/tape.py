@@ -70,7 +70,7 @@ class Tapes:
     def __init__(self) -> None:
         self.recorded = self.replayed = self.forgotten = 0
 
-    def aside(self):
+    def as_recorded(self):
         return nullcontext()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:

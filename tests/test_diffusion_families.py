@@ -372,7 +372,7 @@ def test_options_of_another_family_are_refused_in_one_message(tmp_path):
         "--snr_gamma does not apply to FLUX.1",
         "--skip_t5 does not apply to FLUX.1: it cannot do without T5",
         "--max_sequence_length: got 600, wanted at most 512",
-        "is told of no guidance; wanted a model such as FLUX.1-dev",
+        "takes no guidance as an input; wanted a model such as FLUX.1-dev",
     ):
         assert words in str(refusal.value)
 

@@ -79,7 +79,7 @@ def update(run: "Run") -> "Tensor":
 
 
 def train(run: "Run", step: int) -> int:
-    """From `step` to the end, or to where the run was told to stop; returns the last step."""
+    """Train from `step` to the end, or until a signal; returns the last step."""
     import torch
     from tqdm import tqdm
 
@@ -143,7 +143,7 @@ def main(options: DreamBoothOptions) -> Path:
 
     Raises:
         BadInput: every problem with the options, the folders or the model.
-        Interrupted: it was told to stop, and has saved.
+        Interrupted: a signal came, and a checkpoint was saved.
         Stopped: training went wrong; says what is kept.
     """
     if options.compare:

@@ -88,7 +88,7 @@ def follow(process: subprocess.Popen, tail: deque[str]) -> None:
 
 
 def run_stage(stage: Stage, args: argparse.Namespace, seconds: float, limit: float) -> Outcome:
-    """Run one stage; it is told to take `seconds`, and stopped after `limit`."""
+    """Run one stage with a budget of `seconds`; it is ended after `limit`."""
     print(f"\n===== {stage.letter}  {stage.name}: {seconds:.0f} s, stopped after {limit:.0f} s", flush=True)
     began, tail = time.monotonic(), deque[str](maxlen=TAIL)
     process = subprocess.Popen(

@@ -172,7 +172,7 @@ class Setting:
         force(self.model, kernel)
         inputs = {name: value.clone() for name, value in self.inputs.items()}
         step, graphs = step_of(lambda: output(self.model, inputs), self.factors, self.probe), CudaGraphs()
-        with graphs.aside():
+        with graphs.as_recorded():
             for _ in range(WARM_UP):
                 step()
         found: list[Found] = []

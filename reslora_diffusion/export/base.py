@@ -1,4 +1,4 @@
-"""What of a LoRA fits a base model: names and shapes, whichever CLIP layout the model has."""
+"""Names and shapes of a LoRA compared with those of a base model, whichever CLIP layout the model has."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def shape_problems(wanted: Wanted, found: Found) -> list[str]:
 
 
 def misfits(components: Components, models: Mapping[str, nn.Module], name: str) -> list[str]:
-    """Why a LoRA is not for the base called `name`, and what it is for if that can be told."""
+    """Why a LoRA is not for the base called `name`, and what it is for if that is known."""
     return shape_misfits(wanted_shapes(components), found_shapes(models), name)
 
 

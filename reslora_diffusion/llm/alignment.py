@@ -160,6 +160,6 @@ def batches_for(
         if answer:
             ids = encoder.encode(encoder.sequences([*row["prompt"], *answer])[-1])["input_ids"]
         examples.append(Encoded(input_ids=ids[:longest], labels=ids[:longest], end=ids[-1]))
-    assert encoder.tokenizer.pad_token_id is not None, "load_tokenizer has seen to it"
+    assert encoder.tokenizer.pad_token_id is not None, "load_tokenizer sets it"
     collate = Collator(encoder.tokenizer.pad_token_id, multiple_of=1)
     return calibration_batches(examples, collate, training, count)

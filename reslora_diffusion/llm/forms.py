@@ -136,7 +136,7 @@ class Form:
 
 
 def form_of(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Form:
-    """The form of all rows, told by the first.
+    """The form of all rows, recognised by the first.
 
     Args:
         columns: columns of the data set by our names for them (`NAMES`); a form is looked for among those first.

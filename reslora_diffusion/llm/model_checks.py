@@ -1,4 +1,4 @@
-"""What of the options does not fit a model: from its files where they tell, without torch, else from its modules.
+"""Options that do not fit a model, found without torch in its files where these suffice, else in its modules.
 
 Files lack what is made when a model is loaded: heads of a classifier, output layers that share the embedding's weight.
 So of files only what is certain is said; `models.target_problems` asks the same of the modules of every model.

@@ -140,7 +140,7 @@ def load_model(options: ModelOptions, config: PreTrainedConfig, task_type: TaskT
 def held_in(dtype: str) -> Iterator[None]:
     """Inside, DeepSpeed ZeRO-3 creates weights in a precision of ours.
 
-    `deepspeed.zero.Init` takes the precision from DeepSpeed's configuration, whatever `from_pretrained` is told: in
+    `deepspeed.zero.Init` takes the precision from DeepSpeed's configuration, whatever `from_pretrained` is given: in
     float32 without a section "bf16" or "fp16". The section is gone again when DeepSpeed wraps the model, since it would
     make an engine of half precision, and the adapters are trained in float32.
     """

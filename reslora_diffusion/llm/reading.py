@@ -161,7 +161,7 @@ def column_notes(rows: Rows, form: Form, name: str) -> list[str]:
 
 
 def test_judge(options: LlmOptions) -> Task:
-    """Whose columns the test rows have: another data set's, where the task borrows its test."""
+    """The data set whose columns the test rows have: another one, where the task borrows its test."""
     task = TASKS[str(options.task)]
     borrowed = task.test_task is not None and (options.dataset_name in (None, task.source))
     return TASKS[str(task.test_task)] if borrowed else task

@@ -64,7 +64,7 @@ def rescued(trainer: ExportedTrainer, options: ScriptOptions, doing: str) -> Ite
 
     Raises:
         Stopped: one message on what failed, what is kept, and how to continue; which options need less memory.
-        Interrupted: it was told to stop while it was not training.
+        Interrupted: a signal came while it was not training.
     """
     failure: BaseException | None = None
     try:

@@ -137,8 +137,8 @@ def together(trainer: Trainer) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = broadcast_object_list([None if failure is None else str(failure)])[0]
+    shared = broadcast_object_list([None if failure is None else str(failure)])[0]
     if failure is not None:
         raise failure
-    if told is not None:
-        raise ValueError(told)
+    if shared is not None:
+        raise ValueError(shared)

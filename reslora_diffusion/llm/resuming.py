@@ -40,7 +40,7 @@ def checkpoints_in(output: Path) -> list[Path]:
 
 
 def remove_oldest(written: Path, limit: int | None, best: str | None) -> None:
-    """Of the checkpoints beside the one just written, remove those that were written first, until `limit` are left.
+    """Remove the checkpoints that were written first, until `limit` are left beside the one just written.
     `written` and the best one stay."""
     if not limit or limit < 0:
         return

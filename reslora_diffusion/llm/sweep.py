@@ -117,7 +117,7 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
             write(sweep)
             print(f"{label}: ended with exit code {code}; the same command continues", file=sys.stderr)
             return code
-        if not is_finished(folder):  # it was told to stop, and has saved
+        if not is_finished(folder):  # a signal came, and a checkpoint was saved
             write(sweep)
             return 0
         write(sweep)

@@ -205,7 +205,7 @@ class ExportedTrainer(Trainer):
         """`transformers.Trainer.train`; Ctrl-C and SIGTERM finish the step and save.
 
         Raises:
-            Interrupted: it was told to stop, and has saved.
+            Interrupted: a signal came, and a checkpoint was saved.
         """
         with Interruption(self.accelerator) as interruption:
             stop = self.stop = StopWhenAsked(interruption)
@@ -307,7 +307,7 @@ class ExportedTrainer(Trainer):
         restore_shortcut(self.adapted, best)
 
     def outcome(self, held_out: Sequence[Any]) -> dict[str, Any]:
-        """Best step, and what merging costs on rows that calibration has not seen; leaves the adapter calibrated."""
+        """Best step, and the cost of merging on rows other than those of calibration; leaves the adapter calibrated."""
         model = self.adapted
         restore_exported_factors(model)
         found: dict[str, Any] = {
@@ -330,7 +330,7 @@ class ExportedTrainer(Trainer):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves and ends the training after the step in which it was told to stop; `step` is that step."""
+    """Saves and ends the training after the step in which a signal came; `step` is that step."""
 
     def __init__(self, interruption: Interruption) -> None:
         self.interruption = interruption

@@ -1,4 +1,4 @@
-"""What a run is told before its first step: settings that a method works with, but not well. Known without torch."""
+"""Advice before the first step on settings that a method works with, but not well. No torch."""
 
 
 def clipping_note(optimizer: str | None, max_grad_norm: float | None) -> str | None:

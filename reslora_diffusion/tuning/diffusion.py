@@ -95,7 +95,7 @@ class DreamBooth:
         return Spent(training / (step + 1), time.monotonic() - begun)
 
     def losses(self, run: Run) -> np.ndarray:
-        """Of every held-out draw, by the LoRA that would be exported."""
+        """The loss of every held-out draw, by the LoRA that would be exported."""
         with run.averaged():
             run.calibrate()
             with run.adapters.evaluation(), run.adapters.merged():

@@ -159,7 +159,7 @@ class Language:
 
 
 class Judge:
-    """Measures the LoRA that would be exported at some steps of a training, and ends it when it is told to."""
+    """Measures the LoRA that would be exported at some steps of a training, and ends it on request."""
 
     def __init__(
         self, trainer: "ExportedTrainer", rows: Sequence[Any], evaluate_at: Sequence[int], report: "Report"

@@ -84,7 +84,7 @@ class Outcome:
 
 
 def loss_of(trial: FrozenTrial) -> float:
-    """By the half of the draws that chooses; infinite for a trial that diverged at once."""
+    """The loss on the half of the draws that chooses; infinite for a trial that diverged at once."""
     losses = trial.user_attrs.get("losses")
     return float(np.mean(losses[::2])) if losses else math.inf
 

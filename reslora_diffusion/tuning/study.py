@@ -46,7 +46,7 @@ class Trainee(Protocol):
 
     @property
     def steps(self) -> int:
-        """Of the whole training."""
+        """Steps of the whole training."""
 
     @property
     def start(self) -> Mapping[str, Any]:
@@ -167,7 +167,7 @@ def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: 
 def run_trial(
     trainee: Trainee, settings: Settings, study: optuna.Study, trial: optuna.Trial, space: Space, progress: Progress
 ) -> None:
-    """One trial, told to the study whatever becomes of it."""
+    """One trial, reported to the study however it ends."""
     steps = settings.steps_of_a_trial(trainee.steps)
     evaluate_at = [round(steps * n / EVALUATIONS) for n in range(1, EVALUATIONS + 1)]
     options = space.options(space.suggest(trial))

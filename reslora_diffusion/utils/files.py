@@ -194,7 +194,7 @@ def sweep(folder: str | os.PathLike, older_than: float = 0.0) -> list[str]:
     """Remove what a killed program left in `folder`, and return the names.
 
     The caller holds the folder's lock, or leaves alone what has changed within `older_than` seconds.
-    A folder that was moved aside by `replace_folder`, and whose place is still empty, is moved back.
+    A folder that `replace_folder` has renamed, and whose place is still empty, gets its name back.
     """
     folder, removed = Path(folder), []
     for mark in folder.glob(f"checkpoint-*/{UNFINISHED}"):

@@ -213,8 +213,8 @@ class Reader:
         except ValueError as error:
             got = shortened(" ".join(words)) if words else "nothing"
             choices = self.facts[name].choices
-            told = ", ".join(map(str, choices)) if choices else error
-            given.problems.append(f"--{flag}: got {got}, wanted {told}")
+            expected = ", ".join(map(str, choices)) if choices else error
+            given.problems.append(f"--{flag}: got {got}, wanted {expected}")
 
     def unknown_options(self, words: Sequence[str]) -> Iterator[str]:
         """An answer to each word that is no option; words that follow an unknown option are its values."""

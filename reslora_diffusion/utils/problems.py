@@ -135,7 +135,7 @@ def nothing_to_lose() -> Iterator[None]:
 
 
 def run_program(program: Callable[[], object]) -> int:
-    """The exit code of a program: 0, also if it was told to stop; 2 for bad input, 1 for a run that had to stop, 130 if
+    """The exit code of a program: 0, also after a signal; 2 for bad input, 1 for a run that had to stop, 130 if
     it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -182,8 +182,8 @@ def relative_output_errors(
 ) -> dict[str, float]:
     """What merging changes in each layer's output, relative to all that the adapter adds to it.
 
-    sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) over `batches`, which calibration should not have seen. Zero
-    for shortcuts that merge exactly.
+    sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) over `batches` that calibration has not used. Zero for
+    shortcuts that merge exactly.
     """
     adapter = get_controller(model, adapter_name)
     if adapter.merges_exactly:

@@ -1,4 +1,4 @@
-"""What merging costs, measured on batches that calibration has not seen."""
+"""The cost of merging, measured on batches other than those of calibration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,6 +1,6 @@
 """What a run teaches: one concept, or several.
 
-    instance images, each with its caption or the instance prompt, seen `repeats` times a pass
+    instance images, each with its caption or the instance prompt, trained on `repeats` times a pass
     class images, each with its caption or the class prompt; none without prior preservation
 
 They come from the command line (`--instance_data_dir` or `--dataset_name`, ...), from a list of such options

@@ -3,7 +3,7 @@
     a dog in a bucket --n blurry --w 768 --h 512 --d 42 --s 20 --l 6.5        one a line; a line with # is a remark
 
     --w --h  width and height in pixels      --d  seed      --s  denoising steps      --n  negative prompt
-    --l      guidance of an image (classifier-free)         --g  guidance that FLUX.1-dev is told
+    --l      guidance of an image (classifier-free)         --g  guidance as an input of FLUX.1-dev
 
 JSON files hold a list of such lines or of objects with kohya's long names; TOML files a table [prompt] whose
 [[prompt.subset]] entries override it. No torch in here.

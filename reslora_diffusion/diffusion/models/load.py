@@ -1,4 +1,4 @@
-"""From options to a pipeline on its device, and what can be let go of before training."""
+"""Load the pipeline that the options name, move it to its device, and free what training does not need."""
 
 import math
 import os

@@ -100,7 +100,7 @@ class Denoiser:
     Args:
         text_encoders: if they are trained: batches then hold tokens, else texts.
         dtype: of the frozen base.
-        guidance_scale: that the model is told, if it is told any.
+        guidance_scale: an input of models that were distilled with guidance; None for others.
     """
 
     family: Family
@@ -120,7 +120,7 @@ class Denoiser:
         return self.family.encode(self.text_encoders, cast(Tokens, batch.texts))
 
     def condition(self, batch: Batch) -> dict[str, Any]:
-        """What the model is told of each example; each distinct prompt is encoded once."""
+        """The encoded prompt of each example; each distinct prompt is encoded once."""
         texts = self.encode(batch) if self.text_encoders else batch.texts
         hidden, pooled = (None if part is None else part.to(self.dtype)[batch.prompt_index] for part in texts)
         return self.family.condition(Texts(cast(Tensor, hidden), pooled), batch.time_ids.to(self.dtype))

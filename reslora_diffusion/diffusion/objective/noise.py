@@ -8,7 +8,7 @@
     FlowMatching    x_t = (1 - sigma_t) x_0 + sigma_t eps                  t = floor(T u), u by `weighting_scheme`
                     error = model_pred - (eps - x_0), times sigma_t with `precondition_outputs`
 
-A timestep is a place 0..T-1 in the schedule; `times` is what the model is told. The schedule of a flow runs from noise
+A timestep is a place 0..T-1 in the schedule; `times` are the model's inputs. The schedule of a flow runs from noise
 to data, as diffusers has it, and its sigmas are shifted as the base's own scheduler shifts them, unless
 `timestep_sampling` says otherwise:
 
@@ -65,7 +65,7 @@ class Process(ABC):
 
     @property
     def span(self) -> range:
-        """The timesteps that are trained: `min_timestep` <= what the model is told < `max_timestep`."""
+        """The timesteps that are trained: `min_timestep` <= input of the model < `max_timestep`."""
         most = min(self.max_timestep or self.num_train_timesteps, self.num_train_timesteps)
         return range(min(self.min_timestep or 0, most - 1), most)
 
@@ -79,7 +79,7 @@ class Process(ABC):
 
     @abstractmethod
     def times(self, timesteps: Tensor) -> Tensor:
-        """What the model is told of the noise level [B], from 0 to T."""
+        """The model's input for the noise level [B], from 0 to T."""
 
     @abstractmethod
     def error(self, model_pred: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -154,9 +154,9 @@ class FlowMatching(Process):
     def span(self) -> range:
         if not self.min_timestep and self.max_timestep in (None, self.num_train_timesteps):
             return range(self.num_train_timesteps)
-        told = self.schedule * self.num_train_timesteps
+        times = self.schedule * self.num_train_timesteps
         most = self.max_timestep or math.inf
-        inside = ((told >= (self.min_timestep or 0)) & (told < most)).nonzero().flatten().tolist()
+        inside = ((times >= (self.min_timestep or 0)) & (times < most)).nonzero().flatten().tolist()
         return (
             range(inside[0], inside[-1] + 1)
             if inside

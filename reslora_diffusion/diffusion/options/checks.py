@@ -76,7 +76,7 @@ class Findings:
     def refuse(self, options: DreamBoothOptions) -> None:
         """Raise `BadInput` if there is any problem, with what is in the folders."""
         if self.problems:
-            square = options.resolution >= 1 and not options.aspect_ratio_buckets  # other sizes are told by the model
+            square = options.resolution >= 1 and not options.aspect_ratio_buckets  # the model decides on other sizes
             sizes = self.buckets or ([(options.resolution, options.resolution)] if square else [])
             raise BadInput(dict.fromkeys(self.problems), [*options.notes, *inventory(self.concepts, options, sizes)])
 

@@ -22,7 +22,7 @@ from .training import ONE_RATE, TrainingOptions
 
 
 class FamilyDefaults(Protocol):
-    """What of a `models.families.Family` decides on defaults."""
+    """The part of a `models.families.Family` that decides on defaults."""
 
     title: str
     pipeline_class: str

@@ -16,7 +16,7 @@ NAMED = 20  # images that one line names
 
 
 def inventory(concepts: Sequence[Concept], options: DreamBoothOptions, buckets: list[Size]) -> list[str]:
-    """Lines on every folder; `buckets` is empty where the sizes to train at could not be told."""
+    """Lines on every folder; `buckets` is empty where the sizes to train at are unknown."""
     lines: list[str] = []
     for concept in concepts:
         sizes = concept.buckets or Buckets(tuple(buckets))

@@ -1,4 +1,4 @@
-"""What of the options does not fit the model, whether its architecture was read from files or made by the libraries."""
+"""Options that do not fit the model, whether its architecture was read from files or made by the libraries."""
 
 import re
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def model_problems(architecture: Architecture, options: DreamBoothOptions) -> It
         )
     if options.training_guidance_scale is not None and family.training_guidance(config, options) is None:
         yield (
-            f"--training_guidance_scale: {name} is told of no guidance; wanted a model such as FLUX.1-dev. The "
+            f"--training_guidance_scale: {name} takes no guidance as an input; wanted a model such as FLUX.1-dev. The "
             "guidance of validation images is --validation_guidance_scale"
         )
     if family.fixed_encoder and (options.max_sequence_length or 0) > LONGEST_FOR_T5:

@@ -39,7 +39,7 @@ Update = Callable[[], Tensor]
 class Recorder(Protocol):
     """What turns launches into something that can be launched again."""
 
-    def aside(self) -> AbstractContextManager:
+    def as_recorded(self) -> AbstractContextManager:
         """Inside, calls run as they will be recorded."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -61,7 +61,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone cannot be used again
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def as_recorded(self) -> Iterator[None]:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -107,7 +107,7 @@ class Recorded:
         if key not in self.recordings:
             self.calls[key] += 1
             if self.calls[key] <= WARM_UP:
-                with self.recorder.aside():
+                with self.recorder.as_recorded():
                     return self.function(*inputs)
             self.recordings[key] = self.record(copy.deepcopy(inputs))
         own, result, replay = self.recordings[key]

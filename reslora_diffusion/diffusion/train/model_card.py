@@ -86,7 +86,7 @@ def literal(value: str | bool | None) -> str:
 
 
 def place(name: str, options: DreamBoothOptions) -> str:
-    """Where a model is: a hub name, or as seen from the adapter's folder, with a word on it."""
+    """Where a model is: a hub name, or a path relative to the adapter's folder with a comment."""
     folder = Path(name)
     if not folder.is_dir():
         return json.dumps(name)
@@ -97,5 +97,5 @@ def place(name: str, options: DreamBoothOptions) -> str:
         shared = Path(folder.anchor)
     if shared == Path(shared.anchor):  # what they share is the machine: its paths are nobody else's business
         return f"{json.dumps(f'path/to/{folder.name}')}  # put the path of the base here"
-    seen = Path(os.path.relpath(folder, output)).as_posix()
-    return f"{json.dumps(seen)}  # as seen from this folder; put another path of the base here if it moved"
+    path = Path(os.path.relpath(folder, output)).as_posix()
+    return f"{json.dumps(path)}  # relative to this folder; put another path of the base here if it moved"

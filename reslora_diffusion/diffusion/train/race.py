@@ -85,8 +85,8 @@ def contenders(options: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(word)
         if problems:
-            told = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
-            raise BadInput(told, folders)
+            lines = [problem if who == words else f"{', '.join(who)}: {problem}" for problem, who in problems.items()]
+            raise BadInput(lines, folders)
     return found
 
 

@@ -61,7 +61,7 @@ def rescued(run: Run, doing: str) -> Iterator[None]:
 
     Raises:
         Stopped: one line on what failed, what is kept where, and how to go on.
-        Interrupted: it was told to stop while it was not training.
+        Interrupted: a signal came while it was not training.
     """
     failure, quit_at_once = None, False
     try:

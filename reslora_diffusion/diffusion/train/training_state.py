@@ -94,7 +94,7 @@ def load_training_state(
 
 def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
     """Restore an optimizer. What never had a gradient has no moments, as the last layer of CLIP where a model reads the
-    one before it; `set_optimizer_state_dict` wants some of every parameter, so it is lent fresh ones for a moment.
+    one before it; `set_optimizer_state_dict` wants moments of every parameter, so fresh ones are added for it.
 
     Raises:
         BrokenState: a parameter has some of its moments and lacks others.
@@ -102,13 +102,13 @@ def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[s
     for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
         del optimizer.state[parameter]  # made by asking for it; torch's helpers take it for a state
     fresh = {k.replace(WRAPPED, ""): v for k, v in get_optimizer_state_dict(model, optimizer, options=FLAT).items()}
-    lent = {key.rpartition(".")[0] for key in fresh} - {key.rpartition(".")[0] for key in flat}
-    absent = [key for key in fresh.keys() - flat.keys() if key.rpartition(".")[0] not in lent]
+    added = {key.rpartition(".")[0] for key in fresh} - {key.rpartition(".")[0] for key in flat}
+    absent = [key for key in fresh.keys() - flat.keys() if key.rpartition(".")[0] not in added]
     if torn := sorted(key for key in absent if key.startswith("state.")):
         raise BrokenState(f"the training state lacks moments: {', '.join(torn[:3])}")
     set_optimizer_state_dict(model, optimizer, fresh | flat, options=FLAT)
     for name, parameter in model.named_parameters():
-        if f"state.{name}" in lent:
+        if f"state.{name}" in added:
             optimizer.state.pop(parameter, None)
     set_rest(model, optimizer, {key: flat[key] for key in flat.keys() - fresh.keys()})
 

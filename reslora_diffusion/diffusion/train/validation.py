@@ -120,7 +120,7 @@ class ValidationImages:
         return self.resolution if asked is None else max(self.grid.smallest, asked // self.grid.step * self.grid.step)
 
     def names(self) -> list[str]:
-        """Of the images' files: number of the prompt, then of the image of that prompt."""
+        """Names of the images' files: number of the prompt, then of the image of that prompt."""
         place, names = -1, []
         for prompt in self.prompts:
             place += prompt.number == 0

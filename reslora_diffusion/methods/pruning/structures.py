@@ -112,7 +112,7 @@ def whole_base(model: nn.Module) -> nn.Module:
 
 
 def grouped_query_attention(name: str, module: Any) -> Structure | None:
-    """Of Llama and its like."""
+    """The structures of Llama and its like."""
     found = linear_children(module, "q_proj", "k_proj", "v_proj", "o_proj")
     size = getattr(module, "head_dim", None)
     if found is None or not isinstance(size, int):
@@ -158,7 +158,7 @@ OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"
 
 
 def diffusers_attention(name: str, module: Any) -> Structure | None:
-    """Of one stream or, as in SD3 and FLUX, of picture and text together. No configuration states their inner width."""
+    """Of one stream or, as in SD3 and FLUX, of image and text together. No configuration states their inner width."""
     heads, own = getattr(module, "heads", None), linear_children(module, *OWN)
     if own is None or not isinstance(heads, int):
         return None
@@ -183,7 +183,7 @@ def normalises_across_heads(module: Any, inner: int) -> bool:
 
 
 def gated_feed_forward(name: str, module: Any) -> Structure | None:
-    """Of Llama and its like."""
+    """The structures of Llama and its like."""
     found = linear_children(module, "gate_proj", "up_proj", "down_proj")
     return (
         None if found is None else feed_forward(name, ("gate_proj", "up_proj"), "down_proj", found, "intermediate_size")

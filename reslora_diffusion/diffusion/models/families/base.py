@@ -133,7 +133,7 @@ class Family(ABC):
         return config["in_channels"]
 
     def pieces(self, text_encoder: Any, ids: Tensor) -> int:
-        """Of how many pieces ids [..., L] of a prompt are: more than one where they are more than the encoder reads."""
+        """The number of pieces of ids [..., L]: more than one where they are more than the encoder reads."""
         return max(1, ids.shape[-1] // text_encoder.config.max_position_embeddings)
 
     def t5_length(self, options: DreamBoothOptions) -> int:
@@ -146,7 +146,7 @@ class Family(ABC):
         return self.guidance_scale if given is None else given
 
     def training_guidance(self, config: Mapping[str, Any], options: DreamBoothOptions) -> float | None:
-        """What a denoiser of this configuration is told of guidance while it is trained; None if nothing."""
+        """The guidance that a denoiser of this configuration takes as an input in training; None if it takes none."""
         return None
 
     @abstractmethod

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CELL = 2  # latents that a token is wide and high
-TIME = 1000  # by which the model multiplies what it is told of time
+TIME = 1000  # factor that the model applies to its timestep
 
 
 class Flux(FlowFamily):

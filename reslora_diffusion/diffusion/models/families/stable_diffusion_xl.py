@@ -3,7 +3,7 @@
     hidden = [second to last hidden states of encoder 1, of encoder 2]       [P, L, D1 + D2]
     pooled = projected end-of-text state of encoder 2                        [P, D2]    of a long prompt's first piece
 
-The UNet is also told the size that the image had, where it was cropped, and the size that it is trained at.
+The UNet also takes the image's original size, the corner of the crop, and the size that it is trained at.
 """
 
 from __future__ import annotations
