@@ -53,6 +53,21 @@ def test_lines_that_json_itself_gives_up_on(tmp_path):
         conversations([json.loads('{"prompt": "\\ud800", "response": "b"}')])
 
 
+def test_a_list_of_rows_is_read_too(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows, indent=2))
+    assert read_rows(str(file)) == rows
+    for content, message in (
+        ('{"a": 1}', "got dict, wanted a list"),
+        ("[1]", "row 1: wanted an object"),
+        ("[", "JSON"),
+    ):
+        file.write_text(content)
+        with pytest.raises(BadInput, match=message):
+            read_rows(str(file))
+
+
 def test_many_bad_lines_are_counted(tmp_path):
     with pytest.raises(BadInput, match="15 more lines like these"):
         read_json_lines(write(tmp_path / "data.jsonl", *["{"] * 25))

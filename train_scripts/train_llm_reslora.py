@@ -11,6 +11,9 @@
     python train_scripts/train_llm_reslora.py --model_name_or_path assets/tiny-llm --task svamp \\
         --dataset_name assets/tiny-llm/word_problems --learning_rate 3e-3 --max_new_tokens 40 --output_dir tiny-lora
 
+    # Five seeds at three learning rates, one run after the other; the same command continues:
+    reslora train-llm --seeds 5 --grid learning_rate=1e-4,3e-4,1e-3 --output_dir runs ...
+
 What comes out, in --output_dir:
 
     adapter_config.json, adapter_model.safetensors   a plain LoRA for PEFT and vLLM, which need nothing of ours

@@ -169,8 +169,6 @@ def factory_dataset(found: Translation, value: Any, given: Mapping[str, Any]) ->
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found.problems.append(f"LLaMA-Factory's dataset {names[0]}: {index} does not describe it: {error}")
         return
-    if source.endswith(".json"):
-        found.problems.append(f"LLaMA-Factory's dataset {names[0]}: {source} is one list; wanted a line for each row")
     found.values["dataset_name"] = source
     if entry.get("subset"):
         found.values["dataset_config"] = entry["subset"]

@@ -1,6 +1,6 @@
 """Rows of a data set, from local JSON lines or by a `datasets` name; `forms` finds the conversations in them.
 
-    rows = read_rows("data/train.jsonl")               one file
+    rows = read_rows("data/train.jsonl")               one file; "train.json" is one list of rows
     rows = read_rows("data", "train")                  data/train.jsonl
     rows = read_rows("openai/gsm8k", "train", "main")  anything `datasets.load_dataset` knows
 
@@ -51,6 +51,26 @@ def read_json_lines(path: Path) -> list[Row]:
     return rows
 
 
+def read_json_list(path: Path) -> list[Row]:
+    """Objects of a file that is one list of them, as LLaMA-Factory and Alpaca have theirs.
+
+    Raises:
+        BadInput: it is no such list.
+    """
+    try:
+        rows = parse(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise BadInput([f"{path}: {error}"]) from error
+    if not isinstance(rows, list) or not rows:
+        raise BadInput([f"{path}: got {type(rows).__name__}, wanted a list of rows; lines of JSON are called .jsonl"])
+    bad = [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]
+    if bad:
+        raise BadInput(
+            [f"{path} row {listing(bad)}: wanted an object, row {bad[0]} is {str(rows[bad[0] - 1])[:120]!r}"]
+        )
+    return rows
+
+
 def is_json_lines(source: str) -> bool:
     """Whether that is JSON lines on this machine, or could be nothing else; anything else is up to `datasets`."""
     path = Path(source)
@@ -69,7 +89,8 @@ def read_rows(
     """
     path = Path(source)
     if path.is_file():
-        return read_json_lines(path) if split == "train" else None
+        reader = read_json_list if path.suffix == ".json" else read_json_lines
+        return reader(path) if split == "train" else None
     if path.is_dir() and any(path.glob("*.jsonl")):
         file = path / f"{split}.jsonl"
         return read_json_lines(file) if file.is_file() else None

@@ -126,8 +126,8 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
 
 
 def wait_for(command: Sequence[str]) -> int:
-    """Run one; Ctrl-C reaches it too, and it decides when it ends."""
-    process = subprocess.Popen(command)
+    """Run one in a session of its own: Ctrl-C and SIGTERM are passed on, once, and it decides when it ends."""
+    process = subprocess.Popen(command, start_new_session=True)
     before = {
         number: signal.signal(number, lambda number, _: process.send_signal(number))
         for number in (signal.SIGINT, signal.SIGTERM)
