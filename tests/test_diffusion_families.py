@@ -240,7 +240,7 @@ def test_a_dry_run_says_with_what_a_family_is_trained(tmp_path, capsys, monkeypa
         said = capsys.readouterr().out
         for line in (
             "FLUX.1; options that are not given have the defaults of diffusers' script for it",
-            "2 steps are few: without --max_train_steps a run is one pass over the data",
+            "500 steps are chosen, as --max_train_steps is not given: 100 for each image, at least 500",
             "on cpu: the frozen base in float32, adapters in float32",
             "rank 16, lora_alpha 4, scale 0.25; on the denoiser and text encoders",
             "optimizer adamw: learning rate 0.0001, of the text encoders 5e-06, weight decay 0.0001, of the text "
@@ -250,7 +250,7 @@ def test_a_dry_run_says_with_what_a_family_is_trained(tmp_path, capsys, monkeypa
             assert line in said, said
     script.main(script.parse_args([*words, "--max_train_steps=2", "--method=lora", "--mixed_precision=bf16"]))
     said = capsys.readouterr().out
-    assert "are few" not in said
+    assert "are chosen" not in said
     assert "on cpu: the frozen base in bfloat16, adapters in float32\nLoRA: rank 16" in said
     with pytest.raises(BadInput, match="--guidance_scale and --training_guidance_scale are the same for FLUX.1"):
         script.main(script.parse_args([*words, "--guidance_scale=1", "--training_guidance_scale=2"]))

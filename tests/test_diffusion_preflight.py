@@ -1,11 +1,12 @@
 """What a run says it will take, held against what it takes."""
 
 import re
+import shutil
 
 import torch
 from torch import nn
 
-from dreambooth import train
+from dreambooth import SUBJECTS, arguments, train
 from reslora_diffusion.diffusion.options import DreamBoothOptions, checks, preflight
 from reslora_diffusion.diffusion.options.preflight import kept_for_backward
 from reslora_diffusion.diffusion.train import history
@@ -55,3 +56,20 @@ def test_extras_that_are_not_installed_are_said_and_not_needed(monkeypatch, tmp_
     assert "tensorboard" in next(iter(checks.missing_packages(asked)))
     history.plot_losses({"LoRA": [{"step": 1, "loss": 1.0}]}, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_without_a_step_count_a_run_has_steps_for_its_images_and_records_them(tmp_path) -> None:
+    """100 for each image between 500 and 2,000; passes that are asked for are taken; the record repeats the run."""
+    subject = tmp_path / "many"
+    subject.mkdir()
+    for number in range(7):
+        shutil.copy(SUBJECTS / "octopus" / "0.png", subject / f"{number}.png")
+    for options, steps in (
+        ({}, 500),
+        ({"instance_data_dir": subject}, 700),
+        ({"num_train_epochs": 2}, 6),
+        ({"max_train_steps": 9}, 9),
+    ):
+        given = arguments(tmp_path / "out", **{"max_train_steps": None} | options)
+        assert checks.check(given).max_train_steps == steps
+        assert given.recorded()["max_train_steps"] == (None if "num_train_epochs" in options else steps)

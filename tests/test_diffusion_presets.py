@@ -209,3 +209,111 @@ def test_our_own_files_stay_ours(tmp_path):
     assert options.rank == 8 or options.notes  # a name of kohya's makes it kohya's
     path.write_text(yaml.safe_dump({"rank": 8, "learning_rate": 1e-4}))
     assert (parse(["--config", str(path)]).notes, parse(["--config", str(path)]).rank) == ([], 8)
+
+
+# ------------------------------------------------------------------------------------------- other trainers
+
+
+AI_TOOLKIT = """
+job: extension
+config:
+  name: my_lora
+  process:
+    - type: sd_trainer
+      training_folder: {out}
+      trigger_word: sks animal
+      network: {{type: lora, linear: 8, linear_alpha: 4}}
+      save: {{dtype: float16, save_every: 250, max_step_saves_to_keep: 4}}
+      datasets:
+        - folder_path: "{data}"
+          caption_ext: txt
+          caption_dropout_rate: 0.05
+          cache_latents_to_disk: true
+          resolution: [32, 64]
+      train:
+        batch_size: 1
+        steps: 2
+        train_unet: true
+        train_text_encoder: false
+        optimizer: adamw
+        lr: 1e-4
+        ema_config: {{use_ema: true, ema_decay: 0.9}}
+        dtype: bf16
+        linear_timesteps: true
+      model: {{name_or_path: "{model}", quantize: true}}
+      sample:
+        sample_every: 250
+        width: 64
+        height: 32
+        prompts: ["[trigger] in the sea", "a dog"]
+        neg: blurry
+        seed: 42
+        walk_seed: true
+        guidance_scale: 4
+        sample_steps: 2
+"""
+
+
+def test_a_job_of_ai_toolkit_trains_at_each_of_its_resolutions(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(SUBJECTS / "octopus" / "0.png", data)
+    (data / "0.txt").write_text("in the sea")
+    path = tmp_path / "job.yaml"
+    path.write_text(AI_TOOLKIT.format(data=data, out=tmp_path / "out", model=saved(tiny_pipeline)))
+    options = script.parse_args(["--config", str(path), "--calibration_batches", "1"])
+    assert options.problems == []
+    wanted = {"rank": 8, "lora_alpha": 4, "max_train_steps": 2, "learning_rate": 1e-4, "mixed_precision": "bf16"}
+    wanted |= {"use_ema": True, "ema_decay": 0.9, "save_precision": "fp16", "checkpoints_total_limit": 4}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    said = "\n".join(options.notes)
+    assert "NOT USED: model, quantize: got True" in said
+    assert "NOT USED: train, linear_timesteps" in said
+    first, second = concepts_of(options)
+    assert [concept.own["resolution"] for concept in (first, second)] == [32, 64]
+    assert first.instance.images[0].caption == "sks animal in the sea"
+    folder = script.main(options)
+    assert folder == tmp_path / "out" / "my_lora"
+    assert sorted(p.name for p in (folder / "samples" / "step-000002").iterdir()) == ["0-0.png", "1-0.png"]
+
+
+def test_a_configuration_of_onetrainer_is_translated_with_its_concepts(tmp_path):
+    concepts = tmp_path / "concepts.json"
+    own = {"path": str(SUBJECTS / "octopus"), "balancing": 3.0}
+    concepts.write_text(json.dumps([own, {"path": str(SUBJECTS / "cake"), "enabled": False}]))
+    given = {
+        "training_method": "LORA",
+        "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+        "base_model_name": "stabilityai/stable-diffusion-xl-base-1.0",
+        "concept_file_name": str(concepts),
+        "resolution": 1024,
+        "aspect_ratio_bucketing": True,
+        "optimizer": "ADAMW",
+        "learning_rate": 3e-4,
+        "learning_rate_scheduler": "CONSTANT",
+        "learning_rate_warmup_steps": 200,
+        "weight_decay": 0.01,
+        "epochs": 100,
+        "batch_size": 4,
+        "ema": "OFF",
+        "train_text_encoder": False,
+        "offset_noise_weight": 0.05,
+        "train_dtype": "FLOAT_16",
+        "lora_rank": 16,
+        "lora_alpha": 1.0,
+        "masked_training": False,
+        "save_after_unit": "NEVER",
+        "circular_mask_generation": True,
+    }
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(given))
+    options = parse(["--config", str(path)])
+    assert options.problems == []
+    wanted = {"rank": 16, "lora_alpha": 1, "num_train_epochs": 100, "learning_rate": 3e-4, "noise_offset": 0.05}
+    wanted |= {"adam_weight_decay": 0.01, "lr_scheduler": "constant_with_warmup", "mixed_precision": "fp16"}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    assert "NOT USED: circular_mask_generation" in "\n".join(options.notes)
+    (concept,) = concepts_of(options)
+    assert concept.repeats == 3
+    path.write_text(json.dumps(given | {"training_method": "FINE_TUNE", "model_type": "WUERSTCHEN_2"}))
+    assert len(parse(["--config", str(path)]).problems) == 2

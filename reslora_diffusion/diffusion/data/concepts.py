@@ -17,6 +17,7 @@ from typing import Any
 from ...utils.option_parser import parse_file
 from ...utils.problems import BadInput, listing, refuse
 from ..options import DreamBoothOptions
+from ..options.peers import ai_toolkit, onetrainer
 from ..options.peers.kohya_dataset import is_datasets, read_datasets
 from .buckets import Buckets
 from .hub_dataset import images_of_dataset
@@ -113,6 +114,10 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
     entries = parse_file("--concepts", path)
     if is_datasets(entries):
         entries = read_datasets(entries, f"--concepts {path}").concepts
+    elif ai_toolkit.process_of(entries):
+        entries = ai_toolkit.entries(entries)
+    elif onetrainer.is_concepts(entries):
+        entries = onetrainer.entries(entries)
     if isinstance(entries, dict) and entries.keys() == {"concepts"}:
         entries = entries["concepts"]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):

@@ -37,6 +37,7 @@ from .model_checks import adapter_problems, model_problems
 from .plan import Plan
 from .training import ONE_RATE, PACKAGED
 
+STEPS_PER_IMAGE, FEWEST_STEPS, MOST_STEPS = 100, 500, 2000  # where no number of steps is given
 OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".split()
 
 
@@ -152,14 +153,26 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
         found.problems += pruning_problems(options, base)
     found.refuse(options)
     assert base is not None  # without one there were problems
-    return Plan(found.concepts, found.buckets, *length(options, found.concepts), base)
+    plan = Plan(found.concepts, found.buckets, *length(options, found.concepts), base)
+    if "num_train_epochs" not in options.given:
+        options.max_train_steps = plan.max_train_steps  # to be recorded, so that the run can be repeated
+    return plan
 
 
 def length(options: DreamBoothOptions, concepts: list[Concept]) -> tuple[int, int]:
     """Steps of a run, and of a pass over the data."""
     examples = max(sum(c.instances for c in concepts), sum(c.num_class_images for c in concepts))
     per_epoch = math.ceil(examples / (options.train_batch_size * options.gradient_accumulation_steps * world_size()))
+    if options.max_train_steps is None and "num_train_epochs" not in options.given:
+        return chosen_steps(concepts), per_epoch
     return options.max_train_steps or options.num_train_epochs * per_epoch, per_epoch
+
+
+def chosen_steps(concepts: list[Concept]) -> int:
+    """Steps where none were asked for: diffusers' examples train five images of a subject for 500 steps, whatever the
+    batch."""
+    images = sum(len(concept.trained) for concept in concepts)
+    return min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_IMAGE * images))
 
 
 def slow_problems(options: DreamBoothOptions, architecture: Architecture | None) -> list[str]:

@@ -27,7 +27,6 @@ from .launcher import processes, world_size
 from .model_checks import adapter_settings
 from .plan import Plan
 
-FEW = 50  # steps in which no subject is learnt
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
@@ -163,10 +162,10 @@ def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) 
         f"{plan.max_train_steps} steps of {batch} images{joined}: "
         f"{plan.max_train_steps / plan.steps_per_epoch:.1f} passes of {plan.steps_per_epoch} steps"
     )
-    if plan.max_train_steps < FEW and not options.given & {"max_train_steps", "num_train_epochs"}:
+    if not options.given & {"max_train_steps", "num_train_epochs"}:
         lines.append(
-            f"{plan.max_train_steps} steps are few: without --max_train_steps a run is one pass over the data; a "
-            "subject takes some hundreds"
+            f"{plan.max_train_steps} steps are chosen, as --max_train_steps is not given: 100 for each image, at least "
+            "500 and at most 2,000, as in diffusers' examples (500 steps for five images)"
         )
     lines += training(plan, options, count)
     denoiser: Any = plan.base.denoiser

@@ -1,0 +1,137 @@
+"""Jobs of ai-toolkit: a YAML file whose first process is an `sd_trainer`.
+
+Its main fields are translated; everything else in it is named as not used. Its datasets are concepts, each once for
+every resolution that it names.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..model import PRECISIONS
+from .translation import Translation, is_off
+
+DTYPES = {"float16": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32"}
+# (section, name) -> name here, of values that are taken as they are.
+SAME = {
+    ("train", "batch_size"): "train_batch_size",
+    ("train", "steps"): "max_train_steps",
+    ("train", "gradient_accumulation_steps"): "gradient_accumulation_steps",
+    ("train", "train_text_encoder"): "train_text_encoder",
+    ("train", "gradient_checkpointing"): "gradient_checkpointing",
+    ("train", "optimizer"): "optimizer",
+    ("train", "lr"): "learning_rate",
+    ("train", "lr_scheduler"): "lr_scheduler",
+    ("train", "min_snr_gamma"): "snr_gamma",
+    ("train", "noise_offset"): "noise_offset",
+    ("train", "max_grad_norm"): "max_grad_norm",
+    ("model", "name_or_path"): "pretrained_model_name_or_path",
+    ("network", "linear"): "rank",
+    ("network", "linear_alpha"): "lora_alpha",
+    ("save", "save_every"): "checkpointing_steps",
+    ("save", "max_step_saves_to_keep"): "checkpoints_total_limit",
+    ("sample", "sample_every"): "validation_steps",
+    ("sample", "sample_steps"): "num_inference_steps",
+}
+# What says here by default what it says there, or is a part of what another field was translated to.
+NOT_NEEDED = {
+    ("train", "train_unet"),
+    ("train", "noise_scheduler"),
+    ("model", "is_flux"),
+    ("model", "is_xl"),
+    ("model", "is_v3"),
+    ("model", "arch"),
+    ("sample", "sampler"),
+    ("sample", "sample_start_step"),
+    *(("sample", name) for name in ("width", "height", "prompts", "neg", "seed", "walk_seed", "guidance_scale")),
+}
+SECTIONS = ("network", "save", "train", "model", "sample")
+DATASET = ("folder_path", "caption_ext", "resolution", "shuffle_tokens", "flip_x", "mask_path", "num_repeats")
+SHARED = ("caption_dropout_rate", "cache_latents_to_disk")
+
+
+def process_of(content: Any) -> dict[str, Any] | None:
+    """The training in a job; None if there is none."""
+    config = content.get("config") if isinstance(content, dict) else None
+    processes = config.get("process") if isinstance(config, dict) else None
+    first = processes[0] if isinstance(processes, list) and processes else None
+    return first if isinstance(first, dict) and isinstance(first.get("datasets"), list) else None
+
+
+def entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Concepts as `--concepts` holds them."""
+    process, found = process_of(content) or {}, []
+    for dataset in process.get("datasets", []):
+        entry: dict[str, Any] = {
+            "instance_data_dir": dataset.get("folder_path", ""),
+            "caption_extension": "." + str(dataset.get("caption_ext", "txt")).removeprefix("."),
+            "aspect_ratio_buckets": "auto",
+        }
+        entry |= {"mask_data_dir": dataset["mask_path"]} if dataset.get("mask_path") else {}
+        entry |= {"repeats": dataset["num_repeats"]} if dataset.get("num_repeats") else {}
+        entry |= {"shuffle_caption": True} if dataset.get("shuffle_tokens") else {}
+        entry |= {"random_flip": True} if dataset.get("flip_x") else {}
+        entry |= {"caption_prefix": process["trigger_word"]} if process.get("trigger_word") else {}
+        sides = dataset.get("resolution", 512)
+        found += [entry | {"resolution": side} for side in (sides if isinstance(sides, list) else [sides])]
+    return found
+
+
+def prompts(process: Mapping[str, Any]) -> Iterator[str]:
+    """Lines as `--sample_prompts` reads them."""
+    sample, trigger = process.get("sample") or {}, process.get("trigger_word") or ""
+    letter = "g" if (process.get("model") or {}).get("is_flux") else "l"
+    for number, prompt in enumerate(sample.get("prompts") or []):
+        seed = sample.get("seed")
+        seed = None if seed is None else seed + number * bool(sample.get("walk_seed"))
+        own = {"w": sample.get("width"), "h": sample.get("height"), "d": seed, letter: sample.get("guidance_scale")}
+        own |= {"n": sample.get("neg") or None}
+        switches = [f" --{switch} {value}" for switch, value in own.items() if value is not None]
+        yield str(prompt).replace("[trigger]", trigger) + "".join(switches)
+
+
+def translated(content: Mapping[str, Any], source: str, path: str) -> Translation:
+    """Options here for a job; `path` is its file, whose datasets are the concepts."""
+    process, out = process_of(content) or {}, Translation(source)
+    name = str(content["config"].get("name", ""))
+    out.take("datasets", concepts=path)
+    if name:
+        folder = process.get("training_folder", "output")
+        out.take("name", output_dir=f"{folder}/{name}", export_name=name)
+    for section in SECTIONS:
+        for key, value in (process.get(section) or {}).items():
+            translate_field(out, section, key, value)
+    if lines := list(prompts(process)):
+        out.take("sample, prompts", sample_prompts="\n".join(lines))
+    for dataset in process.get("datasets", []):
+        for key, value in dataset.items():
+            if key in SHARED and not is_off(value) and key == "caption_dropout_rate":
+                out.take(f"datasets, {key}", caption_dropout_rate=value)
+            elif key not in (*DATASET, *SHARED) and not is_off(value):
+                out.not_used[f"datasets, {key}"] = "datasets have no such option here"
+    out.assume(lr_warmup_steps=0, center_crop=True, report_to="none")
+    return out
+
+
+def translate_field(out: Translation, section: str, key: str, value: Any) -> None:
+    """One field of a section."""
+    where = f"{section}, {key}"
+    if is_off(value):
+        return
+    if (section, key) in SAME:
+        out.take(where, **{SAME[section, key]: value})
+    elif (section, key) in NOT_NEEDED:
+        out.not_needed.append(where)
+    elif (section, key) == ("network", "type"):
+        if value == "lora":
+            out.not_needed.append(where)
+        else:
+            out.problems.append(f"{where}: {value} is no LoRA, which is what is trained here")
+    elif (section, key) == ("save", "dtype") and value in DTYPES:
+        out.take(where, save_precision=DTYPES[value])
+    elif (section, key) == ("train", "dtype") and DTYPES.get(value) in PRECISIONS:
+        out.take(where, mixed_precision=DTYPES[value])
+    elif (section, key) == ("train", "ema_config") and isinstance(value, dict):
+        if value.get("use_ema"):
+            out.take(where, use_ema=True, ema_decay=value.get("ema_decay", 0.99))
+    else:
+        out.not_used[where] = f"got {value!r}; there is no such option here"
