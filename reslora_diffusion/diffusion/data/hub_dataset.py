@@ -128,8 +128,8 @@ def write_images(rows: "Dataset", image: str, caption: str | None, folder: Path,
             continue
         data = row[image]["bytes"]
         if data is None:
-            path = Path(row[image]["path"] or "").resolve()
-            if not path.is_file() or not any(path.is_relative_to(place) for place in places):
+            path = own_file(row[image]["path"] or "", places)
+            if path is None:
                 foreign.append(f"{row[image]['path']!r} in row {number}")
                 continue
             data = path.read_bytes()
@@ -146,6 +146,15 @@ def write_images(rows: "Dataset", image: str, caption: str | None, folder: Path,
     refuse(problems)
     if lines:
         (folder / METADATA_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def own_file(name: str, places: Sequence[Path]) -> Path | None:
+    """The file of that name, if there is one and it lies in one of the places."""
+    try:
+        path = Path(name).resolve()
+        return path if path.is_file() and any(path.is_relative_to(place) for place in places) else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
 
 
 def suffix_of(data: bytes) -> str:
