@@ -140,6 +140,7 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
     try:
         base = load_meta_pipeline(options)
         options.take_defaults(base.family)
+        found.problems += [problem for problem in options.problems if problem not in found.problems]
         if found.architecture is None:
             found.problems += [*bad_output(options), *schedule_problems(options, base, None)]
         if not found.buckets:

@@ -18,6 +18,7 @@ from .adapter import AdapterOptions
 from .data import DataOptions
 from .model import ModelOptions
 from .output import OutputOptions
+from .recipes import RECIPES, not_given
 from .training import ONE_RATE, TrainingOptions
 
 
@@ -72,6 +73,7 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
             self.given.remove(name)
             setattr(self, name, next(default_of(item) for item in fields(self) if item.name == name))
             self.notes.append(f"  NOT USED: --{name}: {family.title} {family.not_here[name]}")
+        self.take_recipe(kind, family.title)
         for item in fields(self):
             if item.name in FACTS and item.name not in self.given and (families := FACTS[item.name].families):
                 setattr(self, item.name, families.get(kind, default_of(item)))
@@ -83,6 +85,20 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
             name = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
             if name not in self.given:
                 self.update({name: self.guidance_scale})
+
+    def take_recipe(self, kind: str, title: str) -> None:
+        """`--preset`, for a family of models."""
+        recipes = RECIPES.get(self.preset or "")
+        if not recipes or any(note.startswith(f"--preset {self.preset}") for note in self.notes):
+            return
+        if kind not in recipes:
+            problem = f"--preset {self.preset}: no recipe for {title} is known; wanted other options, or another model"
+            self.problems += [] if problem in self.problems else [problem]
+            return
+        own = not_given(recipes[kind], self.given)
+        self.update(own)
+        said = ", ".join(f"--{name} {value}" for name, value in own.items())
+        self.notes.append(f"--preset {self.preset}: {said} ({recipes[kind].source})")
 
     def recorded(self) -> dict[str, Any]:
         """Options by name as `run.json` holds them, in JSON's types."""

@@ -63,6 +63,11 @@ NEWER = (XL, SD3, FLUX)  # families whose scripts in diffusers share their defau
 class TrainingOptions:
     """Training."""
 
+    preset: str | None = option(
+        None,
+        "Settings that others have published for a kind of subject, where they are not given (docs/recipes.md).",
+        choices=("object", "person"),
+    )
     train_batch_size: int = option(
         4, "Images in a batch of each process; as many class images join them.", at_least=1, binds=True, in_header=True
     )
