@@ -252,10 +252,12 @@ def test_records_of_earlier_versions_are_read_with_their_meaning(tmp_path):
         "lora_blocks": "12,30",
         "rank_pattern": {"attn2": 2},
         "output_kohya_format": False,
+        "frugal_layers": True,
     }
     (tmp_path / "run.json").write_text(json.dumps({"command": [], "options": old}))
     for read in (parse(["--config", str(tmp_path / "run.json")]), stored_options(old)):
         read.take_defaults(FAMILIES["FluxPipeline"])
         assert (read.training_guidance_scale, read.validation_guidance_scale, read.shortcut) == (1.0, 3.5, "input")
         assert (read.skip_clip_layers, read.lora_blocks, read.rank_pattern) == (1, [12, 30], {"attn2": 2})
+        assert read.low_memory_layers is True
         assert not read.problems

@@ -443,7 +443,7 @@ def test_the_program_on_a_model_card_has_what_it_needs_and_no_path_of_the_machin
     compile(program, "card", "exec")
     for part in (
         'base = "a/base"\n',
-        'vae = "../vae"  # as seen from this folder',
+        'vae = "../vae"  # relative to this folder',
         'revision="main", variant="fp16", text_encoder_3=None, tokenizer_3=None',
         "vae=AutoencoderKL.from_pretrained(vae))",
         'rescale_betas_zero_snr=True, timestep_spacing="trailing")',

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def call(script: str, words: list[object]) -> None:
+def call(script: str, words: Sequence[object]) -> None:
     """Run a script beside this one in a process of its own; leave with its exit code if it fails."""
     command = [sys.executable, ROOT / "train_scripts" / script, *words]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -101,7 +102,7 @@ def generate(args: argparse.Namespace) -> float:
     started = time.monotonic()
     shutil.rmtree(args.output_dir / "images", ignore_errors=True)
     words = [f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}", "--prompt", *prompts(args)]
-    words += ["--seed", *SEEDS, f"--guidance_scale={args.guidance_scale}", "--resolution=64"]
+    words += ["--seed", *map(str, SEEDS), f"--guidance_scale={args.guidance_scale}", "--resolution=64"]
     words += ["--lora", *(f"{label}={args.output_dir / method}" for label, method in RUNS.items())]
     print("\n--- generating images with the exported files", flush=True)
     call("generate.py", [*words, f"--output_dir={args.output_dir / 'images'}"])

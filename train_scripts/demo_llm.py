@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def start(script: str, words: list[object], share: int = 1) -> subprocess.Popen:
+def start(script: str, words: Sequence[object], share: int = 1) -> subprocess.Popen:
     """Run a script beside this one in a process of its own, on one of `share` parts of the cores."""
     command = [sys.executable, "-u", ROOT / "train_scripts" / script, *words]
     threads = str(max(1, (os.cpu_count() or 1) // share))

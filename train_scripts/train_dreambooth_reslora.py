@@ -192,6 +192,7 @@ def teach(options: DreamBoothOptions, plan: "Plan") -> Path:
         if options.push_to_hub:
             from reslora_diffusion.utils.hub import upload
 
+            assert options.hub_model_id is not None, "`start` has created the repository"
             logs = (f"{options.logging_dir}/*",)
             print(f"pushed to {upload(options.hub_model_id, options.output_dir, options.hub_token, logs)}")
     return run.output
