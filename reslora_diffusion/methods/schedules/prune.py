@@ -5,9 +5,9 @@
     u   = (t - t_w) / (T - t_w - t_c), in [0, 1]    t_w, t_c: `warmup` and `cooldown` of the T steps
 
 Every `every` steps the n_t groups of lowest score are masked, in each structure by itself, and those of before are
-opened again unless they are among them. n is the whole number nearest to `ratio` times the groups there are, and is
-reached when u = 1, whatever `every` is; from there on the masks stay. A mask multiplies the input of the layer that the
-groups end in by 0: that is the model without them, and `slim` cuts them out.
+opened again unless they are among them. n is the whole number nearest to `ratio` times the groups there are (of two the
+smaller), and is reached when u = 1, whatever `every` is; from there on the masks stay. A mask multiplies the input of
+the layer that the groups end in by 0: that is the model without them, and `slim` cuts them out.
 
 The authors' code masks by score / norm and by |G V|; here the paper's I is followed. It leaves the first tenth of the
 layers and the last whole. A Llama's configuration has one width for all layers, so what spares some of them is loaded

@@ -11,6 +11,7 @@ Known without torch, so that bad input is answered at once.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, get_type_hints
@@ -164,8 +165,8 @@ class GradualSettings(Settings):
             yield f"warmup and cooldown: got {self.warmup} and {self.cooldown}, wanted less than 1 together"
 
     def cut(self, count: int) -> int:
-        """How many of so many go in the end: the whole number nearest to the ratio."""
-        return int(self.ratio * count + 0.5)
+        """How many of so many go in the end: the whole number nearest to the ratio, of two the smaller."""
+        return math.ceil(self.ratio * count - 0.5 - 1e-9)
 
     def progress(self, steps: int, total_steps: int) -> float:
         """u after so many steps."""
@@ -234,8 +235,12 @@ class PruneSettings(GradualSettings):
                 )
             elif empty := [one for one in own if self.cut(one.count) >= one.count]:
                 yield f"ratio={self.ratio} would leave {empty[0].name} without {kind}: it has {empty[0].count}"
-        if chosen and not any(self.cut(one.count) for one in chosen):
-            yield f"ratio={self.ratio} is less than one head or channel of each block; wanted more"
+            elif not any(self.cut(one.count) for one in own):
+                most = max(one.count for one in own)
+                yield (
+                    f"ratio={self.ratio} would take no {kind}, of which a layer has {most} at most; wanted more, or "
+                    f"parts={'channels' if kind == 'heads' else 'heads'}"
+                )
 
 
 @dataclass
