@@ -10,7 +10,7 @@ from models import UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, explain_kernels, get_controller
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import KERNELS, choose, grouped_linears
-from reslora_diffusion.core.kernels.packing import Layout, pack
+from reslora_diffusion.core.packed import Layout, pack
 from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
 from test_core_shortcuts import adapted, gradients, loss_of
 

@@ -36,7 +36,7 @@ class BuildsOperations(Protocol):
 
 
 class Packed(NamedTuple):
-    """Factors that were cast and laid side by side for one forward (`core.kernels.packing`)."""
+    """Factors that were cast and laid side by side for one forward (`core.packed`)."""
 
     D: tuple[Tensor]
     U: tuple[Tensor]

@@ -9,7 +9,7 @@ and what each hands on (`Publish`). Backward, with g_i = dL/dy_i, h_i = dL/d(pub
     t_i = s_i g_i U_i (+ h_i)     dc_i = t_i     dU_i = s_i g_i^T z_i     dD = t^T x     dx = sum_i g_i W_i + t D
 
 x is read by one down-projection instead of one per layer, and the gradients with respect to it meet in one buffer. That
-saves launches, so it pays on a GPU. Factors and values that lie side by side in memory (`core.kernels.packing`) are put
+saves launches, so it pays on a GPU. Factors and values that lie side by side in memory (`core.packed`) are put
 together without a copy.
 """
 
