@@ -14,6 +14,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from peft import (
     EvaConfig,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -102,6 +103,28 @@ def test_a_plain_adapter_leaves_without_a_word(recwarn: pytest.WarningsRecorder)
         state = get_peft_model_state_dict(adapted("unet", **options))
         assert all("lora_" in key for key in state)
     assert not [w for w in recwarn if "ResLoRA" in str(w.message)]
+
+
+def test_a_plain_adapter_is_saved_with_metadata_as_diffusers_does(tmp_path: Path) -> None:
+    """Its scripts write `config.to_dict()`, and its loader hands that to `LoraConfig`; other fields were refused."""
+    config = ResLoraConfig(r=2, lora_alpha=8, target_modules=UNET_TARGETS, shortcut="none")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
+    pipe.unet.add_adapter(config)
+    randomise(pipe.unet)
+    layers, facts = get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=facts)
+    fresh = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder())
+    fresh.load_lora_weights(tmp_path)
+    for name, layer in pipe.unet.named_modules():
+        if isinstance(layer, LoraLayer):
+            other = fresh.unet.get_submodule(name)
+            assert set(other.scaling.values()) == {4.0}
+            assert torch.equal(other.lora_A["default_0"].weight, layer.lora_A["default"].weight)
+    assert ResLoraConfig(**facts).shortcut == "none"
+    config.save_pretrained(str(tmp_path))
+    assert PeftConfig.from_pretrained(tmp_path).shortcut == "none"
+    with pytest.raises(TypeError, match="unexpected keyword argument"):  # an unmerged one is not taken for a plain one
+        LoraConfig(**ResLoraConfig(r=2, shortcut="block").to_dict())
 
 
 @pytest.mark.parametrize("shortcut", ["none", *LINKED])

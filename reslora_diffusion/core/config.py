@@ -6,8 +6,9 @@
 Everything is checked when the configuration is made, and every fault is in one message.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 from peft import LoraConfig
 
@@ -38,11 +39,30 @@ class ResLoraConfig(ShortcutFields, LoraConfig):
     """
 
     def __post_init__(self) -> None:
+        if self.peft_type == "LORA":  # what `to_dict` made of a plain one
+            self.shortcut = Shortcut.NONE
         if found := faults(vars(self)):
             raise ValueError("\n".join(["ResLoraConfig:", *(f"  - {fault}" for fault in found)]))
         self.shortcut, self.merge_method = Shortcut(self.shortcut), MergeMethod(self.merge_method)
         super().__post_init__()
         self.peft_type = PeftType.RESLORA
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; where the adapter is a plain LoRA, those of `LoraConfig`, as diffusers takes them for
+        `*_lora_adapter_metadata` and its loader hands them to `LoraConfig`."""
+        found = super().to_dict()
+        if self.effective_shortcut is not Shortcut.NONE or self.frozen_links or self.__dict__.get("_is_written"):
+            return found
+        ours = {item.name for item in fields(ShortcutFields)}
+        return {name: value for name, value in found.items() if name not in ours} | {"peft_type": "LORA"}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` with all fields, also of a plain one."""
+        self._is_written = True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self._is_written
 
     @property
     def effective_shortcut(self) -> Shortcut:
