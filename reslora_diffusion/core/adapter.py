@@ -28,18 +28,10 @@ from .layer import AdaptedLayer, Gate, Prepared, Shared
 from .packed import Packer
 from .peft.lookup import adapter_of
 from .places import Places
-from .roots import are_whole, find_root, find_roots, is_fused, may_be_fused
+from .roots import DATA_PARALLEL, FUSED_PROJECTIONS, are_whole, find_root, find_roots, is_fused, may_be_fused
 from .sharding import whole
 from .shortcuts import SHORTCUTS, ResidualPath
 
-FUSED_PROJECTIONS = (
-    "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
-    "unfuse_qkv_projections(), or merge the adapter first (fuse_lora)"
-)
-DATA_PARALLEL = (
-    "torch.nn.DataParallel runs its replicas in threads that share one ResLoRA context; use DistributedDataParallel "
-    "(accelerate launch, torchrun)"
-)
 ALONE = SHORTCUTS[Shortcut.NONE]  # what a layer computes that is joined to no other: plain LoRA
 Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
 

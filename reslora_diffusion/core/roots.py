@@ -6,6 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+FUSED_PROJECTIONS = (
+    "fuse_qkv_projections() has replaced to_q, to_k and to_v, so their adapters are never called; call "
+    "unfuse_qkv_projections(), or merge the adapter first (fuse_lora)"
+)
+DATA_PARALLEL = (
+    "torch.nn.DataParallel runs its replicas in threads that share one ResLoRA context; use DistributedDataParallel "
+    "(accelerate launch, torchrun)"
+)
+
 
 def is_inside(name: str, ancestor: str) -> bool:
     return not ancestor or name.startswith(f"{ancestor}.")

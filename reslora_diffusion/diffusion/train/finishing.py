@@ -8,11 +8,11 @@ from reslora_diffusion.methods.schedules import Prune
 from ...utils.files import write_text
 from ...utils.problems import refuse
 from ..data.examples import prompts_of
-from .history import plot_losses
+from .history import LOSS_PLOT, plot_losses
 from .merging import MergeReport, merge_report
 from .model_card import model_card
 from .pruning import PruningReport, export_pruned
-from .session import LOSS_PLOT, Run
+from .session import Run
 from .validation import SHEET
 
 MERGE_REPORT = "merge_report.json"

@@ -18,6 +18,7 @@ from ...utils.environment import is_installed
 from ...utils.files import atomic_write, write_text
 from ...utils.json_lines import lines_of
 
+LOSS_PLOT = "loss.png"
 FILE = "metrics.jsonl"
 SMOOTHING = 0.95
 SHOWN = 100  # rows that the smoothed loss looks back on

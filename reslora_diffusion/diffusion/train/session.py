@@ -38,16 +38,13 @@ from .changes import Data
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint, written_elsewhere
 from .ema import Ema
 from .exporting import checkpoint_number, export_factors, header_facts, tag_frequency
-from .history import History, NonFiniteLoss, plot_losses
+from .history import LOSS_PLOT, History, NonFiniteLoss, plot_losses
 from .merging import Evaluation, MergeReport, forwards_of
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler, used_weights
 from .record import versions
 from .schedules import settings_of
 from .training_state import load_training_state, save_training_state, take
-from .validation import ValidationImages, fixed_noise_loss
-
-LOSS_PLOT = "loss.png"
-IMAGE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+from .validation import IMAGE_TRACKERS, ValidationImages, fixed_noise_loss
 
 
 @dataclass

@@ -26,6 +26,7 @@ from .sheet import contact_sheet, save_image
 
 SAMPLES = "samples"
 SHEET = "samples.png"
+IMAGE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # that show images, and how they want them
 
 
 def words_of(prompts: Sequence[ValidationPrompt]) -> list[str]:
