@@ -1,11 +1,16 @@
 """Numbers that no training survives: NaN and infinity in weights."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .utils.problems import listing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor holds floats as they are: torchao's packed weights say that they do, and cannot be summed up."""
+    return isinstance(tensor, Tensor) and tensor.dtype in FLOATS and not type(tensor).__module__.startswith("torchao")
 
 
 @torch.no_grad()
@@ -14,7 +19,7 @@ def broken_tensors(model: nn.Module, trained_only: bool = False) -> list[str]:
     if trained_only:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     else:
-        named = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype in FLOATS}
+        named = {name: tensor for name, tensor in model.state_dict().items() if is_plain(tensor)}
     # A sum is not finite if a number is not, and reads each number once without a copy.
     doubtful = [name for name, tensor in named.items() if not tensor.sum(dtype=torch.float32).isfinite()]
     return [name for name in doubtful if not named[name].isfinite().all()]
