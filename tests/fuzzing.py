@@ -166,6 +166,7 @@ def option_doors() -> Iterator[tuple[str, Door]]:
     from reslora_diffusion.llm import reading
     from reslora_diffusion.llm.options import LlmOptions
     from reslora_diffusion.llm.options import parse as parse_llm
+    from reslora_diffusion.llm.other_programs import AXOLOTL, FACTORY, REFUSED
 
     def config_in(folder: Path) -> str:
         return str(next(folder.iterdir()))
@@ -192,6 +193,8 @@ def option_doors() -> Iterator[tuple[str, Door]]:
     yield "options-of-the-image-trainer", Door(strangers.configurations(names), diffusion)
     yield "checked-options-of-the-image-trainer", Door(strangers.configurations(names), checked)
     yield "options-of-the-language-trainer", Door(strangers.configurations(own), language)
+    theirs = [*AXOLOTL, *FACTORY, *REFUSED, "base_model", "datasets", "dataset", "stage", "adapter"]
+    yield "options-of-other-programs", Door(strangers.configurations(theirs), language)
     entries = strangers.configurations([*KINDS, "concepts"])
     yield "concepts", Door(entries, lambda folder: bool(read_concepts(Path(config_in(folder)))))
 
@@ -199,8 +202,8 @@ def option_doors() -> Iterator[tuple[str, Door]]:
 def data_doors() -> Iterator[tuple[str, Door]]:
     from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, scan
     from reslora_diffusion.diffusion.options.checks import check
-    from reslora_diffusion.llm import reading
-    from reslora_diffusion.llm.options import LlmOptions
+    from reslora_diffusion.llm import glue, reading
+    from reslora_diffusion.llm.options import GlueOptions, LlmOptions
 
     def folder_of_images(folder: Path) -> str:
         found = scan(folder)
@@ -219,6 +222,9 @@ def data_doors() -> Iterator[tuple[str, Door]]:
 
         return read
 
+    def classes(folder: Path) -> None:
+        glue.read(GlueOptions(task_name="rte", dataset_name=str(folder)))
+
     def lines(*columns: str) -> st.SearchStrategy[Files]:
         return strangers.json_lines([*columns]).map(lambda content: {"train.jsonl": content})
 
@@ -231,6 +237,7 @@ def data_doors() -> Iterator[tuple[str, Door]]:
 
     yield "a-dataset-of-images", Door(strangers.parquet_files(), dataset, slow=True)
     yield "conversations", Door(lines("prompt", "response", "messages", "system"), rows(None))
+    yield "glue-files", Door(strangers.glue_files(), classes)
     yield "word-problems", Door(lines("Body", "Question", "Equation", "Answer"), rows("svamp"))
 
 

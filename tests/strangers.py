@@ -390,6 +390,17 @@ def image_folders(draw: st.DrawFn) -> Files:
     return files
 
 
+@st.composite
+def glue_files(draw: st.DrawFn) -> Files:
+    """A task's folder as GLUE's authors publish it."""
+    rows = [["index", "sentence1", "sentence2", "label"]]
+    for number in range(draw(st.integers(0, 4))):
+        label = draw(st.sampled_from(["entailment", "not_entailment"]) | texts)
+        rows.append([str(number), draw(texts), draw(texts), label])
+    content = "\n".join("\t".join(row) for row in rows).encode(errors="surrogatepass")
+    return {name: draw(damaged(st.just(content))) for name in ("train.tsv", "dev.tsv")}
+
+
 PLACES = [
     "/etc/passwd",
     "../../etc/hostname",

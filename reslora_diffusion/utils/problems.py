@@ -22,11 +22,11 @@ BAD_DATA = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
 class BadInput(ValueError):
     """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted.
 
-    `found` are lines on what was looked at and may be in order.
+    `found` are lines on what was looked at and may be in order. All of it is printable, whoever wrote it.
     """
 
     def __init__(self, problems: Iterable[str], found: Iterable[str] = ()) -> None:
-        self.problems, self.found = list(problems), list(found)
+        self.problems, self.found = [printable_lines(problem) for problem in problems], list(found)
         count = len(self.problems)
         head = "1 problem:" if count == 1 else f"{count} problems:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
