@@ -1,7 +1,7 @@
 """Converters of other programs, which do not run here: what they ask of a folder, and that ours gives the same LoRA.
 
-The rules were read in llama.cpp's `convert_lora_to_gguf.py` (commit 0b03ada) and hold for what mlx-lm's converter reads
-of a merged model.
+The rules were read in llama.cpp's `convert_lora_to_gguf.py` (commit 0b03ada) and in mlx-lm's `utils.load_model` (commit
+d78bf58e), which its converter reads a merged model with.
 """
 
 import json
