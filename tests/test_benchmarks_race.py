@@ -371,3 +371,5 @@ def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> N
     assert "The gain is beyond the spread: -0.49 (-0.515 to -0.465)" in page
     assert "| seed 1 | 2 | 2 | 1.51 | -0.49 | learning_rate 0.01 | 5 | 29 % | 3 s, 9 s |" in page
     assert "**Not measured yet.**" in document({race: folder}, folder)
+    (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": {"seed 0": cases["seed 0"]}}))
+    assert "With 1 case nothing is concluded yet; 3 are wanted." in document({race: folder}, found)

@@ -17,6 +17,7 @@ from .plan import Plan
 from .statistics import Comparison, compare, verdict
 from .words import loss_with_spread, number, signed, spread, table
 
+FEWEST_CASES = 3  # of trainings after a search, for an interval to say anything
 METRICS = {"exact_match": "exact match", "other_subject_loss": "loss of another subject"}
 
 HEAD = """# Evidence: the LoRA family, each method tuned alike
@@ -224,8 +225,8 @@ def tuned_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rows.append([*row, f"{case['search_wall_seconds']:.0f} s, {case['training_wall_seconds']:.0f} s"])
     before, after = ({n: case[f"loss_{kind}"] for n, case in cases.items()} for kind in ("defaults", "tuned"))
     c = compare(dict(enumerate(after.values())), dict(enumerate(before.values())))
-    if math.isnan(c.difference):
-        answer = "One case shows no spread, so nothing is concluded from it."
+    if len(cases) < FEWEST_CASES:
+        answer = f"With {count(list(cases), 'case')} nothing is concluded yet; {FEWEST_CASES} are wanted."
     else:
         shown = {"better": "The gain is beyond the spread", "worse": "The loss is **higher** after the search"}
         answer = (
