@@ -47,10 +47,6 @@ def test_every_door_is_tried():
 def test_whatever_a_stranger_hands_in(name):
     found, folder = at()
     door = found[name]
-    try:  # what is imported by the first reading is not its cost
-        pass_through(door, {}, folder)
-    except Exception:
-        pass
 
     @seed(0)
     @settings(QUIET, max_examples=EXAMPLES // 10 if door.slow else EXAMPLES)
