@@ -333,7 +333,7 @@ def test_verify_leaves_older_exports_beside_it_alone(tmp_path, components):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_inspect_measures_without_torch_what_torch_measures(tmp_path, components, dtype):
+def test_inspect_measures_the_dense_update(tmp_path, components, dtype):
     path = tmp_path / "x.safetensors"
     tensors = {}
     for name, f in components["unet"].items():
