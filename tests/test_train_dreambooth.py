@@ -429,10 +429,10 @@ def test_ranks_may_differ_by_layer(tmp_path):
     assert ranks["attn1.to_k.lora_A.default.weight"] == 4
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adafactor", "NAdam", "lion8bit"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adafactor", "NAdam", "lion4bit"])
 def test_optimizers_by_name(tmp_path, optimizer):
-    if optimizer == "lion8bit":
-        with pytest.raises(ValueError, match="--optimizer: got 'lion8bit', wanted"):
+    if optimizer == "lion4bit":
+        with pytest.raises(ValueError, match="--optimizer: got 'lion4bit', wanted"):
             train(tmp_path / "run", optimizer=optimizer)
         return
     folder = train(tmp_path / "run", optimizer=optimizer, learning_rate=0.05, max_train_steps=2)
