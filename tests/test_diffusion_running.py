@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,13 +23,13 @@ from reslora_diffusion.diffusion.train.checkpoints import (
 )
 from reslora_diffusion.diffusion.train.ema import Ema
 from reslora_diffusion.diffusion.train.history import History, NonFiniteLoss, plot_losses, read_history, smooth
-from reslora_diffusion.diffusion.train.model_card import usage
+from reslora_diffusion.diffusion.train.model_card import model_card, usage
 from reslora_diffusion.diffusion.train.optimizers import fast_forward, make_lr_scheduler, make_optimizer
 from reslora_diffusion.diffusion.train.record import export_name
 from reslora_diffusion.diffusion.train.training_state import load_training_state, save_training_state
 from reslora_diffusion.interruption import Interruption
 from reslora_diffusion.utils.output_folder import alone_in
-from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, run_program
+from reslora_diffusion.utils.problems import BadInput, Interrupted, Stopped, printable, run_program
 from reslora_diffusion.utils.state_files import BrokenState
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -452,3 +453,14 @@ def test_the_program_on_a_model_card_has_what_it_needs_and_no_path_of_the_machin
         assert part in program, program
     args.pretrained_model_name_or_path = "/usr"
     assert 'base = "path/to/usr"  # put' in "\n".join(usage(args, "x"))
+
+
+@pytest.mark.parametrize("prompt", ["a \U0001f600 cat", 'x"\n---\nlicense: mit', "\x1b[31mred", "\ud800", "a <b>`cat`"])
+def test_front_matter_of_a_model_card_is_yaml_whatever_the_prompt(tmp_path, prompt):
+    card = model_card(arguments(tmp_path / "out"), "lora", prompt, [], [])
+    assert all(c.isprintable() or c == "\n" for c in card)
+    _, front, text = card.split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert found["instance_prompt"] == printable(prompt)
+    assert "license" not in found
+    text.encode()
