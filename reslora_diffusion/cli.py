@@ -7,7 +7,7 @@
     train   train-llm   glue   dpo   grpo   compare   env                 the programs, see `programs`
 
 Each command is a thin view of the function of the same name in `reslora_diffusion.export`. Input is looked at before
-torch is imported, so that `--help`, `inspect` and bad input answer at once.
+torch is imported, so that `--help` and bad input answer at once.
 
 Exit codes: 0 done, 1 a check failed (nothing was written), 2 the input cannot be used.
 """

@@ -184,7 +184,6 @@ def test_export(run, tmp_path):
     [
         (["--help"], 0),
         (["export", "--help"], 0),
-        (["inspect", "{source}"], 0),
         (["verify", "{broken}"], 2),
         (["resize", "{source}", "--rank", "x"], 2),
         (["export", "nowhere", "out"], 2),
@@ -197,7 +196,7 @@ def test_export(run, tmp_path):
     ],
 )
 def test_answers_that_need_no_torch_do_not_wait_for_it(source, tmp_path, words, code):
-    """Nor for diffusers, transformers or PEFT: help, headers and bad input are a matter of a moment."""
+    """Nor for diffusers, transformers or PEFT: help and bad input are a matter of a moment."""
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(source.read_bytes()[:-5])
     other, taken = tmp_path / "other.safetensors", tmp_path / "taken"
