@@ -34,6 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", default=beside(EMBEDDED), help="folder of a pipeline, or its hub name if it is in the local cache")
+    add(
+        "--base_config",
+        help="of a single-file --base: folder or hub name of its configurations (default: its family's)",
+    )
     add("--bases", type=Path, nargs="+", default=[], help="folders of other pipelines and single-file checkpoints")
     add("--runs", type=Path, nargs="+", help="folders of training runs, the only ones read (default: demo and runs)")
     add("--train_dir", type=Path, default=Path("runs", "from-page"), help="for runs started from the page")
@@ -47,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inbrowser", action="store_true", help="open the page in a browser")
     args = parser.parse_args(argv)
     problems = base_problems(Path(args.base))
+    if args.base_config and not Path(args.base).is_file():
+        problems.append(f"--base_config is for a base in a single file, and --base {args.base} is none")
     problems += [f"--runs {folder} is no folder" for folder in args.runs or () if not folder.is_dir()]
     problems += [f"--bases {folder} is no folder" for folder in args.bases if not folder.is_dir()]
     if args.auth is not None and not all(args.auth.partition(":")):
@@ -62,11 +68,24 @@ def base_problems(base: Path) -> list[str]:
     """What can be said of a base before it is loaded; a hub name has to wait for that."""
     if (base / "model_index.json").is_file():
         return []
+    if base.is_file():
+        return single_file_problems(base)
     if not base.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
         return []
     if base == beside(EMBEDDED):
         return ["give --base the folder of a pipeline: the embedded one is in a clone of the source, not in the wheel"]
     return [f"--base {base} holds no pipeline (no model_index.json); give the folder of a Stable Diffusion pipeline"]
+
+
+def single_file_problems(base: Path) -> list[str]:
+    from reslora_diffusion.export.single_file import read_single_file
+    from reslora_diffusion.utils.problems import BadInput
+
+    try:
+        read_single_file(base)
+    except BadInput as problem:
+        return [f"--base: {problem}"]
+    return []
 
 
 def warnings(args: argparse.Namespace) -> list[str]:
@@ -113,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
                 subjects_dir=beside(SUBJECTS),
                 bases=[folder.resolve() for folder in args.bases],
                 device=args.device,
+                base_config=args.base_config,
             )
         except OSError as problem:
             sys.exit(f"--base {base} cannot be loaded: {str(problem).splitlines()[0]}")

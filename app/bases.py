@@ -13,13 +13,14 @@ from pathlib import Path
 
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
-from safetensors import SafetensorError, safe_open
+
+from reslora_diffusion.export.single_file import read_single_file
+from reslora_diffusion.utils.problems import BadInput
 
 from .compare import Comparer, load_pipeline
 from .foreign import printable
 
 MOST_LOADED = 2
-OF_CHECKPOINT = "model.diffusion_model."  # how keys of a whole model in one file begin, of every family
 
 
 class Bases:
@@ -92,10 +93,10 @@ def checkpoints(folder: Path) -> set[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     try:
-        with safe_open(path, "pt") as file:
-            return any(key.startswith(OF_CHECKPOINT) for key in file.keys())  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError):
+        read_single_file(path)
+    except BadInput:
         return False
+    return True
 
 
 def names_in_cache() -> list[str]:

@@ -19,10 +19,11 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
+
+from reslora_diffusion.export.single_file import as_said, is_single_file, load_single_file, read_single_file
 
 from .adapters import AdapterShelf
 from .foreign import shortened
@@ -153,10 +154,15 @@ class Comparer:
         return [f"“{shortened(prompt)}” has {n} tokens, the text encoder reads {limit}" for prompt, n in long.items()]
 
 
-def load_pipeline(source: str | Path, device: str = "cpu") -> DiffusionPipeline:
-    """A pipeline from a folder, a single file or the hub's local cache; safetensors only, without a safety checker."""
-    if Path(source).is_file():
-        pipe = StableDiffusionPipeline.from_single_file(str(source), local_files_only=True)
+def load_pipeline(source: str | Path, device: str = "cpu", config: str | None = None) -> DiffusionPipeline:
+    """A pipeline from a folder, a single file or the hub's local cache; safetensors only, without a safety checker.
+
+    Args:
+        config: for a single file, folder or hub name of the configurations, if not its family's own on the hub.
+    """
+    if is_single_file(str(source)):
+        found = read_single_file(source)
+        pipe = as_said(found, load_single_file(found, config or found.config, torch.float32))
     else:
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, local_files_only=True)
     if getattr(pipe, "safety_checker", None) is not None:

@@ -30,20 +30,22 @@ def open_studio(
     train_dir: Path,
     subjects_dir: Path | None = None,
     bases: Sequence[Path] = (),
+    base_config: str | None = None,
     device: str = "cpu",
     first_steps: int = 25,
 ) -> Studio:
     """Load the pipeline, find the adapters of the runs, and generate what visitors see first.
 
     Args:
-        base: folder of a pipeline, or its hub name where it is in the local cache.
+        base: folder of a pipeline, its single file, or its hub name where it is in the local cache.
+        base_config: of a single file, see `load_pipeline`.
         folder: for the visitors' images.
         prompt: of the first images; if not given, the one that the first adapters were taught.
         train_dir: for trainings started from the page and what is kept of visits; outside of `folder`, which is served.
         bases: folders of other pipelines and checkpoints that visitors may choose.
         subjects_dir: folders of images to train and to measure on, one for each subject.
     """
-    pipe = load_pipeline(base, device)
+    pipe = load_pipeline(base, device, base_config)
     comparer = Comparer(pipe)
     comparer.warm_up()
     if not any(train_dir.is_relative_to(root) for root in runs):

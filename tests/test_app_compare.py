@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app.adapters import AdapterShelf
-from app.compare import Comparer
+from app.bases import Bases
+from app.compare import Comparer, load_pipeline
 from app.request import (
     Adapter,
     Column,
@@ -27,6 +28,7 @@ from app.request import (
     image_count,
 )
 from app_fixtures import make_lora_file, make_pipeline
+from original_layout import write_single_file
 from reslora_diffusion.diffusion.train.race import app_settings
 
 
@@ -337,3 +339,15 @@ def test_the_trainers_races_open_as_settings(files, adapters):
 @pytest.mark.parametrize("data", [None, [], {"adapters": 1}, {"adapters": [1, {"sha256": 2}]}])
 def test_settings_without_adapters_ask_for_none(data):
     assert digests_in(data) == set()
+
+
+def test_a_base_in_one_file_generates_what_its_folder_does(tmp_path):
+    pipeline = make_pipeline(tmp_path / "bases" / "folder")
+    file = write_single_file(pipeline, tmp_path / "bases" / "model.safetensors")
+    loaded = load_pipeline(file, config=str(tmp_path / "bases" / "folder"))
+    images = [next(Comparer(pipe).compare(request())).image for pipe in (pipeline, loaded)]
+    assert images[0].tobytes() == images[1].tobytes()
+    lora = make_lora_file(tmp_path / "bases" / "lora", tmp_path / "bases" / "folder", 0)
+    assert lora.is_file()
+    bases = Bases("first", tmp_path, Comparer(loaded), [tmp_path / "bases"])
+    assert list(bases.choices()) == ["first", "folder", "model.safetensors"], "a LoRA is no base"
