@@ -5,7 +5,7 @@
 #
 # The machine is expected to have Python 3.12, torch with CUDA, triton, transformers, accelerate, tensorboard and pytest;
 # its torch is used as it is. DIR gets wheels of diffusers and of PEFT as pinned in constraints.txt, the font that the
-# embedded pipeline's pictures are drawn with, and DIFFUSERS_SCRIPT, diffusers' examples/dreambooth/train_dreambooth_lora.py,
+# embedded pipeline's images are drawn with, and DIFFUSERS_SCRIPT, diffusers' examples/dreambooth/train_dreambooth_lora.py,
 # if its path is given. DIR has to be a folder of this repository that git ignores, such as .gpu-kit.
 set -euo pipefail
 
