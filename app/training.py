@@ -195,7 +195,7 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        """Of all the runs that it makes."""
+        """Steps of all its runs together."""
         return self.request.max_train_steps * (len(PAIR) if self.request.method is Method.PAIR else 1)
 
     def runs(self) -> list[Path]:

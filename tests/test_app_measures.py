@@ -81,7 +81,7 @@ def test_figure_is_a_mean_inside_its_interval_which_shrinks_with_n():
 
 
 def test_quantiles_of_student_are_the_tables():
-    """Of 0.975, as printed in every table."""
+    """The quantiles are those of 0.975, as printed in every table."""
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262, 15: 2.131, 30: 2.042, 120: 1.980}
     assert {n: t_quantile(n) for n in table} == pytest.approx(table, rel=3e-3)
 

@@ -63,7 +63,7 @@ def test_a_round_gives_nothing_away_before_its_result_is_asked_for():
 
 
 def test_votes_needed_find_the_preference_that_often():
-    """By simulation of the exact test's rejections, for the 60:40 of which the page speaks."""
+    """The exact test's rejections are simulated, for the 60:40 of which the page speaks."""
     source, n = random.Random(1), votes_needed()
     limit = next(wins for wins in range(n // 2, n) if sign_test(wins, n - wins) < 0.05)
     found = sum(sum(source.random() < 0.6 for _ in range(n)) >= limit for _ in range(4000)) / 4000

@@ -69,7 +69,7 @@ def test_wilson_interval_gives_published_values(wins, n, low, high):
 
 
 def test_wilson_interval_ends_where_the_score_test_begins_to_reject():
-    """By its definition: the shares p for which |wins / n - p| <= z sqrt(p (1 - p) / n), found by bisection."""
+    """The interval holds the p for which |wins / n - p| <= z sqrt(p (1 - p) / n), found by bisection."""
     z = NormalDist().inv_cdf(0.975)
     for wins, n in ((0, 3), (1, 4), (7, 10), (13, 40), (40, 40)):
         share = wins / n

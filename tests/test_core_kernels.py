@@ -155,7 +155,7 @@ def test_closed_operations_make_no_product_of_low_rank(publish: Publish) -> None
 @pytest.mark.parametrize("given", ["weight", "base"])
 @pytest.mark.parametrize("adds", ["", "read"])
 def test_a_transform_acts_before_the_bias(adds: str, given: str) -> None:
-    """As DoRA's magnitudes: y = m * (W x + s B A x) + b, whatever computes W x + b."""
+    """DoRA's magnitudes do so: y = m * (W x + s B A x) + b, whatever computes W x + b."""
     magnitudes = leaf(3)
     op = operation(Publish.NOTHING, adds, 2, "equal")._replace(transform=lambda h: magnitudes * h)
     wanted, _ = by_hand(op)

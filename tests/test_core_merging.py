@@ -386,7 +386,7 @@ def test_torchs_own_attention_stays_plain_lora() -> None:
 
 
 def load_as_plain_lora(model: nn.Module, targets: str, factors: dict) -> None:
-    """By PEFT alone, module path by module path; every factor must find its place, and every place its factor."""
+    """PEFT alone loads them by module path; every factor must find its place, and every place its factor."""
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=targets), model)
     modules = dict(model.named_modules())
     taken = {f"{name}.lora_{side}.default" for name in factors for side in "AB"}

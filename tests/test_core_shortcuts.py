@@ -154,7 +154,7 @@ def test_dropout_acts_in_training_only(shortcut: str) -> None:
 
 
 def test_input_drops_the_sum_with_one_mask() -> None:
-    """As in the paper's code: D(x + x'), not D(x) + D(x')."""
+    """The paper's code has D(x + x'), not D(x) + D(x')."""
     model = adapted("llama", "input", 1, lora_dropout=0.4)
     controller = get_controller(model)
     name = "model.layers.1.self_attn.q_proj"

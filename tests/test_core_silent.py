@@ -433,7 +433,7 @@ def test_factors_that_eva_replaces_are_linked_anew(shortcut: str) -> None:
 
 @pytest.mark.parametrize("shortcut", ["none", *LINKED])
 def test_factors_that_are_replaced_are_used(shortcut: str) -> None:
-    """By `update_layer`, in the layer that another one reads and in the one that reads."""
+    """`update_layer` replaces them, in the layer that another one reads and in the one that reads."""
     model = adapted("llama", shortcut)
     args = inputs("llama")
     before = output("llama", model, args)

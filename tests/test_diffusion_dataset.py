@@ -94,7 +94,7 @@ def test_rows_without_an_image_are_named(tmp_path):
 
 
 def test_images_are_in_the_column_image_wherever_it_stands(tmp_path):
-    """As in diffusers' scripts; a column of masks or conditions may come first."""
+    """diffusers' scripts choose it by name; a column of masks or conditions may come first."""
     features = datasets.Features({"condition": datasets.Image(), "image": datasets.Image()})
     folder = tmp_path / "rows"
     folder.mkdir()

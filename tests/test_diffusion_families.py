@@ -131,7 +131,7 @@ def test_flux_is_given_tokens_places_times_and_guidance_as_its_pipeline_gives_th
 
 
 def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
-    """Of train_dreambooth_lora_flux.py: uniform and unweighted, not shifted by the size of the image."""
+    """train_dreambooth_lora_flux.py draws them uniformly and unweighted, not shifted by the size of the image."""
     pipeline, levels = load(tiny_pipeline_flux), torch.arange(1000)
     args = Namespace(**dict.fromkeys((*OF_FLOWS, "min_timestep", "max_timestep")))
     process = FAMILIES["FluxPipeline"].process(pipeline, args)

@@ -157,7 +157,7 @@ def make_flow(**settings) -> FlowMatching:
 
 
 def shifted_sigmas() -> np.ndarray:
-    """Of Stable Diffusion 3 (arXiv 2403.03206, eq. 23), from noise to data."""
+    """Noise levels of Stable Diffusion 3 (arXiv 2403.03206, eq. 23), from noise to data."""
     plain = np.linspace(1000, 1, 1000)[list(TIMESTEPS)] / 1000
     return 3 * plain / (1 + 2 * plain)
 

@@ -228,7 +228,7 @@ def test_a_file_is_read_by_the_same_rules_as_a_command_line(tmp_path):
 
 
 def test_names_are_read_with_hyphens_too():
-    """As transformers' parser reads them; `--no_flag` is `--no-flag`."""
+    """transformers' parser reads them so; `--no_flag` is `--no-flag`."""
     read = parse(["--learning-rate", "0.5", "--train-text-encoder", "--no_center_crop", "--validation-prompt=a-b c"])
     assert (read.learning_rate, read.train_text_encoder, read.center_crop) == (0.5, True, False)
     assert read.validation_prompt == ["a-b c"]

@@ -14,7 +14,7 @@ from reslora_diffusion.utils import environment
 
 
 class Plain:
-    """As much of a denoiser as is asked: two layers, whose inputs are kept, and a square, whose argument is."""
+    """The part of a denoiser that is asked: two layers, whose inputs are kept, and a square, whose argument is."""
 
     def __init__(self) -> None:
         self.models = (nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)),)

@@ -25,7 +25,7 @@ BLOCKS = tuple(
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, torch.nn.Module]:
-    """Of FLUX.1's width, without memory, and few of its blocks."""
+    """A transformer of FLUX.1's width with few of its blocks, without memory."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=2)
         clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=1, intermediate_size=64))

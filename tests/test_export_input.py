@@ -194,7 +194,7 @@ def test_broken_metadata(tmp_path, value):
 
 
 def test_an_unmerged_reslora_is_not_taken_for_a_lora(tmp_path):
-    """As `unet.save_lora_adapter` writes it: the shortcut stands in the configuration alone."""
+    """`unet.save_lora_adapter` writes such a file: the shortcut stands in the configuration alone."""
     unet = tiny_unet()
     unet.add_adapter(ResLoraConfig(r=2, target_modules=["to_q"], shortcut="input"))
     unet.save_lora_adapter(tmp_path, adapter_name="default")

@@ -232,7 +232,7 @@ def test_output_layers_that_are_the_embedding(tmp_path):
 
 @pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
 def test_the_end_that_a_lora_was_taught_goes_into_the_merged_model(tmp_path, file):
-    """As `--save_merged_model` has it; else generation would run on past every answer."""
+    """`--save_merged_model` writes it too; else generation would run on past every answer."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**GROUPED))
     model.save_pretrained(tmp_path / "base")

@@ -28,7 +28,7 @@ HEAVY = ("torch", "peft", "accelerate", "diffusers", "datasets")
 
 
 def test_offered_options_are_those_of_the_class():
-    """Of the same names, and with the same defaults but for those that the scripts choose."""
+    """Names are the same, and so are defaults, but for those that the scripts choose."""
     real = {item.name: item for item in fields(TrainingArguments)}
     ours = {item.name: item for item in fields(TrainingOptions) if "facts" in item.metadata}
     assert ours.keys() <= real.keys()

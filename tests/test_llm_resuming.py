@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, options, message):
 
 
 def test_a_best_step_by_another_metric_is_not_compared_with(tmp_path):
-    """As older versions left it: chosen by the loss, which no share of right answers exceeds."""
+    """Older versions chose it by the loss, which no share of right answers exceeds."""
     checkpoint(tmp_path, 2, checksums=True, metric=1.25)
     with pytest.raises(BadInput, match="chose its best step by loss, this run by exact_match"):
         chosen(tmp_path)

@@ -65,7 +65,7 @@ class Training:
 
 
 def fresh_A(link: int, place: int, A: Tensor) -> Tensor:
-    """As documented: uniform in +-1/sqrt(in), from (seed, link, adapter, layer)."""
+    """The documented start of a link: uniform in +-1/sqrt(in), from (seed, link, adapter, layer)."""
     seed = np.random.SeedSequence([SEED, link, 0, place]).generate_state(1, np.uint64)[0] >> 1
     bound = 1 / math.sqrt(A.shape[1])
     return torch.empty(A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(int(seed)))

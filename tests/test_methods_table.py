@@ -210,7 +210,7 @@ def words_of(method: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", conflicts())
 def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, method: str) -> None:
-    """By the trainers that have the feature."""
+    """The trainers that have the feature say it."""
     for feature, reason in conflicts()[method].items():
         said = []
         if feature in ASKED:

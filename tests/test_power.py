@@ -36,7 +36,7 @@ ADAPTER = {"peft_type": "RESLORA", "r": 8, "lora_alpha": 16, "use_rslora": False
 
 
 def language_checkpoint(output, step):
-    """As `ExportedTrainer` lets `transformers.Trainer` write it, which flushes nothing."""
+    """`ExportedTrainer` lets `transformers.Trainer` write it, which flushes nothing."""
     folder = output / f"checkpoint-{step}"
     with unfinished(folder):
         save_file({"a": torch.full((500,), float(step))}, folder / "adapter_model.safetensors")

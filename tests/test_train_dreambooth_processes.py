@@ -237,7 +237,7 @@ dreambooth.script.main(dreambooth.script.parse_args(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_sharded_base_trains_the_same_adapter(tmp_path):
-    """By the shipped configurations: FSDP 2, two processes, each with half of the frozen base."""
+    """The shipped configuration is run: FSDP 2, two processes, each with half of the frozen base."""
     program = tmp_path / "program.py"
     program.write_text(SHARDED.format(tests=str(ROOT / "tests")))
     options = {

@@ -64,7 +64,7 @@ def encoded(linear: np.ndarray) -> np.ndarray:
 
 
 def expected_wide(colour: tuple[int, ...]) -> np.ndarray:
-    """By the definitions of both spaces, in float64."""
+    """The colour by the definitions of both spaces, in float64."""
     return encoded(TO_SRGB @ (ADOBE @ (np.array(colour) / 255) ** (563 / 256)))
 
 

@@ -2,7 +2,7 @@
 
 What is measured on the way and at the end is the untouched base plus `exported(model)`: for every layer the best
 approximation, of the race's rank, of what the method would merge into the weight. A block shortcut of rank (m + 1) r,
-PiSSA's moved base and DoRA's full-rank change are all cut in the same way, and the result says how much of the change was kept.
+PiSSA's moved base and DoRA's full-rank change are all cut alike; the result says how much of the change was kept.
 """
 
 import copy

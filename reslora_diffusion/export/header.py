@@ -3,7 +3,7 @@
     source        a file, or a folder as diffusers, our exporter or PEFT write it
     read_headers  source -> one Header for each file that belongs to it, or one message with every problem found
 
-Files come from strangers. Nothing is unpickled, the header is held against the size of the file before anything is
+Files are untrusted. Nothing is unpickled, the header is held against the size of the file before anything is
 read, names in it never become paths, and what is not plain LoRA (LoHa, LoKr, full differences) is refused by name; so
 is DoRA, unless the caller knows what to do with it.
 """
@@ -70,7 +70,7 @@ class Header:
         return [name for name, key in self.keys.items() if key.part in MAGNITUDES]
 
     def axis(self, names: Mapping[str, str]) -> tuple[str, int] | None:
-        """Of a module with these tensors by part: the name of its magnitude, and whether it is of rows (0) or columns
+        """Find the magnitude of a module with these tensors by part: its name, and whether it is of rows (0) or columns
         (1); None where it has none."""
         for part in MAGNITUDES:
             if part in names:

@@ -147,7 +147,7 @@ MAGNITUDES = ("magnitude", "dora_scale")  # parts of a DoRA: PEFT's, kohya's
 
 
 def axis_of(part: str, shape: tuple[int, ...], out: int, width: int) -> int | None:
-    """Of a DoRA's magnitude: 0 if it is the length of rows, 1 if of columns, None if of neither.
+    """The axis of a DoRA's magnitude: 0 if it is the length of rows, 1 if of columns, None if of neither.
 
     Rows are [out] and [1, out, 1, 1] in PEFT, [out, 1, ..] in kohya files; columns are [1, in, ..], there alone.
     """

@@ -1,7 +1,7 @@
 """What a PEFT configuration multiplies lora_B @ lora_A by: alpha / r, or alpha / sqrt(r) with `use_rslora`.
 
 `alpha_pattern` maps names, or regular expressions for the end of names, to other alphas; the first that fits counts.
-Such files come from strangers, and an expression may take longer than the universe has. So names are looked up, and
+Such files are untrusted, and an expression may take longer than the universe has. So names are looked up, and
 only what is no name is run: briefly, and without repeated groups, which alone make the time explode.
 """
 

@@ -38,7 +38,7 @@ class Best:
         return cls(step, loss_trained, loss_merged, copied)
 
     def report(self, last: MergeReport) -> MergeReport:
-        """That of the last step with the losses of this one, at which errors of single layers were not measured."""
+        """The last step's report with the losses of this step, at which errors of single layers were not measured."""
         return replace(last, loss_trained=self.loss_trained, loss_merged=self.loss_merged, output_errors={})
 
     def facts(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Best:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """By component, layer and factor, with spaces between them: no name of a layer holds one."""
+        """All factors, named by component, layer and factor with spaces between them: no name of a layer holds one."""
         return {
             f"{component} {name} {factor}": getattr(one, factor)
             for component, layers in self.factors.items()

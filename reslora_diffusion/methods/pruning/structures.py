@@ -158,7 +158,7 @@ OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"
 
 
 def diffusers_attention(name: str, module: Any) -> Structure | None:
-    """Of one stream or, as in SD3 and FLUX, of image and text together. No configuration states their inner width."""
+    """Attention of one stream or, as in SD3 and FLUX, of image and text. No configuration states its inner width."""
     heads, own = getattr(module, "heads", None), linear_children(module, *OWN)
     if own is None or not isinstance(heads, int):
         return None

@@ -151,7 +151,7 @@ class FoldSettings(Settings):
 
 @dataclass
 class GradualSettings(Settings):
-    """Of schedules that take away more and more: a share 1 - (1 - u)^3 of what goes in the end, u from 0 to 1."""
+    """Schedules that remove more and more: a share 1 - (1 - u)^3 of what is removed in the end, u from 0 to 1."""
 
     ratio: float = option(0.5, "Share that is cut out.", above=0, below=1)
     decay: float = option(0.9, "Of the moving average of scores.", at_least=0, below=1)
@@ -174,7 +174,7 @@ class GradualSettings(Settings):
         return min(1.0, max(0.0, (steps - first) / max(last - first, 1e-9)))
 
     def share(self, steps: int, total_steps: int) -> float:
-        """Of those that go in the end."""
+        """The share that is removed after so many steps, of what is removed in the end."""
         return 1 - (1 - self.progress(steps, total_steps)) ** 3
 
     def is_due(self, steps: int, total_steps: int) -> bool:
