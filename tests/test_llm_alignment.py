@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm_tiny import ROOT, load_script
 from reslora_diffusion.llm.alignment import Reward, preferences
+from reslora_diffusion.llm.resuming import fault_of
 from reslora_diffusion.llm.tasks import TASKS
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, Stopped
 
 FOLDER = ROOT / "assets" / "tiny-llm"
 PROMPT = [{"role": "user", "content": "2 + 2"}]
@@ -68,13 +70,35 @@ def assert_plain_and_trained(output) -> None:
             assert (model(ids).logits - moved).abs().max() > 1e-4
 
 
+def preference_file(folder):
+    rows = [{"prompt": f"{i} + 1", "chosen": f"The answer is {i + 1}.", "rejected": "No."} for i in range(12)]
+    (folder / "preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder / "preferences.jsonl"
+
+
+def problem_file(folder):
+    told = "Mia has {a} shells. Mia finds {b} more shells."  # the model was trained on sums that are told so
+    asked = {"Question": "How many shells does Mia have now?"}
+    pairs = [(a, b) for a in range(11, 15) for b in range(21, 25)]
+    rows = [asked | {"Body": told.format(a=a, b=b), "Equation": f"( {a} + {b} )", "Answer": a + b} for a, b in pairs]
+    (folder / "problems.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder / "problems.jsonl"
+
+
+REWARDED = {
+    "task": "svamp",
+    "max_new_tokens": 24,
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,
+    "temperature": 1.5,
+}
+
+
 @pytest.mark.slow
 def test_dpo_prefers_what_was_chosen_after_three_steps(tmp_path):
     pytest.importorskip("trl")
-    rows = [{"prompt": f"{i} + 1", "chosen": f"The answer is {i + 1}.", "rejected": "No."} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     script = load_script("train_dpo_reslora")
-    output = script.main(words(tmp_path / "out", dataset_name=tmp_path / "rows.jsonl"))
+    output = script.main(words(tmp_path / "out", dataset_name=preference_file(tmp_path)))
     assert_plain_and_trained(output)
     logged = json.loads((output / "history.json").read_text())["logged"]
     assert logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts at the base
@@ -86,18 +110,68 @@ def test_dpo_prefers_what_was_chosen_after_three_steps(tmp_path):
 def test_grpo_rewards_right_answers_for_three_steps(tmp_path):
     pytest.importorskip("trl")
     script = load_script("train_grpo_reslora")
-    told = "Mia has {a} shells. Mia finds {b} more shells."  # the model was trained on sums that are told so
-    asked = {"Question": "How many shells does Mia have now?"}
-    pairs = [(a, b) for a in range(11, 15) for b in range(21, 25)]
-    rows = [asked | {"Body": told.format(a=a, b=b), "Equation": f"( {a} + {b} )", "Answer": a + b} for a, b in pairs]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    given = {"dataset_name": tmp_path / "rows.jsonl", "task": "svamp", "max_new_tokens": 24, "num_generations": 8}
-    output = script.main(words(tmp_path / "out", **given, per_device_train_batch_size=8, temperature=1.5))
+    output = script.main(words(tmp_path / "out", dataset_name=problem_file(tmp_path), **REWARDED))
     assert_plain_and_trained(output)
     logged = json.loads((output / "history.json").read_text())["logged"]
     assert len(logged) == 3
     assert any(0 < row["rewards/exact_match/mean"] < 1 for row in logged)
     assert any(row["grad_norm"] > 0 for row in logged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_what_was_trained_is_kept_if_the_export_fails(name, tmp_path):
+    """No checkpoint is written on the way: without a rescue, all that was trained would be gone."""
+    pytest.importorskip("trl")
+    script = load_script(f"train_{name}_reslora")
+    given = {"dataset_name": preference_file(tmp_path)}
+    if name == "grpo":
+        given = {"dataset_name": problem_file(tmp_path), **REWARDED}
+    whole = script.main(words(tmp_path / "whole", **given))
+    blocked = tmp_path / "out" / "export_report.json"
+    blocked.mkdir(parents=True)
+    with pytest.raises(Stopped) as caught:
+        script.main(words(tmp_path / "out", **given))
+    assert "exporting failed" in str(caught.value)
+    assert "checkpoint-3 is kept, continue by --resume_from_checkpoint latest" in str(caught.value)
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert (checkpoint / "checksums.json").is_file()
+    assert fault_of(checkpoint) is None
+    blocked.rmdir()
+    resumed = script.main(words(tmp_path / "out", **given, resume_from_checkpoint="latest"))
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_dpo_trains_by_the_optimizer_that_was_asked_for(tmp_path):
+    """`reslora dpo --optimizer` was once taken and ignored: the same factors came out as of AdamW."""
+    pytest.importorskip("trl")
+    script, rows = load_script("train_dpo_reslora"), preference_file(tmp_path)
+    runs = [
+        script.main(words(tmp_path / name, dataset_name=rows, shortcut="block", **options))
+        for name, options in (("adamw", {}), ("scaled", {"optimizer": "scaled_adamw"}))
+    ]
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in runs)
+    assert any((found[key] - value).abs().max() > 1e-3 * value.abs().max() for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_options_without_a_part_in_it_are_refused(name, tmp_path):
+    script = load_script(f"train_{name}_reslora")
+    given = {"schedule": "coto", "handover_at": 0.5, "distillation_steps": 4, "eval_strategy": "epoch"}
+    with pytest.raises(BadInput) as caught:
+        script.main(words(tmp_path / "out", **given))
+    message = str(caught.value)
+    for part in (
+        "--schedule: got 'coto', but works in reslora train-llm alone",
+        "--handover_at: got 0.5, but",
+        "--distillation_steps: got 4, but",
+        "there are no validation rows here",
+    ):
+        assert part in message
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])

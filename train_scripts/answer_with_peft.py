@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model_name_or_path", required=True)
@@ -26,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch  # after the options, so that `--help` answers at once
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
     torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
@@ -37,13 +38,14 @@ def main() -> None:
         questions = [json.loads(line)["messages"] for line in lines if line.strip()]
     responses = []
     for start in range(0, len(questions), args.batch_size):
-        inputs = tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             questions[start : start + args.batch_size],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
             return_dict=True,
         )
+        inputs = cast(BatchEncoding, encoded)  # as `return_dict` asks
         out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         responses += [text.strip() for text in texts]

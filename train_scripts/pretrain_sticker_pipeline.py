@@ -110,12 +110,16 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generato
     return F.l1_loss(decoded, pixels) + edge + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
+def random_colour(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+
 def draw_batch(emoji: list[str], size: int, rng: random.Random) -> torch.Tensor:
     """Random emoji on random colours, most of them the captions' eight: [B, 3, 64, 64] in [-1, 1]."""
     images = []
     for _ in range(size):
         known = rng.random() < 0.7
-        colour = rng.choice(list(BACKGROUNDS.values())) if known else tuple(rng.randrange(256) for _ in range(3))
+        colour = rng.choice(list(BACKGROUNDS.values())) if known else random_colour(rng)
         images.append(to_array(draw_at_random(rng.choice(emoji), colour, rng)))
     return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
 
@@ -199,7 +203,8 @@ def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: P
     def step(index: int, generator: torch.Generator) -> torch.Tensor:
         rng = random.Random(f"unet {args.seed} {index}")
         rows = [rng.randrange(len(labels)) for _ in range(args.unet_batch_size)]
-        input_ids = torch.tensor([token_ids(make_caption(*labels[row], rng)) for row in rows], device=args.device)
+        texts = [make_caption(subject, colour, rng) for subject, colour in (labels[row] for row in rows)]
+        input_ids = torch.tensor([token_ids(text) for text in texts], device=args.device)
         clean = latents[rows].to(args.device, torch.float32)
         noise = torch.randn(clean.shape, generator=generator, device=args.device)
         timesteps = torch.randint(0, 1000, (len(rows),), generator=generator, device=args.device)

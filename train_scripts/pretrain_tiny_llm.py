@@ -38,6 +38,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
@@ -104,7 +105,7 @@ def document(tokenizer: PreTrainedTokenizerFast, texts: list[str], rng: random.R
         return f"{tokenizer.bos_token}{rng.choice(texts)[:1000]}{tokenizer.eos_token}"
     question, answer = pretraining_problem(rng) if kind < 0.75 else bare_sum(rng)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 def sequence(tokenizer: PreTrainedTokenizerFast, texts: list[str], rng: random.Random) -> list[int]:
@@ -225,7 +226,7 @@ def write_task(folder: Path, seed: int) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def pretraining_questions(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> list[Question]:
+def pretraining_questions(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[Question]:
     """Problems told as in pretraining, with numbers and words drawn anew."""
     rng = random.Random(f"evaluate {args.seed}")
     problems = [pretraining_problem(rng) for _ in range(args.problems)]
@@ -233,7 +234,7 @@ def pretraining_questions(tokenizer: PreTrainedTokenizerFast, args: argparse.Nam
     return [Question(encode_prompt(talk, tokenizer), str(read_number(answer))) for talk, answer in talks]
 
 
-def held_out_questions(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> list[Question]:
+def held_out_questions(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[Question]:
     task = TASKS["svamp"]
     rows = held_out_split("test", args.seed)[: args.problems]
     return [Question(encode_prompt(task.messages(row)[:1], tokenizer), task.answer(row)) for row in rows]

@@ -140,8 +140,8 @@ def draw(
     ink = glyph(emoji)
     scale = size * resolution / max(ink.size)
     ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
-    corner = [round(where * (resolution - side)) for where, side in zip(place, ink.size, strict=True)]
-    image.paste(ink, tuple(corner), ink)
+    left, top = (round(where * (resolution - side)) for where, side in zip(place, ink.size, strict=True))
+    image.paste(ink, (left, top), ink)
     return image
 
 
@@ -149,8 +149,8 @@ def draw_at_random(emoji: str, colour: tuple[int, int, int], rng: random.Random)
     """The training distribution: 60 to 90 % of the image, 20 to 80 % of the room, each channel +- 8."""
     size = rng.uniform(0.60, 0.90)
     place = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
-    shade = tuple(min(255, max(0, channel + rng.randint(-8, 8))) for channel in colour)
-    return draw(emoji, shade, size, place)
+    red, green, blue = (min(255, max(0, channel + rng.randint(-8, 8))) for channel in colour)
+    return draw(emoji, (red, green, blue), size, place)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.glue import GLUE, measure, prepare, read, task_problems
@@ -34,6 +34,7 @@ from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import refuse, run_program
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
+    from torch.utils.data import Dataset
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
 DEFAULTS = {"output_dir": "reslora-glue", "learning_rate": 3e-4}
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     checkpoint, rows = check(options, values, task_problems(options), lambda: read(options), metrics)
     training = training_arguments(values)
     refuse(launcher_problems(options, training))
-    with alone_in(Path(values.output_dir)):
+    with alone_in(values.output_folder):
         return train(options, training, rows, checkpoint)
 
 
@@ -58,16 +59,19 @@ def train(
     options: GlueOptions, training: "TrainingArguments", rows: dict[str, Sequence] | None, checkpoint: str | None
 ) -> Path:
     """From sound options on; `rows` is None where they have yet to be fetched."""
+    import numpy as np
     from peft import PeftModel, TaskType
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
     from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.adapter_trainer import is_reslora
     from reslora_diffusion.llm.preflight import past_the_end
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory, rescued
     from reslora_diffusion.llm.results import export, history, start_record, write_json
-    from reslora_diffusion.llm.trainer import ExportedTrainer, calibration_batches, fold_at, is_reslora
+    from reslora_diffusion.llm.trainer import ExportedTrainer, calibration_batches, fold_at
 
+    assert options.task_name is not None, "the options were checked"
     task = GLUE[options.task_name]
     kind = TaskType.SEQ_CLS
     config = models.load_config(options, kind, num_labels=task.num_labels)
@@ -87,7 +91,7 @@ def train(
     )
 
     def metrics(found: "EvalPrediction") -> dict[str, float]:
-        return measure(task, found.predictions, found.label_ids)
+        return measure(task, np.asarray(found.predictions), np.asarray(found.label_ids))
 
     with enough_memory(options, training):
         trainer = ExportedTrainer(
@@ -106,7 +110,7 @@ def train(
     refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples={"train": len(data.train), "validation": len(data.validation)})
 
-    output = Path(training.output_dir)
+    output = trainer.output_folder
     with rescued(trainer, options, "training"):
         trainer.train(resume_from_checkpoint=checkpoint)
     with rescued(trainer, options, "evaluating"):
@@ -135,7 +139,7 @@ def train(
 def task_metrics(trainer: "Trainer", rows: Sequence, names: Sequence[str]) -> dict[str, float]:
     """Metrics of rows that are reported on; under a prefix of their own, so that the history does not take them for
     evaluations that a step was chosen by."""
-    found = trainer.evaluate(rows, metric_key_prefix="reported")
+    found = trainer.evaluate(cast("Dataset", rows), metric_key_prefix="reported")
     return {name: found[f"reported_{name}"] for name in names}
 
 

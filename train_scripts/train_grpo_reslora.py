@@ -14,13 +14,13 @@ comes out in --output_dir is a plain LoRA, as from train_llm_reslora.py; `--help
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from reslora_diffusion.llm.alignment import problems_of, read
 from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import RewardOptions, parse, training_arguments
 from reslora_diffusion.llm.tasks import TASKS
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import refuse, run_program
 
@@ -40,20 +40,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
         BadInput: every problem with the options, the data or the model.
     """
     options, values = parse(RewardOptions, argv, DEFAULTS)
-    checkpoint, rows = check(options, values, problems_of(options), lambda: read(options, values.seed))
-    with alone_in(Path(values.output_dir)):
+    checkpoint, rows = check(options, values, problems_of(options, values), lambda: read(options, values.seed))
+    with alone_in(values.output_folder):
         return train(options, values, rows, checkpoint)
 
 
-def train(options: RewardOptions, values: Any, rows: Sequence[dict] | None, checkpoint: str | None) -> Path:
+def train(options: RewardOptions, values: TrainingOptions, rows: Sequence[dict] | None, checkpoint: str | None) -> Path:
     """From sound options on; `rows` is None where they have yet to be fetched."""
     from datasets import Dataset
     from peft import TaskType
     from transformers import set_seed
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     from reslora_diffusion.llm import models
-    from reslora_diffusion.llm.alignment import Reward, as_text, batches_for, finish
+    from reslora_diffusion.llm.alignment import Reward, as_text, batches_for, train_and_export
+    from reslora_diffusion.llm.alignment_trainers import RewardTrainer
     from reslora_diffusion.llm.encoder import Encoder
     from reslora_diffusion.llm.publishing import take_destination
     from reslora_diffusion.llm.rescue import enough_memory
@@ -79,16 +80,16 @@ def train(options: RewardOptions, values: Any, rows: Sequence[dict] | None, chec
     destination = take_destination(training)
     set_seed(training.seed)
     with enough_memory(options, training):
-        trainer = GRPOTrainer(
+        trainer = RewardTrainer(
             models.load_model(options, config, kind),
             reward_funcs=Reward(TASKS[str(options.task)]),
             args=training,
             train_dataset=Dataset.from_list(as_text(rows, encoder)),
             processing_class=tokenizer,
             peft_config=models.adapter_config(options, kind),
+            options=options,
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
-    output = finish(trainer, options, batches)
+    output = train_and_export(trainer, options, batches, checkpoint)
     if destination and trainer.is_world_process_zero():
         print(f"pushed to {destination.send(output)}")
     return output

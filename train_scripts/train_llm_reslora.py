@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     training = training_arguments(values)
     refuse(launcher_problems(options, training))
-    with alone_in(Path(values.output_dir)):
+    with alone_in(values.output_folder):
         return train(options, training, rows, checkpoint)
 
 
@@ -103,9 +103,9 @@ def train(
     destination = take_destination(training)
     set_seed(training.seed)
     with enough_memory(options, training):
-        model = models.load_model(options, config, kind)
-        models.stop_at(model, data.ends)
-        model = models.add_adapter(model, options, kind)
+        base = models.load_model(options, config, kind)
+        models.stop_at(base, data.ends)
+        model = models.add_adapter(base, options, kind)
     collate = Collator(tokenizer.pad_token_id, lengths=uses_flash_attention(model))
     calibration = calibration_batches(
         data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
@@ -141,7 +141,7 @@ def train(
     refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples=counts, notes=data.notes)
 
-    output = Path(training.output_dir)
+    output = trainer.output_folder
     with rescued(trainer, options, "training"):
         trainer.train(resume_from_checkpoint=checkpoint)
     with rescued(trainer, options, "evaluating"):
@@ -151,7 +151,7 @@ def train(
         if trainer.is_world_process_zero():
             write_json(output / "results.json", results)
             write_json(output / "history.json", history(trainer))
-            models.save_generation(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), output)
+            models.save_generation(base, output)
         export(trainer, options, kind)
         with together(trainer):
             if trainer.is_world_process_zero():
@@ -166,10 +166,11 @@ def train(
 
 def judge(trainer: "ExportedTrainer", options: LlmOptions, data: "Data") -> dict[str, Any]:
     """Exact match on the test rows, of the calibrated adapter and of the base."""
-    from reslora_diffusion.llm.trainer import is_reslora, merged
+    from reslora_diffusion.llm.adapter_trainer import is_reslora
+    from reslora_diffusion.llm.trainer import merged
 
-    exact_match, model = trainer.exact_match, trainer.accelerator.unwrap_model(trainer.model)
-    if exact_match is None or not data.test_questions:
+    exact_match, model = trainer.exact_match, trainer.adapted
+    if exact_match is None or data.test_read is None or not data.test_questions:
         return {"test": {}}
     test = replace(exact_match, questions=data.test_questions, read=data.test_read)
     with model.disable_adapter():
@@ -179,7 +180,7 @@ def judge(trainer: "ExportedTrainer", options: LlmOptions, data: "Data") -> dict
     with merged(model):
         answered["as exported"] = test.evaluate(model, trainer.accelerator)
     if trainer.is_world_process_zero():
-        answered["as exported"].write(Path(trainer.args.output_dir, "predictions.jsonl"))
+        answered["as exported"].write(trainer.output_folder / "predictions.jsonl")
     return {
         "test": {name: str(found) for name, found in answered.items()},
         "exact_match": {name: found.exact_match for name, found in answered.items()},

@@ -14,28 +14,37 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..utils.environment import missing_packages
 from ..utils.options import value_problems
-from ..utils.problems import BadInput, Stopped
+from ..utils.problems import BadInput
 from .forms import NAMES, conversations, form_of
 from .options import PreferenceOptions, RewardOptions
 from .records import Row, choose, read_rows
 from .tasks import TASKS, Task, usable
+from .training_options import TrainingOptions
 from .values import same
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
+    from .adapter_trainer import AdapterTrainer
     from .encoder import Encoder
 
 Rows = Sequence[Row]
+ELSEWHERE = ("schedule", "handover_at", "distillation_steps")  # options of train-llm that have no part here
 
 
-def problems_of(options: PreferenceOptions | RewardOptions) -> list[str]:
+def problems_of(options: PreferenceOptions | RewardOptions, training: TrainingOptions) -> list[str]:
     """Faults that need no file to be opened."""
     problems = [
         *value_problems(options),
         *missing_packages([("this program", name, name) for name in ("trl", "datasets")]),
     ]
+    for name in ELSEWHERE:
+        if (value := getattr(options, name)) is not None:
+            problems.append(f"--{name}: got {value!r}, but works in reslora train-llm alone; wanted none")
+    if training.eval_strategy != "no" or training.load_best_model_at_end:
+        problems.append(
+            "--eval_strategy, --load_best_model_at_end: there are no validation rows here; wanted no and false"
+        )
     task = getattr(options, "task", None)
     if isinstance(options, RewardOptions) and task not in TASKS:
         problems.append(f"--task: got {task!r}, wanted {', '.join(TASKS)}")
@@ -113,35 +122,47 @@ class Reward:
     task: Task
     __name__ = "exact_match"  # TRL logs it under this
 
-    def __call__(self, completions: Sequence[Any], wanted: Sequence[str], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Any], wanted: Sequence[str], **_: Any) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         return [float(same(self.task.read(text), answer)) for text, answer in zip(texts, wanted, strict=True)]
 
 
-def finish(trainer: "Trainer", options: PreferenceOptions | RewardOptions, batches: Sequence[Any]) -> Path:
-    """Merge what was trained and export it. `batches`: what merging is fitted on."""
+def train_and_export(
+    trainer: "AdapterTrainer",
+    options: PreferenceOptions | RewardOptions,
+    batches: Sequence[Any],
+    checkpoint: str | None,
+) -> Path:
+    """Train, merge, export; return the output folder. `batches`: what merging is fitted on.
+
+    Raises:
+        Stopped: one of these failed; a checkpoint of what was trained is kept, and the message says where.
+        Interrupted: a signal came.
+    """
     from peft import TaskType
 
     from reslora_diffusion import calibrate
 
+    from .adapter_trainer import is_reslora
     from .models import save_generation
+    from .rescue import rescued
     from .results import export_lora, write_json
-    from .trainer import is_reslora, run_model
+    from .trainer import run_model
 
-    model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
-    if is_reslora(model):
-        calibrate(model, batches, run_model)
-    output = Path(str(trainer.args.output_dir))
-    if trainer.is_world_process_zero():
-        logged = [row for row in trainer.state.log_history if "loss" in row]
-        write_json(output / "results.json", {"method": options.method, "steps": trainer.state.global_step})
-        write_json(output / "history.json", {"logged": logged})
-    try:
+    model, output = trainer.adapted, trainer.output_folder
+    with rescued(trainer, options, "training"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    with rescued(trainer, options, "merging"):
+        if is_reslora(model):
+            calibrate(model, batches, run_model)
+    with rescued(trainer, options, "exporting"):
+        if trainer.is_world_process_zero():
+            logged = [row for row in trainer.state.log_history if "loss" in row]
+            write_json(output / "results.json", {"method": options.method, "steps": trainer.state.global_step})
+            write_json(output / "history.json", {"logged": logged})
         export_lora(trainer, options, TaskType.CAUSAL_LM)
-    except ValueError as error:
-        raise Stopped(f"after step {trainer.state.global_step} {error}") from error
-    if trainer.is_world_process_zero():
-        save_generation(cast("PreTrainedModel", model.get_base_model()), output)
+        if trainer.is_world_process_zero():
+            save_generation(cast("PreTrainedModel", model.get_base_model()), output)
     return output
 
 

@@ -162,8 +162,7 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     attention = options.attn_implementation or ""
     if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
         problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
-    assert training.output_dir is not None, "the scripts have a default"
-    output = Path(training.output_dir)
+    output = training.output_folder
     if not (output.exists() and not output.is_dir()) and (reason := unwritable(output)):
         problems.append(f"--output_dir {output}: cannot be made or written to: {reason}")
     if training.resume_from_checkpoint is None and output.is_dir():

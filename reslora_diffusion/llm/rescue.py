@@ -20,9 +20,9 @@ from transformers import TrainingArguments
 
 from ..utils.files import write_text
 from ..utils.problems import BadInput, Interrupted, Stopped, enough_memory_or, first_line, is_out_of_memory
+from .adapter_trainer import SHARDING, AdapterTrainer
 from .options import ScriptOptions
 from .resuming import checkpoints_in, fault_of
-from .trainer import SHARDING, ExportedTrainer
 
 SHOWN = 3
 DETAILS = "error.txt"
@@ -59,7 +59,7 @@ def enough_memory(options: ScriptOptions, training: TrainingArguments) -> Abstra
 
 
 @contextmanager
-def rescued(trainer: ExportedTrainer, options: ScriptOptions, doing: str) -> Iterator[None]:
+def rescued(trainer: AdapterTrainer, options: ScriptOptions, doing: str) -> Iterator[None]:
     """Inside, a trainer trains, evaluates or exports; an error becomes `Stopped`, after what was trained has been kept.
 
     Raises:
@@ -97,7 +97,7 @@ def rescued(trainer: ExportedTrainer, options: ScriptOptions, doing: str) -> Ite
     raise Stopped(f"{cause}. {keep(trainer)}") from failure
 
 
-def keep(trainer: ExportedTrainer) -> str:
+def keep(trainer: AdapterTrainer) -> str:
     """Write a checkpoint of the last finished step unless there is one, and say what there is and how to continue."""
     step = trainer.state.global_step
     folders = [folder for folder in checkpoints_in(trainer.output_folder) if fault_of(folder) is None]
@@ -120,7 +120,7 @@ def keep(trainer: ExportedTrainer) -> str:
     return f"{folders[0]} is kept{problem}, continue by --resume_from_checkpoint latest, which also exports it"
 
 
-def written_elsewhere(trainer: ExportedTrainer, step: int) -> str:
+def written_elsewhere(trainer: AdapterTrainer, step: int) -> str:
     """Write a checkpoint that the output folder does not take among the temporary files; return where, in words."""
     output = trainer.output_folder
     try:

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,10 +23,11 @@ from reslora_diffusion.export.beside import trained_beside
 from ..methods.schedules import Prune
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
+from .adapter_trainer import is_reslora
 from .models import DTYPES
 from .options import ModelOptions
 from .preflight import preflight
-from .trainer import ExportedTrainer, is_reslora, restore_exported_factors, shortcut_of
+from .trainer import ExportedTrainer, restore_exported_factors, shortcut_of
 
 WEIGHTS, CONFIG, PROOF = "adapter_model.safetensors", "adapter_config.json", "export_report.json"
 PACKAGES = ("accelerate", "peft", "reslora-diffusion", "tokenizers", "torch", "transformers")
@@ -43,7 +44,7 @@ def exported_factors(model: PeftModel) -> dict[str, LoraFactors]:
     }
 
 
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+def write_json(path: Path, facts: Mapping[str, Any] | Sequence[Any]) -> None:
     write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
 
 

@@ -122,8 +122,7 @@ def checkpoint_of(training: TrainingOptions, options: ModelOptions) -> str | Non
     wanted = training.resume_from_checkpoint
     if wanted is None:
         return None
-    assert training.output_dir is not None, "the scripts have a default"
-    output = Path(training.output_dir)
+    output = training.output_folder
     candidates = checkpoints_in(output) if wanted == "latest" else [Path(wanted)] if Path(wanted).is_dir() else []
     broken: list[str] = []
     found = None

@@ -5,6 +5,7 @@ what values mean and which of them go together: `options.training_arguments` mak
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ..utils.options import option
@@ -124,3 +125,8 @@ class TrainingOptions:
     accelerator_config: str | None = option(None, "A JSON file, or JSON, for accelerate.")
     local_rank: int = option(-1, "Given by older launchers.")
     debug: str = option("", "underflow_overflow: name the layer that a number overflows in.")
+
+    @property
+    def output_folder(self) -> Path:
+        assert self.output_dir is not None, "the scripts have a default"
+        return Path(self.output_dir)
