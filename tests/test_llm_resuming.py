@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.resuming import CHECKSUMS, checkpoint_of, fault_of, remove_oldest, write_checksums
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.utils.files import UNFINISHED, unfinished
 from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.problems import BadInput
@@ -35,7 +35,7 @@ def checkpoint(folder, step: int, *, checksums: bool, metric: float = 0.5):
 
 
 def chosen(folder, wanted="latest", **options) -> str | None:
-    given = Namespace(
+    given = TrainingOptions(
         resume_from_checkpoint=str(wanted), output_dir=str(folder), max_steps=-1, metric_for_best_model="exact_match"
     )
     return checkpoint_of(given, LlmOptions(**options))
