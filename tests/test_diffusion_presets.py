@@ -317,3 +317,92 @@ def test_a_configuration_of_onetrainer_is_translated_with_its_concepts(tmp_path)
     assert concept.repeats == 3
     path.write_text(json.dumps(given | {"training_method": "FINE_TUNE", "model_type": "WUERSTCHEN_2"}))
     assert len(parse(["--config", str(path)]).problems) == 2
+
+
+def test_a_preset_of_onetrainer_has_the_defaults_that_it_leaves_out(tmp_path):
+    """Its presets name what differs from its defaults: rank 16 and alpha 1, a sixteenth of the scale that is ours."""
+    path = tmp_path / "one.json"
+    sd15 = {
+        "base_model_name": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "batch_size": 4,
+        "learning_rate": 3e-4,
+        "learning_rate_warmup_steps": 0,
+        "model_type": "STABLE_DIFFUSION_15",
+        "resolution": "512",
+        "training_method": "LORA",
+        "vae": {"weight_dtype": "FLOAT_32"},
+        "unet": {"weight_dtype": "FLOAT_16", "learning_rate": 2e-4},
+        "text_encoder": {"weight_dtype": "FLOAT_16"},
+    }
+    path.write_text(json.dumps(sd15))
+    options = parse(["--config", str(path)])
+    wanted = {"rank": 16, "lora_alpha": 1, "num_train_epochs": 100, "aspect_ratio_buckets": "auto"}
+    wanted |= {"learning_rate": 2e-4, "train_text_encoder": True, "text_encoder_lr": 3e-4, "lr_warmup_steps": 0}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    assert "NOT USED" not in "\n".join(options.notes)
+    flux = sd15 | {
+        "model_type": "FLUX_DEV_1",
+        "transformer": {"train": True, "weight_dtype": "NFLOAT_4"},
+        "text_encoder": {"train": False},
+        "timestep_distribution": "LOGIT_NORMAL",
+        "dynamic_timestep_shifting": True,
+        "lora_decompose": True,
+        "aspect_ratio_bucketing": False,
+    }
+    path.write_text(json.dumps(flux))
+    options = parse(["--config", str(path)])
+    wanted = {"rank": 16, "lora_alpha": 1, "learning_rate": 3e-4, "train_text_encoder": False, "use_dora": False}
+    wanted |= {"timestep_sampling": "flux_shift", "training_guidance_scale": 1.0, "adam_weight_decay": 0.01}
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    assert options.aspect_ratio_buckets != "auto"
+    said = "\n".join(options.notes)
+    assert "NOT USED: lora_decompose: its DoRA has the lengths of columns" in said
+    assert "NOT USED: transformer, weight_dtype: got NFLOAT_4" in said
+    path.write_text(json.dumps(flux | {"peft_type": "LOHA"}))
+    assert ["peft_type: got LOHA" in problem for problem in parse(["--config", str(path)]).problems] == [True]
+
+
+@pytest.mark.parametrize(
+    ("network", "model", "alpha"),
+    [
+        ({"linear": 32, "linear_alpha": 16}, {}, 16),
+        ({"linear": 32, "alpha": 8}, {"is_xl": True}, 8),
+        ({"rank": 32}, {"is_xl": True}, 1),
+        ({"linear": 32, "linear_alpha": 16}, {"is_flux": True}, 32),
+        ({"linear": 32}, {"arch": "flux"}, 32),
+    ],
+)
+def test_alpha_of_ai_toolkit_is_what_it_computes_with(tmp_path, network, model, alpha):
+    """It ignores alpha for transformers, whose scale is 1; elsewhere its default is 1."""
+    process = {
+        "training_folder": "out",
+        "network": {"type": "lora"} | network,
+        "datasets": [{"folder_path": "data"}],
+        "train": {"optimizer": "adamw8bit", "lr": "1e-4", "optimizer_params": {"weight_decay": 1e-3}},
+        "model": {"name_or_path": "some/model"} | model,
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({"config": {"name": "x", "process": [process]}}))
+    options = parse(["--config", str(path)])
+    assert options.problems == []
+    assert (options.rank, options.lora_alpha, options.adam_weight_decay) == (32, alpha, 1e-3)
+    flux = "is_flux" in model or "arch" in model
+    assert options.timestep_sampling == ("sigmoid" if flux else None)
+    assert options.training_guidance_scale == (1.0 if flux else None)
+    said = "\n".join(options.notes)
+    assert ("NOT USED: network, linear_alpha" in said) == (alpha == 32 and "linear_alpha" in network)
+
+
+def test_kohyas_rules_that_no_option_states(tmp_path):
+    path = tmp_path / "k.toml"
+    path.write_text('network_module = "networks.lora_flux"\nnetwork_dim = 16\nnetwork_alpha = 0\n')
+    options = parse(["--config", str(path)])
+    assert (options.rank, options.lora_alpha, options.discrete_flow_shift) == (16, 16, 3.0)
+    path.write_text(path.read_text() + 'timestep_sampling = "flux_shift"\n')
+    assert parse(["--config", str(path)]).discrete_flow_shift is None
+
+
+def test_a_dora_of_lycoris_is_a_dora(preset):
+    decomposed = parse(["--config", str(preset("kohya_ss_sd15.json", LoRA_type="LyCORIS/LoCon", dora_wd=True))])
+    assert (decomposed.use_dora, decomposed.problems) == (True, [])
+    assert parse(["--config", str(preset("kohya_ss_sd15.json", dora_wd=True))]).use_dora is False

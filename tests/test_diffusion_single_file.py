@@ -96,6 +96,10 @@ UNET = "model.diffusion_model.input_blocks.0.0.weight"
         (tensors(UNET, "cond_stage_model.transformer.x", shape=(4, 9, 3, 3)), "is a model for inpainting"),
         (tensors(UNET, "conditioner.embedders.0.model.x"), "is the refiner of SDXL"),
         (tensors(UNET), "holds a UNet without text encoders"),
+        (
+            tensors(UNET, "cond_stage_model.x", "model.diffusion_model.scaled_fp8"),
+            "is quantised with scales of its own",
+        ),
         (tensors("something.else"), "is of no family that is known here (it holds something.else)"),
     ],
 )

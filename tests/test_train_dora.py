@@ -56,6 +56,23 @@ def test_images_with_both_kinds_of_file_and_resumed_bit_for_bit(tmp_path):
     assert json.loads((whole / "merge_report.json").read_text())["gap"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_best_step_keeps_its_lengths_through_a_resumed_run(tmp_path):
+    """--keep_best exports an earlier step as it was: a DoRA with the magnitudes of that step."""
+    options = {"use_dora": True, "shortcut": "none", "learning_rate": 1.0, "rank": 16, "lora_alpha": 160}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 1, "validation_steps": 1, "validation_split": 0.2}
+    options |= {"keep_best": True}
+    whole = train(tmp_path / "run", **options)
+    best = json.loads((whole / "merge_report.json").read_text())["step"]
+    assert best < 4, "the last step is best, and nothing is tried"
+    exported = load_file(whole / WEIGHTS)
+    assert any("magnitude" in name for name in exported)
+    assert_same(exported, load_file(whole / f"checkpoint-{best}" / WEIGHTS))
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
+    train(again, **options, resume_from_checkpoint="latest")
+    assert_same(load_file(again / WEIGHTS), exported)
+
+
 def test_lengths_do_not_decay(tmp_path):
     names = ("a.lora_A.default.weight", "a.lora_B.default.weight", "a.lora_magnitude_vector.default.weight")
     parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}

@@ -206,3 +206,10 @@ def test_what_is_transparent_by_a_value_of_16_bits_is_white(kind, channels):
     assert left == (255, 255, 255)
     wanted = [value - 300 for value in channels] * (3 // len(channels))
     assert all(abs(got * 257 - value) <= 257 for got, value in zip(right, wanted, strict=True))
+
+
+def test_a_flat_drawing_of_a_poster_is_read():
+    """4096 x 6144 pixels of a few colours take some kilobytes."""
+    buffer = io.BytesIO()
+    Image.new("P", (4096, 6144)).save(buffer, "PNG")
+    assert read_image(buffer.getvalue()).size == (4096, 6144)

@@ -36,6 +36,7 @@ OTHERS = {
     "down_blocks.0.resnets.0.conv1.weight": "a UNet in diffusers' layout",
     "control_model.time_embed.0.weight": "a ControlNet",
 }
+SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # as ComfyUI names them
 WANTED = "wanted a whole Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 checkpoint"
 
 
@@ -93,6 +94,8 @@ def no_base(shapes: dict[str, tuple[int, ...]]) -> str | None:
     inner = {name.removeprefix(NESTED) for name in shapes}
     if any("lora_" in name or ".lora." in name or name.endswith((".hada_w1_a", ".lokr_w1")) for name in shapes):
         return "is a LoRA, which is trained on a base; it can be a start: --network_weights (with --method lora)"
+    if any(name.endswith(SCALED) for name in shapes):
+        return f"is quantised with scales of its own (scaled fp8), which diffusers would leave out; {WANTED}"
     for name, what in OTHERS.items():
         if name in inner:
             return f"is {what}; {WANTED}"
@@ -191,7 +194,8 @@ def as_folder(base: str, config: str | None, beside: Path) -> Iterator[str]:
     found = read_single_file(base)
     source = config_of(base, config)
     without = {"safety_checker": None} if found.pipeline_class == "StableDiffusionPipeline" else {}
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(found.stored, torch.float32)
+    precisions = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+    dtype = precisions.get(found.stored, torch.bfloat16)  # fp8 has fewer digits than bf16
     try:
         pipeline = load_single_file(found, source, dtype, **without)
     except (OSError, ValueError, RuntimeError) as error:

@@ -20,7 +20,8 @@ from PIL import Image, ImageCms, ImageOps
 from .problems import BAD_DATA, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none of them runs another program, as EPS does
-MOST_PIXELS, PIXELS_PER_BYTE = 2**24, 8  # a few kilobytes can say that they are gigabytes of white
+# A few kilobytes can say that they are gigabytes of white. Flat drawings of 4096 x 6144 and 7680 x 4320 pixels pass.
+MOST_PIXELS, PIXELS_PER_BYTE = 2**25, 8
 # What Pillow raises on files that are damaged or made to break it.
 UNREADABLE = (
     *BAD_DATA,

@@ -10,10 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magnitude
 from reslora_diffusion.core.merging.report import MergeReport
 
+MAGNITUDE = "magnitude"  # of a DoRA, in a checkpoint
 Factors = Mapping[str, Mapping[str, LoraFactors]]  # by component and layer
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,10 @@ class Best:
         """Copies the factors to the CPU."""
         copied = {
             component: {
-                name: LoraFactors(one.lora_A.detach().cpu().clone(), one.lora_B.detach().cpu().clone(), one.scaling)
+                name: with_magnitude(
+                    LoraFactors(on_cpu(one.lora_A), on_cpu(one.lora_B), one.scaling),
+                    one.magnitude and Magnitude(on_cpu(one.magnitude.values), one.magnitude.of_base),
+                )
                 for name, one in layers.items()
             }
             for component, layers in factors.items()
@@ -52,23 +60,28 @@ class Best:
 
     def tensors(self) -> dict[str, Tensor]:
         """All factors, named by component, layer and factor with spaces between them: no name of a layer holds one."""
-        return {
-            f"{component} {name} {factor}": getattr(one, factor)
-            for component, layers in self.factors.items()
-            for name, one in layers.items()
-            for factor in ("lora_A", "lora_B")
-        }
+        found = {}
+        for component, layers in self.factors.items():
+            for name, one in layers.items():
+                found |= {f"{component} {name} lora_A": one.lora_A, f"{component} {name} lora_B": one.lora_B}
+                if one.magnitude is not None:
+                    found[f"{component} {name} {MAGNITUDE}"] = one.magnitude.values
+        return found
 
     @classmethod
     def from_state(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Best":
         """Inverse of `facts` and `tensors`."""
+
+        def one(name: str, scaling: float) -> LoraFactors:
+            A, B, lengths = (tensors.get(f"{name} {kind}") for kind in ("lora_A", "lora_B", MAGNITUDE))
+            if A is None or B is None:
+                raise KeyError(f"{name} lora_A")
+            return with_magnitude(
+                LoraFactors(on_cpu(A), on_cpu(B), scaling), None if lengths is None else Magnitude(on_cpu(lengths))
+            )
+
         factors = {
-            component: {
-                name: LoraFactors(
-                    tensors[f"{component} {name} lora_A"].cpu(), tensors[f"{component} {name} lora_B"].cpu(), scaling
-                )
-                for name, scaling in layers.items()
-            }
+            component: {name: one(f"{component} {name}", scaling) for name, scaling in layers.items()}
             for component, layers in facts["scaling"].items()
         }
         return cls(facts["step"], facts["loss_trained"], facts["loss_merged"], factors)

@@ -25,8 +25,8 @@ SAME = {
     ("train", "noise_offset"): "noise_offset",
     ("train", "max_grad_norm"): "max_grad_norm",
     ("model", "name_or_path"): "pretrained_model_name_or_path",
+    ("network", "rank"): "rank",
     ("network", "linear"): "rank",
-    ("network", "linear_alpha"): "lora_alpha",
     ("save", "save_every"): "checkpointing_steps",
     ("save", "max_step_saves_to_keep"): "checkpoints_total_limit",
     ("sample", "sample_every"): "validation_steps",
@@ -42,8 +42,11 @@ NOT_NEEDED = {
     ("model", "arch"),
     ("sample", "sampler"),
     ("sample", "sample_start_step"),
+    ("network", "alpha"),
+    ("network", "linear_alpha"),
     *(("sample", name) for name in ("width", "height", "prompts", "neg", "seed", "walk_seed", "guidance_scale")),
 }
+SAMPLINGS = {"sigmoid": "sigmoid", "linear": "uniform"}  # of noise levels
 SECTIONS = ("network", "save", "train", "model", "sample")
 DATASET = ("folder_path", "caption_ext", "resolution", "shuffle_tokens", "flip_x", "mask_path", "num_repeats")
 SHARED = ("caption_dropout_rate", "cache_latents_to_disk")
@@ -76,10 +79,30 @@ def entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def is_flux(model: Mapping[str, Any]) -> bool:
+    return bool(model.get("is_flux")) or model.get("arch") in ("flux", "flux_schnell")
+
+
+def take_scale(out: Translation, network: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Take alpha, which is that of linear layers, else `alpha`, else 1; for transformers the program ignores all of
+    these, and has the rank in their place."""
+    given = [name for name in ("linear_alpha", "alpha") if not is_off(network.get(name))]
+    if not (is_flux(model) or model.get("is_v3") or model.get("arch") in ("sd3", "sd35")):
+        out.values["lora_alpha"] = network[given[0]] if given else 1.0
+    elif rank := network.get("rank") or network.get("linear") or 4:
+        out.values["lora_alpha"] = rank
+        if given and network[given[0]] != rank:
+            out.not_used[f"network, {given[0]}"] = f"its program takes the rank, {rank}, for alpha of this model"
+    if given:
+        out.names[f"network, {given[0]}"] = "--lora_alpha"
+    else:
+        out.assumed.append("lora_alpha")
+
+
 def prompts(process: Mapping[str, Any]) -> Iterator[str]:
     """Lines as `--sample_prompts` reads them."""
     sample, trigger = process.get("sample") or {}, process.get("trigger_word") or ""
-    letter = "g" if (process.get("model") or {}).get("is_flux") else "l"
+    letter = "g" if is_flux(process.get("model") or {}) else "l"
     for number, prompt in enumerate(sample.get("prompts") or []):
         seed = sample.get("seed")
         seed = None if seed is None else seed + number * bool(sample.get("walk_seed"))
@@ -100,6 +123,7 @@ def translated(content: Mapping[str, Any], source: str, path: str) -> Translatio
     for section in SECTIONS:
         for key, value in (process.get(section) or {}).items():
             translate_field(out, section, key, value)
+    take_scale(out, process.get("network") or {}, process.get("model") or {})
     if lines := list(prompts(process)):
         out.take("sample, prompts", sample_prompts="\n".join(lines))
     for dataset in process.get("datasets", []):
@@ -108,7 +132,11 @@ def translated(content: Mapping[str, Any], source: str, path: str) -> Translatio
                 out.take(f"datasets, {key}", caption_dropout_rate=value)
             elif key not in (*DATASET, *SHARED) and not is_off(value):
                 out.not_used[f"datasets, {key}"] = "datasets have no such option here"
-    out.assume(lr_warmup_steps=0, center_crop=True, report_to="none")
+    if is_flux(process.get("model") or {}):
+        out.assume(training_guidance_scale=1.0)
+        if "timestep_type" not in (process.get("train") or {}):
+            out.assume(timestep_sampling="sigmoid")
+    out.assume(lr_warmup_steps=0, adam_weight_decay=0.01, center_crop=True, report_to="none")
     return out
 
 
@@ -130,6 +158,14 @@ def translate_field(out: Translation, section: str, key: str, value: Any) -> Non
         out.take(where, save_precision=DTYPES[value])
     elif (section, key) == ("train", "dtype") and DTYPES.get(value) in PRECISIONS:
         out.take(where, mixed_precision=DTYPES[value])
+    elif (section, key) == ("train", "optimizer_params") and isinstance(value, dict):
+        for name, one in value.items():
+            if name == "weight_decay":
+                out.take(f"{where}, {name}", adam_weight_decay=one)
+            else:
+                out.not_used[f"{where}, {name}"] = f"got {one!r}; there is no such option here"
+    elif (section, key) == ("train", "timestep_type") and value in SAMPLINGS:
+        out.take(where, timestep_sampling=SAMPLINGS[value])
     elif (section, key) == ("train", "ema_config") and isinstance(value, dict):
         if value.get("use_ema"):
             out.take(where, use_ema=True, ema_decay=value.get("ema_decay", 0.99))

@@ -14,6 +14,7 @@ from ....utils.problems import BadInput
 from ..answers import DEFAULT_HERE, NOT_HERE, NOT_SUPPORTED, renamed
 from ..dreambooth import DreamBoothOptions
 from .kohya_dataset import BUCKET_DEFAULTS, is_datasets, read_datasets, sizes
+from .kohya_rules import contradictions, unsaid
 from .translation import Translation, is_off
 
 FACTS = facts_of(DreamBoothOptions)
@@ -94,7 +95,8 @@ class Kohya:
         self.encoders()
         self.length()
         self.clipping()
-        self.contradictions()
+        contradictions(self.given, self.out)
+        unsaid(self.given, self.out)
         self.out.values |= self.of_datasets
         of_adam = "adamw" in str(self.out.values.get("optimizer", "adamw")).lower()
         self.out.assume(**DEFAULTS, adam_weight_decay=0.01 if of_adam else 0.0)
@@ -204,6 +206,8 @@ class Kohya:
             ratio = key in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio")
             if ratio:
                 self.out.take(f"network_args, {key}", loraplus_lr_ratio=number(text))
+            elif key == "dora_wd" and self.given.get("network_module") == LYCORIS:
+                self.out.take(f"network_args, {key}", use_dora=text.lower() in ("true", "1"))
             elif key not in ("algo", "preset", "verbose") and not is_off(text):
                 self.out.not_used[f"network_args, {key}"] = f"got {text}; {NOT_HERE['network_args']}"
 
@@ -297,26 +301,6 @@ class Kohya:
             self.out.take(name, checkpoints_total_limit=max(1, int(value) // int(every)))
         else:
             self.out.not_needed.append(name)
-
-    # ----------------------------------------------------------------------------------------- contradictions
-
-    def contradictions(self) -> None:
-        """What kohya's scripts refuse too."""
-        has, say = self.has, self.out.problems.append
-        if has("network_train_unet_only") and has("network_train_text_encoder_only"):
-            say("network_train_unet_only and network_train_text_encoder_only leave nothing to train")
-        if has("use_8bit_adam") and str(self.given.get("optimizer_type") or "AdamW8bit").lower() != "adamw8bit":
-            say(f"use_8bit_adam and optimizer_type {self.given['optimizer_type']} are two optimizers; wanted one")
-        if has("min_snr_gamma") and has("debiased_estimation_loss"):
-            say("min_snr_gamma and debiased_estimation_loss both weight the loss; wanted one of them")
-        if has("max_train_epochs") and has("save_every_n_epochs"):
-            if int(has("save_every_n_epochs")) > int(has("max_train_epochs")):
-                self.out.not_used["save_every_n_epochs"] = (
-                    "it is more than max_train_epochs: the last file alone is saved"
-                )
-        for name, wanted in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-            if has(name) and self.given.get("mixed_precision") != wanted:
-                say(f"{name} wants mixed_precision {wanted}; got {self.given.get('mixed_precision')!r}")
 
 
 METHODS: dict[str, Callable[[Kohya, str, Any], None]] = {

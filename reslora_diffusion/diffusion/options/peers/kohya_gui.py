@@ -31,7 +31,7 @@ OF_THE_PROGRAM = (
 # Settings of adapters other than plain LoRA; the program writes them whatever is trained.
 OF_OTHER_ADAPTERS = (
     *("conv_block_alphas", "conv_block_dims", "factor", "use_cp", "use_tucker", "use_scalar", "decompose_both"),
-    *("bypass_mode", "dora_wd", "constrain", "rescaled", "train_norm", "train_on_input", "unit", "rank_dropout_scale"),
+    *("bypass_mode", "constrain", "rescaled", "train_norm", "train_on_input", "unit", "rank_dropout_scale"),
 )
 PLAIN = {"Standard", "Flux1", "SD3", "Kohya LoCon", "LyCORIS/LoCon", "LoRA-FA"}
 WITH_CONVOLUTIONS = {"Kohya LoCon", "LyCORIS/LoCon"}
@@ -66,6 +66,8 @@ def as_script(preset: Mapping[str, Any]) -> dict[str, Any]:
         pairs.pop("conv_dim", None)
         pairs.pop("conv_alpha", None)
     given["network_module"] = "networks.lora" if kind in PLAIN else kind
+    if given.pop("dora_wd", False) and kind == "LyCORIS/LoCon":
+        given["network_module"], pairs["dora_wd"] = "lycoris.kohya", True
     given["network_args"] = [f"{name}={value}" for name, value in pairs.items()]
     if not given.get("max_train_epochs") and not given.get("max_train_steps") and preset.get("epoch"):
         given["max_train_epochs"] = int(float(preset["epoch"]))
