@@ -353,6 +353,7 @@ def test_a_preset_of_onetrainer_has_the_defaults_that_it_leaves_out(tmp_path):
     options = parse(["--config", str(path)])
     wanted = {"rank": 16, "lora_alpha": 1, "learning_rate": 3e-4, "train_text_encoder": False, "use_dora": False}
     wanted |= {"timestep_sampling": "flux_shift", "training_guidance_scale": 1.0, "adam_weight_decay": 0.01}
+    wanted |= {"precondition_outputs": 0}
     assert {name: getattr(options, name) for name in wanted} == wanted
     assert options.aspect_ratio_buckets != "auto"
     said = "\n".join(options.notes)

@@ -132,6 +132,17 @@ def test_transformers_are_told_by_their_names(tmp_path, names, wanted, prefix):
     assert found.config.endswith(("FLUX.1-dev", "3.5-large"))
 
 
+def test_what_a_files_metadata_says_that_it_predicts_is_believed(tmp_path):
+    """The configuration of Stable Diffusion 2.1 is that of its v-prediction; the base model predicts noise."""
+    found = {}
+    for said in ("v", "epsilon", None):
+        path = tmp_path / f"{said}.safetensors"
+        metadata = {"modelspec.prediction_type": said} if said else None
+        save_file(tensors(UNET, "cond_stage_model.model.x", shape=(4, 4, 3, 3)), path, metadata=metadata)
+        found[said] = read_single_file(path).prediction_type
+    assert found == {"v": "v_prediction", "epsilon": "epsilon", None: None}
+
+
 def test_a_pickle_and_another_familys_configuration_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.raises(BadInput, match=r"model.ckpt is a single file of another kind; wanted one named .safetensors"):

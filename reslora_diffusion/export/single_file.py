@@ -133,8 +133,10 @@ def known(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, st
         guided = "guidance_in.in_layer.bias" in inner
         config = f"black-forest-labs/FLUX.1-{'dev' if guided else 'schnell'}"
         return SingleFile(path, "FluxPipeline", config, whole=False)
-    velocity = "v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"
-    prediction = {"prediction_type": "v_prediction" if velocity else None, "zero_terminal_snr": "ztsnr" in shapes}
+    said = metadata.get("modelspec.prediction_type")
+    velocity = "v_pred" in shapes or said == "v"
+    own_type = "v_prediction" if velocity else "epsilon" if said == "epsilon" else None
+    prediction = {"prediction_type": own_type, "zero_terminal_snr": "ztsnr" in shapes}
     if any(name.startswith("conditioner.embedders.1.") for name in shapes):
         own = prediction if velocity else prediction | {"prediction_type": "epsilon"}
         return SingleFile(path, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", **own)  # type: ignore[arg-type]

@@ -154,7 +154,8 @@ def is_flow(given: Mapping[str, Any]) -> bool:
 
 
 def take_noise_levels(out: Translation, given: Mapping[str, Any]) -> None:
-    """Take the distribution of noise levels, which is uniform by default, and its shift."""
+    """Take the distribution of noise levels, which is uniform by default, and its shift; velocities are compared."""
+    out.assume(precondition_outputs=0)
     said = {name: given[name] for name in NOISE_LEVELS if not is_off(given.get(name))}
     kind, shift = said.get("timestep_distribution", "UNIFORM"), said.get("timestep_shift", 1.0)
     dynamic = "dynamic_timestep_shifting" in said
