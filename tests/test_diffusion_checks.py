@@ -108,7 +108,7 @@ def images(folder, *names):
         ({"image_interpolation_mode": "fine"}, "--image_interpolation_mode: got 'fine', wanted nearest"),
         ({"lr_pattern": ["attnX=3"]}, "--lr_pattern: 'attnX' matches no adapted layer"),
         ({"rank_pattern": ["zzz=3"]}, "--rank_pattern: 'zzz' matches no adapted layer"),
-        ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, reslora"),
+        ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, dora, reslora"),
         ({"compare": ["lora"]}, "wanted two contenders or more"),
         ({"compare": ["lora", "reslora:seed=3"]}, "sets --seed=3, which all contenders share"),
         ({"compare": ["lora", "reslora:max-train-steps=3"]}, "sets --max_train_steps=3, which all contenders share"),

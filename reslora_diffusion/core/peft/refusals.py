@@ -74,7 +74,8 @@ def refuse_shared_weights(model: nn.Module, adapters: Iterable[str]) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and any(one in {*layer.lora_A, *layer.lora_embedding_A} for one in adapters):
             weight = getattr(layer.get_base_layer(), "weight", None)
-            users.setdefault(id(weight), []).append(name)
+            if weight is not None:  # a module of fused experts has none of this name
+                users.setdefault(id(weight), []).append(name)
     if shared := [names for names in users.values() if len(names) > 1]:
         raise ValueError(
             f"{', '.join(shared[0][:3])} share one weight, and merging would add to it what each of them has learned; "

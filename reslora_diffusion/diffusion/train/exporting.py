@@ -41,12 +41,14 @@ def header_facts(
     return {key: str(value) for key, value in facts.items() if value is not None}
 
 
-def tag_frequency(concepts: Sequence[Concept]) -> str:
-    """kohya's `ss_tag_frequency`, which A1111 shows: how many captions of each folder have each tag."""
+def tag_frequency(concepts: Sequence[Concept], dataset: str | None = None) -> str:
+    """kohya's `ss_tag_frequency`, which A1111 shows: how many captions of each folder have each tag. Images of a dataset
+    lie in a folder of the cache, so they go by the dataset's name."""
     found: dict[str, dict[str, int]] = {}
     for concept in concepts:
         captions = [image.caption or concept.instance_prompt or "" for image in concept.trained]
-        found.setdefault(concept.instance.folder.name, {}).update(tag_counts(captions))
+        name = Path(dataset).name if dataset else concept.instance.folder.name
+        found.setdefault(name, {}).update(tag_counts(captions))
     return json.dumps(found, ensure_ascii=False)
 
 

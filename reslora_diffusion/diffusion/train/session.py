@@ -340,7 +340,7 @@ class Run:
 
     def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
         facts = header_facts(self.options, self.method, step, report)
-        return facts | {"ss_tag_frequency": tag_frequency(self.plan.concepts)}
+        return facts | {"ss_tag_frequency": tag_frequency(self.plan.concepts, self.options.dataset_name)}
 
     def close(self) -> None:
         """Let the trackers write what they hold. A full disk must not hide why a run has ended."""
