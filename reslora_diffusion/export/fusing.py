@@ -311,6 +311,6 @@ def tied_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
 def tied_problem(tied: list[str]) -> str:
     """The one message about them."""
     return (
-        f"{listing(tied)}: the weight is shared with other layers, which a merge would change too; use the LoRA unmerged, "
+        f"{listing(tied)} share their weight with other layers, which a merge would change too; use the LoRA unmerged, "
         "or untie the base first (tie_word_embeddings=False, and a copy of the embedding as output layer)"
     )

@@ -42,7 +42,7 @@ def header_facts(
 
 
 def tag_frequency(concepts: Sequence[Concept], dataset: str | None = None) -> str:
-    """kohya's `ss_tag_frequency`, which A1111 shows: how many captions of each folder have each tag. Images of a dataset
+    """kohya's `ss_tag_frequency`, which A1111 shows: how many captions of each folder have each tag. A dataset's images
     lie in a folder of the cache, so they go by the dataset's name."""
     found: dict[str, dict[str, int]] = {}
     for concept in concepts:
