@@ -124,6 +124,14 @@ def test_evaluation_says_what_is_missing(adapter, monkeypatch):
     assert "--tasks: got nothing" in shown.output
 
 
+def test_scores_that_could_not_be_written_are_refused_first(adapter, tmp_path):
+    words = ["evaluate", str(FOLDER), str(adapter), "--tasks", "tiny_sums"]
+    for output in (tmp_path, tmp_path / "nowhere" / "scores.json"):
+        shown = CliRunner().invoke(app, [*words, "--output", str(output)])
+        assert shown.exit_code == 2
+        assert "cannot be written" in shown.output
+
+
 def test_a_question_and_its_answer_share_the_tokens_that_there_are(adapter):
     model, tokenizer = Pair(str(FOLDER), str(adapter)).load("cpu")
     short, long = [5, 6, 7], [5, 6, 7, 8, 9]

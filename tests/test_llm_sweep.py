@@ -81,3 +81,24 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_benchmarks_read_it(tmp_path, c
     with pytest.raises(ValueError, match="wanted one of exact_match.as exported"):
         table(runs, "nothing")
     assert interval([1.0]) is None
+
+
+def test_finished_runs_of_other_options_do_not_pass_for_those_of_a_sweep(tmp_path):
+    program = [sys.executable, "-c", PROGRAM]
+    done = Sweep({"learning_rate": ["1"]}, [0], ["--rank=4"], tmp_path)
+    assert run(done, program) == 0
+    with pytest.raises(BadInput, match="is of a sweep with --rank=4; wanted another --output_dir"):
+        run(Sweep({"learning_rate": ["1"]}, [0], ["--rank=8"], tmp_path), program)
+    assert run(Sweep({"learning_rate": ["1"]}, [0, 2], ["--rank=4"], tmp_path), program) == 0, "more seeds are the same"
+
+
+def test_options_may_be_mended_while_nothing_is_trained(tmp_path):
+    assert run(Sweep({"learning_rate": ["1"]}, [0], ["--rnk=4"], tmp_path), [sys.executable, "-c", "exit(2)"]) == 2
+    mended = Sweep({"learning_rate": ["1"]}, [0], ["--rank=4"], tmp_path)
+    assert run(mended, [sys.executable, "-c", PROGRAM]) == 0
+
+
+def test_a_run_that_leaves_a_pruned_model_is_finished(tmp_path, capsys):
+    program = [sys.executable, "-c", PROGRAM.replace("adapter_model.safetensors", "pruning_report.json")]
+    assert run(Sweep({"learning_rate": ["1"]}, [0, 2], ["--schedule=prune"], tmp_path), program) == 0
+    assert len(read([tmp_path])) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -385,3 +386,12 @@ def test_a_step_whose_gradients_are_not_finite_is_left_out_of_the_scores() -> No
         parameter.grad.fill_(float("nan"))
     training.schedule.after_backward(1)
     assert all(torch.equal(value, before[name]) for name, value in training.schedule.scores.items())
+
+
+def test_heads_with_weights_of_their_own_besides_the_projections_are_left_whole():
+    """OLMo 2 normalises across heads, GPT-OSS has a sink for each: cut heads would leave these too long."""
+    for name in ("Olmo2", "GptOss"):
+        config = getattr(transformers, f"{name}Config")(**llm_tiny.GROUPED)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{name}ForCausalLM")(config)
+        assert not [one for one in find_structures(model) if one.kind == "heads"], name

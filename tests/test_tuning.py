@@ -3,10 +3,12 @@
 The language-model trainer is tuned in test_tuning_llm.py.
 """
 
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from reslora_diffusion.tuning.outcome import conclude, gain_of
 from reslora_diffusion.tuning.settings import EVALUATIONS, Settings
 from reslora_diffusion.tuning.space import Space
 from reslora_diffusion.tuning.study import DONE, Spent, open_study, search
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, Stopped
 
 START = {"learning_rate": 1e-3, "lora_alpha": 1.0, "rank": 4, "method": "lora", "lr_scheduler": "constant"}
 
@@ -28,7 +30,7 @@ class Valley:
     """A training whose loss falls with the steps to a height that is least at learning rate 4e-3, alpha / r 4."""
 
     steps, start, identity, given = 1000, START, {"data": "valley"}, {"rank": 4, "output_dir": "out"}
-    keeping_best = {"keep_best": True}
+    keeping_best, names = {"keep_best": True}, {}
     seconds = 1.0  # of a step
 
     def __init__(self):
@@ -149,6 +151,80 @@ def test_a_point_that_diverges_is_never_the_best(tmp_path):
     search(trainee, settings, study)
     assert any(options["learning_rate"] == 1.5e-2 for options in trainee.seen)
     assert conclude(trainee, settings, study, tmp_path, "train").best["learning_rate"] < 1e-2
+
+
+def test_the_gain_is_over_the_command_whose_trial_was_cut_off(tmp_path):
+    """It is made again after others, so the first finished trial is another."""
+
+    class Cut(Valley):
+        def train(self, *args):
+            raise KeyboardInterrupt
+
+    settings, study = study_of(tmp_path, Cut(), share=0.9, trials=2)
+    with pytest.raises(KeyboardInterrupt):
+        search(Cut(), settings, study)
+    trainee = Valley()
+    search(trainee, settings, study)
+    trials = study.get_trials(states=DONE)
+    command = next(t for t in trials if t.params == {"learning_rate": 1e-3, "lora_alpha": 1.0})
+    assert command.number > trials[0].number
+    assert command.state.name == "COMPLETE"
+    found = conclude(trainee, settings, study, tmp_path, "train")
+    assert found.gain.loss_before == pytest.approx(np.mean(command.user_attrs["losses"][1::2]))
+
+
+def test_a_command_that_diverges_is_replaced_and_the_files_are_json(tmp_path):
+    class Steep(Valley):
+        start = START | {"learning_rate": 2e-2}
+
+    def constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    trainee = Steep()
+    settings, study = study_of(tmp_path, trainee, share=0.9, trials=4, search=["learning_rate"])
+    search(trainee, settings, study)
+    found = conclude(trainee, settings, study, tmp_path, "train")
+    assert "with the options as given it diverged" in str(found)
+    assert "no gain is shown" not in str(found)
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["learning_rate"] == found.best["learning_rate"] < 1e-2
+    facts = json.loads((tmp_path / "tune.json").read_text(), parse_constant=constant)
+    assert facts["gain"]["loss_before"] is None
+    assert facts["gain"]["is_shown"]
+
+
+def test_without_a_finite_trial_the_program_stops_in_plain_words(tmp_path):
+    class Cliff(Valley):
+        start = START | {"learning_rate": 1.0}
+
+    settings, study = study_of(tmp_path, Cliff(), share=0.9, trials=2, search=["learning_rate"])
+    search(Cliff(), settings, study)
+    with pytest.raises(Stopped, match="every trial diverged"):
+        conclude(Cliff(), settings, study, tmp_path, "train")
+
+
+def test_memory_of_a_trial_is_free_before_the_next(tmp_path):
+    """Trainers are part of cycles, which no count of references frees."""
+
+    class Model:
+        pass
+
+    class Cyclic(Valley):
+        held = []
+
+        def train(self, *args):
+            assert not [model for model in self.held if model() is not None]
+            model = Model()
+            model.itself = model
+            self.held.append(weakref.ref(model))
+            return super().train(*args)
+
+    settings, study = study_of(tmp_path, Cyclic(), share=0.9, trials=3)
+    gc.disable()
+    try:
+        search(Cyclic(), settings, study)
+    finally:
+        gc.enable()
+    assert len(Cyclic.held) == 3
 
 
 def test_without_a_shown_gain_the_options_stay(tmp_path):

@@ -1,5 +1,6 @@
 """`reslora tune train-llm` on the embedded language model, for a few steps."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,13 @@ import torch
 import yaml
 
 from llm_tiny import load_script
+from reslora_diffusion.llm.options import LlmOptions
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.tuning.command import parse, tune
-from reslora_diffusion.tuning.llm import row_losses
+from reslora_diffusion.tuning.llm import Language, read, row_losses
+from reslora_diffusion.tuning.settings import Settings
+from reslora_diffusion.tuning.space import Space
+from reslora_diffusion.utils.problems import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-llm"
@@ -29,6 +35,46 @@ def test_the_language_model_trainer_is_tuned_and_trained_with_what_was_found(tmp
     script = load_script("train_llm_reslora")
     output = script.main(["--config", str(config), "--max_steps", "2", "--max_new_tokens", "2", "--eval_base", "false"])
     assert (output / "adapter_model.safetensors").is_file()
+
+
+def words(tmp_path, *more):
+    line = ["--model_name_or_path", MODEL, "--dataset_name", MODEL / "word_problems", "--task", "svamp", "--rank", "2"]
+    line += ["--max_eval_examples", "8", "--max_train_examples", "40", "--output_dir", tmp_path / "out", *more]
+    return list(map(str, line))
+
+
+def test_the_steps_of_a_packed_training_are_counted_in_packs(tmp_path):
+    more = ["--packing", "true", "--max_length", "256", "--per_device_train_batch_size", "1", "--num_train_epochs", "1"]
+    trainee = Language(read(words(tmp_path, *more)), 8)
+    tokens = sum(len(example["input_ids"]) for example in trainee.data.train)
+    assert tokens / 256 <= trainee.steps < 40 / 2
+
+
+def test_what_a_file_of_axolotl_says_is_in_what_was_given(tmp_path):
+    """`run.yaml` is made of it."""
+    (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump({"adapter": "lora", "base_model": str(MODEL), "lora_r": 2}))
+    command = read(["--config", str(tmp_path / "axolotl.yaml"), *words(tmp_path)[2:]])
+    assert command.given["model_name_or_path"] == str(MODEL)
+    assert command.options.rank == command.given["rank"] == 2
+
+
+def test_points_are_options_of_the_language_model_trainer():
+    point = {"learning_rate": 1e-3, "lora_alpha": 1.0, "rank": 4, "method": "reslora-block", "lr_scheduler": "cosine"}
+    found = Space(point, list(point), Language.names).options(point)
+    assert found["lr_scheduler_type"] == "cosine"
+    assert found.keys() <= {item.name for kind in (LlmOptions, TrainingOptions) for item in fields(kind)}
+
+
+def test_schedules_of_which_the_last_step_is_used_are_refused(tmp_path):
+    """`run.yaml` asks for the best step, which the training would refuse."""
+    more = ["--schedule", "ranks:ratio=0.5", "--load_best_model_at_end", "false", "--shortcut", "none"]
+    with pytest.raises(BadInput, match="--schedule ranks: a search is for a run that keeps its best step"):
+        tune("train-llm", words(tmp_path, *more), Settings())
+
+
+def test_too_few_rows_to_measure_on_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="validation has 2 rows that can be measured on, wanted 4 or more"):
+        Language(read(words(tmp_path, "--max_eval_examples", "2")), 8)
 
 
 def test_losses_of_padded_rows_are_those_of_each_row_alone():

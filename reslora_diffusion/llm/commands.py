@@ -6,6 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ..utils.environment import unwritable
+from ..utils.files import write_text
+from ..utils.problems import BadInput
+
 BaseModel = Annotated[str, typer.Argument(metavar="BASE", help="folder or hub name of the model that was tuned")]
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="folder of an export, of PEFT, or a checkpoint")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the base's own)")]
@@ -65,14 +69,14 @@ def evaluate(
     from .adapters import Pair
     from .harness import measure
 
+    if output is not None and (output.is_dir() or not output.parent.is_dir() or unwritable(output.parent)):
+        raise BadInput([f"--output {output}: cannot be written, wanted a file in a folder that is there"])
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     settings = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     settings |= {"apply_chat_template": chat_template}
     found = measure(Pair(base, adapter, dtype), names, include_path, **settings)
-    if output is not None:
-        from ..utils.files import write_text
-
-        write_text(output, json.dumps(found, indent=2, default=str) + "\n")
     for task, metrics in found.items():
         for metric, values in metrics.items():
             typer.echo(f"{task} {metric}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    if output is not None:
+        write_text(output, json.dumps(found, indent=2, default=str) + "\n")

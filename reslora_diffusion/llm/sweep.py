@@ -7,7 +7,8 @@
     output_dir/sweep.json                                   settings and results of the finished ones
 
 A run that is finished is not run again, one that was stopped continues from its newest checkpoint: the same command
-after an interruption does the rest. `python -m benchmarks.sweep output_dir` makes tables of the file.
+after an interruption does the rest, also with more seeds or values. With other options it is refused, as finished runs
+would pass for its own. `python -m benchmarks.sweep output_dir` makes tables of the file.
 """
 
 import itertools
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.documents import parse_json
+from ..utils.environment import without_secrets
 from ..utils.files import write_text
-from ..utils.problems import BadInput, refuse
+from ..utils.problems import BAD_DATA, BadInput, first_line, refuse
 
 SEEDS, GRID, OUTPUT = "--seeds", "--grid", "--output_dir"
 RESULTS, FILE, FORMAT = "results.json", "sweep.json", 1
+LAST = ("adapter_model.safetensors", "pruning_report.json")  # one of them is what a run writes last
 OWN = ("seed", "output_dir", "config", "resume_from_checkpoint")
 
 
@@ -102,6 +105,7 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
     `program`: the command that takes the options.
     """
     runs = sweep.runs()
+    refuse_another(sweep)
     for number, (setting, seed) in enumerate(runs, 1):
         folder = sweep.folder(setting, seed)
         label = f"run {number} of {len(runs)}, {folder.name}"
@@ -125,6 +129,25 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
     return 0
 
 
+def refuse_another(sweep: Sweep) -> None:
+    """Raise `BadInput` if the folder has runs of other options, which would pass for finished ones of these."""
+    folders = [sweep.folder(setting, seed) for setting, seed in sweep.runs()]
+    begun = any(is_finished(folder) or any(folder.glob("checkpoint-*")) for folder in folders)
+    if not begun or not (path := sweep.output / FILE).is_file():
+        return
+    try:
+        words = parse_json(path.read_text(encoding="utf-8")).get("words")
+    except BAD_DATA as error:
+        raise BadInput([f"{path}: cannot be read: {first_line(error)}"]) from error
+    if words not in (None, recorded(sweep)):
+        raise BadInput([f"{path}: is of a sweep with {' '.join(map(str, words))}; wanted another {OUTPUT}"])
+
+
+def recorded(sweep: Sweep) -> list[str]:
+    """The words that all runs have, as a file may hold them."""
+    return without_secrets(map(str, sweep.words))
+
+
 def wait_for(command: Sequence[str]) -> int:
     """Run one in a session of its own: Ctrl-C and SIGTERM are passed on, once, and it decides when it ends."""
     process = subprocess.Popen(command, start_new_session=True)
@@ -140,12 +163,12 @@ def wait_for(command: Sequence[str]) -> int:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has written its results and, after them, its LoRA."""
-    return (folder / RESULTS).is_file() and (folder / "adapter_model.safetensors").is_file()
+    """Whether a run has written its results and, after them, its LoRA or the report on its pruned model."""
+    return (folder / RESULTS).is_file() and any((folder / name).is_file() for name in LAST)
 
 
 def write(sweep: Sweep) -> Path:
-    """Write `sweep.json`: {"format", "runs": [{"setting", "seed", "method", "result"}]}."""
+    """Write `sweep.json`: {"format", "words", "runs": [{"setting", "seed", "method", "result"}]}."""
     runs = []
     for setting, seed in sweep.runs():
         folder = sweep.folder(setting, seed)
@@ -157,7 +180,7 @@ def write(sweep: Sweep) -> Path:
             runs.append(facts | {"result": numbers_in(result)})
     path = sweep.output / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"format": FORMAT, "runs": runs}, indent=2) + "\n")
+    write_text(path, json.dumps({"format": FORMAT, "words": recorded(sweep), "runs": runs}, indent=2) + "\n")
     return path
 
 

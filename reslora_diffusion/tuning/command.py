@@ -9,6 +9,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,11 @@ def dreambooth(words: Sequence[str], settings: Settings, problems: list[str]) ->
         if not args.validation_split and not args.validation_data_dir:
             args.update({"validation_split": 0.2})
         problems += [f"--{name}: a search has no use for it" for name in ("compare", "dry_run") if getattr(args, name)]
-        problems += bound_to_a_method(args, settings)
+        problems += [*bound_to_a_method(args, settings), *of_the_last_step(args.schedule)]
+        if args.distillation_steps:
+            problems.append(
+                "--distillation_steps: refines the last step, and a search is for a run that keeps its best"
+            )
         plan = check(args)
         few = [c.instance.folder for c in plan.concepts if not c.validated]
         problems += [f"{folder}: no image can be held out; wanted two or more" for folder in few]
@@ -99,7 +104,7 @@ def llm(words: Sequence[str], settings: Settings, problems: list[str]) -> "tuple
 
     try:
         command = read(words)
-        problems += bound_to_a_method(command.options, settings)
+        problems += [*bound_to_a_method(command.options, settings), *of_the_last_step(command.options.schedule)]
     except BadInput as error:
         problems += error.problems
     refuse(problems)
@@ -116,6 +121,16 @@ def bound_to_a_method(options: object, settings: Settings) -> list[str]:
         name for name in ("num_previous", "merge_method", "distillation_steps") if getattr(options, name) is not None
     ]
     return [f"--{name}: not every method has it; wanted it without --search method" for name in given]
+
+
+def of_the_last_step(schedule: str | None) -> list[str]:
+    """A schedule that does not go with `keep_best`, by which trials count and which `run.yaml` asks for."""
+    from ..methods.schedules.settings import parse_schedule
+
+    with suppress(BadInput):  # said by the trainer's own checks
+        if schedule and "best" in (settings := parse_schedule(schedule)).conflicts:
+            return [f"--schedule {settings.name}: a search is for a run that keeps its best step; wanted it without"]
+    return []
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -43,6 +43,8 @@ OUTSIDE = ("output_dir", "config", "hub_token", "hub_model_id", "logging_dir", "
 class DreamBooth:
     """See `study.Trainee`; `args` hold out images."""
 
+    names: Mapping[str, str] = {}
+
     def __init__(self, args: DreamBoothOptions, plan: Plan, draws: int) -> None:
         self.plan, self.steps, self.given = plan, plan.max_train_steps, given_of(args)
         args.seed = 0 if args.seed is None else args.seed  # a search that is continued must go on with the same draws

@@ -13,6 +13,7 @@ import numpy as np
 from ..llm import reading
 from ..llm.checks import check
 from ..llm.options import LlmOptions, parse, reader
+from ..llm.other_programs import translate
 from ..llm.training_options import TrainingOptions
 from ..utils.option_parser import parse_file
 
@@ -34,6 +35,7 @@ QUIET: dict[str, Any] = {
     "resume_from_checkpoint": None,
     "disable_tqdm": True,
 }
+FEWEST_ROWS = 4  # as `Settings.held_out_draws`: half of them choose, the others give the gain's interval
 OUTSIDE = ("output_dir", "problems", "save_merged_model", "eval_base", *QUIET)  # change no trial
 
 
@@ -54,18 +56,23 @@ def read(words: Sequence[str]) -> Command:
     _, rows = check(options, training, problems, lambda: reading.read(options, training.seed))
     given = reader(LlmOptions).command_line(words).values
     if path := given.pop("config", None):
-        given = reader(LlmOptions).mapping(parse_file("--config", path)).values | given
+        config = parse_file("--config", path)
+        translation = translate(config)  # of axolotl's or LLaMA-Factory's options
+        given = reader(LlmOptions).mapping(translation.values if translation else config).values | given
     return Command(options, training, rows, given)
 
 
 class Language:
     """See `study.Trainee`."""
 
+    names: Mapping[str, str] = {"lr_scheduler": "lr_scheduler_type"}
+
     def __init__(self, command: Command, draws: int) -> None:
         from peft import TaskType
 
         from ..llm import data as llm_data
         from ..llm import models
+        from ..llm.encoding import pack
         from ..llm.model_checks import length_problems
         from ..utils.problems import refuse
 
@@ -82,6 +89,10 @@ class Language:
         rows = command.rows or reading.read(options, self.training.seed)
         self.data = llm_data.prepare(options, self.tokenizer, rows, models.embedding_rows(self.config), stops)
         self.held_out = self.data.validation[:draws]
+        packed = options.packing
+        self.rows: Sequence[Any] = pack(self.data.train, options.max_length) if packed else self.data.train
+        few = f"validation has {len(self.held_out)} rows that can be measured on, wanted {FEWEST_ROWS} or more"
+        refuse([few] if len(self.held_out) < FEWEST_ROWS else [])
         self.steps = self.length()
         self.keeping_best = {"load_best_model_at_end": True}
         alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.rank
@@ -103,7 +114,7 @@ class Language:
         if training.max_steps > 0:
             return training.max_steps
         size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        return math.ceil(training.num_train_epochs * math.ceil(len(self.data.train) / size))
+        return math.ceil(training.num_train_epochs * math.ceil(len(self.rows) / size))
 
     def train(self, options: Mapping[str, Any], steps: int, evaluate_at: Sequence[int], report: "Report") -> "Spent":
         from .study import Spent
@@ -121,7 +132,7 @@ class Language:
         from transformers import set_seed
 
         from ..llm import models
-        from ..llm.encoding import Collator, pack, uses_flash_attention
+        from ..llm.encoding import Collator, uses_flash_attention
         from ..llm.options import training_arguments
         from ..llm.trainer import ExportedTrainer, calibration_batches, fold_at
 
@@ -132,10 +143,7 @@ class Language:
         if values.warmup_steps >= 1:
             values.warmup_steps = round(values.warmup_steps * steps / self.steps)
         for name, value in changed.items():
-            if name == "lr_scheduler":
-                values.lr_scheduler_type = value
-            else:
-                setattr(values if name == "learning_rate" else options, name, value)
+            setattr(values if name in ("learning_rate", "lr_scheduler_type") else options, name, value)
         training = training_arguments(values)
         set_seed(training.seed)
         base = models.load_model(options, self.config, self.kind)
@@ -145,12 +153,11 @@ class Language:
         calibration = calibration_batches(
             self.data.train, Collator(pad, multiple_of=1), training, options.calibration_examples
         )
-        assert options.max_length is not None, "`__init__` has set it"
         return ExportedTrainer(
             model,
             training,
             data_collator=Collator(pad, lengths=uses_flash_attention(model)),
-            train_dataset=pack(self.data.train, options.max_length) if options.packing else self.data.train,
+            train_dataset=self.rows,
             processing_class=self.tokenizer,
             callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],
             calibration=calibration,

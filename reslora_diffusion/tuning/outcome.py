@@ -18,8 +18,10 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from ..utils.files import write_text
+from ..utils.problems import Stopped
 from .settings import Settings
-from .study import DONE, Budget, Trainee, budget_of
+from .space import Space
+from .study import DONE, Budget, Trainee, budget_of, is_command
 
 LEVEL = 0.95
 RUN, FACTS, PLOT = "run.yaml", "tune.json", "tune.png"
@@ -28,7 +30,7 @@ RUN, FACTS, PLOT = "run.yaml", "tune.json", "tune.png"
 @dataclass(frozen=True)
 class Gain:
     """How much lower the loss is than with the command as given, on held-out draws that chose nothing, with the 95 %
-    interval over those draws. Another seed of the training adds to it."""
+    interval over those draws. Another seed of the training adds to it. All is infinite if the command diverged."""
 
     loss_before: float
     loss_after: float
@@ -61,14 +63,15 @@ class Outcome:
     def __str__(self) -> str:
         point = ", ".join(f"{name} {value}" for name, value in self.best.items() if value is not None)
         gain = self.gain
+        before = f"{gain.loss_before:.4g}: gain {gain.gain:.2g} ({gain.low:.2g} to {gain.high:.2g}; 95 %, over "
+        before += f"{gain.draws} draws that chose nothing, one seed of training)"
         lines = [
             f"{self.trials} trials of {self.trial_steps} steps, {self.stopped_early} of them stopped early: "
             f"{self.budget.spent:.0f} s, {100 * self.budget.spent / self.training_seconds:.0f} % of the training's "
             f"{self.training_seconds:.0f} s",
             f"best: {point}",
             f"held-out loss after {self.best_step} steps {gain.loss_after:.4g}, with the options as given "
-            f"{gain.loss_before:.4g}: gain {gain.gain:.2g} ({gain.low:.2g} to {gain.high:.2g}; 95 %, over "
-            f"{gain.draws} draws that chose nothing, one seed of training)",
+            f"{before if math.isfinite(gain.loss_before) else 'it diverged'}",
         ]
         if self.trials < 3:
             lines.append(f"{self.trials} trials say little: the time is too short for more; wanted a larger --share")
@@ -80,7 +83,13 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         facts = {name: value for name, value in vars(self).items() if name not in ("folder", "gain", "budget")}
-        return facts | {"gain": asdict(self.gain) | {"is_shown": self.gain.is_shown}, "budget": asdict(self.budget)}
+        gain = {name: finite(value) for name, value in asdict(self.gain).items()}
+        return facts | {"gain": gain | {"is_shown": self.gain.is_shown}, "budget": asdict(self.budget)}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def loss_of(trial: FrozenTrial) -> float:
@@ -94,6 +103,8 @@ def gain_of(before: Sequence[float], after: Sequence[float]) -> Gain:
     from scipy import stats
 
     old, new = np.array(before)[1::2], np.array(after)[1::2]
+    if not np.isfinite(old).all():
+        return Gain(math.inf, float(new.mean()), math.inf, math.inf, math.inf, len(new))
     differences = old - new
     mean, error = float(differences.mean()), float(stats.sem(differences))
     reach = float(stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1)) * error
@@ -104,15 +115,22 @@ def conclude(trainee: Trainee, settings: Settings, study: optuna.Study, folder: 
     """Write the files and return what they say.
 
     Raises:
-        ValueError: the command itself diverges, or no trial is there.
+        Stopped: every trial diverged, or another process is still at the one that the others are compared with.
     """
     trials = study.get_trials(deepcopy=False, states=DONE)
-    first, best = trials[0], min(trials, key=loss_of)
+    space = Space(trainee.start, settings.search, trainee.names)
+    command = next((trial for trial in trials if is_command(trial, space)), None)
+    if command is None:
+        raise Stopped(
+            "the trial of the options as given, with which the others are compared, is not finished; another process "
+            "is at it, or has ended on another machine: --folder of a new search has it again"
+        )
+    best = min(trials, key=loss_of)
     if math.isinf(loss_of(best)):
-        raise ValueError("every trial diverged; wanted a lower --learning_rate")
-    own = first.user_attrs.get("losses") or [math.inf] * len(best.user_attrs["losses"])
+        raise Stopped("every trial diverged; wanted a lower --learning_rate")
+    own = command.user_attrs.get("losses") or [math.inf] * len(best.user_attrs["losses"])
     gain = gain_of(own, best.user_attrs["losses"])
-    found = best.user_attrs["options"] if gain.is_shown or math.isinf(own[0]) else {}
+    found = best.user_attrs["options"] if gain.is_shown else {}
     options = {**trainee.given, **found, **trainee.keeping_best}
     outcome = Outcome(
         options={name: value for name, value in options.items() if value is not None},
@@ -129,17 +147,17 @@ def conclude(trainee: Trainee, settings: Settings, study: optuna.Study, folder: 
     )
     write_text(folder / RUN, yaml.safe_dump(outcome.options, sort_keys=False, allow_unicode=True))
     rows = [
-        {"number": t.number, "state": t.state.name, "loss": loss_of(t), "point": t.params, **t.user_attrs}
+        {"number": t.number, "state": t.state.name, "loss": finite(loss_of(t)), "point": t.params, **t.user_attrs}
         for t in trials
     ]
     facts = outcome.to_dict() | {"settings": asdict(settings), "all_trials": rows}
     write_text(folder / FACTS, json.dumps(facts, indent=1, default=str) + "\n")
-    plot(trials, trainee.start, folder / PLOT)
+    plot(trials, command.number, trainee.start, folder / PLOT)
     return outcome
 
 
-def plot(trials: Sequence[FrozenTrial], start: Mapping[str, Any], path: Path) -> None:
-    """Loss over learning rate, one point a trial, coloured by alpha / rank; the command as given is a square."""
+def plot(trials: Sequence[FrozenTrial], command: int, start: Mapping[str, Any], path: Path) -> None:
+    """Loss over learning rate, one point a trial, coloured by alpha / rank; trial `command` is a square."""
     try:
         import matplotlib
     except ImportError:
@@ -156,7 +174,7 @@ def plot(trials: Sequence[FrozenTrial], start: Mapping[str, Any], path: Path) ->
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     norm = LogNorm(min(alphas), max(max(alphas), min(alphas) * 1.01))
     for marker, wanted in (("o", False), ("s", True)):
-        chosen = [n for n, trial in enumerate(shown) if (trial.number == trials[0].number) == wanted]
+        chosen = [n for n, trial in enumerate(shown) if (trial.number == command) == wanted]
         points = axis.scatter(
             [rates[n] for n in chosen],
             [losses[n] for n in chosen],

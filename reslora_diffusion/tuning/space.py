@@ -8,7 +8,7 @@ lr_scheduler     constant, linear, cosine; each falls to its end within a trial
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,10 +22,12 @@ SCHEDULERS = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Space:
-    """`start` has the command's own value of every dimension; `searched` are the names of those that vary."""
+    """`start` has the command's own value of every dimension; `searched` are the names of those that vary; `names` are
+    options that a trainer calls otherwise."""
 
     start: Mapping[str, Any]
     searched: Sequence[str]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def choices(self, name: str) -> list[Any]:
         """The values of a dimension without order, the command's own first."""
@@ -66,7 +68,7 @@ class Space:
         if "method" in named:  # checked by the caller: options of ResLoRA alone go with none of it
             method, _, shortcut = named["method"].partition("-")
             named |= {"method": method, "shortcut": shortcut or None}
-        return named
+        return {self.names.get(name, name): value for name, value in named.items()}
 
 
 def significant(value: float) -> float:

@@ -7,6 +7,7 @@ A trial counts with its least loss over the evaluations, because a training with
 chosen on one half of the held-out draws; the other half says what it gains over the command as it was given.
 """
 
+import gc
 import os
 import socket
 import time
@@ -63,6 +64,10 @@ class Trainee(Protocol):
     @property
     def keeping_best(self) -> Mapping[str, Any]:
         """Options by which the training measures often enough and exports its best step."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Options of this trainer that have another name than their dimension."""
 
     def train(self, options: Mapping[str, Any], steps: int, evaluate_at: Sequence[int], report: Report) -> Spent:
         """Train with these options, call `report` after the steps `evaluate_at`, stop when it says so or when the loss
@@ -147,7 +152,7 @@ def is_journal(line: bytes) -> bool:
 
 def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: Progress = lambda facts: None) -> None:
     """Run trials until the time is spent, or until there are `settings.trials`."""
-    space = Space(trainee.start, settings.search)
+    space = Space(trainee.start, settings.search, trainee.names)
     if not study.get_trials(deepcopy=False):
         for point in space.first_points():
             study.enqueue_trial(point, skip_if_exists=True)
@@ -155,10 +160,12 @@ def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: 
     while True:
         trials = study.get_trials(deepcopy=False, states=DONE)
         others = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if trials and budget_of(trials, settings, trainee.steps, others).is_spent:
-            return
-        if settings.trials and len(trials) >= settings.trials:
-            return
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not any(is_command(trial, space) for trial in waiting):  # cut off, it is made again: gains are over it
+            if trials and budget_of(trials, settings, trainee.steps, others).is_spent:
+                return
+            if settings.trials and len(trials) >= settings.trials:
+                return
         trial = study.ask()
         trial.set_user_attr("process", [socket.gethostname(), os.getpid()])
         run_trial(trainee, settings, study, trial, space, progress)
@@ -180,7 +187,7 @@ def run_trial(
         if not np.isfinite(losses).all():
             return True
         trial.report(chosen_by, len(measured))
-        return trial.number > 0 and step < steps and trial.should_prune()
+        return not is_command(trial, space) and step < steps and trial.should_prune()
 
     started = time.monotonic()
     try:
@@ -193,6 +200,8 @@ def run_trial(
             advice = "search another --search, or train with less"
             raise Stopped(f"out of memory in trial {trial.number} ({options}); the study is kept; {advice}") from error
         raise
+    finally:
+        gc.collect()  # a trainer is part of cycles, and the next trial needs the memory of its model
     finite = [(step, losses) for step, losses in measured if np.isfinite(losses).all()]
     if finite:
         step, losses = min(finite, key=lambda pair: pair[1][::2].mean())
@@ -209,6 +218,17 @@ def run_trial(
         study.tell(trial, state=TrialState.PRUNED)
 
 
+def is_command(trial: FrozenTrial | optuna.Trial, space: Space) -> bool:
+    """Whether a trial is, or will be, of the command as it was given."""
+    point = point_of(trial)
+    return all(point.get(name) == space.start[name] for name in space.searched)
+
+
+def point_of(trial: FrozenTrial | optuna.Trial) -> Mapping[str, Any]:
+    """What a trial tries, or will."""
+    return trial.params or trial.system_attrs.get("fixed_params", {})
+
+
 def free_abandoned(study: optuna.Study) -> None:
     """Trials of processes of this machine that are no more: their points are tried again."""
     import psutil
@@ -218,7 +238,7 @@ def free_abandoned(study: optuna.Study) -> None:
         if host == socket.gethostname() and not psutil.pid_exists(process):
             with suppress(Exception):  # another process was faster
                 study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
+                study.enqueue_trial(dict(point_of(trial)))
 
 
 def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int, running: int = 0) -> Budget:

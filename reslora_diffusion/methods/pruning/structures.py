@@ -118,7 +118,7 @@ def grouped_query_attention(name: str, module: Any) -> Structure | None:
     if found is None or not isinstance(size, int):
         return None
     (q, _), (k, _), (v, _), (_, o) = map(shape_of, found)
-    if q != o or k != v or k % size or q % k:
+    if q != o or k != v or k % size or q % k or weighs_heads(module, size):
         return None
     count = k // size
     return Structure(
@@ -135,6 +135,14 @@ def grouped_query_attention(name: str, module: Any) -> Structure | None:
         attributes={name: {"num_heads": q // k, "num_key_value_heads": 1}},
         fixed={"head_dim": size},
     )
+
+
+def weighs_heads(module: nn.Module, size: int) -> bool:
+    """Whether something besides the projections has a weight for every head, as the norms of OLMo 2 and the sinks of
+    GPT-OSS: it would have to be cut as well, and a norm across heads depends on those that go."""
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    others = (p for name, p in module.named_parameters() if name.partition(".")[0] not in projections)
+    return any(parameter.numel() != size for parameter in others)
 
 
 def t5_attention(name: str, module: Any) -> Structure | None:
