@@ -8,7 +8,7 @@
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,7 @@ def dreambooth(words: Sequence[str], settings: Settings, problems: list[str]) ->
     """The trainee of `reslora train`. One image of five is held out unless the command says what to hold out."""
     from ..diffusion.options import parse as parse_training
     from ..diffusion.options.checks import check
+    from ..diffusion.train.schedules import settings_of
 
     plan = None
     try:
@@ -81,7 +82,7 @@ def dreambooth(words: Sequence[str], settings: Settings, problems: list[str]) ->
         if not args.validation_split and not args.validation_data_dir:
             args.update({"validation_split": 0.2})
         problems += [f"--{name}: a search has no use for it" for name in ("compare", "dry_run") if getattr(args, name)]
-        problems += [*bound_to_a_method(args, settings), *of_the_last_step(args.schedule)]
+        problems += [*bound_to_a_method(args, settings), *of_the_last_step(lambda: settings_of(args))]
         if args.distillation_steps:
             problems.append(
                 "--distillation_steps: refines the last step, and a search is for a run that keeps its best"
@@ -100,11 +101,13 @@ def dreambooth(words: Sequence[str], settings: Settings, problems: list[str]) ->
 
 def llm(words: Sequence[str], settings: Settings, problems: list[str]) -> "tuple[Trainee, str]":
     """The trainee of `reslora train-llm`, which holds out rows by its own options."""
+    from ..llm.methods import settings_of
     from .llm import read
 
     try:
         command = read(words)
-        problems += [*bound_to_a_method(command.options, settings), *of_the_last_step(command.options.schedule)]
+        problems += bound_to_a_method(command.options, settings)
+        problems += of_the_last_step(lambda: settings_of(command.options))
     except BadInput as error:
         problems += error.problems
     refuse(problems)
@@ -123,12 +126,11 @@ def bound_to_a_method(options: object, settings: Settings) -> list[str]:
     return [f"--{name}: not every method has it; wanted it without --search method" for name in given]
 
 
-def of_the_last_step(schedule: str | None) -> list[str]:
+def of_the_last_step(schedule: Callable[[], Any]) -> list[str]:
     """A schedule that does not go with `keep_best`, by which trials count and which `run.yaml` asks for."""
-    from ..methods.schedules.settings import parse_schedule
-
     with suppress(BadInput):  # said by the trainer's own checks
-        if schedule and "best" in (settings := parse_schedule(schedule)).conflicts:
+        settings = schedule()
+        if settings is not None and "best" in settings.conflicts:
             return [f"--schedule {settings.name}: a search is for a run that keeps its best step; wanted it without"]
     return []
 
