@@ -3,6 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -56,6 +57,13 @@ def test_what_a_file_of_axolotl_says_is_in_what_was_given(tmp_path):
     command = read(["--config", str(tmp_path / "axolotl.yaml"), *words(tmp_path)[2:]])
     assert command.given["model_name_or_path"] == str(MODEL)
     assert command.options.rank == command.given["rank"] == 2
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(tmp_path):
+    trainee, seen = Language(read(words(tmp_path, "--max_steps", "600")), 8), []
+    spent = trainee.train({"learning_rate": 1e30}, 3, [1, 2, 3], lambda step, losses: seen.append(losses))
+    assert not np.isfinite(seen[-1]).any()
+    assert spent.total > 0
 
 
 def test_points_are_options_of_the_language_model_trainer():

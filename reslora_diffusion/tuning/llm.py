@@ -16,6 +16,7 @@ from ..llm.options import LlmOptions, parse, reader
 from ..llm.other_programs import translate
 from ..llm.training_options import TrainingOptions
 from ..utils.option_parser import parse_file
+from ..utils.problems import Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,10 @@ class Language:
             judge = Judge(trainer, self.held_out, evaluate_at, report)
             trainer.add_callback(judge.callback())
             started = time.monotonic()
-            trainer.train()
+            try:
+                trainer.train()
+            except Stopped:  # the adapters are not finite
+                report(trainer.state.global_step, np.full(len(self.held_out), np.nan))
             total = time.monotonic() - started
             return Spent((total - judge.seconds) / max(1, trainer.state.global_step), total)
 
