@@ -60,7 +60,7 @@ class Best:
 
     def tensors(self) -> dict[str, Tensor]:
         """All factors, named by component, layer and factor with spaces between them: no name of a layer holds one."""
-        found = {}
+        found = dict[str, Tensor]()
         for component, layers in self.factors.items():
             for name, one in layers.items():
                 found |= {f"{component} {name} lora_A": one.lora_A, f"{component} {name} lora_B": one.lora_B}
