@@ -13,7 +13,8 @@ from tempfile import mkdtemp
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from fuzzing import SECONDS, Door, TooMuch, budget, doors, pass_through
+from fuzz_doors import doors
+from fuzzing import SECONDS, Door, TooMuch, budget, pass_through
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # libraries warn of what is damaged
 CORPUS = Path(__file__).parent / "corpus"
