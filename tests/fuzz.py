@@ -1,7 +1,7 @@
 """Look for files that some door does not stand: python tests/fuzz.py SECONDS [SEED]
 
-Goes round the doors of `fuzz_doors` with ever new files until the time is over. What fails is made as small as hypothesis
-can, and written to `tests/corpus/<door>/<digest>/`, which `test_fuzz.py` tries from then on.
+Goes round the doors of `fuzz_doors` with ever new files until the time is over. What fails is made as small as
+hypothesis can, and written to `tests/corpus/<door>/<digest>/`, which `test_fuzz.py` tries from then on.
 """
 
 import hashlib

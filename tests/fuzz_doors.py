@@ -147,8 +147,6 @@ def data_doors() -> Iterator[tuple[str, Door]]:
 
 
 def run_doors(out: Path) -> Iterator[tuple[str, Door]]:
-    from argparse import Namespace
-
     from safetensors.torch import save_file
 
     from app import runs
@@ -158,6 +156,7 @@ def run_doors(out: Path) -> Iterator[tuple[str, Door]]:
     from reslora_diffusion.export.trained import lora_of
     from reslora_diffusion.llm import resuming
     from reslora_diffusion.llm.options import LlmOptions
+    from reslora_diffusion.llm.training_options import TrainingOptions
     from reslora_diffusion.utils.state_files import write_facts
 
     def shown(folder: Path) -> None:
@@ -196,7 +195,7 @@ def run_doors(out: Path) -> Iterator[tuple[str, Door]]:
     }
 
     def resumed(folder: Path) -> str:
-        given = Namespace(
+        given = TrainingOptions(
             resume_from_checkpoint="latest", output_dir=str(folder), max_steps=-1, metric_for_best_model="loss"
         )
         return str(resuming.checkpoint_of(given, LlmOptions())).replace(str(folder), "")

@@ -1,5 +1,7 @@
 """Files as strangers hand them in: strategies of hypothesis for each kind, from sound ones to hostile ones.
 
+Here are texts, numbers, damage, configurations and runs; `strangers_lora` has LoRA files, `strangers_data` data sets.
+
 A strategy draws `{name: content}`, the files of one folder. Most draws begin with a sound file and change a part of it,
 since what is wrong everywhere is refused by the first look. What once failed stands in `corpus/`.
 """

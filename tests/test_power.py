@@ -1,7 +1,6 @@
 """A power cut at any moment leaves every checkpoint that was reported as written, and none that only looks whole."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from power import Disk
 from reslora_diffusion.diffusion.train.checkpoints import find_checkpoint, write_checkpoint
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.resuming import checkpoint_of, remove_oldest, write_checksums
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.utils.files import fresh_folder, replace_files, unfinished, write_text
 from reslora_diffusion.utils.output_folder import alone_in
 from reslora_diffusion.utils.state_files import write_facts
@@ -47,7 +47,9 @@ def language_checkpoint(output, step):
 
 
 def language_latest(output):
-    given = Namespace(resume_from_checkpoint="latest", output_dir=str(output), max_steps=-1, metric_for_best_model="")
+    given = TrainingOptions(
+        resume_from_checkpoint="latest", output_dir=str(output), max_steps=-1, metric_for_best_model=""
+    )
     found = checkpoint_of(given, LlmOptions(lora_alpha=16, rank=8))
     return found and load_file(f"{found}/adapter_model.safetensors")["a"][-1].item()
 
