@@ -69,7 +69,8 @@ class Comparer:
     def resolution(self) -> int:
         """Pixels of the side of a generated image."""
         model = getattr(self.pipe, "unet", None) or self.pipe.transformer
-        return model.config.sample_size * self.pipe.vae_scale_factor
+        side = getattr(model.config, "sample_size", None) or self.pipe.default_sample_size  # FLUX.1 has it there alone
+        return side * self.pipe.vae_scale_factor
 
     def compare(
         self,

@@ -30,6 +30,7 @@ from app.request import (
 from app_fixtures import make_lora_file, make_pipeline
 from original_layout import write_single_file
 from reslora_diffusion.diffusion.train.race import app_settings
+from tiny import tiny_pipeline_flux
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -351,3 +352,8 @@ def test_a_base_in_one_file_generates_what_its_folder_does(tmp_path):
     assert lora.is_file()
     bases = Bases("first", tmp_path, Comparer(loaded), [tmp_path / "bases"])
     assert list(bases.choices()) == ["first", "folder", "model.safetensors"], "a LoRA is no base"
+
+
+def test_the_size_of_images_of_flux_is_known(tmp_path):
+    """Its transformer names no size, its pipeline does: `app.serve` asks before the first visitor comes."""
+    assert Comparer(tiny_pipeline_flux(tmp_path)).resolution == 128 * 8
