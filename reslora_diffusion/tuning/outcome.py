@@ -119,7 +119,7 @@ def conclude(trainee: Trainee, settings: Settings, study: optuna.Study, folder: 
     """
     trials = study.get_trials(deepcopy=False, states=DONE)
     space = Space(trainee.start, settings.search, trainee.names)
-    command = next((trial for trial in trials if is_command(trial, space)), None)
+    command = next((trial for trial in trials if is_command(trial.params, space)), None)
     if command is None:
         raise Stopped(
             "the trial of the options as given, with which the others are compared, is not finished; another process "

@@ -161,7 +161,9 @@ def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: 
         trials = study.get_trials(deepcopy=False, states=DONE)
         others = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not any(is_command(trial, space) for trial in waiting):  # cut off, it is made again: gains are over it
+        if not any(
+            is_command(point_of(trial), space) for trial in waiting
+        ):  # cut off, it is made again: gains are over it
             if trials and budget_of(trials, settings, trainee.steps, others).is_spent:
                 return
             if settings.trials and len(trials) >= settings.trials:
@@ -187,7 +189,7 @@ def run_trial(
         if not np.isfinite(losses).all():
             return True
         trial.report(chosen_by, len(measured))
-        return not is_command(trial, space) and step < steps and trial.should_prune()
+        return not is_command(trial.params, space) and step < steps and trial.should_prune()
 
     started = time.monotonic()
     try:
@@ -218,13 +220,12 @@ def run_trial(
         study.tell(trial, state=TrialState.PRUNED)
 
 
-def is_command(trial: FrozenTrial | optuna.Trial, space: Space) -> bool:
-    """Whether a trial is, or will be, of the command as it was given."""
-    point = point_of(trial)
+def is_command(point: Mapping[str, Any], space: Space) -> bool:
+    """Whether a trial's point is that of the command as it was given."""
     return all(point.get(name) == space.start[name] for name in space.searched)
 
 
-def point_of(trial: FrozenTrial | optuna.Trial) -> Mapping[str, Any]:
+def point_of(trial: FrozenTrial) -> Mapping[str, Any]:
     """What a trial tries, or will."""
     return trial.params or trial.system_attrs.get("fixed_params", {})
 
