@@ -9,6 +9,7 @@ No path comes from the page: a visitor chooses a label. A base that cannot be lo
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import scan_cache_dir
@@ -88,10 +89,12 @@ class Bases:
 def checkpoints(folder: Path) -> set[Path]:
     """Whole models in one file; a folder of a pipeline has parts of one."""
     files = (path for path in folder.rglob("*.safetensors") if not (path.parent.parent / "model_index.json").is_file())
-    return {path for path in files if is_checkpoint(path)}
+    return {path for path in files if is_checkpoint(path, path.stat().st_mtime_ns)}
 
 
-def is_checkpoint(path: Path) -> bool:
+@lru_cache(maxsize=4096)
+def is_checkpoint(path: Path, written: int) -> bool:
+    """Read once for each time at which the file was written: a folder may hold hundreds."""
     try:
         read_single_file(path)
     except BadInput:
