@@ -161,9 +161,8 @@ def search(trainee: Trainee, settings: Settings, study: optuna.Study, progress: 
         trials = study.get_trials(deepcopy=False, states=DONE)
         others = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not any(
-            is_command(point_of(trial), space) for trial in waiting
-        ):  # cut off, it is made again: gains are over it
+        measured, queued = (any(is_command(point_of(t), space) for t in those) for those in (trials, waiting))
+        if measured or not queued:  # else the command's trial was cut off, and gains are over that
             if trials and budget_of(trials, settings, trainee.steps, others).is_spent:
                 return
             if settings.trials and len(trials) >= settings.trials:
