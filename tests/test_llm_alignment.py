@@ -188,3 +188,14 @@ def test_all_problems_come_together(name, tmp_path):
         "--task" if name == "grpo" else "--dataset_name",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize("kind", ["PreferenceTrainer", "RewardTrainer"])
+def test_no_training_is_reported_to_the_hub(kind):
+    """The name is TRL's own: if it goes, this has to be looked at anew."""
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    from reslora_diffusion.llm import alignment_trainers
+
+    assert _BaseTrainer._send_telemetry is not alignment_trainers.Unreported._send_telemetry
+    assert getattr(alignment_trainers, kind)._send_telemetry is alignment_trainers.Unreported._send_telemetry
