@@ -193,6 +193,7 @@ def test_all_problems_come_together(name, tmp_path):
 @pytest.mark.parametrize("kind", ["PreferenceTrainer", "RewardTrainer"])
 def test_no_training_is_reported_to_the_hub(kind):
     """The name is TRL's own: if it goes, this has to be looked at anew."""
+    pytest.importorskip("trl")
     from trl.trainer.base_trainer import _BaseTrainer
 
     from reslora_diffusion.llm import alignment_trainers
