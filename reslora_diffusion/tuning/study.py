@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import optuna
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from ..utils.documents import parse_json
@@ -29,6 +30,8 @@ from .space import Space
 
 STUDY = "reslora-tune"
 FILE = "study.jsonl"
+SQLITE = "sqlite:///"
+MADE_BY_ANOTHER = ("already exists", "UNIQUE constraint")  # what data bases say of tables that are being made
 LONGEST_LINE = 2**20
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 Report = Callable[[int, np.ndarray], bool]  # step and losses [draws] so far; answers whether to stop
@@ -110,21 +113,30 @@ def open_study(settings: Settings, folder: Path, identity: Mapping[str, Any]) ->
 
 
 def made_or_loaded(where: str) -> optuna.Study:
-    """Tried again where another process has just made the tables of a data base, which Optuna then cannot make."""
+    """One process of this machine at a time makes a data base: Optuna cannot make tables that another is making. Where
+    a server has the data base, it is tried again."""
     for patience in (1, 3, None):
         try:
-            return optuna.create_study(
-                storage=storage_of(where),
-                study_name=STUDY,
-                load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, seed=os.getpid()),
-                pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-            )
+            with lock_of(where):
+                return optuna.create_study(
+                    storage=storage_of(where),
+                    study_name=STUDY,
+                    load_if_exists=True,
+                    sampler=optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, seed=os.getpid()),
+                    pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+                )
         except Exception as error:
-            if patience is None or "already exists" not in str(error):
+            if patience is None or not any(words in str(error) for words in MADE_BY_ANOTHER):
                 raise
             time.sleep(patience)
     raise AssertionError("the last try returns or raises")
+
+
+def lock_of(where: str) -> AbstractContextManager[Any]:
+    """Held while an SQLite file may be made; a journal has a lock of its own."""
+    if not where.startswith(SQLITE):
+        return nullcontext()
+    return FileLock(f"{where.removeprefix(SQLITE)}.lock")
 
 
 def storage_of(where: str) -> Any:
