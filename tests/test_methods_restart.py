@@ -253,6 +253,15 @@ def test_a_base_in_16_bits_takes_no_links_in(dtype: torch.dtype) -> None:
     Restart().start([AdaptedModel(model)], 9)
 
 
+def test_links_are_not_added_to_a_weight_that_the_embedding_uses_too() -> None:
+    model = get_peft_model(build("llama"), ResLoraConfig(r=2, shortcut="none", target_modules=["q_proj", "lm_head"]))
+    base = model.get_base_model()
+    base.lm_head.base_layer.weight = base.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"shares its weight with .*lm_head"):
+        Restart(merge=True).start([AdaptedModel(model)], 9)
+    Restart().start([AdaptedModel(model)], 9)
+
+
 def test_an_unlinked_lora_is_no_adapter_of_ours() -> None:
     model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=LLAMA_TARGETS))
     with pytest.raises(ValueError, match="has no ResLoRA adapter"):

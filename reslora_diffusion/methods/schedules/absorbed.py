@@ -7,6 +7,7 @@ W as it was: an export is of the base that others have, and exact (`extend`), an
 back bit for bit (`restore`). W must be float32 or float64: 16 bits would round small links away.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,8 +39,15 @@ class Absorbed:
             yield "merge changes the weights of the base, which are quantised or sharded; wanted no merge"
         elif odd := sorted({str(weight.dtype) for weight in found} - {str(dtype) for dtype in WORKING}):
             yield f"merge adds links to a base in {', '.join(odd)}, which would round them away; wanted float32"
+        if tied := self.tied():
+            yield f"merge would change what shares its weight with {', '.join(tied)}; wanted no merge, or other layers"
         if self.adapter.transform is not None:
             yield "merge changes the weights that DoRA's norms are of; wanted no merge, or no --use_dora"
+
+    def tied(self) -> list[str]:
+        """Adapted layers whose weight another layer uses as well, such as an output layer that is the embedding."""
+        uses = Counter(id(weight) for _, weight in self.adapter.root.named_parameters(remove_duplicate=False))
+        return [name for name in self.adapter.sites if uses[id(self.weight(name))] > 1]
 
     @torch.no_grad()
     def add(self, link: Link) -> None:
