@@ -87,15 +87,16 @@ def put(files: Files, folder: Path) -> Path:
     return folder
 
 
-def pass_through(door: Door, files: Files, folder: Path) -> None:
-    """Raises whatever must not happen. What takes too much is tried again: it may have imported a library."""
+def pass_through(door: Door, files: Files, folder: Path) -> bool:
+    """True once the files were read or refused as they must be; raises what must not happen. What takes too much is
+    tried again: it may have imported a library."""
     try:
-        attempt(door, files, folder)
+        return attempt(door, files, folder)
     except TooMuch:
-        attempt(door, files, folder)
+        return attempt(door, files, folder)
 
 
-def attempt(door: Door, files: Files, folder: Path) -> None:
+def attempt(door: Door, files: Files, folder: Path) -> bool:
     place = put(files, folder)
     with budget(), redirect_stdout(None):
         try:
@@ -108,3 +109,4 @@ def attempt(door: Door, files: Files, folder: Path) -> None:
         assert not odd, f"characters that a terminal obeys: {odd}"
         assert len(shown) <= LONGEST_MESSAGE, f"a message of {len(shown)} characters"
         shown.encode()
+    return True

@@ -368,6 +368,14 @@ def test_settings_that_are_out_of_bounds(settings: dict) -> None:
         Prune(**settings)
 
 
+def test_a_weight_that_the_embedding_uses_too_is_not_merged_into() -> None:
+    model = get_peft_model(build("llama"), ResLoraConfig(r=2, shortcut="none", target_modules=["q_proj", "lm_head"]))
+    base = model.get_base_model()
+    base.lm_head.base_layer.weight = base.model.embed_tokens.weight
+    with pytest.raises(BadInput, match=r"shares its weight with .*lm_head"):
+        Prune().start([AdaptedModel(model)], 9)
+
+
 def test_another_schedule_is_not_continued_and_nothing_is_cut_too_early() -> None:
     training = Training(Case("llama"))
     with pytest.raises(ValueError, match=r"ratio=0.5.*got.*ratio=0.25.*wanted the same"):

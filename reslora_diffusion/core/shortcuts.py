@@ -81,7 +81,7 @@ class Plain:
         return own
 
     def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
-        raise NotImplementedError("nothing is read from other blocks")
+        raise ValueError(f"got {len(values)} values of other blocks; this shortcut reads none")
 
     def projection(self, own: Tensor, previous: Tensor) -> Tensor:
         return own

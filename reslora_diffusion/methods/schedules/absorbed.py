@@ -12,13 +12,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.functional import LoraFactors, concatenated
 
 Link = Mapping[str, tuple[Tensor, Tensor]]  # (A, B) by layer
 WORKING = (torch.float32, torch.float64)
+
+
+def tied_layers(adapter: Adapter, model: nn.Module) -> list[str]:
+    """Adapted layers whose weight another layer of the model uses too, such as an output layer that is the embedding:
+    merging into it would change both."""
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    return [name for name in adapter.sites if uses[id(adapter.layer(name).frozen()[0])] > 1]
 
 
 class Absorbed:
@@ -39,15 +46,10 @@ class Absorbed:
             yield "merge changes the weights of the base, which are quantised or sharded; wanted no merge"
         elif odd := sorted({str(weight.dtype) for weight in found} - {str(dtype) for dtype in WORKING}):
             yield f"merge adds links to a base in {', '.join(odd)}, which would round them away; wanted float32"
-        if tied := self.tied():
+        if tied := tied_layers(self.adapter, self.adapter.root):
             yield f"merge would change what shares its weight with {', '.join(tied)}; wanted no merge, or other layers"
         if self.adapter.transform is not None:
             yield "merge changes the weights that DoRA's norms are of; wanted no merge, or no --use_dora"
-
-    def tied(self) -> list[str]:
-        """Adapted layers whose weight another layer uses as well, such as an output layer that is the embedding."""
-        uses = Counter(id(weight) for _, weight in self.adapter.root.named_parameters(remove_duplicate=False))
-        return [name for name in self.adapter.sites if uses[id(self.weight(name))] > 1]
 
     @torch.no_grad()
     def add(self, link: Link) -> None:

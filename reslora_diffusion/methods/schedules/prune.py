@@ -28,6 +28,7 @@ from ...utils.problems import refuse
 from ..pruning.scores import score
 from ..pruning.slicing import Slimmed, refuse_quantised, slim
 from ..pruning.structures import COLUMNS, Structure, chosen, find_structures, whole_base
+from .absorbed import tied_layers
 from .base import Change, Schedule
 from .settings import PruneSettings
 
@@ -96,6 +97,11 @@ class Prune(Schedule):
         self.all = find_structures(base)
         self.structures = chosen(self.all, self.settings.parts, self.settings.spare)
         problems += self.settings.structure_problems(self.all, self.structures, adapter.sites)
+        if tied := tied_layers(adapter, base):
+            problems.append(
+                f"the adapter is merged at the end, and would change what shares its weight with {', '.join(tied)}; "
+                "wanted other layers"
+            )
         refuse(f"prune: {problem}" for problem in problems)
         refuse_quantised(base, [name for structure in self.structures for name in structure.layers])
         for structure in self.structures:
