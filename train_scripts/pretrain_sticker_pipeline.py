@@ -5,10 +5,10 @@
 Five stages, each resumable and each skipped when its result is there; `--until STAGE` stops after one:
 
     tokenizer   a byte-pair vocabulary in CLIP's format, from Unicode's emoji names and our captions
-    vae         AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16, on every emoji of the font but the held-out ones
+    vae         AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 32, on scenes of every emoji but the held-out ones
     latents     every subject on every background, drawn at random places and sizes, encoded once
     unet        UNet2DConditionModel and CLIPTextModel together: v-prediction, zero terminal SNR, EMA
-    evaluate    the shipped pipeline generates 96 subjects x 2 backgrounds; a judge that knows no network counts
+    evaluate    the pipeline generates 96 subjects x 2 backgrounds; a judge that knows no network counts
 
 A smoke run of everything on a CPU, in about a minute:
 
@@ -16,7 +16,9 @@ A smoke run of everything on a CPU, in about a minute:
         --vae_steps 20 --unet_steps 20 --placements 1
 
 `--start_from FOLDER` goes on from a finished pipeline: its tokenizer and autoencoder are used as they are, and UNet and
-text encoder begin with its weights. On a GPU the whole recipe runs there, and with `--start_from` some minutes suffice:
+text encoder begin with its weights. With `--new_vae` the autoencoder is trained all the same, and the layers of the
+UNet that read and write latents start anew. On a GPU the whole recipe runs there, and with `--start_from` some minutes
+suffice:
 
     python train_scripts/pretrain_sticker_pipeline.py --start_from assets/sticker-sd --work_dir runs/more \
         --output_dir runs/more/sticker-sd --unet_steps 4000 --unet_batch_size 256 --unet_learning_rate 3e-4
@@ -26,37 +28,38 @@ import argparse
 import json
 import random
 import shutil
-import time
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
+from transformers import CLIPTokenizer
 
-from reslora_diffusion.diffusion.train.training_state import load_training_state, save_training_state
+from sticker_autoencoder import train_vae
 from sticker_data import (
     BACKGROUNDS,
+    LAYOUTS,
+    SENTENCES,
     TEMPLATES,
     all_emoji,
     caption,
     draw_at_random,
+    phrase,
     subjects,
     to_array,
 )
 from sticker_evaluation import evaluate, save_sheet
-from sticker_models import StickerModel, make_pipeline, make_scheduler, make_tokenizer, make_vae
+from sticker_models import StickerModel, make_pipeline, make_scheduler, make_tokenizer
+from sticker_training import train
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "evaluate")
 EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance needs
-CATEGORY_SHARE = 0.1  # "a sticker of an animal": what prior preservation's class prompts need
+CATEGORY_SHARE = 0.2  # "a sticker of an animal": what class prompts of prior preservation need; 0.1 gave 8 of 12
+LAYOUT_SHARE = 0.25  # stickers with a size, a place or a second figure in their caption
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,11 +68,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("assets/sticker-sd"), help="the finished pipeline")
     parser.add_argument("--start_from", type=Path, help="a finished pipeline, whose UNet and text encoder train on")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
-    parser.add_argument("--vae_steps", type=int, default=4500, help="optimizer steps of the autoencoder")
+    parser.add_argument("--new_vae", action="store_true", help="with --start_from: train a new autoencoder")
+    parser.add_argument("--vae_steps", type=int, default=2800, help="optimizer steps of the autoencoder")
     parser.add_argument("--vae_batch_size", type=int, default=16)
-    parser.add_argument("--vae_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--vae_learning_rate", type=float, default=3e-3, help="of Muon")
     parser.add_argument("--placements", type=int, default=40, help="drawings per subject and background colour")
-    parser.add_argument("--unet_steps", type=int, default=8000, help="optimizer steps of UNet and text encoder")
+    parser.add_argument("--unet_steps", type=int, default=16000, help="optimizer steps of UNet and text encoder")
     parser.add_argument("--unet_batch_size", type=int, default=64)
     parser.add_argument("--unet_learning_rate", type=float, default=7e-4)
     parser.add_argument("--checkpointing_minutes", type=float, default=4.0)
@@ -78,6 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.start_from and not (args.start_from / "model_index.json").is_file():
         parser.error(f"--start_from: {args.start_from} is no folder of a diffusers pipeline (model_index.json)")
+    if args.new_vae and not args.start_from:
+        parser.error("--new_vae: needs --start_from; without it the autoencoder is trained anyway")
     if args.start_from and args.start_from.resolve() == args.output_dir.resolve():
         parser.error(f"--output_dir: got the folder of --start_from, {args.output_dir}; wanted another one")
     return args
@@ -91,105 +97,69 @@ def train_tokenizer(folder: Path) -> None:
     corpus = [unicodedata.name(emoji).lower() for emoji in all_emoji()]
     corpus += [caption(s.name, c, t) for s in subjects() for c in BACKGROUNDS for t in TEMPLATES]
     corpus += [caption(s.category, c, t) for s in subjects() for c in BACKGROUNDS for t in TEMPLATES[:1]]
+    corpus += [caption(phrase(layout, s.name), "red") for s in subjects() for layout in LAYOUTS if layout != "pair"]
     make_tokenizer(folder, corpus)
-
-
-# ---------------------------------------------------------------------------------------------- autoencoder
-
-
-def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """|x - x'| on pixels and on their differences (keeps edges sharp), and a KL term just strong enough to keep the
-    latents smooth. `pixels`: [B, 3, H, W] in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    decoded = vae.decode(posterior.sample(generator)).sample.float()
-
-    def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.diff(dim=-1), x.diff(dim=-2)
-
-    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(pixels), strict=True))
-    return F.l1_loss(decoded, pixels) + edge + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-
-
-def random_colour(rng: random.Random) -> tuple[int, int, int]:
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-
-def draw_batch(emoji: list[str], size: int, rng: random.Random) -> torch.Tensor:
-    """Random emoji on random colours, most of them the captions' eight: [B, 3, 64, 64] in [-1, 1]."""
-    images = []
-    for _ in range(size):
-        known = rng.random() < 0.7
-        colour = rng.choice(list(BACKGROUNDS.values())) if known else random_colour(rng)
-        images.append(to_array(draw_at_random(rng.choice(emoji), colour, rng)))
-    return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
-
-
-def train_vae(args: argparse.Namespace, folder: Path) -> None:
-    vae = make_vae().to(args.device, memory_format=torch.channels_last)
-    seen_in_captions = [s.emoji for s in subjects()]
-    emoji = all_emoji() + seen_in_captions * 4  # what the UNet will generate deserves the sharper image
-
-    def step(index: int, generator: torch.Generator) -> torch.Tensor:
-        pixels = draw_batch(emoji, args.vae_batch_size, random.Random(f"vae {args.seed} {index}"))
-        pixels = pixels.to(args.device, memory_format=torch.channels_last)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
-            return vae_loss(vae, pixels, generator)
-
-    train(args, "vae", vae, step, steps=args.vae_steps, learning_rate=args.vae_learning_rate)
-    vae.eval()
-    with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(draw_batch(emoji, 64, random.Random(i)).to(args.device)).latent_dist.mean for i in range(8)]
-        )
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------- latents
 
 
+def random_layout(rng: random.Random) -> str:
+    return rng.choice([name for name in LAYOUTS if name != "plain"]) if rng.random() < LAYOUT_SHARE else "plain"
+
+
 @torch.no_grad()
 def cache_latents(args: argparse.Namespace, vae_folder: Path, file: Path) -> None:
-    """Draw and encode the training set once: latents [N, 16, 8, 8] in fp16, with subject and colour numbers [N]."""
+    """Draw and encode the training set once: latents [N, C, 8, 8] in fp16; labels [N, 4], the numbers of subject,
+    colour, layout and the other subject (-1 if there is none)."""
     vae = AutoencoderKL.from_pretrained(vae_folder).to(args.device).eval()
-    colours = list(BACKGROUNDS.values())
+    every, colours, layouts = subjects(), list(BACKGROUNDS.values()), list(LAYOUTS)
     latents, labels = [], []
-    for number, subject in enumerate(tqdm(subjects(), desc="latents")):
+    for number, subject in enumerate(tqdm(every, desc="latents")):
         rng = random.Random(f"latents {args.seed} {number}")
+        images = []
         for colour in range(len(colours)):
-            images = [to_array(draw_at_random(subject.emoji, colours[colour], rng)) for _ in range(args.placements)]
-            pixels = torch.from_numpy(np.stack(images)).float().to(args.device) / 127.5 - 1
+            for _ in range(args.placements):
+                layout = random_layout(rng)
+                other = rng.randrange(len(every)) if layout == "pair" else -1
+                second = every[other].emoji if other >= 0 else ""
+                images.append(to_array(draw_at_random(subject.emoji, colours[colour], rng, layout, second)))
+                labels.append((number, colour, layouts.index(layout), other))
+        for part in torch.from_numpy(np.stack(images)).split(64):
+            pixels = part.float().to(args.device) / 127.5 - 1
             latents.append(vae.encode(pixels).latent_dist.mean.mul(vae.config.scaling_factor).half().cpu())
-            labels += [(number, colour)] * args.placements
     save_file({"latents": torch.cat(latents).contiguous(), "labels": torch.tensor(labels)}, file)
 
 
 # ---------------------------------------------------------------------------------------------- UNet and text encoder
 
 
-def make_caption(subject: int, colour: int, rng: random.Random) -> str:
+def make_caption(rng: random.Random, subject: int, colour: int, layout: int, other: int) -> str:
+    """A caption at random for a row of the labels."""
     if rng.random() < EMPTY_CAPTION_SHARE:
         return ""
-    who = subjects()[subject]
+    who, name = subjects()[subject], list(LAYOUTS)[layout]
     noun = who.category if rng.random() < CATEGORY_SHARE else who.name
-    template = TEMPLATES[0] if rng.random() < 0.5 else rng.choice(TEMPLATES[1:])
-    return caption(noun, list(BACKGROUNDS)[colour], template)
+    plain = name == "plain"
+    what = noun if plain else phrase(name, noun, subjects()[other].name if other >= 0 else "")
+    template = TEMPLATES[0] if rng.random() < 0.5 else rng.choice(TEMPLATES[1:] if plain else SENTENCES[1:])
+    return caption(what, list(BACKGROUNDS)[colour], template)
 
 
-def copy_finished_parts(pipeline: Path, work_dir: Path) -> None:
-    """Use tokenizer and autoencoder of a finished pipeline, instead of training them."""
-    for name in ("tokenizer", "vae"):
+def copy_finished_parts(pipeline: Path, work_dir: Path, names: tuple[str, ...] = ("tokenizer", "vae")) -> None:
+    """Use parts of a finished pipeline, instead of training them."""
+    for name in names:
         if not (work_dir / name).exists():
             shutil.copytree(pipeline / name, work_dir / name)
 
 
 def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: Path, latents_file: Path) -> float:
     """Train and save the pipeline. Returns the seconds of a step."""
-    model = StickerModel(tokenizer)
-    if args.start_from:
-        model.load_weights(args.start_from)
-    model.to(args.device)
     vae = AutoencoderKL.from_pretrained(vae_folder).to(args.device).eval()
+    model = StickerModel(tokenizer, vae.config.latent_channels)
+    if args.start_from:
+        print("starting anew:", *(model.load_weights(args.start_from) or ["nothing"]))
+    model.to(args.device)
     scheduler = make_scheduler()
     cache = load_file(latents_file)
     latents, labels = cache["latents"], cache["labels"].tolist()
@@ -203,7 +173,7 @@ def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: P
     def step(index: int, generator: torch.Generator) -> torch.Tensor:
         rng = random.Random(f"unet {args.seed} {index}")
         rows = [rng.randrange(len(labels)) for _ in range(args.unet_batch_size)]
-        texts = [make_caption(subject, colour, rng) for subject, colour in (labels[row] for row in rows)]
+        texts = [make_caption(rng, *labels[row]) for row in rows]
         input_ids = torch.tensor([token_ids(text) for text in texts], device=args.device)
         clean = latents[rows].to(args.device, torch.float32)
         noise = torch.randn(clean.shape, generator=generator, device=args.device)
@@ -214,80 +184,17 @@ def train_unet(args: argparse.Namespace, tokenizer: CLIPTokenizer, vae_folder: P
     def look(file: Path) -> None:
         save_sheet(make_pipeline(model, vae, tokenizer), file, rows=4)
 
-    options = {"steps": args.unet_steps, "learning_rate": args.unet_learning_rate}
-    seconds = train(args, "unet", model, step, **options, look=look)
+    rate = args.unet_learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    seconds = train(args, "unet", model, step, steps=args.unet_steps, optimizer=optimizer, look=look)
     make_pipeline(model.half(), vae.half(), tokenizer).save_pretrained(args.output_dir)
     # transformers loads in the dtype its configuration names, diffusers in fp32: half the disk, one dtype in memory.
     config = args.output_dir / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}, indent=2) + "\n",
+        encoding="utf-8",
+    )
     return seconds
-
-
-# ---------------------------------------------------------------------------------------------- the one loop
-
-
-def train(
-    args: argparse.Namespace,
-    name: str,
-    model: nn.Module,
-    step: Callable[[int, torch.Generator], torch.Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
-    look: Callable[[Path], None] | None = None,
-) -> float:
-    """AdamW, warm-up and cosine decay, gradient clipping, EMA; `step(index, generator)` returns the loss and
-    `look(file)` saves images by the EMA weights, at every checkpoint.
-
-    Ends with the EMA weights in `model`. Every batch is a function of (seed, index), so a resumed run goes on
-    exactly where it was.
-
-    Returns:
-        The seconds of a step, on average over the second half of the steps.
-    """
-    state = args.work_dir / f"{name}-state"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(300, steps // 10), steps)
-    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    done = 0
-    if state.exists():
-        tensors, facts = load_training_state(state, model=model, optimizer=optimizer)
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        ema.shadow_params = [tensors[f"ema.{i}"].to(args.device) for i in range(len(ema.shadow_params))]
-        ema.optimization_step = done = facts["step"]
-        schedule.load_state_dict(facts["schedule"])
-    saved_at = began = ended = time.monotonic()
-    half = (done + steps) // 2
-    bar = tqdm(range(done, steps), initial=done, total=steps, desc=name, mininterval=5)
-    smooth = None
-    for index in bar:
-        if index == half:
-            began = time.monotonic()
-        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + index)
-        loss = step(index, generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        ended = time.monotonic()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        last = index + 1 == steps
-        if last or time.monotonic() - saved_at > 60 * args.checkpointing_minutes:
-            tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-            tensors |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-            facts = {"step": index + 1, "loss": smooth, "schedule": schedule.state_dict()}
-            save_training_state(state, tensors, model=model, optimizer=optimizer, facts=facts)
-            if look is not None:
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-                look(args.work_dir / "looks" / f"{name}-{index + 1:06d}.png")
-                ema.restore(model.parameters())
-            saved_at = time.monotonic()
-    ema.copy_to(model.parameters())
-    return (ended - began) / max(1, steps - half)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -297,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer_folder, vae, latents = (args.work_dir / name for name in ("tokenizer", "vae", "latents.safetensors"))
     stages = STAGES[: STAGES.index(args.until) + 1]
     if args.start_from:
-        copy_finished_parts(args.start_from, args.work_dir)
+        copy_finished_parts(args.start_from, args.work_dir, ("tokenizer",) if args.new_vae else ("tokenizer", "vae"))
     if not tokenizer_folder.exists():
         train_tokenizer(tokenizer_folder)
     if "vae" in stages and not vae.exists():

@@ -1,7 +1,8 @@
-"""Stickers: one emoji on a plain coloured background, and the words for it.
+"""Stickers: one emoji, or two, on a plain coloured background, and the words for it.
 
-    draw(glyph, colour, size, place)  ->  a 64 x 64 RGB image
-    caption(subject, colour)          ->  "a sticker of a fox face on a blue background"
+    draw(glyph, colour, size, place)      ->  a 64 x 64 RGB image
+    caption(subject, colour)              ->  "a sticker of a fox face on a blue background"
+    caption(phrase("left", "owl"), ...)   ->  "a sticker of an owl on the left on a blue background"
 
 The glyphs come from the Noto Color Emoji font (Debian: fonts-noto-color-emoji), a bitmap font whose only
 size is 109; their names come from `unicodedata`. Every image the shipped pipeline has seen, and every
@@ -61,11 +62,31 @@ HELD_OUT = {
 }
 
 TEMPLATES = (
-    "a sticker of {a} {name} on {b} {colour} background",
-    "{a} {name} sticker on {b} {colour} background",
-    "{a} {name} on {colour}",
-    "a sticker of {a} {name}, {colour} background",
+    "a sticker of {what} on {b} {colour} background",
+    "{what} sticker on {b} {colour} background",
+    "{what} on {colour}",
+    "a sticker of {what}, {colour} background",
 )
+SENTENCES = (TEMPLATES[0], TEMPLATES[3])  # the templates that can hold a phrase with a place
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of a sticker's figure. `size`: its longer side as a share of the image; `x`: its share of the room."""
+
+    words: str
+    size: tuple[float, float]
+    x: tuple[float, float] = (0.2, 0.8)
+
+
+LAYOUTS = {
+    "plain": Layout("{a} {name}", (0.60, 0.90)),
+    "small": Layout("a small {name}", (0.35, 0.45)),
+    "large": Layout("a large {name}", (0.88, 0.98)),
+    "left": Layout("{a} {name} on the left", (0.45, 0.55), (0.0, 0.1)),
+    "right": Layout("{a} {name} on the right", (0.45, 0.55), (0.9, 1.0)),
+    "pair": Layout("{a} {name} and {c} {other}", (0.44, 0.48), (0.0, 0.1)),  # the other one stands on the right
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +109,17 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def caption(name: str, colour: str, template: str = TEMPLATES[0]) -> str:
-    return template.format(a=article(name), name=name, b=article(colour), colour=colour)
+def phrase(layout: str, name: str, other: str = "") -> str:
+    """Return the words of a caption for the figure: "a small fox face", or for a pair "a fox face and an owl"."""
+    a, c = (article(noun) if noun else "" for noun in (name, other))
+    return LAYOUTS[layout].words.format(a=a, name=name, c=c, other=other)
+
+
+def caption(what: str, colour: str, template: str = TEMPLATES[0]) -> str:
+    """`what` is a subject's name, or a whole phrase with its article."""
+    if not what.startswith(("a ", "an ")):
+        what = phrase("plain", what)
+    return template.format(what=what, b=article(colour), colour=colour)
 
 
 @functools.cache
@@ -137,20 +167,34 @@ def draw(
     is left (0.5, 0.5 is the middle).
     """
     image = Image.new("RGB", (resolution, resolution), colour)
-    ink = glyph(emoji)
-    scale = size * resolution / max(ink.size)
-    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
-    left, top = (round(where * (resolution - side)) for where, side in zip(place, ink.size, strict=True))
-    image.paste(ink, (left, top), ink)
+    paste(image, glyph(emoji), size, place)
     return image
 
 
-def draw_at_random(emoji: str, colour: tuple[int, int, int], rng: random.Random) -> Image.Image:
-    """The training distribution: 60 to 90 % of the image, 20 to 80 % of the room, each channel +- 8."""
-    size = rng.uniform(0.60, 0.90)
-    place = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
+def paste(image: Image.Image, ink: Image.Image, size: float, place: tuple[float, float]) -> None:
+    """Put the RGBA image `ink` on `image`, `size` and `place` as in `draw`; a place outside of [0, 1] cuts it off."""
+    scale = size * image.width / max(ink.size)
+    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
+    left, top = (round(where * (image.width - side)) for where, side in zip(place, ink.size, strict=True))
+    image.paste(ink, (left, top), ink)
+
+
+def nearby(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    """Each channel +- 8."""
     red, green, blue = (min(255, max(0, channel + rng.randint(-8, 8))) for channel in colour)
-    return draw(emoji, (red, green, blue), size, place)
+    return red, green, blue
+
+
+def draw_at_random(
+    emoji: str, colour: tuple[int, int, int], rng: random.Random, layout: str = "plain", other: str = ""
+) -> Image.Image:
+    """The training distribution: sizes and places at random within the layout, the colour nearly the named one."""
+    size = rng.uniform(*LAYOUTS[layout].size)
+    place = (rng.uniform(*LAYOUTS[layout].x), rng.uniform(0.2, 0.8))
+    image = draw(emoji, nearby(colour, rng), size, place)
+    if other:
+        paste(image, glyph(other), size, (1 - place[0], rng.uniform(0.2, 0.8)))
+    return image
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""What the sticker pipeline can generate: a sheet to look at, and figures by a judge that knows no network.
+"""Evaluates the sticker pipeline by a sheet to look at, and by figures of a judge that knows no network.
 
 generate      one image per prompt, each from its own seed, 25 steps, guidance 4
 save_sheet    images of subjects in rows, one background per column
+judge_layouts how often a size, a place or a pair is what the caption says
 evaluate      96 subjects x 2 backgrounds, judged by `sticker_judge`; writes `evaluation.json` beside the pipeline
 """
 
 import json
 import platform
+import random
 import time
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sticker_data import BACKGROUNDS, RESOLUTION, caption, subjects
-from sticker_judge import ceiling, judge_background, judge_subject
+from sticker_autoencoder import reconstruction_figures
+from sticker_data import BACKGROUNDS, LAYOUTS, RESOLUTION, caption, draw_at_random, phrase, subjects
+from sticker_judge import ceiling, judge_background, judge_layout, judge_subject, sharpness
 
 INFERENCE_STEPS = 25
 GUIDANCE = 4.0
@@ -49,6 +52,21 @@ def save_sheet(pipeline: StableDiffusionPipeline, file: Path, rows: int) -> None
     sheet.save(file)
 
 
+def judge_layouts(pipeline: StableDiffusionPipeline) -> dict[str, float]:
+    """Share of right layouts: each on every sixth subject. In a pair both subjects have to be right as well."""
+    right = {}
+    for layout in LAYOUTS:
+        chosen = subjects()[::6]
+        others = [s.name if layout == "pair" else "" for s in reversed(chosen)]
+        wanted = list(zip([s.name for s in chosen], others, strict=True))
+        colours = [list(BACKGROUNDS)[i % len(BACKGROUNDS)] for i in range(len(wanted))]
+        prompts = [caption(phrase(layout, *names), colour) for names, colour in zip(wanted, colours, strict=True)]
+        images = generate(pipeline, prompts, list(range(len(prompts))))
+        judged = [judge_layout(image, layout, names) for image, names in zip(images, wanted, strict=True)]
+        right[layout] = sum(judged) / len(judged)
+    return right
+
+
 def evaluate(folder: Path, device: str) -> dict:
     """Generate every subject on two backgrounds, and judge the images; write figures and contact sheet."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)
@@ -59,10 +77,17 @@ def evaluate(folder: Path, device: str) -> dict:
     seconds = time.monotonic() - started
     judged = [(judge_subject(image), judge_background(image)) for image in images]
     pairs = list(zip(wanted, judged, strict=True))
+    rng, emoji = random.Random(0), {s.name: s.emoji for s in subjects()}
+    drawn = [draw_at_random(emoji[name], BACKGROUNDS[colour], rng) for name, colour in wanted]
+    reconstruction, sheet = reconstruction_figures(pipeline.vae, device)
+    sheet.save(folder / "reconstructions.png")
     figures = {
         "images": len(wanted),
         "right_subject": sum(want[0] == got[0] for want, got in pairs) / len(wanted),
         "right_background": sum(want[1] == got[1] for want, got in pairs) / len(wanted),
+        "sharpness": round(sharpness(images) / sharpness(drawn), 3),
+        "right_layout": judge_layouts(pipeline),
+        "reconstruction_psnr": reconstruction,
         "judge_ceiling": ceiling(),
         "num_inference_steps": INFERENCE_STEPS,
         "guidance_scale": GUIDANCE,
@@ -75,6 +100,6 @@ def evaluate(folder: Path, device: str) -> dict:
             "python": platform.python_version(),
         },
     }
-    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     save_sheet(pipeline, folder / "contact_sheet.png", rows=12)
     return figures

@@ -1,6 +1,6 @@
 """The networks of the embedded sticker pipeline, with weights yet to be trained.
 
-64 x 64 x 3  <- AutoencoderKL ->  8 x 8 x 16 latents
+64 x 64 x 3  <- AutoencoderKL ->  8 x 8 x 32 latents
 CLIPTextModel    4 layers, 128 wide, 32 tokens
 UNet             cross-attention blocks down, mid and up, 80 and 160 wide; v-prediction, zero terminal SNR
 """
@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sticker_data import RESOLUTION
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 32
 MAX_TOKENS = 32
 VOCABULARY = 1500
 
@@ -45,8 +45,10 @@ def make_tokenizer(folder: Path, corpus: Iterable[str]) -> None:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>").save_pretrained(
         folder
     )
@@ -68,7 +70,7 @@ def make_vae() -> AutoencoderKL:
 class StickerModel(nn.Module):
     """Text encoder and UNet as one trainable module: (noisy latents, timesteps, token ids) -> v."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, latent_channels: int = LATENT_CHANNELS) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -86,8 +88,8 @@ class StickerModel(nn.Module):
         )
         self.unet = UNet2DConditionModel(
             sample_size=RESOLUTION // 8,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
             block_out_channels=(80, 160),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -97,10 +99,18 @@ class StickerModel(nn.Module):
             norm_num_groups=16,
         )
 
-    def load_weights(self, pipeline: Path) -> None:
-        """Take the weights of a finished pipeline."""
+    def load_weights(self, pipeline: Path) -> list[str]:
+        """Take the weights of a finished pipeline. Layers of other shapes, which are those that read and write latents
+        of another autoencoder, start anew: their names are returned."""
+        fresh = []
         for name, kind in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel)):
-            getattr(self, name).load_state_dict(kind.from_pretrained(pipeline, subfolder=name).state_dict())
+            own = getattr(self, name)
+            shapes = {key: value.shape for key, value in own.state_dict().items()}
+            weights = kind.from_pretrained(pipeline, subfolder=name).state_dict()
+            fits = {key: value for key, value in weights.items() if value.shape == shapes.get(key)}
+            own.load_state_dict(fits, strict=False)
+            fresh += [f"{name}.{key}" for key in shapes if key not in fits]
+        return fresh
 
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
