@@ -1,4 +1,4 @@
-"""Which configurations of PEFT's LoRA are plain: W' = W + scaling * lora_B @ lora_A, with W the base as released.
+"""Says which configurations of PEFT's LoRA are plain: W' = W + scaling * lora_B @ lora_A, with W the base as released.
 
 Factors alone do not tell. `init_lora_weights="pissa"` takes the adapter's start out of the base weights, aLoRA adds the
 product only after some tokens, and so on. `FIELDS` gives every field of `peft.LoraConfig` (0.21) its meaning, and
@@ -13,7 +13,7 @@ from .utils.problems import printable, shortened
 
 
 class Meaning(StrEnum):
-    """What a field says of factors that are read from a file."""
+    """The meaning of a configuration's field for factors that are read from a file."""
 
     SCALING = "read with the factors"
     NO_EFFECT = "describes the training, or which modules are adapted, which the file's tensors say themselves"
@@ -54,17 +54,17 @@ UNMERGED = "is an unmerged ResLoRA; merge it (merged_factors), or take its run's
 
 
 def changes_the_base(init: object) -> bool:
-    """Whether an `init_lora_weights` moves the base weights away from the released ones."""
+    """Return whether an `init_lora_weights` moves the base weights away from the released ones."""
     return isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
 
 
 def keeps_the_base(init: object) -> bool:
-    """Whether an `init_lora_weights` is known to leave them."""
+    """Return whether an `init_lora_weights` is known to leave the base weights as they are."""
     return init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in KEEPS_THE_BASE)
 
 
 def not_plain(config: Mapping[str, Any], where: str, dora: bool = False) -> Iterator[str]:
-    """Why a stored PEFT configuration means more than its factors; each with the field and its value.
+    """Return the reasons why a stored PEFT configuration means more than its factors, each with field and value.
 
     Args:
         config: the fields, as PEFT or diffusers wrote them.
@@ -93,7 +93,7 @@ def not_plain(config: Mapping[str, Any], where: str, dora: bool = False) -> Iter
 
 
 def remedy(init: str) -> str:
-    """What to do with factors that belong to changed base weights."""
+    """Return advice on factors that belong to changed base weights."""
     why = "which changes the base weights: added to the released base, the factors mean something else"
     if init.startswith(CONVERTED_BY_PEFT):
         return (
@@ -104,7 +104,7 @@ def remedy(init: str) -> str:
 
 
 def is_unmerged(config: Mapping[str, Any]) -> bool:
-    """Whether its layers compute with a shortcut, which factors alone do not hold."""
+    """Return whether its layers compute with a shortcut, which factors alone do not hold."""
     return config.get("shortcut", "none") != "none" and config.get("num_previous") != 0
 
 

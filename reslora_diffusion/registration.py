@@ -12,15 +12,23 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-CORE = "reslora_diffusion.core"  # importing it registers
-
 
 def register_with_peft() -> None:
     """Register now, or when `peft` is imported."""
     if "peft" in sys.modules:
-        import_module(CORE)
+        register()
     elif not any(isinstance(finder, AfterPeft) for finder in sys.meta_path):
         sys.meta_path.insert(0, AfterPeft())
+
+
+def register() -> None:
+    """Import the module that writes ResLoRA into PEFT's tables.
+
+    If `core.config` is what imports PEFT now, that module could not import it; `core.config` asks again at its end.
+    """
+    config = sys.modules.get("reslora_diffusion.core.config")
+    if config is None or hasattr(config, "ResLoraConfig"):
+        import_module("reslora_diffusion.core.peft.model")
 
 
 class AfterPeft(MetaPathFinder):
@@ -48,7 +56,7 @@ class AfterPeft(MetaPathFinder):
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            import_module(CORE)
+            register()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""What a shortcut adds to LoRA's configuration, and what can be wrong with one. Known without torch and PEFT.
+"""The fields that a shortcut adds to LoRA's configuration, and the checks of them, without torch and PEFT.
 
     shortcut       which residual path joins the blocks of a chain while training
     num_previous   m, how many earlier blocks it reaches back to; None for all of them
@@ -21,7 +21,7 @@ UNMERGED_KEY = "shortcut_not_merged"
 
 
 class Shortcut(StrEnum):
-    """Where the residual path of a block starts (arXiv 2402.18039, section 3.2); see `core.functional`."""
+    """The residual path that joins blocks (arXiv 2402.18039, section 3.2); see `core.shortcuts`."""
 
     NONE = "none"
     INPUT = "input"
@@ -29,8 +29,11 @@ class Shortcut(StrEnum):
     MIDDLE = "middle"
 
 
+MERGE_EXACTLY = frozenset({Shortcut.NONE, Shortcut.BLOCK})  # into a plain LoRA, whatever the data; also as strings
+
+
 class MergeMethod(StrEnum):
-    """How a shortcut that depends on activations becomes a plain LoRA; see `core.merging`."""
+    """The way in which a shortcut that depends on activations becomes a plain LoRA; see `core.merging`."""
 
     LEAST_SQUARES = "least_squares"
     PAPER_INPUT = "paper_input"
@@ -54,7 +57,7 @@ CROSSES = (
     "DoRA takes norms of W + B A, and shortcut {shortcut!r} adds what other layers have computed, which is no part of "
     "a weight; wanted shortcut none or block"
 )
-WITHOUT_DORA = {str(shortcut): CROSSES.format(shortcut=str(shortcut)) for shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)}
+WITHOUT_DORA = {str(each): CROSSES.format(shortcut=str(each)) for each in Shortcut if each not in MERGE_EXACTLY}
 
 
 @dataclass
@@ -102,7 +105,7 @@ def faults(given: Mapping[str, Any]) -> list[str]:
         found.append(f"lora_dropout: got {dropout!r}, wanted 0 or more and below 1")
     if bad := {name: rank for name, rank in (values.get("rank_pattern") or {}).items() if rank < 1}:
         found.append(f"rank_pattern: got {bad}, wanted ranks of 1 or more")
-    if values.get("use_dora") and values["shortcut"] not in (Shortcut.NONE, Shortcut.BLOCK) and count != 0:
+    if values.get("use_dora") and values["shortcut"] not in MERGE_EXACTLY and count != 0:
         found.append(f"use_dora: {WITHOUT_DORA.get(values['shortcut'], 'wanted shortcut none or block')}")
     found += [
         f"{name}: got {values[name]!r}, which does not combine with a shortcut; use PEFT's LoraConfig"
@@ -120,7 +123,7 @@ def faults(given: Mapping[str, Any]) -> list[str]:
 
 
 def initialisation_faults(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `init_lora_weights` beside the shortcut."""
+    """Problems with `init_lora_weights` beside the shortcut."""
     init = values.get("init_lora_weights")
     if not isinstance(init, str):
         return []

@@ -9,8 +9,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_plain(tensor: object) -> bool:
-    """Whether a tensor holds floats as they are: torchao's packed weights say that they do, and cannot be summed up."""
-    return isinstance(tensor, Tensor) and tensor.dtype in FLOATS and not type(tensor).__module__.startswith("torchao")
+    """Return whether a tensor holds floats as they are. torchao's packed weights have a float type, and cannot be
+    summed up; weights that another process is going to send are on the meta device."""
+    held = isinstance(tensor, Tensor) and tensor.dtype in FLOATS and not tensor.is_meta
+    return held and not type(tensor).__module__.startswith("torchao")
 
 
 @torch.no_grad()

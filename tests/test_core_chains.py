@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import build, inputs, output, randomise
-from reslora_diffusion import ResLoraConfig, attach, explain, get_controller
+from reslora_diffusion import ResLoraConfig, attach, explain, get_adapter
 from reslora_diffusion.core.chains import Site, build_chains, windows
 from reslora_diffusion.core.config import Shortcut
 from reslora_diffusion.core.shortcuts import SHORTCUTS
@@ -98,7 +98,7 @@ def test_link_counts(name: str) -> None:
     with torch.device("meta"):
         model = make()
         attach(model, ResLoraConfig(r=2, target_modules=targets, shortcut="input"))
-        controller = get_controller(model)
+        controller = get_adapter(model)
         assert len(controller.sites) == sites
         for shortcut, links in zip(("input", "middle", "block"), counts, strict=True):
             chains = build_chains(controller.sites.values(), SHORTCUTS[Shortcut(shortcut)].links)
@@ -109,7 +109,7 @@ def test_link_counts(name: str) -> None:
 def test_unet_order_is_down_mid_up() -> None:
     model = build("unet")
     attach(model, ResLoraConfig(r=2, target_modules=["attn2.to_k"], shortcut="input"))
-    (chain,) = get_controller(model).chains
+    (chain,) = get_adapter(model).chains
     stages = [site.name.split(".")[0] for site in chain.sites]
     assert stages == ["down_blocks", "down_blocks", "mid_block", "up_blocks", "up_blocks", "up_blocks", "up_blocks"]
     assert {site.tokens for site in chain.sites} == {"prompt"}
@@ -120,7 +120,7 @@ def test_chains_are_those_that_really_run() -> None:
     model = build("unet")
     attach(model, ResLoraConfig(r=2, target_modules=ATTENTION, shortcut="input"))
     model.double()
-    controller, called = get_controller(model), []
+    controller, called = get_adapter(model), []
     for name, layer in controller.layers.items():
         layer.register_forward_pre_hook(lambda module, args, name=name: called.append(name))
     output("unet", model, inputs("unet"))
@@ -133,13 +133,13 @@ def test_chains_are_those_that_really_run() -> None:
 def test_equal_widths_at_other_resolutions_are_not_joined() -> None:
     model = build("unet")
     attach(model, ResLoraConfig(r=2, target_modules=["attn1.to_q"], shortcut="input"))
-    assert [len(chain.sites) for chain in get_controller(model).chains] == [1, 4, 2]  # 8 x 8, then 4 x 4, then 8 x 8
+    assert [len(chain.sites) for chain in get_adapter(model).chains] == [1, 4, 2]  # 8 x 8, then 4 x 4, then 8 x 8
     other = build("unet")
     attach(other, ResLoraConfig(r=2, target_modules=["attn1.to_q"], shortcut="block"))
-    assert [len(chain.sites) for chain in get_controller(other).chains] == [7]
+    assert [len(chain.sites) for chain in get_adapter(other).chains] == [7]
     cut = build("unet")
     attach(cut, ResLoraConfig(r=2, target_modules=["attn1.to_q"], shortcut="block", same_resolution_only=True))
-    assert [len(chain.sites) for chain in get_controller(cut).chains] == [1, 4, 2]
+    assert [len(chain.sites) for chain in get_adapter(cut).chains] == [1, 4, 2]
 
 
 def test_windows_do_not_cross_the_ends_of_chains() -> None:
@@ -168,7 +168,7 @@ def test_encoder_and_decoder_are_different_chains() -> None:
         T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=3, num_heads=2)
     )
     attach(model, ResLoraConfig(r=2, target_modules=["q", "v"], shortcut="input"))
-    roles = {chain.role: len(chain.sites) for chain in get_controller(model).chains}
+    roles = {chain.role: len(chain.sites) for chain in get_adapter(model).chains}
     assert roles == {
         "encoder.SelfAttention.q": 3,
         "encoder.SelfAttention.v": 3,
@@ -194,7 +194,7 @@ def test_experts_are_left_unlinked() -> None:
     model = nn.Sequential(*(Layer() for _ in range(3)))
     attach(model, ResLoraConfig(r=2, target_modules=["up", "down"], shortcut="middle"))
     randomise(model)
-    chains = {chain.sites[0].name: chain for chain in get_controller(model).chains}
+    chains = {chain.sites[0].name: chain for chain in get_adapter(model).chains}
     assert len(chains["0.down"].sites) == 3
     assert len(chains["1.experts.0.up"].sites) == 1
     assert "expert" in chains["1.experts.0.up"].sites[0].unlinked
@@ -212,7 +212,7 @@ def shared_layers(count: int = 3) -> nn.Module:
 def test_a_layer_under_several_names_is_left_unlinked() -> None:
     model = shared_layers()
     attach(model, ResLoraConfig(r=2, target_modules=["up"], shortcut="middle"))
-    sites = [site for chain in get_controller(model).chains for site in chain.sites]
+    sites = [site for chain in get_adapter(model).chains for site in chain.sites]
     assert all("also known as" in site.unlinked for site in sites)
     model(torch.randn(2, 4)).sum().backward()
 
@@ -255,4 +255,4 @@ def test_a_predecessor_that_does_not_fit_is_skipped_counted_and_told_once() -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(3, 6, 4))
-    assert get_controller(model).skipped == {"layers.2": 2}
+    assert get_adapter(model).skipped == {"layers.2": 2}

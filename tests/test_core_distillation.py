@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import inputs
-from reslora_diffusion import calibrate, distill, get_controller, merged_factors, merged_forward
+from reslora_diffusion import calibrate, distill, get_adapter, merged_factors, merged_forward
 from test_core_merging import BATCHES, HELD_OUT, adapted, forward
 
 MANY = [inputs("llama", batch=8, seed=n) for n in range(32)]  # enough tokens not to be learned by heart
@@ -81,6 +81,6 @@ def test_what_is_missing_is_said() -> None:
     model = adapted("input")
     with pytest.raises(ValueError, match="call calibrate"):
         distill(model, BATCHES, forward)
-    get_controller(model).config.merge_method = "drop"
+    get_adapter(model).config.merge_method = "drop"
     with pytest.raises(ValueError, match=r"got 1 batches, wanted at least 2(?s:.*)merge_method drop keeps no"):
         distill(model, BATCHES[:1], forward)

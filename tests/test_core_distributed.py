@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by itself
 from models import inputs, output  # noqa: E402
-from reslora_diffusion import calibrate, get_controller, handover, merged_factors  # noqa: E402
+from reslora_diffusion import calibrate, get_adapter, handover, merged_factors  # noqa: E402
 from test_core_shortcuts import adapted  # noqa: E402
 
 CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None)]
@@ -56,7 +56,7 @@ def compare(rank: int, port: int, wrap: str, checkpointing: bool, errors: dict) 
             model.train()
         wrapped = {"ddp": by_ddp, "fsdp": by_fsdp}[wrap](model)
         mean_loss(output("llama", wrapped, inputs("llama", seed=rank))).backward()
-        assert get_controller(model).skipped == {}
+        assert get_adapter(model).skipped == {}
         found = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
         assert found.keys() == wanted.keys()
         worst = max((found[name] - wanted[name]).abs().max().item() for name in wanted)
@@ -81,7 +81,7 @@ def calibrate_apart(rank: int, port: int, results: dict) -> None:
 
 def merge_everything(model: nn.Module, batches: list) -> dict[str, torch.Tensor]:
     """What comes of a model by each way out: factors by two methods, outputs merged, unmerged and handed over."""
-    controller, found = get_controller(model), {}
+    controller, found = get_adapter(model), {}
     for method in ("paper_weight", "least_squares"):
         controller.config.merge_method = method
         calibrate(model, batches, lambda m, batch: m(*batch))

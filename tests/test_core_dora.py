@@ -16,7 +16,7 @@ from reslora_diffusion import (
     ResLoraConfig,
     attach,
     explain,
-    get_controller,
+    get_adapter,
     merged_factors,
     merged_forward,
     merged_state_dict,
@@ -56,7 +56,7 @@ def stretch(model: nn.Module, adapter_name: str = "default", seed: int = 3) -> N
 
 
 def given(model: nn.Module) -> dict[str, tuple]:
-    controller = get_controller(model)
+    controller = get_adapter(model)
     return {
         name: (
             *controller.factors(name),
@@ -77,7 +77,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def reference(name: str, model: nn.Module) -> tuple[nn.Module, dict]:
     base = build(name)
-    return base, decompose_naively(base, given(model), get_controller(model).windows)
+    return base, decompose_naively(base, given(model), get_adapter(model).windows)
 
 
 @pytest.mark.parametrize(("shortcut", "num_previous"), CASES)
@@ -94,7 +94,7 @@ def test_three_steps_are_those_of_the_paper(name: str, shortcut: str, num_previo
         for y, optimizer in ((got, ours), (wanted, theirs)):
             optimizer.zero_grad()
             loss_of(y).backward()
-        for path, layer in get_controller(model).layers.items():
+        for path, layer in get_adapter(model).layers.items():
             for side, grad in (
                 (layer.lora_A, layers[path].lora_A.grad),
                 (layer.lora_B, layers[path].lora_B.grad),
@@ -271,7 +271,7 @@ def test_what_was_saved_is_loaded(tmp_path) -> None:
     stretch(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path).double()
-    assert get_controller(loaded).dora
+    assert get_adapter(loaded).dora
     args = inputs("llama")
     assert torch.allclose(output("llama", loaded, args), output("llama", model, args), atol=1e-5)
     copied = copy.deepcopy(model)
@@ -326,7 +326,7 @@ def test_a_closed_block_leaves_rows_as_long_as_they_are() -> None:
     base = output("llama", build("llama"), args)
     for gate in (0.0, torch.zeros(())):
         model = with_dora("llama")
-        get_controller(model).set_gates(dict.fromkeys(get_controller(model).sites, gate))
+        get_adapter(model).set_gates(dict.fromkeys(get_adapter(model).sites, gate))
         assert torch.allclose(output("llama", model, args), base, atol=1e-12)
 
 
@@ -363,7 +363,7 @@ def test_dropped_blocks_keep_their_magnitudes() -> None:
         schedule.after_backward(0)
         closed = [name for number, block in schedule.closed for name in schedule.groups[number, block]]
         assert closed
-        for name, layer in get_controller(model).layers.items():
+        for name, layer in get_adapter(model).layers.items():
             m = layer.lora_magnitude_vector["default"].weight
             assert (m.grad is None) == (name in closed), name
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from models import build, inputs, output
 from reference import adapt_naively
-from reslora_diffusion import explain_kernels, get_controller, merged_factors, merged_forward
+from reslora_diffusion import explain_kernels, get_adapter, merged_factors, merged_forward
 from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
 from test_core_shortcuts import adapted, factors_of, gradients, loss_of
 
@@ -17,7 +17,7 @@ CASES = [("none", 1), ("input", 1), ("block", 2), ("middle", 2), ("middle", None
 
 def with_gates(model: nn.Module, on_device: bool) -> dict[str, object]:
     """Every third block closed."""
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     numbers = {name: float(place % 3 != 1) for place, name in enumerate(adapter.sites)}
     gates = {name: torch.tensor(gate, dtype=torch.float64) if on_device else gate for name, gate in numbers.items()}
     adapter.set_gates(gates)
@@ -53,13 +53,13 @@ def test_a_gate_acts_wherever_a_block_is_used(shortcut: str, num_previous: int |
             assert (gradient - reference).abs().max() <= 1e-10 * reference.abs().max(), key
         else:
             assert gradient is None or not gradient.any(), key
-    get_controller(model).set_gates({})
+    get_adapter(model).set_gates({})
     assert torch.allclose(output("llama", model, inputs("llama")), open_output, atol=1e-12)
 
 
 def test_a_closed_number_costs_no_product_of_low_rank() -> None:
     model = adapted("llama", "none", 1)
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     adapter.set_gates(dict.fromkeys(adapter.sites, 0.0))
     out = output("llama", model, inputs("llama"))
     assert set(explain_kernels(model).layers.values()) == {("closed", "its gate is 0")}
@@ -99,7 +99,7 @@ def test_a_gate_on_the_device_changes_without_recompilation(shortcut: str) -> No
 
     compiled = torch.compile(lambda *args: output("llama", model, args), backend=backend)
     for round_of in range(3):
-        for place, gate in enumerate(get_controller(model).gates.values()):
+        for place, gate in enumerate(get_adapter(model).gates.values()):
             gate.fill_(float((place + round_of) % 2))
         got = compiled(*inputs("llama"))
         assert torch.allclose(got, output("llama", model, inputs("llama")), atol=1e-12)
@@ -110,7 +110,7 @@ def test_a_gate_on_the_device_changes_without_recompilation(shortcut: str) -> No
 @pytest.mark.parametrize(("shortcut", "num_previous"), [("none", 1), ("block", 2)])
 def test_frozen_factors_stand_beside_the_trained_ones(shortcut: str, num_previous: int) -> None:
     model = adapted("llama", shortcut, num_previous)
-    adapter, own = get_controller(model), factors_of(model)
+    adapter, own = get_adapter(model), factors_of(model)
     torch.manual_seed(1)
     frozen = {
         name: (torch.randn(2, A.shape[1], dtype=A.dtype) / 4, torch.randn(B.shape[0], 2, dtype=B.dtype) / 4)
@@ -139,7 +139,7 @@ def test_frozen_factors_stand_beside_the_trained_ones(shortcut: str, num_previou
 
 
 def test_frozen_factors_and_gates_are_refused_where_they_do_not_fit() -> None:
-    adapter = get_controller(adapted("llama", "middle", 1))
+    adapter = get_adapter(adapted("llama", "middle", 1))
     with pytest.raises(ValueError, match="no layers nonsense; it has such as model.layers.0"):
         adapter.set_gates({"nonsense": 0.0})
     name = next(iter(adapter.sites))
@@ -149,10 +149,10 @@ def test_frozen_factors_and_gates_are_refused_where_they_do_not_fit() -> None:
 
 def test_a_transform_scales_the_whole_layer() -> None:
     model, base = adapted("llama", "block", 1), build("llama")
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     adapter.transform = lambda layer, op: lambda h: 0.5 * h
     half = adapted("llama", "block", 1)
-    for layer in get_controller(half).layers.values():
+    for layer in get_adapter(half).layers.values():
         layer.base_layer.weight.data.mul_(0.5)
         layer.scaling["default"] *= 0.5
     args = inputs("llama")

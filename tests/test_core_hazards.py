@@ -4,6 +4,8 @@ The reference runs every forward with its own backward, without checkpointing, a
 """
 
 import contextlib
+import copy
+import threading
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models import build, inputs, output, randomise
-from reslora_diffusion import ResLoraConfig, attach, get_controller
+from reslora_diffusion import ResLoraConfig, attach, get_adapter
 from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
 
 MODELS = ("unet", "clip", "llama")
@@ -41,7 +43,7 @@ def accumulation(name: str, model: nn.Module) -> None:
 
 
 def exception_in_mid_forward(name: str, model: nn.Module) -> None:
-    victim = list(get_controller(model).layers.values())[len(get_controller(model).layers) // 2]
+    victim = list(get_adapter(model).layers.values())[len(get_adapter(model).layers) // 2]
 
     def fail(module: nn.Module, args: tuple) -> None:
         raise ZeroDivisionError
@@ -50,7 +52,7 @@ def exception_in_mid_forward(name: str, model: nn.Module) -> None:
     with contextlib.suppress(ZeroDivisionError):
         output(name, model, inputs(name, seed=3))
     hook.remove()
-    assert get_controller(model).context.scope is None
+    assert get_adapter(model).context.scope is None
     forward_backward(name, model)
 
 
@@ -168,9 +170,9 @@ def test_checkpointing_by_hand_needs_context_fn_and_says_so() -> None:
         model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
         return model
 
-    with pytest.raises(RuntimeError, match="context_fn=get_controller"):
+    with pytest.raises(RuntimeError, match="context_fn=get_adapter"):
         run(None)
-    right = run(lambda model: get_controller(model).context_fn)
+    right = run(lambda model: get_adapter(model).context_fn)
     assert all(p.grad is not None for p in right.parameters() if p.requires_grad)
 
 
@@ -186,7 +188,7 @@ def test_nested_checkpointing() -> None:
                 return self.layers[first](x).tanh()
             for start in (first, first + count // 2):
                 if depth:
-                    context_fn = get_controller(self).context_fn
+                    context_fn = get_adapter(self).context_fn
                     part = partial(self.run, depth - 1, start, count // 2)
                     x = checkpoint(part, x, use_reentrant=False, context_fn=context_fn)
                 else:
@@ -223,7 +225,7 @@ def test_bf16_base_with_fp32_adapters(shortcut: str, num_previous: int | None) -
     assert out.dtype is torch.bfloat16
     loss_of(out.double()).backward()
     got, wanted = [], []
-    for name, layer in get_controller(model).layers.items():
+    for name, layer in get_adapter(model).layers.items():
         for side in ("lora_A", "lora_B"):
             got.append(getattr(layer, side)["default"].weight.grad)
             wanted.append(getattr(blocks[name], side).grad)
@@ -236,15 +238,78 @@ def test_bf16_base_with_fp32_adapters(shortcut: str, num_previous: int | None) -
 def test_a_layer_called_by_itself_is_refused(shortcut: str) -> None:
     model = adapted("llama", shortcut, 1)
     with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj with shortcut .* ran outside a forward"):
-        get_controller(model).layers["model.layers.1.self_attn.q_proj"](torch.zeros(1, 2, 16, dtype=torch.float64))
+        get_adapter(model).layers["model.layers.1.self_attn.q_proj"](torch.zeros(1, 2, 16, dtype=torch.float64))
 
 
-def test_data_parallel_is_refused() -> None:
-    model = adapted("clip", "middle", 1)
+@pytest.mark.parametrize("shortcut", ["none", "middle"])
+def test_data_parallel_is_refused(shortcut: str) -> None:
+    model = adapted("clip", shortcut, 1)
     model._is_replica = True  # what torch.nn.parallel.replicate writes on its copies
-    get_controller(model).root._is_replica = True
+    get_adapter(model).root._is_replica = True
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         output("clip", model, inputs("clip"))
+
+
+@pytest.mark.parametrize(("shortcut", "num_previous"), SHORTCUTS)
+def test_threads_do_not_read_each_others_values(shortcut: str, num_previous: int | None) -> None:
+    """A second thread begins in the middle of a forward, and the first goes on in the middle of that one."""
+    model = adapted("llama", shortcut, num_previous)
+    wanted = [output("llama", model, inputs("llama", seed=seed)).detach() for seed in (0, 1)]
+    layers = list(get_adapter(model).layers.values())
+    middle, waits = layers[len(layers) // 2], [threading.Event(), threading.Event()]
+    got: list[object] = [None, None]
+
+    def pause(module: nn.Module, args: tuple) -> None:
+        first = threading.current_thread().name == "0"
+        waits[0 if first else 1].set()
+        waits[1 if first else 0].wait(20)
+
+    def run(seed: int) -> None:
+        try:
+            got[seed] = output("llama", model, inputs("llama", seed=seed)).detach()
+        except RuntimeError as error:
+            got[seed] = error
+        waits[seed].set()
+
+    hook = middle.register_forward_pre_hook(pause)
+    threads = [threading.Thread(target=run, args=(seed,), name=str(seed)) for seed in (0, 1)]
+    threads[0].start()
+    assert waits[0].wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+    assert torch.equal(got[0], wanted[0])
+    if get_adapter(model).crosses_layers:
+        assert "two threads" in str(got[1])
+    else:
+        assert torch.equal(got[1], wanted[1])
+    assert torch.equal(output("llama", model, inputs("llama", seed=1)), wanted[1])
+
+
+@pytest.mark.parametrize(("shortcut", "num_previous"), SHORTCUTS)
+def test_nothing_outlives_a_forward_that_ctrl_c_ends(shortcut: str, num_previous: int | None) -> None:
+    """Torch calls no hooks then. Factors are packed over a base of bfloat16, and those of before must not be used."""
+    model = adapted("llama", shortcut, num_previous)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
+    untouched, adapter = copy.deepcopy(model), get_adapter(model)
+    before = output("llama", model, inputs("llama"))
+
+    def interrupt(module: nn.Module, args: tuple) -> None:
+        raise KeyboardInterrupt
+
+    hook = list(adapter.layers.values())[-1].register_forward_pre_hook(interrupt)
+    for seed in (1, 2):
+        with contextlib.suppress(KeyboardInterrupt):
+            output("llama", model, inputs("llama", seed=seed))
+    hook.remove()
+    for each in (model, untouched):  # factors with gates are not packed
+        get_adapter(each).set_gates(dict.fromkeys(list(adapter.sites)[::2], 0.0))
+    got, wanted = (output("llama", each, inputs("llama")) for each in (model, untouched))
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, before)
+    assert (adapter.context.scope, adapter.context.outer) == (None, [])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import UNET_TARGETS, build, inputs, output, randomise
-from reslora_diffusion import ResLoraConfig, attach, explain_kernels, get_controller
+from reslora_diffusion import ResLoraConfig, attach, explain_kernels, get_adapter
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import KERNELS, choose, grouped_linears
 from reslora_diffusion.core.packed import Layout, pack
@@ -183,10 +183,10 @@ def test_packed_factors_get_the_sum_of_their_gradients() -> None:
     torch.manual_seed(0)
     factors = [leaf(2, 4), leaf(3, 4), leaf(5, 2), leaf(5, 3)]
     layouts = [Layout((0, 1), 0), Layout((1,), 0), Layout((1, 0, 1), 0), Layout((2, 3), 1), Layout((3,), 1)]
-    for layout, got in zip(layouts, pack(layouts, factors, torch.float64), strict=True):
+    for layout, got in zip(layouts, pack(layouts, factors, torch.float64, torch.device("cpu")), strict=True):
         assert torch.equal(got, torch.cat([factors[p] for p in layout.parts], layout.dim))
-    assert torch.autograd.gradcheck(lambda *f: pack(layouts, f, torch.float64), factors)
-    assert torch.autograd.gradgradcheck(lambda *f: pack(layouts, f, torch.float64), factors)
+    assert torch.autograd.gradcheck(lambda *f: pack(layouts, f, torch.float64, torch.device("cpu")), factors)
+    assert torch.autograd.gradgradcheck(lambda *f: pack(layouts, f, torch.float64, torch.device("cpu")), factors)
 
 
 # ------------------------------------------------------------------------------------------------- in whole models
@@ -208,7 +208,7 @@ def kernels_of(model: nn.Module) -> set[str]:
 def test_every_kernel_computes_every_shortcut(shortcut: str, num_previous: int | None, name: str) -> None:
     model = adapted("llama", shortcut, num_previous)
     wanted, wanted_gradients = run(model, "llama")
-    get_controller(model).kernel = name
+    get_adapter(model).kernel = name
     got, got_gradients = run(model, "llama")
     assert kernels_of(model) == {name}
     assert (got - wanted).abs().max() < 1e-12
@@ -227,7 +227,7 @@ def test_packed_factors_change_nothing(shortcut: str, num_previous: int | None, 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     adapter.set_gates(dict.fromkeys(adapter.sites, 1.0))  # which are not packed
     wanted, wanted_gradients = run(model)
     adapter.set_gates({})
@@ -272,7 +272,7 @@ def test_without_gradients_inside_with(shortcut: str) -> None:
     model = adapted("llama", shortcut, 1)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.float64)
-    controller, found = get_controller(model), []
+    controller, found = get_adapter(model), []
     layer = controller.layers["model.layers.0.self_attn.q_proj"]
     inner = layer.forward
 
@@ -325,7 +325,7 @@ def test_explain_kernels_says_which_and_why() -> None:
 
 def test_odd_bases_compute_their_own_output_and_it_is_said() -> None:
     model = adapted("llama", "block", 1)
-    layers = get_controller(model).layers
+    layers = get_adapter(model).layers
     hooked, trained = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
     layers[hooked].base_layer.register_forward_hook(lambda module, args, out: None)
     layers[trained].base_layer.weight.requires_grad_()
@@ -340,7 +340,7 @@ def test_several_adapters_at_once_and_hooks_on_the_base() -> None:
     model = adapted("llama", "input", 1)
     wanted, _ = run(model, "llama")
     seen = []
-    layer = get_controller(model).layers["model.layers.1.self_attn.q_proj"]
+    layer = get_adapter(model).layers["model.layers.1.self_attn.q_proj"]
     handle = layer.base_layer.register_forward_hook(lambda module, args, out: seen.append(out))
     got, _ = run(model, "llama")
     assert len(seen) == 1

@@ -14,7 +14,7 @@ from reslora_diffusion import (
     calibrate,
     distill,
     explain,
-    get_controller,
+    get_adapter,
     handover,
     merge_report,
     merged_factors,
@@ -24,6 +24,7 @@ from reslora_diffusion import (
 from reslora_diffusion.core.merging import calibrate as calibration
 from reslora_diffusion.core.merging.corrections import RIDGE, least_squares_correction
 from reslora_diffusion.core.merging.statistics import Moments
+from schedule_free import AveragedSGD
 
 BATCHES = [inputs("llama", batch=4, seed=n) for n in range(6)]
 HELD_OUT = [inputs("llama", batch=4, seed=n) for n in range(100, 103)]
@@ -54,10 +55,10 @@ def adapted(shortcut: str, method: str = "least_squares", num_previous: int | No
 
 def recorded(model: nn.Module, batches: list) -> dict[str, list[torch.Tensor]]:
     """Inputs of every adapted layer, [T, in] per batch."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in get_controller(model).layers}
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in get_adapter(model).layers}
     hooks = [
         layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].flatten(0, 1)))
-        for name, layer in get_controller(model).layers.items()
+        for name, layer in get_adapter(model).layers.items()
     ]
     with torch.no_grad():
         for batch in batches:
@@ -75,7 +76,7 @@ def neighbour(name: str, back: int = 1) -> str:
 @pytest.mark.parametrize(("shortcut", "num_previous"), [("input", 1), ("middle", 1), ("middle", 2), ("middle", None)])
 def test_least_squares_is_the_regression_it_says(shortcut: str, num_previous: int | None) -> None:
     model = adapted(shortcut, num_previous=num_previous)
-    controller, x = get_controller(model), recorded(model, BATCHES)
+    controller, x = get_adapter(model), recorded(model, BATCHES)
     calibrate(model, BATCHES, forward)
     merged = merged_factors(model)
     for name in controller.layers:
@@ -102,7 +103,7 @@ def test_least_squares_is_the_regression_it_says(shortcut: str, num_previous: in
 def test_paper_input_is_a_ratio_of_norms() -> None:
     for shortcut in ("input", "middle"):
         model = adapted(shortcut, "paper_input", 1)
-        controller, x = get_controller(model), recorded(model, BATCHES)
+        controller, x = get_adapter(model), recorded(model, BATCHES)
         calibrate(model, BATCHES, forward)
         name = "model.layers.2.mlp.up_proj"
         A, before = controller.factors(name)[0], neighbour(name)
@@ -118,7 +119,7 @@ def test_paper_input_is_a_ratio_of_norms() -> None:
 
 def test_paper_weight_uses_merged_weights_in_order() -> None:
     model = adapted("input", "paper_weight")
-    controller = get_controller(model)
+    controller = get_adapter(model)
     merged = merged_factors(model)
     norms = []
     for layer in range(4):
@@ -133,7 +134,7 @@ def test_paper_weight_uses_merged_weights_in_order() -> None:
 def test_drop_is_the_plain_factors() -> None:
     model = adapted("middle", "drop")
     for name, factors in merged_factors(model).items():
-        assert torch.equal(factors.lora_A, get_controller(model).factors(name)[0])
+        assert torch.equal(factors.lora_A, get_adapter(model).factors(name)[0])
 
 
 @pytest.mark.parametrize("num_previous", [1, 2, None])
@@ -143,11 +144,17 @@ def test_block_is_concatenated_exactly(num_previous: int | None) -> None:
     ranks = [len(factors[f"model.layers.{n}.self_attn.q_proj"].lora_A) for n in range(4)]
     assert ranks == [3 * (1 + min(n, num_previous if num_previous is not None else n)) for n in range(4)]
     args = HELD_OUT[0]
+    trained = forward(model, args)
     with merged_forward(model):
-        assert torch.allclose(forward(model, args), forward(model, args))
-        exported = forward(model, args)
-    assert torch.allclose(exported, forward(model, args), atol=1e-12)
+        assert torch.allclose(forward(model, args), trained, rtol=0, atol=1e-12)
     assert relative_output_errors(model, HELD_OUT, forward) == dict.fromkeys(factors, 0.0)
+    layers = {name: model.get_submodule(name) for name in factors}
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    assert (forward(model, args) - trained).abs().max() > 1e-3
+    for name, (lora_A, lora_B, scaling) in factors.items():  # into the weights of the base, by hand
+        layers[name].base_layer.weight.data += scaling * lora_B @ lora_A
+    assert torch.allclose(forward(model, args), trained, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -165,7 +172,7 @@ def test_output_error_is_that_of_the_layers_outputs() -> None:
     model = adapted("input")
     calibrate(model, BATCHES, forward)
     name = "model.layers.3.mlp.down_proj"
-    controller, x = get_controller(model), recorded(model, HELD_OUT)
+    controller, x = get_adapter(model), recorded(model, HELD_OUT)
     A, B = controller.factors(name)
     merged = merged_factors(model)[name]
     now, before = torch.cat(x[name]), torch.cat(x[neighbour(name)])
@@ -234,12 +241,38 @@ def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypat
 
 def test_projections_of_one_tensor_share_their_moments() -> None:
     model = adapted("input")
-    controller = get_controller(model)
+    controller = get_adapter(model)
     moments = Moments(controller, set(controller.sites))
     calibration.observe(controller, moments, model, BATCHES[:2], forward)
     q, k, v = (f"model.layers.2.self_attn.{p}_proj" for p in "qkv")
     assert moments.leader[q] == moments.leader[k] == moments.leader[v] == q
     assert len(moments.second) == 4 * 4  # per layer: qkv, o, gate and up, down
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ["q k", "q,k", "k,q"],  # one tensor, then two
+        ["q,k", "q k"],  # two, then one
+        ["q k", "q", "q k"],  # a layer that does not run in every batch
+        ["q", "q k"],
+        ["a,q k", "a q k", "a q,k"],
+    ],
+)
+def test_moments_are_of_what_each_layer_has_read(batches: list[str]) -> None:
+    """Layers that share a sum at first may read other tensors later, or none."""
+    moments = Moments(get_adapter(adapted("input")), set("aqk"))
+    wanted: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        moments.start_batch()
+        for names in batch.split(","):
+            x = torch.randn(5, 4, dtype=torch.float64)
+            for name in names.split():
+                moments.add_second(name, x, x)
+                wanted[name] = wanted.get(name, 0) + x.T @ x
+    moments.start_batch()
+    for name, second in wanted.items():
+        assert torch.allclose(moments.second_of(name), second), name
 
 
 def test_calibration_leaves_the_model_as_it_was() -> None:
@@ -248,7 +281,7 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     calibrate(model, BATCHES[:1], forward)
     assert [module.training for module in model.modules()] == modes
-    assert get_controller(model).observer is None
+    assert get_adapter(model).observer is None
     with pytest.raises(ValueError, match="got no batches"):
         calibrate(model, [], forward)
 
@@ -292,9 +325,17 @@ def test_handover_computes_what_was_exported_and_trains_on(shortcut: str) -> Non
     with merged_forward(model):
         exported = forward(model, args)
     moments = {id(p): copy.deepcopy(state) for p, state in optimizer.state.items()}
+    controller = get_adapter(model)
+    names, windows = list(controller.layers), dict(controller.windows)
+    old = {name: [moments[id(factor)]["exp_avg"] for factor in controller.factors(name)] for name in names}
     handover(model, optimizer=optimizer)
+    if shortcut == "block":  # a block's moments go with its factors into every block that reaches it
+        for name in names:
+            for side, factor in enumerate(controller.factors(name)):
+                wanted = torch.cat([old[n][side] for n in (name, *windows[name])], dim=side)
+                assert torch.equal(optimizer.state[factor]["exp_avg"], wanted), name
     assert torch.allclose(forward(model, args), exported, atol=1e-12)
-    assert get_controller(model).explain().links == 0
+    assert get_adapter(model).explain().links == 0
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in trained}
     for parameter in trained:
@@ -312,6 +353,29 @@ def test_handover_computes_what_was_exported_and_trains_on(shortcut: str) -> Non
         assert torch.allclose(forward(model, args), after, atol=1e-12)
     report = merge_report(model, HELD_OUT, forward, lambda m, b: forward(m, b).square().mean())
     assert report.gap == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
+def test_a_handover_moves_the_points_of_a_schedule_free_optimizer_too(shortcut: str) -> None:
+    """Without gradients such an optimizer goes nowhere: the model stays the folded one, as it is trained and used."""
+    model = adapted(shortcut, num_previous=1)
+    optimizer = AveragedSGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer.train()
+    forward(model, HELD_OUT[0]).square().mean().backward()
+    optimizer.step()
+    calibrate(model, BATCHES, forward)
+    with merged_forward(model):
+        exported = forward(model, HELD_OUT[0])
+    before = forward(model, HELD_OUT[0])
+    handover(model, optimizer=optimizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert shortcut == "block" or (exported - before).abs().max() > 1e-3
+    for _ in range(2):
+        assert torch.allclose(forward(model, HELD_OUT[0]), exported, atol=1e-4)
+        optimizer.eval()
 
 
 def test_handover_of_block_is_saved_and_loaded(tmp_path) -> None:
@@ -373,7 +437,7 @@ def test_torchs_own_attention_stays_plain_lora() -> None:
     base = model(x)
     attach(model, ResLoraConfig(r=2, target_modules=r"attention|layers\.\d", shortcut="middle"))
     randomise(model)
-    assert list(get_controller(model).layers) == ["layers.0", "layers.1"]
+    assert list(get_adapter(model).layers) == ["layers.0", "layers.1"]
     assert "plain LoRA, joined to nothing: 2 x torch.nn.MultiheadAttention" in str(explain(model))
     trained = model(x)
     assert (trained - base).abs().max() > 1e-3

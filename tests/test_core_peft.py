@@ -5,13 +5,16 @@ What `core.peft` touches of PEFT is asserted by name below, for the versions tha
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import NoMatchingPeftModuleError
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -21,7 +24,7 @@ from reslora_diffusion import (
     attach,
     calibrate,
     detach,
-    get_controller,
+    get_adapter,
     merged_factors,
     merged_forward,
 )
@@ -126,7 +129,7 @@ def test_disable_switch_and_delete(shortcut: str) -> None:
     model.delete_adapter("default")
     assert torch.equal(run(model), second)
     with pytest.raises(ValueError, match="no ResLoRA adapter 'default'"):
-        get_controller(model, "default")
+        get_adapter(model, "default")
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -198,9 +201,32 @@ def test_training_on_after_calibration_is_told() -> None:
     model = calibrated(peft_llama("input"))
     merged_factors(model)
     with torch.no_grad():
-        get_controller(model).factors("model.layers.0.self_attn.q_proj")[0].mul_(2)
+        get_adapter(model).factors("model.layers.0.self_attn.q_proj")[0].mul_(2)
     with pytest.warns(UserWarning, match="calibrate it again"):
         merged_factors(model)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_copy_knows_whether_it_was_trained_on_after_calibration(pickled: bool) -> None:
+    def copied(model: nn.Module) -> nn.Module:
+        return pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
+
+    model = peft_llama("input")
+    A = get_adapter(model).factors("model.layers.0.self_attn.q_proj")[0]
+    with torch.no_grad():
+        A.mul_(1)  # one change more than a copy knows of
+    calibrated(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = copied(model)
+        merged_factors(copied(same))
+    run(same)
+    with torch.no_grad():
+        for trained in (A, get_adapter(same).factors("model.layers.0.self_attn.q_proj")[0]):
+            trained.mul_(2)
+    for stale in (copied(model), same):
+        with pytest.warns(UserWarning, match="calibrate it again"):
+            merged_factors(stale)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -244,7 +270,7 @@ def test_save_and_load(shortcut: str, tmp_path) -> None:
     assert (saved["peft_type"], saved["shortcut"], saved["num_previous"]) == ("RESLORA", shortcut, 1)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path).double()
     assert torch.allclose(run(loaded), run(model), atol=1e-12)
-    assert get_controller(loaded).explain() == get_controller(model).explain()
+    assert get_adapter(loaded).explain() == get_adapter(model).explain()
     for name, factors in merged_factors(model).items():
         again = merged_factors(loaded)[name]
         assert torch.allclose(again.lora_A, factors.lora_A)
@@ -345,6 +371,31 @@ def test_targets_that_match_nothing_are_offered_the_nearest() -> None:
         attach(build("llama"), config(targets=["q_prj"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exclude_modules": ["q_proj"]}, "mismatched target modules and excluded modules"),
+        ({"layers_to_transform": [99]}, "You specified 'layers_to_transform'"),
+    ],
+)
+def test_targets_that_are_left_out_are_not_called_unknown(options: dict, said: str) -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match=said) as caught:
+        attach(build("llama"), ResLoraConfig(target_modules=["q_proj"], **options))
+    assert "no module has such a name" not in str(caught.value)
+
+
+def test_attach_returns_a_handle() -> None:
+    model = build("llama")
+    adapted = attach(model, config("block"))
+    run(model)
+    assert adapted.explain() == get_adapter(model).explain()
+    assert "has not run" not in str(adapted.explain_kernels())
+    assert {id(p) for p in adapted.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
+    adapted.detach()
+    with pytest.raises(ValueError, match="no ResLoRA adapter 'default'"):
+        adapted.explain()
+
+
 def test_attaching_twice_is_refused() -> None:
     model = build("llama")
     attach(model, config())
@@ -357,7 +408,7 @@ def test_state_dict_has_no_more_than_the_factors() -> None:
     model = build("llama")
     before = len(model.state_dict())
     attach(model, config("middle", num_previous=None))
-    assert len(model.state_dict()) == before + 2 * len(get_controller(model).layers)
+    assert len(model.state_dict()) == before + 2 * len(get_adapter(model).layers)
 
 
 def test_survives_pickling_and_copying(tmp_path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import inputs, output
-from reslora_diffusion import explain_kernels, get_controller
+from reslora_diffusion import explain_kernels, get_adapter
 from reslora_diffusion.core import kernels
 from reslora_diffusion.core.functional import Kernel, LinearOp, Publish
 from reslora_diffusion.core.kernels import choose, runlora
@@ -148,7 +148,7 @@ def test_no_mixed_form_is_ever_the_least() -> None:
 def test_a_form_is_chosen_by_name_by_time_or_by_count(wanted: str, shortcut: str) -> None:
     model, args = adapted("llama", shortcut, 1), inputs("llama")
     base, blocks = reference_of("llama", model, shortcut, 1)
-    get_controller(model).kernel = wanted
+    get_adapter(model).kernel = wanted
     state = torch.random.get_rng_state()
     got, expected = output("llama", model, args), output("llama", base, args)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -161,7 +161,7 @@ def test_a_form_is_chosen_by_name_by_time_or_by_count(wanted: str, shortcut: str
     if wanted == "runlora:F2B5":
         assert choices == {("runlora", "asked for runlora:F2B5: y, dx through matrices as large as W")}
     model = adapted("llama", "input", 1)  # what crosses layers fits no form but the first
-    get_controller(model).kernel = wanted
+    get_adapter(model).kernel = wanted
     output("llama", model, args)
     assert "fused" in {kernel for kernel, _ in explain_kernels(model).layers.values()}
 
@@ -169,7 +169,7 @@ def test_a_form_is_chosen_by_name_by_time_or_by_count(wanted: str, shortcut: str
 @pytest.mark.parametrize("wanted", ["runlora:F3B1", "runlora:F1B9", "fussed", "fused:F1B1"])
 def test_a_form_that_is_none_is_refused(wanted: str) -> None:
     model = adapted("llama", "none", 1)
-    get_controller(model).kernel = wanted
+    get_adapter(model).kernel = wanted
     with pytest.raises(ValueError, match="wanted F1 or F2 and B1 to B8|got the kernel"):
         output("llama", model, inputs("llama"))
 

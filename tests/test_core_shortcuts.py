@@ -9,8 +9,10 @@ from torch import nn
 
 from models import TARGETS, build, inputs, output, randomise
 from reference import adapt_naively
-from reslora_diffusion import ResLoraConfig, attach, get_controller
+from reslora_diffusion import ResLoraConfig, Shortcut, attach, get_adapter
 from reslora_diffusion.core.functional import concatenated, up_add
+from reslora_diffusion.core.shortcuts import SHORTCUTS
+from reslora_diffusion.rules import MERGE_EXACTLY
 
 MODELS = ("unet", "clip", "llama", "flux")
 CASES = [("none", 1), ("input", 1), ("input", 0), ("block", 1), ("block", 3), ("block", None), ("middle", 1)]
@@ -29,14 +31,14 @@ def adapted(name: str, shortcut: str, num_previous: int | None, **options: objec
 
 
 def factors_of(model: nn.Module) -> dict:
-    controller = get_controller(model)
+    controller = get_adapter(model)
     return {name: (*controller.factors(name), controller.layers[name].scaling["default"]) for name in controller.sites}
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{side}": getattr(layer, side)["default"].weight.grad
-        for name, layer in get_controller(model).layers.items()
+        for name, layer in get_adapter(model).layers.items()
         for side in ("lora_A", "lora_B")
     }
 
@@ -77,6 +79,11 @@ def test_agrees_with_the_naive_reference(name: str, shortcut: str, num_previous:
     assert_same_gradients(model, blocks)
 
 
+def test_programs_know_without_torch_which_shortcuts_merge_exactly() -> None:
+    assert SHORTCUTS.keys() == set(Shortcut)
+    assert {kind for kind, shortcut in SHORTCUTS.items() if shortcut.merges_exactly} == MERGE_EXACTLY
+
+
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_shortcuts_differ_from_plain_lora(shortcut: str) -> None:
     args = inputs("unet")
@@ -96,7 +103,7 @@ def test_rslora_and_patterns() -> None:
     model = adapted(
         "llama", "block", 2, use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 5}, alpha_pattern={"o_proj": 9}
     )
-    controller = get_controller(model)
+    controller = get_adapter(model)
     q_proj = controller.layers["model.layers.1.self_attn.q_proj"]
     assert q_proj.r["default"] == 5
     assert q_proj.scaling["default"] == pytest.approx(6 / 5**0.5)
@@ -107,7 +114,7 @@ def test_rslora_and_patterns() -> None:
 
 def test_middle_links_only_equal_ranks() -> None:
     model = adapted("llama", "middle", 1, rank_pattern={"layers.1.self_attn.q_proj": 5})
-    chains = [c for c in get_controller(model).chains if c.role == "self_attn.q_proj"]
+    chains = [c for c in get_adapter(model).chains if c.role == "self_attn.q_proj"]
     assert [len(chain.sites) for chain in chains] == [1, 1, 2]
 
 
@@ -130,7 +137,7 @@ def test_gradcheck_through_shortcuts(shortcut: str, num_previous: int | None) ->
     attach(stack, config)
     stack.double()
     randomise(stack)
-    assert get_controller(stack).explain().links == 2
+    assert get_adapter(stack).explain().links == 2
     parameters = [p for p in stack.parameters() if p.requires_grad]
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -156,7 +163,7 @@ def test_dropout_acts_in_training_only(shortcut: str) -> None:
 def test_input_drops_the_sum_with_one_mask() -> None:
     """The paper's code has D(x + x'), not D(x) + D(x')."""
     model = adapted("llama", "input", 1, lora_dropout=0.4)
-    controller = get_controller(model)
+    controller = get_adapter(model)
     name = "model.layers.1.self_attn.q_proj"
     layer, seen = controller.layers[name], {}
     layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
@@ -184,8 +191,8 @@ def test_functional_forms() -> None:
 def test_deepcopy_has_a_controller_of_its_own() -> None:
     model, args = adapted("unet", "input", 1), inputs("unet")
     other = copy.deepcopy(model)
-    assert get_controller(other) is not get_controller(model)
-    assert get_controller(other).root is other
+    assert get_adapter(other) is not get_adapter(model)
+    assert get_adapter(other).root is other
     before = output("unet", model, args)
     randomise(other, seed=5)
     assert torch.equal(output("unet", model, args), before)

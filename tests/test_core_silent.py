@@ -32,7 +32,7 @@ from reslora_diffusion import (
     calibrate,
     explain,
     export_pipeline,
-    get_controller,
+    get_adapter,
     handover,
     merged_factors,
     merged_state_dict,
@@ -539,9 +539,9 @@ def test_peft_sees_its_own_configuration_and_the_type() -> None:
     other = get_peft_model(build("llama"), config)
     handover(other)
     assert (other.peft_config["default"].shortcut, config.shortcut) == ("none", "block")
-    assert get_controller(other).config is other.peft_config["default"]
+    assert get_adapter(other).config is other.peft_config["default"]
     copied = copy.deepcopy(other)
-    assert get_controller(copied).config is copied.peft_config["default"]
+    assert get_adapter(copied).config is copied.peft_config["default"]
 
 
 def test_what_peft_refuses_for_lora_is_refused() -> None:
@@ -562,7 +562,7 @@ def test_transformers_own_saving_and_loading(shortcut: str, tmp_path: Path) -> N
     loaded.load_adapter(tmp_path)
     args = inputs("llama")
     assert torch.equal(output("llama", loaded, args), output("llama", model, args))
-    assert get_controller(loaded).calibration.keys() == get_controller(model).calibration.keys()
+    assert get_adapter(loaded).calibration.keys() == get_adapter(model).calibration.keys()
     assert not any("calibration" in name for name in loaded.state_dict())
     for name, factors in merged_factors(model).items():
         assert torch.allclose(merged_factors(loaded)[name].lora_A, factors.lora_A)
@@ -573,7 +573,7 @@ def test_transformers_own_saving_and_loading(shortcut: str, tmp_path: Path) -> N
 def test_frozen_links_come_with_their_adapter(tmp_path: Path, loader: str) -> None:
     """Without them the adapter computes something else."""
     model = adapted("llama", "block")
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     frozen = {name: adapter.factors(name) for name in list(adapter.layers)[::2]}
     for _ in range(2):
         adapter.add_frozen({name: tuple(torch.randn_like(f) / 4 for f in pair) for name, pair in frozen.items()})
@@ -590,6 +590,21 @@ def test_frozen_links_come_with_their_adapter(tmp_path: Path, loader: str) -> No
         warnings.simplefilter("error")
         assert torch.allclose(output("llama", loaded, args), output("llama", model, args), atol=1e-12)
     assert not any("frozen" in name for name in loaded.state_dict())
+
+
+def test_frozen_links_of_a_file_take_the_place_of_those_that_are_there() -> None:
+    model = get_peft_model(build("llama"), ResLoraConfig(r=2, target_modules=["q_proj"], shortcut="block"))
+    adapter = get_adapter(model)
+    links = [{name: tuple(torch.randn_like(f) for f in adapter.factors(name)) for name in adapter.layers} for _ in "ab"]
+    adapter.add_frozen(links[0])
+    stored = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    adapter.add_frozen(links[1])
+    set_peft_model_state_dict(model, stored)
+    found = get_adapter(model).frozen
+    assert found.keys() == links[0].keys()
+    for name, pairs in found.items():
+        for got, wanted in zip(sum(pairs, ()), links[0][name], strict=True):
+            assert torch.equal(got, wanted), name
 
 
 def test_frozen_links_that_a_loader_drops_are_missed() -> None:
@@ -612,7 +627,7 @@ def test_saving_by_transformers_and_loading_by_peft(shortcut: str, tmp_path: Pat
     loaded = PeftModel.from_pretrained(base, tmp_path).double().get_base_model()
     assert torch.allclose(output("llama", loaded, args), output("llama", model, args), atol=1e-12)
     assert (output("llama", loaded, args) - before).abs().max() > 1e-3
-    assert get_controller(loaded).calibration.keys() == get_controller(model).calibration.keys()
+    assert get_adapter(loaded).calibration.keys() == get_adapter(model).calibration.keys()
 
 
 # ------------------------------------------------------------------------------------------- layers that share weights

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import build, inputs, output
 from reference import adapt_naively
-from reslora_diffusion import calibrate, explain_kernels, factor_pairs, get_controller, merged_factors
+from reslora_diffusion import calibrate, explain_kernels, factor_pairs, get_adapter, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors
 from reslora_diffusion.methods.blocks import block_of
@@ -72,7 +72,7 @@ def test_training_agrees_with_the_naive_reference(shortcut: str, num_previous: i
         optimizer.zero_grad()
     assert dropped > len(blocks)
     for name, block in blocks.items():
-        A, B = get_controller(model).factors(name)
+        A, B = get_adapter(model).factors(name)
         assert (A - block.lora_A).abs().max() < 1e-9, name
         assert (B - block.lora_B).abs().max() < 1e-9, name
 
@@ -90,14 +90,14 @@ def test_what_is_dropped_has_no_gradient_and_costs_no_product(
     schedule.start([AdaptedModel(model)], STEPS)
     schedule.before_step(1)
     loss_of(output("llama", model, BATCHES[1])).backward()
-    closed = {name for name, gate in by_hand(list(get_controller(model).sites), 1).items() if not gate}
-    assert 0 < len(closed) < len(get_controller(model).sites)
+    closed = {name for name, gate in by_hand(list(get_adapter(model).sites), 1).items() if not gate}
+    assert 0 < len(closed) < len(get_adapter(model).sites)
     for key, gradient in gradients(model).items():
         assert (gradient is None) == (key.rpartition(".")[0] in closed), key
     if shortcut != "block":  # where an open neighbour may be borrowed
         kernels = explain_kernels(model).layers
         assert {name for name, (kernel, _) in kernels.items() if kernel == "closed"} == closed
-    assert not get_controller(model).skipped
+    assert not get_adapter(model).skipped
 
 
 @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])

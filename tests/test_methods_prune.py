@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import llm_tiny
 from models import TARGETS, build, inputs, output, randomise
-from reslora_diffusion import ResLoraConfig, attach, get_controller, merged_factors
+from reslora_diffusion import ResLoraConfig, attach, get_adapter, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.methods.pruning import find_structures, load_pruned, save_pruned
 from reslora_diffusion.methods.schedules import Prune
@@ -124,7 +124,7 @@ class Training:
 
 def dense_scores(case: Case, model: nn.Module, size: int = 1) -> dict[str, Tensor]:
     """(G V)^2 by layer, with G as the change of s B A in one step of descent, all of it as dense matrices."""
-    adapter, found = get_controller(model), {}
+    adapter, found = get_adapter(model), {}
     for name in adapter.sites:
         layer = adapter.layers[name]
         V = layer.base_layer.weight.detach().clone()
@@ -191,9 +191,9 @@ def test_scores_are_made_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     structures = find_structures(case.model)
     from reslora_diffusion.methods.pruning import scores
 
-    whole = scores.score(get_controller(case.model), structures)
+    whole = scores.score(get_adapter(case.model), structures)
     monkeypatch.setattr(scores, "ELEMENTS", 100)
-    parts = scores.score(get_controller(case.model), structures)
+    parts = scores.score(get_adapter(case.model), structures)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(whole, parts, strict=True))
 
 

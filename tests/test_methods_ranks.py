@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from models import build, inputs, output
-from reslora_diffusion import ResLoraConfig, attach, factor_pairs, get_controller, merged_factors
+from reslora_diffusion import ResLoraConfig, attach, factor_pairs, get_adapter, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import export_lora, export_peft
@@ -16,6 +16,7 @@ from reslora_diffusion.methods.optimizers import LoraRite
 from reslora_diffusion.methods.schedules import Ranks
 from reslora_diffusion.methods.schedules.ranks import without_zeros
 from reslora_diffusion.utils.problems import BadInput
+from schedule_free import AveragedSGD
 from test_core_shortcuts import adapted, loss_of
 
 STEPS = 6
@@ -27,6 +28,9 @@ class Training:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if kind == "rite":
             self.optimizer: torch.optim.Optimizer = LoraRite(trained, factor_pairs(self.model), lr=1e-2)
+        elif kind == "schedule-free":
+            self.optimizer = AveragedSGD(trained, lr=1.0)
+            self.optimizer.train()
         else:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
         self.schedule = Ranks(**{"every": 1, **settings})
@@ -78,7 +82,7 @@ def test_the_ratio_is_reached_exactly_and_what_is_gone_stays_zero(shortcut: str,
     """28 layers of rank 3: two ranks of each go, or 21 layers with all of theirs."""
     training = Training(shortcut, kind, ratio=0.75 if whole else 0.67, warmup=1 / 6, cooldown=1 / 6, whole=whole)
     assert training.run() == ([0, 36, 54, 60, 63, 63] if whole else [0, 28, 28, 28, 56, 56])
-    adapter = get_controller(training.model)
+    adapter = get_adapter(training.model)
     for name in adapter.sites:
         A, B = adapter.factors(name)
         gone = training.schedule.gone[f"0.{name}"]
@@ -86,6 +90,13 @@ def test_the_ratio_is_reached_exactly_and_what_is_gone_stays_zero(shortcut: str,
         assert not B[:, gone].any()
         assert A[~gone].any(1).all()
         assert int(gone.sum()) in ((0, 3) if whole else (2,))
+
+
+def test_what_is_gone_is_gone_too_from_the_weights_that_a_schedule_free_optimizer_means() -> None:
+    training = Training(kind="schedule-free", ratio=0.67, warmup=1 / 6, cooldown=1 / 6)
+    training.run()
+    training.optimizer.eval()
+    assert all(len(found.lora_A) == 1 for found in without_zeros(merged_factors(training.model)).values())
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -15,7 +15,7 @@ from reslora_diffusion import (
     ResLoraConfig,
     attach,
     factor_pairs,
-    get_controller,
+    get_adapter,
     merged_factors,
     merged_forward,
     merged_state_dict,
@@ -106,9 +106,7 @@ def test_training_agrees_with_a_reference_that_merges_into_the_base(
     assert (got - untouched).abs().max() > 1e-3
     assert (got - wanted).abs().max() < 1e-9
     for name, block in blocks.items():
-        for own, reference in zip(
-            get_controller(training.model).factors(name), (block.lora_A, block.lora_B), strict=True
-        ):
+        for own, reference in zip(get_adapter(training.model).factors(name), (block.lora_A, block.lora_B), strict=True):
             assert (own - reference).abs().max() < 1e-9, name
     with merged_forward(training.model):
         assert torch.allclose(output("llama", training.model, BATCHES[0]), got, atol=1e-10)
@@ -118,10 +116,10 @@ def test_training_agrees_with_a_reference_that_merges_into_the_base(
     assert torch.allclose(output("llama", plain, BATCHES[0]), got, atol=1e-10)
     training.schedule.finish()
     assert torch.allclose(output("llama", training.model, BATCHES[0]), got, atol=1e-10)
-    for name in get_controller(training.model).sites:
+    for name in get_adapter(training.model).sites:
         own = training.model.get_submodule(name).base_layer.weight
         assert torch.equal(own, build("llama").get_submodule(name).weight), name
-    assert {len(links) for links in get_controller(training.model).frozen.values()} == {2}
+    assert {len(links) for links in get_adapter(training.model).frozen.values()} == {2}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -134,7 +132,7 @@ def test_a_knot_leaves_the_function_as_it_is(momentum: float) -> None:
     training.schedule.tie()
     assert (output("llama", model, BATCHES[0]) - before).abs().max() < 1e-11
     assert not training.optimizer.state
-    assert all(torch.equal(get_controller(model).factors(name)[0], own) for name, own in A.items())
+    assert all(torch.equal(get_adapter(model).factors(name)[0], own) for name, own in A.items())
 
 
 @pytest.mark.parametrize("kind", ["adamw", "rite", "pro"])
@@ -143,7 +141,7 @@ def test_ranks_step_down_and_the_export_is_the_sum_of_the_links(shortcut: str, k
     training = Training(shortcut, 1, kind, stages=None, ranks=[3, 2, 1])
     training.run()
     model = training.model
-    adapter = get_controller(model)
+    adapter = get_adapter(model)
     scalings = {layer.scaling["default"] for layer in adapter.layers.values()}
     assert scalings == {2.0}
     assert {len(adapter.factors(name)[0]) for name in adapter.sites} == {1}
@@ -219,14 +217,14 @@ def test_links_are_saved_and_loaded_with_the_adapter(shortcut: str, tmp_path) ->
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path).double().eval()
     assert (output("llama", again, BATCHES[0]) - wanted).abs().max() < 1e-5  # PEFT loads in float32
-    assert {len(links) for links in get_controller(again).frozen.values()} == {1}
-    assert not get_controller(again).is_plain
+    assert {len(links) for links in get_adapter(again).frozen.values()} == {1}
+    assert not get_adapter(again).is_plain
     other = get_peft_model(build("llama"), config)
     attach_problem = "have frozen factors beside those that are trained"
     model.add_adapter("other", config)
     with pytest.raises(ValueError, match=attach_problem):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="cat")
-    assert not get_controller(other).frozen
+    assert not get_adapter(other).frozen
 
 
 def test_what_does_not_go_with_a_restart_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from reslora_diffusion import calibrate, get_controller, merged_forward
+from reslora_diffusion import calibrate, get_adapter, merged_forward
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.methods.schedules import Change, Fold, Schedule
 from test_core_merging import BATCHES, HELD_OUT, adapted, forward
@@ -34,7 +34,7 @@ def test_folding_at_its_share_of_the_steps(shortcut: str) -> None:
     schedule.start([AdaptedModel(model)], 6)
     changes = train(model, schedule, 6, optimizer=optimizer)
     assert changes == [Change.NOTHING] * 2 + [Change.PARAMETERS | Change.OPTIMIZER_STATE] + [Change.NOTHING] * 3
-    assert get_controller(model).explain().links == 0
+    assert get_adapter(model).explain().links == 0
     after = forward(model, HELD_OUT[0])
     with merged_forward(model):
         assert torch.allclose(forward(model, HELD_OUT[0]), after, atol=1e-12)
@@ -53,7 +53,7 @@ def test_a_fold_that_was_passed_is_taken_up_before_values_are_loaded(shortcut: s
     assert again.load_state_dict(state) & Change.PARAMETERS
     fresh.load_state_dict(values)
     assert torch.allclose(forward(fresh, HELD_OUT[0]), forward(model, HELD_OUT[0]), atol=1e-12)
-    assert get_controller(fresh).config.merge_method == "least_squares"
+    assert get_adapter(fresh).config.merge_method == "least_squares"
     assert not again.load_state_dict(state)
 
 
@@ -78,4 +78,4 @@ def test_what_a_schedule_does_not_override_changes_nothing() -> None:
     assert train(model, schedule, 2) == [Change.NOTHING] * 2
     assert schedule.load_state_dict(schedule.state_dict()) is Change.NOTHING
     with schedule.evaluation():
-        assert get_controller(model).explain().links
+        assert get_adapter(model).explain().links

@@ -1,12 +1,14 @@
 """Every schedule with every optimizer and shortcut trains and exports, or is refused for the reason in the table."""
 
+import re
+
 import pytest
 import torch
 
 from dora_reference import decomposed
 from dreambooth import arguments
 from models import build, inputs, output
-from reslora_diffusion import calibrate, factor_pairs, get_controller, merged_factors
+from reslora_diffusion import calibrate, factor_pairs, get_adapter, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.diffusion.models.architecture import read_architecture
 from reslora_diffusion.diffusion.options.model_checks import adapter_problems
@@ -20,7 +22,7 @@ from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
 from reslora_diffusion.methods.schedules import Prune, Schedule, parse_schedule
 from reslora_diffusion.methods.schedules.making import make_schedule
-from reslora_diffusion.methods.schedules.settings import SCHEDULES, conflicts_of
+from reslora_diffusion.methods.schedules.settings import SCHEDULES, Settings, conflicts_of
 from reslora_diffusion.methods.table import FEATURES, conflicts, table
 from test_core_dora import with_dora
 from test_core_shortcuts import adapted, loss_of
@@ -78,7 +80,7 @@ def test_what_the_table_says_is_what_happens(text: str, shortcut: str, kind: str
         plain.get_submodule(name).weight.data += scaling * B @ A
     got, wanted = forward(plain, BATCHES[0]), forward(model, BATCHES[0])
     assert (got - forward(build("llama"), BATCHES[0])).abs().max() > 1e-3
-    if get_controller(model).merges_exactly:
+    if get_adapter(model).merges_exactly:
         assert torch.allclose(got, wanted, atol=1e-10)
 
 
@@ -193,6 +195,7 @@ ASKED = {  # options of the DreamBooth trainer, or of the language models', by f
     "network_weights": {"network_weights": "lora.safetensors", "shortcut": "block"},
     "dora": {"use_dora": True, "shortcut": "block"},
     "ema": {"use_ema": True, "shortcut": "block"},
+    "quantised": {"quantization": "int8wo", "shortcut": "block"},
 }
 OF_LLM = {
     **{shortcut: {"shortcut": shortcut} for shortcut in SHORTCUTS},
@@ -200,6 +203,7 @@ OF_LLM = {
     "fsdp": {"fsdp": "full_shard", "shortcut": "none"},
     "deepspeed": {"deepspeed": "zero.json", "shortcut": "none"},
     "dora": {"use_dora": True, "shortcut": "none"},
+    "quantised": {"load_in_8bit": True, "shortcut": "none"},
 }
 
 
@@ -242,7 +246,23 @@ def test_the_table_is_made_of_what_is_checked() -> None:
         assert set(reasons) <= set(FEATURES), method
         for reason in reasons.values():
             assert reason in text
-    lines = {line.split("  ")[0]: line.split("  ")[1:] for line in text.splitlines()}
-    marks = [cell.strip() for cell in lines["--shortcut middle"] if cell.strip()]
-    assert marks == ["yes", "no", "yes", *["no"] * 7]
-    assert [kind.conflicts for kind in SCHEDULES.values()] == list(conflicts().values())[:5]
+    head, *lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+    marks = dict(zip(head, next(line for line in lines if line[0] == "--shortcut middle")[1:], strict=True))
+    assert marks.items() >= {"coto": "yes", "restart": "no", "fold": "yes", "rite": "no", "dora": "no"}.items()
+    assert marks == {
+        method.rpartition(" ")[2].removeprefix("--use_"): "no" if "middle" in reasons else "yes"
+        for method, reasons in conflicts().items()
+    }
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_offered_is_made(name: str) -> None:
+    assert type(make_schedule(parse_schedule(name), seed=0)).__name__.lower() == name
+
+
+def test_settings_that_nobody_makes_a_schedule_of_are_refused() -> None:
+    class Other(Settings):
+        name, summary, conflicts = "other", "", {}
+
+    with pytest.raises(NotImplementedError, match="Other"):
+        make_schedule(Other(), seed=0)

@@ -7,8 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from models import inputs, output
+from models import inputs, output, unet
 from reslora_diffusion import ResLoraConfig, attach
+from reslora_diffusion.diffusion.models import optimize
 from reslora_diffusion.diffusion.models.memory import count, restore_memory, save_memory
 from test_core_shortcuts import adapted, gradients, loss_of
 
@@ -165,3 +166,21 @@ def test_what_adapters_read_is_made_again() -> None:
     assert kept == [[True], [False]]
     assert torch.autograd.gradcheck(run, (x, A, B))
     assert torch.autograd.gradgradcheck(run, (x, A, B))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("leaf_level", "not finite"), ("block_level", "not finite"), ("layerwise_casting", "cannot multiply")],
+)
+def test_weights_that_are_gone_at_backward_are_refused(kind, said, tmp_path):
+    """With diffusers' group offload every gradient of an adapter is NaN, and nothing says so."""
+    model = unet()
+    attach(model, ResLoraConfig(r=4, target_modules=["to_q"], shortcut="none", init_lora_weights="gaussian"))
+    if kind == "layerwise_casting":
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    else:
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        where = {"onload_device": torch.device("cpu"), "offload_to_disk_path": str(tmp_path)}
+        model.enable_group_offload(offload_type=kind, **where, **blocks)
+    with pytest.raises(ValueError, match=said):
+        optimize.optimize_for_training(model, attention=True)

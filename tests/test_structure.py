@@ -42,13 +42,15 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
-            names |= {module} | ({f"{module}.{alias.name}" for alias in node.names} if not node.module else set())
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
 @pytest.mark.parametrize("floor", MAY_IMPORT)
 def test_imports_go_down(floor: str) -> None:
-    for path in sorted((PACKAGE / floor).glob("**/*.py")):
+    files = sorted((PACKAGE / floor).glob("**/*.py"))
+    assert files
+    for path in files:
         for name in imported(path):
             parts = name.split(".")
             if parts[0] == "reslora_diffusion" and len(parts) > 1 and parts[1] in MAY_IMPORT:
@@ -81,6 +83,7 @@ def modules_of(folder: str) -> dict[str, Path]:
 @pytest.mark.parametrize("floor", ["utils", "core", "methods", "export", "diffusion", "llm", "tuning"])
 def test_no_import_goes_in_a_circle(floor: str) -> None:
     files = modules_of(floor)
+    assert files
     uses = {name: {other for other in imported(path) if other in files} - {name} for name, path in files.items()}
     while free := [name for name, others in uses.items() if not others & uses.keys()]:
         for name in free:
@@ -89,12 +92,20 @@ def test_no_import_goes_in_a_circle(floor: str) -> None:
 
 
 def test_kernels_know_nothing_of_adapters() -> None:
+    allowed = tuple(f"reslora_diffusion.core.{name}" for name in ("kernels", "functional"))
     for name, path in modules_of("core/kernels").items():
-        ours = {other for other in imported(path) if other.startswith("reslora_diffusion")}
-        strange = {
-            o for o in ours if not o.startswith(("reslora_diffusion.core.kernels", "reslora_diffusion.core.functional"))
-        }
-        assert not strange - {"reslora_diffusion.core"}, name
+        ours = {other for other in imported(path) if other.startswith("reslora_diffusion")} - {"reslora_diffusion.core"}
+        assert not [other for other in ours if not other.startswith(allowed)], name
+
+
+def test_a_name_that_is_imported_from_a_package_may_be_a_module(tmp_path: Path, monkeypatch) -> None:
+    """`from reslora_diffusion.core import adapter` imports `core.adapter`, like every other way to write it."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "reslora_diffusion" / "core" / "kernels" / "odd.py"
+    path.parent.mkdir(parents=True)
+    for line in ("from reslora_diffusion.core import adapter", "from ...core import adapter", "from .. import adapter"):
+        path.write_text(line)
+        assert "reslora_diffusion.core.adapter" in imported(path), line
 
 
 def test_private_parts_of_peft_stand_in_one_folder() -> None:
@@ -110,10 +121,23 @@ def test_importing_the_package_is_cheap() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["reslora_diffusion", "reslora_diffusion.diffusion"])
+@pytest.mark.parametrize("name", ["", ".diffusion", ".export", ".methods.schedules"])
 def test_public_names_resolve(name: str) -> None:
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"reslora_diffusion{name}")
     for public in module.__all__:
         assert getattr(module, public) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="nonsense"):
         _ = module.nonsense
+
+
+def test_docstrings_are_sentences() -> None:
+    """A docstring that begins with a question word or a preposition answers a question that the reader has to guess."""
+    headings = re.compile(r"(What|Whether|How|Which|Why|Where|When|Who|Of|By|As|In what|That|From)\b")
+    found = []
+    for path in sorted(PACKAGE.glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                if headings.match(line):
+                    found.append(f"{path.relative_to(ROOT)}: {line}")
+    assert not found, "wanted sentences such as 'Return whether ...': " + "; ".join(found)

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from dreambooth import arguments
 from reslora_diffusion.diffusion.data.buckets import Buckets
-from reslora_diffusion.diffusion.data.encode import Views
+from reslora_diffusion.diffusion.data.crops import Views
 from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, scan
 from reslora_diffusion.diffusion.options.inventory import describe
 from reslora_diffusion.utils.images import colour_of, read_image, upright_rgb

@@ -1,5 +1,1 @@
-"""The method, for any torch model: torch and PEFT only. Importing it makes PEFT know `ResLoraConfig`."""
-
-from .peft.model import register
-
-register()
+"""The method, for any torch model: torch and PEFT only. `..registration` makes PEFT know `ResLoraConfig`."""

@@ -6,7 +6,7 @@ is no module, holds no parameters, and goes with its layers through `deepcopy`. 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,21 +16,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .arrivals import settle, warn_of_lost_links
-from .chains import Explanation, build_chains, windows
+from .chains import build_chains, windows
 from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
 from .config import ResLoraConfig, Shortcut
 from .discovery import find_sites
 from .dora import transform_of
-from .functional import Publish, version_of
-from .kernels import can_be_grouped, grouped_linears, in_group, plain_reason
-from .kernels.report import KernelReport
-from .layer import AdaptedLayer, Gate, Prepared, Shared
+from .explanations import Explanation, KernelReport
+from .layer import AdaptedLayer, Gate, Shared
 from .packed import Packer
 from .peft.lookup import adapter_of
 from .places import Places
 from .roots import DATA_PARALLEL, FUSED_PROJECTIONS, are_whole, find_root, find_roots, is_fused, may_be_fused
 from .sharding import whole
-from .shortcuts import SHORTCUTS, ResidualPath
+from .shortcuts import SHORTCUTS, Input, Plain
 
 ALONE = SHORTCUTS[Shortcut.NONE]  # what a layer computes that is joined to no other: plain LoRA
 Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
@@ -45,14 +43,14 @@ class Unjoined(NamedTuple):
 
 
 class Adapter(Shared):
-    """Adapter `adapter_name` of `model`. Made by injecting a `ResLoraConfig`; found by `get_controller`."""
+    """Adapter `adapter_name` of `model`. Made by injecting a `ResLoraConfig`; found by `get_adapter`."""
 
     def __init__(
         self,
         model: nn.Module,
         adapter_name: str,
         configs: dict[str, Any],
-        layers: dict[str, LoraLayer],
+        layers: dict[str, Any],
         unlinked: dict[str, str],
         unjoined: dict[str, Unjoined],
     ) -> None:
@@ -61,14 +59,15 @@ class Adapter(Shared):
         self.config: ResLoraConfig = configs[adapter_name]
         self.layers = layers
         self.unjoined = unjoined
-        shapes = {name: (*layer_shape(layer), layer.r[adapter_name]) for name, layer in layers.items()}
+        shapes = {n: (one.in_features, one.out_features, one.r[adapter_name]) for n, one in layers.items()}
         self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
         self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
-        self.calibrated_at: dict[str, int] = {}
+        self.calibrated_at: dict[str, int] = {}  # `version` at that time
+        self.is_copy = False  # and has not run: tensors of a copy count their changes anew
         self.awaits = False  # whether buffers are there for what a loader puts beside the factors; see core.arrivals
         self.lacks_links = False  # of those that its file has
         self.corrections_while_merged: dict[str, Tensor] = {}
-        self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `prepare` computes together
+        self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `core.grouping` computes together
         self.packer = Packer()
         self.adapted: dict[str, AdaptedLayer] = {}
         self.homes = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
@@ -84,14 +83,24 @@ class Adapter(Shared):
             self.hooks.append(root.register_forward_hook(self.close, always_call=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: not the layers, which refer to each other as far as chains reach."""
-        return self.__dict__ | {"adapted": {}, "packed": {}, "prepared": {}}
+        """The state to copy or pickle, without the layers, which refer to each other as far as chains reach."""
+        ages = {} if self.is_gone() else self.calibrated_at
+        if not self.is_copy:
+            ages = {name: version - self.version(name) for name, version in ages.items()}
+        ours = {"adapted": {}, "packed": {}, "prepared": {}, "calibrated_at": ages, "is_copy": True}
+        return self.__dict__ | ours
 
     # ------------------------------------------------------------------------------------------------- chains
 
     @property
-    def path(self) -> ResidualPath:
+    def path(self) -> Plain:
         return SHORTCUTS[self.shortcut]
+
+    @property
+    def by_data(self) -> Input:
+        """The shortcut, where what it merges into depends on data."""
+        assert isinstance(self.path, Input)
+        return self.path
 
     @property
     def joined(self) -> list[list[str]]:
@@ -100,22 +109,22 @@ class Adapter(Shared):
 
     @property
     def dora(self) -> bool:
-        """Whether each layer has a magnitude beside its factors."""
+        """Return whether each layer has a magnitude beside its factors."""
         return bool(self.config.use_dora)
 
     @property
     def is_plain(self) -> bool:
-        """Whether no layer is joined to another, and none has frozen factors: the factors are those of a plain LoRA."""
+        """Return whether the factors are a plain LoRA's: no layer is joined to another, and none has frozen links."""
         return not self.joined and not self.frozen
 
     @property
     def crosses_layers(self) -> bool:
-        """Whether layers read values that others compute, and not their factors alone."""
+        """Return whether layers read values that others compute, and not their factors alone."""
         return self.path.crosses_layers
 
     @property
     def merges_exactly(self) -> bool:
-        """Whether the plain LoRA that it merges into computes the same on any data."""
+        """Return whether the plain LoRA that it merges into computes the same on any data."""
         return self.is_plain or self.path.merges_exactly
 
     def link(self) -> None:
@@ -130,6 +139,9 @@ class Adapter(Shared):
         self.packer.forget()
         self.places = Places(self.adapter_name, self.homes, self.layers)
         self.adapted = {name: AdaptedLayer(site, self.layers[name], self) for name, site in self.sites.items()}
+        if self.is_copy:
+            self.calibrated_at = {name: self.version(name) + age for name, age in self.calibrated_at.items()}
+            self.is_copy = False
         running_sum = self.shortcut is Shortcut.MIDDLE and m is None
         for chain in self.chains:
             members = [self.adapted[site.name] for site in chain.sites]
@@ -168,13 +180,13 @@ class Adapter(Shared):
             self.link()
 
     def explain(self) -> Explanation:
-        """Which layers are joined."""
+        """Report which layers are joined."""
         return Explanation(
             self.shortcut, self.config.num_previous, self.chains, {n: u.kind for n, u in self.unjoined.items()}
         )
 
     def explain_kernels(self) -> KernelReport:
-        """Which kernel computed each layer in the last forward, and why."""
+        """Report which kernel computed each layer in the last forward, and why."""
         choices = {name: self.layer(name).choice for name in self.sites}
         return KernelReport({name: choice and (choice.name, choice.reason) for name, choice in choices.items()})
 
@@ -182,18 +194,21 @@ class Adapter(Shared):
 
     def lora_A(self, name: str) -> Tensor:
         """`lora_A` of one layer, as it is; gathered where it is sharded."""
-        layer: Any = self.layers[name]
-        return whole(layer.lora_A[self.adapter_name].weight)
+        return whole(self.layers[name].lora_A[self.adapter_name].weight)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """`(lora_A, lora_B)` of one layer, likewise."""
-        layer: Any = self.layers[name]
-        return self.lora_A(name), whole(layer.lora_B[self.adapter_name].weight)
+        return self.lora_A(name), whole(self.layers[name].lora_B[self.adapter_name].weight)
 
     def version(self, name: str) -> int:
         """The number of changes of one layer's `lora_A`, of a shard too."""
-        layer: Any = self.layers[name]
-        return layer.lora_A[self.adapter_name].weight._version
+        return self.layers[name].lora_A[self.adapter_name].weight._version
+
+    def changed_since_calibration(self) -> bool:
+        """Return whether some `lora_A` was changed after `calibrate`."""
+        if not self.adapted:
+            self.link()
+        return any(self.version(name) != version for name, version in self.calibrated_at.items())
 
     # ---------------------------------------------------------------------------------------- the root's forward
 
@@ -210,20 +225,18 @@ class Adapter(Shared):
             raise RuntimeError(FUSED_PROJECTIONS)
         if not self.adapted:
             self.link()
-        if not torch.compiler.is_compiling():
-            self.pack()
-        if self.shortcut is Shortcut.NONE:
-            return
         if getattr(root, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
+        if not torch.compiler.is_compiling():
+            self.pack()
         if self.crosses_layers:
             if torch.is_grad_enabled():
                 cover_checkpointing(self.checkpointing, self)
-            self.context.open()
+            self.context.open(root)
 
     def close(self, root: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of the root; runs after an exception too."""
-        self.context.close()
+        self.context.close(root)
         self.prepared.clear()
         self.packed.clear()
         if self.gone:
@@ -234,7 +247,7 @@ class Adapter(Shared):
         return self.context.segment()
 
     def is_gone(self) -> bool:
-        """Whether the adapter was deleted, or its layers unloaded, behind our back."""
+        """Return whether the adapter was deleted, or its layers unloaded, without a call of ours."""
         name, layer = next(iter(self.layers.items()))
         if adapter_of(layer, self.adapter_name) is not self:
             return True
@@ -244,7 +257,7 @@ class Adapter(Shared):
         return found is not layer
 
     def is_idle(self) -> bool:
-        """Whether the layers compute without this adapter: merged, disabled, not active, or gone."""
+        """Return whether the layers compute without this adapter: merged, disabled, not active, or gone."""
         layer = next(iter(self.layers.values()))
         active = self.adapter_name in layer.active_adapters and not layer.disable_adapters and not layer.merged
         return not active or self.is_gone()
@@ -264,10 +277,9 @@ class Adapter(Shared):
         self.hooks = []
         uncover_checkpointing(self.checkpointing, self)
 
-    # ------------------------------------------------------------------------- what is done for several layers
-
     def pack(self) -> None:
         """Cast and lay together the factors of a forward that begins, where that saves work (`core.packed`)."""
+        self.packed = {}  # those of a forward that Ctrl-C ended are still there
         name = self.adapter_name
         modules = [module for layer in self.adapted.values() for module in (layer.downs[name], layer.ups[name])]
         factors: list[Any] = [module._parameters.get("weight") for module in modules]
@@ -278,38 +290,6 @@ class Adapter(Shared):
             ahead = self.shortcut is Shortcut.INPUT and self.dropless and self.observer is None
             self.packed_with_grad = torch.is_grad_enabled()
             self.packed = self.packer.pack(self.adapted, factors, self.groups, ahead)
-
-    def prepare(self, names: Sequence[str], x: Tensor) -> None:
-        """Compute several layers that are about to be called with the same `x` [..., in], where that saves work."""
-        together = tuple(name for name in names if name in self.sites)
-        if len(together) < 2 or self.is_idle() or self.merged is not None or self.observer is not None:
-            return
-        layers = [self.layer(name) for name in together]
-        if x.ndim > 3 or self.transform is not None or len(layers[0].module.active_adapters) > 1:
-            return  # images, channels first; adapters one by one
-        if any(layer.own_output_reason() or plain_reason(x, *layer.frozen()) for layer in layers):
-            return
-        if self.groups.get(together[0]) != together:  # they are packed together from the next forward on
-            self.groups.update(dict.fromkeys(together, together))
-            self.packer.forget()
-        layers = [layer for layer in layers if not layer.closed]  # which compute nothing that could be shared
-        if len(layers) < 2:
-            return
-        ops, version, choice = [layer.path.op(layer, x) for layer in layers], version_of(x), in_group(len(layers))
-        if not can_be_grouped(ops):
-            for layer in layers:
-                self.context.retract(layer.name)
-            return
-        for layer, op, (y, value) in zip(layers, ops, grouped_linears(ops), strict=True):
-            layer.choice = choice
-            if value is not None:
-                layer.publish(value, op.publish is Publish.AHEAD)
-            self.prepared[layer.name] = Prepared(x, version, y)
-
-    def prepare_nothing(self) -> None:
-        """Inverse of `prepare`: layers are packed one by one again."""
-        self.groups.clear()
-        self.packer.forget()
 
     # ------------------------------------------------------------------------------- what schedules may change
 
@@ -342,7 +322,3 @@ class Adapter(Shared):
             raise ValueError(
                 f"adapter {self.adapter_name!r} has no layers {', '.join(strange)}; it has such as {known}"
             )
-
-
-def layer_shape(layer: Any) -> tuple[int, int]:
-    return layer.in_features, layer.out_features

@@ -1,16 +1,17 @@
-"""Places for what a file has beside the factors, for loaders that know tensors by their names alone.
-
-`PeftModel.from_pretrained` hands a file's tensors to `ResLoraModel`. transformers' `load_adapter` puts each one where
-the model has a buffer of its name, and drops the others. So a saved configuration says what stands beside the factors
-(`calibrated`, `frozen_links`), injecting it makes buffers of those names, and what has arrived in them is taken when
-the adapter is used first.
+"""Places for what a file has beside the factors.
 
     <layer>.lora_A_calibration.<adapter>        C [r, in]
     <layer>.lora_{A,B}_frozen.<adapter>.<link>  the factors of a finished link
+
+Loaders put a tensor where the model has a buffer of its name, and drop the others. So there are buffers of these names
+while an adapter is loaded, and the adapter takes what has arrived in them when it is used first. They are made by what
+a saved configuration says (`calibrated`, `frozen_links`), as transformers' `load_adapter` shows a file to nobody, and
+by the names in a file where PEFT loads one (`ResLoraModel`).
 """
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ Adapter = Any  # `core.adapter.Adapter`, which takes what arrives
 
 CALIBRATION = "lora_A_calibration"
 FROZEN = {"A": "lora_A_frozen", "B": "lora_B_frozen"}
+BESIDE = re.compile(rf"(?:base_model\.model\.)?(.+)\.({CALIBRATION}|{'|'.join(FROZEN.values())})(?:\.(\d+))?")
 
 
 def make_places(adapter: Adapter) -> None:
@@ -34,6 +36,17 @@ def make_places(adapter: Adapter) -> None:
             place(layer, B, FROZEN["B"], adapter.adapter_name, str(link))
     if adapter.config.calibrated or links:
         adapter.awaits = True
+
+
+def make_places_for(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Buffers for what a file holds beside the factors; the frozen links that an adapter has give way to those."""
+    adapter.frozen = {}
+    for key in sorted(tensors, key=lambda key: (len(key), key)):  # links by number
+        found = BESIDE.fullmatch(key)
+        if found and found[1] in adapter.layers:
+            like = tensors[key].to(adapter.lora_A(found[1]).device)
+            place(adapter.layers[found[1]], like, found[2], adapter.adapter_name, *filter(None, [found[3]]))
+            adapter.awaits = True
 
 
 def place(layer: Any, like: Tensor, *names: str) -> None:

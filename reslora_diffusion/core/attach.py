@@ -12,9 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapter import Adapter
-from .chains import Explanation
 from .config import ResLoraConfig
-from .kernels.report import KernelReport
+from .explanations import Explanation, KernelReport
 from .peft.variant import find_adapter
 
 DEFAULT_ADAPTER = "default"
@@ -22,21 +21,24 @@ DEFAULT_ADAPTER = "default"
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A model and the name of an adapter on it: what `attach` returns, and what every function here takes."""
+    """A model and the name of an adapter on it, which `attach` returns; other functions take the two apart."""
 
     model: nn.Module
     adapter_name: str = DEFAULT_ADAPTER
 
     @property
     def adapter(self) -> Adapter:
-        return get_controller(self.model, self.adapter_name)
+        return get_adapter(self.model, self.adapter_name)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should be given: the parameters of the model that are trained."""
+        """The trained parameters of the model, for an optimizer."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def explain(self) -> Explanation:
         return explain(self.model, self.adapter_name)
+
+    def explain_kernels(self) -> KernelReport:
+        return explain_kernels(self.model, self.adapter_name)
 
     def detach(self) -> None:
         detach(self.model, self.adapter_name)
@@ -66,7 +68,7 @@ def detach(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> None:
     Raises:
         ValueError: there is no such adapter.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
             layer.delete_adapter(adapter_name)
@@ -82,7 +84,7 @@ def detach(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> None:
             own["_hf_peft_config_loaded"] = False
 
 
-def get_controller(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter:
+def get_adapter(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter:
     """The `Adapter` of `model`, or of any module around it.
 
     Raises:
@@ -94,11 +96,14 @@ def get_controller(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Ada
     return adapter
 
 
+get_controller = get_adapter  # its name in version 0.1
+
+
 def explain(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Explanation:
-    """Which layers of an adapted model are joined: `print` it, or take `.to_dict()`."""
-    return get_controller(model, adapter_name).explain()
+    """Report which layers of an adapted model are joined: `print` the report, or take its `.to_dict()`."""
+    return get_adapter(model, adapter_name).explain()
 
 
 def explain_kernels(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> KernelReport:
-    """Which kernel computed each layer in the last forward, and why: `print` it, or take `.layers`."""
-    return get_controller(model, adapter_name).explain_kernels()
+    """Report which kernel computed each layer in the last forward, and why: `print` it, or take its `.layers`."""
+    return get_adapter(model, adapter_name).explain_kernels()

@@ -22,7 +22,7 @@ class HasContexts(Protocol):
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]: ...
 
 
-class Segment:
+class CheckpointedForward:
     """A checkpointed forward: its first call is inside the first contexts, every later one inside the second."""
 
     def __init__(self, forward: Any, adapters: list[HasContexts]) -> None:
@@ -46,7 +46,7 @@ class CoveredCheckpoint:
         self.adapters: list[HasContexts] = []
 
     def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(Segment(forward, self.adapters), *args, **kwargs)
+        return self.function(CheckpointedForward(forward, self.adapters), *args, **kwargs)
 
 
 def is_reentrant(function: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..registration import register_with_peft
 from ..rules import FORMAT_VERSION, MergeMethod, Shortcut, ShortcutFields, faults
 
 __all__ = ["FORMAT_VERSION", "MergeMethod", "PeftType", "ResLoraConfig", "Shortcut"]
@@ -68,3 +69,6 @@ class ResLoraConfig(ShortcutFields, LoraConfig):
     def effective_shortcut(self) -> Shortcut:
         """`none` if no block is reached back to."""
         return Shortcut.NONE if self.num_previous == 0 else Shortcut(self.shortcut)
+
+
+register_with_peft()  # the import of PEFT above came too early

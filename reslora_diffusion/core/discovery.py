@@ -13,7 +13,7 @@ from .chains import Site
 
 UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # Stacks that go on with the stream of another, in diffusers' transformers of FLUX's kind.
-SAME_TOWER = {"single_transformer_blocks": "transformer_blocks"}
+SAME_TOWER = dict.fromkeys(("single_transformer_blocks", "joint_transformer_blocks"), "transformer_blocks")
 EXPERTS = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 
@@ -23,12 +23,12 @@ def is_linear_like(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module) -> int:
-    """How many are in a module; one that is adapted counts once, with all that its adapters add."""
+    """Return the number of linear layers in a module; an adapted layer counts once, with all that adapters add."""
     return 1 if is_linear_like(module) else sum(map(linear_layers, module.children()))
 
 
 def is_layer(container: nn.Module, element: nn.Module) -> bool:
-    """Whether a numbered child is one of a stack of like layers, rather than a part of one layer (`to_out.0`)."""
+    """Return whether a numbered child is one of a stack of like layers and no part of a layer (`to_out.0`)."""
     if linear_layers(element) >= 2:
         return True
     kinds = {type(getattr(child, "base_layer", child)) for child in container.children()}
@@ -65,7 +65,10 @@ def split_name(model: nn.Module, name: str, known: dict[nn.Module, bool]) -> tup
 
 
 def tower_names(towers: Iterable[str]) -> dict[str, str]:
-    """Towers by what tells them apart: {"encoder.block.layer": "encoder", "decoder.block.layer": "decoder"}."""
+    """Short names of towers, without the parts that they share.
+
+    {"encoder.block.layer": "encoder", "decoder.block.layer": "decoder"}, for instance.
+    """
     parts = {tower: tower.split(".") for tower in towers}
     for end in (-1, 0):
         while all(parts.values()) and len({names[end] for names in parts.values()}) == 1:
@@ -75,7 +78,7 @@ def tower_names(towers: Iterable[str]) -> dict[str, str]:
 
 
 def runs_twice(model: nn.Module, name: str) -> bool:
-    """Whether a layer projects the tokens and their relative positions too, in one forward (DeBERTa)."""
+    """Return whether a layer projects the tokens and their relative positions too, in one forward (DeBERTa)."""
     parent, _, leaf = name.rpartition(".")
     attention = model.get_submodule(parent)
     shares = bool(getattr(attention, "share_att_key", False)) and bool(getattr(attention, "relative_attention", False))
@@ -83,13 +86,13 @@ def runs_twice(model: nn.Module, name: str) -> bool:
 
 
 def reads_context(model: nn.Module, name: str) -> bool:
-    """Whether a layer projects the prompt, which is the same tensor at every depth (diffusers' `Attention`)."""
+    """Return whether a layer projects the prompt, which is the same tensor at every depth (diffusers' `Attention`)."""
     parent, _, leaf = name.rpartition(".")
     return leaf in ("to_k", "to_v") and bool(getattr(model.get_submodule(parent), "is_cross_attention", False))
 
 
 def unet_level(model: nn.Module, parts: Sequence[str]) -> int | None:
-    """How often the input of a UNet's block has been halved; None outside the blocks of a UNet."""
+    """Return how often the input of a UNet's block has been halved; None outside the blocks of a UNet."""
     stage = next((part for part in parts if part in UNET_STAGES), None)
     if stage is None:
         return None

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .functional import LinearOp, LoraFactors, Magnitude, side_by_side
@@ -107,11 +105,13 @@ def base_weight(layer: Any) -> Tensor:
     if weight is not None and (is_sharded(weight) or not weight.numel()):
         raise RuntimeError(SHARDED)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        from peft.utils.integrations import dequantize_module_weight  # seconds, which readers of files do not need
+
         weight = dequantize_module_weight(base)
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
-def magnitude_of(layer: LoraLayer, adapter_name: str) -> Magnitude | None:
+def magnitude_of(layer: Any, adapter_name: str) -> Magnitude | None:
     """The magnitude of one of PEFT's layers as [out, 1]; None where the adapter is no DoRA."""
     if adapter_name not in layer.lora_magnitude_vector:
         return None
@@ -138,7 +138,7 @@ def start_at_the_base(layer: Any, adapter_name: str) -> None:
 
 
 def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor]:
-    """What m / c makes of W x + sum_j s_j U_j D_j d(x), the output of an `AdaptedLayer` without its bias:
+    """The transform of h = W x + sum_j s_j U_j D_j d(x), the output of an `AdaptedLayer` without its bias:
 
         (m / c) h + (1 - m / c) W (x - d(x))
 

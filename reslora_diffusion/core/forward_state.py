@@ -10,12 +10,13 @@ anew. `segment()` gives the two contexts that `torch.utils.checkpoint(..., conte
 the forward but what the segments that await their second run have captured.
 """
 
+import threading
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import version_of
 
@@ -26,7 +27,7 @@ REENTRANT = (
 OUTSIDE = (
     "{layer} with shortcut {shortcut!r} ran outside a forward of {root}, where its predecessors would have run too. "
     "Either it was called by itself, or it is recomputed by activation checkpointing that was not enabled through "
-    "`gradient_checkpointing_enable` / `enable_gradient_checkpointing`: pass `context_fn=get_controller(model)."
+    "`gradient_checkpointing_enable` / `enable_gradient_checkpointing`: pass `context_fn=get_adapter(model)."
     'context_fn` to `torch.utils.checkpoint`, or use shortcut="block"'
 )
 CHANGED = (
@@ -38,12 +39,15 @@ TIED = (
     'undefined. Use shortcut="block" or plain LoRA for it'
 )
 
+THREADS = (
+    "two threads run a forward of one model with shortcuts at one time, and layers of one would read what those of "
+    "the other handed on. Let one wait (a lock), give each thread a copy (copy.deepcopy), merge the adapter first, or "
+    'use shortcut="block"'
+)
+
 
 class Published(NamedTuple):
-    """What a layer hands on, with its version when it was published.
-
-    `projected` tells, for `input`, A_{n+1} x_n at rank r from x_n itself.
-    """
+    """A value that a layer hands on: x_n itself, or one `projected` to rank r; and its version at that time."""
 
     value: Tensor
     version: int | None
@@ -74,8 +78,11 @@ class Sum(NamedTuple):
 class Scope:
     """Values of one run of the root, or of one checkpointed segment inside it."""
 
-    def __init__(self, parent: "Scope | None" = None, captured: dict[str, Published] | None = None) -> None:
+    def __init__(
+        self, parent: "Scope | None" = None, captured: dict[str, Published] | None = None, again: bool = False
+    ) -> None:
         self.parent = parent
+        self.again = again  # whether this is a second run, which publishes what was published before
         self.values: dict[str, Published] = {}
         self.captured = {} if captured is None else captured
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}  # what was captured, and its copy
@@ -113,31 +120,43 @@ class Scope:
         version, with_grad, known = version_of(x), torch.is_grad_enabled(), self.latest
         same = known is not None and known.x is x and known.previous is previous and known.with_grad == with_grad
         if known is None or not same or version is None or known.version != version:
-            known = self.latest = Sum(x, version, previous, x + previous.to(x.dtype), with_grad)
+            known = self.latest = Sum(x, version, previous, x + previous.to(x), with_grad)
         return known.total
 
 
 class ForwardState:
-    """The open scopes of one (model, adapter)."""
+    """The open scopes of one (model, adapter), all of one thread."""
 
     def __init__(self) -> None:
         self.scope: Scope | None = None
         self.written: set[str] = set()
         self.with_grad = False
-        self.outer: list[tuple[Scope | None, set[str], bool]] = []
+        self.outer: list[tuple[nn.Module, Scope | None, set[str], bool]] = []  # roots that run, what was open around
+        self.thread = 0  # that the latest forward began in
 
     def __deepcopy__(self, memo: dict) -> "ForwardState":
         return ForwardState()
 
-    def open(self) -> None:
-        """Begin a forward; one that began before and is not over waits."""
-        self.outer.append((self.scope, self.written, self.with_grad))
+    def open(self, root: nn.Module) -> None:
+        """Begin a forward of `root`; one of another root that began before and is not over waits.
+
+        Raises:
+            RuntimeError: a forward of another thread is not over.
+        """
+        if not torch.compiler.is_compiling():
+            if self.outer and self.thread != threading.get_ident():
+                raise RuntimeError(THREADS)
+            self.thread = threading.get_ident()
+            self.close(root)  # Ctrl-C ends a forward without its hooks
+        self.outer.append((root, self.scope, self.written, self.with_grad))
         self.scope, self.written, self.with_grad = Scope(), set(), torch.is_grad_enabled()
 
-    def close(self) -> None:
-        """Inverse of `open`."""
-        if self.outer:
-            self.scope, self.written, self.with_grad = self.outer.pop()
+    def close(self, root: nn.Module) -> None:
+        """Inverse of `open`, also for what began inside. Nothing where the root was not opened by this thread."""
+        if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
+            return
+        while any(root is running for running, *_ in self.outer):
+            _, self.scope, self.written, self.with_grad = self.outer.pop()
 
     def put(self, name: str, value: Tensor, projected: bool = False) -> None:
         """Publish a value of this forward.
@@ -147,13 +166,13 @@ class ForwardState:
         """
         scope = self.scope
         assert scope is not None
-        if name in scope.values or (not isinstance(scope, RecomputedScope) and name in self.written):
+        if name in scope.values or (not scope.again and name in self.written):
             raise RuntimeError(TIED.format(layer=name))
         self.written.add(name)
         scope.put(name, Published(value, version_of(value), projected))
 
     def get(self, name: str) -> Published | None:
-        """What a layer published in this forward, or None.
+        """The value that a layer published in this forward, or None.
 
         Raises:
             RuntimeError: gradients are off though the root's forward began with them: reentrant checkpointing. Or the
@@ -175,36 +194,26 @@ class ForwardState:
 
     def segment(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Contexts of a checkpointed segment's first and second run."""
-        first = FirstRun(self)
-        return first, SecondRun(self, first)
+        captured: dict[str, Published] = {}
+        return Segment(self, captured), Segment(self, captured, again=True)
 
 
-class RecomputedScope(Scope):
-    """Values of a segment's second run."""
+class Segment(AbstractContextManager):
+    """One run of a checkpointed segment: inside, values are those of a scope of its own.
 
+    The first run captures what it reads from outside, the second reads that.
+    """
 
-class FirstRun(AbstractContextManager):
-    def __init__(self, state: ForwardState) -> None:
-        self.state = state
-        self.captured: dict[str, Published] = {}
-
-    def __enter__(self) -> None:
-        self.outer = self.state.scope
-        kind = RecomputedScope if isinstance(self.outer, RecomputedScope) else Scope
-        self.state.scope = kind(self.outer, self.captured)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.state.scope, self.outer = self.outer, None
-
-
-class SecondRun(AbstractContextManager):
-    def __init__(self, state: ForwardState, first: FirstRun) -> None:
-        self.state, self.first = state, first
+    def __init__(self, state: ForwardState, captured: dict[str, Published], again: bool = False) -> None:
+        self.state, self.captured, self.again = state, captured, again
 
     def __enter__(self) -> None:
-        self.outer = self.state.scope, self.state.with_grad
-        self.state.scope = RecomputedScope(captured=self.first.captured)
-        self.state.with_grad = True
+        state = self.state
+        outer, _ = self.outer = state.scope, state.with_grad
+        if self.again:
+            state.scope, state.with_grad = Scope(captured=self.captured, again=True), True
+        else:
+            state.scope = Scope(outer, self.captured, outer is not None and outer.again)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.state.scope, self.state.with_grad = self.outer

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Publish(Enum):
-    """What an operation hands on besides y, for a later layer of the chain to read."""
+    """The second result of an operation, besides y, which a later layer of the chain reads."""
 
     NOTHING = auto()
     AHEAD = auto()  # `ahead` x: the down-projection of the next layer, of this layer's input
@@ -31,7 +31,7 @@ class Publish(Enum):
 
 
 class LinearOp(NamedTuple):
-    """What one adapted layer computes; see the module.
+    """The operation of one adapted layer; see the module for the fields.
 
     Where the frozen layer must compute its own output (quantised, hooked, trained), `base` is that output, and `weight`
     and `bias` are None. `transform` is applied to W x + sum_j s_j U_j z_j, before the bias is added (DoRA).
@@ -55,7 +55,7 @@ Kernel = Callable[[LinearOp], tuple[Tensor, Tensor | None]]  # y, and what is pu
 
 
 class Magnitude(NamedTuple):
-    """What DoRA has beside its factors: the length of each row of the weight, [out, 1], or of each column, [1, in].
+    """The vector that DoRA trains: the length of each row of the weight, [out, 1], or of each column, [1, in].
 
     The weight is W + delta_weight; with `of_base` it is W, as ComfyUI reads rows of a file (`export.dora`).
     """
@@ -64,45 +64,40 @@ class Magnitude(NamedTuple):
     of_base: bool = False
 
 
-class LoraFactors(NamedTuple):
-    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A.
+WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
 
-    Shapes: lora_A [r, in], lora_B [out, r]. For a convolution lora_A [r, in, kh, kw], lora_B [out, r, 1, 1].
-    """
+
+def to_float64(x: Tensor) -> Tensor:
+    """x in float64, on its own device, or on the CPU where that device has no float64 (Apple's GPU)."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double()
+
+
+class ThreeFactors(NamedTuple):
+    """The fields of `LoraFactors`, which unpacks into them."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
 
-    @property
-    def magnitude(self) -> Magnitude | None:
-        """None; a `DoraFactors` has one."""
-        return None
+
+class LoraFactors(ThreeFactors):
+    """A plain LoRA of one layer: delta_weight = scaling * lora_B @ lora_A.
+
+    Shapes: lora_A [r, in], lora_B [out, r]. For a convolution lora_A [r, in, kh, kw], lora_B [out, r, 1, 1].
+    The factors of a DoRA have a `magnitude` too; `core.dora.decomposed_weight` is the weight that they make.
+    """
+
+    magnitude: Magnitude | None = None
+
+    def _replace(self, **changes: Any) -> "LoraFactors":  # type: ignore[override]
+        return with_magnitude(super()._replace(**changes), self.magnitude)
 
 
-class DoraFactors(LoraFactors):
-    """A DoRA of one layer: the same three, and a magnitude. What it makes of a base weight is
-    `core.dora.decomposed_weight`."""
-
-    def __new__(
-        cls, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Magnitude | None = None
-    ) -> "DoraFactors":
-        made = super().__new__(cls, lora_A, lora_B, scaling)
-        made.__dict__["stretch"] = magnitude
-        return made
-
-    @property
-    def magnitude(self) -> Magnitude | None:
-        return self.__dict__["stretch"]
-
-    def _replace(self, **changes: Any) -> "DoraFactors":  # type: ignore[override]
-        magnitude = changes.pop("magnitude", self.magnitude)
-        return DoraFactors(*LoraFactors(*self)._replace(**changes), magnitude)
-
-
-def with_magnitude(factors: LoraFactors, magnitude: Magnitude | None) -> LoraFactors:
+def with_magnitude(factors: ThreeFactors, magnitude: Magnitude | None) -> LoraFactors:
     """The same factors with this magnitude, or without any."""
-    return LoraFactors(*factors) if magnitude is None else DoraFactors(*factors, magnitude)
+    made = LoraFactors(*factors)
+    made.magnitude = magnitude
+    return made
 
 
 def delta_weight(factors: LoraFactors) -> Tensor:
@@ -119,13 +114,11 @@ def delta_weight(factors: LoraFactors) -> Tensor:
 def concatenated(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """`(A, B)` of sum_k B_k A_k, exactly: [R, in] and [out, R] with R the sum of the ranks."""
     lora_A, lora_B = zip(*blocks, strict=True)
-    if len(blocks) == 1:
-        return lora_A[0], lora_B[0]
-    return torch.cat(lora_A), torch.cat(lora_B, dim=1)
+    return side_by_side(lora_A, lora_B)
 
 
 def side_by_side(D: Sequence[Tensor], U: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """[R, in] and [out, R] of the parts of an operation."""
+    """The same of down- and up-projections that are given apart."""
     return D[0] if len(D) == 1 else torch.cat(tuple(D)), U[0] if len(U) == 1 else torch.cat(tuple(U), dim=1)
 
 

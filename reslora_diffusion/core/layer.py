@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..rules import Shortcut
 from .chains import Site
 from .forward_state import OUTSIDE, ForwardState, Published
-from .functional import LinearOp, LoraFactors, Publish, side_by_side, version_of
+from .functional import LinearOp, LoraFactors, side_by_side, version_of
 from .kernels import Choice, choose
 from .sharding import whole
 
@@ -29,12 +29,6 @@ class Observer(Protocol):
     def see(self, layer: "AdaptedLayer", x: Tensor, values: list[tuple[str, Tensor]]) -> None: ...
 
 
-class BuildsOperations(Protocol):
-    """What a layer asks of its shortcut."""
-
-    def op(self, layer: "AdaptedLayer", x: Tensor) -> LinearOp: ...
-
-
 class Packed(NamedTuple):
     """Factors that were cast and laid side by side for one forward (`core.packed`)."""
 
@@ -44,7 +38,7 @@ class Packed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """An output that was computed together with others (`Adapter.prepare`), for a layer that is called with `x`."""
+    """An output that was computed together with others (`core.grouping`), for a layer that is called with `x`."""
 
     x: Tensor
     version: int | None
@@ -52,7 +46,7 @@ class Prepared(NamedTuple):
 
 
 class Shared:
-    """What all layers of one adapter have in common; `core.adapter.Adapter` is one."""
+    """The state that all layers of one adapter share; `core.adapter.Adapter` is one."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
@@ -81,7 +75,7 @@ class AdaptedLayer:
         self.base: nn.Module = module.get_base_layer()
         self.scalings: dict[str, float] = module.scaling
         self.downs, self.ups = module.lora_A._modules, module.lora_B._modules
-        self.path: BuildsOperations  # its shortcut
+        self.path: Any  # its shortcut, of `core.shortcuts`
         self.window: tuple[AdaptedLayer, ...] = ()  # the blocks that this one reaches back to, nearest first
         self.reads: tuple[AdaptedLayer, ...] = ()  # those whose published values it takes in
         self.blocks: tuple[AdaptedLayer, ...] = (self,)  # those whose factors it applies to its own input
@@ -109,13 +103,13 @@ class AdaptedLayer:
         if self.reads and shared.merged is None:
             self.forget_read()
         if value is not None:
-            self.publish(value, op.publish is Publish.AHEAD)
+            self.publish(value, projected=True)
         return y
 
     def merged_op(self, x: Tensor, factors: LoraFactors) -> LinearOp:
         """Plain LoRA with other factors than the layer's own."""
         A, B, scaling = factors
-        return LinearOp(x, *self.frozen(), [A.to(x.dtype)], [B.to(x.dtype)], [scaling], self.dropped(x))
+        return LinearOp(x, *self.frozen(), [A.to(x)], [B.to(x)], [scaling], self.dropped(x))
 
     def take_prepared(self, x: Tensor) -> Tensor | None:
         """The output that was computed ahead for this x, if there is one."""
@@ -129,7 +123,7 @@ class AdaptedLayer:
         return None
 
     def own_output_reason(self) -> str | None:
-        """Why the frozen layer must compute its own output, by PEFT's forward, if so."""
+        """Return why the frozen layer must compute its own output, by PEFT's forward, if so."""
         module, base = self.module, self.base
         if not self.shared.ordinary:
             return "factors that are sharded or parametrised"
@@ -154,13 +148,11 @@ class AdaptedLayer:
         return parameters.get("weight"), parameters.get("bias")
 
     def factors(self, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Gate]]:
-        """`(D, U, scalings)` of the layer's `blocks`, in the precision of x."""
+        """`(D, U, scalings)` of the layer's `blocks`, in the precision of x and on its device."""
         shared = self.shared
         scaling = self.scalings[shared.adapter_name]
-        if shared.packed and (shared.packed_with_grad or not torch.is_grad_enabled()):
-            found = shared.packed.get(self.name)
-            if found is not None and found.D[0].dtype == x.dtype:
-                return found.D, found.U, (scaling,)
+        if (found := self.packed(x)) is not None:
+            return found.D, found.U, (scaling,)
         if shared.gates or shared.frozen:
             return self.gated_factors(x, scaling)
         if shared.ordinary and not torch.compiler.is_compiling():
@@ -170,12 +162,20 @@ class AdaptedLayer:
         else:
             pairs = [block.own_factors() for block in self.blocks]
             D, U = [A for A, _ in pairs], [B for _, B in pairs]
-        if D[0].dtype == x.dtype and x.is_cpu:
+        if D[0].dtype == x.dtype and x.is_cpu and D[-1].device == x.device:  # the block farthest back
             return D, U, (scaling,) * len(D)
         # Put together as they are when they are packed: computed again for backward, they are not packed any more, and
         # checkpointing wants the same tensors saved in both runs.
-        down, up = side_by_side([A.to(x.dtype) for A in D], [B.to(x.dtype) for B in U])
+        down, up = side_by_side([A.to(x) for A in D], [B.to(x) for B in U])
         return (down,), (up,), (scaling,)
+
+    def packed(self, x: Tensor) -> Packed | None:
+        """The factors that were packed for this forward, if they have the precision of x and gradients where wanted."""
+        shared = self.shared
+        if not shared.packed or (torch.is_grad_enabled() and not shared.packed_with_grad):
+            return None
+        found = shared.packed.get(self.name)
+        return found if found is not None and found.D[0].dtype == x.dtype else None
 
     def gated_factors(self, x: Tensor, scaling: float) -> tuple[list[Tensor], list[Tensor], list[Gate]]:
         """The same with gates and frozen factors. Parts whose gate is the number 0 are left out, unless all are."""
@@ -205,7 +205,7 @@ class AdaptedLayer:
 
     @property
     def closed(self) -> bool:
-        """Whether the gates of all its blocks are the number 0: it adds nothing, and reads nothing for itself."""
+        """Return whether the gates of all its blocks are the number 0: then it adds and reads nothing."""
         gates = self.shared.gates
         if not gates or self.shared.merged is not None:
             return False
@@ -222,7 +222,7 @@ class AdaptedLayer:
     # --------------------------------------------------------------------------------- what crosses layers: `input`
 
     def reads_ahead(self, x: Tensor) -> bool:
-        """Whether `input` is carried at rank r: A_{n+1} x_n by layer n, instead of x_n + x_{n+1} by layer n + 1.
+        """Return whether `input` is carried at rank r: A_{n+1} x_n by layer n, instead of x_n + x_{n+1} by layer n + 1.
 
         That saves launches and memory on a device, and costs time on a CPU that need not cast the factors. Dropout acts
         on the sum, and an observer wants to see x_n.
@@ -234,28 +234,11 @@ class AdaptedLayer:
 
     def ahead(self, x: Tensor) -> Tensor:
         """`lora_A` of the next layer, in the precision of x."""
-        shared = self.shared
-        if shared.packed and (shared.packed_with_grad or not torch.is_grad_enabled()):
-            found = shared.packed.get(self.name)
-            if found is not None and found.ahead is not None and found.ahead.dtype == x.dtype:
-                return found.ahead
+        found = self.packed(x)
+        if found is not None and found.ahead is not None:
+            return found.ahead
         assert self.follower is not None
-        return self.follower.own_factors()[0].to(x.dtype)
-
-    def read_input(self, x: Tensor) -> Published | None:
-        """x' of the layer before, or A x'; None in a first block, which reads itself."""
-        found = None
-        for layer in self.reads:
-            self.require_root()
-            found = self.shared.context.get(layer.name)
-            wanted = x.shape if found is None or not found.projected else (*x.shape[:-1], found.value.shape[-1])
-            if found is None or found.value.shape != wanted:
-                got = None if found is None else (*found.value.shape[:-1], x.shape[-1])
-                self.skip(layer, x.shape, got)
-                found = None
-        if self.shared.observer is not None:
-            self.shared.observer.see(self, x, [(self.name, x if found is None else found.value.to(x.dtype))])
-        return found
+        return self.follower.own_factors()[0].to(x)
 
     def sum(self, x: Tensor, previous: Tensor) -> Tensor:
         """x + x', computed once for all layers that read the two."""
@@ -263,25 +246,28 @@ class AdaptedLayer:
         assert scope is not None
         return scope.sum(x, previous)
 
-    # -------------------------------------------------------------------------------- what crosses layers: `middle`
+    # -------------------------------------------------------------------------------------- what crosses layers
 
-    def read_bottlenecks(self, x: Tensor) -> list[Tensor]:
-        """What the nearest predecessors have published, as far back as it is there: [..., r] each."""
-        found: list[tuple[str, Tensor]] = []
-        if self.reads:
-            wanted = torch.Size((*x.shape[:-1], self.site.rank))
-            for layer in self.reads:
-                self.require_root()
-                published = self.shared.context.get(layer.name)
-                if published is None or published.value.shape != wanted:
-                    self.skip(layer, wanted, None if published is None else published.value.shape)
-                    break
-                found.append((layer.name, published.value))
+    def read(self, x: Tensor) -> list[Published]:
+        """Values that predecessors have published, nearest first, up to the first that is missing or does not fit."""
+        found: list[Published] = []
+        for other in self.reads:
+            self.require_root()
+            published = self.shared.context.get(other.name)
+            if published is None or published.value.shape != self.readable(x, published):
+                self.skip(other, x, published)
+                break
+            found.append(published)
+        return found
+
+    def readable(self, x: Tensor, published: Published) -> tuple[int, ...]:
+        """The shape of a value that can be read beside x."""
+        return (*x.shape[:-1], self.site.rank if published.projected else x.shape[-1])
+
+    def observe(self, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
+        """Show an observer what was read, by the names of layers."""
         if self.shared.observer is not None:
-            self.shared.observer.see(self, x, found)
-        return [value for _, value in found]
-
-    # ---------------------------------------------------------------------------------------------------- either
+            self.shared.observer.see(self, x, values)
 
     def publish(self, value: Tensor, projected: bool = False) -> None:
         """Hand a value on to later layers of the chain, if any reads it."""
@@ -301,14 +287,16 @@ class AdaptedLayer:
             roots = " or ".join(name or type(root).__name__ for name, root in self.shared.roots.items())
             raise RuntimeError(OUTSIDE.format(layer=self.name, shortcut=str(self.shared.shortcut), root=roots))
 
-    def skip(self, other: "AdaptedLayer", wanted: Sequence[int], got: Sequence[int] | None) -> None:
+    def skip(self, other: "AdaptedLayer", x: Tensor, published: Published | None) -> None:
         """Count a link that could not be used, and warn of the first."""
         skipped = self.shared.skipped
         if not skipped:
-            found = "did not run before it" if got is None else f"has shape {tuple(got)}"
+            found = "did not run before it"
+            if published is not None:
+                found = f"has shape {(*published.value.shape[:-1], x.shape[-1])}"
             warnings.warn(
-                f"the shortcut into {self.name} is skipped: {other.name} {found}, wanted {tuple(wanted)}. The layer is "
-                "treated as the first of a chain; further ones are counted in `get_controller(model).skipped`",
+                f"the shortcut into {self.name} is skipped: {other.name} {found}, wanted {tuple(x.shape)}. The layer "
+                "is treated as the first of a chain; further ones are counted in `get_adapter(model).skipped`",
                 stacklevel=2,
             )
         skipped[self.name] = skipped.get(self.name, 0) + 1

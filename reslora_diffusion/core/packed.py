@@ -4,7 +4,7 @@ A layer wants [A_n; A_{n-1}; ..] and [B_n, B_{n-1}, ..] of its blocks, and for `
 base. Layers that are computed together (`core.kernels.grouped`) lie next to each other, all D before all A_{n+1} before
 all U: matrices that follow each other in memory are one matrix to them.
 
-`pack` makes all matrices of a model at once: one buffer, one multi-tensor copy, one node of the autograd graph. Its
+`pack` makes all matrices on a device at once: one buffer, one multi-tensor copy, one node of the autograd graph. Its
 backward sums the gradients of a factor over all the places that it was copied to, in the factor's own precision.
 """
 
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
 
 def places_in(matrix: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Where in a matrix its factors are."""
+    """Return the slices of a matrix in which its factors are."""
     if len(layout.parts) == 1:
         return (matrix,)
     return matrix.split([shapes[part][layout.dim] for part in layout.parts], dim=layout.dim)
@@ -38,19 +38,20 @@ class Pack(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, layouts: tuple[Layout, ...], dtype: torch.dtype, *factors: Tensor
+        ctx: Any, layouts: tuple[Layout, ...], dtype: torch.dtype, device: torch.device, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         shapes = [factor.shape for factor in factors]
         sizes = []
         for parts, dim in layouts:
             along = sum(shapes[part][dim] for part in parts)
             sizes.append((along, shapes[parts[0]][1]) if dim == 0 else (shapes[parts[0]][0], along))
-        buffer = torch.empty(sum(a * b for a, b in sizes), dtype=dtype, device=factors[0].device)
+        buffer = torch.empty(sum(a * b for a, b in sizes), dtype=dtype, device=device)
         pieces = buffer.split([a * b for a, b in sizes])
         matrices = tuple(piece.view(size) for piece, size in zip(pieces, sizes, strict=True))
         places = [p for m, layout in zip(matrices, layouts, strict=True) for p in places_in(m, layout, shapes)]
         torch._foreach_copy_(places, [factors[part] for layout in layouts for part in layout.parts])
-        ctx.layouts, ctx.shapes, ctx.dtypes = layouts, shapes, [factor.dtype for factor in factors]
+        ctx.layouts, ctx.shapes = layouts, shapes
+        ctx.kinds = [{"dtype": factor.dtype, "device": factor.device} for factor in factors]
         ctx.set_materialize_grads(False)
         return matrices
 
@@ -60,11 +61,11 @@ class Pack(torch.autograd.Function):
         for layout, gradient in zip(ctx.layouts, gradients, strict=True):
             if gradient is not None:
                 found += zip(layout.parts, places_in(gradient, layout, ctx.shapes), strict=True)
-        found = [(part, place) for part, place in found if ctx.needs_input_grad[2 + part]]
+        found = [(part, place) for part, place in found if ctx.needs_input_grad[3 + part]]
         if torch.is_grad_enabled():  # for a second derivative
-            cast = [place.to(ctx.dtypes[part]) for part, place in found]
+            cast = [place.to(**ctx.kinds[part]) for part, place in found]
         else:
-            cast = [torch.empty(p.shape, dtype=ctx.dtypes[part], device=p.device) for part, p in found]
+            cast = [torch.empty(p.shape, **ctx.kinds[part]) for part, p in found]
             if found:
                 torch._foreach_copy_(cast, [place for _, place in found])
         copies: dict[int, list[Tensor]] = {}
@@ -74,16 +75,18 @@ class Pack(torch.autograd.Function):
             sums = torch._foreach_add([some.pop() for some in more.values()], [some.pop() for some in more.values()])
             for some, total in zip(more.values(), sums, strict=True):
                 some.append(total)
-        return None, None, *(copies[part][0] if part in copies else None for part in range(len(ctx.shapes)))
+        return None, None, None, *(copies[part][0] if part in copies else None for part in range(len(ctx.shapes)))
 
 
-def pack(layouts: Sequence[Layout], factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """For each layout the matrix [sum r, in] or [out, sum r] of its factors, in `dtype`."""
-    return Pack.apply(tuple(layouts), dtype, *factors)
+def pack(
+    layouts: Sequence[Layout], factors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """For each layout the matrix [sum r, in] or [out, sum r] of its factors, in `dtype` on `device`."""
+    return Pack.apply(tuple(layouts), dtype, device, *factors)
 
 
-def dtypes_to_pack(layers: Mapping[str, AdaptedLayer], factor: Tensor) -> dict[str, torch.dtype]:
-    """Precision of the packed factors of each layer that wants them.
+def kinds_to_pack(layers: Mapping[str, AdaptedLayer], factor: Tensor) -> dict[str, tuple[torch.dtype, torch.device]]:
+    """Precision and device of the packed factors of each layer that wants them: those of its base.
 
     On a CPU that computes in the precision of the factors there is nothing to cast, and to put two or three of them
     together costs less inside the layer.
@@ -92,7 +95,7 @@ def dtypes_to_pack(layers: Mapping[str, AdaptedLayer], factor: Tensor) -> dict[s
     for name, layer in layers.items():
         weight, _ = layer.frozen()
         if weight is not None and weight.is_floating_point() and (weight.dtype != factor.dtype or not weight.is_cpu):
-            found[name] = weight.dtype
+            found[name] = weight.dtype, weight.device
     return found
 
 
@@ -138,14 +141,14 @@ class Packer:
     def pack(
         self, layers: Mapping[str, AdaptedLayer], factors: Sequence[Any], groups: Groups, ahead: bool
     ) -> dict[str, Packed]:
-        """What the layers compute with in one forward; empty where nothing is gained."""
-        dtypes, found = dtypes_to_pack(layers, factors[0]), {}
-        for dtype in dict.fromkeys(dtypes.values()):
-            names = tuple(name for name, other in dtypes.items() if other == dtype)
+        """Packed factors by layer, for one forward; empty where packing gains nothing."""
+        kinds, found = kinds_to_pack(layers, factors[0]), {}
+        for kind in dict.fromkeys(kinds.values()):
+            names = tuple(name for name, other in kinds.items() if other == kind)
             if (names, ahead) not in self.plans:
                 self.plans[names, ahead] = plan(layers, names, groups, ahead)
             layouts, what = self.plans[names, ahead]
-            matrices = dict(zip(what, pack(layouts, factors, dtype), strict=True))
+            matrices = dict(zip(what, pack(layouts, factors, *kind), strict=True))
             for name in names:
                 found[name] = Packed((matrices[name, "D"],), (matrices[name, "U"],), matrices.get((name, "ahead")))
         return found

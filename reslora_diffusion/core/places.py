@@ -1,4 +1,4 @@
-"""Where the layers and factors of an adapter stand, so that it is noticed when something else is put there.
+"""`Places` remembers where the layers and factors of an adapter are, and notices when something else is put there.
 
 PEFT's `update_layer` and its EVA initialisation replace factors, and EVA may take an adapter off some layers. Wrappers
 around them change nothing here.
@@ -22,11 +22,11 @@ class Places:
                 self.found.append((side, adapter_name, side[adapter_name]))
 
     def hold(self) -> bool:
-        """Whether everything is where it was."""
+        """Return whether everything is where it was."""
         return all(home.get(key) is module for home, key, module in self.found)
 
     def differ_from(self, before: "Places") -> bool:
-        """Whether other layers or factors are there than before, rather than wrappers around the old ones."""
+        """Return whether other layers or factors are there than before, rather than wrappers around the old ones."""
         return len(before.found) != len(self.found) or any(
             new is not old and "weight" in new._parameters
             for (*_, new), (*_, old) in zip(self.found, before.found, strict=True)

@@ -47,12 +47,12 @@ def may_be_fused(model: nn.Module, homes: Iterable[nn.Module]) -> list[nn.Module
 
 
 def is_fused(attention: Any) -> bool:
-    """Whether diffusers' `fuse_qkv_projections` is in force; on older attentions undoing it leaves the flag."""
+    """Return whether diffusers' `fuse_qkv_projections` is in force; on older attentions undoing it leaves the flag."""
     if not attention.fused_projections:
         return False
     return hasattr(attention, "unfuse_projections") or "Fused" in type(attention.processor).__name__
 
 
 def are_whole(weights: list[Any]) -> bool:
-    """Whether every weight is an ordinary tensor with all of its elements, not a shard or a parametrisation."""
+    """Return whether every weight is an ordinary tensor with all of its elements, not a shard or a parametrisation."""
     return {type(weight) for weight in weights} <= {nn.Parameter, torch.Tensor} and all([w.numel() for w in weights])

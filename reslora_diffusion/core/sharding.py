@@ -32,7 +32,7 @@ def whole(weight: Any) -> Tensor:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several that talk to each other."""
+    """Return whether this process is one of several that talk to each other."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

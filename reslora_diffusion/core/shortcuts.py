@@ -10,11 +10,10 @@ run of layers of one role in execution order, m is `num_previous`, and d is the 
 
 Each class says which neighbours it links, which operation a layer computes while training (`core.functional.LinearOp`,
 which a kernel of `core.kernels` runs), and which plain LoRA that merges into. `core.merging.corrections` finds the C of
-`input` and `middle`, which depend on activations.
+`input` and `middle`, which depends on activations.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,77 +24,31 @@ from .functional import LinearOp, LoraFactors, Publish, concatenated
 from .layer import AdaptedLayer
 
 
-class ResidualPath(Protocol):
-    """What a shortcut must say of itself."""
-
-    merges_exactly: bool  # into a plain LoRA, whatever the data
-    crosses_layers: bool  # layers read values that others compute, and not their factors alone
-
-    def links(self, previous: Site, site: Site) -> bool:
-        """Whether `site` may read from `previous`, its predecessor in the same role."""
-
-    def blocks(self, layer: AdaptedLayer) -> tuple[AdaptedLayer, ...]:
-        """The blocks whose factors a layer applies to its own input, its own first."""
-
-    def op(self, layer: AdaptedLayer, x: Tensor) -> LinearOp:
-        """What `layer` computes of `x` [..., in]; reads what earlier layers of this forward have published."""
-
-    def plain(self, own: LoraFactors, window: Sequence[LoraFactors], correction: Tensor | None) -> LoraFactors:
-        """The plain LoRA that block `own` merges into. `window` holds its predecessors, nearest first."""
-
-    def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """t [..., r]: everything that the values that were read add at the bottleneck of a block with `lora_A`."""
-
-    def projection(self, own: Tensor, previous: Tensor) -> Tensor:
-        """Which of two lora_A is applied to x_{n-k}: that of the block itself, or of the predecessor."""
-
-    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
-        """The layers that `layer` reads, nearest first, each with the name that its alignment is summed under."""
-
-    def sources(
-        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """x_{n-k} [..., in] by the name that its alignment is summed under. `inputs` lives as long as one batch."""
-
-    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
-        """The rows of which the paper's merge takes the norm, of inputs [T, in]."""
-
-
 class Plain:
-    """h_n = W_n x_n + s B_n A_n x_n: LoRA, on the code path of the others."""
+    """h_n = W_n x_n + s B_n A_n x_n: LoRA, on the code path of the others, which are made from it.
 
-    merges_exactly = True
-    crosses_layers = False
+    A shortcut says three things: which neighbours it links, what a layer computes, and what that merges into.
+    """
+
+    merges_exactly = True  # into a plain LoRA, whatever the data
+    crosses_layers = False  # layers read values that others compute, and not their factors alone
 
     def links(self, previous: Site, site: Site) -> bool:
+        """Return whether `site` may read from `previous`, its predecessor in the same role."""
         return False
 
     def blocks(self, layer: AdaptedLayer) -> tuple[AdaptedLayer, ...]:
+        """The blocks whose factors a layer applies to its own input, its own first."""
         return (layer,)
 
     def op(self, layer: AdaptedLayer, x: Tensor) -> LinearOp:
+        """The operation of `layer` on `x` [..., in]. It may read values that earlier layers have published."""
         D, U, scalings = layer.factors(x)
         return LinearOp(x, *layer.frozen(), D, U, scalings, layer.dropped(x))
 
     def plain(self, own: LoraFactors, window: Sequence[LoraFactors], correction: Tensor | None) -> LoraFactors:
+        """The plain LoRA that block `own` merges into. `window` holds its predecessors, nearest first."""
         return own
-
-    def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
-        raise ValueError(f"got {len(values)} values of other blocks; this shortcut reads none")
-
-    def projection(self, own: Tensor, previous: Tensor) -> Tensor:
-        return own
-
-    def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
-        return []
-
-    def sources(
-        self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
-        return rows
 
 
 class Block(Plain):
@@ -111,13 +64,18 @@ class Block(Plain):
         return (layer, *layer.window)
 
     def plain(self, own: LoraFactors, window: Sequence[LoraFactors], correction: Tensor | None) -> LoraFactors:
-        return LoraFactors(*concatenated([(f.lora_A, f.lora_B) for f in (own, *window)]), own.scaling)
+        device = own.lora_A.device  # a model may be spread over several
+        blocks = [(block.lora_A.to(device), block.lora_B.to(device)) for block in (own, *window)]
+        return LoraFactors(*concatenated(blocks), own.scaling)
 
 
 class Input(Plain):
     """h_n = W_n x_n + s B_n A_n (x_n + x_{n-1}), with x_{n-1} := x_n in a first block.
 
     Where this saves work, layer n - 1 hands on A_n x_{n-1} at rank r instead of x_{n-1} (`layer.reads_ahead`).
+
+    What such a shortcut merges into depends on data. The last four methods are what `core.merging` asks for that; the
+    values that a layer has read come as `(name, value)`, nearest first.
     """
 
     merges_exactly = False
@@ -129,13 +87,15 @@ class Input(Plain):
     def op(self, layer: AdaptedLayer, x: Tensor) -> LinearOp:
         D, U, scalings = layer.factors(x)
         read = carry = ahead = None
-        before = None if layer.closed else layer.read_input(x)
+        found = [] if layer.closed else layer.read(x)
+        before = found[0] if found else None
+        layer.observe(x, [(layer.name, x if before is None else before.value.to(x))])
         if before is None:
             read, scalings = layer.dropped(x), [2 * s for s in scalings]
         elif before.projected:
-            carry = before.value.to(x.dtype)
+            carry = before.value.to(x)
         elif layer.reads_ahead(x):
-            carry = F.linear(before.value.to(x.dtype), D[0])
+            carry = F.linear(before.value.to(x), D[0])
         else:
             total = layer.sum(x, before.value)
             read = layer.dropped(total, otherwise=total)
@@ -151,9 +111,11 @@ class Input(Plain):
         return own if correction is None else own._replace(lora_A=own.lora_A + correction.to(own.lora_A))
 
     def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """t [..., r]: everything that the values add at the bottleneck of a block with `lora_A`."""
         return F.linear(values[0], lora_A)
 
     def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
+        """The layers whose input `layer` reads, nearest first, each with the one whose lora_A it reads that by."""
         if not layer.window and layer.follower is None:
             return []  # alone: it computes plain LoRA
         return [(layer.window[0].name if layer.window else layer.name, layer.name)]
@@ -161,7 +123,12 @@ class Input(Plain):
     def sources(
         self, layer: AdaptedLayer, x: Tensor, values: Sequence[tuple[str, Tensor]], inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        """x_{n-k} [..., in] by the name of the layer whose lora_A it is read by. `inputs` lives for one batch."""
         return dict(values)
+
+    def normed(self, rows: Tensor, lora_A: Tensor) -> Tensor:
+        """The rows of which the paper's merge takes the norm, of inputs [T, in]."""
+        return rows
 
 
 class Middle(Input):
@@ -176,7 +143,9 @@ class Middle(Input):
     def op(self, layer: AdaptedLayer, x: Tensor) -> LinearOp:
         D, U, scalings = layer.factors(x)
         D = layer.gated(D)  # a closed block hands nothing on
-        earlier = [value.to(x.dtype) for value in layer.read_bottlenecks(x)]
+        found = layer.read(x)
+        earlier = [value.to(x) for value, *_ in found]
+        layer.observe(x, [(other.name, value) for other, value in zip(layer.reads, earlier, strict=False)])
         carry = sum(earlier[1:], start=earlier[0]) if earlier else None
         publish = Publish.NOTHING
         if layer.readers:
@@ -185,9 +154,6 @@ class Middle(Input):
 
     def added(self, lora_A: Tensor, values: Sequence[Tensor]) -> Tensor:
         return sum(values[1:], start=values[0])
-
-    def projection(self, own: Tensor, previous: Tensor) -> Tensor:
-        return previous
 
     def neighbours(self, layer: AdaptedLayer) -> list[tuple[str, str]]:
         return [(other.name, other.name) for other in layer.window]
@@ -202,7 +168,7 @@ class Middle(Input):
         return F.linear(rows, lora_A)
 
 
-SHORTCUTS: dict[Shortcut, ResidualPath] = {
+SHORTCUTS: dict[Shortcut, Plain] = {
     Shortcut.NONE: Plain(),
     Shortcut.INPUT: Input(),
     Shortcut.BLOCK: Block(),

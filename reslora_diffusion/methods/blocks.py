@@ -1,4 +1,4 @@
-"""Which transformer block a layer belongs to, by its name: what schedules drop and prune together."""
+"""Names of layers say which transformer block each is in; schedules drop and prune the layers of a block together."""
 
 OUTER = ("down_blocks", "mid_block", "up_blocks", "attentions", "motion_modules")  # hold the blocks of a UNet
 

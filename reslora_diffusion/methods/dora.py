@@ -18,5 +18,5 @@ CONFLICTS = WITHOUT_DORA | {
 
 
 def dora_problems(features: Iterable[str]) -> list[str]:
-    """Why DoRA does not go with options of a run; of shortcuts, `rules.faults` speaks."""
+    """Return why DoRA cannot be combined with options of a run; `rules.faults` does so for shortcuts."""
     return [f"--use_dora: {CONFLICTS[name]}" for name in features if name in CONFLICTS.keys() - WITHOUT_DORA.keys()]

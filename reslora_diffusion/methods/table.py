@@ -1,4 +1,4 @@
-"""What composes with what, from the `conflicts` that the code checks: `reslora methods`."""
+"""The table of `reslora methods` says which methods compose, from the `conflicts` that the code checks."""
 
 from collections.abc import Mapping
 
@@ -20,6 +20,7 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
     "text_encoder": "--train_text_encoder",
     "ema": "--use_ema",
     "best": "the best step by its loss, rather than the last",
+    "quantised": "a base with quantised weights",
     "sharded_base": "a base that FSDP has sharded",
     "fsdp": "factors that FSDP has sharded",
     "deepspeed": "DeepSpeed",

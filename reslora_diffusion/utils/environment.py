@@ -1,4 +1,4 @@
-"""What a run finds around it: installed packages, folders that can be written to, and secrets on its command line."""
+"""Checks the surroundings of a run: installed packages, writable folders, and secrets on the command line."""
 
 import re
 import tempfile
@@ -26,7 +26,7 @@ def missing_packages(needed: Iterable[tuple[str, str, str]]) -> Iterator[str]:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be put into a folder that may not exist yet; tried, since permissions alone do not tell."""
+    """Return why a folder, which may not exist yet, cannot be written to; it is tried, as permissions do not tell."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # it has no name, so a kill leaves nothing

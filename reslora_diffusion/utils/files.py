@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import processes
+
 UNFINISHED = "unfinished"  # a file in a folder that is not whole yet
 PARTIAL, STALE = ".partial", ".replaced"  # suffixes of hidden names
 LEFTOVERS = (
@@ -34,12 +36,23 @@ LEFTOVERS = (
     ".export-*",
     ".writable-*",
 )
+RETRIES = (0.02, 0.08, 0.3, 0.6)  # seconds
 LONGEST_STEM = 100  # characters: the hidden name must not be longer than a file system allows
 
 
 def partial_name(path: Path) -> Path:
     """A hidden path beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name[:LONGEST_STEM]}.{os.urandom(4).hex()}{PARTIAL}")
+
+
+def rename(fresh: str | os.PathLike, path: str | os.PathLike) -> None:
+    """`os.replace`. Windows refuses it for as long as any program has the file open, such as a virus scanner that looks
+    at what was just written: there it is tried again for a second."""
+    for wait in RETRIES if processes.WINDOWS else ():
+        with suppress(PermissionError):
+            return os.replace(fresh, path)
+        time.sleep(wait)
+    os.replace(fresh, path)
 
 
 def flush(path: Path) -> None:
@@ -84,7 +97,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield fresh
         flush(fresh)
-        os.replace(fresh, path)
+        rename(fresh, path)
     except BaseException:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
@@ -111,12 +124,12 @@ def replace_folder(fresh: str | os.PathLike, folder: str | os.PathLike) -> None:
     stale = folder.with_name(f".{folder.name}{STALE}")
     shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, stale)
+        rename(folder, stale)
     try:
-        os.replace(fresh, folder)
+        rename(fresh, folder)
     except OSError:
         if stale.exists():
-            os.replace(stale, folder)
+            rename(stale, folder)
         raise
     flush(folder.parent)
     shutil.rmtree(stale, ignore_errors=True)
@@ -163,7 +176,7 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder under a hidden name: half of it must not look like the whole."""
     hidden = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(folder, hidden)
+    rename(folder, hidden)
     shutil.rmtree(hidden)
 
 
@@ -185,7 +198,7 @@ def replace_files(fresh: Path, folder: Path, names: Iterable[str | os.PathLike])
         flush(fresh / name)
     for name in places:
         make_folder((folder / name).parent)
-        os.replace(fresh / name, folder / name)
+        rename(fresh / name, folder / name)
     for parent in {(folder / name).parent for name in places} | {folder}:
         flush(parent)
 
@@ -208,7 +221,7 @@ def sweep(folder: str | os.PathLike, older_than: float = 0.0) -> list[str]:
             if path.name.endswith(STALE) and path.is_dir():
                 place = path.with_name(path.name.removeprefix(".").removesuffix(STALE))
                 if not place.exists():
-                    os.replace(path, place)
+                    rename(path, place)
                     continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

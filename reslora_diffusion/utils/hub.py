@@ -13,7 +13,7 @@ PATIENCE = 5.0  # seconds until a hub that does not answer counts as out of reac
 
 @cache
 def unreachable() -> str | None:
-    """Why the hub cannot be reached; None if it answers.
+    """Return why the hub cannot be reached; None if it answers.
 
     After a failure this process works offline: files in the local cache are still found, and everything else fails at
     once instead of after half a minute of retries. Call it before `datasets` is imported, which reads the setting once.

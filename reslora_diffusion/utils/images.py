@@ -38,7 +38,7 @@ CHANNELS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's mode for the
 
 
 class Colour(NamedTuple):
-    """What a file's profile does to its colours. One of the three is given where there is something to say."""
+    """The effect of a file's profile on its colours; at most one of the three fields is given."""
 
     profile: str | None = None  # name of the profile that it is converted from
     fault: str | None = None  # why its profile is not followed
@@ -114,7 +114,7 @@ def opaque_mode(image: Image.Image) -> str:
 
 
 def colour_of(image: Image.Image) -> Colour:
-    """How an image is converted to sRGB. Where its profile is sRGB up to rounding, it is not converted at all."""
+    """Return how an image is converted to sRGB; one whose profile is sRGB up to rounding is not converted."""
     profile = image.info.get("icc_profile")
     if not profile:
         missing = "it is CMYK without a colour profile" if image.mode == "CMYK" else None
@@ -140,7 +140,7 @@ def colour_of_profile(profile: bytes, mode: str) -> Colour:
 
 
 def is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a transform of RGB leaves a grid of colours as they are, up to rounding."""
+    """Return whether a transform of RGB leaves a grid of colours as they are, up to rounding."""
     colours = list(product(range(0, 256, 51), repeat=3))
     grid = Image.new("RGB", (len(colours), 1))
     grid.putdata(colours)

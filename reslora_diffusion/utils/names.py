@@ -1,4 +1,4 @@
-"""What files and adapters may be called: one rule for trainers, exports and the library.
+"""Names that files and adapters may have: one rule for trainers, exports and the library.
 
 file      letters and digits of any script, and . _ + -, in Unicode's composed form (NFC); begins with a letter or
           digit, so that no shell takes it for an option; what `<lora:NAME:1>` of A1111 and ComfyUI's lists can hold
@@ -19,7 +19,7 @@ def composed(name: str) -> str:
 
 
 def file_name_problem(name: str) -> str | None:
-    """Why a file cannot be called so, without its ending."""
+    """Return why a file cannot have this name (without its ending); None if it can."""
     name = composed(name)
     if not FILE.fullmatch(name) or name.endswith("."):
         return f"{name!r} is not a file name (letters, digits and . _ + -, beginning with a letter or digit)"
@@ -38,7 +38,7 @@ def file_name_from(text: str, otherwise: str = "lora") -> str:
 
 
 def adapter_name_problem(name: object) -> str | None:
-    """Why an adapter cannot be called so."""
+    """Return why an adapter cannot have this name; None if it can."""
     if not isinstance(name, str) or not name or "." in name or not name.isprintable():
         return f"adapter name: got {name!r}, wanted characters without dots"
     if name.startswith("lora_"):

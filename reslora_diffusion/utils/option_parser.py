@@ -41,7 +41,7 @@ def parse_file(flag: str, path: Path) -> Any:
 
 @dataclass
 class Given:
-    """What was given: values by name of the option, and everything that is wrong with the rest."""
+    """The values that were given, by name of the option, and everything that is wrong with the rest."""
 
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

@@ -22,12 +22,12 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about one option.
+    """The facts about one option.
 
     Attributes:
         help: what it means, for `--help`.
         choices: the values that it may have.
-        at_least, above, below: bounds of a number.
+        at_least, above, below, at_most: bounds of a number.
         lower: whether capital letters are read as small ones.
         import_path: whether the dotted path of a Python class may be given in place of a choice.
         binds: whether a checkpoint depends on it, so that a continued run must agree on it.
@@ -43,6 +43,7 @@ class Facts:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    at_most: float | None = None
     lower: bool = False
     import_path: bool = False
     binds: bool = False
@@ -144,13 +145,22 @@ def wrong_values(options: Any) -> dict[str, str]:
             continue
         if facts.choices and value not in facts.choices and not (facts.import_path and is_import_path(value)):
             found[name] = f"--{name}: got {value!r}, wanted {', '.join(map(str, facts.choices))}"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not in_bounds(value, facts):
-            found[name] = f"--{name}: got {value}, wanted {bounds(facts)}"
+        elif outside := [one for one in numbers_of(value, facts) if not in_bounds(one, facts)]:
+            found[name] = f"--{name}: got {', '.join(map(str, outside))}, wanted {bounds(facts)}"
     return found
 
 
+def numbers_of(value: Any, facts: Facts) -> list[float]:
+    """The numbers that bounds are for: the value of an option, or what a list or dictionary with bounds holds."""
+    held = [value]
+    if isinstance(value, (list, dict)):
+        bounded = any(bound is not None for bound in (facts.at_least, facts.above, facts.below, facts.at_most))
+        held = [*(value.values() if isinstance(value, dict) else value)] if bounded else []
+    return [one for one in held if type(one) in (int, float)]
+
+
 def is_import_path(value: Any) -> bool:
-    """Whether a text is the dotted path of a class: a module and a name."""
+    """Return whether a text is the dotted path of a class: a module and a name."""
     return isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
 
 
@@ -160,6 +170,7 @@ def in_bounds(value: float, facts: Facts) -> bool:
         and (facts.at_least is None or value >= facts.at_least)
         and (facts.above is None or value > facts.above)
         and (facts.below is None or value < facts.below)
+        and (facts.at_most is None or value <= facts.at_most)
     )
 
 
@@ -168,4 +179,5 @@ def bounds(facts: Facts) -> str:
     parts = [] if facts.at_least is None else [f"{facts.at_least:g} or more"]
     parts += [] if facts.above is None else [f"a number above {facts.above:g}"]
     parts += [] if facts.below is None else [f"below {facts.below:g}"]
+    parts += [] if facts.at_most is None else [f"at most {facts.at_most:g}"]
     return " and ".join(parts) or "a finite number"

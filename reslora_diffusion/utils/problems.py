@@ -1,6 +1,7 @@
-"""How programs end: on bad input with one message that names every problem, and an exit code for each end."""
+"""Programs end on bad input with one message that names every problem, and have an exit code for each kind of end."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from .processes import stop_signals
 from .stopping import watch_parent
 
 EXIT_CODE = 2
@@ -20,7 +22,7 @@ BAD_DATA = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used. Carries every problem found; each names what was got and what was wanted.
+    """Raised for input that cannot be used. It carries every problem; each names what was got and what was wanted.
 
     `found` are lines on what was looked at and may be in order. All of it is printable, whoever wrote it.
     """
@@ -60,7 +62,7 @@ class Interrupted(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a device or of the machine did not suffice. Each device and library says it differently."""
+    """Return whether the memory of a device or of the machine ran out, which each library reports differently."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool({"MemoryError", "OutOfMemoryError"} & names) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
@@ -121,8 +123,15 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one of several that says what all of them found."""
+    """Return whether this is the one of several processes that prints for all of them."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print what all processes found, once."""
+    if is_first_process():
+        for line in lines:
+            print(line, flush=True)
 
 
 @contextmanager
@@ -138,8 +147,12 @@ def run_program(program: Callable[[], object]) -> int:
     """The exit code of a program: 0, also after a signal; 2 for bad input, 1 for a run that had to stop, 130 if
     it was quit; all said in plain words. SIGTERM is raised as Ctrl-C is."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in stop_signals()[1:]:
+            signal.signal(number, signal.default_int_handler)
         watch_parent()
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows knows few characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     found: list[str] = []
     try:
         program()

@@ -109,7 +109,7 @@ def check_state(folder: Path) -> dict[str, Any]:
 
 
 def fault_of_state(folder: Path) -> str | None:
-    """Why a folder is no training state that can be continued from; None if it is one."""
+    """Return why a folder is no training state that can be continued from; None if it is one."""
     try:
         check_state(folder)
     except BrokenState as error:

@@ -1,19 +1,20 @@
-"""Who computes an operation: `choose` says which kernel and why. A kernel is a function
+"""Kernels compute operations, and `choose` says which one does and why. A kernel is a function
 
     LinearOp -> (y, what is published)
 
-that knows nothing of adapters, and each of them computes every operation; `plain` is the definition, the others are
-equal to rounding.
+that knows nothing of adapters. `plain` is the definition, and the others are equal to it to rounding.
 
     plain      torch's own functions                       under autocast, functorch, tracing; odd bases, torch.compile
     fused      one node of the autograd graph              everywhere else
     runlora    the form with the least arithmetic          float32 and float64 on a CPU, where nothing crosses layers
                runlora:F2B5, runlora:time: by name, by time    where it is asked for (`Adapter.kernel`)
-    grouped    several operations that read one x          attention on a GPU (`Adapter.prepare`)
+    grouped    several operations that read one x          attention on a GPU (`core.grouping`)
     closed     nothing of low rank                         blocks whose gate is the number 0
 
-docs/LOG.md has the timings that chose between them. No GPU has been timed: there `fused` and `grouped` are chosen by
-counts of launches and bytes.
+`runlora` computes the operations that `runlora.fits` accepts, every other kernel computes all. Against `plain` on one
+thread of a CPU (docs/LOG.md, "Kernels against the plain one"), a layer whose x has 2^15 elements or more takes 0.79 to
+0.98 of its time by `fused` and 0.84 to 0.98 by `runlora`; smaller layers take 0.98 to 1.08. `grouped` takes more (1.0
+to 1.25) and is chosen on a GPU alone, by counts of launches and bytes: no GPU has been timed.
 """
 
 from functools import lru_cache, partial
@@ -82,7 +83,7 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
 
 
 def asked_for(wanted: str, op: LinearOp) -> Choice | None:
-    """What a name means; None where RunLoRA's forms do not fit the operation."""
+    """The kernel of a name; None where RunLoRA's forms do not fit the operation."""
     kernel, _, form = wanted.partition(":")
     if kernel not in KERNELS or (form and kernel != "runlora"):
         raise ValueError(f"got the kernel {wanted!r}, wanted {', '.join(KERNELS)}, runlora:time or runlora:F2B5")
@@ -95,7 +96,7 @@ def asked_for(wanted: str, op: LinearOp) -> Choice | None:
 
 
 def is_closed(op: LinearOp) -> bool:
-    """Whether no part of an operation adds anything, as far as that is known without asking the device."""
+    """Return whether no part of an operation adds anything, as far as that is known without asking the device."""
     for scaling in op.scalings:
         if isinstance(scaling, Tensor) or scaling != 0:
             return False
@@ -103,7 +104,7 @@ def is_closed(op: LinearOp) -> bool:
 
 
 def plain_reason(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """What keeps operations on x and a frozen layer from every kernel but `plain`, if anything."""
+    """The reason why only `plain` can compute operations on x and a frozen layer; None if all can."""
     if under_autocast(x):
         return "autocast"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -118,7 +119,7 @@ def plain_reason(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str |
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Whether autocast decides the precision of operations on x."""
+    """Return whether autocast decides the precision of operations on x."""
     if x.is_cpu:  # to ask for the name of the device takes longer than the rest
         return torch.is_autocast_enabled("cpu")
     device = x.device.type

@@ -9,8 +9,8 @@ and what each hands on (`Publish`). Backward, with g_i = dL/dy_i, h_i = dL/d(pub
     t_i = s_i g_i U_i (+ h_i)     dc_i = t_i     dU_i = s_i g_i^T z_i     dD = t^T x     dx = sum_i g_i W_i + t D
 
 x is read by one down-projection instead of one per layer, and the gradients with respect to it meet in one buffer. That
-saves launches, so it pays on a GPU. Factors and values that lie side by side in memory (`core.packed`) are put
-together without a copy.
+saves launches, so it is for a GPU alone, and has not been timed on one; a CPU takes longer by it (docs/LOG.md). Factors
+and values that lie side by side in memory (`core.packed`) are put together without a copy.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from .fused import shaped, what_to_keep
 
 
 class Member(NamedTuple):
-    """What a group has to know of one of its operations, besides tensors."""
+    """One operation of a group, without its tensors."""
 
     publish: Publish
     scaling: float
@@ -39,7 +39,7 @@ def grouped_linear(op: LinearOp) -> tuple[Tensor, Tensor | None]:
 
 
 def can_be_grouped(ops: Sequence[LinearOp]) -> bool:
-    """Whether operations read one tensor, and nothing else."""
+    """Return whether operations read one tensor, and nothing else."""
     return all(op.x is ops[0].x and op.read is ops[0].read and op.base is op.transform is None for op in ops)
 
 

@@ -1,6 +1,6 @@
-"""Which of several equal ways to compute an adapted layer takes the least arithmetic, and these ways (RunLoRA, arXiv
-2312.03415). They are for operations that read x itself, and neither carry nor publish anything: plain LoRA, `block`,
-and the last layers of a chain.
+"""The RunLoRA kernel (arXiv 2312.03415) computes an adapted layer in that of several equal forms which takes the least
+arithmetic. Its operations read x itself, and neither carry nor publish anything: plain LoRA, `block`, and the last
+layers of a chain.
 
 With x [T, in], W [out, in], D [R, in], U [out, R], V = W + s U D and g = dL/dy [T, out], multiplications beside x W^T
 and g W:
@@ -34,14 +34,14 @@ from ..functional import LinearOp, Publish, scaled_parts, scaled_product, side_b
 from .fused import shaped, split, what_to_keep
 
 log = logging.getLogger(__name__)
-EXACT = (torch.float32, torch.float64)
+PRECISE = (torch.float32, torch.float64)
 PASS = 20  # multiplications in the time that it takes to write an element of V beside computing it
 LAUNCH = 1e5  # multiplications in the time that it takes to begin an operation: 2 us at 50 a nanosecond
 SMALL = 2**16  # elements of a V that may be kept for backward whatever the low-rank form keeps: 256 KiB in float32
 
 
 class Form(NamedTuple):
-    """Which of y, (dD, dU) and dx go through large matrices, and whether V is kept from y for dx.
+    """A form says which of y, (dD, dU) and dx go through large matrices, and whether V is kept from y for dx.
 
     A gradient that is not wanted is said to go through them: nothing goes through rank R for it. `up` is of dU, where
     that is not as `factors` says.
@@ -55,12 +55,12 @@ class Form(NamedTuple):
 
     @property
     def dU(self) -> bool:
-        """Whether dU goes through G."""
+        """Return whether dU goes through G."""
         return self.factors if self.up is None else self.up
 
     @property
     def entirely(self) -> bool:
-        """Whether nothing goes through rank R."""
+        """Return whether nothing goes through rank R."""
         return self.y and self.factors and self.dU and self.x
 
     def __str__(self) -> str:
@@ -156,8 +156,8 @@ def cheapest(
 
 
 def fits(op: LinearOp) -> bool:
-    """Whether the operation is one that can go through large matrices at all."""
-    return op.publish is Publish.NOTHING and op.carry is None and op.read is None and op.x.dtype in EXACT
+    """Return whether the operation is one that can go through large matrices at all."""
+    return op.publish is Publish.NOTHING and op.carry is None and op.read is None and op.x.dtype in PRECISE
 
 
 def shape_of(op: LinearOp) -> tuple[int, int, int, int, int, bool, bool]:

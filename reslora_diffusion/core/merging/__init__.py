@@ -1,4 +1,4 @@
-"""From a trained shortcut to a plain LoRA.
+"""Merging turns a trained shortcut into a plain LoRA.
 
 statistics     what flows through the shortcuts, summed over batches
 corrections    C of each layer, by each merge method: A* = A + C

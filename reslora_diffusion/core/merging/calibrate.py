@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Forward
-from ..attach import DEFAULT_ADAPTER, get_controller
+from ..attach import DEFAULT_ADAPTER, get_adapter
 from ..config import MergeMethod
 from ..sharding import is_distributed
 from .corrections import corrections_of, least_squares, paper_input
-from .statistics import Moments, Norms, OutputErrors, load_statistics, save_statistics
+from .statistics import Moments, Norms, OutputErrors, Sums
 
 RESUME_EVERY = 16  # batches between two writes of a resume file
 Mask = Callable[[Any], Tensor | None]
@@ -40,7 +40,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def needs_calibration(adapter: Adapter) -> bool:
-    """Whether merging depends on data."""
+    """Return whether merging depends on data."""
     by_data = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
     return not adapter.merges_exactly and adapter.config.merge_method in by_data
 
@@ -60,7 +60,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def observe(
     adapter: Adapter,
-    observer: Any,
+    observer: Sums,
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
@@ -69,10 +69,10 @@ def observe(
 ) -> int:
     """Run batches while `observer` sees what flows through the shortcuts; returns how many there were.
 
-    With `resume_file`, sums are put down there as they grow, and batches that are in it already are not run again.
+    With `resume_file`, sums are saved there as they grow, and batches that are in it already are not run again.
     """
     adapter.require_active()
-    done = load_statistics(resume_file, observer, adapter_device(adapter)) if resume_file else 0
+    done = observer.load(resume_file, adapter_device(adapter)) if resume_file else 0
     count = 0
     adapter.observer = observer
     gates, adapter.gates = adapter.gates, {}  # what is merged is every block
@@ -85,12 +85,12 @@ def observe(
                 observer.start_batch(mask(batch) if mask else None)
                 forward(model, batch)
                 if resume_file and count % RESUME_EVERY == 0:
-                    save_statistics(resume_file, observer, count)
+                    observer.save(resume_file, count)
     finally:
         adapter.observer, adapter.gates = None, gates
         observer.start_batch()
     if resume_file and count > done:
-        save_statistics(resume_file, observer, count)
+        observer.save(resume_file, count)
     observer.all_reduce()
     return count
 
@@ -140,7 +140,7 @@ def calibrate(
         ValueError: the adapter is not active, there are no batches, or they can be read only once where that is not
             enough.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     if not needs_calibration(adapter):
         return
     groups = passes(adapter, statistics_bytes)
@@ -155,7 +155,7 @@ def calibrate(
     corrections: dict[str, Tensor] = {}
     for number, group in enumerate(groups):
         file = numbered(resume_file, number) if resume_file else None
-        observer: Any = Norms(adapter) if by_norms else Moments(adapter, set(group))
+        observer: Sums = Norms(adapter) if by_norms else Moments(adapter, set(group))
         if observe(adapter, observer, model, batches, forward, mask, file) == 0:
             raise ValueError("calibrate: got no batches")
         solve: Any = paper_input if by_norms else least_squares
@@ -180,12 +180,12 @@ def relative_output_errors(
     *,
     mask: Mask | None = None,
 ) -> dict[str, float]:
-    """What merging changes in each layer's output, relative to all that the adapter adds to it.
+    """Error that merging makes in each layer's output, relative to all that the adapter adds to it.
 
     sqrt(sum ||s B (t - C x)||^2 / sum ||s B (A x + t)||^2) over `batches` that calibration has not used. Zero for
     shortcuts that merge exactly.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     if adapter.merges_exactly:
         return dict.fromkeys(adapter.sites, 0.0)
     observer = OutputErrors(adapter, corrections_of(adapter))

@@ -1,4 +1,4 @@
-"""What merging adds to lora_A, delta_weight = s B (A + C), so that the rank stays r.
+"""The correction C that merging adds to lora_A: delta_weight = s B (A + C), of the same rank r.
 
     none, block     C is not needed: these merge exactly
     input, middle   the methods differ in C:
@@ -27,6 +27,7 @@ from ..adapter import Adapter
 from ..arrivals import settle
 from ..chains import Site
 from ..config import MergeMethod
+from ..functional import to_float64
 from ..sharding import whole
 from .statistics import Moments, Norms
 
@@ -35,7 +36,7 @@ RIDGE = 1e-3
 
 def least_squares_correction(guess: Tensor, second: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
     """C [r, in] from G [r, in], S [in, in] and P [r, in], in float64."""
-    G, S, P = (value.double() for value in (guess, second, cross))
+    G, S, P = (to_float64(value) for value in (guess, second, cross))
     size = S.diagonal().mean()
     if not size > 0:  # the layer read nothing but zeros
         return G
@@ -44,24 +45,18 @@ def least_squares_correction(guess: Tensor, second: Tensor, cross: Tensor, ridge
 
 
 def neighbours(adapter: Adapter, site: Site) -> list[tuple[str, str]]:
-    """Layers that the shortcut into `site` reads, nearest first, and the names that their alignments are under."""
-    return adapter.path.neighbours(adapter.layer(site.name))
-
-
-def factor_read(adapter: Adapter, site: Site, neighbour: str) -> Tensor:
-    """A_k: the down-projection that is applied to the input of `neighbour`."""
-    return adapter.path.projection(adapter.lora_A(site.name), adapter.lora_A(neighbour)).detach()
+    """The layers whose input `site` reads, nearest first, each with the layer whose lora_A is the A_k of it."""
+    return adapter.by_data.neighbours(adapter.layer(site.name))
 
 
 def least_squares(adapter: Adapter, site: Site, moments: Moments) -> Tensor:
     A = adapter.lora_A(site.name).detach()
     if site.name not in moments.cross:
         return torch.zeros_like(A)
-    inner = moments.inner[site.name]
-    guess = torch.zeros_like(A, dtype=torch.float64)
-    for name, key in neighbours(adapter, site):
-        if key in inner and inner[""] > 0:
-            guess += inner[key] / inner[""] * factor_read(adapter, site, name).double()
+    guess = torch.zeros_like(to_float64(A))
+    for _, reader in neighbours(adapter, site):
+        other = to_float64(adapter.lora_A(reader).detach()).to(guess.device)
+        guess += float(moments.alignment(site.name, reader)) * other
     return least_squares_correction(guess, moments.second_of(site.name), moments.cross[site.name])
 
 
@@ -78,10 +73,10 @@ def paper_weight(adapter: Adapter) -> dict[str, Tensor]:
         for place, site in enumerate(chain.sites):
             A, B = (factor.detach() for factor in adapter.factors(site.name))
             correction = torch.zeros_like(A)
-            for back, (name, _) in enumerate(neighbours(adapter, site), 1):
+            for back, (_, reader) in enumerate(neighbours(adapter, site), 1):
                 reaches = place - back - 1
                 ratio = size[reaches] / size[place - 1] if reaches >= 0 else 1.0
-                correction = correction + ratio * factor_read(adapter, site, name)
+                correction = correction + ratio * adapter.lora_A(reader).detach().to(A.device)
             corrections[site.name] = correction
             layer = adapter.layers[site.name]
             base: Any = layer.get_base_layer()
@@ -108,8 +103,7 @@ def corrections_of(adapter: Adapter) -> dict[str, Tensor]:
             f"merging shortcut {str(adapter.shortcut)!r} by {method} needs activations: call calibrate(model, "
             "batches, forward) first, or choose merge_method='paper_weight' or 'drop', which need none"
         )
-    versions = adapter.calibrated_at
-    if any(adapter.version(name) != version for name, version in versions.items()):
+    if adapter.changed_since_calibration():
         adapter.calibrated_at = {}
         warnings.warn("the adapter was trained on since it was calibrated; calibrate it again", stacklevel=3)
     return adapter.calibration

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..attach import DEFAULT_ADAPTER, get_controller
+from ..attach import DEFAULT_ADAPTER, get_adapter
 from ..config import MergeMethod
 from ..sharding import is_distributed
 from .calibrate import call, evaluating
@@ -70,7 +70,7 @@ def distill(
     Raises:
         ValueError: `calibrate` was not called, the adapter is not active, or there is no batch to hold out.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     if adapter.merges_exactly:
         return Distillation(0.0, 0.0, False)
     adapter.require_active()
@@ -128,7 +128,7 @@ def descend(
 
 @torch.no_grad()
 def teach(model: nn.Module, batch: Any, output: Output) -> Tensor:
-    """What the unmerged model says."""
+    """Output of the unmerged model."""
     return output(model, batch)
 
 

@@ -3,19 +3,21 @@
 After `handover` the adapter is plain LoRA (shortcut none) that computes what `merged_forward` computed, so what is
 exported at the end is exactly what was trained. `input` and `middle` change A in place, A <- A + C: parameters,
 optimizer and moments stay. `block` becomes its concatenation, of rank (m + 1) r: its parameters are new, and with
-`optimizer` given their moments are the old ones, concatenated likewise.
+`optimizer` given their moments are the old ones, concatenated likewise. Some optimizers keep points among the weights
+too (`points_of`), which go where the weights go.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..attach import DEFAULT_ADAPTER, get_controller
+from ..attach import DEFAULT_ADAPTER, get_adapter
 from ..config import Shortcut
-from ..functional import concatenated
+from ..functional import LoraFactors
 from ..sharding import is_sharded, placed_like
 from .factors import joined_factors
 
@@ -27,27 +29,39 @@ def handover(
     """Fold the shortcut into plain LoRA, in place.
 
     Args:
-        optimizer: for `block`, whose parameters it gets instead of the old ones; make a new one if not given.
+        optimizer: of the adapter. It gets the new parameters of `block` instead of the old ones; make a new one if not
+            given.
 
     Raises:
         ValueError: the merge method needs `calibrate` first.
         RuntimeError: `block`, and FSDP has sharded its factors: a wider layer cannot take their place; or there are
             frozen factors in the windows.
     """
-    adapter = get_controller(model, adapter_name)
-    if adapter.shortcut is Shortcut.BLOCK:
+    adapter = get_adapter(model, adapter_name)
+    if adapter.path.merges_exactly and adapter.shortcut is not Shortcut.NONE:
         if adapter.frozen:
-            raise RuntimeError("'block' cannot be folded once there are frozen factors; it merges exactly as it is")
+            name = str(adapter.shortcut)
+            raise RuntimeError(f"{name!r} cannot be folded once there are frozen factors; it merges exactly as it is")
         concatenate_blocks(adapter, optimizer)
     else:
         factors = joined_factors(adapter)
         for name, layer in adapter.layers.items():
             weight: Any = layer.lora_A[adapter_name].weight
-            weight.copy_(placed_like(factors[name].lora_A.to(weight.dtype), weight))
+            folded = placed_like(factors[name].lora_A.to(weight.dtype), weight)
+            for point in points_of(optimizer, weight):
+                point.add_((folded - weight).to(point))
+            weight.copy_(folded)
     adapter.own_config().shortcut = Shortcut.NONE
     adapter.calibration = {}
     adapter.calibrated_at = {}
     adapter.link()
+
+
+def points_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """The tensors of an optimizer's state that are points among the weights, as a parameter is, rather than moments: z
+    and x of schedule-free optimizers, and where Prodigy has begun."""
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    yield from (state[name] for name in ("z", "x", "p0") if name in state and state[name].shape == parameter.shape)
 
 
 def concatenate_blocks(adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> None:
@@ -64,8 +78,9 @@ def concatenate_blocks(adapter: Adapter, optimizer: torch.optim.Optimizer | None
     config, fresh = adapter.own_config(), {}
     for name, layer in adapter.layers.items():
         window = [name, *adapter.windows[name]]
-        A, B = concatenated([(old[n][0].weight, old[n][1].weight) for n in window])
         scaling = layer.scaling[own_name]
+        own, *earlier = (LoraFactors(old[n][0].weight, old[n][1].weight, scaling) for n in window)
+        A, B, _ = adapter.path.plain(own, earlier, None)
         grown = (
             nn.Linear(A.shape[1], A.shape[0], bias=False, device="meta"),
             nn.Linear(B.shape[1], B.shape[0], bias=False, device="meta"),
@@ -98,6 +113,8 @@ def move_state(optimizer: torch.optim.Optimizer, old: list[Any], new: Any, dim: 
     if not all(states):
         return
     optimizer.state[new] = {
-        key: torch.cat([state[key] for state in states], dim) if torch.is_tensor(value) and value.ndim == 2 else value
+        key: torch.cat([state[key].to(value.device) for state in states], dim)
+        if torch.is_tensor(value) and value.ndim == 2
+        else value
         for key, value in states[0].items()
     }

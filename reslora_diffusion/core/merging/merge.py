@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..attach import DEFAULT_ADAPTER, get_controller
+from ..attach import DEFAULT_ADAPTER, get_adapter
 from ..functional import LoraFactors
 from .factors import computing_as, joined_factors, refuse_more_than_factors, unjoined_factors
 
@@ -16,7 +16,7 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
     Raises:
         ValueError: the method needs `calibrate` first, or the adapter is not only factors of linear layers.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     refuse_more_than_factors(adapter.config)
     return joined_factors(adapter) | unjoined_factors(adapter)
 
@@ -24,6 +24,6 @@ def merged_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dic
 @contextmanager
 def merged_forward(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Iterator[None]:
     """Inside, the model computes as the exported LoRA will, without touching a weight."""
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     with computing_as(adapter, joined_factors(adapter)):
         yield

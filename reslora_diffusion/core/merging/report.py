@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Forward
-from ..attach import DEFAULT_ADAPTER, get_controller
+from ..attach import DEFAULT_ADAPTER, get_adapter
 from .calibrate import Mask, call, evaluating, relative_output_errors
 from .merge import merged_forward
 
-EXACT = 1e-5  # relative output error below which a link is called exact
+EXACT_ERROR = 1e-5  # relative output error below which a link is called exact
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MergeReport:
     @property
     def exact(self) -> list[str]:
         """Layers that merge exactly: all of `block`, and where layers read the same tensor."""
-        return [name for name, error in self.output_errors.items() if error < EXACT]
+        return [name for name, error in self.output_errors.items() if error < EXACT_ERROR]
 
     def to_dict(self) -> dict[str, Any]:
         facts = {name: value for name, value in asdict(self).items() if value is not None}
@@ -82,7 +82,7 @@ def merge_report(
         mask: which tokens of a batch count in the layers' errors, as in `calibrate`.
         loss: of a batch, a float or a tensor of one number, averaged over batches; `model(**batch).loss` if not given.
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     adapter.require_active()
 
     def mean_loss() -> float:

@@ -9,4 +9,6 @@
 A process without this package does not know the type RESLORA and says so, rather than load the adapter as plain LoRA.
 """
 
+import peft  # noqa: F401  (registers `.model`, which must not be half imported by then)
+
 VERSIONS = ("0.21",)  # of PEFT, that the tests have run with

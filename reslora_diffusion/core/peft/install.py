@@ -13,6 +13,7 @@ from ..arrivals import make_places
 from ..config import ResLoraConfig, Shortcut
 from ..discovery import runs_twice
 from ..dora import start_at_the_base
+from ..shortcuts import SHORTCUTS
 from .variant import put_variant
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def install(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> Non
             log.warning("no linear layer is adapted, so no shortcut joins anything: this is plain LoRA")
         return
     unlinked = {known[0]: f"also known as {known[1]}" for known in names.values() if len(known) > 1}
-    if config.effective_shortcut in (Shortcut.INPUT, Shortcut.MIDDLE):
+    if SHORTCUTS[config.effective_shortcut].crosses_layers:
         unlinked |= {name: "runs more than once in a forward" for name in layers if runs_twice(model, name)}
     if config.use_dora:
         others = [layer for layer, _, has_factors in unjoined.values() if has_factors]
@@ -88,7 +89,7 @@ def log_what_is_alone(adapter: Adapter) -> None:
 
 
 def beside_chains(layer: Any, adapter_name: str, by_merging: bool) -> Unjoined | None:
-    """What an adapted layer is that no shortcut can join; None for a linear layer."""
+    """Describe an adapted layer that no shortcut can join; None for a linear layer."""
     if adapter_name in layer.lora_embedding_A:
         return Unjoined(layer, "embedding", has_factors=False)
     if isinstance(layer, ParamWrapper):

@@ -1,4 +1,4 @@
-"""Which adapter a LoRA layer computes with."""
+"""Finds the adapter that a LoRA layer computes with."""
 
 from typing import Any
 

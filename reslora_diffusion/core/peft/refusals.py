@@ -1,26 +1,36 @@
-"""What ResLoRA refuses of PEFT's operations, and why."""
+"""Operations of PEFT that ResLoRA refuses, and the reasons."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..adapter import Adapter
 from ..config import Shortcut
 from .variant import find_adapter
 
+NOT_FOUND = "not found in the base model"  # in PEFT's message
 
-def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raise `ValueError` if no module is meant by `target_modules`, naming those that come close."""
-    targets = config.target_modules
-    if not targets or targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    if any(check_target_module_exists(config, name) for name in names) or config.target_parameters:
-        return
+
+@contextmanager
+def naming_near_targets(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """Inside, PEFT's error for `target_modules` that are no module's name is raised with the nearest names there are.
+
+    Modules that exist and are left out by `exclude_modules`, `layers_to_transform` or `layers_pattern` have PEFT's own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if NOT_FOUND not in str(error) or config.layers_to_transform is not None or config.layers_pattern is not None:
+            raise
+        raise type(error)(unknown_targets(model, config.target_modules or ())) from None
+
+
+def unknown_targets(model: nn.Module, targets: str | Iterable[str]) -> str:
+    """Describe targets that no module has the name of, with the nearest names of linear layers."""
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -29,9 +39,9 @@ def refuse_unmatched_targets(model: nn.Module, config: LoraConfig) -> None:
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     near = {name for target in wanted for name in difflib.get_close_matches(target, linear, n=3)}
     offered = f"the nearest are {', '.join(sorted(near))}" if near else f"it has {', '.join(sorted(linear)[:12])}"
-    raise ValueError(
-        f"Target modules {targets} not found in the base model ({type(model).__name__}): no module has such a name; "
-        f"{offered}. Please check the target modules and try again."
+    return (
+        f"Target modules {targets} {NOT_FOUND} ({type(model).__name__}): no module has such a name; {offered}. Please "
+        "check the target modules and try again."
     )
 
 
@@ -84,6 +94,6 @@ def refuse_shared_weights(model: nn.Module, adapters: Iterable[str]) -> None:
 
 
 def scales_chains_evenly(adapter: Adapter) -> bool:
-    """Whether the layers of each chain have one scaling."""
+    """Return whether the layers of each chain have one scaling."""
     name = adapter.adapter_name
     return all(len({adapter.layers[layer].scaling[name] for layer in chain}) == 1 for chain in adapter.joined)

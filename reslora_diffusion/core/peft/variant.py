@@ -1,4 +1,4 @@
-"""What PEFT's LoRA layers call of ours: their forward, and the merge of their weights."""
+"""The hooks that PEFT's LoRA layers call: their forward, and the merge of their weights."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class ResLoraVariant(LoraVariant):
         return self.adapter.layer(self.name).forward(x, result)
 
     def delta(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """What merging adds to `orig_weight`, in its precision, orientation and placement."""
+        """Change of `orig_weight` by merging, in its precision, orientation and placement."""
         factors = merged_factors_of(self.adapter, self.adapter.sites[self.name])
         factors = factors._replace(scaling=module.scaling[active_adapter])
         transposed = getattr(module, "fan_in_fan_out", False)
@@ -62,7 +62,7 @@ class ResLoraVariant(LoraVariant):
 
 
 def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tensor:
-    """What merging a DoRA adds to `weight` [out, in], into which others may be merged: its norms are without those.
+    """Change of `weight` [out, in] by merging a DoRA. Its norms leave out other adapters that are merged already.
 
     Raises:
         RuntimeError: a process holds only a part of the weight.

@@ -61,7 +61,7 @@ def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Pa
     return None
 
 
-class Batch(NamedTuple):
+class StackedPairs(NamedTuple):
     """n pairs of one shape in one group: A [n, r, in], B [n, out, r], their gradients, scaling [n, 1, 1]."""
 
     pairs: list[FactorPair]
@@ -117,7 +117,7 @@ class PairOptimizer(torch.optim.AdamW, ABC):
         for feature in sorted(pair.features & set(self.conflicts)):
             yield f"{pair.name}: {self.conflicts[feature]}"
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[StackedPairs]:
         """Pairs that have gradients now. A pair without any, such as one that a schedule dropped, is left alone.
 
         Raises:
@@ -137,7 +137,7 @@ class PairOptimizer(torch.optim.AdamW, ABC):
         return [batch(pairs, self.param_groups[key[0]]) for key, pairs in alike.items()]
 
     @abstractmethod
-    def update(self, batches: list[Batch]) -> list[FactorPair]:
+    def update(self, batches: list[StackedPairs]) -> list[FactorPair]:
         """Change gradients or factors; return the pairs that are updated, and that AdamW shall leave alone."""
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class PairOptimizer(torch.optim.AdamW, ABC):
         return loss
 
 
-def batch(pairs: list[FactorPair], group: dict[str, Any]) -> Batch:
+def batch(pairs: list[FactorPair], group: dict[str, Any]) -> StackedPairs:
     def stack(tensors: Iterable[Tensor]) -> Tensor:
         return torch.stack([tensor.detach().flatten(1) for tensor in tensors])
 
@@ -161,7 +161,7 @@ def batch(pairs: list[FactorPair], group: dict[str, Any]) -> Batch:
     A, B = stack(pair.A for pair in pairs), stack(pair.B for pair in pairs)
     grad_A, grad_B = stack(gradient(pair.A) for pair in pairs), stack(gradient(pair.B) for pair in pairs)
     scaling = A.new_tensor([pair.scaling for pair in pairs]).view(-1, 1, 1)
-    return Batch(pairs, group, A, B, grad_A, grad_B, scaling)
+    return StackedPairs(pairs, group, A, B, grad_A, grad_B, scaling)
 
 
 def write_gradients(pairs: list[FactorPair], grad_A: Tensor, grad_B: Tensor) -> None:

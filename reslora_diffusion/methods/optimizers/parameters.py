@@ -1,4 +1,4 @@
-"""What optimizers take by name, and values as a command line gives them (`--optimizer_args damping=1e-3`)."""
+"""Settings that optimizers take by name, and values as a command line gives them (`--optimizer_args damping=1e-3`)."""
 
 import ast
 import inspect
@@ -13,7 +13,7 @@ HANDED_ON = ("betas", "eps", "weight_decay", "amsgrad", "maximize")  # by an opt
 
 
 def parameters_of(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
-    """What an optimizer takes by name, besides parameters and pairs; one of pairs hands on what `AdamW` takes."""
+    """Settings that an optimizer takes by name, without parameters and pairs; one of pairs takes `AdamW`'s too."""
     own = dict(inspect.signature(kind).parameters)
     if issubclass(kind, PairOptimizer):
         adamw = inspect.signature(torch.optim.AdamW).parameters

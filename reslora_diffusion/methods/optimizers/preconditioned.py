@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .algebra import damped_inverse, square_root, symmetric, transposed
-from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, write_gradients
+from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, write_gradients
 
 SHARED_UP = (
     "with `middle` one lora_B multiplies the lora_A of several layers, so a pair is not the matrix that is learned; "
@@ -28,10 +28,10 @@ class PreconditionedAdamW(PairOptimizer):
     """AdamW whose gradients of pairs go through `precondition` first."""
 
     @abstractmethod
-    def precondition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def precondition(self, batch: StackedPairs) -> tuple[Tensor, Tensor]:
         """New gradients of A [n, r, in] and B [n, out, r]."""
 
-    def update(self, batches: list[Batch]) -> list[FactorPair]:
+    def update(self, batches: list[StackedPairs]) -> list[FactorPair]:
         for batch in batches:
             write_gradients(batch.pairs, *self.precondition(batch))
         return []
@@ -51,7 +51,7 @@ class ScaledAdamW(PreconditionedAdamW):
         super().__init__(params, pairs, lr=lr, **adamw)
         self.damping = damping
 
-    def precondition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def precondition(self, batch: StackedPairs) -> tuple[Tensor, Tensor]:
         P, Q = transposed(batch.B) @ batch.B, batch.A @ transposed(batch.A)
         return damped_inverse(P, self.damping) @ batch.grad_A, batch.grad_B @ damped_inverse(Q, self.damping)
 
@@ -69,7 +69,7 @@ class RefLora(PreconditionedAdamW):
         super().__init__(params, pairs, lr=lr, **adamw)
         self.damping = damping
 
-    def precondition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def precondition(self, batch: StackedPairs) -> tuple[Tensor, Tensor]:
         S, inverse = balancing(transposed(batch.B) @ batch.B, batch.A @ transposed(batch.A), self.damping)
         return S @ batch.grad_A, batch.grad_B @ inverse
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import damped_inverse, sylvester, transposed
-from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, add_to_factors, write_gradients
+from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, add_to_factors, write_gradients
 from .preconditioned import MAGNITUDE, SHARED_UP
 
 
@@ -39,7 +39,7 @@ class LoraPro(PairOptimizer):
         super().__init__(params, pairs, lr=lr, **adamw)
         self.damping, self.full = damping, full
 
-    def update(self, batches: list[Batch]) -> list[FactorPair]:
+    def update(self, batches: list[StackedPairs]) -> list[FactorPair]:
         for batch in batches:
             if self.full:
                 self.step_full(batch)
@@ -48,7 +48,7 @@ class LoraPro(PairOptimizer):
                 write_gradients(batch.pairs, *adjusted(*factors, self.damping))
         return [pair for batch in batches for pair in batch.pairs] if self.full else []
 
-    def step_full(self, batch: Batch) -> None:
+    def step_full(self, batch: StackedPairs) -> None:
         """Algorithm 1: the motion, Adam's moments of it, and the factors' motion closest to Adam's step."""
         A, B, s, group = batch.A, batch.B, batch.scaling, batch.group
         h_A, h_B = adjusted(A, B, batch.grad_A, batch.grad_B, s, self.damping, minimal=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import symmetric, transposed
-from .pairs import EVERYWHERE, Batch, FactorPair, PairOptimizer, add_to_factors
+from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, add_to_factors
 from .preconditioned import MAGNITUDE, SHARED_UP
 
 
@@ -58,7 +58,7 @@ class LoraRite(PairOptimizer):
         self.clip_unmagnified, self.skip_unmagnified, self.escape = clip_unmagnified, skip_unmagnified, escape
         self._step_supports_amp_scaling = False  # G' is clipped, so gradients have to come without the loss scale
 
-    def update(self, batches: list[Batch]) -> list[FactorPair]:
+    def update(self, batches: list[StackedPairs]) -> list[FactorPair]:
         bases = [(basis_of(batch.B), basis_of(transposed(batch.A))) for batch in batches]
         unmagnified = [
             (self.skipped(transposed(batch.grad_A) @ of_B.inverse), self.skipped(batch.grad_B @ of_A.inverse))
@@ -79,7 +79,7 @@ class LoraRite(PairOptimizer):
         rms = gradient.square().mean((-2, -1), keepdim=True).sqrt()
         return torch.where(rms > self.skip_unmagnified, 0, gradient)
 
-    def step_batch(self, batch: Batch, of_B: Basis, of_A: Basis, for_A: Tensor, for_B: Tensor) -> None:
+    def step_batch(self, batch: StackedPairs, of_B: Basis, of_A: Basis, for_A: Tensor, for_B: Tensor) -> None:
         """Moments and factors of pairs of one shape."""
         group, states = batch.group, [self.state[pair.A] for pair in batch.pairs]
         for state in states:

@@ -1,4 +1,4 @@
-"""How much the loss depends on each head and channel, from the gradients of LoRA's factors alone.
+"""Scores say how much the loss depends on each head and channel, from the gradients of LoRA's factors alone.
 
 The importance of an element of V = W + s B A is its first-order share in the loss, squared: (dL/dV V)^2. dL/dV is never
 computed; what one step of gradient descent does to s B A stands for it (LoRAPrune, section 3):

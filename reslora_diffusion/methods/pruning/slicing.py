@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.attach import DEFAULT_ADAPTER, detach, get_controller
+from ...core.attach import DEFAULT_ADAPTER, detach, get_adapter
 from ...core.functional import LoraFactors
 from ...core.merging.merge import merged_factors
 from .structures import ROWS, Structure, base_of, shape_of, whole_base
@@ -15,7 +15,7 @@ from .structures import ROWS, Structure, base_of, shape_of, whole_base
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What was cut out of a model.
+    """A report of the structures that were cut out of a model.
 
     Attributes:
         kept: groups of each structure that are left, of how many.
@@ -65,7 +65,7 @@ def slim(
         ValueError: the weights are quantised, or the adapter is not only factors of linear layers and convolutions.
     """
     whole = whole_base(model)
-    get_controller(model, adapter_name).require_active()
+    get_adapter(model, adapter_name).require_active()
     factors = merged_factors(model, adapter_name)
     refuse_quantised(whole, [*factors, *(name for structure in structures for name in structure.layers)])
     detach(model, adapter_name)

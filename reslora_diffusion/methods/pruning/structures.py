@@ -29,7 +29,7 @@ ROWS, COLUMNS = 0, 1
 
 
 class Kind(StrEnum):
-    """What is cut out of a structure."""
+    """The part of a structure that is cut out."""
 
     HEADS = "heads"
     CHANNELS = "channels"
@@ -138,8 +138,8 @@ def grouped_query_attention(name: str, module: Any) -> Structure | None:
 
 
 def weighs_heads(module: nn.Module, size: int) -> bool:
-    """Whether something besides the projections has a weight for every head, as the norms of OLMo 2 and the sinks of
-    GPT-OSS: it would have to be cut as well, and a norm across heads depends on those that go."""
+    """Return whether something besides the projections has a weight for every head, as OLMo 2's norms and GPT-OSS's
+    sinks do: it would have to be cut as well, and a norm across heads depends on those that go."""
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     others = (p for name, p in module.named_parameters() if name.partition(".")[0] not in projections)
     return any(parameter.numel() != size for parameter in others)

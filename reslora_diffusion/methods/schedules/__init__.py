@@ -20,23 +20,6 @@ and does what `change` says: it collects the parameters anew, forgets recorded g
 resolved on first use, so that `settings` answers without torch.
 """
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-HOMES = {
-    "Change": "base",
-    "Coto": "coto",
-    "Fold": "fold",
-    "Prune": "prune",
-    "Ranks": "ranks",
-    "Restart": "restart",
-    "Schedule": "base",
-    "parse_schedule": "settings",
-}
-__all__ = sorted(HOMES)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{HOMES[name]}", __name__), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -40,7 +40,7 @@ class Absorbed:
         return self.adapter.layer(name).frozen()[0]
 
     def problems(self) -> Iterator[str]:
-        """Why the weights cannot take links in."""
+        """Return why the weights cannot take links in."""
         found = [self.weight(name) for name in self.adapter.sites]
         if any(weight is None or not weight.is_floating_point() or hasattr(weight, "placements") for weight in found):
             yield "merge changes the weights of the base, which are quantised or sharded; wanted no merge"

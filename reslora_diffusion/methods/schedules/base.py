@@ -1,4 +1,4 @@
-"""What a schedule is: hooks around a training step, and flags that say what they changed."""
+"""The interface of schedules: hooks around a training step, and flags that say what they changed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ Factor = Callable[[int], float]  # on the learning rate, as a function of the st
 
 
 class Change(Flag):
-    """What a schedule has changed, for a training loop to act upon; false if nothing."""
+    """Flags for the training loop: what a schedule has changed; false if nothing."""
 
     NOTHING = 0
     PARAMETERS = auto()  # others are trained than before, or the same from another place
@@ -29,6 +29,7 @@ class Schedule:
     What a schedule draws must be a function of (seed, step), so that processes and resumed runs agree.
     """
 
+    leaves_lora = True  # False: training ends with a smaller model, and no LoRA of the base can be exported
     saved_with_adapter = False  # whether the files of the adapter, as PEFT writes them, hold `tensors` too
     conflicts: Mapping[str, str] = {}  # shortcut, option or method -> the reason why the two do not go together
 
@@ -52,7 +53,7 @@ class Schedule:
         return Change.NOTHING
 
     def learning_rate(self, factor: Factor) -> Factor:
-        """What the run's own `factor` on the learning rate becomes."""
+        """The factor on the learning rate, given the run's own `factor`."""
         return factor
 
     def evaluation(self) -> AbstractContextManager:
@@ -60,14 +61,14 @@ class Schedule:
         return nullcontext()
 
     def exported(self, factors: dict[str, LoraFactors], adapter: int = 0) -> dict[str, LoraFactors]:
-        """What is written of the plain LoRA that an adapter, by its number, merges into."""
+        """The factors to export, given the plain LoRA that an adapter, by its number, merges into."""
         return factors
 
     def finish(self) -> None:
         """Training is over; what is evaluated and exported comes next."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides tensors; JSON's types."""
+        """State for a checkpoint besides tensors, in JSON's types."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> Change:
@@ -82,7 +83,7 @@ class Schedule:
         return Change.NOTHING
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides parameters and moments."""
+        """Tensors for a checkpoint besides parameters and moments."""
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

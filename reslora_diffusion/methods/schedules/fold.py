@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...core.attach import AdaptedModel, get_controller
+from ...core.attach import AdaptedModel, get_adapter
 from ...core.config import MergeMethod, Shortcut
 from ...core.merging.fold import handover
 from ..optimizers.pairs import PairOptimizer, factor_pairs
@@ -78,7 +78,7 @@ class Fold(Schedule):
             raise ValueError(f"the checkpoint was trained with {state}, got the schedule fold; wanted the same")
         if not state["folded"] or self.folded:
             return Change.NOTHING
-        adapters = [get_controller(adapted.model, adapted.adapter_name) for adapted in self.adapters]
+        adapters = [get_adapter(adapted.model, adapted.adapter_name) for adapted in self.adapters]
         methods = [adapter.config.merge_method for adapter in adapters]
         for adapter in adapters:
             adapter.own_config().merge_method = MergeMethod.DROP

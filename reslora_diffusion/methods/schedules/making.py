@@ -1,4 +1,4 @@
-"""From the settings of `--schedule` to the schedule."""
+"""Makes a schedule from the settings of `--schedule`."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,14 @@ def make_schedule(
         on_device: whether gates shall be scalars on the device: for what is compiled, and for DDP, which waits for a
             gradient of every parameter.
         gradient_scale: of a `Prune` and of `Ranks`.
+
+    Raises:
+        NotImplementedError: settings of a kind that is not entered here.
     """
+    if settings is None:
+        return Fold(None, calibrate)
+    if isinstance(settings, FoldSettings):
+        return Fold(settings.at, calibrate)
     if isinstance(settings, CotoSettings):
         return Coto(seed, settings.initial_p, settings.ratio, on_device)
     if isinstance(settings, RestartSettings):
@@ -36,4 +43,4 @@ def make_schedule(
         return Prune(**vars(settings), gradient_scale=gradient_scale)
     if isinstance(settings, RanksSettings):
         return Ranks(**vars(settings), gradient_scale=gradient_scale)
-    return Fold(settings.at if isinstance(settings, FoldSettings) else None, calibrate)
+    raise NotImplementedError(f"make_schedule makes nothing of {type(settings).__name__}")

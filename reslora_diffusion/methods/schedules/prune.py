@@ -63,6 +63,7 @@ class Prune(Schedule):
     """
 
     conflicts = PruneSettings.conflicts
+    leaves_lora = False
 
     def __init__(
         self,

@@ -20,8 +20,10 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.attach import AdaptedModel
 from ...core.functional import LoraFactors
+from ...core.merging.fold import points_of
 from ...utils.problems import refuse
 from .base import Change, Schedule
+from .restart import weights
 from .settings import RanksSettings
 
 
@@ -58,6 +60,7 @@ class Ranks(Schedule):
         self.scores: dict[str, Tensor] = {}
         self.gone: dict[str, Tensor] = {}
         self.total_steps = 0
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def start(
         self, adapters: Sequence[AdaptedModel], total_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -68,7 +71,7 @@ class Ranks(Schedule):
         sites = [site for adapter in own for site in adapter.sites.values()]
         problems += self.settings.size_problems([site.rank for site in sites], len(sites))
         refuse(f"ranks: {problem}" for problem in dict.fromkeys(problems))
-        self.total_steps = total_steps
+        self.total_steps, self.optimizer = total_steps, optimizer
         self.layers = {f"{n}.{name}": (adapter, name) for n, adapter in enumerate(own) for name in adapter.sites}
         for key, (adapter, name) in self.layers.items():
             rank = len(adapter.lora_A(name))
@@ -112,13 +115,13 @@ class Ranks(Schedule):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Set what is gone to zero, as moments may have moved it."""
+        """Set what is gone to zero, as moments may have moved it, in the points too that an optimizer keeps."""
         for key, (adapter, name) in self.layers.items():
             if (gone := self.gone[key]).any():
-                A, B = adapter.factors(name)
-                places = gone.nonzero().flatten().to(A.device)
-                A.index_fill_(0, places, 0)
-                B.index_fill_(1, places, 0)
+                places = gone.nonzero().flatten()
+                for side, factor in enumerate(weights(adapter, name)):
+                    for value in (factor, *points_of(self.optimizer, factor)):
+                        value.index_fill_(side, places.to(value.device), 0)
 
     def exported(self, factors: dict[str, LoraFactors], adapter: int = 0) -> dict[str, LoraFactors]:
         return without_zeros(factors)

@@ -16,6 +16,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, get_type_hints
 
+from ...rules import MERGE_EXACTLY, Shortcut
 from ...utils.options import convert, option, value_problems
 from ...utils.problems import BadInput, listing
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from ..pruning.structures import Structure
 
 FOLDED_DORA = "`block` is all that DoRA has to fold, and that merges exactly at the end; wanted no fold"
+FROZEN_LINK = (
+    "a finished link is frozen, and what `{}` makes of it depends on activations, so no plain LoRA equals it; wanted "
+    "shortcut none or block"
+)
+SCORED = (
+    "scores are of what B A does to one layer's weight, and `{}` depends on activations; wanted shortcut none or block"
+)
 PRUNED_DORA = "scores are of what B A does to a weight, and DoRA does more to it than B A; wanted no --use_dora"
 SHARDED = "it has not been tried with factors that are sharded; wanted DDP or one process"
 DEEPSPEED = "DeepSpeed takes the optimizer step itself, from copies of parameters and gradients; use DDP or one process"
@@ -49,7 +57,7 @@ class Settings:
             yield problem.removeprefix("--")
 
     def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
-        """What does not fit a run of so many steps, if that is known, with adapters of this rank."""
+        """Problems with a run of so many steps, if that is known, with adapters of this rank."""
         return iter(())
 
     def __str__(self) -> str:
@@ -90,11 +98,7 @@ class RestartSettings(Settings):
 
     name = "restart"
     summary = "freezes the adapter and starts another beside it (PeriodicLoRA, Chain of LoRA)"
-    conflicts = {
-        "input": "a finished link is frozen, and what `input` makes of it depends on activations, so no plain LoRA "
-        "equals it; wanted shortcut none or block",
-        "middle": "a finished link is frozen, and what `middle` makes of it depends on activations, so no plain LoRA "
-        "equals it; wanted shortcut none or block",
+    conflicts = {str(each): FROZEN_LINK.format(each) for each in Shortcut if each not in MERGE_EXACTLY} | {
         "convolutions": "convolutions and embeddings are adapted by PEFT's own layers, which hold one link; wanted "
         "linear layers alone",
         "max_norm": "--scale_weight_norms sees the link that is trained, and not those that are frozen; wanted none",
@@ -118,12 +122,16 @@ class RestartSettings(Settings):
             yield "momentum keeps a part of the finished link, whose rank it has; wanted momentum=0 where ranks differ"
 
     def merge_problems(self, dtype: str, features: Container[str]) -> Iterator[str]:
-        """Why finished links cannot be added to a base of this precision."""
+        """Return why finished links cannot be added to a base of this precision."""
         if not self.merge:
             return
         if dtype not in ("float32", "no"):
             yield f"{self.name}: merge adds links to a base in {dtype}, which would round them away; wanted float32"
-        for name, what in (("dora", "DoRA's norms are of the weights"), ("sharded_base", "each process has a part")):
+        for name, what in (
+            ("dora", "DoRA's norms are of the weights"),
+            ("sharded_base", "each process has a part"),
+            ("quantised", "these are quantised and would be rounded again"),
+        ):
             if name in features:
                 yield f"{self.name}: merge changes the base's weights, and {what}; wanted merge=false"
 
@@ -165,7 +173,7 @@ class GradualSettings(Settings):
             yield f"warmup and cooldown: got {self.warmup} and {self.cooldown}, wanted less than 1 together"
 
     def cut(self, count: int) -> int:
-        """How many of so many go in the end: the whole number nearest to the ratio, of two the smaller."""
+        """Return how many of `count` are cut in the end: the whole number nearest to the ratio, or the smaller."""
         return math.ceil(self.ratio * count - 0.5 - 1e-9)
 
     def progress(self, steps: int, total_steps: int) -> float:
@@ -178,7 +186,7 @@ class GradualSettings(Settings):
         return 1 - (1 - self.progress(steps, total_steps)) ** 3
 
     def is_due(self, steps: int, total_steps: int) -> bool:
-        """Whether it is chosen anew after so many steps: every so often, and when u has just come to 1."""
+        """Return whether a choice is due after so many steps: every `every` steps, and when u has just reached 1."""
         u, before = (self.progress(count, total_steps) for count in (steps, steps - 1))
         return before < 1 and (u >= 1 or steps % self.every == 0)
 
@@ -194,11 +202,7 @@ class PruneSettings(GradualSettings):
 
     name = "prune"
     summary = "masks heads and channels by LoRA's gradients, and leaves a smaller model (LoRAPrune)"
-    conflicts = {
-        "input": "scores are of what B A does to one layer's weight, and `input` depends on activations; wanted "
-        "shortcut none or block",
-        "middle": "scores are of what B A does to one layer's weight, and `middle` depends on activations; wanted "
-        "shortcut none or block",
+    conflicts = {str(each): SCORED.format(each) for each in Shortcut if each not in MERGE_EXACTLY} | {
         "dora": PRUNED_DORA,
         "cuda_graph": "scores are made of gradients between two recordings, which has not been tried; wanted no "
         "--cuda_graph",
@@ -206,6 +210,7 @@ class PruneSettings(GradualSettings):
         "--train_text_encoder",
         "sharded_base": "scores are of whole weights of the base, of which each process has a part; wanted DDP or one "
         "process",
+        "quantised": "quantised weights cannot be cut into; wanted a base in floating point",
         "best": "an early step is the best by its loss, as little is masked in it; wanted the last step: "
         "--keep_best false",
         "fsdp": SHARDED,
@@ -215,7 +220,7 @@ class PruneSettings(GradualSettings):
     def structure_problems(
         self, structures: Sequence["Structure"], chosen: Sequence["Structure"], adapted: Container[str]
     ) -> Iterator[str]:
-        """What is wrong with pruning these structures of a model, of which some are `chosen`.
+        """Problems with pruning these structures of a model, of which some are `chosen`.
 
         Args:
             adapted: names of the layers that an adapter is on.
@@ -269,7 +274,7 @@ class RanksSettings(GradualSettings):
         yield from (f"{self.name}: {problem}" for problem in self.size_problems([rank], None))
 
     def size_problems(self, ranks: Iterable[int], layers: int | None) -> Iterator[str]:
-        """Where nothing would go, or nothing would be left; of so many layers, if that is known."""
+        """Yield a problem for each number of which the ratio would cut none or all; `layers` is None if unknown."""
         counted = {"adapters": [layers] if layers else []} if self.whole else {"ranks": sorted(set(ranks))}
         for what, counts in counted.items():
             for count in counts:
@@ -282,7 +287,7 @@ SCHEDULES = {kind.name: kind for kind in KINDS}
 
 
 def parse_schedule(text: str) -> Settings:
-    """What `NAME` or `NAME:SETTING=VALUE,SETTING=VALUE` says.
+    """Settings that `NAME` or `NAME:SETTING=VALUE,SETTING=VALUE` asks for.
 
     >>> str(parse_schedule("restart:stages=4"))
     'restart:stages=4,momentum=0.0,warmup=10'
@@ -322,5 +327,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def conflicts_of(settings: Settings, features: Iterable[str]) -> list[str]:
-    """Why a schedule does not go with some of the shortcuts, options and methods of a run."""
+    """Return why a schedule does not go with some of the shortcuts, options and methods of a run."""
     return [f"{settings.name}: {settings.conflicts[name]}" for name in features if name in settings.conflicts]
