@@ -13,8 +13,6 @@ import json
 import os
 import platform
 import runpy
-import signal
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +22,7 @@ import typer
 
 from .llm.commands import chat, evaluate
 from .utils.documents import parse_json
+from .utils.processes import ask_to_stop, passing_on, start_apart
 
 PACKAGES = (
     "reslora-diffusion torch diffusers transformers peft accelerate safetensors tokenizers huggingface-hub numpy "
@@ -81,21 +80,17 @@ def wait_for(command: list[str]) -> int:
 
     The launcher is in a session of its own: it does not see Ctrl-C, which would end it before they have saved.
     """
-    launcher = subprocess.Popen(command, start_new_session=True)
+    launcher = start_apart(command)
 
-    def pass_on(number: int, _: object) -> None:
+    def pass_on() -> None:
         import psutil  # accelerate needs it too
 
         workers = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
         for worker in workers or ([psutil.Process(launcher.pid)] if launcher.poll() is None else []):
-            worker.send_signal(number)
+            ask_to_stop(worker)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with passing_on(pass_on):
         return launcher.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(context: typer.Context) -> None:
@@ -125,12 +120,12 @@ def start_or_sweep(command: str, script: str, words: list[str]) -> int:
 
 def dpo(context: typer.Context) -> None:
     """Teach a language model which answers are preferred, by DPO (train_dpo_reslora.py)."""
-    raise typer.Exit(start("train_dpo_reslora.py", context.args))
+    raise typer.Exit(start_or_sweep("dpo", "train_dpo_reslora.py", context.args))
 
 
 def grpo(context: typer.Context) -> None:
     """Reward a language model for right answers, by GRPO (train_grpo_reslora.py)."""
-    raise typer.Exit(start("train_grpo_reslora.py", context.args))
+    raise typer.Exit(start_or_sweep("grpo", "train_grpo_reslora.py", context.args))
 
 
 def compare(context: typer.Context) -> None:

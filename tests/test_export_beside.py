@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from llm_tiny import GROUPED
 from reslora_diffusion import ResLoraConfig, merged_factors
-from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.export import CheckFailed, export_peft, inspect_lora, verify_lora
+from reslora_diffusion.export.state_dict import adapter_factors
 
 TOKENS = torch.tensor([[3, 4, 9, 17, 25, 31]])
 KINDS = {
@@ -54,6 +54,8 @@ def test_peft_computes_what_was_trained(tmp_path, kind, config, tied):
     factors = adapter_factors(peft)
     report = export_peft(tmp_path / "out", factors, model=peft, task_type=KINDS[kind]["task_type"], dtype=torch.float32)
     assert "what was trained beside the factors" in str(report)
+    assert "vLLM and llama.cpp take factors alone" in str(report)
+    assert "--enable-lora" not in str(report)
     loaded = PeftModel.from_pretrained(fresh(kind, tied), tmp_path / "out").eval()
     with torch.no_grad():
         got = loaded(TOKENS).logits

@@ -14,7 +14,7 @@ from dora_reference import decomposed
 from lora_factors import random_factors
 from reslora_diffusion import ResLoraConfig, attach, merged_factors
 from reslora_diffusion.cli import app
-from reslora_diffusion.core.functional import DoraFactors, Magnitude
+from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magnitude
 from reslora_diffusion.export import (
     combine,
     convert,
@@ -285,7 +285,7 @@ def test_factors_of_a_dora_are_three_and_a_magnitude() -> None:
     import pickle
 
     A, B = torch.ones(2, 3), torch.ones(4, 2)
-    f = DoraFactors(A, B, 1.0, Magnitude(torch.ones(4, 1)))
+    f = with_magnitude(LoraFactors(A, B, 1.0), Magnitude(torch.ones(4, 1)))
     for same in (copy.deepcopy(f), pickle.loads(pickle.dumps(f)), f._replace(scaling=2.0)):
         assert torch.equal(same.magnitude.values, torch.ones(4, 1))
     first, second, scaling = f

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import ChromaTransformer2DModel, DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_factors import largest_error, random_factors
 from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.diffusion.models.families import FAMILIES
 from reslora_diffusion.export import convert, export_lora, extract, fuse, inspect_lora, read_lora, verify_lora
 from reslora_diffusion.export.base import check_stored
 from reslora_diffusion.export.flux import LAYERS, from_kohya_name, join, layer_of, parts_of, split
-from reslora_diffusion.export.geometry import Family
+from reslora_diffusion.export.geometry import BaseKind
 from reslora_diffusion.export.header import read_headers
 from reslora_diffusion.export.hollow import hollow
 from tiny import saved, tiny_pipeline_3, tiny_pipeline_flux
@@ -57,7 +58,7 @@ def deltas(components) -> dict[str, torch.Tensor]:
 def test_both_files_load_and_mean_the_same(tmp_path, components, base):
     report = export_lora(tmp_path, components, models=base, name="x", dtype=torch.float32, facts={"shortcut": "none"})
     assert report.files.keys() == {"diffusers", "kohya"}
-    assert report.family == Family.FLUX
+    assert report.family == BaseKind.FLUX
     assert len(report.checks) == 3  # diffusers reads both, kohya's rules one
     count = sum(map(len, components.values()))
     assert all(check.matched == check.expected == count for check in report.checks)
@@ -69,11 +70,32 @@ def test_both_files_load_and_mean_the_same(tmp_path, components, base):
     assert kohya[f"{linear1}.lora_up.weight"].shape == (7 * 3072, 4 * report.rank)
     assert kohya[f"{linear1}.alpha"] == 4 * report.rank
     looked = inspect_lora(tmp_path / "kohya" / "x.safetensors")
-    assert looked.family is Family.FLUX
+    assert looked.family is BaseKind.FLUX
     assert looked.metadata["ss_base_model_version"] == "flux1"
     assert not [note for note in looked.notes if "alphas" in note]
     back = convert(tmp_path / "kohya" / "x.safetensors", tmp_path / "back", to="diffusers")
     assert largest_error(deltas(read_lora(back[0].folder).components), deltas(components)) < 1e-6
+
+
+def test_a_lora_of_chroma_is_loaded_and_says_what_it_is_for(tmp_path):
+    """Its blocks have the names and widths of FLUX.1's; only the header tells them apart, through a conversion too."""
+    with torch.device("meta"):
+        small = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+        base = {"transformer": hollow(ChromaTransformer2DModel(num_layers=2, num_single_layers=2, **small))}
+    components = {"transformer": random_factors(base["transformer"], BLOCKS, seed=0)}
+    facts = {"modelspec.architecture": FAMILIES["ChromaPipeline"].architecture}
+    report = export_lora(tmp_path, components, models=base, name="x", dtype=torch.float32, facts=facts)
+    assert report.family == BaseKind.CHROMA
+    assert len(report.checks) == 3
+    assert all(check.matched == check.expected == len(components["transformer"]) for check in report.checks)
+    (again,) = convert(report.files["diffusers"], tmp_path / "again", to="kohya")
+    for file in (*report.files.values(), *again.files.values()):
+        looked = inspect_lora(file)
+        assert looked.family is BaseKind.CHROMA
+        assert not [note for note in looked.notes if "header says" in note or "alphas" in note]
+        assert largest_error(deltas(read_lora(file).components), deltas(components)) < 1e-6
+    assert looked.metadata["ss_base_model_version"] == "chroma"
+    assert looked.metadata["modelspec.implementation"].endswith("lodestones/Chroma")
 
 
 def test_a_file_that_was_trained_as_a_whole_is_read_as_diffusers_reads_it(tmp_path):

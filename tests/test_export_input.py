@@ -132,8 +132,6 @@ def test_a_joined_layer_of_flux_has_equally_many_outputs_for_each_part(tmp_path)
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        (f"{KOHYA}.hada_w1_a", "LoHa"),
-        (f"{KOHYA}.lokr_w1", "LoKr"),
         (f"{KOHYA}.lora_mid.weight", "LoCon with a middle tensor"),
         (f"{KOHYA}.diff", "full weight differences"),
         ("base_model.model.lm_head.modules_to_save.weight", "trained biases or whole modules"),
@@ -141,6 +139,16 @@ def test_a_joined_layer_of_flux_has_equally_many_outputs_for_each_part(tmp_path)
 )
 def test_other_kinds_of_adapter_are_refused_by_name(tmp_path, key, kind):
     assert f"holds {kind}" in refusal(saved(tmp_path, diffusers_pair() | {key: torch.zeros(2, 2)}))
+
+
+@pytest.mark.parametrize(("key", "kind"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")])
+def test_loha_and_lokr_are_refused_by_name_where_a_plain_lora_is_wanted(tmp_path, key, kind):
+    """What can use them has other words for a part that is left over."""
+    path = saved(tmp_path, diffusers_pair() | {f"{KOHYA}.{key}": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=f"holds {kind}, not plain LoRA"):
+        read_lora(path)
+    with pytest.raises(ValueError, match="it is a plain LoRA too"):
+        inspect_lora(path)
 
 
 def test_every_problem_is_in_one_message(tmp_path):

@@ -14,7 +14,7 @@ from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import export_lora, read_lora
 from reslora_diffusion.export.geometry import (
     GEOMETRIES,
-    Family,
+    BaseKind,
     a1111_applies,
     a1111_module,
     a1111_modules,
@@ -38,20 +38,23 @@ XL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 UNETS = {
-    Family.SD1: {"cross_attention_dim": 768, "attention_head_dim": 8},
-    Family.SD2: {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-    Family.SDXL: XL,
+    BaseKind.SD1: {"cross_attention_dim": 768, "attention_head_dim": 8},
+    BaseKind.SD2: {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    BaseKind.SDXL: XL,
 }
 CLIPS = {
-    Family.SD1: {"text_encoder": (CLIPTextModel, 768, 12)},
-    Family.SD2: {"text_encoder": (CLIPTextModel, 1024, 23)},
-    Family.SDXL: {"text_encoder": (CLIPTextModel, 768, 12), "text_encoder_2": (CLIPTextModelWithProjection, 1280, 32)},
+    BaseKind.SD1: {"text_encoder": (CLIPTextModel, 768, 12)},
+    BaseKind.SD2: {"text_encoder": (CLIPTextModel, 1024, 23)},
+    BaseKind.SDXL: {
+        "text_encoder": (CLIPTextModel, 768, 12),
+        "text_encoder_2": (CLIPTextModelWithProjection, 1280, 32),
+    },
 }
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "proj_in", "proj_out", "conv1", "conv2")
 
 
 @pytest.fixture(scope="module", params=list(UNETS), ids=lambda family: family.name)
-def family(request) -> Family:
+def family(request) -> BaseKind:
     return request.param
 
 
@@ -91,7 +94,7 @@ def test_our_table_is_the_real_architecture(family, models):
 
 
 def test_kohya_names_are_read_back(family, models):
-    naming = Naming.SDXL if family is Family.SDXL else Naming.SD
+    naming = Naming.SDXL if family is BaseKind.SDXL else Naming.SD
     for component, model in models.items():
         names = {to_kohya(component, path, naming): path for path in layers(component, model)}
         assert len(names) == len(layers(component, model))
@@ -100,7 +103,7 @@ def test_kohya_names_are_read_back(family, models):
 
 def test_comfyui_and_a1111_know_every_name(family, models):
     """Two maps written from those programs' rules, held against the third."""
-    naming = Naming.SDXL if family is Family.SDXL else Naming.SD
+    naming = Naming.SDXL if family is BaseKind.SDXL else Naming.SD
     comfyui, a1111 = comfyui_names(family), a1111_modules(family)
     for component, model in models.items():
         for path in layers(component, model):
@@ -127,7 +130,7 @@ def test_stability_names_are_those_of_diffusers():
 
 def test_an_export_for_the_real_architecture_is_proved_and_read_back(tmp_path, family, models):
     """The real loaders, into the real UNet and text encoders, without their memory."""
-    ends = ADAPTED if family is Family.SD1 else ("attn2.to_k", "attn1.to_out.0", "attentions.1.proj_in", "conv2")
+    ends = ADAPTED if family is BaseKind.SD1 else ("attn2.to_k", "attn1.to_out.0", "attentions.1.proj_in", "conv2")
     components = {"unet": rank_one(models["unet"], "unet", ends)}
     for component in CLIPS[family]:
         components[component] = rank_one(models[component], component, ("0.self_attn.q_proj", "1.mlp.fc1"))
@@ -144,8 +147,8 @@ def test_an_export_for_the_real_architecture_is_proved_and_read_back(tmp_path, f
 
 def test_a1111_uses_attention_of_open_clip_only_where_it_is_whole(tmp_path, family, models):
     """Its rule: `if module_q and module_k and module_v and module_out`, with what one file holds of a layer."""
-    component = "text_encoder_2" if family is Family.SDXL else "text_encoder"
-    prefix = {Family.SDXL: "lora_te2", Family.SD2: "lora_te"}.get(family)
+    component = "text_encoder_2" if family is BaseKind.SDXL else "text_encoder"
+    prefix = {BaseKind.SDXL: "lora_te2", BaseKind.SD2: "lora_te"}.get(family)
     components = {
         "unet": rank_one(models["unet"], "unet", ("attn2.to_k",)),
         component: rank_one(models[component], component, ("q_proj", "v_proj", "3.mlp.fc1")),
@@ -164,23 +167,23 @@ def test_a1111_uses_attention_of_open_clip_only_where_it_is_whole(tmp_path, fami
     kept = a1111_applies(trained, family)
     lost = {name for name in trained if prefix and name.startswith(prefix) and "self_attn" in name}
     assert kept == trained - lost  # as it was without the zeros: 0 of 32 layers of SDXL's second encoder
-    assert bool(lost) == (family is not Family.SD1)
+    assert bool(lost) == (family is not BaseKind.SD1)
 
 
 def test_families_are_told_apart_by_shape():
     factors = LoraFactors(torch.zeros(1, 768), torch.zeros(320, 1), 1.0)
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-    assert family_of({"unet": {path: factors}}) is Family.SD1
-    assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 1024))}}) is Family.SD2
-    assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 32))}}) is Family.CUSTOM
-    assert family_of({"transformer": {path: factors}}) is Family.TRANSFORMER
+    assert family_of({"unet": {path: factors}}) is BaseKind.SD1
+    assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 1024))}}) is BaseKind.SD2
+    assert family_of({"unet": {path: factors._replace(lora_A=torch.zeros(1, 32))}}) is BaseKind.CUSTOM
+    assert family_of({"transformer": {path: factors}}) is BaseKind.TRANSFORMER
     wide, query = factors._replace(lora_A=torch.zeros(1, 3072)), "attn.to_q"
     both = {f"transformer_blocks.0.{query}": wide, f"single_transformer_blocks.7.{query}": wide}
-    assert family_of({"transformer": both}) is Family.FLUX
-    assert family_of({"transformer": dict.fromkeys(both, factors)}) is Family.TRANSFORMER
-    assert family_of({"model": {path: factors}}) is Family.OTHER
+    assert family_of({"transformer": both}) is BaseKind.FLUX
+    assert family_of({"transformer": dict.fromkeys(both, factors)}) is BaseKind.TRANSFORMER
+    assert family_of({"model": {path: factors}}) is BaseKind.OTHER
     deep = "down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_q"
-    assert family_of({"unet": {deep: factors}}) is Family.SDXL
+    assert family_of({"unet": {deep: factors}}) is BaseKind.SDXL
 
 
 def test_clip_layouts_are_inverse_to_each_other():

@@ -31,8 +31,8 @@ from transformers import (
 
 from llm_tiny import COMMON, ENCODER, GROUPED
 from reslora_diffusion import ResLoraConfig, calibrate, merged_factors
-from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.export import CheckFailed, export_peft, peft_folder
+from reslora_diffusion.export.state_dict import adapter_factors
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = SMALL | {"image_size": 32, "patch_size": 16}

@@ -1,4 +1,4 @@
-"""From a trained adapter to files that provably load elsewhere, and tools for LoRA files of any origin.
+"""Writes trained adapters as files that provably load elsewhere, and has tools for LoRA files of any origin.
 
     export_lora, write_lora_file    factors -> files for diffusers, ComfyUI, A1111, kohya, proved by their loaders
     export_pipeline                 the same, with the adapters of a diffusers pipeline
@@ -8,6 +8,7 @@
     inspect_lora, verify_lora       what a file is; whether it loads, and fits a base
     resize, combine, convert        LoRA files -> a LoRA file
     fuse, extract                   LoRA + base -> model; model - base -> LoRA
+    read_embeddings, load_embeddings, write_embeddings, inspect_embeddings    new tokens that were trained beside a LoRA
 
 >>> from reslora_diffusion.export import export_lora, read_lora
 >>> print(export_lora("out", {"unet": merged_factors(unet)}))
@@ -16,42 +17,6 @@
 Names are resolved on first use: a tool that reads headers alone does not wait for torch.
 """
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-HOMES = {
-    "CheckFailed": "limits",
-    "ExportReport": "report",
-    "ExtractReport": "extraction",
-    "FuseReport": "fusing",
-    "Inspection": "inspection",
-    "LoraFile": "reader",
-    "Verification": "verify",
-    "combine": "tools",
-    "convert": "tools",
-    "export_lora": "lora",
-    "export_peft": "peft_folder",
-    "export_peft_components": "peft_folder",
-    "export_pipeline": "pipeline",
-    "export_trained": "trained",
-    "extract": "extraction",
-    "fuse": "fusing",
-    "inspect_lora": "inspection",
-    "read_lora": "reader",
-    "read_trained": "trained",
-    "resize": "tools",
-    "save_merged": "trained",
-    "verify_lora": "verify",
-    "write_lora_file": "lora",
-}
-__all__ = sorted(HOMES)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -32,7 +32,7 @@ def base_layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
 
 
 def is_transposed(layer: nn.Module | None) -> TypeGuard[Conv1D]:
-    """Whether its weight is [in, out], as in GPT-2's `Conv1D`."""
+    """Return whether its weight is [in, out], as in GPT-2's `Conv1D`."""
     return type(layer).__name__ == "Conv1D"
 
 
@@ -77,7 +77,7 @@ def shape_problems(wanted: Wanted, found: Found) -> list[str]:
         for path, shape in wanted.get(component, {}).items():
             if (own := shape_at(path)) is None:
                 absent.append(f"{component}.{path}")
-            elif own != shape:
+            elif own != shape and [own[0], math.prod(own[1:])] != shape:  # as LyCORIS flattens a kernel
                 unlike.append(f"{component}.{path} {own}, the LoRA's {shape}")
     problems = [f"the base lacks {len(absent)} of the modules: {listing(absent)}"] if absent else []
     if unlike:
@@ -86,7 +86,7 @@ def shape_problems(wanted: Wanted, found: Found) -> list[str]:
 
 
 def misfits(components: Components, models: Mapping[str, nn.Module], name: str) -> list[str]:
-    """Why a LoRA is not for the base called `name`, and what it is for if that is known."""
+    """Return why a LoRA does not fit the base called `name`, and which base it fits if that is known."""
     return shape_misfits(wanted_shapes(components), found_shapes(models), name)
 
 
@@ -111,8 +111,9 @@ def check_stored(headers: Sequence[Header], name: str) -> None:
     wanted: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for lora in headers:
         for (component, path), parts in lora.modules().items():
-            for part, rows in parts_of(path, lora.shapes[parts["B"]][0]).items():
-                wanted[component][part] = [rows, *lora.shapes[parts["A"]][1:]]
+            out, *inside = lora.layer_shape(parts)
+            for part, rows in parts_of(path, out).items():
+                wanted[component][part] = [rows, *inside]
     try:
         index = files.json("model_index.json")
         stored = {component: files.shapes(component) for component in wanted if (index.get(component) or [None])[0]}
@@ -133,7 +134,7 @@ def unfit(name: str, problems: Sequence[str]) -> ValueError:
 
 
 def check_base_name(name: str) -> list[str]:
-    """Why `name` can be no folder and no hub name of a model, before anything is loaded or asked for."""
+    """Return why `name` can be neither a folder nor a hub name of a model, before anything is loaded or requested."""
     path = Path(name)
     if path.is_dir():
         if any((path / index).is_file() for index in ("model_index.json", "config.json")):

@@ -1,4 +1,4 @@
-"""What a PEFT model has trained beside its factors, and how PEFT stores it.
+"""A PEFT model may train more than its factors; this module reads and writes it as PEFT stores it.
 
     modules_to_save           whole modules, such as the head of a classifier: `score.weight`
     trainable_token_indices   rows of an embedding: `embed_tokens.token_adapter.trainable_tokens_delta` [tokens, width]
@@ -44,7 +44,7 @@ class Beside(NamedTuple):
 
 
 def trained_beside(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, base_model: str | None = None) -> Beside:
-    """What `model` has trained beside the factors of an adapter; a collective where weights are sharded.
+    """Return what `model` has trained beside the factors of an adapter; a collective where weights are sharded.
 
     Args:
         model: PEFT's, or one with PEFT's layers in it.
@@ -74,7 +74,7 @@ def trained_beside(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, base_m
 
 
 def was_resized(model: nn.Module, base_model: str) -> bool:
-    """Whether a language model has another number of tokens than its base, as far as this machine knows."""
+    """Return whether a language model has another number of tokens than its base, as far as this machine knows."""
     try:
         stated = Files(base_model, None).json("config.json")
     except (Unknown, OSError, ValueError):
@@ -96,7 +96,7 @@ def embeddings(model: "PreTrainedModel", known: set[str]) -> dict[str, Tensor]:
 
 
 def missing_head(task_type: str | None, tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong where PEFT will look for a trained head that is not there."""
+    """Problems where PEFT will look for a trained head that is not there."""
     wanted = HEADS.get(str(task_type), ())
     if not wanted or any(part in wanted for name in tensors for part in name.split(".")):
         return None
@@ -107,7 +107,7 @@ def missing_head(task_type: str | None, tensors: Mapping[str, Tensor]) -> str | 
 
 
 def trained_by_hand(model: nn.Module, beside: Beside) -> str | None:
-    """What is wrong where a model trains weights of its base that no folder of PEFT will hold."""
+    """Problems where a model trains weights of its base that no folder of PEFT will hold."""
     base = without_peft(model)
     if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         return None  # nothing is trained here

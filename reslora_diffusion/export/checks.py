@@ -1,4 +1,4 @@
-"""What the commands check of their words before torch is imported: each raises ValueError with what is wrong.
+"""Checks of the commands' arguments, made before torch is imported; each raises ValueError with what is wrong.
 
 The parameters have the names of the commands' (`commands.checking`); values are as click parsed them.
 """
@@ -6,7 +6,8 @@ The parameters have the names of the commands' (`commands.checking`); values are
 from collections.abc import Sequence
 from pathlib import Path
 
-from .base import check_base, check_merge, check_pair, check_stored
+from .base import check_base, check_base_name, check_merge, check_pair, check_stored
+from .embeddings_header import is_embeddings, read_embeddings_header
 from .header import read_headers
 from .limits import check_weights, parse_rank
 from .trained import lora_of
@@ -17,7 +18,14 @@ def known_rank(rank: str) -> None:
 
 
 def readable(source: str) -> None:
-    read_headers(Path(source), dora=True)
+    read_headers(Path(source), dora=True, products=True)
+
+
+def inspectable(source: str) -> None:
+    if Path(source).is_file() and is_embeddings(Path(source)):
+        read_embeddings_header(Path(source))
+        return
+    read_headers(Path(source), beside=True, dora=True, products=True)
 
 
 def readable_beside(source: str) -> None:
@@ -39,9 +47,9 @@ def mergeable(source: str, base: str, output: str, overwrite: bool, scale: float
 
 
 def fitting(source: str, base: str) -> None:
-    """Whether the shapes fit, once both are sound."""
-    check_base(base)
-    check_stored(read_headers(Path(source), dora=True), base)
+    """Return whether the shapes fit, once both are sound; what a base lacks is said by `mergeable`."""
+    if not check_base_name(base):
+        check_stored(read_headers(Path(source), dora=True, products=True), base)
 
 
 def comparable(tuned: str, base: str) -> None:
@@ -74,8 +82,8 @@ def is_number(word: str) -> bool:
 
 
 def is_weight(word: str, weighted: bool) -> bool:
-    """Whether a word among the files is a weight: the parser takes -0.6 for a file, and numbers that are no files are
-    weights."""
+    """Return whether a word among the files is a weight: the parser takes -0.6 for a file, and numbers that are no
+    files are weights."""
     return weighted and is_number(word) and not Path(word).exists()
 
 

@@ -57,7 +57,7 @@ def is_dora(components: Components) -> bool:
 
 
 def has_rows(factors: LoraFactors) -> bool:
-    """Whether a magnitude is of rows."""
+    """Return whether a magnitude is of rows."""
     return factors.magnitude is not None and factors.magnitude.values.shape[1] == 1
 
 
@@ -78,7 +78,7 @@ def stored(factors: LoraFactors, kohya: bool) -> Tensor:
 
 
 def magnitude_problems(components: Components, kohya: bool) -> list[str]:
-    """Why these cannot be written in a dialect as they are."""
+    """Return why the magnitudes cannot be written in a dialect as they are."""
     problems = []
     for component, modules in components.items():
         having = {path: f for path, f in modules.items() if f.magnitude is not None}
@@ -103,7 +103,8 @@ def magnitude_problems(components: Components, kohya: bool) -> list[str]:
 
 
 def weights_in(models: Mapping[str, nn.Module], components: Components) -> Iterator[tuple[str, str, Tensor]]:
-    """Weights of the adapted modules, of models that hold them: hollow ones, and packed or sharded weights, do not."""
+    """Weights of the adapted modules, on the CPU as the factors are. Only of models that hold them: hollow ones, and
+    packed or sharded weights, do not."""
     for component, model in models.items():
         modules = dict(model.named_modules())
         for path in components.get(component, {}):
@@ -111,8 +112,9 @@ def weights_in(models: Mapping[str, nn.Module], components: Components) -> Itera
             weight = getattr(layer, "weight", None)
             if not torch.is_tensor(weight) or weight.is_meta or 0 in weight.stride() or hasattr(weight, "full_tensor"):
                 continue
-            if weight.is_floating_point() and weight.dtype.itemsize > 1:
-                yield component, path, (weight.T if is_transposed(layer) else weight).detach()
+            packed = type(weight).__module__.startswith("torchao")  # they call themselves bfloat16
+            if weight.is_floating_point() and weight.dtype.itemsize > 1 and not packed:
+                yield component, path, (weight.T if is_transposed(layer) else weight).detach().cpu()
 
 
 def row_lengths(weight: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def plain_of(components: Components, weights: Weights, rank: int) -> tuple[Compo
 
 
 def comfyui_weight(weight: Tensor, A: Tensor, B: Tensor, alpha: float, dora_scale: Tensor, strength: float) -> Tensor:
-    """What ComfyUI makes of a weight [out, in, ...], in float64 (`weight_decompose` in comfy/weight_adapter/base.py).
+    """Compute a weight [out, in, ...] as ComfyUI does, in float64 (`weight_decompose`, comfy/weight_adapter/base.py).
 
     A, B, alpha and dora_scale as they are in the file.
     """
@@ -217,7 +219,7 @@ def dora_facts(components: Components) -> dict[str, object]:
 
 
 def by_base(components: Components) -> bool:
-    """Whether rows are divided by norms of the base."""
+    """Return whether rows are divided by norms of the base."""
     return any(f.magnitude is not None and f.magnitude.of_base for m in components.values() for f in m.values())
 
 

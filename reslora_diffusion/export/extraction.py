@@ -165,7 +165,7 @@ def changes(component: str, tuned: nn.Module, base: nn.Module) -> Iterator[tuple
 
 
 def wanted_layer(component: str, path: str, layer: nn.Module, modules: str) -> bool:
-    """Whether a LoRA of this layer is asked for."""
+    """Return whether a LoRA of this layer is wanted."""
     if not (isinstance(layer, (nn.Linear, nn.Conv2d)) or is_transposed(layer)):
         return False
     if component == MODEL:

@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magnitude
+from reslora_diffusion.core.functional import LoraFactors, Magnitude, to_float64, with_magnitude
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a module: what rounding may cost
 Components = dict[str, dict[str, LoraFactors]]  # component -> module path -> factors
 
 
 class Loss(NamedTuple):
-    """What truncation cost one module: ||delta' - delta|| / ||delta||, and the share of ||delta||^2 that is left."""
+    """The loss by truncating one module: ||delta' - delta|| / ||delta||, and the share of ||delta||^2 that is left."""
 
     relative_error: float
     energy_kept: float
@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 def matrices(factors: LoraFactors) -> tuple[Tensor, Tensor]:
     """Float64 `(A [R, in], scaling * B [out, R])`."""
-    return factors.lora_A.double().flatten(1), factors.lora_B.double().flatten(1) * factors.scaling
+    return to_float64(factors.lora_A).flatten(1), to_float64(factors.lora_B).flatten(1) * factors.scaling
 
 
 def with_matrices(like: LoraFactors, A: Tensor, B: Tensor) -> LoraFactors:
@@ -92,7 +92,8 @@ def magnitude_error(got: Magnitude | None, wanted: Magnitude | None) -> float:
     """||m_got - m_wanted|| / ||m_wanted||; infinite if they are of different kinds."""
     if got is None or wanted is None or got.values.shape != wanted.values.shape or got.of_base != wanted.of_base:
         return float("inf")
-    error = (got.values.double() - wanted.values.double()).norm() / wanted.values.double().norm()
+    right = to_float64(wanted.values)
+    error = (to_float64(got.values) - right).norm() / right.norm()
     return error.nan_to_num(float("inf")).item()
 
 
@@ -147,7 +148,7 @@ def from_matrix(delta_weight: Tensor, rank: int) -> tuple[LoraFactors, Loss]:
 
     The eigenvectors of the smaller Gram matrix are a hundredfold cheaper than the singular value decomposition of D.
     """
-    D = delta_weight.double().flatten(1)
+    D = to_float64(delta_weight).flatten(1)
     wide = D.shape[0] <= D.shape[1]
     gram = D @ D.T if wide else D.T @ D
     values, vectors = torch.linalg.eigh(gram)

@@ -23,6 +23,7 @@ from ..utils.documents import parse_json
 from ..utils.files import partial_name, replace_folder
 from ..utils.problems import listing
 from .base import base_layer, check_merge, is_transposed
+from .embeddings_carrying import TaughtTokens
 from .factors import Components, matrices
 from .generation import take_generation
 from .header import open_safetensors, reading
@@ -30,6 +31,7 @@ from .hollow import Models, fitting_models, pipeline_index
 from .keys import flat_path
 from .limits import CheckFailed
 from .peft_folder import MODEL
+from .products import ProductFactors
 from .progress import progress
 from .proof import health_problems
 from .reader import LoraFile, read_lora
@@ -54,6 +56,7 @@ class FuseReport:
     precisions: dict[str, str] = field(default_factory=dict)
     is_cast: bool = False
     stops: str | None = None
+    tokens: str = ""
 
     def __str__(self) -> str:
         same = "are the base's in that precision" if self.is_cast else "are the base's, bit for bit"
@@ -63,6 +66,7 @@ class FuseReport:
             f"at most {self.rounding:.1e} of a module's delta\n"
             f"the other {self.untouched} tensors {same}; stored as {kinds}\n"
             + (f"generation stops where the LoRA was taught to: {self.stops}\n" if self.stops else "")
+            + (f"{self.tokens}\n" if self.tokens else "")
             + f"wrote {self.path}"
         )
 
@@ -97,7 +101,7 @@ def fuse(
         CheckFailed: a ValueError too; the result overflows, or was not written as computed.
     """
     output = Path(output)
-    lora = read_lora(source, dora=True)
+    lora = read_lora(source, dora=True, products=True)
     check_merge(source, base, output, overwrite, health_problems(lora.components), scale)
     with as_folder(base, base_config, output.absolute().parent) as folder:
         report = fuse_into(lora, source, folder, output, scale=scale, dtype=dtype, variant=variant)
@@ -130,8 +134,9 @@ def fuse_into(
         for name in components_in(folder):
             copy_others(folder / name, fresh / name, dtype)
         stops = take_generation(Path(source), fresh) if MODEL in files else None
+        taught = TaughtTokens(Path(source), fresh)
         for component, weights in progress(list(files.items()), "fusing"):
-            change = fusion.change(component)
+            change = taught.change(component, fusion.change(component))
             place = fresh if component == MODEL else fresh / component
             rewritten(weights, place, change, dtype)
             if unlike := differences(weights, place, change, dtype):
@@ -148,15 +153,16 @@ def fuse_into(
         scale=scale,
         dtype=", ".join(sorted(set(fusion.stored.values()))),
         rounding=max(fusion.rounding.values()),
-        untouched=sum(1 for weights in files.values() for _ in weights.tensors()) - len(fusion.stored),
+        untouched=sum(1 for weights in files.values() for _ in weights.tensors()) - len(fusion.stored) - taught.tables,
         precisions=precisions(copies),
         is_cast=dtype is not None,
         stops=stops,
+        tokens=str(taught),
     )
 
 
 class Fusion:
-    """Which tensors of which files a LoRA changes, and into what.
+    """Knows which tensors of which files a LoRA changes, and computes their new values.
 
     Raises:
         ValueError: a module's weight is not in the files under a name that is known, or is quantised.
@@ -286,6 +292,9 @@ def filled(models: Models, components: Components, base: str, variant: str | Non
 def dense(factors: LoraFactors, weight: Tensor, transposed: bool) -> Tensor:
     """Float32 delta_weight in the shape of a layer's weight."""
     shape = weight.shape
+    if isinstance(factors, ProductFactors):
+        delta = factors.update().float()
+        return delta.T if transposed else delta.reshape(shape)
     if factors.magnitude is not None:
         exact = (weight.T if transposed else weight).double()
         delta = (decomposed_weight(exact, factors) - exact).float()

@@ -16,7 +16,7 @@ GENERATION = "generation_config.json"
 
 
 def taught(source: str | Path) -> Path:
-    """Where the LoRA in a folder, or of a folder's `adapter_model.safetensors`, has it."""
+    """Return the path of the generation settings beside a LoRA: a folder, or its `adapter_model.safetensors`."""
     source = Path(source)
     return (source.parent if source.name == PEFT_FILE else source) / GENERATION
 

@@ -21,20 +21,21 @@ if TYPE_CHECKING:  # names are looked up without waiting for torch
     from .factors import Components
 
 
-class Family(StrEnum):
-    """What a LoRA is for, as far as its names and shapes tell."""
+class BaseKind(StrEnum):
+    """The model that a LoRA is for, as far as its names and shapes tell."""
 
     SD1 = "Stable Diffusion 1.x"
     SD2 = "Stable Diffusion 2.x"
     SDXL = "Stable Diffusion XL"
     FLUX = "FLUX.1"
+    CHROMA = "Chroma"
     TRANSFORMER = "a diffusion transformer"
     CUSTOM = "a custom Stable Diffusion geometry"
     OTHER = "no Stable Diffusion"
 
     @property
     def is_named(self) -> bool:
-        """Whether it says which base a LoRA is for."""
+        """Return whether the family of the base is known."""
         return self in GEOMETRIES
 
 
@@ -49,10 +50,12 @@ class Geometry:
 
 
 GEOMETRIES = {
-    Family.SD1: Geometry((1, 1, 1, 0), 1, 768, {"text_encoder": 12}),
-    Family.SD2: Geometry((1, 1, 1, 0), 1, 1024, {"text_encoder": 23}),
-    Family.SDXL: Geometry((0, 2, 10), 10, 2048, {"text_encoder": 12, "text_encoder_2": 32}),
+    BaseKind.SD1: Geometry((1, 1, 1, 0), 1, 768, {"text_encoder": 12}),
+    BaseKind.SD2: Geometry((1, 1, 1, 0), 1, 1024, {"text_encoder": 23}),
+    BaseKind.SDXL: Geometry((0, 2, 10), 10, 2048, {"text_encoder": 12, "text_encoder_2": 32}),
 }
+OF_FLUX_2 = re.compile(r"single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out)$")  # klein is as wide as FLUX.1
+ARCHITECTURE, CHROMA = "modelspec.architecture", "chroma"  # a key of headers, and what it says for Chroma
 FLUX_WIDTH, FLUX_BLOCKS = 3072, ("single_transformer_blocks.", *(f"{stack}." for stack in STACKS))
 BLOCK = [f"attn{n}.to_{p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
 RESNET = {
@@ -65,34 +68,46 @@ ATTENTION_PARTS = ("q", "k", "v", "out")
 CLIP_LAYER = [f"self_attn.{p}_proj" for p in ATTENTION_PARTS] + ["mlp.fc1", "mlp.fc2"]
 
 
-def family_of(components: Components) -> Family:
+def family_of(components: Components) -> BaseKind:
     """The base model that names and shapes point to."""
     return family_of_widths({c: {p: f.lora_A.shape[1] for p, f in m.items()} for c, m in components.items()})
 
 
-def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> Family:
+def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> BaseKind:
     """The same from each module's number of inputs: component -> path -> width."""
     if transformer := widths.get("transformer"):
         read = {n for path, n in transformer.items() if path.endswith((".attn.to_q", "_attn.qkv", ".linear1"))}
-        blocks = any(path.startswith(FLUX_BLOCKS) for path in transformer)
-        return Family.FLUX if blocks and read == {FLUX_WIDTH} else Family.TRANSFORMER
+        blocks = any(path.startswith(FLUX_BLOCKS) for path in transformer) and not any(
+            map(OF_FLUX_2.search, transformer)
+        )
+        return BaseKind.FLUX if blocks and read == {FLUX_WIDTH} else BaseKind.TRANSFORMER
     if not widths.keys() <= set(KOHYA_COMPONENTS):
-        return Family.OTHER
+        return BaseKind.OTHER
     cross = {n for path, n in widths.get("unet", {}).items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
     clip = {n for path, n in widths.get("text_encoder", {}).items() if path.endswith("q_proj")}
     for family, geometry in GEOMETRIES.items():
         paths = module_paths(geometry)
         fits = all(modules.keys() <= paths.get(component, set()) for component, modules in widths.items())
-        second = ("text_encoder_2" in widths) == (family is Family.SDXL) or "unet" in widths
-        text_width = 1024 if family is Family.SD2 else 768
+        second = ("text_encoder_2" in widths) == (family is BaseKind.SDXL) or "unet" in widths
+        text_width = 1024 if family is BaseKind.SD2 else 768
         if fits and second and cross <= {geometry.cross_attention_dim} and clip <= {text_width}:
             return family
-    return Family.CUSTOM
+    return BaseKind.CUSTOM
+
+
+def told_apart(family: BaseKind, header: Mapping[str, object]) -> BaseKind:
+    """Chroma where a header says so, whose blocks have the names and widths of FLUX.1's; any other family as it is."""
+    return BaseKind.CHROMA if family is BaseKind.FLUX and says_chroma(header) else family
+
+
+def says_chroma(header: Mapping[str, object]) -> bool:
+    """Return whether a header says that its LoRA is for Chroma."""
+    return str(header.get(ARCHITECTURE, "")).startswith(CHROMA)
 
 
 def naming_of(components: Components) -> Naming:
-    """How a kohya file names these modules."""
-    if named := {Family.SDXL: Naming.SDXL, Family.FLUX: Naming.FLUX}.get(family_of(components)):
+    """Return the scheme by which a kohya file names these modules."""
+    if named := {BaseKind.SDXL: Naming.SDXL, BaseKind.FLUX: Naming.FLUX}.get(family_of(components)):
         return named
     return Naming.TWO_ENCODERS if "text_encoder_2" in components else Naming.SD
 
@@ -149,7 +164,7 @@ def unet_pairs(geometry: Geometry) -> Iterator[tuple[str, str]]:
         yield from (("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"))
 
 
-def comfyui_names(family: Family) -> dict[str, tuple[str, str]]:
+def comfyui_names(family: BaseKind) -> dict[str, tuple[str, str]]:
     """Every LoRA name that ComfyUI accepts for this base, and the module it patches, in diffusers' terms."""
     names = {}
     geometry = GEOMETRIES[family]
@@ -162,7 +177,7 @@ def comfyui_names(family: Family) -> dict[str, tuple[str, str]]:
     return names
 
 
-def a1111_module(name: str, family: Family) -> str:
+def a1111_module(name: str, family: BaseKind) -> str:
     """The module of Stability's tree that A1111 patches for a LoRA name; the name itself if no rule applies."""
     resnet = {ours: sgm.replace(".", "_") for ours, sgm in RESNET.items()}
 
@@ -188,20 +203,20 @@ def a1111_module(name: str, family: Family) -> str:
     if name in ("lora_unet_conv_in", "lora_unet_conv_out"):
         return "diffusion_model_" + {"in": "input_blocks_0_0", "out": "out_2"}[name.rpartition("_")[2]]
     if m := re.fullmatch(r"lora_te(\d?)_text_model_encoder_layers_(\d+)_(.+)", name):
-        if m[1] == "2" or family is Family.SD2:  # held as OpenCLIP, whose q, k and v are one tensor
+        if m[1] == "2" or family is BaseKind.SD2:  # held as OpenCLIP, whose q, k and v are one tensor
             leaf = m[3].replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
             leaf = re.sub(r"^self_attn(_[qkv]_proj)?", "attn", leaf)
             return f"{'1_' if m[1] == '2' else ''}model_transformer_resblocks_{m[2]}_{leaf}"
-        return f"{'0_' if family is Family.SDXL else ''}transformer_text_model_encoder_layers_{m[2]}_{m[3]}"
+        return f"{'0_' if family is BaseKind.SDXL else ''}transformer_text_model_encoder_layers_{m[2]}_{m[3]}"
     return name.replace("lora_unet_", "diffusion_model_")  # SDXL files carry Stability's names already
 
 
-def is_open_clip(component: str, family: Family) -> bool:
-    """Whether Stability's tree holds a text encoder as OpenCLIP, whose attention is one `nn.MultiheadAttention`."""
-    return component == "text_encoder_2" or (component == "text_encoder" and family is Family.SD2)
+def is_open_clip(component: str, family: BaseKind) -> bool:
+    """Return whether Stability's tree has a text encoder of OpenCLIP, whose attention is `nn.MultiheadAttention`."""
+    return component == "text_encoder_2" or (component == "text_encoder" and family is BaseKind.SD2)
 
 
-def a1111_applies(names: Collection[str], family: Family) -> set[str]:
+def a1111_applies(names: Collection[str], family: BaseKind) -> set[str]:
     """The names in a kohya file whose modules A1111 patches.
 
     It patches the attention of an OpenCLIP encoder only where q, k, v and out are all in the file
@@ -209,19 +224,19 @@ def a1111_applies(names: Collection[str], family: Family) -> set[str]:
     """
     tree = a1111_modules(family)
     found = {name for name in names if a1111_module(name, family) in tree}
-    encoders = ("lora_te2_",) if family is Family.SDXL else ("lora_te_",) if family is Family.SD2 else ()
+    encoders = ("lora_te2_",) if family is BaseKind.SDXL else ("lora_te_",) if family is BaseKind.SD2 else ()
     attention = re.compile(rf"((?:{'|'.join(encoders)}).+_self_attn)_(?:q|k|v|out)_proj")
     layers = {name: match[1] for name in found if encoders and (match := attention.fullmatch(name))}
     whole = {layer for layer in layers.values() if all(f"{layer}_{part}_proj" in found for part in ATTENTION_PARTS)}
     return {name for name in found if name not in layers or layers[name] in whole}
 
 
-def a1111_modules(family: Family) -> set[str]:
+def a1111_modules(family: BaseKind) -> set[str]:
     """Names of the modules in A1111's tree of this base."""
     geometry = GEOMETRIES[family]
     tree = {f"diffusion_model_{sgm.replace('.', '_')}" for _, sgm in unet_pairs(geometry)}
     for component, layers in geometry.clip_layers.items():
-        slot = ("0_" if component == "text_encoder" else "1_") if family is Family.SDXL else ""
+        slot = ("0_" if component == "text_encoder" else "1_") if family is BaseKind.SDXL else ""
         open_clip = is_open_clip(component, family)
         for n in range(layers):
             if open_clip:

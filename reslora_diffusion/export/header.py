@@ -1,4 +1,4 @@
-"""What a LoRA file is, from its header alone: dialect, modules, ranks, precision. No tensor is read, torch not loaded.
+"""Description of a LoRA file, from its header alone: dialect, modules, ranks, precision. No tensor is read.
 
     source        a file, or a folder as diffusers, our exporter or PEFT write it
     read_headers  source -> one Header for each file that belongs to it, or one message with every problem found
@@ -20,8 +20,9 @@ from ..plain_lora import not_plain
 from ..utils.documents import parse_json
 from ..utils.problems import BAD_DATA, Unusable, listing, printable, printable_lines
 from .keys import COMPONENTS, Dialect
-from .parsing import MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
-from .scaling import StatedScaling
+from .parsing import CUT, MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
+from .product_shapes import PARTS, PEFT_TYPES, Product, as_lora, foreign_settings, product_of
+from .scaling import Patterns, StatedScaling, number
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FOLDER = "kohya"
@@ -58,7 +59,7 @@ class Header:
         return dict(found)
 
     def twins(self) -> Iterator[tuple[Key, str, str]]:
-        """What is there in both CLIP layouts: the key, and the names of the two tensors."""
+        """Yield each key that a file has in both CLIP layouts, and the names of the two tensors."""
         modules = self.modules()
         for name, key in self.keys.items():
             if (first := modules[key.component, key.path][key.part]) != name:
@@ -80,6 +81,25 @@ class Header:
                 return names[part], axis
         return None
 
+    def product(self, names: Mapping[str, str]) -> Product | None:
+        """Return the product that a module's tensors, given by part, make; None if it is no LoHa or LoKr."""
+        own = {part: self.shapes[name] for part, name in names.items() if part in PARTS}
+        return product_of(own) if own else None
+
+    def layer_shape(self, names: Mapping[str, str]) -> list[int]:
+        """[out, in, ...] of the layer that a module with these tensors by part is for."""
+        if found := self.product(names):
+            return [*found.shape]
+        return [self.shapes[names["B"]][0], *self.shapes[names["A"]][1:]]
+
+    def product_scaling(self, component: str, path: str, rank: int | None, alpha: float | None) -> float:
+        """The scaling of a module of a LoHa or LoKr: as `scaling`; without a rank that which PEFT states, or 1."""
+        config = self.configs.get(component) or self.configs.get("")
+        if rank is None and config:
+            pattern = Patterns(config.get("rank_pattern") or {}).find([path])
+            rank = int(pattern or number(config["r"], "r"))
+        return 1.0 if rank is None else self.scaling(component, path, rank, alpha)
+
     def scaling(self, component: str, path: str, rank: int, alpha: float | None) -> float:
         """Scaling of a module: its own alpha first, then a configuration; 1 without either, as every loader has it."""
         if alpha is not None:
@@ -89,7 +109,7 @@ class Header:
 
 
 def given_twice(unlike: Iterable[str]) -> str:
-    """What is wrong where tensors in the two CLIP layouts differ."""
+    """Problems where tensors in the two CLIP layouts differ."""
     unlike = sorted(set(unlike))
     return f"{len(unlike)} modules are given twice, with different values: {listing(unlike)}"
 
@@ -203,25 +223,35 @@ def embedded_configs(metadata: dict[str, str]) -> dict[str, dict]:
     return dict(configs)
 
 
+def is_product(config: Mapping) -> bool:
+    """Return whether a PEFT configuration is of a LoHa or LoKr."""
+    return str(config.get("peft_type")) in PEFT_TYPES
+
+
 # ---------------------------------------------------------------------------------------------------- header
 
 
-def read_headers(source: str | Path, *, beside: bool = False, dora: bool = False) -> list[Header]:
+def read_headers(
+    source: str | Path, *, beside: bool = False, dora: bool = False, products: bool = False
+) -> list[Header]:
     """The headers of a LoRA, one for each file that belongs to it.
 
     Args:
         source: a file or folder.
         beside: whether modules that were trained beside the LoRA may be there; else they are refused by name.
         dora: whether it may be a DoRA.
+        products: whether it may be a LoHa or LoKr.
 
     Raises:
         ValueError: one message with everything that is wrong.
     """
     with reading(source):
-        return [read_header(path, component, beside, dora) for path, component in parts(Path(source))]
+        return [read_header(path, component, beside, dora, products) for path, component in parts(Path(source))]
 
 
-def read_header(path: Path, folder_component: str | None = None, beside: bool = False, dora: bool = False) -> Header:
+def read_header(
+    path: Path, folder_component: str | None = None, beside: bool = False, dora: bool = False, products: bool = False
+) -> Header:
     """The header of one file."""
     with reading(path), open_safetensors(path, framework="np") as file:
         metadata = dict(file.metadata() or {})
@@ -229,7 +259,7 @@ def read_header(path: Path, folder_component: str | None = None, beside: bool = 
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {name: part.get_dtype() for name, part in slices.items()}
     more = beside_lora(shapes)
-    keys, problems = parse_all([name for name in shapes if name not in more], folder_component)
+    keys, problems = parse_all([name for name in shapes if name not in more], folder_component, products)
     problems += structure_problems(keys, shapes)
     magnitudes = [name for name, key in keys.items() if key.part in MAGNITUDES]
     if magnitudes and not dora:
@@ -248,6 +278,14 @@ def read_header(path: Path, folder_component: str | None = None, beside: bool = 
         configs, where = embedded_configs(metadata), DIFFUSERS_METADATA
         if any(key.dialect is Dialect.PEFT for key in keys.values()):
             configs, where = {"": peft_config_beside(path)}, PEFT_CONFIG
+        if products:
+            for component, config in configs.items():
+                if is_product(config):
+                    problems += foreign_settings(config, where)
+                    configs[component] = as_lora(config)
+        elif kind := next((PEFT_TYPES[c["peft_type"]] for c in configs.values() if is_product(c)), None):
+            problems.append(f"is {kind} by its {where}; wanted plain LoRA{CUT}")
+            configs = {}
         problems += dict.fromkeys(
             problem for config in configs.values() for problem in not_plain(config, where, bool(dora and magnitudes))
         )

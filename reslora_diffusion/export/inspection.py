@@ -1,4 +1,4 @@
-"""What a LoRA file is, for which model, how large its updates are, and what is wrong with it."""
+"""Description of a LoRA file: for which model it is, how large its updates are, and what is wrong with it."""
 
 import hashlib
 import math
@@ -12,11 +12,15 @@ import torch
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.problems import listing, printable
+from .embeddings_header import is_embeddings
+from .embeddings_inspection import EmbeddingsInspection, beside_note, inspect_embeddings
 from .factors import computable, singular_values
-from .geometry import Family, family_of_widths
+from .geometry import BaseKind, family_of_widths, told_apart
 from .header import Header, open_safetensors, read_headers, reading
 from .keys import COMPONENTS, Dialect
 from .limits import LOSSY_ERROR
+from .product_shapes import PARTS, Product
+from .products import ProductFactors
 from .progress import progress
 from .ranks import needed_rank
 from .reader import check_twins
@@ -45,10 +49,10 @@ FACTS = {
     "date": ("modelspec.date", "ss_training_finished_at"),
 }
 MARKS = {  # how a header names a family
-    Family.SD1: ("stable-diffusion-v1", "sd_v1"),
-    Family.SD2: ("stable-diffusion-v2", "sd_v2"),
-    Family.SDXL: ("stable-diffusion-xl", "sdxl"),
-    Family.FLUX: ("flux",),
+    BaseKind.SD1: ("stable-diffusion-v1", "sd_v1"),
+    BaseKind.SD2: ("stable-diffusion-v2", "sd_v2"),
+    BaseKind.SDXL: ("stable-diffusion-xl", "sdxl"),
+    BaseKind.FLUX: ("flux",),
 }
 
 
@@ -70,6 +74,7 @@ class ModuleFacts:
     rank_needed: int
     finite: bool
     magnitude: str | None = None
+    kind: str = "LoRA"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Inspection:
     size_bytes: int
     sha256: list[str]
     dialect: Dialect
-    family: Family
+    family: BaseKind
     modules: list[ModuleFacts]
     dtypes: dict[str, int]
     facts: dict[str, str]
@@ -95,6 +100,12 @@ class Inspection:
     @property
     def is_dora(self) -> bool:
         return any(m.magnitude for m in self.modules)
+
+    @property
+    def kind(self) -> str:
+        """LoRA, DoRA, LoHa or LoKr, or several of them."""
+        found = dict.fromkeys("DoRA" if m.magnitude else m.kind for m in self.modules)
+        return "DoRA" if "DoRA" in found else " and ".join(found)
 
     @property
     def norm(self) -> float:
@@ -122,6 +133,7 @@ class Inspection:
             "dialect": str(self.dialect),
             "family": str(self.family),
             "dora": self.is_dora,
+            "kind": self.kind,
             "components": {component: len(self.of(component)) for component in self.components},
             "ranks": dict(sorted(Counter(m.rank for m in self.modules).items())),
             "rank_needed": self.rank_needed,
@@ -154,11 +166,10 @@ class Inspection:
                 )
             )
         largest = sorted(self.modules, key=lambda m: -m.norm)[:LARGEST]
-        kind = "DoRA" if self.is_dora else "LoRA"
         head = ("component", "modules", "ranks", "needed", "alphas", "norm", "norms of modules")
         lines = [
             f"{printable(', '.join(map(str, self.files)), None)}: {self.size_bytes / 2**20:.1f} MiB",
-            f"a {kind} for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
+            f"a {self.kind} for {self.family}, in {self.dialect} keys, stored as {', '.join(self.dtypes)}",
             f"sha256 {listing(self.sha256, 8)}",
             "",
             *table(head, rows),
@@ -178,6 +189,11 @@ def stated(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def inspect_file(source: Path) -> Inspection | EmbeddingsInspection:
+    """Look at a LoRA, or at a file of embeddings of new tokens; raises `ValueError` if it is neither."""
+    return inspect_embeddings(source) if source.is_file() and is_embeddings(source) else inspect_lora(source)
+
+
 def inspect_lora(source: str | Path) -> Inspection:
     """Look at any LoRA file or folder.
 
@@ -186,13 +202,13 @@ def inspect_lora(source: str | Path) -> Inspection:
     Raises:
         ValueError: it is no LoRA file, with everything that is wrong with it.
     """
-    headers = read_headers(source, beside=True, dora=True)
+    headers = read_headers(source, beside=True, dora=True, products=True)
     modules = [facts for header in headers for facts in module_facts(header)]
     widths: dict[str, dict[str, int]] = defaultdict(dict)
     for m in modules:
         widths[m.component][m.path] = m.in_features
-    family = family_of_widths(widths)
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    family = told_apart(family_of_widths(widths), metadata)
     files = [header.path for header in headers]
     return Inspection(
         files=files,
@@ -201,11 +217,13 @@ def inspect_lora(source: str | Path) -> Inspection:
         dialect=headers[0].dialect,
         family=family,
         modules=modules,
-        dtypes=dict(Counter(h.dtypes[name] for h in headers for name, key in h.keys.items() if key.part in "AB")),
+        dtypes=dict(
+            Counter(h.dtypes[name] for h in headers for name, key in h.keys.items() if key.part in ("A", "B", *PARTS))
+        ),
         facts=header_facts(metadata),
         metadata=metadata,
         problems=faults(modules),
-        notes=notes(headers[0], family, modules),
+        notes=notes(headers[0], family, modules) + beside_note(headers[0].path),
     )
 
 
@@ -214,6 +232,10 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
     with reading(header.path), open_safetensors(header.path) as file:
         check_twins(header, file)
         for (component, path), names in progress(list(header.modules().items()), "measuring"):
+            if (product := header.product(names)) is not None:
+                tensors = {part: file.get_tensor(name) for part, name in names.items()}
+                yield product_facts(header, (component, path), product, tensors)
+                continue
             A, B = (computable(file.get_tensor(names[side])).double() for side in "AB")
             rank, alpha = A.shape[0], float(file.get_tensor(names["alpha"]).item()) if "alpha" in names else None
             scaling = header.scaling(component, path, rank, alpha)
@@ -237,6 +259,31 @@ def module_facts(header: Header) -> Iterator[ModuleFacts]:
             )
 
 
+def product_facts(
+    header: Header, place: tuple[str, str], product: Product, tensors: dict[str, torch.Tensor]
+) -> ModuleFacts:
+    """One module of a LoHa or LoKr."""
+    alpha = float(tensors.pop("alpha").item()) if "alpha" in tensors else None
+    tensors = {part: computable(tensor).double() for part, tensor in tensors.items()}
+    scaling = header.product_scaling(*place, product.rank, alpha)
+    largest = torch.stack([tensor.abs().amax().clamp_min(1) for tensor in tensors.values()]).prod().item()
+    finite = largest < LARGEST_NUMBER and math.isfinite(scaling)  # NaN is not
+    values = ProductFactors(product, tensors, scaling).singular_values() if finite else None
+    out, width = product.shape[:2]
+    return ModuleFacts(
+        *place,
+        in_features=width,
+        out_features=out,
+        rank=product.rank or min(out, math.prod(product.shape[1:])),
+        alpha=alpha,
+        scaling=scaling,
+        norm=float("nan") if values is None else values.norm().item(),
+        rank_needed=1 if values is None else needed_rank(values),
+        finite=finite,
+        kind=product.kind,
+    )
+
+
 def faults(modules: list[ModuleFacts]) -> list[str]:
     """Reasons why nobody can use the file."""
     broken = [f"{m.component}.{m.path}" for m in modules if not m.finite]
@@ -246,14 +293,14 @@ def faults(modules: list[ModuleFacts]) -> list[str]:
     return problems
 
 
-def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[str]:
+def notes(header: Header, family: BaseKind, modules: list[ModuleFacts]) -> list[str]:
     """Facts that its user may want to know."""
     found = []
     if zero := [f"{m.component}.{m.path}" for m in modules if m.norm == 0 and not m.magnitude]:
         found.append(f"{len(zero)} of {len(modules)} modules are zero: {listing(zero)}")
     scalings = {round(m.scaling, 9) for m in modules}
     alphas = {m.alpha for m in modules}
-    if header.dialect is Dialect.KOHYA and len(alphas) > 1 and family is not Family.FLUX:
+    if header.dialect is Dialect.KOHYA and len(alphas) > 1 and family not in (BaseKind.FLUX, BaseKind.CHROMA):
         found.append(
             f"{len(alphas)} different alphas in a kohya file: diffusers applies one of them to every module; "
             "`reslora convert --to diffusers` writes a file that it reads right"
@@ -262,6 +309,11 @@ def notes(header: Header, family: Family, modules: list[ModuleFacts]) -> list[st
         found.append("ComfyUI and A1111 want kohya keys: `reslora convert --to kohya`")
         if header.configs and scalings != {1.0}:
             found.append("its scaling stands in lora_adapter_metadata, which diffusers before 0.34 ignores")
+    if products := sorted({m.kind for m in modules} - {"LoRA"}):
+        found.append(
+            f"a {' and '.join(products)}, which pipelines do not load: `reslora convert FILE --to diffusers --rank N` "
+            "makes a plain LoRA of it, `reslora merge` adds it to a base exactly"
+        )
     if axes := sorted({m.magnitude for m in modules if m.magnitude}):
         found.append(f"a DoRA, which trains the length of {' and '.join(axes)}; norms above are of lora_B lora_A alone")
         if header.dialect is Dialect.KOHYA:

@@ -1,4 +1,4 @@
-"""What an adapted module is called in each dialect of LoRA files: pure functions of strings.
+"""Names of an adapted module in each dialect of LoRA files: pure functions of strings.
 
 A module is known here by its component (`unet`, `text_encoder`, `text_encoder_2`) and its dotted path inside it. CLIP
 paths are always in the classic layout, `text_model.encoder.layers...`: transformers 5 dropped `text_model.` from
@@ -59,8 +59,8 @@ def flat_path(path: str) -> str:
 
 
 def projects(component: str, components: Collection[str]) -> bool:
-    """Whether a text encoder of a LoRA for `components` ends in a projection, as the second of SDXL and both of SD3 do,
-    and FLUX.1's does not. Those kept the classic layout in transformers 5."""
+    """Return whether a text encoder of a LoRA for `components` ends in a projection, as the second of SDXL and both of
+    SD3 do, and FLUX.1's does not. Those kept the classic layout in transformers 5."""
     both = {"transformer", "text_encoder_2"} <= set(components)
     return component == "text_encoder_2" or (component == "text_encoder" and both)
 

@@ -13,10 +13,16 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders import (
+    AuraFlowLoraLoaderMixin,
+    Flux2LoraLoaderMixin,
     FluxLoraLoaderMixin,
+    Lumina2LoraLoaderMixin,
+    QwenImageLoraLoaderMixin,
+    SanaLoraLoaderMixin,
     SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
     StableDiffusionXLLoraLoaderMixin,
+    ZImageLoraLoaderMixin,
 )
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -26,10 +32,21 @@ from reslora_diffusion.core.dora import magnitude_of
 from reslora_diffusion.core.functional import LoraFactors, with_magnitude
 
 from .factors import Components, computable
+from .header import open_safetensors
 from .hollow import Models, PlaceholderDenoiser
 from .keys import Naming, classic_path
+from .parsing import OF_COMFYUI
 
 ADAPTER = "proof"
+
+LOADERS: dict[str, type] = {  # by the class of the transformer, which a base has and a placeholder has not
+    "AuraFlowTransformer2DModel": AuraFlowLoraLoaderMixin,
+    "Flux2Transformer2DModel": Flux2LoraLoaderMixin,
+    "Lumina2Transformer2DModel": Lumina2LoraLoaderMixin,
+    "SanaTransformer2DModel": SanaLoraLoaderMixin,
+    "QwenImageTransformer2DModel": QwenImageLoraLoaderMixin,
+    "ZImageTransformer2DModel": ZImageLoraLoaderMixin,
+}
 
 
 @contextmanager
@@ -53,7 +70,7 @@ def quiet() -> Iterator[None]:
 
 
 def arrived(model: nn.Module, component: str) -> dict[str, LoraFactors]:
-    """What a model's LoRA layers hold, by classic path; a layer that the loader left without values holds nothing."""
+    """Return the factors in a model's LoRA layers by classic path; layers that the loader left empty have none."""
     found = {
         classic_path(component, name): with_magnitude(
             LoraFactors(
@@ -83,7 +100,11 @@ def load_diffusers(path: Path, models: Models, naming: Naming) -> Components:
     mixin: type = StableDiffusionLoraLoaderMixin if naming is Naming.SD else StableDiffusionXLLoraLoaderMixin
     if denoiser == "transformer":
         flux = naming is Naming.FLUX or hasattr(models[denoiser], "single_transformer_blocks")
-        mixin = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
+        usual = FluxLoraLoaderMixin if flux else SD3LoraLoaderMixin
+        with open_safetensors(path) as file:
+            if any(key.startswith(f"{OF_COMFYUI}.") for key in file.keys()):  # noqa: SIM118 (no mapping)
+                usual = QwenImageLoraLoaderMixin  # takes the prefix off whatever follows
+        mixin = LOADERS.get(type(models[denoiser]).__name__, usual)
 
     class Pipeline(DiffusionPipeline, mixin):  # type: ignore[misc, valid-type]  # a base chosen as the program runs
         def __init__(

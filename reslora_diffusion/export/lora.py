@@ -26,14 +26,14 @@ from .base import base_problems
 from .dora import by_norms_of, dora_facts, is_dora, kohya_dora, magnitude_problems, weights_in, with_magnitudes_of
 from .factors import TOLERANCE, Components, delta_norm, on_cpu, rank_of
 from .flux import layer_of
-from .geometry import Family, family_of, naming_of
+from .geometry import BaseKind, family_of, naming_of, told_apart
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER
 from .keys import COMPONENTS, Dialect, Naming, classic_path
 from .limits import LARGEST_EXPORT, Rank
 from .proof import errors_against, health_problems, prove
 from .ranks import at_rank, smallest_rank
 from .reader import read_lora
-from .report import ExportReport, loader_versions
+from .report import REPORT_FILE, ExportReport, loader_versions
 from .writer import (
     diffusers_metadata,
     diffusers_tensors,
@@ -44,8 +44,6 @@ from .writer import (
     save_tensors,
     uniform,
 )
-
-REPORT_FILE = "export_report.json"
 
 
 def export_lora(
@@ -144,7 +142,7 @@ def write_proved(
     problems += base_problems(components, models)
     if problems:
         raise ValueError("\n".join(["this LoRA cannot be exported:", *(f"  - {p}" for p in problems)]))
-    family = family_of(components)
+    family = told_apart(family_of(components), facts)
     naming = naming or naming_of(components)
     cut, file_rank, losses = at_rank(components, rank, allow_lossy=allow_lossy)
     if problem := size_problem(folder, cut, file_rank, dtype, len(files)):
@@ -199,14 +197,14 @@ def write_proved(
 
 
 def recognised(components: Components) -> Components:
-    """What a file in diffusers' dialect holds: with the modules of zeros that make its text encoders known."""
+    """Return the components of a file for diffusers, with the zeros by which its text encoders are recognised."""
     return {c: recognisable(c, modules, Dialect.DIFFUSERS) for c, modules in components.items()}
 
 
 def has_kohya_names(components: Components) -> bool:
-    """Whether kohya's trainer has names for what is adapted: those of a transformer are FLUX.1's, and of its blocks."""
+    """Return whether kohya's trainer has names for the adapted layers; of transformers, only FLUX.1's blocks have."""
     transformer = components.get("transformer")
-    return not transformer or (family_of(components) is Family.FLUX and all(map(layer_of, transformer)))
+    return not transformer or (family_of(components) is BaseKind.FLUX and all(map(layer_of, transformer)))
 
 
 def input_problems(components: Components, name: str, files: Mapping[Dialect, Path]) -> list[str]:
@@ -237,7 +235,7 @@ def input_problems(components: Components, name: str, files: Mapping[Dialect, Pa
 
 
 def size_problem(folder: Path, components: Components, rank: int, dtype: torch.dtype, files: int = 1) -> str | None:
-    """Why files of this size will not be written, judged before anything is padded to that rank."""
+    """Return why files of this size are refused, before anything is padded to that rank."""
     numbers = sum(
         rank * (f.lora_A[0].numel() + f.lora_B.shape[0]) * (2 if component == "text_encoder" else 1)
         for component, modules in components.items()

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.merging.merge import merged_forward
-from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.core.peft.variant import find_adapter
 from reslora_diffusion.core.sharding import is_sharded
 
@@ -34,6 +33,7 @@ from .factors import TOLERANCE, relative_error
 from .keys import PEFT_PREFIX
 from .loaders import quiet
 from .sample_inputs import Inputs, candidates
+from .state_dict import adapter_factors
 
 AMPLIFIED = 10  # by what a deep model may enlarge an error of the factors
 ROUNDINGS = 16  # of the model's precision: how far two ways to compute one output may be apart, relative to its norm
@@ -44,7 +44,7 @@ SAME = TOLERANCE[torch.float32]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a comparison found, or the `reason` why there was none.
+    """The result of a comparison, or the `reason` why there was none.
 
     Attributes:
         inputs: what both models computed.
@@ -124,7 +124,7 @@ def start_proof(
     beside: Beside,
     inputs: Inputs | None = None,
 ) -> OutputProof | Outputs:
-    """What will be compared with PEFT's outputs, or why nothing will; arguments as in `output_proof`."""
+    """Return the comparison with PEFT's outputs that will be made, or why none will; arguments as in `output_proof`."""
     if model is None:
         return Outputs(reason="no trained model was given")
     try:
@@ -140,7 +140,7 @@ def output_proof(
     beside: Beside,
     inputs: Inputs | None = None,
 ) -> OutputProof:
-    """What the merged training model computes, and a base of the same weights for PEFT to load into.
+    """Compute the outputs of the merged training model, and prepare a base of the same weights for PEFT to load into.
 
     Args:
         model: the trained one with its adapters.
@@ -171,7 +171,8 @@ def output_proof(
     except Exception as error:  # a model of any kind, in a place where an export must not be lost
         raise NotComparable(first_line(error)) from error
     effect = (wanted - plain).norm().item()
-    noise = ROUNDINGS * unit(precision, wanted.device) * wanted.norm().item()
+    rounding = max(unit(precision, wanted.device), packed_unit(trained))
+    noise = ROUNDINGS * rounding * wanted.norm().item()
     if not wanted.isfinite().all():
         raise NotComparable("those of the trained model are not finite")
     if not (again - plain).norm().item() <= noise:
@@ -220,6 +221,15 @@ def unit(precision: torch.dtype, device: torch.device) -> float:
     """The relative error of one rounding; what TensorFloat-32 leaves of float32, where it is allowed."""
     tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return max(UNITS[precision], TF32 if tf32 else 0.0)
+
+
+def packed_unit(model: nn.Module) -> float:
+    """The relative rounding of bitsandbytes' 4-bit layers that have been packed for a CPU with AVX512-BF16, else 0.
+
+    Where no gradient is asked for, these compute in bfloat16 whatever their inputs are.
+    """
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    return UNITS[torch.bfloat16] if any(getattr(s, "packing_format_for_cpu", False) for s in states) else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------- computing
@@ -298,7 +308,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What was raised, in one line."""
+    """Return the error in one line."""
     if is_out_of_memory(error):
         return "the memory does not suffice for a forward of the model"
     return printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")

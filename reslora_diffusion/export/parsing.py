@@ -1,4 +1,4 @@
-"""What the names of a LoRA file's tensors say, and what is wrong with them: pure functions of names and shapes.
+"""Reads the names of a LoRA file's tensors and finds faults in them, by pure functions of names and shapes.
 
 parse_key             one name, of any dialect and age -> dialect, component, module path, part
 beside_lora           of a PEFT file, what was trained beside the LoRA: a head, tokens, an embedding
@@ -16,22 +16,27 @@ from ..rules import UNMERGED_KEY
 from ..utils.problems import listing
 from .flux import parts_of
 from .keys import COMPONENTS, PEFT_PREFIX, Dialect, classic_path, from_kohya
+from .product_shapes import LOHA, LOKR, NAMES, PARTS, product_of
+
+CUT = " (`reslora convert FILE --to kohya --rank N` makes one)"
 
 
 class Key(NamedTuple):
-    """What a tensor's name says."""
+    """The parts of a tensor's name."""
 
     dialect: Dialect
     component: str
     path: str
-    part: str  # "A", "B", "alpha"; of a DoRA "magnitude" in PEFT's names, "dora_scale" in kohya's
+    part: str  # "A", "B", "alpha"; of a DoRA "magnitude" in PEFT's names, "dora_scale" in kohya's; of `PARTS`
 
 
 SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 NOT_PLAIN = {
     rf"(^|[._]){UNMERGED_KEY}$|\.lora_A_calibration$": "an unmerged ResLoRA (export_pipeline merges it)",
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
+    r"\.hada_": LOHA,
+    r"\.lokr_": LOKR,
+    r"\.on_input$|\.ia3_l(\.|$)": "(IA)3",
+    r"\.oft_(blocks|diag|R)": "OFT",
     r"\.lora_mid\.": "LoCon with a middle tensor (CP decomposition)",
     r"\.lora_embedding_[AB]": "an embedding LoRA",
     r"\.diff(_b)?$|\.[wb]_norm$": "full weight differences",
@@ -45,12 +50,15 @@ FOREIGN = {
     r"^lora_prior_|prior_unet": "Stable Cascade",
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.": "a whole checkpoint, no LoRA",
 }
-KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(down|up)\.weight|(alpha)|(dora_scale))")
+KOHYA_KEY = re.compile(
+    rf"(lora_(?:unet|te[12]?)_\w+|lycoris_\w+)\.(?:lora_(down|up)\.weight|(alpha|dora_scale|{NAMES}))"
+)
 DOTTED_KEY = re.compile(
     r"(?P<path>.+?)(?:\.processor)?(?:"
     r"\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"  # PEFT, with or without the adapter's name
     r"|\.lora(?:_linear_layer)?\.(?P<linear>down|up)\.weight"  # diffusers before PEFT
     r"|\.to_(?P<proj>q|k|v|out)_lora\.(?P<processor>down|up)\.weight"  # attention processors of 2023
+    rf"|\.(?P<product>{NAMES})(?:\.\w+)?"  # LyCORIS and PEFT
     r"|\.(?P<alpha>alpha)|\.(?P<scale>dora_scale)|\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)"
 )
 MODULE_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -63,18 +71,26 @@ TRAINED = {  # of what is no LoRA in a PEFT file
     r"": "trained modules (modules_to_save)",
 }
 UNET_ROOTS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+OF_COMFYUI = "diffusion_model"  # before a transformer's names in ComfyUI; ai-toolkit puts it before diffusers' names
+TRANSFORMER_ROOTS = (
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+    "layers.",
+    "noise_refiner.",
+    "context_refiner.",
+)
 CLIP_ROOTS = ("text_model.encoder.layers.", "encoder.layers.")
 
 
 def parse_key(key: str, folder_component: str | None = None) -> Key:
-    """What a key says, whatever its dialect; `folder_component` settles what PEFT keys are for.
+    """Parse a key of any dialect; `folder_component` is the component that PEFT's keys are for.
 
     Raises:
         ValueError: it names nothing we know.
     """
     if match := KOHYA_KEY.fullmatch(key):
-        component, path = from_kohya(match[1])
-        return Key(Dialect.KOHYA, component, path, SIDES[match[2]] if match[2] else match[3] or match[4])
+        component, path = from_kohya(re.sub("^lycoris_", "lora_unet_", match[1]))
+        return Key(Dialect.KOHYA, component, path, SIDES[match[2]] if match[2] else match[3])
     match = DOTTED_KEY.fullmatch(key)
     if match is None:
         raise ValueError(f"{key} is not a LoRA key of diffusers, kohya or PEFT")
@@ -82,6 +98,8 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
     if path.startswith(PEFT_PREFIX):
         dialect, path = Dialect.PEFT, path.removeprefix(PEFT_PREFIX)
     component, dot, rest = path.partition(".")
+    if component == OF_COMFYUI and rest.startswith(TRANSFORMER_ROOTS) and not rest.endswith(".qkv"):
+        component = "transformer"
     if dialect is Dialect.DIFFUSERS and dot and component in COMPONENTS:
         path = rest
     elif dialect is Dialect.PEFT and folder_component:
@@ -100,7 +118,8 @@ def parse_key(key: str, folder_component: str | None = None) -> Key:
         unet = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
         path = f"{path}.{(unet if component in ('unet', 'transformer') else clip)[proj]}"
     side = match["peft"] or match["linear"] or match["processor"]
-    return Key(dialect, component, path, SIDES[side] if side else match["alpha"] or match["scale"] or "magnitude")
+    other = match["product"] or match["alpha"] or match["scale"] or "magnitude"
+    return Key(dialect, component, path, SIDES[side] if side else other)
 
 
 def beside_lora(names: Iterable[str]) -> dict[str, str]:
@@ -115,8 +134,14 @@ def beside_lora(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def parse_all(names: list[str], folder_component: str | None = None) -> tuple[dict[str, Key], list[str]]:
-    """Every key parsed, and what cannot be: `(keys, problems)`."""
+def parse_all(
+    names: list[str], folder_component: str | None = None, products: bool = False
+) -> tuple[dict[str, Key], list[str]]:
+    """Every key parsed, and what cannot be: `(keys, problems)`.
+
+    Args:
+        products: whether it may be a LoHa or LoKr.
+    """
     parsed, strange, problems = {}, [], []
     kinds = defaultdict(list)
     if long := [name for name in names if len(name) > LONGEST_NAME]:
@@ -125,14 +150,17 @@ def parse_all(names: list[str], folder_component: str | None = None) -> tuple[di
         if len(name) > LONGEST_NAME:
             continue
         kind = next((kind for pattern, kind in NOT_PLAIN.items() if re.search(pattern, name)), None)
-        if kind:
+        if kind and not (products and kind in (LOHA, LOKR)):
             kinds[kind].append(name)
             continue
         try:
             parsed[name] = parse_key(name, folder_component)
         except ValueError:
             strange.append(name)
-    problems += [f"holds {kind}, not plain LoRA: {listing(keys)}" for kind, keys in kinds.items()]
+    problems += [
+        f"holds {kind}, not plain LoRA{CUT if kind in (LOHA, LOKR) else ''}: {listing(keys)}"
+        for kind, keys in kinds.items()
+    ]
     if strange:
         is_for = next((kind for pattern, kind in FOREIGN.items() if any(re.search(pattern, k) for k in strange)), None)
         meant = f"; they are those of {is_for}" if is_for else ""
@@ -169,13 +197,27 @@ def structure_problems(keys: dict[str, Key], shapes: dict[str, tuple[int, ...]])
         styles = "; ".join(f"{d}: {listing(names, 2)}" for d, names in present.items())
         problems.append(f"mixes key styles ({styles}); loaders would read only one of them")
     sides: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    impossible: dict[str, list[str]] = {}
     for name, key in keys.items():
         sides[key.component, key.path].setdefault(key.part, shapes[name])
+    made = {place: side for place, side in sides.items() if side.keys() & PARTS.keys()}
+    for (component, path), side in made.items():
+        try:
+            if side.keys() & {"A", "B"}:
+                raise ValueError("it is a plain LoRA too")
+            product = product_of(side)
+            if sum(parts_of(path, product.shape[0]).values()) != product.shape[0]:
+                raise ValueError(f"{product.shape[0]} outputs are not those of FLUX.1's q, k and v")
+        except ValueError as error:
+            impossible.setdefault(str(error), []).append(f"{component}.{path}")
+    problems += [f"{reason}: {listing(names)}" for reason, names in impossible.items()]
     for want, other in (("A", "B"), ("B", "A")):
         lonely = [f"{c}.{path}" for (c, path), side in sides.items() if other in side and want not in side]
         if lonely:
             problems.append(f"lora_{want} is missing for {len(lonely)} modules: {listing(lonely)}")
-    orphans = {f"{c}.{path}": " and ".join(side) for (c, path), side in sides.items() if not side.keys() & {"A", "B"}}
+    orphans = {
+        f"{c}.{path}": " and ".join(side) for (c, path), side in sides.items() if not side.keys() & {"A", "B", *PARTS}
+    }
     for what in dict.fromkeys(orphans.values()):
         alone = [name for name, parts in orphans.items() if parts == what]
         problems.append(f"{what} without lora_A and lora_B: {listing(alone)}")

@@ -135,7 +135,7 @@ def export_peft(
             checks=checks,
             versions=loader_versions(),
             facts={key: str(value) for key, value in facts.items()},
-            notes=([vllm_note(file_rank, is_dora(cut))] if component == MODEL else []) + beside_notes(beside),
+            notes=served_notes(file_rank, is_dora(cut), beside) if component == MODEL else beside_notes(beside),
             outputs=outputs,
         )
         (fresh / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
@@ -144,7 +144,7 @@ def export_peft(
 
 
 class PeftSettings(RankSettings, total=False):
-    """What `export_peft` takes besides the factors and where they belong."""
+    """The settings that `export_peft` takes besides the factors and where they belong."""
 
     base_model: str | None
     task_type: str | None
@@ -180,12 +180,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def beside_notes(beside: Beside) -> list[str]:
-    """What else the folder holds, which other programs than PEFT do not load."""
+    """Return notes on what the folder holds besides, which programs other than PEFT do not load."""
     return [f"and what was trained beside the factors, for PEFT: {listing(beside.tensors)}"] if beside.tensors else []
 
 
+def served_notes(rank: int, dora: bool, beside: Beside) -> list[str]:
+    """Return notes on the programs that serve language models."""
+    if not beside.tensors:
+        return [vllm_note(rank, dora)]
+    return [
+        *beside_notes(beside),
+        "vLLM and llama.cpp take factors alone: give them the whole model (PEFT's merge_and_unload)",
+    ]
+
+
 def vllm_note(rank: int, dora: bool = False) -> str:
-    """What to start vLLM with."""
+    """Return the options by which vLLM serves the adapter, or why it cannot."""
     if dora:
         return "vLLM serves no DoRA: merge it into its base for that (`reslora merge`)"
     needed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from reslora_diffusion.core.attach import DEFAULT_ADAPTER
-from reslora_diffusion.core.merging.state_dict import adapter_factors
 from reslora_diffusion.core.peft.variant import find_adapter
 
 from .dora import is_dora
 from .lora import export_lora
 from .report import ExportReport
+from .state_dict import adapter_factors
 
 
 def export_pipeline(
@@ -66,7 +66,7 @@ def export_pipeline(
 
 
 def method_of(adapted: Mapping[str, nn.Module], adapter_name: str) -> dict[str, object]:
-    """How the first ResLoRA component was trained and merged; nothing for plain LoRA."""
+    """Return how the first ResLoRA component was trained and merged; nothing for plain LoRA."""
     controllers = (find_adapter(model, adapter_name) for model in adapted.values())
     if (first := next(filter(None, controllers), None)) is None:
         return {}

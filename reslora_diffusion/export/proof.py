@@ -12,21 +12,29 @@ may cost is `TOLERANCE`; a missing, extra or misread module is an infinite error
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.problems import listing
 from .dora import is_dora
 from .factors import TOLERANCE, Components, relative_error
-from .geometry import GEOMETRIES, Family, a1111_applies, comfyui_names
+from .geometry import GEOMETRIES, BaseKind, a1111_applies, comfyui_names
 from .header import open_safetensors
 from .keys import Naming, from_kohya, projects
 from .limits import CheckFailed, LoaderCheck
+from .products import ProductFactors
 from .progress import progress
 from .reader import read_lora
+
+
+def tensors_of(factors: LoraFactors) -> Iterable[Tensor]:
+    """Return the tensors that are multiplied to make a layer's update."""
+    return factors.tensors.values() if isinstance(factors, ProductFactors) else (factors.lora_A, factors.lora_B)
 
 
 def finiteness_problems(components: Components) -> list[str]:
@@ -34,7 +42,7 @@ def finiteness_problems(components: Components) -> list[str]:
     bad = []
     for component, modules in components.items():
         for path, f in modules.items():
-            if not (f.lora_A.isfinite().all() and f.lora_B.isfinite().all()):
+            if not all(tensor.isfinite().all() for tensor in tensors_of(f)):
                 bad.append(f"{component}.{path}")
             elif not math.isfinite(f.scaling):
                 bad.append(f"{component}.{path} (scaling {f.scaling})")
@@ -50,7 +58,7 @@ def health_problems(components: Components) -> list[str]:
         f"{component}.{path}"
         for component, modules in components.items()
         for path, f in modules.items()
-        if f.magnitude is None and (f.scaling == 0 or not f.lora_A.any() or not f.lora_B.any())
+        if f.magnitude is None and (f.scaling == 0 or not all(tensor.any() for tensor in tensors_of(f)))
     ]
     if not any(components.values()):
         problems.append("there are no modules")
@@ -98,7 +106,7 @@ def compare(loader: str, file: str, got: Components, wanted: Components, toleran
     return LoaderCheck(loader, file, len(errors) - len(misread), len(errors), max(errors.values()), misread)
 
 
-def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCheck]:
+def check_names(path: Path, wanted: Components, family: BaseKind) -> list[LoaderCheck]:
     """The names in a kohya file, looked up in ComfyUI's and A1111's maps of the base."""
     if family not in GEOMETRIES:
         return []
@@ -119,7 +127,7 @@ def check_names(path: Path, wanted: Components, family: Family) -> list[LoaderCh
 def diffusers_checks(
     files: list[Path], wanted: Components, tolerance: float, naming: Naming, models: Mapping[str, nn.Module]
 ) -> tuple[list[LoaderCheck], list[str]]:
-    """What the installed diffusers makes of each file, and what is wrong with that: `(checks, problems)`.
+    """Load each file with the installed diffusers and compare: `(checks, problems)`.
 
     Args:
         models: the base, by component; placeholders stand for those that are not there.
@@ -144,7 +152,7 @@ def diffusers_checks(
 
 
 def misreading(check: LoaderCheck, tolerance: float) -> str | None:
-    """What a check found wrong."""
+    """Return the fault that a check found."""
     if check.matched == check.expected:
         return None
     error = check.largest_relative_error
@@ -158,7 +166,7 @@ def prove(
     kohya_file: Path | None,
     wanted: Components,
     dtype: torch.dtype,
-    family: Family,
+    family: BaseKind,
     naming: Naming,
     models: Mapping[str, nn.Module],
     kohya: Components | None = None,

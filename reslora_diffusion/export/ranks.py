@@ -21,7 +21,7 @@ from .progress import progress
 
 
 class RankSettings(TypedDict, total=False):
-    """How exactly factors are written; every writer takes these, see `export_lora`."""
+    """Settings of how exactly factors are written; every writer takes these, see `export_lora`."""
 
     dtype: torch.dtype
     rank: Rank
@@ -32,7 +32,7 @@ Losses = dict[tuple[str, str], Loss]  # (component, module path) -> what was los
 
 
 def needed_rank(singular_values: Tensor, largest_error: float = LOSSY_ERROR) -> int:
-    """How many singular values, largest first, leave a relative error of at most `largest_error`; at least 1."""
+    """Return the number of singular values, largest first, that leave a relative error of `largest_error` or less."""
     energy = singular_values.square()
     lost = energy.flip(0).cumsum(0).flip(0)  # lost[k] = energy beyond the first k
     return max(1, int((lost > largest_error**2 * lost[0]).sum()))

@@ -30,6 +30,7 @@ from .header import (
     reading,
 )
 from .keys import Dialect
+from .products import ProductFactors, split_products
 
 __all__ = ["DIFFUSERS_FILE", "PEFT_CONFIG", "PEFT_FILE", "LoraFile", "locate", "read_lora"]
 
@@ -48,7 +49,7 @@ class LoraFile:
     beside: dict[str, str] = field(default_factory=dict)  # what else the file holds, as in the header
 
 
-def read_lora(source: str | Path, *, beside: bool = False, dora: bool = False) -> LoraFile:
+def read_lora(source: str | Path, *, beside: bool = False, dora: bool = False, products: bool = False) -> LoraFile:
     """Read any LoRA file or folder.
 
     Args:
@@ -56,13 +57,15 @@ def read_lora(source: str | Path, *, beside: bool = False, dora: bool = False) -
         beside: whether modules that were trained beside the LoRA may be there; only the LoRA is read.
         dora: whether it may be a DoRA, whose factors have a magnitude each and say nothing without the base.
 
+        products: whether it may be a LoHa or LoKr, whose modules are `ProductFactors`.
+
     >>> lora = read_lora("my_lora.safetensors")
     >>> lora.dialect, lora.components["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].lora_A.shape
 
     Raises:
         ValueError: one message with everything that is wrong with the file.
     """
-    files = [read_tensors(header) for header in read_headers(source, beside=beside, dora=dora)]
+    files = [read_tensors(header) for header in read_headers(source, beside=beside, dora=dora, products=products)]
     first, *rest = files
     for other in rest:
         for component, modules in other.components.items():
@@ -80,6 +83,14 @@ def read_tensors(header: Header) -> LoraFile:
     with reading(header.path), open_safetensors(header.path) as file:
         check_twins(header, file)
         for (component, path), names in header.modules().items():
+            if (product := header.product(names)) is not None:
+                tensors = {part: file.get_tensor(name) for part, name in names.items()}
+                given = float(tensors.pop("alpha").item()) if "alpha" in tensors else None
+                dtypes.update(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+                tensors = {part: computable(tensor) for part, tensor in tensors.items()}
+                scaling = header.product_scaling(component, path, product.rank, given)
+                components[component][path] = ProductFactors(product, tensors, scaling)
+                continue
             A, B = file.get_tensor(names["A"]), file.get_tensor(names["B"])
             dtypes.update(str(tensor.dtype).removeprefix("torch.") for tensor in (A, B))
             A, B = computable(A), computable(B)
@@ -95,7 +106,8 @@ def read_tensors(header: Header) -> LoraFile:
                 magnitude = Magnitude(values.reshape(shape), of_base)
                 components[component][path] = with_magnitude(components[component][path], magnitude)
     if header.dialect is Dialect.KOHYA and "transformer" in components:
-        components["transformer"] = split(components["transformer"])
+        plain, products = split_products(components["transformer"])
+        components["transformer"] = split(plain) | products
     return LoraFile(
         header.path, header.dialect, dict(components), header.metadata, dtypes, alphas, header.configs, header.beside
     )
@@ -109,5 +121,9 @@ def check_twins(header: Header, file: safe_open) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are stored alike; NaN is like NaN."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    """Return whether two tensors are stored alike; NaN is like NaN."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+    )

@@ -1,10 +1,13 @@
-"""What an export proved, as data (`export_report.json`) and as a short table."""
+"""The report of an export says what was proved, as data (`export_report.json`) and as a short table."""
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.files import write_text
 from .limits import LOSSY_ERROR
 from .proof import LoaderCheck
 from .ranks import Losses
@@ -13,6 +16,8 @@ from .tables import table
 if TYPE_CHECKING:  # which waits for PEFT
     from .outputs import Outputs
 
+REPORT_FILE = "export_report.json"
+EMBEDDINGS = "embeddings"  # among the files
 SHOWN = 5  # modules that a cut hurt most
 
 
@@ -45,6 +50,16 @@ class ExportReport:
     facts: dict[str, str]
     notes: list[str] = field(default_factory=list)
     outputs: "Outputs | None" = None  # of the whole model, in a PEFT folder
+
+    def with_embeddings(self, path: Path) -> "ExportReport":
+        """Name the embeddings of new tokens, which lie beside the LoRA, in the report and in its file."""
+        found = replace(
+            self,
+            files={**self.files, EMBEDDINGS: path},
+            sha256={**self.sha256, EMBEDDINGS: hashlib.sha256(path.read_bytes()).hexdigest()},
+        )
+        write_text(self.folder / REPORT_FILE, json.dumps(found.to_dict(), indent=2))
+        return found
 
     @property
     def energy_kept(self) -> float:

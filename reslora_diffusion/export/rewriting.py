@@ -84,7 +84,7 @@ def sharded(folder: Path, stem: str, index: str, problems: list[str]) -> WeightF
 
 
 def other_files(folder: Path) -> list[Path]:
-    """What belongs to a component besides its weights: configurations, vocabularies, templates."""
+    """Return a component's files besides its weights: configurations, vocabularies, templates."""
     indices = (INDEX.removesuffix(".json"), ".bin.index")
     return [
         path
@@ -153,7 +153,7 @@ def differences(files: WeightFiles, target: Path, change: Change, dtype: torch.d
             for key in names & set(after.keys()):
                 wanted, got = cast(change(key, before.get_tensor(key)), dtype), after.get_tensor(key)
                 same = wanted.dtype == got.dtype and wanted.shape == got.shape
-                if not (same and torch.equal(wanted.contiguous().view(torch.uint8), got.view(torch.uint8))):
+                if not (same and torch.equal(wanted.flatten().view(torch.uint8), got.flatten().view(torch.uint8))):
                     unlike.append(key)
     return unlike
 

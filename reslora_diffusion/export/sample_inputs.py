@@ -64,7 +64,7 @@ def token_ids(config: Any, tokens: Sequence[int], generator: torch.Generator) ->
 
 
 def decoder_ids(config: Any, ids: Tensor | None) -> Inputs:
-    """What the decoder of an encoder-decoder reads."""
+    """Return the token ids that the decoder of an encoder-decoder reads."""
     if not getattr(config, "is_encoder_decoder", False) or ids is None:
         return {}
     rows = getattr(getattr(config, "decoder", None) or config.get_text_config(decoder=True), "vocab_size", 2)

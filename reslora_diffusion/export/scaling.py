@@ -1,4 +1,4 @@
-"""What a PEFT configuration multiplies lora_B @ lora_A by: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+"""Finds the factor by which a PEFT configuration scales lora_B @ lora_A: alpha / r, or alpha / sqrt(r) (`use_rslora`).
 
 `alpha_pattern` maps names, or regular expressions for the end of names, to other alphas; the first that fits counts.
 Such files are untrusted, and an expression may take longer than the universe has. So names are looked up, and
@@ -112,7 +112,7 @@ def endless_fields(config: Mapping, names: Iterable[str]) -> list[str]:
 
 
 def expressions_in(config: Mapping, field: str) -> list[str]:
-    """What a field holds besides names. Lists of target modules are names to PEFT, whatever they look like."""
+    """Return the entries of a field that are no names. PEFT takes every entry of a list of target modules as a name."""
     stated = config.get(field)
     several = [stated] if isinstance(stated, str) else list(stated or ()) if field.endswith("_pattern") else []
     return [pattern for pattern in map(str, several) if not NAME.fullmatch(pattern)]

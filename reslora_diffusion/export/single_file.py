@@ -8,48 +8,120 @@ default the one of the hub that the family began with.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..utils.model_files import Unknown, shapes_in
 from ..utils.problems import BadInput, listing
+from .embeddings_header import stored_rows
 from .header import open_safetensors
 
 SUFFIXES = (".safetensors", ".sft")
+OTHER_FILES = {".gguf": "a GGUF file, whose weights are packed for inference"}
 NESTED = "model.diffusion_model."  # before the names of a denoiser, where text encoders and autoencoder are there too
 UNET = f"{NESTED}input_blocks.0.0.weight"
-SD_3, FLUX = "joint_blocks.0.context_block.adaLN_modulation.1.bias", "double_blocks.0.img_attn.norm.key_norm.scale"
+
+
+class Transformer(NamedTuple):
+    """A transformer that is found alone in a file: names that only it has, its classes in diffusers, and a pipeline of
+    the hub that has its configuration and all other parts."""
+
+    marks: tuple[str, ...]
+    pipeline_class: str
+    denoiser_class: str
+    config: str
+
+
+TRANSFORMERS = (  # an earlier one may have the marks of a later one too
+    Transformer(
+        ("joint_blocks.0.context_block.adaLN_modulation.1.bias",),
+        "StableDiffusion3Pipeline",
+        "SD3Transformer2DModel",
+        "stabilityai/stable-diffusion-3.5-medium",
+    ),
+    Transformer(
+        ("distilled_guidance_layer.in_proj.bias",),
+        "ChromaPipeline",
+        "ChromaTransformer2DModel",
+        "lodestones/Chroma1-HD",
+    ),
+    Transformer(
+        ("single_stream_modulation.lin.weight",),
+        "Flux2KleinPipeline",
+        "Flux2Transformer2DModel",
+        "black-forest-labs/FLUX.2-klein-4B",
+    ),
+    Transformer(
+        ("double_blocks.0.img_attn.norm.key_norm.scale",),
+        "FluxPipeline",
+        "FluxTransformer2DModel",
+        "black-forest-labs/FLUX.1-schnell",
+    ),
+    Transformer(
+        ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),
+        "QwenImagePipeline",
+        "QwenImageTransformer2DModel",
+        "Qwen/Qwen-Image",
+    ),
+    Transformer(
+        ("cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight"),
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        "Tongyi-MAI/Z-Image-Turbo",
+    ),
+    Transformer(
+        ("cap_embedder.0.weight", "layers.0.attention.qkv.weight"),
+        "Lumina2Pipeline",
+        "Lumina2Transformer2DModel",
+        "Alpha-VLLM/Lumina-Image-2.0",
+    ),
+)
 # Names that only other models have, and what they are.
 OTHERS = {
-    "double_layers.0.attn.w2q.weight": "an AuraFlow model",
-    "distilled_guidance_layer.in_proj.bias": "a Chroma model",
-    "single_stream_modulation.lin.weight": "a FLUX.2 model",
-    "cap_embedder.0.weight": "a Lumina or Z-Image model",
-    "blocks.0.cross_attn.q_linear.weight": "a SANA or PixArt model",
+    "double_layers.0.attn.w2q.weight": "an AuraFlow model, which is read from a folder in diffusers' format",
+    "nerf_image_embedder.embedder.0.bias": "a Chroma Radiance model",
+    "cap_embedder.0.weight": "a Lumina-Next model",
+    "blocks.0.cross_attn.q_linear.weight": "a SANA or PixArt model, which is read from a folder in diffusers' format",
     "head.modulation": "a Wan model",
     "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": "a HunyuanVideo model",
+    "control_model.time_embed.0.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "controlnet_blocks.0.weight": "a ControlNet",
+    "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
+    "double_stream_blocks.0.block.adaLN_modulation.1.bias": "a HiDream model",
+    "early_stream_modulations.image.lin.weight": "a FLUX.3 model",
+    "txt_in.text_norm.weight": "a Qwen-Image 2.1 model",
+    "txtfusion.projector.weight": "a Krea 2 model",
+    "model.embed_tokens.weight": "a language model",
     "transformer_blocks.0.attn.add_q_proj.weight": "a transformer in diffusers' layout",
     "down_blocks.0.resnets.0.conv1.weight": "a UNet in diffusers' layout",
-    "control_model.time_embed.0.weight": "a ControlNet",
 }
+ANYWAY = ("nerf_image_embedder.embedder.0.bias", "controlnet_blocks.0.weight")  # what else it may look like
 SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # as ComfyUI names them
-WANTED = "wanted a whole Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 checkpoint"
+WANTED = (
+    "wanted a whole Stable Diffusion 1.x, 2.x, XL or 3 checkpoint, or the transformer of SD3, FLUX.1, FLUX.2, Chroma, "
+    "Qwen-Image, Z-Image or Lumina 2"
+)
+SECOND = "stabilityai/stable-diffusion-2-1"
+MEDIUM_2024, KLEIN_9B = 36864, 4096  # positions of SD3 medium, where 3.5 medium has more; width of the larger klein
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
         pipeline_class: of diffusers.
         config: the hub's pipeline whose configurations are used by default.
         prediction_type: what the file itself says of it; None where it does not.
         zero_terminal_snr: whether the file says that its last timestep has no signal.
-        whole: whether text encoders and autoencoder are in it.
+        whole: whether text encoders are in it.
+        has_vae: whether the autoencoder is in it.
+        denoiser_class: of diffusers, of a file that is a transformer alone.
         stored: the precision of most of its numbers, as safetensors names it.
     """
 
@@ -59,7 +131,14 @@ class SingleFile:
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     whole: bool = True
+    has_vae: bool = True
+    denoiser_class: str = ""
     stored: str = "F32"
+
+    @property
+    def unsaid(self) -> bool:
+        """Return whether a family has models of either prediction, and the file does not say which this is."""
+        return self.config == SECOND and self.prediction_type is None
 
 
 def is_single_file(name: str | None) -> bool:
@@ -67,7 +146,7 @@ def is_single_file(name: str | None) -> bool:
 
 
 def read_single_file(path: str | Path) -> SingleFile:
-    """What a checkpoint is, from the names and shapes of its tensors.
+    """Describe a checkpoint by the names and shapes of its tensors.
 
     Raises:
         BadInput: it is no base, and what it is instead.
@@ -75,7 +154,8 @@ def read_single_file(path: str | Path) -> SingleFile:
     path = Path(path)
     try:
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path} is a single file of another kind; wanted one named {' or '.join(SUFFIXES)}")
+            what = OTHER_FILES.get(path.suffix.lower(), "a single file of another kind")
+            raise ValueError(f"{path} is {what}; wanted one named {' or '.join(SUFFIXES)}")
         with open_safetensors(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
             kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (no mapping)
@@ -86,18 +166,22 @@ def read_single_file(path: str | Path) -> SingleFile:
         raise BadInput([str(error)]) from error
     if (reason := no_base(shapes)) is not None:
         raise BadInput([f"{path} {reason}"])
-    return replace(known(path, shapes, metadata), stored=kinds.most_common(1)[0][0])
+    has_vae = any(name.startswith("first_stage_model.") for name in shapes)
+    return replace(known(path, shapes, metadata), has_vae=has_vae, stored=kinds.most_common(1)[0][0])
 
 
 def no_base(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Why a file of these tensors is no base; None if it is one."""
+    """Return why a file of these tensors cannot be a base; None if it can."""
     inner = {name.removeprefix(NESTED) for name in shapes}
     if any("lora_" in name or ".lora." in name or name.endswith((".hada_w1_a", ".lokr_w1")) for name in shapes):
         return "is a LoRA, which is trained on a base; it can be a start: --network_weights (with --method lora)"
     if any(name.endswith(SCALED) for name in shapes):
         return f"is quantised with scales of its own (scaled fp8), which diffusers would leave out; {WANTED}"
+    if stored_rows(shapes) is not None:
+        return f"is an embedding of a token (textual inversion); {WANTED}"
+    transformer = transformer_of(inner)
     for name, what in OTHERS.items():
-        if name in inner:
+        if name in inner and (transformer is None or name in ANYWAY):
             return f"is {what}; {WANTED}"
     if UNET in shapes:
         channels = shapes[UNET][1]
@@ -107,32 +191,27 @@ def no_base(shapes: dict[str, tuple[int, ...]]) -> str | None:
             return f"is a model for {'inpainting' if channels == 9 else 'editing'}: its UNet takes {channels} channels"
         encoders = ("cond_stage_model.", "conditioner.embedders.")
         return None if any(n.startswith(encoders) for n in shapes) else f"holds a UNet without text encoders; {WANTED}"
-    if SD_3 in inner:
-        return None
-    if FLUX in inner:
+    if transformer and transformer.pipeline_class == "FluxPipeline":
         channels = next(shape[1] for name, shape in shapes.items() if name.removeprefix(NESTED) == "img_in.weight")
         return f"is FLUX.1 Fill or a control model: it takes {channels} channels" if channels in (384, 128) else None
+    if transformer:
+        return None
     if any("quant_conv" in name or name.startswith(("first_stage_model.", "encoder.down")) for name in shapes):
         return "is an autoencoder; it goes to --pretrained_vae_model_name_or_path, as a folder in diffusers' format"
+    if "input_blocks.0.0.weight" in inner:
+        return f"holds a UNet without text encoders; {WANTED}"
+    if not shapes:
+        return f"holds no tensors; {WANTED}"
     if any("text_model.encoder" in name or name.startswith("encoder.block") for name in shapes):
         return f"is a text encoder; {WANTED}"
     return f"is of no family that is known here (it holds {listing(sorted(shapes), 3)}); {WANTED}"
 
 
 def known(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> SingleFile:
-    """What a base is that `no_base` has nothing against."""
-    inner = {name.removeprefix(NESTED) for name in shapes}
-    if SD_3 in inner:
-        large = any(name.startswith("joint_blocks.37.") for name in inner)
-        config = "stabilityai/stable-diffusion-3.5-large" if large else "stabilityai/stable-diffusion-3.5-medium"
-        if not large and shapes.get(f"{NESTED}pos_embed", shapes.get("pos_embed", (0, 0)))[1] == 36864:
-            config = "stabilityai/stable-diffusion-3-medium-diffusers"
-        whole = any(name.startswith("text_encoders.clip_l.") for name in shapes)
-        return SingleFile(path, "StableDiffusion3Pipeline", config, whole=whole)
-    if FLUX in inner:
-        guided = "guidance_in.in_layer.bias" in inner
-        config = f"black-forest-labs/FLUX.1-{'dev' if guided else 'schnell'}"
-        return SingleFile(path, "FluxPipeline", config, whole=False)
+    """Describe a base that `no_base` accepts."""
+    inner = {name.removeprefix(NESTED): shape for name, shape in shapes.items()}
+    if kind := transformer_of(inner):
+        return transformer_alone(path, kind, inner)
     said = metadata.get("modelspec.prediction_type")
     velocity = "v_pred" in shapes or said == "v"
     own_type = "v_prediction" if velocity else "epsilon" if said == "epsilon" else None
@@ -141,29 +220,85 @@ def known(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, st
         own = prediction if velocity else prediction | {"prediction_type": "epsilon"}
         return SingleFile(path, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", **own)  # type: ignore[arg-type]
     second = any(name.startswith("cond_stage_model.model.") for name in shapes)
-    config = "stabilityai/stable-diffusion-2-1" if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config = SECOND if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
     return SingleFile(path, "StableDiffusionPipeline", config, **prediction)  # type: ignore[arg-type]
 
 
-def load_single_file(found: SingleFile, config: str, dtype: Any, **given: Any) -> Any:
+def transformer_of(inner: Collection[str]) -> Transformer | None:
+    """The transformer whose marks are among the names."""
+    return next((kind for kind in TRANSFORMERS if all(mark in inner for mark in kind.marks)), None)
+
+
+def transformer_alone(path: Path, kind: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> SingleFile:
+    """Describe a file that holds a transformer; of SD3, text encoders and autoencoder may be there too."""
+    pipeline_class, config, whole = kind.pipeline_class, kind.config, False
+    if pipeline_class == "StableDiffusion3Pipeline":
+        if any(name.startswith("joint_blocks.37.") for name in shapes):
+            config = "stabilityai/stable-diffusion-3.5-large"
+        elif shapes.get("pos_embed", (0, 0))[1] == MEDIUM_2024:
+            config = "stabilityai/stable-diffusion-3-medium-diffusers"
+        whole = any(name.startswith("text_encoders.clip_l.") for name in shapes)
+    elif pipeline_class == "FluxPipeline" and "guidance_in.in_layer.bias" in shapes:
+        config = "black-forest-labs/FLUX.1-dev"
+    elif pipeline_class == "Flux2KleinPipeline" and "guidance_in.in_layer.weight" in shapes:
+        pipeline_class, config = "Flux2Pipeline", "black-forest-labs/FLUX.2-dev"
+    elif pipeline_class == "Flux2KleinPipeline" and shapes["txt_in.weight"][0] == KLEIN_9B:
+        config = "black-forest-labs/FLUX.2-klein-9B"
+    return SingleFile(path, pipeline_class, config, whole=whole, denoiser_class=kind.denoiser_class)
+
+
+def load_single_file(
+    found: SingleFile, config: str, dtype: Any, of_transformer: Mapping[str, Any] | None = None, **given: Any
+) -> Any:
     """The pipeline of a file.
+
+    Raises:
+        ValueError: the file lacks weights that a model of this configuration has.
 
     Args:
         config: folder or hub name of a pipeline in diffusers' format; what the file lacks (text encoders and
-            autoencoder of FLUX.1, T5) is loaded from there.
+            autoencoder of a transformer, T5) is loaded from there.
+        of_transformer: what a file that is a transformer alone is loaded with besides, such as a quantisation.
         given: components that are to be used in place of the file's, or None for those to leave out.
     """
     import diffusers
 
     kind: Any = getattr(diffusers, found.pipeline_class)
-    if found.whole:
-        local = {"local_files_only": True} if Path(config).is_dir() else {}
-        return as_said(found, kind.from_single_file(str(found.path), config=config, dtype=dtype, **local, **given))
-    part: Any = {"FluxPipeline": "FluxTransformer2DModel"}.get(found.pipeline_class, "SD3Transformer2DModel")
-    denoiser = getattr(diffusers, part).from_single_file(
-        str(found.path), config=config, subfolder="transformer", dtype=dtype
-    )
+    try:
+        if found.whole:
+            local = {"local_files_only": True} if Path(config).is_dir() else {}
+            if not found.has_vae and "vae" not in given:
+                given["vae"] = diffusers.AutoencoderKL.from_pretrained(config, subfolder="vae", dtype=dtype)
+            whole = kind.from_single_file(str(found.path), config=config, dtype=dtype, **local, **given)
+            return as_said(found, complete(whole, config))
+        denoiser = getattr(diffusers, found.denoiser_class).from_single_file(
+            without_prefix(found.path), config=config, subfolder="transformer", dtype=dtype, **(of_transformer or {})
+        )
+    except (NotImplementedError, KeyError) as error:  # a tensor has no values, or a converter misses a name
+        named = f": {error}" if isinstance(error, KeyError) else ""
+        raise ValueError(f"it lacks weights that the model of {config} has{named}") from error
     return kind.from_pretrained(config, transformer=denoiser, dtype=dtype, **given)
+
+
+def complete(pipeline: Any, config: str) -> Any:
+    """The pipeline, if every weight has values; raises `ValueError` with those that have none."""
+    models = {name: part for name, part in pipeline.components.items() if hasattr(part, "named_parameters")}
+    empty = [f"{name}.{path}" for name, model in models.items() for path, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise ValueError(f"it lacks {len(empty)} weights that the model of {config} has: {listing(empty, 2)}")
+    return pipeline
+
+
+def without_prefix(path: Path) -> Any:
+    """A transformer's file as diffusers reads it: the path, or where names have the prefix of a whole checkpoint, which
+    diffusers takes off for some families only, the tensors without it."""
+    with open_safetensors(path, framework="np") as file:
+        nested = any(name.startswith(NESTED) for name in file.keys())  # noqa: SIM118 (no mapping)
+    if not nested:
+        return str(path)
+    from safetensors.torch import load_file
+
+    return {name.removeprefix(NESTED): tensor for name, tensor in load_file(path).items()}
 
 
 def as_said(found: SingleFile, pipeline: Any) -> Any:
@@ -202,6 +337,7 @@ def as_folder(base: str, config: str | None, beside: Path) -> Iterator[str]:
         pipeline = load_single_file(found, source, dtype, **without)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{base} cannot be loaded with the configurations of {source}: {error}") from error
+    beside.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=beside, prefix=".base-") as folder:
         pipeline.save_pretrained(folder)
         del pipeline

@@ -19,6 +19,7 @@ from torch import nn
 from ..utils.names import file_name_from
 from ..utils.problems import listing
 from .dora import by_norms_of, is_dora, plain_of, weights_in
+from .embeddings_carrying import with_new_tokens
 from .factors import Components, summed_factors
 from .fusing import filled
 from .generation import carry_generation
@@ -29,7 +30,9 @@ from .keys import COMPONENTS, Dialect
 from .limits import LOSSY_ERROR, CheckFailed, Rank, check_weights
 from .lora import export_lora, write_lora_file
 from .peft_folder import MODEL, export_peft_components
-from .ranks import RankSettings
+from .products import plain_products, products_in
+from .proof import health_problems
+from .ranks import Losses, RankSettings, needed_rank
 from .reader import LoraFile, read_lora
 from .report import ExportReport
 from .writer import carried_facts
@@ -53,11 +56,14 @@ def resize(
         ValueError: the file cannot be used.
         CheckFailed: a ValueError too; the rank loses too much, or the result failed its proof.
     """
-    lora = read_lora(source, dora=True)
-    dialect = lora.dialect
-    return save_lora(
+    lora = read_lora(source, dora=True, products=True)
+    dialect, components, said = lora.dialect, lora.components, list[str]()
+    if products_in(components):
+        components, note = cut_products(components, rank, allow_lossy)
+        rank, said = "full", [note]
+    reports = save_lora(
         output,
-        lora.components,
+        components,
         dialect,
         sources=[source],
         dtype=dtype or kept_dtype(lora),
@@ -65,6 +71,7 @@ def resize(
         allow_lossy=allow_lossy,
         facts=carried_facts(lora.metadata),
     )
+    return [replace(report, notes=[*report.notes, *said]) for report in reports]
 
 
 def convert(
@@ -77,13 +84,14 @@ def convert(
     rank: int | None = None,
     allow_lossy: bool = False,
 ) -> list[ExportReport]:
-    """Write the same LoRA for another program; of a DoRA also a plain LoRA, which every program reads alike.
+    """Write the same LoRA for another program; of a DoRA also a plain LoRA, which every program reads alike, and of a
+    LoHa or LoKr that alone.
 
     Args:
         dtype: precision of the file; as it is, if not given.
         base: folder or hub name of the base of a DoRA, for a kohya file that ComfyUI reads as it was trained, and for
             a plain LoRA.
-        rank: make a plain LoRA of this rank of a DoRA: the nearest to what it changes in the base.
+        rank: make a plain LoRA of this rank of a DoRA, LoHa or LoKr: the nearest to what it changes in the base.
         allow_lossy: write it although a module loses more than `limits.LOSSY_ERROR` of its change.
 
     >>> convert("from_civitai.safetensors", "out", "diffusers")   # out/pytorch_lora_weights.safetensors
@@ -94,7 +102,7 @@ def convert(
         ValueError: the file cannot be used, or the other program has no name for its modules.
         CheckFailed: a ValueError too; the result failed its proof.
     """
-    lora, to = read_lora(source, dora=True), Dialect(to)
+    lora, to = read_lora(source, dora=True, products=True), Dialect(to)
     facts = carried_facts(lora.metadata)
     precision = dtype or kept_dtype(lora)
     components, models, note = with_base(lora.components, base, rank, to, allow_lossy)
@@ -105,23 +113,28 @@ def convert(
     else:
         refuse_overwriting(output, [source])
         name, formats = file_name(output), (to,)
-        reports = [
-            export_lora(
-                output, components, name=name, formats=formats, facts=facts, dtype=precision, models=models, rank="full"
-            )
-        ]
+        report = export_lora(
+            output, components, name=name, formats=formats, facts=facts, dtype=precision, models=models, rank="full"
+        )
+        reports = with_new_tokens([report], [source], output, name)
     return [replace(report, notes=[*report.notes, *note]) for report in reports]
 
 
 def with_base(
     components: Components, base: str | None, rank: int | None, to: Dialect, allow_lossy: bool
 ) -> tuple[Components, Models, list[str]]:
-    """A DoRA as it is written where its base is known: components, models with weights, and what there is to say.
+    """Prepare a DoRA whose base is known, or a LoHa or LoKr, for writing: components, models with weights, and notes
+    to print.
 
     Raises:
-        ValueError: it is no DoRA, or there is a rank and no base.
+        ValueError: it is a plain LoRA, or there is a rank and no base.
         CheckFailed: a ValueError too; the rank loses too much.
     """
+    if products_in(components):
+        if base is not None:
+            raise ValueError("--base is for DoRA, and this is a LoHa or LoKr, whose update does not depend on it")
+        plain, said = cut_products(components, "full" if rank is None else rank, allow_lossy)
+        return plain, {}, [said]
     if not is_dora(components):
         if base is not None or rank is not None:
             raise ValueError("--base and --rank are for DoRA, and this is a plain LoRA; `reslora resize` cuts one")
@@ -136,15 +149,48 @@ def with_base(
             components = by_norms_of(components, weights_in(models, components), base=False)
         return components, models, []
     plain, losses = plain_of(components, weights_in(models, components), rank)
+    return plain, models, [held(losses, rank, "the DoRA", allow_lossy)]
+
+
+def held(losses: Losses, rank: int, what: str, allow_lossy: bool) -> str:
+    """Return a note on the share of an update that a plain LoRA of this rank holds.
+
+    Raises:
+        CheckFailed: it loses more than `LOSSY_ERROR` of a module, which was not allowed.
+    """
     worst, loss = max(losses.items(), key=lambda item: item[1].relative_error)
     kept = sum(one.energy_kept for one in losses.values()) / len(losses)
     said = (
-        f"a plain LoRA of rank {rank} holds {kept:.1%} of what the DoRA changes, a module on average; most is lost of "
+        f"a plain LoRA of rank {rank} holds {kept:.1%} of what {what} changes, a module on average; most is lost of "
         f"{'.'.join(worst)} ({loss.relative_error:.0%})"
     )
     if loss.relative_error > LOSSY_ERROR and not allow_lossy:
         raise CheckFailed(f"{said}. Choose a larger --rank, or allow the loss (--allow_lossy)")
-    return plain, models, [said]
+    return said
+
+
+def cut_products(components: Components, rank: Rank, allow_lossy: bool) -> tuple[Components, str]:
+    """The nearest plain LoRA of a LoHa or LoKr, and a line on what it loses. "auto" is the smallest rank that loses at
+    most `LOSSY_ERROR` of every module.
+
+    Raises:
+        ValueError: there is no rank.
+        CheckFailed: a ValueError too; the rank loses too much.
+    """
+    if problems := health_problems(components):
+        raise ValueError("; ".join(problems))
+    kind = " and ".join(sorted({components[c][path].kind for c, path in products_in(components)}))  # type: ignore[attr-defined]
+    if rank != "full" and rank != "auto":
+        plain, losses = plain_products(components, rank)
+        return plain, held(losses, rank, f"the {kind}", allow_lossy)
+    places = products_in(components)
+    needed = max(needed_rank(components[c][path].singular_values()) for c, path in places)  # type: ignore[attr-defined]
+    if rank == "auto":
+        return cut_products(components, needed, allow_lossy)
+    raise ValueError(
+        f"a {kind} is no plain LoRA of a small rank; wanted --rank N: {needed} would lose at most {LOSSY_ERROR:.0%} of "
+        "a module"
+    )
 
 
 def combine(
@@ -204,7 +250,7 @@ def weighted_sum(terms: Sequence[Components], weights: Sequence[float]) -> Compo
 
 
 def unlike_problems(loras: Sequence[LoraFile]) -> list[str]:
-    """Why files are not for one base."""
+    """Return why files do not fit one base."""
     families = {str(lora.path): family_of(lora.components) for lora in loras}
     known = {family for family in families.values() if family in GEOMETRIES}
     problems = []
@@ -257,16 +303,18 @@ def save_lora(
     if Path(output).suffix == ".safetensors":
         if dialect is Dialect.PEFT:
             raise ValueError(f"{output} is a file; PEFT keeps its configuration beside the weights and wants a folder")
-        return [write_lora_file(output, components, dialect, facts=facts, models=models, **settings)]
+        done = [write_lora_file(output, components, dialect, facts=facts, models=models, **settings)]
+        return with_new_tokens(done, sources, output, Path(output).stem)
     if dialect is Dialect.PEFT or not components.keys() <= set(COMPONENTS):
         stated = facts.get("base_model")
         base_model = None if stated is None else str(stated)
         done = export_peft_components(output, components, models=models, base_model=base_model, facts=facts, **settings)
         if components.keys() == {MODEL}:
             carry_generation(sources, output)
-        return done
+        return with_new_tokens(done, sources, output, file_name(output))
     name = name or file_name(output)
-    return [export_lora(output, components, name=name, facts=facts, models=models, **settings)]
+    done = [export_lora(output, components, name=name, facts=facts, models=models, **settings)]
+    return with_new_tokens(done, sources, output, name)
 
 
 def refuse_overwriting(output: str | Path, sources: Sequence[str | Path]) -> None:

@@ -74,7 +74,7 @@ def has_lora(folder: Path) -> bool:
 
 
 def lora_of(source: str | Path) -> Path:
-    """Where the LoRA of a run, a checkpoint or an export is; any file or folder that holds one is taken as it is.
+    """Return the path of the LoRA of a run, a checkpoint or an export; a file or folder with a LoRA is returned as is.
 
     Raises:
         ValueError: there is none, or it is broken.

@@ -17,6 +17,7 @@ from ..utils.documents import parse_json
 from ..utils.problems import listing
 from .base import check_base, misfits
 from .dora import KOHYA_LOADERS, STRENGTH, by_base, is_dora, without_magnitudes
+from .embeddings_header import SUFFIX
 from .factors import Components
 from .geometry import family_of, naming_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE
@@ -39,12 +40,12 @@ from .single_file import config_of
 from .tables import table
 
 LARGEST_REPORT = 2**24  # bytes; the report of SDXL has half a million
-EXACT = TOLERANCE[torch.float32]  # a loader's reading of a file against ours: the same bits
+SAME_BITS = TOLERANCE[torch.float32]  # a loader's reading of a file against ours: the same bits
 
 
 @dataclass
 class Verification:
-    """What was checked, and every problem found."""
+    """The result of a verification: the checks that were made, and every problem found."""
 
     files: list[Path]
     family: str
@@ -122,12 +123,12 @@ def verify_lora(source: str | Path, base: str | None = None, base_config: str | 
         checks, problems = loader_checks(lora, models)
         result.checks += checks
         result.problems += problems
-        result.problems += [problem for check in checks if (problem := misreading(check, EXACT))]
+        result.problems += [problem for check in checks if (problem := misreading(check, SAME_BITS))]
     result.problems += twin_problems(loras)
     result.problems += [
         f"{path.name} is not the file that {REPORT_FILE} describes"
-        for path in files
-        if path.name in recorded and sha256(path) != recorded[path.name]
+        for path in [*files, *(source / name for name in recorded if name.endswith(SUFFIX))]
+        if path.name in recorded and path.is_file() and sha256(path) != recorded[path.name]
     ]
     if is_dora(components):
         result.notes += [STRENGTH, *(KOHYA_LOADERS for lora in loras if lora.dialect is Dialect.KOHYA)]
@@ -174,7 +175,7 @@ def loader_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list
     endless = [f for config in lora.configs.values() for c in components.values() for f in endless_fields(config, c)]
     if endless:
         return [], [f"diffusers was not tried: it may never end with the expressions in {listing(set(endless))}"]
-    checks, problems = diffusers_checks([lora.path], components, EXACT, naming, models)
+    checks, problems = diffusers_checks([lora.path], components, SAME_BITS, naming, models)
     if lora.dialect is Dialect.KOHYA:
         checks += check_names(lora.path, components, family)
     return checks, problems
@@ -206,7 +207,7 @@ def peft_checks(lora: LoraFile, models: dict) -> tuple[list[LoaderCheck], list[s
         except ValueError as error:
             problems.append(str(error))
             continue
-        checks.append(compare(f"PEFT {__version__}", f"{folder.name}/{PEFT_FILE}", got, wanted, EXACT))
+        checks.append(compare(f"PEFT {__version__}", f"{folder.name}/{PEFT_FILE}", got, wanted, SAME_BITS))
     return checks, problems
 
 
@@ -219,6 +220,6 @@ def twin_problems(loras: list[LoraFile]) -> list[str]:
         if by_base(found) != by_base(wanted):  # ComfyUI's rows, whose base is not at hand
             found, wanted = without_magnitudes(found), without_magnitudes(wanted)
         errors = errors_against(found, wanted)
-        if unlike := [f"{c}.{path}" for (c, path), error in errors.items() if error > EXACT]:
+        if unlike := [f"{c}.{path}" for (c, path), error in errors.items() if error > SAME_BITS]:
             problems.append(f"{other.path.name} differs from {first.path.name} in {listing(unlike)}")
     return problems

@@ -34,22 +34,30 @@ from ..utils.problems import listing
 from .dora import stored
 from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
-from .geometry import ATTENTION_PARTS, Family, family_of, is_open_clip
+from .geometry import ARCHITECTURE, ATTENTION_PARTS, CHROMA, BaseKind, family_of, is_open_clip, says_chroma
 from .header import DIFFUSERS_METADATA
 from .keys import CLIP_COMPONENTS, Dialect, Naming, diffusers_keys, flat_path, magnitude_keys, projects, to_kohya
 from .progress import progress
 
 ARCHITECTURES = {
-    Family.SD1: "stable-diffusion-v1",
-    Family.SD2: "stable-diffusion-v2-512",
-    Family.SDXL: "stable-diffusion-xl-v1-base",
-    Family.CUSTOM: "stable-diffusion-custom",
-    Family.FLUX: "flux-1-dev",
+    BaseKind.SD1: "stable-diffusion-v1",
+    BaseKind.SD2: "stable-diffusion-v2-512",
+    BaseKind.SDXL: "stable-diffusion-xl-v1-base",
+    BaseKind.CUSTOM: "stable-diffusion-custom",
+    BaseKind.FLUX: "flux-1-dev",
+    BaseKind.CHROMA: CHROMA,
 }
-KOHYA_BASES = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0", Family.FLUX: "flux1"}
+KOHYA_BASES = {
+    BaseKind.SD1: "sd_v1",
+    BaseKind.SD2: "sd_v2",
+    BaseKind.SDXL: "sdxl_base_v1-0",
+    BaseKind.FLUX: "flux1",
+    BaseKind.CHROMA: CHROMA,
+}
 IMPLEMENTATIONS = {
-    Family.SDXL: "https://github.com/Stability-AI/generative-models",
-    Family.FLUX: "https://github.com/black-forest-labs/flux",
+    BaseKind.SDXL: "https://github.com/Stability-AI/generative-models",
+    BaseKind.FLUX: "https://github.com/black-forest-labs/flux",
+    BaseKind.CHROMA: "https://huggingface.co/lodestones/Chroma",
 }
 # Facts that kohya's trainer states under the same name, or under another.
 KOHYA_FACTS = {
@@ -226,26 +234,31 @@ def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
 def carried_facts(metadata: Mapping[str, str]) -> dict[str, str]:
     """The facts of another file's header that stay true of a LoRA that is resized or converted."""
     known = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "reslora."))}
-    return {key.removeprefix("reslora."): value for key, value in known.items() if not COMPUTED.fullmatch(key)}
+    chroma = {ARCHITECTURE} if says_chroma(metadata) else set()  # nothing else tells
+    return {
+        key.removeprefix("reslora."): value
+        for key, value in known.items()
+        if key in chroma or not COMPUTED.fullmatch(key)
+    }
 
 
 def kohya_header(
-    tensors: dict[str, Tensor], facts: Mapping[str, object], *, name: str, rank: int, family: Family
+    tensors: dict[str, Tensor], facts: Mapping[str, object], *, name: str, rank: int, family: BaseKind
 ) -> dict[str, str]:
-    """What UIs show about a LoRA: kohya's `ss_*`, the hashes A1111 indexes by, and Stability's model specification."""
+    """Return the header that UIs show: kohya's `ss_*`, the hashes A1111 indexes by, Stability's model specification."""
     trained = {
-        "ss_network_module": "networks.lora_flux" if family is Family.FLUX else "networks.lora",
+        "ss_network_module": "networks.lora_flux" if family in (BaseKind.FLUX, BaseKind.CHROMA) else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": "{}",
         "ss_output_name": name,
-        "ss_v2": str(family is Family.SD2),
+        "ss_v2": str(family is BaseKind.SD2),
     }
     predicts_v = facts.get("prediction_type") == "v_prediction"
     architecture = ARCHITECTURES[family]
     if family in KOHYA_BASES:
         trained["ss_base_model_version"] = KOHYA_BASES[family] + ("_v" if predicts_v else "")
-    if family is Family.SD2 and predicts_v:
+    if family is BaseKind.SD2 and predicts_v:
         architecture = "stable-diffusion-v2-768-v"
     trained |= {theirs: str(facts[ours]) for ours, theirs in KOHYA_FACTS.items() if facts.get(ours) is not None}
     spec = {
