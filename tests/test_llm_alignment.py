@@ -6,10 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_tiny import ROOT, load_script
+from reslora_diffusion.llm import showing
 from reslora_diffusion.llm.alignment import Reward, preferences
+from reslora_diffusion.llm.encoder import Encoder
+from reslora_diffusion.llm.results import final
 from reslora_diffusion.llm.resuming import fault_of
 from reslora_diffusion.llm.tasks import TASKS
 from reslora_diffusion.utils.problems import BadInput, Stopped
@@ -30,6 +33,33 @@ def test_a_preference_is_a_prompt_and_two_answers():
         preferences([{"chosen": [*PROMPT, turn("4")], "rejected": [*PROMPT, turn("?"), *PROMPT, turn("5")]}])
     with pytest.raises(BadInput, match="rows are response .*, wanted 'chosen' and 'rejected'"):
         preferences([{"prompt": "2 + 2", "response": "4"}])
+
+
+def test_what_is_compared_is_shown_and_an_answer_that_is_cut_to_nothing_is_refused():
+    """TRL cuts behind --max_length, and drops rows of which nothing is left, or learns nothing from them."""
+    encoder = Encoder(AutoTokenizer.from_pretrained(FOLDER))
+    rows = [
+        {"prompt": "2 + 2", "chosen": "4", "rejected": "5 or more"},
+        {"prompt": "2 " * 40, "chosen": "4", "rejected": "5"},
+    ]
+    found = list(showing.preferences(preferences(rows), encoder, 200))
+    assert found[0].startswith("tokens in an example: ")
+    assert [line for line in found if "[[" in line][1:] == [
+        "| Answer:[[ 4</s>]]",
+        "first row, the rejected answer in [[ ]]:",
+        "| Answer:[[ 5 or more</s>]]",
+    ]
+    with pytest.raises(BadInput, match="cut to --max_length 20, nothing is left of an answer in row 2"):
+        list(showing.preferences(preferences(rows), encoder, 20))
+    cut = list(showing.preferences(preferences(rows[:1]), encoder, 15))
+    assert "train: 1 of 2 answers are cut behind 15 tokens of prompt and answer" in cut
+
+
+def test_results_are_of_the_last_tenth_of_the_steps():
+    logged = [{"loss": float(step), "epoch": 1.0, "step": step, "said": "x"} for step in range(20)]
+    assert final(logged) == {"loss": 18.5}
+    assert final(logged[:3]) == {"loss": 2.0}
+    assert final([]) == {}
 
 
 def test_right_answers_are_rewarded():
@@ -62,6 +92,10 @@ def words(output, **options) -> list[str]:
 def assert_plain_and_trained(output) -> None:
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert json.loads((output / "results.json").read_text())["steps"] == 3
+    run = json.loads((output / "run.json").read_text())
+    assert (run["options"]["rank"], run["chains"]["links"] > 0, run["held_in"]["trained"]) == (2, True, "float32")
+    assert run["trained_parameters"] > 0
+    assert run["examples"]["train"] in (12, 16)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), output).eval()
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -100,10 +134,12 @@ def test_dpo_prefers_what_was_chosen_after_three_steps(tmp_path):
     script = load_script("train_dpo_reslora")
     output = script.main(words(tmp_path / "out", dataset_name=preference_file(tmp_path)))
     assert_plain_and_trained(output)
-    logged = json.loads((output / "history.json").read_text())["logged"]
+    logged = json.loads((output / "history.json").read_text())
     assert logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts at the base
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert logged[-1]["rewards/margins"] > 0
+    found = json.loads((output / "results.json").read_text())
+    assert (found["shortcut"], found["final"]["rewards/margins"]) == ("middle", logged[-1]["rewards/margins"])
 
 
 @pytest.mark.slow
@@ -112,7 +148,7 @@ def test_grpo_rewards_right_answers_for_three_steps(tmp_path):
     script = load_script("train_grpo_reslora")
     output = script.main(words(tmp_path / "out", dataset_name=problem_file(tmp_path), **REWARDED))
     assert_plain_and_trained(output)
-    logged = json.loads((output / "history.json").read_text())["logged"]
+    logged = json.loads((output / "history.json").read_text())
     assert len(logged) == 3
     assert any(0 < row["rewards/exact_match/mean"] < 1 for row in logged)
     assert any(row["grad_norm"] > 0 for row in logged)

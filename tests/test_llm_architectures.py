@@ -7,7 +7,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from llm_tiny import DECODERS, MODELS, SHORTCUTS, adapted, batch, build, config, naive_reslora, randomise
-from reslora_diffusion import ResLoraConfig, attach, calibrate, explain, get_controller, merged_factors, merged_forward
+from reslora_diffusion import ResLoraConfig, attach, calibrate, explain, get_adapter, merged_factors, merged_forward
 
 PREFIX = "base_model.model."
 ROLES = {
@@ -53,7 +53,7 @@ def test_every_role_is_one_chain_in_the_order_of_layers(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_is_the_papers(name, shortcut):
     model = adapted(name, shortcut=shortcut, num_previous=1 if shortcut == "input" else 2).double()
-    controller = get_controller(model)
+    controller = get_adapter(model)
     chains = [[site.name.removeprefix(PREFIX) for site in chain.sites] for chain in controller.chains]
     scaling = {path.removeprefix(PREFIX): 2.0 for path in controller.sites}
     factors = {
@@ -75,8 +75,8 @@ def test_save_and_load_give_the_same_model(name, tmp_path):
     model = adapted(name, shortcut="middle", num_previous=2)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(name), tmp_path, is_trainable=True).eval()
-    assert get_controller(loaded).config.shortcut == "middle"
-    assert get_controller(loaded).config.num_previous == 2
+    assert get_adapter(loaded).config.shortcut == "middle"
+    assert get_adapter(loaded).config.num_previous == 2
     torch.testing.assert_close(logits(loaded, name), logits(model, name), rtol=0, atol=0)
     assert any(p.requires_grad for p in loaded.parameters())
 
@@ -98,7 +98,7 @@ def test_disabled_adapter_is_the_base_and_several_can_be_switched(name):
     assert (second - again).abs().max() > 1e-3
     if name not in ("roberta", "bert"):  # whose trained heads were randomised with the adapter
         torch.testing.assert_close(plain, base)
-    assert {str(get_controller(model, n).config.shortcut) for n in ("default", "other")} == {"input", "block"}
+    assert {str(get_adapter(model, n).config.shortcut) for n in ("default", "other")} == {"input", "block"}
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)

@@ -112,7 +112,9 @@ def test_lm_evals_tasks_measure_both(adapter, tmp_path):
     words = ["evaluate", str(FOLDER), str(adapter), "--tasks", "tiny_sums", "--include_path", str(tmp_path)]
     shown = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "scores.json")])
     assert shown.exit_code == 0, shown.output
-    scores = json.loads((tmp_path / "scores.json").read_text())["tiny_sums"]["acc,none"]
+    found = json.loads((tmp_path / "scores.json").read_text())["tiny_sums"]
+    assert found.keys() == {"acc,none", "acc_stderr,none"}  # and nothing that only describes the task
+    scores = found["acc,none"]
     assert scores.keys() == {"base", "adapter"}
     assert all(0 <= value <= 1 for value in scores.values())
 

@@ -1,7 +1,7 @@
 """Converters of other programs, which do not run here: what they ask of a folder, and that ours gives the same LoRA.
 
 The rules were read in llama.cpp's `convert_lora_to_gguf.py` (commit 0b03ada) and in mlx-lm's `utils.load_model` (commit
-d78bf58e), which its converter reads a merged model with.
+d78bf58e), which its converter reads a merged model with; docs/llm.md says what came out when both were run.
 """
 
 import json
@@ -61,3 +61,13 @@ def test_a_merged_model_is_what_mlx_reads(tmp_path):
     weights = {name for file in tmp_path.glob("model*.safetensors") for name in load_file(file)}
     assert weights == {name for name, _ in build("llama").named_parameters()}
     assert not json.loads((tmp_path / "config.json").read_text()).keys() & {"quantization", "quantization_config"}
+
+
+def test_llama_cpp_refuses_whole_modules_and_the_export_says_so(tmp_path):
+    settings = config("llama", shortcut="block", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = randomise(get_peft_model(build("llama"), settings)).eval()
+    model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.data += 0.1
+    report = export_peft(tmp_path, merged_factors(model), dtype=torch.float32, model=model)
+    assert "vLLM and llama.cpp take factors alone" in str(report)
+    with pytest.raises(AssertionError, match=r"embed_tokens\.weight: the converter ends here"):
+        as_llama_cpp_reads(tmp_path)

@@ -137,6 +137,14 @@ def test_sharded_by_fsdp2_they_equal_one(shortcut, folders, alone, tmp_path):  #
 
 
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_the_first_process_alone_may_read_the_weights(shortcut, folders, alone, tmp_path):  # noqa: F811
+    """The second has them on the meta device until the first sends them."""
+    assert shipped_settings("fsdp2_ram_efficient")["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "fsdp2_ram_efficient")
+    assert_same(alone(shortcut), tmp_path / "two", "DistributedType.FSDP", atol=5e-5)
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_sharded_by_zero3_they_equal_one(shortcut, folders, alone, tmp_path):  # noqa: F811
     pytest.importorskip("deepspeed")
     launch(2, words(folders, tmp_path / "two", **options(2, shortcut)), "deepspeed_zero3")

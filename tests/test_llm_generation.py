@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm_tiny import DECODERS, SHORTCUTS, adapted, batch, build, config
-from reslora_diffusion import calibrate, get_controller, merged_factors, merged_forward
+from reslora_diffusion import calibrate, get_adapter, merged_factors, merged_forward
 from reslora_diffusion.export import export_peft
 
 PROMPTS = [[1, 11, 12, 13, 14, 15, 16], [1, 21, 22], [1, 31, 32, 33, 34]]
@@ -49,7 +49,7 @@ def test_cached_generation_is_uncached_generation(name, shortcut):
     assert cached.tolist() == [step_by_step(model, prompt) for prompt in PROMPTS]  # the padding on the left is not seen
     with model.disable_adapter():
         assert cached.tolist() != generate(model).tolist()
-    assert not get_controller(model).skipped
+    assert not get_adapter(model).skipped
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)

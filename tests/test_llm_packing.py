@@ -17,9 +17,10 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from llm_tiny import adapted, build
 from reslora_diffusion.llm.encoder import IGNORED
 from reslora_diffusion.llm.encoding import Collator, packing_problem, uses_flash_attention
+from reslora_diffusion.llm.packed_attention import attend_in_parts
 
 LENGTHS = (5, 11, 3, 8)
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "exact_flash")
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "exact_flash", "eager_of_parts", "sdpa_of_parts")
 
 
 def example(seed: int, length: int) -> dict:
@@ -93,7 +94,7 @@ def test_examples_of_a_pack_do_not_see_each_other(implementation, rows):
     model = adapted("llama", shortcut="middle", num_previous=None)
     alone = [model(input_ids=torch.tensor([one["input_ids"]])).logits[0] for one in EXAMPLES]
     model.get_base_model().config._attn_implementation = implementation
-    collate = Collator(0, lengths=uses_flash_attention(model))
+    collate = Collator(0, lengths=uses_flash_attention(model), parts="parts" in implementation)
     assert collate.lengths == (implementation == "exact_flash")
     batch = packed(rows, collate)
     del batch["labels"]
@@ -114,3 +115,53 @@ def test_the_probe_finds_what_only_batches_of_several_rows_do():
     assert packing_problem(model, Collator(0), EXAMPLES[:1]) is None
     problem = packing_problem(model, Collator(0, lengths=False), EXAMPLES)
     assert problem == "--packing: LlamaForCausalLM lets the examples of a pack see each other; wanted --packing false"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_parts_have_the_gradients_of_a_mask_and_score_no_other_pairs(name, implementation, monkeypatch):
+    """A pack of T tokens made attention compute T^2 scores for each row, however short its examples were."""
+    scores: list[int] = []
+
+    def counting(q, k, *rest, **settings):
+        scores.append(q.shape[-2] * k.shape[-2] * q.shape[0])
+        return scaled_dot_product_attention(q, k, *rest, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    gradients = {}
+    for parts in (False, True):
+        model = adapted(name, shortcut="block", num_previous=1)
+        model.get_base_model().set_attn_implementation(implementation)
+        assert not parts or attend_in_parts(model, 32)
+        batch = packed([[0, 1], [2, 3]], Collator(0, lengths=False, parts=parts))
+        scores.clear()
+        model(**batch).loss.backward()
+        gradients[parts] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        if implementation == "sdpa":
+            layers = model.get_base_model().config.num_hidden_layers
+            assert sum(scores) == layers * (sum(n * n for n in LENGTHS) if parts else 2 * 16 * 16)
+    assert any(value.abs().max() > 1e-3 for value in gradients[True].values())
+    for key, value in gradients[True].items():
+        torch.testing.assert_close(value, gradients[False][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_lengths_is_attended_to_as_before():
+    """Such as those of generation, and padded ones."""
+    for implementation in ("eager", "sdpa"):
+        model = build("llama")
+        model.set_attn_implementation(implementation)
+        ids = torch.tensor([EXAMPLES[1]["input_ids"], EXAMPLES[3]["input_ids"] + [0] * 3])
+        mask = (ids != 0).long()
+        wanted = [model(ids[:1]).logits, model(ids, attention_mask=mask).logits[1, :8], model.generate(ids[:1])]
+        assert attend_in_parts(model, 32)
+        found = [model(ids[:1]).logits, model(ids, attention_mask=mask).logits[1, :8], model.generate(ids[:1])]
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_where_parts_would_not_do_the_mask_stays():
+    assert not attend_in_parts(build("mistral"), 9)  # its window is 8
+    assert attend_in_parts(build("mistral"), 8)
+    model = build("llama")
+    model.config._attn_implementation = "exact_flash"
+    assert not attend_in_parts(model, 8)

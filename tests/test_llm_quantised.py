@@ -10,12 +10,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_tiny import GROUPED, ROOT, SHORTCUTS, batch, config, load_script, randomise
-from reslora_diffusion import calibrate, explain, get_controller, merged_factors, merged_forward
+from reslora_diffusion import calibrate, explain, get_adapter, merged_factors, merged_forward
 from reslora_diffusion.export import export_peft
+from reslora_diffusion.export.outputs import packed_unit
 from reslora_diffusion.llm.checks import option_problems
+from reslora_diffusion.llm.methods import schedule_problems
 from reslora_diffusion.llm.model_checks import stored_problems
 from reslora_diffusion.llm.options import LlmOptions
 from reslora_diffusion.llm.quantising import quantisation
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.utils.problems import BadInput
 
 
@@ -62,21 +65,27 @@ def test_a_quantised_base_trains_calibrates_and_exports(quantise, shortcut, tmp_
     assert len(gradients) == 12
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     calibrate(model, [batch("llama", seed) for seed in range(3)], lambda model, inputs: model(**inputs))
-    assert not get_controller(model).skipped
+    assert not get_adapter(model).skipped
     fitted = merged_factors(model)
-    get_controller(model).config.merge_method = "paper_weight"  # needs norms of the base's weights
+    get_adapter(model).config.merge_method = "paper_weight"  # needs norms of the base's weights
     by_weight = merged_factors(model)
     assert all(f.lora_A.isfinite().all() for f in by_weight.values())
     if shortcut in ("input", "middle"):
         assert not all(torch.equal(f.lora_A, fitted[name].lora_A) for name, f in by_weight.items())
-    get_controller(model).config.merge_method = "least_squares"
+    get_adapter(model).config.merge_method = "least_squares"
     export_peft(tmp_path, fitted, dtype=torch.float32, model=model)
     model.eval()
     with torch.no_grad():
         with merged_forward(model):
             expected = model(**batch("llama")).logits
         loaded = PeftModel.from_pretrained(quantise(wide_llama()), tmp_path).eval()
-        torch.testing.assert_close(loaded(**batch("llama")).logits, expected, rtol=1e-4, atol=1e-4)
+        found = loaded(**batch("llama")).logits
+        if packed_unit(model):  # in bfloat16: other sums of the same factors round differently
+            with model.disable_adapter():
+                effect = (model(**batch("llama")).logits - expected).norm()
+            assert (found - expected).norm() < 0.05 * effect
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- the script
@@ -140,6 +149,32 @@ def test_a_base_that_is_stored_quantised_is_looked_at_before_its_weights(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = stored_problems(LlmOptions(model_name_or_path=str(tmp_path), **options))
     assert (message in found[0]) if message else not found
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (
+            "restart:merge=true",
+            "restart: merge changes the base's weights, and these are quantised and would be rounded",
+        ),
+        ("prune", "prune: quantised weights cannot be cut into"),
+    ],
+)
+def test_a_method_that_must_merge_into_a_quantised_base_is_refused_before_weights_are_read(
+    tmp_path, stored, schedule, message
+):
+    """It was said once the weights were there; of `prune` it was said that the model had no heads."""
+    quantisation = {"quantization_config": {"quant_method": "bitsandbytes"}} if stored else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | quantisation))
+    options = LlmOptions(model_name_or_path=str(tmp_path), schedule=schedule, shortcut="none", load_in_4bit=not stored)
+    training = TrainingOptions(max_steps=40, load_best_model_at_end=False)
+    found = [*schedule_problems(options, training)]
+    assert any(message in problem for problem in found), found
+    options.load_in_4bit = False
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert not [*schedule_problems(options, training)]
 
 
 def test_ligers_loss_would_pass_an_adapter_of_the_output_layer_by(tmp_path):

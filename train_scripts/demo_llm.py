@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The language model's whole job in one command: teach a model new word problems by LoRA and by ResLoRA.
+"""The language model's whole job in one command: teach a model a task that it cannot do, by LoRA and by ResLoRA.
 
     python train_scripts/demo_llm.py                      # the embedded model: three minutes on two idle CPU cores
     python train_scripts/demo_llm.py --num_train_epochs 1 # the same road, too short to learn much
-    python train_scripts/demo_llm.py --model smollm2      # SmolLM2-135M-Instruct, see smollm2.py
+    python train_scripts/demo_llm.py --model smollm2      # SmolLM2-135M-Instruct learns to spell backward
 
 Processes that share nothing but files; the two runs side by side, each on half of the cores:
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reslora_diffusion.llm.records import Row, choose, read_json_lines
-from reslora_diffusion.llm.tasks import TASKS
+from reslora_diffusion.llm.tasks import TASKS, Task
 from reslora_diffusion.utils.files import atomic_write
 from reslora_diffusion.utils.problems import printable, run_program
 
@@ -39,10 +39,12 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` sho
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"LoRA": "lora", "ResLoRA": "reslora"}
-TASK = TASKS["svamp"]
 DEMOS: dict[str, dict[str, Any]] = {  # settings by model; those of a name in `--help` can be given
     "tiny": {
         "model_name_or_path": ROOT / "assets" / "tiny-llm",
+        "dataset_name": ROOT / "assets" / "tiny-llm" / "word_problems",
+        "task": "svamp",
+        "max_new_tokens": 40,
         "output_dir": Path("demo", "llm"),
         "num_train_epochs": 6,
         "learning_rate": 3e-3,
@@ -53,8 +55,10 @@ DEMOS: dict[str, dict[str, Any]] = {  # settings by model; those of a name in `-
     },
     "smollm2": {
         "output_dir": Path("demo", "smollm2"),
+        "task": "answers",
+        "max_new_tokens": 16,
         "num_train_epochs": 1,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "rank": 8,
         "max_eval_examples": 100,
         "dtype": "bfloat16",
@@ -69,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=tuple(DEMOS), help="the embedded one, or SmolLM2-135M")
     parser.add_argument("--model_name_or_path", type=Path, help="another model, trained by the settings of --model")
-    parser.add_argument("--dataset_name", type=Path, default=ROOT / "assets" / "tiny-llm" / "word_problems")
+    parser.add_argument("--dataset_name", type=Path, help="a folder with train, validation and test.jsonl")
     parser.add_argument("--output_dir", type=Path, help="default: demo/llm, or demo/smollm2")
     parser.add_argument("--num_train_epochs", type=int)
     parser.add_argument("--learning_rate", type=float)
@@ -117,7 +121,7 @@ def train(args: argparse.Namespace, method: str) -> subprocess.Popen:
     folder = args.output_dir / method
     if (folder / "run.json").is_file():
         shutil.rmtree(folder)
-    words = [f"--method={method}", f"--model_name_or_path={args.model_name_or_path}", "--task=svamp"]
+    words = [f"--method={method}", f"--model_name_or_path={args.model_name_or_path}", f"--task={args.task}"]
     words += [f"--dataset_name={args.dataset_name}", f"--output_dir={folder}", f"--seed={args.seed}"]
     words += [f"--rank={args.rank}", "--target_modules=all-linear", f"--learning_rate={args.learning_rate}"]
     words += [f"--num_train_epochs={args.num_train_epochs}", f"--per_device_train_batch_size={args.train_batch}"]
@@ -125,7 +129,7 @@ def train(args: argparse.Namespace, method: str) -> subprocess.Popen:
     words += [
         f"--dtype={args.dtype}",
         f"--per_device_eval_batch_size={args.eval_batch}",
-        "--max_new_tokens=40",
+        f"--max_new_tokens={args.max_new_tokens}",
         "--export_dtype=float32",
         "--disable_tqdm=true",
     ]
@@ -139,8 +143,8 @@ def write_questions(args: argparse.Namespace) -> Sequence[Row]:
     """The test problems without their answers, for a program that does not know the task; returns the rows, which are
     those that the runs choose."""
     rows = choose(read_json_lines(args.dataset_name / "test.jsonl"), args.max_eval_examples, args.seed)
-    lines = [json.dumps({"messages": TASK.messages(row)[:1]}) for row in rows]
-    (args.output_dir / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"messages": TASKS[args.task].messages(row)[:1]}) for row in rows]
+    (args.output_dir / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return rows
 
 
@@ -148,26 +152,28 @@ def ask(args: argparse.Namespace, adapter: Path | None, output: Path, share: int
     """Plain PEFT answers the questions with an exported folder; without one, transformers does."""
     words = [f"--model_name_or_path={args.model_name_or_path}", f"--adapter={adapter or 'none'}"]
     words += [f"--questions={args.output_dir / 'questions.jsonl'}", f"--output={output}"]
-    return start("answer_with_peft.py", [*words, f"--batch_size={args.eval_batch}"], share)
+    words += [f"--batch_size={args.eval_batch}", f"--max_new_tokens={args.max_new_tokens}"]
+    return start("answer_with_peft.py", words, share)
 
 
 def responses_in(path: Path) -> list[str]:
     return [row["response"] for row in read_json_lines(path)]
 
 
-def judged(responses: list[str], rows: Sequence[Row]) -> "Generations":
+def judged(task: Task, responses: list[str], rows: Sequence[Row]) -> "Generations":
     from reslora_diffusion.llm.generation import Generations
 
-    return Generations(responses, [TASK.read(text) for text in responses], [TASK.answer(row) for row in rows])
+    return Generations(responses, [task.read(text) for text in responses], [task.answer(row) for row in rows])
 
 
 def show_answers(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     """The first few problems, and what the base and both exports say."""
     files = {"base": args.output_dir / "base.jsonl"}
     files |= {label: args.output_dir / method / "reloaded.jsonl" for label, method in RUNS.items()}
+    task = TASKS[args.task]
     said = {label: responses_in(path) for label, path in files.items()}
     for number, row in enumerate(rows[:SHOWN]):
-        print(f"\n{TASK.ask(row)}\n  wanted   {TASK.answer(row)}")
+        print(f"\n{task.ask(row)}\n  wanted   {task.answer(row)}")
         for label, responses in said.items():
             print(f"  {label:8} {printable(responses[number])}")
 
@@ -179,7 +185,7 @@ def draw(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, match = figure.subplots(1, 2)
     for number, (label, method) in enumerate(RUNS.items()):
-        rows = json.loads((args.output_dir / method / "history.json").read_text())
+        rows = json.loads((args.output_dir / method / "history.json").read_text(encoding="utf-8"))
         trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         checked = [(row["step"], row["eval_loss"], row["eval_exact_match"]) for row in rows if "eval_loss" in row]
         color = f"C{number}"
@@ -206,6 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         from smollm2 import smollm2
 
         args.model_name_or_path = smollm2()
+    if args.dataset_name is None:
+        from smollm2 import write_words
+
+        args.dataset_name = write_words(args.output_dir / "problems")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     figures: dict[str, Any] = {
@@ -218,22 +228,23 @@ def main(argv: list[str] | None = None) -> None:
     folders = {method: args.output_dir / method for method in RUNS.values()}
     follow({m: ask(args, folder, folder / "reloaded.jsonl", len(RUNS)) for m, folder in folders.items()})
     follow({"base": ask(args, None, args.output_dir / "base.jsonl")})
-    base = judged(responses_in(args.output_dir / "base.jsonl"), rows)
+    task = TASKS[args.task]
+    base = judged(task, responses_in(args.output_dir / "base.jsonl"), rows)
     figures |= {"base_exact_match": base.exact_match, "base_text": str(base)}
     for label, method in RUNS.items():
         folder = folders[method]
-        found = judged(responses_in(folder / "reloaded.jsonl"), rows)
+        found = judged(task, responses_in(folder / "reloaded.jsonl"), rows)
         recorded = responses_in(folder / "predictions.jsonl")
         same = sum(a == b for a, b in zip(found.responses, recorded, strict=True))
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         figures["runs"][label] = {
             "exact_match": found.exact_match,
             "text": str(found),
             "same_responses_after_reload": f"{same} of {len(rows)}",
             "as_trained": results["exact_match"].get("as trained"),
             "best_step": results["best_step"],
-            "exported_rank": json.loads((folder / "adapter_config.json").read_text())["r"],
-            "trained_parameters": json.loads((folder / "run.json").read_text())["trained_parameters"],
+            "exported_rank": json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"],
+            "trained_parameters": json.loads((folder / "run.json").read_text(encoding="utf-8"))["trained_parameters"],
         }
     figures["seconds"] = round(time.monotonic() - started, 1)
     from reslora_diffusion.llm.results import write_json

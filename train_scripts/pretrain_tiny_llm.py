@@ -213,7 +213,10 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, folder: 
     tokenizer.save_pretrained(folder)
     # transformers loads in the dtype its configuration names: half the disk, but trained and run in fp32.
     config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}, indent=2) + "\n",
+        encoding="utf-8",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- task and figures
@@ -223,7 +226,7 @@ def write_task(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         lines = [json.dumps(problem) for problem in held_out_split(split, seed)]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def pretraining_questions(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[Question]:
@@ -268,7 +271,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def machine() -> str:
-    """What the processor calls itself, and how many threads were used."""
+    """Return the processor's name, and the number of threads that were used."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
     name = found.group(1) if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} thread(s)"
@@ -323,8 +326,8 @@ def main(argv: list[str] | None = None) -> None:
         write_task(args.output_dir / "word_problems", args.seed)
     if "evaluate" in stages:
         figures = evaluate(args)
-        (args.output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (args.output_dir / "README.md").write_text(readme(args, figures))
+        (args.output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (args.output_dir / "README.md").write_text(readme(args, figures), encoding="utf-8")
         print(json.dumps(figures, indent=2))
 
 

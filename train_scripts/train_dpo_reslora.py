@@ -17,21 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora_diffusion.llm.alignment import problems_of, read
-from reslora_diffusion.llm.checks import check, launcher_problems
-from reslora_diffusion.llm.model_checks import length_problems
-from reslora_diffusion.llm.options import PreferenceOptions, parse, training_arguments
+from reslora_diffusion.llm.alignment import Aligned, run_checked
+from reslora_diffusion.llm.options import PreferenceOptions, training_arguments
 from reslora_diffusion.llm.training_options import TrainingOptions
-from reslora_diffusion.utils.output_folder import alone_in
-from reslora_diffusion.utils.problems import refuse, run_program
+from reslora_diffusion.utils.problems import run_program
 
-DEFAULTS = {
-    "output_dir": "reslora-dpo",
-    "learning_rate": 5e-6,
-    "num_train_epochs": 1.0,
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-}
+DEFAULTS = {"output_dir": "reslora-dpo", "learning_rate": 5e-6}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -40,60 +31,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         BadInput: every problem with the options, the data or the model.
     """
-    options, values = parse(PreferenceOptions, argv, DEFAULTS)
-    checkpoint, rows = check(options, values, problems_of(options, values), lambda: read(options, values.seed))
-    with alone_in(values.output_folder):
-        return train(options, values, rows, checkpoint)
+    return run_checked(PreferenceOptions, argv, DEFAULTS, train)
 
 
-def train(
-    options: PreferenceOptions, values: TrainingOptions, rows: Sequence[dict] | None, checkpoint: str | None
-) -> Path:
-    """From sound options on; `rows` is None where they have yet to be fetched."""
-    from datasets import Dataset
-    from peft import TaskType
-    from transformers import set_seed
+def train(options: PreferenceOptions, values: TrainingOptions, given: Aligned | None, checkpoint: str | None) -> Path:
+    """Train by options that have been checked; `given` is None where rows have yet to be fetched."""
     from trl import DPOConfig
 
-    from reslora_diffusion.llm import models
-    from reslora_diffusion.llm.alignment import as_text, batches_for, train_and_export
+    from reslora_diffusion.llm.alignment_run import AlignmentRun
     from reslora_diffusion.llm.alignment_trainers import PreferenceTrainer
-    from reslora_diffusion.llm.encoder import Encoder
-    from reslora_diffusion.llm.publishing import take_destination
-    from reslora_diffusion.llm.rescue import enough_memory
 
-    kind = TaskType.CAUSAL_LM
-    config = models.load_config(options, kind)
-    context = models.context_length(config)
-    refuse([*models.target_problems(config, options, kind), *length_problems(context, options.max_length)])
+    run = AlignmentRun.prepare(options, given, values.seed)
     training = training_arguments(
-        values,
-        DPOConfig,
-        beta=options.beta,
-        loss_type=options.loss_type,
-        max_length=options.max_length or min(1024, context or 1024),
+        values, DPOConfig, beta=options.beta, loss_type=options.loss_type, max_length=run.longest
     )
-    refuse(launcher_problems(options, training))
-    tokenizer = models.load_tokenizer(options, config)
-    encoder = Encoder(tokenizer, rows=models.embedding_rows(config))
-    rows = rows if rows is not None else read(options, training.seed)
-    longest = options.max_length or min(1024, context or 1024)
-    batches = batches_for(rows, encoder, training, options.calibration_examples, longest)
-    destination = take_destination(training)
-    set_seed(training.seed)
-    with enough_memory(options, training):
-        trainer = PreferenceTrainer(
-            models.load_model(options, config, kind),
-            args=training,
-            train_dataset=Dataset.from_list(as_text(rows, encoder)),
-            processing_class=tokenizer,
-            peft_config=models.adapter_config(options, kind),
-            options=options,
-        )
-    output = train_and_export(trainer, options, batches, checkpoint)
-    if destination and trainer.is_world_process_zero():
-        print(f"pushed to {destination.send(output)}")
-    return output
+    return run.train(PreferenceTrainer, training, checkpoint)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def train(
     options: GlueOptions, training: "TrainingArguments", rows: dict[str, Sequence] | None, checkpoint: str | None
 ) -> Path:
-    """From sound options on; `rows` is None where they have yet to be fetched."""
+    """Train by options that have been checked; `rows` is None where they have yet to be fetched."""
     import numpy as np
     from peft import PeftModel, TaskType
     from transformers import DataCollatorWithPadding, Trainer, set_seed

@@ -39,7 +39,7 @@ from reslora_diffusion.llm.checks import check, launcher_problems
 from reslora_diffusion.llm.model_checks import length_problems
 from reslora_diffusion.llm.options import LlmOptions, parse, training_arguments
 from reslora_diffusion.utils.output_folder import alone_in
-from reslora_diffusion.utils.problems import refuse, run_program
+from reslora_diffusion.utils.problems import refuse, run_program, say
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and bad input should answer at once
     from transformers import TrainingArguments
@@ -73,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def train(
     options: LlmOptions, training: "TrainingArguments", rows: reading.Reading | None, checkpoint: str | None
 ) -> Path:
-    """From sound options on; `rows` is None where they have yet to be fetched."""
+    """Train by options that have been checked; `rows` is None where they have yet to be fetched."""
     from peft import TaskType
     from transformers import set_seed
 
     from reslora_diffusion.llm import data as llm_data
     from reslora_diffusion.llm import models
+    from reslora_diffusion.llm.chunked_loss import ChunkedLossProbe
     from reslora_diffusion.llm.encoding import Collator, pack, uses_flash_attention
+    from reslora_diffusion.llm.packed_attention import attend_in_parts
     from reslora_diffusion.llm.preflight import past_the_end
     from reslora_diffusion.llm.pruning import pruning_problems
     from reslora_diffusion.llm.publishing import take_destination
@@ -99,14 +101,16 @@ def train(
         options, tokenizer, rows or reading.read(options, training.seed), models.embedding_rows(config), stops
     )
     data.notes += models.end_notes(tokenizer, data.ends, stops)
-
+    say(data.notes)
     destination = take_destination(training)
     set_seed(training.seed)
     with enough_memory(options, training):
         base = models.load_model(options, config, kind)
         models.stop_at(base, data.ends)
         model = models.add_adapter(base, options, kind)
-    collate = Collator(tokenizer.pad_token_id, lengths=uses_flash_attention(model))
+    alone = not training.torch_compile and training.n_gpu <= 1  # lists of lengths are neither compiled nor shared out
+    parts = options.packing and alone and attend_in_parts(model, options.max_length)
+    collate = Collator(tokenizer.pad_token_id, lengths=uses_flash_attention(model), parts=parts)
     calibration = calibration_batches(
         data.train, Collator(tokenizer.pad_token_id, multiple_of=1), training, options.calibration_examples
     )
@@ -137,6 +141,8 @@ def train(
         )
     if options.packing:
         trainer.add_callback(PackingProbe(collate, data.train, trainer.accelerator))
+    if options.chunked_loss:
+        trainer.add_callback(ChunkedLossProbe(collate(data.train[:2]), trainer.accelerator))
     counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test_questions)}
     refuse(past_the_end(trainer, checkpoint))
     start_record(trainer, options, examples=counts, notes=data.notes)

@@ -172,7 +172,7 @@ SPLITS = {"train": 700, "validation": 150, "test": 500}  # SVAMP has 700 and 300
 
 
 def value(formula: Formula, numbers: dict[str, int]) -> int | None:
-    """What the formula comes to, or None where the tiny model is not asked to follow: fractions, negative or large."""
+    """Return the formula's value, or None where the tiny model is not asked to follow: fractions, negative or large."""
     if isinstance(formula, str):
         return numbers[formula] if formula in numbers else int(formula)
     operator, left, right = formula[0], value(formula[1], numbers), value(formula[2], numbers)

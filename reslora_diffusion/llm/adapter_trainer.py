@@ -1,8 +1,9 @@
-"""What every Trainer of an adapter does, whatever it trains for.
+"""The part that every Trainer of an adapter shares, whatever it trains for.
 
     checkpoints     count as broken until they are whole, have checksums, and replace older ones only then
     Ctrl-C          and SIGTERM finish the step, write a checkpoint and end the training
     NaN, infinity   in an adapter end the training and are never saved
+    evaluations     leave the random numbers of the training alone
 
 `AdapterTrainer` works as a mixin too: before a trainer of TRL's it gives the same to that one (`alignment_trainers`).
 """
@@ -17,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from reslora_diffusion import ResLoraConfig, Shortcut, get_controller
+from reslora_diffusion import ResLoraConfig, Shortcut, get_adapter
 
 from ..interruption import Interruption
 from ..utils.documents import parse_json
@@ -39,9 +40,9 @@ def restore_shortcut(model: PeftModel, checkpoint: str | Path) -> None:
     """Compute as the checkpoint did: one from after a fold is plain LoRA, one from before has its shortcut."""
     stored = Path(checkpoint, CONFIG)
     if is_reslora(model) and stored.is_file():
-        controller = get_controller(model)
-        controller.config.shortcut = Shortcut(parse_json(stored.read_text())["shortcut"])
-        controller.link()
+        adapter = get_adapter(model)
+        adapter.config.shortcut = Shortcut(parse_json(stored.read_text(encoding="utf-8"))["shortcut"])
+        adapter.link()
 
 
 class StopWhenAsked(TrainerCallback):
@@ -108,6 +109,13 @@ class AdapterTrainer(Trainer):
             done = f"after step {stop.step} of {self.state.max_steps}"
             raise Interrupted(f"{done}; continue by --resume_from_checkpoint latest")
         return outcome
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`, after which random numbers go on as if it had not been: a checkpoint that is
+        written before the evaluation of its step, as at the end of an epoch, is then continued as the run was."""
+        device = self.accelerator.device
+        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of pairs that was asked for, or what transformers makes."""

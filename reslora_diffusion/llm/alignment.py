@@ -1,4 +1,4 @@
-"""What TRL's trainers of preferences and of rewards are given, and what becomes of their model.
+"""TRL's trainers of preferences and of rewards are given these rows; `alignment_run` has what becomes of their model.
 
     preferences(rows)      {"prompt": [turns], "chosen": [turn], "rejected": [turn]}, as `trl.DPOTrainer` reads them
     questions(rows, task)  {"prompt": [turns], "wanted": "19"}, as `trl.GRPOTrainer` does
@@ -7,29 +7,62 @@
 TRL gets a `ResLoraConfig` and makes the adapter itself; the base, with the adapter off, is what both compare with.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..utils.environment import missing_packages
 from ..utils.options import value_problems
-from ..utils.problems import BadInput
-from .forms import NAMES, conversations, form_of
-from .options import PreferenceOptions, RewardOptions
-from .records import Row, choose, read_rows
-from .tasks import TASKS, Task, usable
+from ..utils.output_folder import alone_in
+from ..utils.problems import BadInput, listing
+from .checks import check
+from .forms import NAMES, Form, conversations, form_of
+from .options import PreferenceOptions, RewardOptions, parse
+from .reading import column_notes
+from .records import Row, choose, missing_files, read_rows
+from .tasks import TASKS, Task, needs_rows, usable
 from .training_options import TrainingOptions
 from .values import same
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
-
-    from .adapter_trainer import AdapterTrainer
     from .encoder import Encoder
 
 Rows = Sequence[Row]
+Options = TypeVar("Options", PreferenceOptions, RewardOptions)
+DEFAULTS = {"num_train_epochs": 1.0, "eval_strategy": "no", "load_best_model_at_end": False}
 ELSEWHERE = ("schedule", "handover_at", "distillation_steps")  # options of train-llm that have no part here
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rows as TRL takes them; `notes` say how they were recognised and what was left out."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+
+def run_checked(
+    kind: type[Options],
+    argv: Sequence[str] | None,
+    defaults: Mapping[str, Any],
+    train: Callable[[Options, TrainingOptions, Aligned | None, str | None], Path],
+) -> Path:
+    """Read a command line, check all that needs no model, and train alone in the output folder, which is returned.
+
+    Args:
+        defaults: of the program, beside `DEFAULTS`.
+        train: called with the options, those of training, the rows (None where they have yet to be fetched), and the
+            checkpoint to continue from.
+
+    Raises:
+        BadInput: every problem with the options and the data.
+    """
+    options, training = parse(kind, argv, DEFAULTS | dict(defaults))
+    problems = problems_of(options, training)
+    checkpoint, given = check(options, training, problems, lambda: read(options, training.seed))
+    with alone_in(training.output_folder):
+        return train(options, training, given, checkpoint)
 
 
 def problems_of(options: PreferenceOptions | RewardOptions, training: TrainingOptions) -> list[str]:
@@ -45,9 +78,12 @@ def problems_of(options: PreferenceOptions | RewardOptions, training: TrainingOp
         problems.append(
             "--eval_strategy, --load_best_model_at_end: there are no validation rows here; wanted no and false"
         )
+    problems += missing_files(options.dataset_name)
     task = getattr(options, "task", None)
     if isinstance(options, RewardOptions) and task not in TASKS:
         problems.append(f"--task: got {task!r}, wanted {', '.join(TASKS)}")
+    elif task is not None and needs_rows(task) and not options.dataset_name:
+        problems.append(f"--dataset_name: got nothing, but --task {task} has no data set of its own")
     if isinstance(options, PreferenceOptions):
         for name in (options.columns or {}).keys() - {*NAMES}:
             problems.append(f"--columns: got {name}=..., wanted names among {', '.join(NAMES)}")
@@ -58,7 +94,7 @@ def problems_of(options: PreferenceOptions | RewardOptions, training: TrainingOp
     return problems
 
 
-def read(options: PreferenceOptions | RewardOptions, seed: int) -> list[dict[str, Any]]:
+def read(options: PreferenceOptions | RewardOptions, seed: int) -> Aligned:
     """The rows to train on, as TRL takes them.
 
     Raises:
@@ -72,17 +108,22 @@ def read(options: PreferenceOptions | RewardOptions, seed: int) -> list[dict[str
         raise BadInput([f"{source}: has no rows in a split 'train'"])
     rows = choose(rows, options.max_train_examples, seed)
     if task:
-        return questions(usable(task, rows, "train")[0], task)
-    return preferences(rows, getattr(options, "columns", None))
+        good, unread = usable(task, rows, "train")
+        notes = [f"train: {len(good)} questions of {source}, read as --task {task.source or source}"]
+        notes += [f"train: left out rows without a readable answer: {listing(unread)}"] if unread else []
+        return Aligned(questions(good, task), notes)
+    columns = getattr(options, "columns", None)
+    form = form_of(rows, columns)
+    return Aligned(preferences(rows, columns, form), column_notes(rows, form, "train"))
 
 
-def preferences(rows: Rows, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def preferences(rows: Rows, columns: Mapping[str, str] | None = None, form: Form | None = None) -> list[dict[str, Any]]:
     """Each row as a prompt and two answers to it.
 
     Raises:
         BadInput: rows that hold no preference, or two answers to different prompts.
     """
-    form = form_of(rows, columns)
+    form = form or form_of(rows, columns)
     if form.kind != "preference":
         raise BadInput([f"train: rows are {form}, wanted 'chosen' and 'rejected', with or without 'prompt'"])
     chosen = conversations(rows, columns, "train", form)
@@ -125,62 +166,3 @@ class Reward:
     def __call__(self, completions: Sequence[Any], wanted: Sequence[str], **_: Any) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         return [float(same(self.task.read(text), answer)) for text, answer in zip(texts, wanted, strict=True)]
-
-
-def train_and_export(
-    trainer: "AdapterTrainer",
-    options: PreferenceOptions | RewardOptions,
-    batches: Sequence[Any],
-    checkpoint: str | None,
-) -> Path:
-    """Train, merge, export; return the output folder. `batches`: what merging is fitted on.
-
-    Raises:
-        Stopped: one of these failed; a checkpoint of what was trained is kept, and the message says where.
-        Interrupted: a signal came.
-    """
-    from peft import TaskType
-
-    from reslora_diffusion import calibrate
-
-    from .adapter_trainer import is_reslora
-    from .models import save_generation
-    from .rescue import rescued
-    from .results import export_lora, write_json
-    from .trainer import run_model
-
-    model, output = trainer.adapted, trainer.output_folder
-    with rescued(trainer, options, "training"):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    with rescued(trainer, options, "merging"):
-        if is_reslora(model):
-            calibrate(model, batches, run_model)
-    with rescued(trainer, options, "exporting"):
-        if trainer.is_world_process_zero():
-            logged = [row for row in trainer.state.log_history if "loss" in row]
-            write_json(output / "results.json", {"method": options.method, "steps": trainer.state.global_step})
-            write_json(output / "history.json", {"logged": logged})
-        export_lora(trainer, options, TaskType.CAUSAL_LM)
-        if trainer.is_world_process_zero():
-            save_generation(cast("PreTrainedModel", model.get_base_model()), output)
-    return output
-
-
-def batches_for(
-    rows: Sequence[dict[str, Any]], encoder: "Encoder", training: "TrainingArguments", count: int, longest: int
-) -> list[Any]:
-    """Batches that merging is fitted on: prompts with the answer that is preferred, or alone."""
-    from .encoder import Encoded
-    from .encoding import Collator
-    from .trainer import calibration_batches
-
-    examples: list[Encoded] = []
-    for row in rows[: 4 * count]:
-        answer = row.get("chosen")
-        ids = encoder.encode_prompt(row["prompt"])
-        if answer:
-            ids = encoder.encode(encoder.sequences([*row["prompt"], *answer])[-1])["input_ids"]
-        examples.append(Encoded(input_ids=ids[:longest], labels=ids[:longest], end=ids[-1]))
-    assert encoder.tokenizer.pad_token_id is not None, "load_tokenizer sets it"
-    collate = Collator(encoder.tokenizer.pad_token_id, multiple_of=1)
-    return calibration_batches(examples, collate, training, count)

@@ -1,4 +1,4 @@
-"""What can be wrong with options, training arguments and checkpoints, as far as it is known without torch.
+"""Everything that can be wrong with options, training arguments and checkpoints, as far as it is known without torch.
 
 Training arguments are plain values here, as `options.parse` gives them. `launcher_problems` alone waits for the real
 ones, which know how training is distributed.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..rules import Shortcut, ShortcutFields, faults
+from ..rules import MERGE_EXACTLY, ShortcutFields, faults
 from ..utils.documents import parse_json
 from ..utils.environment import missing_packages, unwritable
 from ..utils.options import wrong_values
@@ -18,7 +18,7 @@ from .methods import optimizer_problems, process_problems, schedule_problems
 from .model_checks import stored_problems
 from .options import ModelOptions, ScriptOptions
 from .quantising import is_quantised, quantisation_problems
-from .records import is_json_lines
+from .records import is_json_lines, names_of
 from .resuming import checkpoint_of, checkpoints_in
 from .training_options import TrainingOptions
 
@@ -40,6 +40,7 @@ TRACKERS = {  # of transformers, and the package that each needs
     "trackio": "trackio",
     "wandb": "wandb",
 }
+OPTIONS = {"r": "rank"}  # of ours, by the name that a field of PEFT's configuration has
 ONLY_RESLORA = ("shortcut", "num_previous", "merge_method", "distillation_steps")
 
 
@@ -68,7 +69,7 @@ def check(
     except BadInput as error:
         problems += error.problems
     try:
-        if not data_problems and options.dataset_name and is_json_lines(options.dataset_name):
+        if not data_problems and (names := names_of(options.dataset_name)) and all(map(is_json_lines, names)):
             rows = read()
     except BadInput as error:
         problems += error.problems
@@ -108,11 +109,12 @@ def option_problems(options: ModelOptions) -> list[str]:
     if reach is not None and reach != "all" and not reach.isdecimal():
         return [*problems, f"--num_previous: got {reach!r}, wanted a number or all"]
     settings = {name: value for name, value in adapter_settings(options).items() if name not in wrong}
-    return problems + faults(settings)
+    found = [fault.partition(":") for fault in faults(settings)]
+    return problems + [f"--{OPTIONS.get(name, name)}:{fault}" for name, _, fault in found]
 
 
 def model_problems(name: str | None) -> Iterator[str]:
-    """Why there is no model to look at; a hub name has to wait."""
+    """Return why no model is found; names on the hub are looked up later."""
     folder = Path(name or "")
     if not name:
         yield "--model_name_or_path: got nothing, wanted a folder or a hub name"
@@ -140,15 +142,15 @@ def checkpointing_settings(training: TrainingOptions) -> Mapping[str, Any]:
 def training_problems(training: TrainingOptions, options: ModelOptions) -> list[str]:
     """Training arguments that cannot work with the adapter."""
     problems, shortcut = [], shortcut_of(options)
-    approximate = options.method == "reslora" and shortcut in (Shortcut.INPUT, Shortcut.MIDDLE)
+    approximate = options.method == "reslora" and shortcut not in MERGE_EXACTLY
     if approximate and checkpointing_settings(training).get("use_reentrant"):
         problems.append(
             "--gradient_checkpointing_kwargs: got use_reentrant=true, which cuts the links of shortcut "
             f"{shortcut!r} out of the gradient; wanted use_reentrant=false, or --shortcut block"
         )
     if options.handover_at is not None:
-        if options.method == "lora" or shortcut not in ("input", "middle"):
-            problems.append("--handover_at: does nothing here; only shortcuts input and middle have something to fold")
+        if options.method == "lora" or shortcut in MERGE_EXACTLY:
+            problems.append("--handover_at: does nothing here; shortcuts none and block have nothing to fold")
     problems += [*schedule_problems(options, training), *optimizer_problems(options)]
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
@@ -159,6 +161,8 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
             problems.append(
                 "--use_liger_kernel: its loss multiplies by the weight of lm_head and passes its adapter by"
             )
+    if getattr(options, "chunked_loss", False):
+        problems += chunked_loss_problems(training, options)
     attention = options.attn_implementation or ""
     if "flash" in attention and options.dtype == "float32" and not (training.bf16 or training.fp16):
         problems.append(f"--attn_implementation {attention}: wants --dtype bfloat16 or float16, got float32")
@@ -178,6 +182,19 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     elif output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file, wanted a folder")
     return problems
+
+
+def chunked_loss_problems(training: TrainingOptions, options: ModelOptions) -> Iterator[str]:
+    """Yield what a loss without logits does not go with."""
+    name = "--chunked_loss"
+    if training.label_smoothing_factor:
+        yield f"{name}: does not go with --label_smoothing_factor, which transformers computes from all logits"
+    if training.torch_compile:
+        yield f"{name}: does not go with --torch_compile, which compiles the model with its own loss"
+    if training.use_liger_kernel:
+        yield f"{name}: got --use_liger_kernel too, whose loss needs no logits either; wanted one of them"
+    if any(target.rpartition(".")[2] == "lm_head" for target in options.target_modules or ()):
+        yield f"{name}: multiplies by the weight of lm_head and would ignore the adapter of lm_head"
 
 
 def tracker_problems(report_to: str | Sequence[str] | None) -> Iterator[str]:
@@ -205,14 +222,14 @@ def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]
     if steps < 1 or options.calibration_examples < 2:
         got = f"{steps} and --calibration_examples {options.calibration_examples}"
         yield f"{name}: got {got}, wanted 1 step or more, and 2 examples, one of which is held out"
-    if shortcut not in ("input", "middle") or options.handover_at is not None:
+    if shortcut in MERGE_EXACTLY or options.handover_at is not None:
         yield f"{name}: does nothing here; block, none and what --handover_at folds are exported as trained"
     if options.merge_method in ("drop", "paper_weight"):
         yield f"{name}: refines what was fitted on data; got --merge_method {options.merge_method}"
 
 
 def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
-    """What does not run as training is distributed; asked once `TrainingArguments` are made, which find that out."""
+    """Yield what does not run as training is distributed, which `TrainingArguments` find out once they are made."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     yield from process_problems(options, training)
@@ -233,6 +250,11 @@ def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> I
         yield (
             f"--dtype {options.dtype}: DeepSpeed ZeRO-3 does not train float32 adapters on a base in another "
             "precision; wanted --dtype float32, or FSDP2 (train_scripts/configs/accelerate/fsdp2.yaml)"
+        )
+    if getattr(options, "chunked_loss", False):
+        yield (
+            "--chunked_loss: does not run with DeepSpeed ZeRO-3, which holds the output layer's weight only during its "
+            "own forward; wanted false, or FSDP2"
         )
     if getattr(options, "save_merged_model", False):
         yield "--save_merged_model: not under DeepSpeed ZeRO-3; use reslora merge afterwards"

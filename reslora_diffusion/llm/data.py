@@ -1,4 +1,4 @@
-"""From what was read to what a run learns and is asked: encoded examples, and the questions of validation and test."""
+"""Makes the data of a run from rows that were read: encoded examples, and the questions of validation and test."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from .forms import TEXT
 from .generation import Question
 from .options import LlmOptions
 from .reading import Reading, test_judge
-from .records import Messages, numbers_of
+from .records import Messages, Number, numbers_of
 from .showing import first_example, statistics
 from .tasks import TASKS
 
 
 @dataclass
 class Data:
-    """What a run reads. Questions are empty where nothing is to be generated; `notes` say what was left out, `ends` are
+    """The data of a run. Questions are empty where nothing is generated; `notes` say what was left out, `ends` are
     the tokens by which answers end in training, at which generation has to stop."""
 
     train: list[Encoded]
@@ -75,7 +75,7 @@ def prepare(
     questions: dict[str, list[Question]] = {"validation": [], "test": []}
     judges = {"validation": TASKS[options.task], "test": test_judge(options)} if options.task else {}
     for name, judge in judges.items():
-        faults: dict[str, list[int]] = {}
+        faults: dict[str, list[Number]] = {}
         split = reading.rows[name]
         for number, talk, row in zip(numbers_of(split), reading.talks[name], split, strict=True):
             try:
@@ -94,7 +94,7 @@ def prepare(
 def length_notes(
     name: str, talks: Sequence[Messages], examples: Sequence[Encoded], long: int, options: LlmOptions
 ) -> Iterator[str]:
-    """What became of conversations that are too long, or that are learned in several sequences."""
+    """Say how many conversations were cut, dropped, or are learned in several sequences."""
     if long and options.cut_long:
         yield f"{name}: cut {long} conversations to their first {options.max_length} tokens"
     elif long:

@@ -87,7 +87,7 @@ class Encoder:
         return {}
 
     def prompt_text(self, messages: Messages) -> str:
-        """What the model is given before the assistant's next turn."""
+        """Return what the model is given before the assistant's next turn."""
         if self.templated:
             return self.template.render(messages, add_generation_prompt=True)
         return (self.prompt_template or PROMPT_TEMPLATE).replace("{prompt}", messages[-1]["content"])
@@ -179,7 +179,7 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, beginning: bool)
 
 
 def rowless(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:
-    """What is wrong with tokens that the model's embedding has no rows for, None if all have one."""
+    """Problems with tokens that the model's embedding has no rows for, None if all have one."""
     if rows is None or not (beyond := sorted({i for i in ids if i >= rows})):
         return None
     tokens = listing(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond)

@@ -1,4 +1,4 @@
-"""From conversations to batches: examples by `Encoder`, packed and padded.
+"""Conversations become batches: `Encoder` makes examples, which are packed and padded.
 
 `pack` puts several examples into one sequence. Positions start anew with each, from which transformers builds a mask
 that lets no example see another; flash attention, which has no mask, is given the lengths of the examples instead. Not
@@ -6,7 +6,7 @@ all models go by either, hence `packing_problem`. Shortcuts add up values of one
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..utils.problems import BadInput, listing
 from .encoder import IGNORED, Encoded, Encoder
 from .forms import TEXT, Messages
+from .records import Number
 
 SHOWN = 10
 
@@ -56,7 +57,7 @@ def encode_all(
     drop_long: bool = False,
     cut_long: bool = False,
     where: str = "data",
-    numbers: Sequence[int] | None = None,
+    numbers: Sequence[Number] | None = None,
     rows: int | None = None,
     ends: Collection[int] = (),
     training_template: str | None = None,
@@ -74,9 +75,9 @@ def encode_all(
     """
     encoder = Encoder(tokenizer, prompt_template, rows, ends, training_template)
     kept: list[Encoded] = []
-    long: dict[int, int] = {}
-    empty: dict[int, int] = {}
-    faults: dict[str, list[int]] = {}
+    long: dict[Number, int] = {}
+    empty: dict[Number, int] = {}
+    faults: dict[str, list[Number]] = {}
     for number, messages in zip(numbers or range(1, len(conversations) + 1), conversations, strict=True):
         try:
             examples = [encoder.encode(pieces) for pieces in encoder.sequences(messages)]
@@ -94,13 +95,7 @@ def encode_all(
             if any(not learned(example) for example in examples):
                 empty[number] = longest
         kept += examples
-    problems = row_problems(faults, where)
-    if empty:
-        shown = listing(f"row {number} ({length} tokens)" for number, length in empty.items())
-        problems.append(
-            f"{where}: cut to --max_length {max_length}, nothing is left of an answer in {shown}; wanted a larger "
-            "--max_length, or --drop_long in place of --cut_long"
-        )
+    problems = [*row_problems(faults, where), *cut_to_nothing(empty, where, max_length)]
     if long and not (drop_long or cut_long):
         shown = listing(f"row {number} ({length})" for number, length in long.items())
         problems.append(
@@ -130,11 +125,21 @@ def windows(example: Encoded, length: int) -> list[Encoded]:
 
 
 def learned(example: Encoded) -> int:
-    """How many tokens are predicted: all with a label but the first, which nothing precedes."""
+    """Return the number of tokens that are predicted: all with a label but the first, which nothing precedes."""
     return sum(label != IGNORED for label in example["labels"][1:])
 
 
-def row_problems(faults: Mapping[str, Sequence[int]], where: str) -> list[str]:
+def cut_to_nothing(empty: Mapping[Number, int], where: str, max_length: int) -> Iterator[str]:
+    """The problem of rows whose answer begins behind the last token that is learned. `empty`: tokens by row."""
+    if empty:
+        shown = listing(f"row {number} ({length} tokens)" for number, length in empty.items())
+        yield (
+            f"{where}: cut to --max_length {max_length}, nothing is left of an answer in {shown}; wanted a larger "
+            "--max_length, or the rows left out (reslora train-llm: --drop_long)"
+        )
+
+
+def row_problems(faults: Mapping[str, Sequence[Number]], where: str) -> list[str]:
     """One problem for each kind of fault, with the rows that have it."""
     problems = [f"{where} row {listing(rows)}: {fault}" for fault, rows in faults.items()]
     more = [f"{where}: {len(problems) - SHOWN} more faults like these"] if len(problems) > SHOWN else []
@@ -179,12 +184,14 @@ class Collator:
       does not look at positions;
     - packed, with `lengths`: where each example starts among the B T tokens (cu_seq_lens_q and cu_seq_lens_k, int32,
       from 0 to B T) and the longest (max_length_q, max_length_k), since flash attention looks at the positions of
-      batches of one row only.
+      batches of one row only;
+    - packed, with `parts`: the lengths of each row's examples (part_lengths), for `packed_attention`.
     """
 
     pad_token_id: int
     multiple_of: int = 8
     lengths: bool = True
+    parts: bool = False
 
     def __call__(self, items: Sequence[Encoded | list[Encoded]]) -> dict[str, Any]:
         packed = isinstance(items[0], list)
@@ -208,6 +215,8 @@ class Collator:
         tensors: dict[str, Any] = {name: torch.tensor(values) for name, values in batch.items()}
         if packed:
             tensors["use_cache"] = False
+            if self.parts:
+                tensors["part_lengths"] = [[len(example["input_ids"]) for example in row] for row in rows]
             if self.lengths:
                 starts = torch.tensor([0, *accumulate(parts)], dtype=torch.int32)
                 tensors |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
@@ -216,14 +225,14 @@ class Collator:
 
 
 def uses_flash_attention(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether attention is computed by a kernel that takes lengths instead of masks."""
+    """Return whether attention is computed by a kernel that takes lengths instead of masks."""
     return "flash" in (getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
 
 
 @torch.no_grad()
 def packing_problem(model: nn.Module, collate: Collator, examples: Sequence[Encoded]) -> str | None:
-    """Whether the model lets packed examples see each other: the logits of two short ones, alone, and each behind the
-    other in a batch of two rows."""
+    """Return the problem of a model that lets packed examples see each other: the logits of two short ones, alone, and
+    each behind the other in a batch of two rows, differ."""
     shortest = sorted(examples, key=lambda example: len(example["input_ids"]))
     pair = (shortest[0], shortest[min(1, len(shortest) - 1)])
     device = next(model.parameters()).device

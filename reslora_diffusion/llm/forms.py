@@ -21,7 +21,7 @@ from typing import Any
 
 from ..utils.documents import parse_json
 from ..utils.problems import BadInput, listing, printable
-from .records import SHOWN, Messages, Row, column_problems, numbers_of
+from .records import SHOWN, Messages, Number, Row, column_problems, numbers_of
 
 TEXT = "text"  # the role of the only turn of a text without roles
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -64,7 +64,7 @@ def tools_of(messages: Messages) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Form:
-    """Which columns of a row make its conversation; None for those that it does not have.
+    """The columns of a row that make its conversation; None for those that it does not have.
 
     Attributes:
         kind: messages, sharegpt, response, instruction, preference or text.
@@ -125,7 +125,7 @@ class Form:
         return Conversation(map(turn_of, found + turns(prompt, "user") + turns(row[answer], "assistant")), tools)
 
     def fault_of(self, row: Row) -> str | None:
-        """What keeps a row from being learned from; None if nothing does."""
+        """Return what keeps a row from being learned from; None if nothing does."""
         for name in MEANINGFUL:
             if name not in self.read and row.get(name):
                 return f"got {name!r}, which is not read; wanted it as turns of 'messages', or the column removed"
@@ -197,7 +197,7 @@ def conversations(
 
 def mixed_problems(rows: Sequence[Row], form: Form, columns: Mapping[str, str] | None, where: str) -> Iterator[str]:
     """Rows that are in another format than the first, one of them shown."""
-    others: dict[str, list[tuple[int, Row]]] = {}
+    others: dict[str, list[tuple[Number, Row]]] = {}
     for number, row in zip(numbers_of(rows), rows, strict=True):
         there = {name: value for name, value in row.items() if value is not None}
         if all(name in there for name in form.required):
@@ -282,7 +282,7 @@ def pairs_in(history: Any) -> list[tuple[Any, Any]]:
 
 
 def fault_of(messages: Messages) -> str | None:
-    """What keeps a conversation from being learned from."""
+    """Return what keeps a conversation from being learned from; None if nothing does."""
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or not message.keys() & {"content", "tool_calls"}:
             return f"got a message {str(message)[:80]!r}, wanted 'role' and 'content'"
@@ -306,5 +306,5 @@ def fault_of(messages: Messages) -> str | None:
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether a turn is one of the assistant's that is learned; axolotl's and OpenAI's rows can say that it is not."""
+    """Return whether a turn is the assistant's and learned; axolotl's and OpenAI's rows can say that it is not."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0 and message.get("train", True) is not False

@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Generations:
-    """What came of an evaluation. Lists run parallel to the questions."""
+    """The answers of an evaluation. Lists run parallel to the questions."""
 
     responses: list[str]
     answers: list[str | None]

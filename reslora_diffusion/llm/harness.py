@@ -49,6 +49,6 @@ def measure(
         results = simple_evaluate(model=lm, tasks=[*tasks], task_manager=manager, **settings)["results"]
         for task, metrics in results.items():
             for metric, value in metrics.items():
-                if metric != "alias":
+                if "," in metric:  # the metric and its filter; other keys are of the task: alias, name, sample_len
                     found.setdefault(task, {}).setdefault(metric, {})[name] = value
     return found

@@ -11,6 +11,7 @@ from ..methods.schedules.settings import FoldSettings, RestartSettings, Settings
 from ..rules import ShortcutFields
 from ..utils.problems import BadInput
 from .options import GlueOptions, ModelOptions
+from .quantising import is_quantised, stored_quantisation
 from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ def settings_of(options: ModelOptions) -> Settings | None:
 
 
 def features_of(options: ModelOptions, training: "TrainingOptions | TrainingArguments") -> list[str]:
-    """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
+    """Features of a run that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     linked = options.method == "reslora" and options.num_previous != "0"
     found = [options.shortcut or str(ShortcutFields.shortcut) if linked else "none"]
     if training.load_best_model_at_end:
         found.append("best")
     launched = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("deepspeed", "fsdp")}
     found += ["dora"] if options.use_dora else []
+    found += ["quantised"] if is_quantised(options) or stored_quantisation(options) else []
     return found + [name for name, yes in launched.items() if yes or getattr(training, name, None)]
 
 
@@ -61,7 +63,7 @@ def schedule_problems(options: ModelOptions, training: TrainingOptions) -> Itera
 
 
 def prune_problems(options: ModelOptions) -> Iterator[str]:
-    """What does not go with a run whose result is a smaller model."""
+    """Conflicts with a run whose result is a smaller model."""
     if isinstance(options, GlueOptions):
         yield "prune: a classifier's head is trained beside the adapter; wanted a causal language model"
     if getattr(options, "save_merged_model", False):
@@ -69,7 +71,7 @@ def prune_problems(options: ModelOptions) -> Iterator[str]:
 
 
 def process_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
-    """What does not go with the optimizer, or with several processes."""
+    """Conflicts with the optimizer, or with several processes."""
     settings = settings_of(options)
     if isinstance(settings, RestartSettings) and settings.ranks and training.world_size > 1:
         yield (

@@ -68,7 +68,7 @@ def stored_problems(options: ScriptOptions) -> list[str]:
 
 
 def keeps_names(config: Mapping[str, Any]) -> bool:
-    """Whether a model's tensors certainly have the names in its files that they have once loaded."""
+    """Return whether a model's tensors certainly have the names in its files that they have once loaded."""
     return config["model_type"] in SAME_NAMES and "quantization_config" not in config
 
 

@@ -60,7 +60,7 @@ def load_config(options: ModelOptions, task_type: TaskType, **kwargs: Any) -> Pr
 
 
 def embedding_rows(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model has an embedding for."""
+    """Return the number of tokens that the model has an embedding for."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
@@ -102,7 +102,7 @@ def target_problems(config: PreTrainedConfig, options: ModelOptions, task_type: 
 
 
 def unmergeable(options: ModelOptions) -> list[str]:
-    """Why no LoRA can be merged into the files of a base in a folder: they are quantised, or no safetensors."""
+    """Return why no LoRA can be merged into the files of a base in a folder: they are quantised, or no safetensors."""
     folder = Path(str(options.model_name_or_path))
     if not getattr(options, "save_merged_model", False) or not folder.is_dir():
         return []

@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..methods.schedules.settings import SCHEDULES
 from ..rules import MergeMethod, Shortcut
 from ..utils.option_parser import Given, Reader, parse_file
 from ..utils.options import default_of, facts_of, option
-from ..utils.problems import BadInput, is_first_process, refuse
+from ..utils.problems import BadInput, refuse, say
 from .other_programs import translate
 from .tasks import TASKS
 from .training_options import TrainingOptions
@@ -25,7 +26,7 @@ BACKENDS = ("bitsandbytes", "torchao")  # of quantised models
 
 @dataclass
 class ModelOptions:
-    """Which model, and what is put on it."""
+    """The model, and the adapter on it."""
 
     model_name_or_path: str | None = option(None, "Folder or hub name of the model.")
     model_revision: str | None = option(None, "Of the model on the hub.")
@@ -52,14 +53,14 @@ class ModelOptions:
     )
     schedule: str | None = option(
         None,
-        "What changes while training: coto, restart:stages=3, fold:at=0.85 or prune:ratio=0.5 (docs/methods.md).",
+        f"What changes while training: {', '.join(SCHEDULES)}; with settings as in restart:stages=3 (docs/methods.md).",
     )
     optimizer: str | None = option(
         None, "rite, pro, scaled_adamw or reflora, which see both factors of a LoRA, in place of --optim."
     )
     optimizer_args: dict[str, str] = option({}, "Further settings of --optimizer, by its own names, as damping=1e-3.")
     rank: int = option(4, "Rank of the adapter.")
-    lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).")
+    lora_alpha: float | None = option(None, "Scaling is lora_alpha / rank (default: 2 x rank).", above=0)
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters while training.")
     use_rslora: bool = option(False, "Scaling is lora_alpha / sqrt(rank).")
     use_dora: bool = option(False, "Train the length of each row of the weights apart (DoRA; shortcuts none, block).")
@@ -71,10 +72,13 @@ class ModelOptions:
 
 @dataclass
 class LlmOptions(ModelOptions):
-    """What a causal language model is tuned on, and how it is judged."""
+    """The data that a causal language model is tuned on, and how it is judged."""
 
-    dataset_name: str | None = option(None, "A .jsonl file, a folder with train.jsonl, or a `datasets` name.")
+    dataset_name: str | list[str] | None = option(
+        None, "A .jsonl file, a folder with train.jsonl, or a `datasets` name; several are learned together."
+    )
     dataset_config: str | None = option(None, "Configuration of the data set, as in `datasets`.")
+    dataset_train_split: str = option("train", "Split to train on, as `datasets` writes it: train_sft, train[:10%].")
     task: str | None = option(None, f"Judge by exact match of generated answers: {', '.join(TASKS)}.")
     prompt_column: str | None = option(None, "Column of the prompt (default: prompt).")
     response_column: str | None = option(None, "Column of the response (default: response or completion).")
@@ -83,8 +87,8 @@ class LlmOptions(ModelOptions):
     )
     prompt_template: str | None = option(None, "Text around {prompt}; overrides the tokenizer's chat template.")
     validation_fraction: float = option(0.1, "Share of train that chooses the best step, if no split is for that.")
-    max_train_examples: int | None = option(None, "Train on a random choice of so many rows.")
-    max_eval_examples: int | None = option(None, "Validate and test on a random choice of so many rows.")
+    max_train_examples: int | None = option(None, "Train on a random choice of so many rows of each data set.")
+    max_eval_examples: int | None = option(None, "Validate and test on a random choice of so many, likewise.")
     max_length: int | None = option(None, "Most tokens of an example or a packed sequence (default: 1024 or context).")
     drop_long: bool = option(False, "Train without the examples that are longer, instead of stopping.")
     cut_long: bool = option(False, "Train on the beginnings of the examples that are longer, instead of stopping.")
@@ -92,6 +96,9 @@ class LlmOptions(ModelOptions):
         False, "Use TRL's training template for the tokenizer's chat template: one sequence for all turns."
     )
     packing: bool = option(False, "Several examples in one sequence, none of which sees another.")
+    chunked_loss: bool = option(
+        False, "Compute the loss a few hundred tokens at a time: less memory with a large vocabulary."
+    )
     max_new_tokens: int = option(256, "Most tokens of a generated answer.")
     max_total_tokens: int | None = option(None, "Most tokens of a question and its generated answer together.")
     num_beams: int = option(1, "Beams of generation.")
@@ -101,7 +108,7 @@ class LlmOptions(ModelOptions):
 
 @dataclass
 class GlueOptions(ModelOptions):
-    """Which GLUE task a sequence classifier is tuned on."""
+    """The GLUE task that a sequence classifier is tuned on."""
 
     task_name: str | None = option(None, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
     dataset_name: str = option("nyu-mll/glue", "A folder with train.jsonl or GLUE's train.tsv, or a `datasets` name.")
@@ -113,7 +120,7 @@ class GlueOptions(ModelOptions):
 
 @dataclass
 class TunedOptions(ModelOptions):
-    """What a causal language model is tuned on by one of TRL's trainers."""
+    """The data that a causal language model is tuned on by one of TRL's trainers."""
 
     dataset_name: str | None = option(None, "A .jsonl file, a folder with train.jsonl, or a `datasets` name.")
     dataset_config: str | None = option(None, "Configuration of the data set, as in `datasets`.")
@@ -123,7 +130,7 @@ class TunedOptions(ModelOptions):
 
 @dataclass
 class PreferenceOptions(TunedOptions):
-    """Which preferences a model learns, by DPO."""
+    """The preferences that a model learns, by DPO."""
 
     columns: dict[str, str] | None = option(None, "Columns by their usual names: prompt=question chosen=best ...")
     beta: float = option(0.1, "How close to the base the model stays; larger is closer.", above=0)
@@ -132,7 +139,7 @@ class PreferenceOptions(TunedOptions):
 
 @dataclass
 class RewardOptions(TunedOptions):
-    """Which task a model is rewarded for, by GRPO."""
+    """The task that a model is rewarded for, by GRPO."""
 
     task: str | None = option(None, f"Whose right answers are rewarded: {', '.join(TASKS)}.")
     num_generations: int = option(8, "Answers to each prompt, which are compared.", at_least=2)
@@ -196,8 +203,7 @@ def parse(kind: type[Options], argv: Sequence[str] | None, defaults: dict[str, A
         if name != "config":
             setattr(options if name in own else training, name, value)
     training.problems = [*file.problems, *given.problems]
-    if notes and is_first_process():
-        print("\n".join(notes))
+    say(notes)
     return options, training
 
 

@@ -3,28 +3,13 @@
 answer(found, value, given)     adds to `found`; `given` are all keys of the file
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..utils.documents import parse_json
+from ..utils.model_files import Files, Unknown
 from ..utils.problems import listing
-
-FORMATS = ("alpaca", "chat_template", "sharegpt", "completion", "alpaca_chat.load_qa")  # of axolotl, as recognised here
-
-
-@dataclass
-class Translation:
-    """Our options, and what there is to say about the others."""
-
-    program: str
-    values: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-Answer = Callable[[Translation, Any, Mapping[str, Any]], None]
+from .other_data import axolotl_datasets, factory_dataset
+from .other_translation import Answer, Translation
 
 
 def only(allowed: Iterable[Any], name: str, why: str) -> Answer:
@@ -54,6 +39,8 @@ def flash(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
 
 
 def validation(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
+    if value == 0:
+        return
     if not 0 < value < 1:
         found.problems.append(f"{found.program}'s share of validation: got {value}, wanted more than 0 and less than 1")
     found.values["validation_fraction"] = value
@@ -61,8 +48,10 @@ def validation(found: Translation, value: Any, given: Mapping[str, Any]) -> None
 
 def per_epoch(kind: str) -> Answer:
     def answer(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-        found.values[f"{kind}_steps"] = 1 / (value * given.get("num_epochs", 1))
-        found.values[f"{kind}_strategy"] = "steps"
+        if value:
+            found.values |= {f"{kind}_steps": 1 / (value * given.get("num_epochs", 1)), f"{kind}_strategy": "steps"}
+        else:
+            found.values[f"{kind}_strategy"] = "no"
 
     return answer
 
@@ -100,9 +89,15 @@ def pushed(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
 
 
 def plugins(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-    for name in value:
+    liger = any("liger" in str(name).lower() for name in value)
+    for name in map(str, value):
         if "liger" in name.lower():
             found.values["use_liger_kernel"] = True
+        elif "cut_cross_entropy" in name:
+            found.notes.append(f"{found.program}'s plugins: {name}: --chunked_loss computes that loss in parts")
+            found.values |= {} if liger else {"chunked_loss": True}
+        elif name.endswith(".KernelsPlugin"):
+            found.notes.append(f"{found.program}'s plugins: {name}: changes nothing here")
         else:
             found.problems.append(f"{found.program}'s plugins: {name} has no counterpart; wanted it removed")
 
@@ -118,79 +113,55 @@ def too_long(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
     found.values |= {"drop_long": value == "drop", "cut_long": value == "truncate"}
 
 
-def axolotl_datasets(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-    """The one data set, its columns, and whether its type is recognised by its columns here."""
-    if len(value) != 1:
-        found.problems.append(f"axolotl's datasets: got {len(value)}, wanted one; put their rows into one file")
-        return
-    source = dict(value[0])
-    files = source.pop("data_files", None)
-    path, kind = source.pop("path", None), str(source.pop("type", "alpaca"))
-    found.values["dataset_name"] = (files if isinstance(files, str) else files[0]) if files else path
-    if isinstance(files, list) and len(files) > 1:
-        found.problems.append("axolotl's datasets: got several data_files, wanted one")
-    if source.pop("split", "train") != "train":
-        found.problems.append("axolotl's datasets: rows to train on are those of split 'train'")
-    if kind.split(".")[0] not in {name.split(".")[0] for name in FORMATS}:
-        found.problems.append(f"axolotl's datasets: got type {kind}, wanted {listing(FORMATS)}")
-    if subset := source.pop("name", None):
-        found.values["dataset_config"] = subset
-    columns = {"field_messages": "messages", "field_system": "system", "field_tools": "tools", "field": "text"}
-    columns |= {"field_instruction": "instruction", "field_input": "input", "field_output": "response"}
-    named = {ours: source.pop(theirs) for theirs, ours in columns.items() if theirs in source}
-    if named:
-        found.values["columns"] = named
-    mapping = source.pop("message_property_mappings", {})
-    if tuple(mapping.get(name) for name in ("role", "content")) not in (
-        (None, None),
-        ("role", "content"),
-        ("from", "value"),
-    ):
-        found.problems.append("axolotl's message_property_mappings: wanted role and content, or from and value")
-    for name in ("ds_type", "roles", "roles_to_train", "train_on_eos", "chat_template"):
-        answer = source.pop(name, None)
-        if name in ("roles_to_train", "train_on_eos") and answer not in (None, ["assistant"], "turn", "all", "last"):
-            found.problems.append(f"axolotl's datasets: {name}: the assistant's turns are learned, with their ends")
-    if source:
-        found.problems.append(f"axolotl's datasets: {listing(source)}: not understood; wanted it removed")
-
-
-def factory_dataset(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-    """The data set that `dataset_info.json` describes."""
-    names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
-    folder = Path(given.get("dataset_dir", "data"))
-    if len(names) != 1:
-        found.problems.append(f"LLaMA-Factory's dataset: got {len(names)}, wanted one; put their rows into one file")
-        return
-    index = folder / "dataset_info.json"
-    try:
-        entry = parse_json(index.read_text(encoding="utf-8"))[names[0]]
-        source = entry.get("hf_hub_url") or str(folder / entry["file_name"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        found.problems.append(f"LLaMA-Factory's dataset {names[0]}: {index} does not describe it: {error}")
-        return
-    found.values["dataset_name"] = source
-    if entry.get("subset"):
-        found.values["dataset_config"] = entry["subset"]
-    if entry.get("ranking"):
-        found.problems.append(f"LLaMA-Factory's dataset {names[0]}: holds preferences; wanted reslora dpo")
-    ours = {"prompt": "instruction", "query": "input", "response": "response", "system": "system", "tools": "tools"}
-    ours |= {"history": "history", "messages": "messages"}
-    columns = {ours.get(theirs, theirs): column for theirs, column in (entry.get("columns") or {}).items()}
-    if entry.get("formatting") != "sharegpt" and columns:
-        columns = {("prompt" if name == "instruction" else name): column for name, column in columns.items()}
-    if columns:
-        found.values["columns"] = columns
-    tags = entry.get("tags") or {}
-    if tags.get("role_tag", "from") not in ("from", "role") or tags.get("content_tag", "value") not in (
-        "value",
-        "content",
-    ):
-        found.problems.append(f"LLaMA-Factory's dataset {names[0]}: tags: wanted from and value, or role and content")
-
-
 def template(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-    found.notes.append(f"{found.program}'s template {value!r}: the tokenizer's own chat template is used")
+    """A chat template by name: instruction-tuned models bring the one of that name, others have none."""
+    key = "template" if "template" in given else "chat_template"
+    model = given.get("tokenizer_config") or given.get("base_model") or given.get("model_name_or_path")
+    if value == "tokenizer_default":
+        return
+    if value == "jinja" or has_chat_template(str(model)) is False:
+        found.problems.append(
+            f"{found.program}'s {key}: got {value!r}, and only the tokenizer's own is used, of which {model} has none; "
+            "wanted it in chat_template.jinja beside the tokenizer"
+        )
+    else:
+        found.notes.append(f"{found.program}'s {key} {value!r}: the chat template of {model}'s tokenizer is used")
+
+
+def has_chat_template(model: str) -> bool | None:
+    """Return whether a tokenizer brings a chat template; None where the files on this machine do not say."""
+    files = Files(model, None)
+    try:
+        if files.path("chat_template.jinja"):
+            return True
+        return bool(files.json("tokenizer_config.json").get("chat_template"))
+    except (Unknown, OSError, ValueError):
+        return None
+
+
+def longest(model: str, default: int) -> int:
+    """Return a program's default length, or the model's context where the files on this machine say a shorter one."""
+    try:
+        config = Files(model, None).json("config.json")
+        return min(default, int(config.get("max_position_embeddings") or config.get("n_positions") or default))
+    except (Unknown, OSError, ValueError, TypeError):
+        return default
+
+
+def checkpointing(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
+    found.values["gradient_checkpointing"] = True
+    if value is not True:
+        found.notes.append(
+            f"{found.program}'s gradient_checkpointing {value!r}: activations are computed again, not moved"
+        )
+
+
+def grouped(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
+    found.values["train_sampling_strategy"] = "group_by_length"
+
+
+def tensorboard(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
+    found.values["report_to"] = ["tensorboard"]
 
 
 OF_AXOLOTL: dict[str, Answer] = {
@@ -208,7 +179,12 @@ OF_AXOLOTL: dict[str, Answer] = {
     "special_tokens": special_tokens,
     "hub_model_id": pushed,
     "excess_length_strategy": too_long,
-    "chat_template": only(("tokenizer_default",), "chat_template", "the tokenizer's own is used"),
+    "chat_template": template,
+    "gradient_checkpointing": checkpointing,
+    "group_by_length": grouped,
+    "use_tensorboard": tensorboard,
+    "bfloat16": precision,
+    "float16": half,
 }
 OF_FACTORY: dict[str, Answer] = {
     "stage": only(("sft",), "stage", "preferences and rewards are learned by reslora dpo and reslora grpo"),
@@ -222,6 +198,7 @@ OF_FACTORY: dict[str, Answer] = {
     "fp16": half,
     "flash_attn": flash,
     "quantization_bit": quantisation_bit,
+    "group_by_length": grouped,
     "hub_model_id": pushed,
     "push_to_hub": lambda found, value, given: found.values.update(push_to_hub=True),
 }

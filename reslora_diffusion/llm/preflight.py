@@ -1,4 +1,4 @@
-"""What a run is about to do, printed before the first step."""
+"""The plan of a run, printed before the first step."""
 
 import math
 from collections.abc import Iterator, Sized

@@ -30,15 +30,13 @@ FOLDER, REPORT = "pruned", "pruning_report.json"
 
 
 def pruning_problems(config: PreTrainedConfig, options: ModelOptions, task_type: TaskType) -> Iterator[str]:
-    """Why this model cannot be pruned as asked; without `--schedule prune`, nothing."""
+    """Return why this model cannot be pruned as asked; nothing without `--schedule prune`."""
     try:
         settings = settings_of(options)
     except BadInput:
         return
     if not isinstance(settings, PruneSettings):
         return
-    if getattr(config, "quantization_config", None):
-        yield "--schedule: prune: quantised weights cannot be cut into; wanted a base in floating point"
     with torch.device("meta"):
         model = AUTO[task_type].from_config(config)
     structures = find_structures(model)

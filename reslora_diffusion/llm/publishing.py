@@ -79,7 +79,7 @@ def facts_in(path: Path) -> dict[str, Any]:
 
 
 def take_destination(training: TrainingArguments) -> Destination | None:
-    """Where the result goes, None if it stays here; afterwards the arguments neither push nor hold a token.
+    """Return where the result goes, None if it stays here; afterwards the arguments neither push nor hold a token.
 
     Raises:
         BadInput: the repository cannot be written to.

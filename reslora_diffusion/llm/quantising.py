@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..utils.environment import missing_packages
+from ..utils.model_files import Files, Unknown
 from .options import BACKENDS, ModelOptions
 
 if TYPE_CHECKING:
@@ -47,12 +48,25 @@ def quantisation_problems(options: ModelOptions) -> Iterator[str]:
             yield "--load_in_4bit --quantized_by torchao: needs a GPU; wanted --quantized_by bitsandbytes"
 
 
-def stored_quantisation_problems(config: Mapping[str, Any], options: ModelOptions) -> Iterator[str]:
-    """What a model that is stored quantised cannot do. `config`: its config.json."""
+def stored_quantisation(options: ModelOptions) -> str | None:
+    """The method by which the model's files on this machine are quantised; None if they are not, or do not say."""
+    try:
+        config = Files(str(options.model_name_or_path), options.model_revision).json("config.json")
+        return quantisation_of(config)
+    except (Unknown, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def quantisation_of(config: Mapping[str, Any]) -> str | None:
+    """The method that a model's config.json names."""
     stored = config.get("quantization_config")
-    if not isinstance(stored, Mapping):
+    return str(stored.get("quant_method", "unknown")) if isinstance(stored, Mapping) else None
+
+
+def stored_quantisation_problems(config: Mapping[str, Any], options: ModelOptions) -> Iterator[str]:
+    """Yield what a model that is stored quantised cannot do. `config`: its config.json."""
+    if (method := quantisation_of(config)) is None:
         return
-    method = str(stored.get("quant_method", "unknown"))
     named = f"--model_name_or_path {options.model_name_or_path}: is quantised already ({method})"
     if is_quantised(options):
         yield f"{named}; wanted it without --load_in_4bit and --load_in_8bit, or the original model"
@@ -63,7 +77,7 @@ def stored_quantisation_problems(config: Mapping[str, Any], options: ModelOption
 
 
 def quantisation(options: ModelOptions, classifies: bool = False) -> "QuantizationConfigMixin | None":
-    """What `from_pretrained` is given; None for a model in its own precision."""
+    """Return what `from_pretrained` is given; None for a model in its own precision."""
     if not is_quantised(options):
         return None
     if options.quantized_by == "torchao":

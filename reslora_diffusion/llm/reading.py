@@ -1,7 +1,8 @@
-"""From options to the rows of a data set and the conversations in them, all checked; torch is not loaded.
+"""Reads and checks the rows of a data set and the conversations in them, as options say, without torch.
 
 Where a data set has no split to choose the best step on, a random share of train is set apart for it. Test rows are
-read for the final report and for nothing else.
+read for the final report and for nothing else. Several data sets are read one after the other, each in its own format,
+and learned as one.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 from ..utils.problems import BadInput, listing, refuse
 from .forms import NAMES, Form, conversations, form_of, unread_columns
 from .options import LlmOptions
-from .records import Messages, Row, carve, choose, read_rows
-from .tasks import TASKS, Task, usable
+from .records import Messages, Row, carve, choose, joined, missing_files, names_of, read_rows
+from .tasks import TASKS, Task, needs_rows, usable
 
 Rows = Sequence[Row]
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -32,8 +34,11 @@ def option_problems(options: LlmOptions) -> list[str]:
     problems = []
     if options.task is not None and options.task not in TASKS:
         problems.append(f"--task: got {options.task!r}, wanted {', '.join(TASKS)}")
-    if options.task is None and not options.dataset_name:
+    if not options.dataset_name and (options.task is None or needs_rows(options.task)):
         problems.append("--dataset_name: got nothing, wanted a .jsonl file, a folder with train.jsonl, or a data set")
+    problems += missing_files(options.dataset_name)
+    if options.task and len(names_of(options.dataset_name)) > 1:
+        problems.append(f"--dataset_name: got several, but --task {options.task} judges one data set; wanted one")
     if options.task and columns_of(options):
         problems.append(f"--prompt_column, --response_column, --columns: --task {options.task} knows its columns")
     for name in (options.columns or {}).keys() - {*NAMES}:
@@ -66,10 +71,14 @@ def columns_of(options: LlmOptions) -> dict[str, str]:
     return (options.columns or {}) | {name: column for name, column in named.items() if column}
 
 
-def rows_of(options: LlmOptions, seed: int) -> tuple[Rows, Rows, Rows]:
-    """`(train, validation, test)`; test is empty where there is none."""
+def sources(options: LlmOptions) -> list[str]:
+    """The data sets to read; without any named, the task's own."""
+    return names_of(options.dataset_name) or ([TASKS[options.task].source] if options.task else [])
+
+
+def rows_of(source: str, options: LlmOptions, seed: int) -> tuple[Rows, Rows, Rows]:
+    """`(train, validation, test)` of one data set; test is empty where there is none."""
     task = TASKS[options.task] if options.task else None
-    source = options.dataset_name or (task.source if task else "")
     local = Path(source).exists()
     own = task is not None and source == task.source
     subset = options.dataset_config or (task.subset if task and own else None)
@@ -78,16 +87,18 @@ def rows_of(options: LlmOptions, seed: int) -> tuple[Rows, Rows, Rows]:
     def read(split: str) -> Rows | None:
         return read_rows(source, split, subset, revision)
 
-    train = read("train")
+    split = options.dataset_train_split
+    train = read(split)
     if train is None:
-        raise BadInput([f"{source}: has no split 'train'" + (", or no train.jsonl" if local else "")])
+        lacks = "is one file, whose split is 'train'" if Path(source).is_file() else f"has no split {split!r}"
+        raise BadInput([f"{source}: {lacks}" + (f"; wanted {split}.jsonl in it" if Path(source).is_dir() else "")])
     if task is None or local:
         validation, test = read("validation"), (read("test") if task else None)
     else:
         validation = read(task.validation_split) if task.validation_split else None
         test = test_rows(task, read)
     if not len(train):
-        raise BadInput([f"{source}: split 'train' has no rows"])
+        raise BadInput([f"{source}: split {split!r} has no rows"])
     if validation is None:
         if len(train) < 2:
             raise BadInput([f"{source}: got {len(train)} row, wanted at least one to train on and one to validate on"])
@@ -112,49 +123,74 @@ def read(options: LlmOptions, seed: int) -> Reading:
     Raises:
         BadInput: every problem of the first stage that has any: files, then columns and answers.
     """
-    found = Reading(dict(zip(("train", "validation", "test"), rows_of(options, seed), strict=True)))
-    found.notes += file_notes(options)
-    task = TASKS[options.task] if options.task else None
-    problems: list[str] = []
-    for name, rows in found.rows.items():
+    names = sources(options)
+    files: list[tuple[str, tuple[Rows, Rows, Rows]]] = []
+    found, problems = Reading({}), []
+    for source in names:
         try:
-            if task is None:
-                form = form_of(rows, columns_of(options))
-                talks: Sequence[Messages] = conversations(rows, columns_of(options), name, form) if len(rows) else []
-                found.notes += column_notes(rows, form, name)
-            else:
-                judge = test_judge(options) if name == "test" else task
-                rows, unread = usable(judge, rows, name)
-                found.rows[name] = rows
-                if unread:
-                    found.notes.append(f"{name}: left out rows without a readable answer: {listing(unread)}")
-                talks = [judge.messages(row) for row in rows]
-            found.talks[name] = list(talks)
+            files.append((source, rows_of(source, options, seed)))
         except BadInput as error:
             problems += error.problems
+    refuse(problems)
+    found.notes += [note for source in names for note in file_notes(source, options)]
+    for place, split in enumerate(SPLITS):
+        parts: list[tuple[str, Rows]] = []
+        talks: list[Messages] = []
+        for source, rows in files:
+            try:
+                one, new = one_split(found, rows[place], split, source if len(files) > 1 else "", options)
+                parts.append((Path(source).name, one))
+                talks += new
+            except BadInput as error:
+                problems += error.problems
+        found.rows[split], found.talks[split] = joined(parts) if parts else [], talks
     refuse(problems)
     return found
 
 
-def file_notes(options: LlmOptions) -> list[str]:
+def one_split(
+    found: Reading, rows: Rows, split: str, source: str, options: LlmOptions
+) -> tuple[Rows, Sequence[Messages]]:
+    """`(rows, conversations)` of one split of one data set; says in `found` what was recognised and left out.
+
+    Args:
+        source: the data set's name, if there are several.
+
+    Raises:
+        BadInput: as of `read`.
+    """
+    where = f"{source} {split}".strip()
+    if options.task is None:
+        columns = columns_of(options)
+        if source and len(rows):  # every data set has some of the columns that are named
+            columns = {ours: column for ours, column in columns.items() if column in rows[0]}
+        form = form_of(rows, columns)
+        found.notes += column_notes(rows, form, where)
+        if form.rejected:
+            found.notes.append(f"{where}: {form.rejected!r} is not learned from here; reslora dpo learns from both")
+        return rows, conversations(rows, columns, where, form) if len(rows) else []
+    judge = test_judge(options) if split == "test" else TASKS[options.task]
+    rows, unread = usable(judge, rows, where)
+    if unread:
+        found.notes.append(f"{where}: left out rows without a readable answer: {listing(unread)}")
+    return rows, [judge.messages(row) for row in rows]
+
+
+def file_notes(source: str, options: LlmOptions) -> list[str]:
     """Files of a local folder that are no split of ours, such as dev.jsonl."""
-    folder = Path(options.dataset_name or "")
-    read = {"train", "validation", *(["test"] if options.task else [])}
-    others = (
-        sorted(path.name for path in folder.glob("*.jsonl") if path.stem not in read) if options.dataset_name else []
-    )
+    folder = Path(source)
+    read = {options.dataset_train_split, "validation", *(["test"] if options.task else [])}
+    others = sorted(path.name for path in folder.glob("*.jsonl") if path.stem not in read)
     return [f"{folder}: files that are not read: {listing(others)}"] if others else []
 
 
 def column_notes(rows: Rows, form: Form, name: str) -> list[str]:
-    """Which columns were read together, and which were not read at all."""
+    """Say which columns were read together, and which were not read at all."""
     notes = [f"{name}: {len(rows)} rows, read as {form}"] if len(rows) else []
     if form.context and any(row.get(form.context) for row in rows):
         notes.append(f"{name}: prompts are {form.prompt!r} and, after a blank line, {form.context!r}")
     if form.system and any(row.get(form.system) for row in rows):
         notes.append(f"{name}: {form.system!r} is the turn of the system")
-    if form.rejected:
-        notes.append(f"{name}: {form.rejected!r} is not learned from here; reslora dpo learns from both")
     if unread := unread_columns(rows, form) if rows else []:
         notes.append(f"{name}: columns that are not read: {listing(unread, 12)}")
     return notes

@@ -8,15 +8,16 @@ Every bad line of a file is reported, by number and with its text, before anythi
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..utils.hub import unreachable
 from ..utils.json_lines import lines_of, parse
-from ..utils.problems import BadInput, listing
+from ..utils.problems import BadInput, listing, refuse
 
 Row = Mapping[str, Any]
+Number = int | str
 Messages = list[dict[str, Any]]
 SHOWN = 10
 
@@ -71,8 +72,20 @@ def read_json_list(path: Path) -> list[Row]:
     return rows
 
 
+def names_of(source: str | Sequence[str] | None) -> list[str]:
+    """The data sets that `--dataset_name` names."""
+    return [source] if isinstance(source, str) else list(source or ())
+
+
+def missing_files(source: str | Sequence[str] | None) -> Iterator[str]:
+    """Data sets that could only be on this machine and are not."""
+    for name in names_of(source):
+        if is_json_lines(name) and not Path(name).exists():
+            yield f"--dataset_name {name}: there is no such file, and no such folder with .jsonl files"
+
+
 def is_json_lines(source: str) -> bool:
-    """Whether that is JSON lines on this machine, or could be nothing else; anything else is up to `datasets`."""
+    """Return whether a name is JSON lines on this machine, or could be nothing else; `datasets` reads all others."""
     path = Path(source)
     if path.exists():
         return path.is_file() or any(path.glob("*.jsonl"))
@@ -94,8 +107,7 @@ def read_rows(
     if path.is_dir() and any(path.glob("*.jsonl")):
         file = path / f"{split}.jsonl"
         return read_json_lines(file) if file.is_file() else None
-    if not path.exists() and is_json_lines(source):
-        raise BadInput([f"{source}: there is no such file, and no such folder with .jsonl files"])
+    refuse(missing_files(source))
     why = None if path.exists() else unreachable()
     try:
         import datasets
@@ -113,31 +125,46 @@ def read_rows(
         raise BadInput([f"{source}: {f'it is not on this machine, and {why}' if why else error}"]) from error
 
 
-class Part(list[Row]):
-    """Some rows of a split, with the numbers that they have in it: what is wrong is shown where it stands."""
+class Numbered(list[Row]):
+    """Rows of a split with what they are known by, so that what is wrong is shown where it stands: their number in it,
+    behind the data set's name if there are several."""
 
-    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
-        super().__init__(rows[i] for i in places)
-        self.numbers = [numbers_of(rows)[i] for i in places]
-
-
-def numbers_of(rows: Sequence[Row]) -> Sequence[int]:
-    return rows.numbers if isinstance(rows, Part) else range(1, len(rows) + 1)
+    def __init__(self, rows: Iterable[Row], numbers: Sequence[Number]) -> None:
+        super().__init__(rows)
+        self.numbers = numbers
 
 
-def carve(rows: Sequence[Row], fraction: float, seed: int, at_most: int | None = None) -> tuple[Part, Part]:
+def numbers_of(rows: Sequence[Row]) -> Sequence[Number]:
+    return rows.numbers if isinstance(rows, Numbered) else range(1, len(rows) + 1)
+
+
+def part(rows: Sequence[Row], places: Sequence[int]) -> Numbered:
+    """Some rows of a split."""
+    numbers = numbers_of(rows)
+    return Numbered((rows[i] for i in places), [numbers[i] for i in places])
+
+
+def joined(parts: Sequence[tuple[str, Sequence[Row]]]) -> Sequence[Row]:
+    """The rows of several data sets, one after the other; those of one as they are."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows = [row for _, those in parts for row in those]
+    return Numbered(rows, [f"{number} of {name}" for name, those in parts for number in numbers_of(those)])
+
+
+def carve(rows: Sequence[Row], fraction: float, seed: int, at_most: int | None = None) -> tuple[Numbered, Numbered]:
     """`(rest, validation)`: a random share of the rows set apart, the same for equal seeds."""
     count = max(1, round(len(rows) * fraction))
     count = min(count, at_most) if at_most else count
     order = random.Random(f"validation {seed}").sample(range(len(rows)), len(rows))
-    return Part(rows, sorted(order[count:])), Part(rows, sorted(order[:count]))
+    return part(rows, sorted(order[count:])), part(rows, sorted(order[:count]))
 
 
 def choose(rows: Sequence[Row], at_most: int | None, seed: int) -> Sequence[Row]:
     """A random choice of the rows, in their order, if there are more than wanted."""
     if at_most is None or len(rows) <= at_most:
         return rows
-    return Part(rows, sorted(random.Random(f"choice {seed}").sample(range(len(rows)), at_most)))
+    return part(rows, sorted(random.Random(f"choice {seed}").sample(range(len(rows)), at_most)))
 
 
 def column_problems(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[str]:

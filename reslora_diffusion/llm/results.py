@@ -1,4 +1,4 @@
-"""What a run leaves: the plain factors, and the records beside them."""
+"""A run leaves the plain factors, and records beside them."""
 
 import json
 import platform
@@ -20,10 +20,10 @@ from reslora_diffusion.core.merging.factors import factors_of
 from reslora_diffusion.export import export_peft
 from reslora_diffusion.export.beside import trained_beside
 
-from ..methods.schedules import Prune
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
-from .adapter_trainer import is_reslora
+from ..utils.problems import say
+from .adapter_trainer import AdapterTrainer, is_reslora
 from .models import DTYPES
 from .options import ModelOptions
 from .preflight import preflight
@@ -65,12 +65,22 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
 
 
+def final(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the last tenth of the logged steps: what TRL's trainers find out while they train."""
+    rows = logged[-max(1, len(logged) // 10) :]
+    return {
+        name: sum(row[name] for row in rows) / len(rows)
+        for name, value in (rows[-1] if rows else {}).items()
+        if isinstance(value, int | float) and name not in ("epoch", "step") and all(name in row for row in rows)
+    }
+
+
 def kind_of(parameter: nn.Parameter) -> str:
     """The precision that a parameter is held in, also by the parts that DeepSpeed ZeRO-3 has made of it."""
     return str(getattr(parameter, "ds_tensor", parameter).dtype).removeprefix("torch.")
 
 
-def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) -> None:
+def start_record(trainer: AdapterTrainer, options: ModelOptions, **facts: Any) -> None:
     """Write `run.json`, and show what is going to be trained."""
     if not trainer.is_world_process_zero():
         return
@@ -87,8 +97,7 @@ def start_record(trainer: ExportedTrainer, options: ModelOptions, **facts: Any) 
     write_json(output / "run.json", record(options, trainer.args, **facts))
     if chains is not None:
         print(chains)
-    for line in (*preflight(trainer, options, facts["trained_parameters"]), *facts.get("notes", ())):
-        print(line)
+    say(preflight(trainer, options, facts["trained_parameters"]))
 
 
 def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType) -> None:
@@ -98,7 +107,7 @@ def export(trainer: ExportedTrainer, options: ModelOptions, task_type: TaskType)
     Raises:
         ValueError: it cannot be exported, as what has learned nothing yet; or it failed its proof.
     """
-    if isinstance(trainer.schedule, Prune):  # shapes differ from the base's, so no LoRA of the base can be written
+    if trainer.schedule is not None and not trainer.schedule.leaves_lora:
         from .pruning import export_pruned
 
         export_pruned(trainer, trainer.output_folder)

@@ -64,7 +64,7 @@ def digest(path: Path) -> str:
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be continued from; None if it is whole."""
+    """Return why a checkpoint cannot be continued from; None if it is whole."""
     if (folder / UNFINISHED).exists():
         return f"{folder} was not finished"
     if not (folder / STATE).is_file():
@@ -90,7 +90,7 @@ def fault_of(folder: Path) -> str | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a file has the length that its own format states; True for other formats."""
+    """Return whether a file has the length that its own format states; True for other formats."""
     if path.suffix == ".safetensors":
         try:
             shapes_in(path)
@@ -148,7 +148,7 @@ def checkpoint_of(training: TrainingOptions, options: ModelOptions) -> str | Non
 
 
 def differences(found: Path, training: TrainingOptions, options: ModelOptions) -> Iterator[str]:
-    """How a checkpoint differs from what this run would train."""
+    """Say how a checkpoint differs from what this run would train."""
     stored, state = read_json(found / CONFIG), read_json(found / STATE)
     alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.rank
     own: dict[str, Any] = {

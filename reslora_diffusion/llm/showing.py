@@ -1,18 +1,20 @@
-"""What a run learns, shown before its first step: how long examples are, and the first as the model sees it.
+"""A run shows what it learns before weights are read: the lengths of examples, and the first as the model sees it.
 
 tokens in an example: 12 least, 38 median, 96 in 95 of 100, 120 most, of 1024; 5,102 in all, 1,930 of them learned
 first example, learned parts in [[ ]]:
 | <s>user: 2 + 2<end>assistant: [[4<end>]]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..utils.problems import printable_lines
-from .encoder import IGNORED, Encoded
-from .encoding import learned
+from ..utils.problems import BadInput, printable, printable_lines
+from .encoder import IGNORED, Encoded, Encoder
+from .encoding import beginning, cut_to_nothing, learned, row_problems
+from .records import Number
 
 SHOWN = 400  # tokens of an example
 
@@ -27,7 +29,49 @@ def statistics(examples: Sequence[Encoded], max_length: int) -> Iterator[str]:
     )
 
 
-def first_example(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def preferences(rows: Sequence[Mapping[str, Any]], encoder: Encoder, longest: int) -> Iterator[str]:
+    """Lengths of both answers of each row behind their prompts, how many are cut, and the first row's.
+
+    Args:
+        rows: `{"prompt": [turns], "chosen": [turn], "rejected": [turn]}`.
+        longest: most tokens of a prompt and its answer, which are cut behind them.
+
+    Raises:
+        BadInput: rows that the chat template does not take, or with an answer of which nothing is left.
+    """
+    examples: dict[str, list[Encoded]] = {"chosen": [], "rejected": []}
+    faults: dict[str, list[Number]] = {}
+    empty: dict[Number, int] = {}
+    for number, row in enumerate(rows, 1):
+        for name, found in examples.items():
+            try:
+                example = encoder.encode(encoder.sequences([*row["prompt"], *row[name]])[-1])
+            except ValueError as error:
+                faults.setdefault(str(error), []).append(number)
+                continue
+            found.append(example)
+            if not learned(beginning(example, longest)):
+                empty[number] = len(example["input_ids"])
+    if problems := [*row_problems(faults, "train"), *cut_to_nothing(empty, "train", longest)]:
+        raise BadInput(problems)
+    both = examples["chosen"] + examples["rejected"]
+    yield from statistics(both, longest)
+    if cut := sum(len(example["input_ids"]) > longest for example in both):
+        yield f"train: {cut} of {len(both)} answers are cut behind {longest} tokens of prompt and answer"
+    for name, found in examples.items():
+        yield from first_example(found[0], encoder.tokenizer, f"first row, the {name} answer in [[ ]]:")
+
+
+def questions(rows: Sequence[Mapping[str, Any]], encoder: Encoder, longest: int) -> Iterator[str]:
+    """The first question, and what is rewarded. `rows`: `{"prompt": [turns], "wanted": ...}`."""
+    yield "first question:"
+    yield from (f"| {line}" for line in printable_lines(encoder.prompt_text(rows[0]["prompt"])).split("\n"))
+    yield f"rewarded: an answer equal to {printable(rows[0]['wanted'])}"
+
+
+def first_example(
+    example: Encoded, tokenizer: PreTrainedTokenizerBase, title: str = "first example, learned parts in [[ ]]:"
+) -> Iterator[str]:
     """An example as text, special tokens and all; what is learned stands in double brackets."""
     pairs = list(zip(example["input_ids"][:SHOWN], example["labels"][:SHOWN], strict=True))
     text = ""
@@ -35,7 +79,7 @@ def first_example(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Itera
         part = str(tokenizer.decode([i for i, _ in group], skip_special_tokens=False))
         text += f"[[{part}]]" if is_learned else part
     rest = len(example["input_ids"]) - SHOWN
-    yield "first example, learned parts in [[ ]]:"
+    yield title
     yield from (f"| {line}" for line in printable_lines(text).split("\n"))
     if rest > 0:
         yield f"| ... and {rest} more tokens"

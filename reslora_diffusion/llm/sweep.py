@@ -14,8 +14,6 @@ would pass for its own. `python -m benchmarks.sweep output_dir` makes tables of 
 import itertools
 import json
 import math
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,10 @@ from typing import Any
 from ..utils.documents import parse_json
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
+from ..utils.option_parser import parse_file
 from ..utils.problems import BAD_DATA, BadInput, first_line, refuse
+from ..utils.processes import ask_to_stop, passing_on, start_apart
+from .other_programs import translate
 
 SEEDS, GRID, OUTPUT = "--seeds", "--grid", "--output_dir"
 RESULTS, FILE, FORMAT = "results.json", "sweep.json", 1
@@ -96,7 +97,23 @@ def sweep_of(words: Sequence[str], default_output: str) -> Sweep | None:
     numbers = [*range(int(seeds[0]))] if len(seeds) == 1 else [int(part) for part in seeds] or [0]
     if not numbers:
         raise BadInput([f"{SEEDS}: got 0, wanted 1 or more"])
-    return Sweep(grid, numbers, rest, Path((found[OUTPUT] or [default_output])[-1]))
+    folder = found[OUTPUT][-1] if found[OUTPUT] else configured_output(rest) or default_output
+    return Sweep(grid, numbers, rest, Path(folder))
+
+
+def configured_output(words: Sequence[str]) -> str | None:
+    """The `output_dir` of the `--config` file that the words name; raises `BadInput` if it cannot be read."""
+    path = None
+    for word, after in itertools.pairwise([*words, ""]):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            path = value or after
+    if not path:
+        return None
+    config = parse_file("--config", Path(path))
+    translation = translate(config) if isinstance(config, dict) else None
+    values = translation.values if translation else config
+    return values.get("output_dir") if isinstance(values, dict) else None
 
 
 def run(sweep: Sweep, program: Sequence[str]) -> int:
@@ -150,20 +167,13 @@ def recorded(sweep: Sweep) -> list[str]:
 
 def wait_for(command: Sequence[str]) -> int:
     """Run one in a session of its own: Ctrl-C and SIGTERM are passed on, once, and it decides when it ends."""
-    process = subprocess.Popen(command, start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    process = start_apart(command)
+    with passing_on(lambda: ask_to_stop(process)):
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has written its results and, after them, its LoRA or the report on its pruned model."""
+    """Return whether a run has written its results and, after them, its LoRA or the report on its pruned model."""
     return (folder / RESULTS).is_file() and any((folder / name).is_file() for name in LAST)
 
 

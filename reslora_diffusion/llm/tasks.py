@@ -1,4 +1,4 @@
-"""The five reasoning tasks of ResLoRA's paper: where they come from, what is asked, and what counts as right.
+"""The five reasoning tasks of ResLoRA's paper, and rows of your own: what is asked, and what counts as right.
 
     task         data set (`datasets` name)   answer                   best step chosen on  reported on
     gsm8k        openai/gsm8k, main           number after "####"      part of train        test
@@ -6,6 +6,7 @@
     mathqa       allenai/math_qa              letter a to e            validation           test
     metamathqa   meta-math/MetaMathQA         number or LaTeX          part of train        GSM8K's test
     hellaswag    Rowan/hellaswag              number 0 to 3            part of train        validation
+    answers      --dataset_name               word, number or LaTeX    part of train        test
 
 (HellaSwag's test split is unlabelled.) Prompts are those of the authors' code, but for a space that SVAMP lacks there
 between story and question; responses follow it, every one ending in "The answer is X.", so that one rule reads all
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..utils.problems import BAD_DATA, listing, refuse
-from .records import Messages, Part, Row, column_problems, numbers_of
+from .records import Messages, Number, Numbered, Row, column_problems, numbers_of, part
 
 ANSWER = "The answer is"
 UNREADABLE = 0.01
@@ -50,7 +51,7 @@ class Task:
         ]
 
 
-def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Part, list[int]]:
+def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Numbered, list[Number]]:
     """`(rows with a readable answer, numbers of the others)`.
 
     Raises:
@@ -58,18 +59,23 @@ def usable(task: Task, rows: Sequence[Row], where: str) -> tuple[Part, list[int]
     """
     refuse(column_problems(rows, task.columns, where))
     good: list[int] = []
-    bad: list[int] = []
+    others: list[int] = []
     for place, row in enumerate(rows):
         try:
             answer = task.answer(row)
             readable = answer and task.read(task.respond(row)) == answer and task.messages(row)
         except BAD_DATA:  # a value of another type
             readable = False
-        (good if readable else bad).append(place)
-    bad = [numbers_of(rows)[place] for place in bad]
+        (good if readable else others).append(place)
+    bad = [numbers_of(rows)[place] for place in others]
     if len(bad) > UNREADABLE * len(rows):
         refuse([f"{where}: {len(bad)} of {len(rows)} rows have no readable answer: row {listing(bad)}"])
-    return Part(rows, good), bad
+    return part(rows, good), bad
+
+
+def needs_rows(name: str) -> bool:
+    """Return whether a task has no data set of its own."""
+    return name in TASKS and not TASKS[name].source
 
 
 # ------------------------------------------------------------------------------------------------------ answers
@@ -88,7 +94,7 @@ def normalized(answer: str) -> str:
 
 
 def stated(response: str) -> str | None:
-    """What follows the last "The answer is" (or the last "####")."""
+    """Return what follows the last "The answer is" (or the last "####")."""
     for mark in (ANSWER, "####"):
         _, found, rest = response.rpartition(mark)
         if found:
@@ -106,6 +112,14 @@ def read_number(response: str) -> str | None:
     answer = stated(response)
     numbers = NUMBER.findall(response if answer is None else answer)
     return normalized(numbers[0 if answer is not None else -1]) if numbers else None
+
+
+def read_short(response: str) -> str | None:
+    """The stated answer; without one the last word of the response."""
+    if stated(response):
+        return read_text(response)
+    words = re.findall(r"\w+", response)
+    return normalized(words[-1]) if words else None
 
 
 def read_choice(response: str, choices: str) -> str | None:
@@ -206,5 +220,13 @@ TASKS = {
         answer=lambda row: str(row["label"]).strip(),
         read=partial(read_choice, choices="0-3"),
         test_split="validation",
+    ),
+    "answers": Task(
+        source="",  # rows of one's own, such as those of reasoning-gym
+        columns=("question", "answer"),
+        ask=lambda row: row["question"].strip(),
+        respond=lambda row: f"{ANSWER} {normalized(str(row['answer']))}.",
+        answer=lambda row: normalized(str(row["answer"])),
+        read=read_short,
     ),
 }

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from reslora_diffusion import (
     calibrate,
     distill,
-    get_controller,
+    get_adapter,
     merge_report,
     merged_forward,
 )
@@ -32,6 +32,7 @@ from reslora_diffusion.methods.schedules.making import make_schedule
 
 from ..utils.problems import refuse
 from .adapter_trainer import SHARDING, AdapterTrainer, is_reslora
+from .chunked_loss import chunked
 from .encoder import Encoded
 from .encoding import Collator, packing_problem
 from .generation import Generations, Question, evaluate
@@ -52,12 +53,12 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """What a model says, [T, vocabulary] or [T, classes]; batches are not padded."""
+    """Return a model's logits, [T, vocabulary] or [T, classes]; batches are not padded."""
     return run_model(model, batch).logits.flatten(0, -2).float()
 
 
 def divergence(merged: Tensor, trained: Tensor) -> Tensor:
-    """How far two models' logits [T, n] are apart: Kullback and Leibler's, or squared for a regression's (n = 1)."""
+    """Return the Kullback-Leibler divergence of two models' logits [T, n]; the squared error of regressions (n = 1)."""
     if trained.shape[-1] == 1:
         return F.mse_loss(merged, trained)
     found, wanted = (F.log_softmax(value, dim=-1) for value in (merged, trained))
@@ -66,7 +67,7 @@ def divergence(merged: Tensor, trained: Tensor) -> Tensor:
 
 def shortcut_of(model: PeftModel) -> str | None:
     """The shortcut the adapter computes with now; None for plain LoRA."""
-    return str(get_controller(model).config.shortcut) if is_reslora(model) else None
+    return str(get_adapter(model).config.shortcut) if is_reslora(model) else None
 
 
 def restore_exported_factors(model: nn.Module) -> None:
@@ -163,12 +164,19 @@ class ExportedTrainer(AdapterTrainer):
                 gradient_scale=self.gradient_scale,
             )
             self.add_callback(Scheduled(self.schedule))
+        self.in_parts = bool(getattr(options, "chunked_loss", False))
         self.calibration, self.exact_match, self.distillation_steps = calibration, exact_match, distillation_steps
 
     def gradient_scale(self) -> float:
-        """What gradients are multiplied by when the optimizer is about to step; clipping takes that away before."""
+        """Return what gradients are multiplied by when the optimizer is about to step; clipping undoes it before."""
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None or self.args.max_grad_norm else scaler.get_scale()
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; with `--chunked_loss` in parts while training, and plain in evaluations, which may ask
+        for logits."""
+        with chunked(model) if self.in_parts and model.training else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
 
     def evaluation_loop(
         self,

@@ -15,7 +15,7 @@ Interval = Literal["no", "steps", "epoch"]
 
 @dataclass
 class TrainingOptions:
-    """How long, how fast, and on what it is trained; more on each in the documentation of `TrainingArguments`."""
+    """Length, speed and place of a training; the documentation of `TrainingArguments` says more on each."""
 
     problems: list[str] = field(default_factory=list)  # with the words that gave the options
     output_dir: str | None = option(None, "Where checkpoints, records and the exported LoRA are written.")

@@ -1,4 +1,4 @@
-"""From a conversation to text, as the tokenizer's chat template writes it: what is given and what is learned.
+"""Conversations become text by the tokenizer's chat template, in two parts: what is given and what is learned.
 
     context    "<s>user: 2 + 2<end>assistant: "    what generation of an answer starts from
     response   "4<end>"                            what the model learns to write there
@@ -55,7 +55,7 @@ class ChatTemplate:
         return PROBE in written and str(as_parts(probe)[0]["content"]) not in written
 
     def attempt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What the template writes, nothing if it fails."""
+        """Return what the template writes, nothing if it fails."""
         try:
             given = [dict(message) for message in messages]
             return str(self.tokenizer.apply_chat_template(given, chat_template=self.source, tokenize=False))
@@ -63,7 +63,7 @@ class ChatTemplate:
             return ""
 
     def render(self, messages: Messages, **settings: Any) -> str:
-        """What the template writes.
+        """Return what the template writes.
 
         Raises:
             ValueError: the template refuses the conversation, or fails on it.
@@ -118,7 +118,7 @@ def as_parts(messages: Messages) -> list[dict[str, Any]]:
 
 
 def left_out(messages: Messages, context: str) -> str | None:
-    """What the context of the last answer lacks of the tools, and of the turns of the system and of tools."""
+    """Return what the context of the last answer lacks of the tools, and of the turns of the system and of tools."""
     for tool in tools_of(messages) or ():
         if (name := str(tool.get("function", tool).get("name"))) not in context:
             return f"the tool {name!r}: it does not know tools"
@@ -147,13 +147,13 @@ def continuation(context: str, whole: str) -> str | None:
 
 
 def holds(response: str, content: str) -> bool:
-    """Whether a response has all of an answer's text, but for white space and the tag that opens its reasoning."""
+    """Return whether a response has all of an answer's text, but for white space and the tag opening its reasoning."""
     wanted, written = (re.sub(rf"\s+|{THINK}", "", text) for text in (content, response))
     return wanted in written
 
 
 def is_continuing(turns: list[Turn]) -> bool:
-    """Whether each context begins with everything that was written before it."""
+    """Return whether each context begins with everything that was written before it."""
     done = ""
     for turn in turns:
         if not turn.context.startswith(done):

@@ -1,4 +1,4 @@
-r"""Whether two answers are the same by value: numbers however they are written, LaTeX without what only looks.
+r"""Answers are compared by value: numbers however they are written, LaTeX without what only looks.
 
     same("0.5", r"\frac12")     same("1,000", "1000")     same(r"\left( 3, \dfrac{1}{2} \right)", "(3,0.5)")
     same("50\\%", "50")         same("x = 5", "5")        same(r"2 \sqrt{3}", r"2\sqrt{3}")
