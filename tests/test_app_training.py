@@ -2,27 +2,20 @@
 
 import dataclasses
 import io
+import os
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
 from app.forms import read_train_request
 from app.images import MAX_SIDE, images_in, read_images
-from app.run_views import training_status
+from app.run_views import standing, training_status
 from app.runs import ADAPTER, read_run
-from app.training import (
-    CONFIG,
-    LOG_LINES,
-    Method,
-    Trainer,
-    TrainLimits,
-    TrainRequest,
-    options_of,
-    request_problems,
-    slug,
-)
+from app.trainer import CONFIG, LOG_LINES, PROCESS, Trainer, slug
+from app.training import Method, TrainLimits, TrainRequest, options_of, request_problems
 from app_fixtures import make_pipeline
 from reslora_diffusion.diffusion.data.scan import open_upright
 from reslora_diffusion.diffusion.options import known_flags, parse
@@ -185,8 +178,8 @@ def test_damaged_and_foreign_images_are_named_and_nothing_else_is_raised(tmp_pat
 def test_a_training_runs_to_its_end_and_can_be_read(trainer):
     training = trainer.start(ASKED, [IMAGE] * 3, "me")
     assert len(images_in(training.folder / "images")) == 3
-    assert trainer.of("me") is training
-    assert trainer.of("somebody else") is trainer.of("") is None
+    assert trainer.of("me") == [training]
+    assert trainer.of("somebody else") == trainer.of("") == []
     training.process.wait(60)
     assert not training.failed
     assert training.step() == 5
@@ -237,6 +230,51 @@ def test_a_training_that_was_killed_says_so(trainer):
     training.process.wait(60)
     assert training.failed
     assert "was killed from outside (SIGKILL)" in training_status(training)
+
+
+def test_another_server_finds_a_training_stops_it_and_goes_on_with_it(trainer):
+    """As after a crash of the server: what the folder says is all that is known."""
+    asked = dataclasses.replace(ASKED, max_train_steps=100_00)
+    training = trainer.start(asked, [IMAGE], "me")
+    wait(lambda: training.step() > 3)
+    other = Trainer(trainer.root, "base", 64, trainer.script)
+    (found,) = other.of("me")
+    assert found.running
+    assert other.of("somebody else") == []
+    assert "step" in standing(found)
+    with pytest.raises(ValueError, match="one at a time"):
+        other.start(ASKED, [IMAGE], "you")
+    found.stop()
+    training.process.wait(60)
+    assert not found.running
+    assert "was stopped at step" in training_status(found)
+    resumed = other.resume(found)
+    assert "resume_from_checkpoint" in " ".join(psutil.Process(resumed.process.pid).cmdline())
+    assert other.of("me") == [resumed]
+    wait(lambda: len(resumed.log()) > 1)
+    resumed.process.kill()
+    resumed.process.wait(60)
+    (unseen,) = Trainer(trainer.root, "base", 64, trainer.script).of("me")
+    assert unseen.failed
+    assert "it was killed, or the machine stopped" in training_status(unseen)
+
+
+def test_a_process_with_the_number_of_another_is_not_taken_for_it(trainer):
+    training = trainer.start(ASKED, [IMAGE], "me")
+    training.process.wait(60)
+    training.note(pid=os.getpid())
+    (found,) = Trainer(trainer.root, "base", 64, trainer.script).of("me")
+    assert not found.running
+    found.stop()  # this test goes on
+
+
+def test_a_finished_training_is_not_resumed_and_a_damaged_record_is_no_training(trainer):
+    training = trainer.start(ASKED, [IMAGE], "me")
+    training.process.wait(60)
+    with pytest.raises(ValueError, match="has done all its steps"):
+        trainer.resume(training)
+    (training.folder / PROCESS).write_text('{"owner": 1')
+    assert Trainer(trainer.root, "base", 64, trainer.script).of("me") == []
 
 
 def test_a_failure_shows_what_the_script_said(trainer):

@@ -43,7 +43,10 @@ MISFITS = [  # options, and what is said of them whatever the family
     ({"rank": 5000, "train_text_encoder": True}, "--rank is larger than layers of the text_encoder"),
     ({"rank_pattern": ["to_q=5000"]}, "to_q "),
     ({"target_modules": ["to_qq"]}, "target module 'to_qq' matches nothing"),
-    ({"target_modules": ["to_q", "attn1", "attn", "norm1", "conv_in", "proj"]}, "that are no linear layers"),
+    (
+        {"target_modules": ["to_q", "attn1", "attn", "norm1", "conv_in", "proj"]},
+        "that are neither linear layers nor convolutions",
+    ),
     ({"train_text_encoder": True, "text_encoder_target_modules": ["token_embedding"]}, "token_embedding (Embedding)"),
     ({"train_text_encoder": True, "text_encoder_target_modules": ["q"]}, "'q' matches nothing in the text_encoder"),
     ({"lr_pattern": ["nowhere=2"], "alpha_pattern": ["attn=2", "[=1"]}, "--lr_pattern: 'nowhere' matches no adapted"),

@@ -39,6 +39,13 @@ def refused(tmp_path, without_weights):
     return run
 
 
+def test_values_of_patterns_have_bounds_too(refused):
+    """A negative rate would train away from the images, and NaN would spoil the adapter in the first step."""
+    found = refused(lr_pattern=["attn1=-1", "attn2=0"], alpha_pattern=["to_q=nan", "to_k=-2", "to_v=2"])
+    assert "--lr_pattern: got -1.0, wanted 0 or more" in found
+    assert "--alpha_pattern: got nan, -2.0, wanted a number above 0" in found
+
+
 def images(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
@@ -57,7 +64,7 @@ def images(folder, *names):
         ({"shortcut": "input", "num_previous": 3}, "num_previous: got 3, wanted 1 or 0"),
         ({"merge_method": "guess"}, "--merge_method: got 'guess', wanted least_squares"),
         ({"target_modules": ["to_qq"]}, "target module 'to_qq' matches nothing in the unet; it has"),
-        ({"target_modules": ["conv_in"]}, "no linear layers: conv_in (Conv2d)"),
+        ({"target_modules": ["conv_norm_out"]}, "neither linear layers nor convolutions: conv_norm_out (a norm)"),
         ({"instance_data_dir": "/nowhere/at/all"}, "/nowhere/at/all is missing; wanted images"),
         ({"with_prior_preservation": True}, "--with_prior_preservation needs --class_data_dir"),
         (
@@ -429,7 +436,7 @@ def test_a_file_without_a_model_and_an_address_are_no_models_and_are_said_so(ref
     file = tmp_path / "dreamlike.safetensors"
     file.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     said = refused(pretrained_model_name_or_path=file, rank=0)
-    assert f"{file} is of no family that is known here" in said
+    assert f"{file} holds no tensors; wanted a whole Stable Diffusion" in said
     assert "--rank: got 0" in said
     assert "is a single file" in refused(pretrained_vae_model_name_or_path=file)
     said = refused(pretrained_model_name_or_path="https://huggingface.co/nobody/sks")

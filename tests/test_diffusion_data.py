@@ -12,8 +12,8 @@ from PIL import Image
 from dreambooth import SUBJECTS, arguments
 from reslora_diffusion.diffusion.data.buckets import Buckets, Grid, auto_buckets, nearest, parse_buckets
 from reslora_diffusion.diffusion.data.concepts import Concept, chosen, concepts_of, read_concepts
-from reslora_diffusion.diffusion.data.encode import Views
-from reslora_diffusion.diffusion.data.scan import covering, crop_corners, open_mask, open_upright, read_image_file, scan
+from reslora_diffusion.diffusion.data.crops import Views, covering, crop_corners
+from reslora_diffusion.diffusion.data.scan import open_mask, open_upright, read_image_file, scan
 
 
 @pytest.fixture

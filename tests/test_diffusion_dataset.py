@@ -187,3 +187,6 @@ def test_rows_name_no_files_outside_their_dataset(tmp_path, kind):
         check(of_dataset(tmp_path, folder))
     assert f"{path!r} in row 1" in str(raised.value)
     assert not list((tmp_path / "cache").rglob("*.png"))
+    parquet.write_table(table.slice(0, 1), folder / "train.parquet")
+    check(of_dataset(tmp_path, folder))
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 1, "the images of a dataset that is taken are there"

@@ -17,6 +17,7 @@ from dreambooth import PROMPT, SUBJECTS, arguments, script, train
 from reslora_diffusion.diffusion.models.families import FAMILIES, Texts
 from reslora_diffusion.diffusion.models.families.base import OF_FLOWS
 from reslora_diffusion.diffusion.objective.randomness import Stream, generator
+from reslora_diffusion.diffusion.options import DreamBoothOptions
 from reslora_diffusion.diffusion.train.optimizers import make_optimizer
 from reslora_diffusion.export import verify_lora
 from reslora_diffusion.utils.problems import BadInput
@@ -31,7 +32,7 @@ from tiny import (
 )
 
 BUILDERS = (tiny_pipeline, tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_3_without_t5, tiny_pipeline_flux)
-LENGTHS = Namespace(tokenizer_max_length=None, max_sequence_length=24, max_token_length=None)
+LENGTHS = DreamBoothOptions(max_sequence_length=24)
 PROMPTS = ["a sticker of an octopus", "a photo of a dog on a blue background"]
 
 

@@ -17,7 +17,7 @@ from reslora_diffusion.diffusion.data.buckets import Buckets, Grid, limited_buck
 from reslora_diffusion.diffusion.data.concepts import concepts_of
 from reslora_diffusion.diffusion.data.prompts import ValidationPrompt, read_prompts
 from reslora_diffusion.diffusion.models.families import FAMILIES, Tokens
-from reslora_diffusion.diffusion.models.families.base import in_pieces, joined
+from reslora_diffusion.diffusion.models.families.long_prompts import in_pieces, joined
 from reslora_diffusion.diffusion.objective.drawn_noise import NoiseRecipe, multires_noise
 from reslora_diffusion.diffusion.objective.noise import Diffusion, FlowMatching, flux_shift, shifted
 from reslora_diffusion.diffusion.options import parse
@@ -59,9 +59,24 @@ def test_input_perturbation_changes_the_input_and_not_the_target():
 def test_a_random_strength_scales_the_offset():
     recipe = NoiseRecipe(noise_offset=0.5, noise_offset_random_strength=True)
     numbers = source()
-    moved = [recipe.shaped(torch.zeros(1, 2, 2), numbers).unique().item() for _ in range(3000)]
+    moved = [recipe.shaped(torch.zeros(1, 2, 2), torch.zeros(1), numbers).unique().item() for _ in range(3000)]
     # (U z): variance E[U^2] = 1/3 of the whole offset's
     assert np.var(moved) == pytest.approx(0.25 / 3, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.4, -0.4])
+def test_an_adaptive_offset_follows_the_latents_as_in_kohyas_scripts(scale):
+    """`apply_noise_offset`: max(0, offset + scale |mean of a channel|), written again in float64."""
+    plain = make_sampler(recipe=NoiseRecipe(noise_offset=0.05))
+    sampler = make_sampler(recipe=NoiseRecipe(noise_offset=0.05, adaptive_noise_scale=scale))
+    (without,), (batch,) = plain.batches(0, 16), sampler.batches(0, 16)
+    assert torch.equal(batch.latents, without.latents)
+    (bare,) = make_sampler().batches(0, 16)
+    means = batch.latents.double().mean((2, 3)).abs()
+    assert means.min() < 0.05 / 0.4 < means.max(), "an offset below 0 is among them"
+    drawn = (without.noise - bare.noise).double().mean((2, 3)) / 0.05
+    expected = (0.05 + scale * means).clamp(min=0) * drawn
+    torch.testing.assert_close((batch.noise - bare.noise).double().mean((2, 3)), expected, atol=1e-6, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------- noise levels

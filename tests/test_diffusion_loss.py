@@ -74,8 +74,11 @@ WEIGHTS = {
     ("epsilon", "snr_gamma"): lambda a: min(ratio(a), 5.0) / ratio(a),
     ("v_prediction", "snr_gamma"): lambda a: min(ratio(a), 5.0) / (ratio(a) + 1),
     ("epsilon", "debiased_estimation_loss"): lambda a: 1 / math.sqrt(min(ratio(a), 1000)),
-    ("v_prediction", "debiased_estimation_loss"): lambda a: 1 / (ratio(a) + 1),
+    ("v_prediction", "debiased_estimation_loss"): lambda a: 1 / (min(ratio(a), 1000) + 1),
+    ("v_prediction", "scale_v_pred_loss_like_noise_pred"): lambda a: min(ratio(a), 1000) / (min(ratio(a), 1000) + 1),
+    ("epsilon", "v_pred_like_loss"): lambda a: 1 + 0.7 * (min(ratio(a), 1000) + 1) / min(ratio(a), 1000),
 }
+GIVEN = {"snr_gamma": 5.0, "v_pred_like_loss": 0.7}
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -90,7 +93,7 @@ def test_plain_loss(kind, zero_snr):
 @pytest.mark.parametrize(("kind", "name"), WEIGHTS)
 def test_weightings(kind, name):
     batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    objective = Objective(**{name: 5.0 if name == "snr_gamma" else True})
+    objective = Objective(**{name: GIVEN.get(name, True)})
     losses = objective.losses(prediction, batch, make_process(kind))
     expected = reference(prediction, batch, kind, False, squared, WEIGHTS[kind, name])
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-4)
@@ -107,28 +110,48 @@ def test_weightings_stay_finite_where_nothing_but_noise_is_left():
         process = make_process(kind, zero_snr=True)
         losses = Objective(snr_gamma=gamma, debiased_estimation_loss=debiased).losses(batch.noise * 2, batch, process)
         assert losses.isfinite().all()
+        of_kind = {"v_pred_like_loss": 1.0} if kind == "epsilon" else {"scale_v_pred_loss_like_noise_pred": True}
+        assert Objective(**of_kind).losses(batch.noise * 2, batch, process).isfinite().all()
     assert make_process(zero_snr=True).snr(torch.tensor([999])) == 0
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
-def test_robust_losses(loss_type, schedule):
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_robust_losses(loss_type, schedule, scale):
     batch, prediction = make_batch(), 3 * torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
 
     def c_of(alpha_bar, t):
         if schedule == "exponential":
-            return math.exp(-(-math.log(0.1) / 1000) * t)
+            return math.exp(-(-math.log(0.1) / 1000) * t) * scale
         sigma = math.sqrt((1 - alpha_bar) / alpha_bar)
-        return 0.1 if schedule == "constant" else (1 - 0.1) / (1 + sigma) ** 2 + 0.1
+        return 0.1 * scale if schedule == "constant" else (1 - 0.1) / (1 + sigma) ** 2 + 0.1
 
     def rho(error, alpha_bar, t):
         c = c_of(alpha_bar, t)
         return 2 * (c if loss_type == "huber" else 1) * (np.sqrt(error**2 + c**2) - c)
 
-    objective = Objective(loss_type=loss_type, huber_schedule=schedule)
+    objective = Objective(loss_type=loss_type, huber_schedule=schedule, huber_scale=scale)
     losses = objective.losses(prediction, batch, make_process())
     expected = reference(prediction, batch, "epsilon", False, rho, lambda a: 1.0)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-3)
+
+
+def test_the_loss_of_absolute_errors():
+    batch, prediction = make_batch(), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    losses = Objective(loss_type="l1").losses(prediction, batch, make_process())
+    expected = reference(prediction, batch, "epsilon", False, lambda error, a, t: abs(error), lambda a: 1.0)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+def test_a_masked_loss_over_the_image_is_kohyas():
+    """`apply_masked_loss` multiplies by the mask, and the mean is over all of the image."""
+    masks = torch.rand(5, 1, 4, 6, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    batch, prediction = make_batch(masks), torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    losses = Objective(masked_mean="image").losses(prediction, batch, make_process())
+    error = prediction.double() - batch.noise.double()
+    np.testing.assert_allclose(losses.numpy(), (error**2 * masks.double()).mean((1, 2, 3)).numpy(), rtol=1e-5)
+    assert not torch.allclose(losses, Objective().losses(prediction, batch, make_process()))
 
 
 def test_a_masked_loss_is_the_mean_over_the_mask():

@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from dreambooth import arguments, script
-from other_trainers import DIFFUSERS, KOHYA
+from other_trainers import DATASETS, DIFFUSERS, KOHYA, NETWORKS
 from reslora_diffusion.diffusion.models.families import FAMILIES
 from reslora_diffusion.diffusion.objective.noise import FlowMatching
 from reslora_diffusion.diffusion.options import DreamBoothOptions, known_flags, parse, stored_options
 from reslora_diffusion.diffusion.options.answers import (
     DEFAULT_HERE,
+    INSTEAD,
     NOT_HERE,
     NOT_SUPPORTED,
     answer,
@@ -22,6 +23,8 @@ from reslora_diffusion.diffusion.options.answers import (
 )
 from reslora_diffusion.diffusion.options.checks import bad_combinations
 from reslora_diffusion.diffusion.options.model_checks import adapter_settings
+from reslora_diffusion.diffusion.options.peers.kohya_dataset import ANSWERED, WITHOUT
+from reslora_diffusion.diffusion.options.peers.kohya_layers import NOT_TRANSLATED, TRANSLATED
 from reslora_diffusion.utils.options import facts_of
 from reslora_diffusion.utils.problems import BadInput
 
@@ -35,6 +38,7 @@ OPEN = {
         for name in ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs")
     },
 }
+COPIED = {("QwenImagePipeline", "output_dir")}  # from the script for HiDream
 FLOW = {item.name: item.default for item in fields(FlowMatching)}
 
 
@@ -47,10 +51,16 @@ def resolved(family: str, *words: str) -> DreamBoothOptions:
 
 @pytest.mark.parametrize("family", DIFFUSERS)
 def test_flags_of_diffusers_are_here_with_the_defaults_of_the_script_for_the_family(family):
-    options, wanted = resolved(family, "--train_text_encoder"), DIFFUSERS[family] | {"train_text_encoder": True}
-    found = {}
+    wanted, words = dict(DIFFUSERS[family]), []
+    if "train_text_encoder" in wanted:
+        wanted, words = wanted | {"train_text_encoder": True}, ["--train_text_encoder"]
+    else:  # their scripts read none of these
+        unread = ["text_encoder_lr", "adam_weight_decay_text_encoder"]
+        unread += [] if FAMILIES[family].is_guided else ["guidance_scale"]
+        wanted = {name: value for name, value in wanted.items() if name not in unread}
+    options, found = resolved(family, *words), {}
     for name in wanted:
-        if name in NOT_SUPPORTED:
+        if name in NOT_SUPPORTED or name in INSTEAD or (family, name) in COPIED:
             found[name] = wanted[name]
         elif name in OPEN:
             found[name] = OPEN[name](FAMILIES[family], options)
@@ -62,11 +72,11 @@ def test_flags_of_diffusers_are_here_with_the_defaults_of_the_script_for_the_fam
 
 
 def test_what_diffusers_scripts_have_without_a_flag_is_the_same_too():
-    """Their SD3 and Flux scripts resize bilinearly, and only Flux's has an alpha that is not the rank."""
+    """Those without a flag for it resize bilinearly, and have the rank as alpha."""
     for family in DIFFUSERS:
         options = resolved(family, "--rank", "16")
-        assert options.image_interpolation_mode == ("bilinear" if "3" in family or "Flux" in family else "lanczos")
-        assert adapter_settings(options)["lora_alpha"] == (4 if "Flux" in family else 16)
+        assert options.image_interpolation_mode == DIFFUSERS[family].get("image_interpolation_mode", "bilinear")
+        assert adapter_settings(options)["lora_alpha"] == DIFFUSERS[family].get("lora_alpha", 16)
 
 
 def test_what_is_given_wins_over_the_defaults_of_a_family():
@@ -89,7 +99,7 @@ def test_guidance_scale_means_what_it_means_in_the_scripts_that_have_it(family):
     options = resolved(family, "--guidance_scale=1")
     trained = FAMILIES[family].training_guidance({"guidance_embeds": True}, options)
     generated = FAMILIES[family].validation_guidance(options)
-    assert (trained, generated) == ((1.0, 3.5) if family == "FluxPipeline" else (None, 1.0))
+    assert (trained, generated) == ((1.0, 3.5) if FAMILIES[family].is_guided else (None, 1.0))
     assert "guidance_scale" not in options.recorded()
 
 
@@ -99,8 +109,13 @@ def test_clip_skip_is_never_guessed():
     assert "--skip_clip_layers 1 is diffusers' clip_skip=1 and kohya's --clip_skip 2" in problem
 
 
+def test_the_newer_scripts_of_diffusers_have_their_flag_for_buckets():
+    assert parse(["--use_aspect_ratio_buckets"]).aspect_ratio_buckets == "auto"
+    assert parse(["--use_aspect_ratio_buckets", "--aspect_ratio_buckets=64,64"]).aspect_ratio_buckets == "64,64"
+
+
 def test_every_option_of_kohyas_is_answered():
-    assert len(KOHYA) == len(set(KOHYA)) == 228
+    assert len(KOHYA) == len(set(KOHYA)) == 234
     assert unanswered(KOHYA) == []
     here = set(facts_of(DreamBoothOptions))
     answered = [*renamed(), *DEFAULT_HERE, *NOT_HERE]
@@ -110,6 +125,8 @@ def test_every_option_of_kohyas_is_answered():
     named = {word.rstrip(":;,.)`") for name in answered for word in answer(name).split() if word.startswith("--")}
     ours = named - {f"--{name}" for name in KOHYA}
     assert ours <= {*known_flags(), "--base"}, "an answer names an option that is not here"
+    assert sorted(DATASETS) == sorted([*ANSWERED, *WITHOUT])
+    assert set(NETWORKS) <= {*TRANSLATED, *NOT_TRANSLATED}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +135,8 @@ def test_every_option_of_kohyas_is_answered():
         ("--network-dim", "--network_dim of kohya's scripts is --rank here"),
         ("--cache_text_encoder_outputs", "is not needed: prompts are encoded once unless --train_text_encoder"),
         ("--blocks_to_swap", "is not here: no part of the model moves to the CPU"),
+        ("--caption_dropout", "of diffusers' scripts is --caption_dropout_rate, which drops"),
+        ("--offload", "of diffusers' scripts is not needed: text encoders and autoencoder are freed"),
         ("--sdpa", "is not needed: attention is PyTorch's scaled_dot_product_attention"),
         ("--network_alpha", "is --lora_alpha here, whose default is 1 in kohya's scripts and --rank here"),
         ("--rnak", "unknown option --rnak (did you mean --rank?)"),

@@ -14,6 +14,7 @@ from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.diffusion.options.checks import quick_check
 from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_xl
+from tiny_families import tiny_chroma
 
 PRESETS = Path(__file__).parent / "presets"
 # Each with the pipeline that it is for, and words of the command line that make it small.
@@ -125,6 +126,11 @@ def test_what_a_family_does_not_have_is_not_used_where_another_program_wrote_it(
     wanted |= {"precondition_outputs": 0, "training_guidance_scale": 1.0, "max_sequence_length": 256}
     wanted |= {"train_text_encoder": False, "max_train_steps": 3}
     assert {name: getattr(options, name) for name in wanted} == wanted
+    chroma = parse([*words, str(saved(tiny_chroma)), *SMALL, *BUCKETS])  # trained by the same script of kohya's
+    quick_check(chroma)
+    wanted |= {"training_guidance_scale": None, "validation_guidance_scale": None, "guidance_scale": None}
+    assert {name: getattr(chroma, name) for name in wanted} == wanted
+    assert "NOT USED: --guidance_scale: Chroma takes no guidance as an input" in "\n".join(chroma.notes)
     given = parse([*words, str(saved(tiny_pipeline_flux)), *SMALL, *BUCKETS, "--snr_gamma", "5"])
     with pytest.raises(BadInput, match="--snr_gamma does not apply to FLUX.1"):
         quick_check(given)
@@ -177,7 +183,7 @@ def test_a_dataset_of_kohyas_is_concepts(preset, tmp_path):
         ),
         ({"use_8bit_adam": True, "optimizer": "Lion"}, "use_8bit_adam and optimizer_type Lion are two optimizers"),
         ({"debiased_estimation_loss": True}, "min_snr_gamma and debiased_estimation_loss both weight the loss"),
-        ({"max_resolution": "wide"}, "resolution: "),
+        ({"max_resolution": "wide"}, "resolution: got 'wide', wanted a number of pixels, or two such as"),
         ({"LoRA_type": "LyCORIS/LoHa"}, "network_module: LyCORIS/LoHa is no LoRA"),
         ({"lr_scheduler": "sideways"}, "--lr_scheduler: got 'sideways', wanted linear"),
         ({"masked_loss": True}, "masked_loss: wanted conditioning_data_dir with masks, or alpha_mask"),
@@ -209,6 +215,75 @@ def test_our_own_files_stay_ours(tmp_path):
     assert options.rank == 8 or options.notes  # a name of kohya's makes it kohya's
     path.write_text(yaml.safe_dump({"rank": 8, "learning_rate": 1e-4}))
     assert (parse(["--config", str(path)]).notes, parse(["--config", str(path)]).rank) == ([], 8)
+
+
+# ----------------------------------------------------------------------------------- one script for each family
+
+NOISE = {"noise_offset": 0.05, "adaptive_noise_scale": 0.01, "ip_noise_gamma": 0.1, "min_timestep": 100}
+FLOW = {"weighting_scheme": "cosmap", "discrete_flow_shift": 3.2, "sigmoid_scale": 2.0}
+MEANS = {
+    # kohya's defaults for SD3: uniform noise levels, no shift, 256 tokens of T5; its noise is plain
+    "sd3": (
+        tiny_pipeline_3,
+        NOISE,
+        {"weighting_scheme": "none", "discrete_flow_shift": 1.0, "max_sequence_length": 256, "noise_offset": 0.0}
+        | {"adaptive_noise_scale": None, "ip_noise_gamma": None, "min_timestep": 100, "precondition_outputs": 1},
+    ),
+    "sd3, a mean": (
+        tiny_pipeline_3,
+        {"weighting_scheme": "logit_normal", "logit_mean": 0.3, "training_shift": 2.0, "discrete_flow_shift": 3.2},
+        {"weighting_scheme": "logit_normal", "logit_mean": -0.3, "discrete_flow_shift": 2.0},
+    ),
+    "sd3, options of other scripts": (
+        tiny_pipeline_3,
+        FLOW | {"timestep_sampling": "sigmoid"},
+        {"timestep_sampling": None, "sigmoid_scale": None, "weighting_scheme": "cosmap", "discrete_flow_shift": 1.0},
+    ),
+    # velocities are not weighted, whatever the scheme says; the levels are all trained
+    "flux": (
+        tiny_pipeline_flux,
+        NOISE | FLOW | {"model_prediction_type": "raw", "timestep_sampling": "shift"},
+        {"weighting_scheme": "none", "discrete_flow_shift": 3.2, "sigmoid_scale": 2.0, "precondition_outputs": 0}
+        | {"noise_offset": 0.0, "ip_noise_gamma": 0.1, "min_timestep": None},
+    ),
+    "flux, defaults": (
+        tiny_pipeline_flux,
+        {},
+        {"weighting_scheme": "none", "discrete_flow_shift": 3.0, "precondition_outputs": 0, "timestep_sampling": None},
+    ),
+    "flux, drawn by the size": (
+        tiny_pipeline_flux,
+        FLOW | {"timestep_sampling": "flux_shift", "weighting_scheme": "logit_normal"},
+        {"weighting_scheme": "none", "discrete_flow_shift": None, "sigmoid_scale": 2.0},
+    ),
+    "sd": (tiny_pipeline, NOISE | FLOW, NOISE | {"weighting_scheme": None, "discrete_flow_shift": None}),
+}
+
+
+@pytest.mark.parametrize("case", MEANS)
+def test_an_option_of_kohyas_means_what_the_script_of_the_family_makes_of_it(tmp_path, case):
+    build, given, wanted = MEANS[case]
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps({"network_module": "networks.lora", "network_dim": 4} | given))
+    data = ["--instance_data_dir", str(SUBJECTS / "octopus"), "--instance_prompt", "sks", "--resolution", "64"]
+    options = parse(["--config", str(path), "--pretrained_model_name_or_path", str(saved(build)), *data])
+    quick_check(options)
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    said = "\n".join(options.notes)
+    assert ("DIFFERENT: model_prediction_type: got sigma_scaled" in said) == (case[:4] == "flux" and case != "flux")
+    if case == "sd3":
+        assert "NOT USED: --noise_offset: its program draws plain noise for this family" in said
+        assert "in its program for Stable Diffusion 3: --weighting_scheme none, --discrete_flow_shift 1.0" in said
+
+
+def test_the_command_line_wins_over_what_a_script_makes_of_a_file(tmp_path):
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps({"network_module": "networks.lora_sd3", "noise_offset": 0.05}))
+    words = ["--config", str(path), "--pretrained_model_name_or_path", str(saved(tiny_pipeline_3)), "--noise_offset"]
+    data = ["--instance_data_dir", str(SUBJECTS / "octopus"), "--instance_prompt", "sks", "--resolution", "64"]
+    options = parse([*words, "0.1", *data, "--weighting_scheme", "mode"])
+    quick_check(options)
+    assert (options.noise_offset, options.weighting_scheme, options.discrete_flow_shift) == (0.1, "mode", 1.0)
 
 
 # ------------------------------------------------------------------------------------------- other trainers
@@ -371,6 +446,7 @@ def test_a_preset_of_onetrainer_has_the_defaults_that_it_leaves_out(tmp_path):
         ({"rank": 32}, {"is_xl": True}, 1),
         ({"linear": 32, "linear_alpha": 16}, {"is_flux": True}, 32),
         ({"linear": 32}, {"arch": "flux"}, 32),
+        ({"linear": 32, "linear_alpha": 16}, {"arch": "qwen_image"}, 32),
     ],
 )
 def test_alpha_of_ai_toolkit_is_what_it_computes_with(tmp_path, network, model, alpha):
@@ -387,8 +463,8 @@ def test_alpha_of_ai_toolkit_is_what_it_computes_with(tmp_path, network, model, 
     options = parse(["--config", str(path)])
     assert options.problems == []
     assert (options.rank, options.lora_alpha, options.adam_weight_decay) == (32, alpha, 1e-3)
-    flux = "is_flux" in model or "arch" in model
-    assert options.timestep_sampling == ("sigmoid" if flux else None)
+    flux = "is_flux" in model or model.get("arch") == "flux"
+    assert options.timestep_sampling == ("sigmoid" if flux or "arch" in model else None)
     assert options.training_guidance_scale == (1.0 if flux else None)
     said = "\n".join(options.notes)
     assert ("NOT USED: network, linear_alpha" in said) == (alpha == 32 and "linear_alpha" in network)
@@ -407,3 +483,134 @@ def test_a_dora_of_lycoris_is_a_dora(preset):
     decomposed = parse(["--config", str(preset("kohya_ss_sd15.json", LoRA_type="LyCORIS/LoCon", dora_wd=True))])
     assert (decomposed.use_dora, decomposed.problems) == (True, [])
     assert parse(["--config", str(preset("kohya_ss_sd15.json", dora_wd=True))]).use_dora is False
+
+
+def onetrainer(tmp_path, **changes):
+    path = tmp_path / "one.json"
+    given = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "some/model"}
+    path.write_text(json.dumps(given | changes))
+    return parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "said"),
+    [
+        ({"layer_filter": "attentions"}, {"target_modules": ["kohya"], "conv_rank": None}, ""),
+        ({"layer_filter": "attn"}, {"target_modules": None}, ""),
+        ({"lora_rank": 8}, {"target_modules": ["kohya"], "conv_rank": 8, "conv_alpha": 1.0}, "DIFFERENT: layer_filter"),
+        ({"layer_filter": "down_blocks"}, {"target_modules": None}, "NOT USED: layer_filter: got 'down_blocks'"),
+        ({"model_type": "FLUX_DEV_1", "layer_filter": "transformer_block"}, {"target_modules": ["kohya"]}, ""),
+        (
+            {"model_type": "Z_IMAGE"},
+            {"precondition_outputs": 0, "timestep_sampling": "uniform", "target_modules": None},
+            "NOT USED: layer_filter: got ''; the default layers are adapted",
+        ),
+        ({"model_type": "CHROMA_1", "layer_filter": "transformer_block"}, {"target_modules": ["kohya"]}, ""),
+        ({"max_noising_strength": 0.8, "min_noising_strength": 0.1}, {"min_timestep": 100, "max_timestep": 800}, ""),
+        ({"loss_weight_fn": "MIN_SNR_GAMMA"}, {"snr_gamma": 5.0}, ""),
+        ({"mse_strength": 0, "mae_strength": 1}, {"loss_type": "l1"}, ""),
+        ({"mse_strength": 0.5, "mae_strength": 0.5}, {"loss_type": "l2"}, "NOT USED: mse_strength, mae_strength"),
+        (
+            {"timestep_distribution": "SIGMOID"},
+            {"timestep_sampling": None},
+            "NOT USED: timestep_distribution: got SIGMOID",
+        ),
+    ],
+)
+def test_what_a_configuration_of_onetrainer_trains(tmp_path, given, wanted, said):
+    options = onetrainer(tmp_path, **given)
+    assert options.problems == []
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    notes = "\n".join(options.notes)
+    assert said in notes
+    assert ("NOT USED: layer_filter" in notes) == said.startswith("NOT USED: layer_filter")
+
+
+@pytest.mark.parametrize("kind", ["HI_DREAM_FULL", "STABLE_DIFFUSION_15_INPAINTING"])
+def test_a_model_of_onetrainer_that_is_not_trained_here(tmp_path, kind):
+    assert (
+        f"model_type: {kind} is of no family that is trained here" in onetrainer(tmp_path, model_type=kind).problems[0]
+    )
+
+
+def ai_toolkit(tmp_path, **process):
+    path = tmp_path / "job.yaml"
+    given = {"type": "sd_trainer", "datasets": [{"folder_path": "data"}], "network": {"type": "lora", "linear": 8}}
+    path.write_text(yaml.safe_dump({"job": "extension", "config": {"name": "x", "process": [given | process]}}))
+    return parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "wanted", "said"),
+    [
+        ({"timestep_type": "shift"}, {"is_v3": True}, {"timestep_sampling": "sigma", "precondition_outputs": 0}, ""),
+        ({"timestep_type": "weighted"}, {"arch": "qwen_image"}, {"timestep_sampling": "uniform"}, "DIFFERENT: train"),
+        ({"timestep_type": "flux_shift"}, {"is_flux": True}, {"timestep_sampling": "sigma"}, "DIFFERENT: train"),
+        ({"loss_type": "mae"}, {}, {"loss_type": "l1", "timestep_sampling": None}, ""),
+        ({"gradient_accumulation": 3}, {}, {"gradient_accumulation_steps": 3}, ""),
+        ({}, {"arch": "zimage"}, {"timestep_sampling": "sigmoid", "weighting_scheme": "none"}, ""),
+        ({}, {"quantize": True}, {"quantization": None}, "--quantization float8wo is closest"),
+    ],
+)
+def test_what_a_job_of_ai_toolkit_trains(tmp_path, train, model, wanted, said):
+    options = ai_toolkit(tmp_path, train=train, model={"name_or_path": "some/model"} | model)
+    assert options.problems == []
+    assert {name: getattr(options, name) for name in wanted} == wanted
+    assert said in "\n".join(options.notes)
+
+
+def test_jobs_of_ai_toolkit_that_train_no_lora(tmp_path):
+    (problem,) = ai_toolkit(tmp_path, network=None, model={"name_or_path": "some/model"}).problems
+    assert "the whole model is trained" in problem
+    (problem,) = ai_toolkit(tmp_path, type="extract", datasets=None).problems
+    assert "process: got type extract, wanted sd_trainer" in problem
+
+
+def test_words_that_kohya_ss_adds_to_the_command_are_read(preset):
+    words = "--network_train_unet_only --max_grad_norm=0 --optimizer_args weight_decay=0.3 betas=0.9,0.95"
+    options = parse(["--config", str(preset("kohya_ss_sd15.json", additional_parameters=words))])
+    assert options.problems == []
+    assert (options.train_text_encoder, options.max_grad_norm) == (False, 1e9)
+    assert options.optimizer_args == {"weight_decay": "0.3", "betas": "0.9,0.95"}
+
+
+def test_a_preset_that_trains_a_whole_model_says_so(preset, tmp_path):
+    content = json.loads(preset("kohya_ss_sd15.json").read_text())
+    del content["LoRA_type"]
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(content))
+    assert "DIFFERENT: network_module: it names none" in "\n".join(parse(["--config", str(path)]).notes)
+
+
+def test_a_loss_with_masks_is_kohyas_mean(tmp_path):
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps({"network_module": "networks.lora", "alpha_mask": True}))
+    assert parse(["--config", str(path)]).masked_mean == "image"
+    path.write_text(json.dumps({"network_module": "networks.lora"}))
+    assert parse(["--config", str(path)]).masked_mean == "mask"
+
+
+def test_keys_of_a_dataset_have_a_reason_or_are_unknown(tmp_path):
+    path = tmp_path / "d.toml"
+    keys = 'keep_tokens_separator = "|||"\ncaption_separator = ","\nunheard_of = 1'
+    path.write_text(f'[general]\n{keys}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "x"\n')
+    said = parse(["--concepts", str(path)]).notes
+    assert said == [
+        "  NOT USED: keep_tokens_separator: --keep_tokens counts tags",
+        "  NOT USED: unheard_of: no such key is known of kohya's datasets",
+    ]
+
+
+def test_a_subset_of_validation_images_is_not_trained_on(tmp_path):
+    path = tmp_path / "d.toml"
+    subsets = "".join(
+        f'[[datasets.subsets]]\nimage_dir = "{SUBJECTS / name}"\nclass_tokens = "sks"\n{more}\n'
+        for name, more in (("octopus", ""), ("cake", "validation_split = 1.0"))
+    )
+    path.write_text("[[datasets]]\nresolution = 64\n" + subsets)
+    options = parse(["--concepts", str(path)])
+    assert [concept.instance.images[0].path.parent.name for concept in concepts_of(options)] == ["octopus"]
+    assert options.validation_split == 0
+    assert "subsets of validation images alone are left out" in options.notes[0]
+    (problem,) = parse(["--config", str(path)]).problems
+    assert "wanted it as --concepts" in problem

@@ -29,9 +29,9 @@ def test_a_recipe_fills_in_what_is_not_given(name, kind):
 
 def test_a_family_without_a_recipe_is_refused():
     options = parse(["--preset", "person"])
-    options.take_defaults(FAMILIES["StableDiffusion3Pipeline"])
+    options.take_defaults(FAMILIES["QwenImagePipeline"])
     assert options.problems == [
-        "--preset person: no recipe for Stable Diffusion 3 is known; wanted other options, or another model"
+        "--preset person: no recipe for Qwen-Image is known; wanted other options, or another model"
     ]
 
 

@@ -448,7 +448,7 @@ def test_the_program_on_a_model_card_has_what_it_needs_and_no_path_of_the_machin
         'revision="main", variant="fp16", text_encoder_3=None, tokenizer_3=None',
         "vae=AutoencoderKL.from_pretrained(vae))",
         'rescale_betas_zero_snr=True, timestep_spacing="trailing")',
-        'pipe("a \\"dog\\"")',
+        'pipe(prompt="a \\"dog\\"")',
     ):
         assert part in program, program
     args.pretrained_model_name_or_path = "/usr"

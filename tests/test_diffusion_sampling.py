@@ -9,7 +9,8 @@ from PIL import Image
 
 from dreambooth import SUBJECTS
 from reslora_diffusion.diffusion.data.buckets import Buckets
-from reslora_diffusion.diffusion.data.encode import Example, Views, encode_images
+from reslora_diffusion.diffusion.data.crops import Views
+from reslora_diffusion.diffusion.data.encode import Example, encode_images
 from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
 from reslora_diffusion.diffusion.data.scan import read_image_file, scan
 from reslora_diffusion.diffusion.data.tag_orders import tag_orders

@@ -9,8 +9,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from dreambooth import arguments, script, train
+from reslora_diffusion.diffusion.objective.loss import Denoiser
 from reslora_diffusion.diffusion.options import checks
 from reslora_diffusion.diffusion.options.preflight import preflight
+from reslora_diffusion.diffusion.train.history import read_history
 from reslora_diffusion.methods.pruning import load_pruned
 from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_pipeline_folder
@@ -204,3 +206,26 @@ def test_rite_is_told_that_gradients_are_clipped_before_it(tmp_path):
     assert any("rite clips by itself" in line for line in preflight(checks.check(args), args))
     high = arguments(tmp_path, optimizer="rite", shortcut="block", max_grad_norm=1000)
     assert not any("rite clips by itself" in line for line in preflight(checks.check(high), high))
+
+
+def test_nothing_is_measured_twice_where_nothing_is_merged(tmp_path, monkeypatch):
+    """A plain LoRA of two steps: 4 forwards for the base, 1 for its memory, 2 steps, and 4 at the end."""
+    count, predict = [0], Denoiser.predict
+
+    def counted(self, batch):
+        count[0] += 1
+        return predict(self, batch)
+
+    monkeypatch.setattr(Denoiser, "predict", counted)
+    options = {"keep_best": True, "validation_split": 0.4}  # which asks for the loss as merged
+    output = train(tmp_path / "lora", method="lora", max_train_steps=2, **options)
+    assert count[0] == 11
+    report = json.loads((output / "merge_report.json").read_text())
+    last = [row for row in read_history(output) if "validation_loss" in row][-1]
+    assert (report["loss_trained"], last["step"]) == (last["validation_loss"], 2)
+    assert report["loss_trained"] == report["loss_merged"] != report["loss_base"]
+    count[0] = 0
+    output = train(tmp_path / "block", shortcut="block", max_train_steps=2)
+    assert count[0] == 11 + 4  # as merged
+    report = json.loads((output / "merge_report.json").read_text())
+    assert report["gap"] == pytest.approx(0, abs=1e-5)

@@ -281,6 +281,11 @@ def test_a_sharded_base_trains_the_same_adapter(tmp_path):
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "wanted fsdp_version: 2"),
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "wanted zero_stage 2, or FSDP 2"),
         (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            {},
+            "leaves every process but the first without the text encoders' weights",
+        ),
+        (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             {"merge_method": "paper_weight"},
             "--merge_method paper_weight reads whole weights",

@@ -179,7 +179,7 @@ def tiny_pipeline_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def tiny_t5(folder: Path) -> tuple[T5EncoderModel, T5Tokenizer]:
+def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     """T5's layout: pieces of words by their probability; padding, end and the unknown first."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -211,7 +211,7 @@ def tiny_pipeline_3(folder: Path, seed: int = 0, with_t5: bool = True) -> Stable
         torch.manual_seed(seed)
         tokenizers = [tiny_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
         encoders = [CLIPTextModelWithProjection(tiny_text_encoder(t).config).eval() for t in tokenizers]
-        text_encoder_3, tokenizer_3 = tiny_t5(folder / "tokenizer_3")
+        text_encoder_3, tokenizer_3 = tiny_t5()
         encoders[1] = CLIPTextModelWithProjection(
             CLIPTextConfig(**encoders[1].config.to_dict() | {"hidden_size": 8, "num_hidden_layers": 3})
         ).eval()
@@ -250,6 +250,17 @@ def tiny_pipeline_3_without_t5(folder: Path) -> StableDiffusion3Pipeline:
     return tiny_pipeline_3(folder, with_t5=False)
 
 
+FLUX_BLOCKS = {  # of FLUX.1 and of Chroma: two blocks with a stream for each of image and text, then two of one
+    "in_channels": 4 * 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 40,
+    "axes_dims_rope": (2, 2, 4),
+}
+
+
 def tiny_pipeline_flux(folder: Path, seed: int = 0, guided: bool = True) -> FluxPipeline:
     """The same in the shape of FLUX.1: flow matching, shifted by the size of the image; two blocks with a stream for
     each of image and text, then two that see both as one; CLIP and T5; guidance embedded if `guided`, as in -dev."""
@@ -257,18 +268,8 @@ def tiny_pipeline_flux(folder: Path, seed: int = 0, guided: bool = True) -> Flux
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer(folder / "tokenizer")
-        text_encoder_2, tokenizer_2 = tiny_t5(folder / "tokenizer_2")
-        transformer = FluxTransformer2DModel(
-            in_channels=4 * 16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=40,
-            pooled_projection_dim=32,
-            guidance_embeds=guided,
-            axes_dims_rope=(2, 2, 4),
-        ).eval()
+        text_encoder_2, tokenizer_2 = tiny_t5()
+        transformer = FluxTransformer2DModel(**FLUX_BLOCKS, pooled_projection_dim=32, guidance_embeds=guided).eval()
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         pipeline = FluxPipeline(
             vae=tiny_vae(shift_factor=0.1),

@@ -143,12 +143,13 @@ def write_figures(args: argparse.Namespace, seconds: dict[str, float]) -> Path:
     for label, method in RUNS.items():
         folder = args.output_dir / method
         parts = {
-            name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "merge_report", "export_report")
+            name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("run", "merge_report", "export_report")
         }
         del parts["merge_report"]["output_errors"], parts["export_report"]["modules"]
         figures["runs"][label] = {"weights": str(folder / "pytorch_lora_weights.safetensors"), **parts}
     path = args.output_dir / "demo.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return path
 
 

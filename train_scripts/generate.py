@@ -45,6 +45,9 @@ def main(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     # PEFT warns of a second adapter, which is what is wanted here.
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+    guidance = {"guidance_scale": args.guidance_scale}
+    if type(pipe).__name__ == "QwenImagePipeline":  # its guidance_scale is for models that take it as an input
+        guidance = {"true_cfg_scale": args.guidance_scale, "negative_prompt": " "}
     for label, path in args.lora.items():
         pipe.load_lora_weights(path, adapter_name=label)
 
@@ -56,11 +59,11 @@ def main(args: argparse.Namespace) -> None:
             pipe.enable_lora()
             pipe.set_adapters([label])
         image = pipe(
-            args.prompt[n],
+            prompt=args.prompt[n],
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            **guidance,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
         path = args.output_dir / label / f"{n}-{seed}.png"

@@ -75,6 +75,7 @@ def update(run: "Run") -> "Tensor":
     run.optimizer.zero_grad(set_to_none=True)
     if run.options.scale_weight_norms:
         run.adapters.limit_norms(run.options.scale_weight_norms)
+    run.adapters.rescale_new_tokens(grad_norm.isfinite())
     return grad_norm
 
 
@@ -86,6 +87,8 @@ def train(run: "Run", step: int) -> int:
     from reslora_diffusion.diffusion.models.compilation import compiled
     from reslora_diffusion.diffusion.train.capture import whole_step
     from reslora_diffusion.diffusion.train.distributed import average_gradients
+    from reslora_diffusion.diffusion.train.stopping import stop_text_encoders
+    from reslora_diffusion.diffusion.train.validating import validate
     from reslora_diffusion.interruption import Interruption
 
     options, steps, accelerator = run.options, run.plan.max_train_steps, run.accelerator
@@ -99,6 +102,7 @@ def train(run: "Run", step: int) -> int:
     with Interruption(accelerator) as interruption, bar:
         while step < steps:
             total.zero_()
+            stop_text_encoders(run, step)
             run.schedule.before_step(step)
             for micro in range(options.gradient_accumulation_steps):
                 for batch in run.batches(step, micro):
@@ -116,7 +120,7 @@ def train(run: "Run", step: int) -> int:
                     whole.forget()
 
             if run.is_validation_step(step):
-                run.validate(step)
+                validate(run, step)
             if run.is_checkpoint_step(step):
                 run.save(step, options.checkpoints_total_limit)
             bar.update()
@@ -129,7 +133,7 @@ def train(run: "Run", step: int) -> int:
 
 
 def prepare(options: DreamBoothOptions, plan: "Plan") -> tuple["Run", int]:
-    """From options to a `Run` and the number of steps that it has behind it."""
+    """Make a `Run` of options; returns it and the number of steps that it has behind it."""
     from reslora_diffusion.diffusion.train.setup import build, encode, load, start
 
     begun = start(options, plan)
@@ -168,11 +172,12 @@ def main(options: DreamBoothOptions) -> Path:
 def teach(options: DreamBoothOptions, plan: "Plan") -> Path:
     """One run, from its models to its exported files."""
     from reslora_diffusion.diffusion.train.rescue import enough_memory, rescued
+    from reslora_diffusion.diffusion.train.validating import validate
 
     with nothing_to_lose(), enough_memory(options):
         run, first_step = prepare(options, plan)
         if first_step == 0:
-            run.validate(0)
+            validate(run, 0)
     started = time.monotonic()
     try:
         with rescued(run, "training"):

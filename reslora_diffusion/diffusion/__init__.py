@@ -13,43 +13,6 @@
 Names are resolved on first use, so that options can be checked without torch.
 """
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-HOMES = {
-    "Adapters": "models.adapters",
-    "Denoiser": "objective.loss",
-    "Diffusion": "objective.noise",
-    "DreamBoothOptions": "options",
-    "FAMILIES": "models.families",
-    "FlowMatching": "objective.noise",
-    "Objective": "objective.loss",
-    "Plan": "options.plan",
-    "ResLoRAAttnProcessor": "models.attn_processor",
-    "Run": "train.session",
-    "add_adapters": "models.adapters",
-    "build": "train.setup",
-    "check": "options.checks",
-    "encode": "train.setup",
-    "finish": "train.finishing",
-    "load": "train.setup",
-    "optimize_for_training": "models.optimize",
-    "parse": "options",
-    "restore_memory": "models.memory",
-    "save_memory": "models.memory",
-    "scan": "data.scan",
-    "set_attn_processors": "models.attn_processor",
-    "start": "train.setup",
-    "unset_attn_processors": "models.attn_processor",
-}
-__all__ = sorted(HOMES)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from ..models.families import FAMILIES
 from ..objective.randomness import Stream, generator
 from ..train.sheet import save_image
 from .scan import Scan
@@ -32,7 +33,7 @@ def missing_numbers(found: Scan, wanted: int) -> list[int]:
 
 
 def generate_class_images(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     folder: Path,
     prompt: str,
     numbers: Sequence[int],
@@ -50,16 +51,17 @@ def generate_class_images(
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     groups = sorted({n // batch_size for n in numbers})[process::processes]
+    guidance = FAMILIES[type(pipeline).__name__].guided_by(guidance_scale, batch_size)
     total = sum(n // batch_size in groups for n in numbers)
     with tqdm(total=total, desc="class images", unit="image", disable=not progress) as bar:
         for group in groups:
             members = range(group * batch_size, (group + 1) * batch_size)
             images = pipeline(
-                [prompt] * batch_size,
+                prompt=[prompt] * batch_size,
                 height=resolution,
                 width=resolution,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                **guidance,
                 generator=[generator(seed, Stream.CLASS_IMAGE, n) for n in members],
             ).images
             for n, image in zip(members, images, strict=True):

@@ -1,4 +1,4 @@
-"""What a run teaches: one concept, or several.
+"""The concepts that a run teaches: one, or several.
 
     instance images, each with its caption or the instance prompt, trained on `repeats` times a pass
     class images, each with its caption or the class prompt; none without prior preservation
@@ -79,7 +79,7 @@ class Concept:
 
     @property
     def instances(self) -> int:
-        """How many images one pass shows."""
+        """The number of images that one pass shows."""
         return len(self.trained) * self.repeats
 
     @property
@@ -127,7 +127,7 @@ def read_concepts(path: Path) -> list[dict[str, Any]]:
 
 
 def entry_problems(source: str, entries: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with the keys and values of entries that `source` names."""
+    """Problems with the keys and values of entries that `source` names."""
     problems, kinds = [], KINDS | OWN
     for number, entry in enumerate(entries, 1):
         where = f"{source}, concept {number}"

@@ -1,4 +1,4 @@
-"""What was encoded, kept from run to run: `--encoding_cache_dir`.
+"""Encoded images and prompts are stored from run to run: `--encoding_cache_dir`.
 
 An entry is a safetensors file named by the hash of its key, and a key is everything that went into the entry: the
 bytes of an image and of its mask, how it was cut, the weights of the autoencoder; a prompt's tokens and the weights of

@@ -1,4 +1,4 @@
-"""From a plan to encoded examples: class images made where they are missing, everything encoded once."""
+"""Makes the examples of a plan: missing class images are generated, and everything is encoded once."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,16 @@ from torch import nn
 from ...utils.files import sweep
 from ...utils.problems import refuse
 from ..models.families import Family, Texts
-from ..models.families.base import pieces_of
+from ..models.families.long_prompts import pieces_of
 from ..models.load import DTYPES, load_pipeline
 from ..options import DreamBoothOptions
 from ..options.plan import Plan
 from .buckets import Buckets
 from .class_images import generate_class_images, missing_numbers
 from .concepts import Concept, options_of
+from .crops import Views
 from .disk_cache import DiskCache, identity
-from .encode import Example, Text, Views, encode_images
+from .encode import Example, Text, encode_images
 from .scan import INTERPOLATIONS, scan
 from .tag_orders import tag_orders
 
@@ -79,13 +80,21 @@ def make_missing(concept: Concept, options: DreamBoothOptions, accelerator: Acce
 def prepare_texts(
     pipeline: DiffusionPipeline, family: Family, prompts: list[str], options: DreamBoothOptions
 ) -> dict[str, Text]:
-    """What a training step needs of each prompt: tokens if the text encoders are trained, else texts."""
+    """Return each prompt as a training step needs it: tokens if the text encoders are trained, else texts."""
     tokens = family.read(pipeline, prompts, options)
     found: Text = tokens
-    if not options.train_text_encoder:
+    if not options.trains_text:
         found = family.encode(family.text_encoders_of(pipeline), tokens)
     rows = ([None] * len(prompts) if part is None else part for part in found)
-    return {prompt: type(found)(*parts) for prompt, *parts in zip(prompts, *rows, strict=True)}
+    each = {prompt: type(found)(*parts) for prompt, *parts in zip(prompts, *rows, strict=True)}
+    return {prompt: without_padding(text) for prompt, text in each.items()}
+
+
+def without_padding(text: Text) -> Text:
+    """A prompt that was encoded beside longer ones, by itself."""
+    if text.mask is None or not isinstance(text, Texts):
+        return text
+    return text._replace(hidden=text.hidden[text.mask], mask=None)
 
 
 def cached_texts(
@@ -93,7 +102,7 @@ def cached_texts(
 ) -> dict[str, Text]:
     """`prepare_texts`, by way of the cache. Tokens for encoders that are trained are not cached."""
     prompts = list(dict.fromkeys(prompts))
-    if cache is None or options.train_text_encoder:
+    if cache is None or options.trains_text:
         return prepare_texts(pipeline, family, prompts, options)
     fixed = filter(None, (family.fixed_encoder, family.fixed_tokenizer))
     parts = [getattr(pipeline, name) for name in (*family.text_encoders, *family.tokenizers, *fixed)]
@@ -107,7 +116,7 @@ def cached_texts(
         common["pieces"] = pieces
     tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
     keys = {
-        prompt: {**common, "prompt": prompt, "tokens": [tokenizer(prompt).input_ids for tokenizer in tokenizers]}
+        prompt: {**common, "prompt": prompt, "tokens": [tokenizer(text=prompt).input_ids for tokenizer in tokenizers]}
         for prompt in prompts
     }
     device = family.denoiser_of(pipeline).device
@@ -144,6 +153,7 @@ def encode_examples(
     every = ["", *(one for of_concept in orders for several in of_concept.values() for one in several)]
     texts = cached_texts(pipeline, plan.base.family, every, options, cache)
     common: dict[str, Any] = {
+        "moments": plan.base.family.moments,
         "batch_size": options.sample_batch_size,
         "threads": options.dataloader_num_workers,
         "cache": cache,
@@ -198,7 +208,7 @@ def orders_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[st
 
 
 def views_of(concept: Concept, options: DreamBoothOptions, plan: Plan) -> Views:
-    """Which parts of a concept's images are trained; `options` are the options as the concept has them."""
+    """Return the views of a concept's images that are trained; `options` are the options as the concept has them."""
     return Views(
         buckets=concept.buckets or Buckets(tuple(plan.buckets)),
         interpolation=INTERPOLATIONS[options.image_interpolation_mode],

@@ -31,12 +31,13 @@ SWITCHES: dict[str, tuple[str, type]] = {
 }
 # Switches of kohya's that choose what the base's own scheduler decides here, or what this training has not.
 NOT_USED = {"ss": "sample_sampler", "ctr": "cfg_trunc_ratio", "rcfg": "renorm_cfg", "fs": "flow_shift"}
+NOT_USED |= {"cn": "controlnet_image"}
 FIELDS = dict(SWITCHES.values())
 
 
 @dataclass(frozen=True)
 class ValidationPrompt:
-    """What an image is generated of; None is the run's own setting. `number` counts images of one prompt."""
+    """The prompt and settings of an image; None is the run's own setting. `number` counts images of one prompt."""
 
     prompt: str
     negative_prompt: str = ""
@@ -119,7 +120,7 @@ def of_line(line: str) -> dict[str, Any]:
 
 
 def faults_of(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the values of one prompt."""
+    """Problems with the values of one prompt."""
     letters = {name: f"--{letter}" for letter, (name, _) in SWITCHES.items()}
     if not str(values.get("prompt", "")).strip():
         yield "no prompt"

@@ -1,4 +1,4 @@
-"""What each step of a run sees: batches as a pure function of (seed, step).
+"""The examples of each step: batches as a pure function of (seed, step).
 
     example   the (step * global_batch + i)-th element of endless shuffled passes over the instance images;
               with prior preservation a class image of the same concept, shuffled by itself, joins each of them
@@ -17,6 +17,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models.families import Texts, Tokens
 from ..objective.drawn_noise import NoiseRecipe
@@ -91,9 +92,9 @@ class Sampler:
     instances: Sequence[Example]
     classes: Mapping[int, Sequence[Example]]
     seed: int
-    scaling_factor: float
+    scaling_factor: Tensor | float
     process: Process
-    shift_factor: float = 0.0
+    shift_factor: Tensor | float = 0.0
     empty: Text | None = None
     caption_dropout: float = 0.0
     recipe: NoiseRecipe = NoiseRecipe()
@@ -135,12 +136,12 @@ class Sampler:
         return self.by_size(drawn)
 
     def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
-        """What draw `number` of a stream makes of an example; `timestep` if it is not to be drawn."""
+        """Make draw `number` of a stream of an example; `timestep` replaces a drawn one."""
         source = generator(self.seed, stream, number)
         view = int(torch.randint(len(example.mean), (), generator=source))
         drawn_timestep = self.process.draw(source, example.shape)
         posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
-        noise = self.recipe.shaped(noise, source)
+        noise = self.recipe.shaped(noise, self.channel_means(example, view, posterior_noise), source)
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
         worded = list(example.texts)
         prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
@@ -158,6 +159,13 @@ class Sampler:
             input_noise=None if spread else self.recipe.perturbed(noise, source),
         )
 
+    def channel_means(self, example: Example, view: int, posterior_noise: Tensor) -> Tensor:
+        """The mean of each channel of a view's latents [C], on the CPU; zeros where the noise does not depend on it."""
+        if not self.recipe.adaptive_noise_scale:
+            return torch.zeros(example.shape[0])
+        mean, logvar = example.mean[view].cpu()[None], example.logvar[view].cpu()[None]
+        return normalised(mean, logvar, posterior_noise, self.scaling_factor, self.shift_factor)[0].mean((1, 2))
+
     def by_size(self, drawn: Sequence[Draw]) -> list[Batch]:
         """Batches of draws of equal size, in the order in which the sizes come."""
         groups: dict[torch.Size, list[Draw]] = {}
@@ -166,7 +174,36 @@ class Sampler:
         return [collate(group, self.scaling_factor, self.shift_factor) for group in groups.values()]
 
 
-def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -> Batch:
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one, with zeros at the end of shorter ones."""
+    if len({len(part) for part in parts}) == 1:
+        return torch.stack([*parts])
+    return pad_sequence([*parts], batch_first=True)
+
+
+def together(texts: Sequence[Text]) -> Text:
+    """Prompts as one batch, padded where they are not equally long."""
+    kind = cast(Callable[..., Text], type(texts[0]))
+    found = kind(*(None if parts[0] is None else stacked(parts) for parts in zip(*texts, strict=True)))
+    lengths = [len(text.hidden) for text in texts if isinstance(text, Texts)]
+    if len(set(lengths)) < 2:
+        return found
+    places = torch.arange(max(lengths))
+    mask = torch.stack([places < length for length in lengths])
+    return found._replace(mask=to_device(mask, cast(Texts, found).hidden.device))
+
+
+def normalised(
+    mean: Tensor, logvar: Tensor, noise: Tensor, scaling_factor: Tensor | float, shift_factor: Tensor | float
+) -> Tensor:
+    """Latents drawn from the posterior [..., C, h, w], as the denoiser reads them."""
+    scaling_factor, shift_factor = (
+        value.to(mean.device) if isinstance(value, Tensor) else value for value in (scaling_factor, shift_factor)
+    )
+    return scaling_factor * (mean + torch.exp(0.5 * logvar) * noise - shift_factor)
+
+
+def collate(drawn: Sequence[Draw], scaling_factor: Tensor | float, shift_factor: Tensor | float) -> Batch:
     texts = {draw.prompt: draw.text for draw in drawn}
     places = {prompt: place for place, prompt in enumerate(texts)}
     mean, logvar = (torch.stack([getattr(d.example, name)[d.view] for d in drawn]) for name in ("mean", "logvar"))
@@ -178,12 +215,10 @@ def collate(drawn: Sequence[Draw], scaling_factor: float, shift_factor: float) -
         whole = torch.ones(1, *mean.shape[2:], device=device)
         masks = torch.stack([whole if d.example.mask is None else d.example.mask[d.view] for d in drawn])
     return Batch(
-        latents=scaling_factor * (mean + torch.exp(0.5 * logvar) * posterior_noise - shift_factor),
+        latents=normalised(mean, logvar, posterior_noise, scaling_factor, shift_factor),
         noise=to_device(torch.stack([draw.noise for draw in drawn]), device),
         timesteps=to_device(torch.tensor([draw.timestep for draw in drawn]), device),
-        texts=cast(Callable[..., Texts | Tokens], type(drawn[0].text))(
-            *(None if part[0] is None else torch.stack(part) for part in zip(*texts.values(), strict=True))
-        ),
+        texts=together([*texts.values()]),
         prompt_index=to_device(torch.tensor([places[draw.prompt] for draw in drawn]), device),
         weights=to_device(torch.tensor([draw.example.loss_weight for draw in drawn]), device),
         time_ids=torch.stack([draw.example.time_ids[draw.view] for draw in drawn]),

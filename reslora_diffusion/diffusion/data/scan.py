@@ -1,4 +1,4 @@
-"""What a folder of images holds, before a model is loaded.
+"""The contents of a folder of images, before a model is loaded.
 
 `scan` sorts every entry of a folder into images, stray files (skipped, but named) and problems. A file is an image
 if its name says so and it decodes; one whose name says so and that does not decode is a problem, not a stray.
@@ -27,7 +27,7 @@ INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling} | {"near
 
 
 def extension_problems(where: str, extension: str) -> Iterator[str]:
-    """What is wrong with a `caption_extension`."""
+    """Problems with a `caption_extension`."""
     if not re.fullmatch(r"\.\w+", extension) or extension.lower() in IMAGE_SUFFIXES:
         yield f"{where}: got {extension!r}, wanted that of text files, such as .txt"
 
@@ -206,17 +206,3 @@ def open_mask(image: ScannedImage, alpha: bool) -> Image.Image | None:
     if image.mask:
         return upright.convert("L")
     return upright.convert("RGBA").getchannel("A") if alpha and upright.has_transparency_data else None
-
-
-def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The smallest size of the same shape as `size` that covers `box`; all are (width, height)."""
-    ratio = max(box[0] / size[0], box[1] / size[1])
-    return max(box[0], round(size[0] * ratio)), max(box[1], round(size[1] * ratio))
-
-
-def crop_corners(
-    size: tuple[int, int], box: tuple[int, int], offsets: list[tuple[float, float]]
-) -> list[tuple[int, int]]:
-    """Upper left corners `(x, y)` for offsets in 0..1 of the room there is; equal corners once."""
-    room = size[0] - box[0], size[1] - box[1]
-    return list(dict.fromkeys((round(x * room[0]), round(y * room[1])) for x, y in offsets))

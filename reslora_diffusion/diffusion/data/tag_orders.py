@@ -14,7 +14,7 @@ ORDERS = 8  # of a caption, at most
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """How many captions have each tag, in small letters, as kohya's scripts count them."""
+    """Count the captions that have each tag, in small letters, as kohya's scripts do."""
     return dict(Counter(tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip()))
 
 

@@ -7,7 +7,8 @@ does it compute what will be exported.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,7 +25,7 @@ from reslora_diffusion import (
     distill,
     explain,
     factor_pairs,
-    get_controller,
+    get_adapter,
     merged_factors,
     merged_forward,
     relative_output_errors,
@@ -36,9 +37,11 @@ from ..data.sampling import Batch
 from ..objective.randomness import Stream, seed_of
 from ..options import DreamBoothOptions
 from .meta_pipeline import MetaPipeline
+from .new_tokens import add_new_tokens, new_tokens_in
 
 ADAPTER = "default"
-Forward = Callable[[nn.Module, Batch], object]
+NOTHING_TO_MERGE = "none"  # in place of a merge method, where the adapter is a plain LoRA
+Forward = Callable[[nn.Module, Batch], Any]  # a tensor of the denoiser, states of a text encoder
 
 
 def add_adapters(pipeline: DiffusionPipeline, base: MetaPipeline, options: DreamBoothOptions) -> "Adapters":
@@ -55,14 +58,17 @@ def add_adapters(pipeline: DiffusionPipeline, base: MetaPipeline, options: Dream
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    return Adapters(models)
+    return Adapters(models, add_new_tokens(pipeline, base.family, options))
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapted models by component: the denoiser, then the text encoders if they are trained."""
+    """Adapted models by component: the denoiser, then the text encoders if they are trained. Text encoders whose new
+    tokens are trained stand apart."""
 
     models: dict[str, nn.Module]
+    with_new_tokens: dict[str, nn.Module] = field(default_factory=dict)  # text encoders, which have no adapter
+    stopped: set[str] = field(default_factory=set)  # those that are not trained any more
 
     @property
     def denoiser(self) -> str:
@@ -71,7 +77,12 @@ class Adapters:
     @property
     def config(self) -> ResLoraConfig:
         """The configuration of the denoiser's adapter; all adapters have one method."""
-        return get_controller(self.models[self.denoiser], ADAPTER).config
+        return get_adapter(self.models[self.denoiser], ADAPTER).config
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Every model that something is trained of."""
+        return {**self.models, **self.with_new_tokens}
 
     def handles(self) -> list[AdaptedModel]:
         """The adapters, as schedules take them."""
@@ -82,10 +93,10 @@ class Adapters:
         return [pair for model in self.models.values() for pair in factor_pairs(model, ADAPTER)]
 
     def named_parameters(self, component: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.models[component].named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.trained[component].named_parameters() if p.requires_grad}
 
     def by_component(self) -> dict[str, dict[str, nn.Parameter]]:
-        return {component: self.named_parameters(component) for component in self.models}
+        return {component: self.named_parameters(component) for component in self.trained}
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by component and name."""
@@ -107,8 +118,8 @@ class Adapters:
             parameter.copy_(tensors[name])
 
     def train(self, mode: bool = True) -> None:
-        for model in self.models.values():
-            model.train(mode)
+        for component, model in self.trained.items():
+            model.train(mode and component not in self.stopped)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -137,7 +148,7 @@ class Adapters:
                 merged.enter_context(merged_forward(self.models[component], ADAPTER))
 
     def output_errors(self, batches: Sequence[Batch], forwards: dict[str, Forward]) -> dict[str, float]:
-        """What merging changed in each layer's output, relative to what the adapter adds to it; called like
+        """Measure the change by merging of each layer's output, relative to what the adapter adds to it; called like
         `calibrate`."""
         with self.evaluation():
             return {
@@ -160,7 +171,10 @@ class Adapters:
     def merging(self) -> dict[str, str]:
         """Names of the shortcut and of the merge method in use; a plain LoRA has nothing to merge."""
         shortcut, merge_method = str(self.config.shortcut), str(self.config.merge_method)
-        return {"shortcut": shortcut, "merge_method": "none" if shortcut == Shortcut.NONE else merge_method}
+        return {
+            "shortcut": shortcut,
+            "merge_method": NOTHING_TO_MERGE if shortcut == Shortcut.NONE else merge_method,
+        }
 
     def links(self) -> list[str]:
         """A line on each component's shortcuts."""
@@ -168,15 +182,28 @@ class Adapters:
             return []
         return [f"{name}: {str(explain(model, ADAPTER)).splitlines()[0]}" for name, model in self.models.items()]
 
+    # ------------------------------------------------------------------------------------------ new tokens
+
+    def rescale_new_tokens(self, where: Tensor) -> None:
+        """Bring new tokens that are trained towards the size of the others, if `where` [] is true."""
+        for component, encoder in self.with_new_tokens.items():
+            if component not in self.stopped:
+                new_tokens_in(encoder).rescale(where)
+
+    def new_tokens(self) -> dict[str, Tensor]:
+        """Embeddings [n, D] of the new tokens by component, on the CPU."""
+        return {name: new_tokens_in(one).new.detach().cpu().clone() for name, one in self.with_new_tokens.items()}
+
     # ------------------------------------------------------------------------------------------ health
 
     @torch.no_grad()
     def limit_norms(self, largest: float) -> None:
         """Scale A and B of each layer so that ||s B A||_F is at most `largest`; nothing waits for the device."""
-        for model in self.models.values():
+        for model in (model for component, model in self.models.items() if component not in self.stopped):
             for layer in model.modules():
                 if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-                    A, B = (half[ADAPTER].get_parameter("weight") for half in (layer.lora_A, layer.lora_B))
+                    halves = (half[ADAPTER].get_parameter("weight") for half in (layer.lora_A, layer.lora_B))
+                    A, B = (half.flatten(1) for half in halves)  # views, of a convolution's factors
                     # ||B A||^2 = <B^T B, A A^T>: r x r products, not out x in.
                     squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=1e-20)
                     factor = (largest / (layer.scaling[ADAPTER] * squared.sqrt())).clamp(max=1).sqrt()
@@ -184,11 +211,11 @@ class Adapters:
                     B.mul_(factor)
 
     def health_problem(self) -> str | None:
-        """Why these adapters must not be exported, if so."""
+        """Return reasons why these adapters must not be exported."""
         tensors = self.tensors()
         if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
             return f"{len(broken)} of {len(tensors)} adapter tensors are not finite: {listing(broken)}"
-        linked = any(get_controller(model, ADAPTER).frozen for model in self.models.values())  # a next link is zero
+        linked = any(get_adapter(model, ADAPTER).frozen for model in self.models.values())  # a next link is zero
         if not linked and not any(value.any() for name, value in tensors.items() if "lora_B" in name):
             return "every lora_B is zero: nothing was learned"
         return None

@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reslora_diffusion import get_controller
+from reslora_diffusion import get_adapter
 from reslora_diffusion.core.adapter import Adapter
 from reslora_diffusion.core.attach import DEFAULT_ADAPTER
+from reslora_diffusion.core.grouping import prepare, prepare_nothing
 
 OWN = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -44,7 +45,7 @@ class ResLoRAAttnProcessor:
             self.prepare_group(ADDED, encoder_hidden_states)
 
     def prepare_group(self, leaves: tuple[str, ...], x: Tensor) -> None:
-        self.adapter.prepare([f"{self.name}.{leaf}" for leaf in leaves], x)
+        prepare(self.adapter, [f"{self.name}.{leaf}" for leaf in leaves], x)
 
 
 class One:
@@ -99,7 +100,7 @@ def set_attn_processors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -
     >>> if unet.device.type == "cuda":  # on a CPU, slicing the stacked product costs more than it saves
     ...     set_attn_processors(unet)
     """
-    adapter = get_controller(model, adapter_name)
+    adapter = get_adapter(model, adapter_name)
     wrapped = []
     for name, module in model.named_modules():
         adapted = any(f"{name}.{leaf}" in adapter.layers for leaf in OWN + ADDED)
@@ -117,4 +118,4 @@ def unset_attn_processors(model: nn.Module) -> None:
         current = getattr(module, "processor", None)
         if isinstance(current, ResLoRAAttnProcessor):
             cast(Any, module).set_processor(current.inner)  # whatever has a processor of ours has it
-            current.adapter.prepare_nothing()
+            prepare_nothing(current.adapter)

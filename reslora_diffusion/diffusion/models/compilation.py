@@ -21,7 +21,7 @@ FIRST_STEPS = "compiling: the first step of every image size takes a minute or m
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What torch.compile lacks here, if anything."""
+    """The reason why torch.compile cannot run here, if any."""
     if device.type != "cpu":
         return None if find_spec("triton") else "torch.compile needs the package triton, which is not installed"
     from torch._inductor.cpp_builder import get_cpp_compiler

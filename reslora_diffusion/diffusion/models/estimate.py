@@ -1,4 +1,4 @@
-"""What a training step takes, before any weight is loaded: the base's forward is walked through on `meta`.
+"""Memory and arithmetic of a training step, before any weight is loaded: the base's forward is run on `meta`.
 
 arithmetic    FLOPs of a forward, and BACKWARD times as much for the gradients of inputs and adapters
 time          arithmetic by the speed of this device on a large matrix product: no step can be faster
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..options import DreamBoothOptions
 from ..options.plan import Plan
 from .families import Texts, Tokens
-from .families.base import pieces_of
+from .families.long_prompts import pieces_of
 from .load import base_dtype
 
 BACKWARD = 1.3  # times a forward: gradients of inputs and adapters, none of the base
@@ -33,12 +33,22 @@ class Estimate(NamedTuple):
     kept: int  # bytes, of one forward
 
 
-class FusedAttention(TorchFunctionMode):
-    """On `meta` attention writes its probabilities out; every device that is trained on has a kernel that does not."""
+class OnPaper(TorchFunctionMode):
+    """Answers on `meta` that a device would give otherwise.
+
+    Attention writes no probabilities, masked or not: every device that is trained on has a kernel that does not. A
+    model that asks how many tokens the prompts have, as Lumina 2 does, is told that each has `length`.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None:
+        if func is Tensor.tolist and args[0].is_meta:
+            return [self.length] * len(args[0])
+        if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         fused = torch.ops.aten._scaled_dot_product_flash_attention
         query, key, value = args[:3] or (kwargs[name] for name in ("query", "key", "value"))
@@ -84,20 +94,20 @@ def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
     classes = any(concept.classes for concept in plan.concepts)
     images, prompts = options.train_batch_size * (1 + classes), 1 + classes
     width, height = (side // base.vae_scale_factor for side in max(plan.buckets, key=lambda size: size[0] * size[1]))
-    latents = torch.empty(images, base.vae["latent_channels"], height, width, dtype=dtype, **meta)
+    latents = torch.empty(images, family.vae_channels(base.vae), height, width, dtype=dtype, **meta)
     pieces = pieces_of(options)
     length = base.windows[0][1] + 2 * (pieces - 1)  # each piece has a start and an end
     ids = torch.zeros(prompts, len(models), length, dtype=torch.long, **meta)
     fixed = None
     if family.fixed_encoder:
-        length, inner = family.t5_length(options), denoiser.config.joint_attention_dim
+        length, inner = family.t5_length(options), family.text_width(denoiser.config)
         fixed = torch.empty(prompts, length, inner, dtype=dtype, **meta)
     kept, flops = SavedForBackward(denoiser, *models.values()), FlopCounterMode(display=False)
     with ExitStack() as stack:
         stack.enter_context(kept.hooks())
         stack.enter_context(flops)
-        stack.enter_context(FusedAttention())
-        with torch.set_grad_enabled(options.train_text_encoder):
+        stack.enter_context(OnPaper(length))
+        with torch.set_grad_enabled(options.trains_text):
             texts = family.encode([*models.values()], Tokens(ids, fixed))
         first = torch.zeros(images, dtype=torch.long, **meta)
         each = Texts(texts.hidden[first], None if texts.pooled is None else texts.pooled[first])

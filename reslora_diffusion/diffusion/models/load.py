@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
@@ -22,11 +22,13 @@ from ...weights import broken_model
 from ..options import DreamBoothOptions
 from ..options.launcher import shards
 from ..train.distributed import shard
+from .architecture import family_of
 from .attn_processor import set_attn_processors
 from .families import Family
 from .families.base import leave_out_layers
 from .memory import save_memory
 from .meta_pipeline import given_base
+from .quantising import pipeline_quantisation, quantisation_of
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,10 +56,16 @@ def load_pipeline(options: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPi
             given |= {"safety_checker": None, "requires_safety_checker": False}
         given |= {part: None for part in OF_T5 if part in index and (options.skip_t5 or index[part][0] is None)}
         if options.pretrained_vae_model_name_or_path:
-            given["vae"] = AutoencoderKL.from_pretrained(options.pretrained_vae_model_name_or_path, dtype=dtype)
+            coder: Any = getattr(diffusers, family_of(index, str(name)).vae_class)
+            given["vae"] = coder.from_pretrained(options.pretrained_vae_model_name_or_path, dtype=dtype)
         if is_single_file(name):
-            pipeline = load_single_file(read_single_file(str(name)), options.config_source, dtype, **given)
+            found, quantised = read_single_file(str(name)), options.quantization
+            own = {"quantization_config": quantisation_of(quantised, dtype)} if quantised else {}
+            pipeline = load_single_file(found, options.config_source, dtype, own, **given)
         else:
+            if options.quantization:
+                denoiser = next(part for part in ("transformer", "unet") if part in index)
+                given["quantization_config"] = pipeline_quantisation(options.quantization, denoiser, dtype)
             pipeline = DiffusionPipeline.from_pretrained(
                 name,
                 dtype=dtype,
@@ -75,7 +83,7 @@ def load_pipeline(options: DreamBoothOptions, dtype: torch.dtype) -> DiffusionPi
 
 
 def broken_weights(pipeline: DiffusionPipeline) -> Iterator[str]:
-    """What is wrong with the numbers in a base."""
+    """Problems with the numbers in a base."""
     for part, model in pipeline.components.items():
         if isinstance(model, nn.Module):
             yield from broken_model(model, part)
@@ -127,7 +135,7 @@ def prepare_models(
 
 
 def draws(model: nn.Module) -> bool:
-    """Whether a training forward draws random numbers: dropout of the adapters or of the base."""
+    """Return whether a training forward draws random numbers: dropout of the adapters or of the base."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return layers or getattr(model.config, "attention_dropout", 0) > 0
 

@@ -97,7 +97,7 @@ class HalfGelu(torch.autograd.Function):
 
 
 def is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module has to compute as it did."""
+    """Return whether a module has to compute as it did."""
     return (
         torch.compiler.is_compiling()
         or not x.requires_grad

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
@@ -22,8 +22,9 @@ from ...utils.hub import unreachable
 from ...utils.problems import BadInput
 from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
-from .architecture import TEXT_ENCODERS, Architecture, Layer, family_of, layers_of, left_out
-from .families.base import leave_out_layers, pieces_of
+from .architecture import TEXT_ENCODERS, UNBOUNDED, Architecture, Layer, family_of, layers_of, left_out
+from .families.base import leave_out_layers
+from .families.long_prompts import pieces_of
 
 TOKENIZERS = {
     f"{name}{fast}": kind
@@ -44,8 +45,12 @@ class MetaPipeline(Architecture):
     def adapters(self, options: DreamBoothOptions) -> dict[str, tuple[nn.Module, ResLoraConfig]]:
         """Component and adapter configuration, for each component that is trained; raises `ValueError`."""
         models = {self.family.denoiser: self.denoiser, **self.text_encoders}
+        settings = adapter_settings(options)
         return {
-            component: (models[component], ResLoraConfig(target_modules=targets, **adapter_settings(options)))
+            component: (
+                models[component],
+                ResLoraConfig(target_modules=targets, **settings | self.patterns(component, options)),
+            )
             for component, targets in self.targets(options).items()
         }
 
@@ -95,15 +100,17 @@ def load_meta_pipeline(options: DreamBoothOptions) -> MetaPipeline:
             raise KeyError(" and ".join(absent))
         t5 = family.fixed_tokenizer
         if t5 and index[t5][1] and not options.skip_t5:
-            fixed = TOKENIZERS[index[t5][1]].from_pretrained(name, subfolder=t5, **where)
+            kind = TOKENIZERS.get(index[t5][1], AutoTokenizer)
+            fixed = kind.from_pretrained(name, subfolder=t5, **where)
             windows.append((fixed, family.t5_length(options)))
-        vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
+        coder = getattr(diffusers, family.vae_class)
+        vae = coder.load_config(name, subfolder="vae", **where)
         other = options.pretrained_vae_model_name_or_path
-        other_vae = AutoencoderKL.load_config(other) if other else None
+        other_vae = coder.load_config(other) if other else None
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
-        missing = [key for key in ("latent_channels", "block_out_channels") if key not in vae]
-        if missing or not isinstance(scheduler, dict):
-            raise KeyError(*missing or ["an object in scheduler_config.json"])
+        if not isinstance(scheduler, dict):
+            raise KeyError("an object in scheduler_config.json")
+        family.vae_channels(vae), family.vae_scale_factor(vae)  # raise KeyError for what is missing
     except BadInput:
         raise
     except Exception as error:  # libraries raise whatever a file that holds something else makes them
@@ -121,7 +128,7 @@ def load_meta_pipeline(options: DreamBoothOptions) -> MetaPipeline:
         text_encoders=encoders,
         windows=windows,
         prediction_type=options.prediction_type or scheduler.get("prediction_type", "epsilon"),
-        max_length=min(config.max_position_embeddings for config in configs.values()),
+        max_length=min((config.max_position_embeddings for config in configs.values()), default=UNBOUNDED),
     )
 
 

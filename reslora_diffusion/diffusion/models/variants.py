@@ -17,7 +17,7 @@ WEIGHTS = re.compile(
 
 
 def variants_in(folder: Path) -> set[str]:
-    """Which weights a component has."""
+    """The weight files of a component."""
     names = [WEIGHTS.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return {match[1] or PLAIN for match in names if match}
 

@@ -33,7 +33,7 @@ def read_weights(source: str) -> Components:
 
 
 def weights_problems(options: DreamBoothOptions, architecture: Architecture) -> Iterator[str]:
-    """Why the file cannot be trained on as this run would."""
+    """Return reasons why this run cannot start from the file."""
     where = f"--network_weights {options.network_weights}"
     try:
         components = read_weights(str(options.network_weights))
@@ -42,7 +42,7 @@ def weights_problems(options: DreamBoothOptions, architecture: Architecture) -> 
         return
     yield from (f"{where}: {problem}" for problem in finiteness_problems(components))
     adapted = {
-        (component, classic_path(component, name)): (layer, rank_asked(options, name))
+        (component, classic_path(component, name)): (layer, rank_asked(options, name, layer))
         for component, name, layer in architecture.adapted(options)
     }
     foreign, unlike, larger = [], [], {}

@@ -1,1 +1,1 @@
-"""What is minimised: noise, its schedule, the loss, and the random numbers that all of it is a function of."""
+"""The objective: noise, its schedule, the loss, and the random numbers that all of it is a function of."""

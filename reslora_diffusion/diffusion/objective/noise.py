@@ -1,4 +1,4 @@
-"""How noise is added, which noise levels are drawn, and what the model predicts.
+"""The noising process: how noise is added, which noise levels are drawn, and what the model predicts.
 
     Diffusion       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          t ~ U{0..T-1}
                     error = model_pred - target
@@ -56,7 +56,7 @@ class Process(ABC):
     @property
     @abstractmethod
     def prediction_type(self) -> str:
-        """What the model predicts: epsilon, v_prediction or flow."""
+        """The model's target: epsilon, v_prediction or flow."""
 
     @property
     def num_train_timesteps(self) -> int:
@@ -83,7 +83,7 @@ class Process(ABC):
 
     @abstractmethod
     def error(self, model_pred: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the loss is a function of, in float32."""
+        """Return the error that the loss is a function of, in float32."""
 
     @abstractmethod
     def snr(self, timesteps: Tensor) -> Tensor:
@@ -137,6 +137,7 @@ class FlowMatching(Process):
     discrete_flow_shift: float | None = None
     min_timestep: int | None = None
     max_timestep: int | None = None
+    from_data: bool = False  # the schedule has the share of the data
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
 
     @property
@@ -147,7 +148,8 @@ class FlowMatching(Process):
     def schedule(self) -> Tensor:
         """sigma [T], from noise to data."""
         if self.timestep_sampling == "sigma":
-            return self.scheduler.timesteps.to(torch.float32) / self.num_train_timesteps
+            levels = self.scheduler.timesteps.to(torch.float32) / self.num_train_timesteps
+            return 1 - levels if self.from_data else levels
         return torch.arange(self.num_train_timesteps, 0, -1) / self.num_train_timesteps
 
     @property
@@ -168,7 +170,7 @@ class FlowMatching(Process):
         return span[min(int(self.draw_place(source, shape) * len(span)), len(span) - 1)]
 
     def draw_place(self, source: Generator, shape: Sequence[int]) -> float:
-        """Where in the schedule, from 0 at its noisy end to 1."""
+        """Draw a place in the schedule, from 0 at its noisy end to 1."""
         if self.timestep_sampling == "sigma":
             scheme, mean, std, scale = self.weighting_scheme, self.logit_mean, self.logit_std, self.mode_scale
             return compute_density_for_timestep_sampling(scheme, 1, mean, std, scale, generator=source).item()

@@ -13,7 +13,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a random number is for: streams are independent of each other. Numbers are part of reproducibility."""
+    """The purpose of a random number: streams are independent of each other. Their numbers never change."""
 
     ADAPTER = 0
     INSTANCE_ORDER = 1
@@ -25,6 +25,7 @@ class Stream(IntEnum):
     CLASS_IMAGE = 7
     CALIBRATION = 8
     VALIDATION = 9
+    TOKENS = 10
 
 
 def seed_of(seed: int, stream: Stream, index: int = 0) -> int:

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ...methods.schedules.settings import SCHEDULES
 from ...rules import MergeMethod, Shortcut
 from ...utils.options import option
-from .model import FLUX
+from .model import FLUX, FROZEN_TEXT, LUMINA_2
+
+KOHYA = "kohya"  # as a target module: the layers that kohya's scripts train
 
 
 @dataclass
@@ -40,7 +43,7 @@ class AdapterOptions:
     )
     schedule: str | None = option(
         None,
-        "What changes while training: coto, restart:stages=3, fold:at=0.85 or prune:ratio=0.5 (docs/methods.md).",
+        f"What changes while training: {', '.join(SCHEDULES)}; with settings as in restart:stages=3 (docs/methods.md).",
         binds=True,
         in_header=True,
     )
@@ -53,7 +56,7 @@ class AdapterOptions:
         "The adapters are scaled by lora_alpha / rank (default: the rank).",
         above=0,
         binds=True,
-        families={FLUX: 4.0},
+        families={kind: 4.0 for kind in (FLUX, *FROZEN_TEXT) if kind != LUMINA_2},
         kohya={"network_alpha": "whose default is 1 in kohya's scripts and --rank here"},
     )
     use_rslora: bool = option(False, "Scale the adapters by lora_alpha / sqrt(rank).", binds=True)
@@ -74,23 +77,47 @@ class AdapterOptions:
     target_modules: list[str] | None = option(
         None,
         "Names of adapted layers of the UNet or transformer, as in PEFT (default: projections of attention, and some "
-        "layers of FLUX.1's feed-forward blocks).",
+        "layers of FLUX.1's feed-forward blocks); kohya stands for those that kohya's scripts train.",
         aliases=("lora_layers",),
         binds=True,
+    )
+    conv_rank: int | None = option(
+        None,
+        "UNets: adapt residual blocks and samplers too (LoCon), their convolutions of more than a pixel at this rank.",
+        at_least=1,
+        binds=True,
+        in_header=True,
+    )
+    conv_alpha: float | None = option(
+        None,
+        "lora_alpha of the layers that have --conv_rank (default: that rank).",
+        above=0,
+        binds=True,
+        in_header=True,
     )
     lora_blocks: list[int] | None = option(
         None, "SD3: adapters in these transformer blocks alone, such as 12,30.", binds=True
     )
     train_text_encoder: bool = option(False, "Put adapters on the CLIP text encoders too.", binds=True)
+    train_text_encoder_frac: float = option(
+        1.0,
+        "Share of the steps in which the text encoders are trained, from the first step on.",
+        above=0,
+        at_most=1,
+        binds=True,
+        in_header=True,
+    )
     text_encoder_target_modules: list[str] = option(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], "Names of adapted layers of the text encoders.", binds=True
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        "Names of adapted layers of the text encoders; kohya stands for attention and feed-forward blocks.",
+        binds=True,
     )
     rank_pattern: dict[str, int] = option({}, "Rank of the layers that match a regular expression.", binds=True)
     alpha_pattern: dict[str, float] = option(
-        {}, "lora_alpha of the layers that match a regular expression.", binds=True
+        {}, "lora_alpha of the layers that match a regular expression.", above=0, binds=True
     )
     lr_pattern: dict[str, float] = option(
-        {}, "Factor on the learning rate of the layers that match a regular expression."
+        {}, "Factor on the learning rate of the layers that match a regular expression.", at_least=0
     )
     network_weights: str | None = option(None, "Start from this LoRA, written by any program (with --method lora).")
     scale_weight_norms: float | None = option(None, "Largest norm of the update of a layer; 1.0 is usual.", above=0)

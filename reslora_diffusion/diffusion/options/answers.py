@@ -15,7 +15,27 @@ NOT_SUPPORTED = {
     "enable_npu_flash_attention": "no such device was ever tested",
     "text_encoder_use_attention_mask": "only DeepFloyd's T5 uses one; Stable Diffusion's pipelines never pass it",
     "class_labels_conditioning": "only DeepFloyd's upscaler has class labels",
+    "train_transformer_frac": "the UNet or transformer is trained in every step",
     "validation_images": "it serves DeepFloyd's upscaler; Stable Diffusion is validated by --validation_prompt",
+}
+# What diffusers' scripts for newer families have, and what to do or know instead.
+INSTEAD = {
+    "caption_dropout": "--caption_dropout_rate, which drops the captions of class images too",
+    "offload": "not needed: text encoders and autoencoder are freed once they have encoded",
+    "fsdp_text_encoder": "not needed: text encoders are freed once they have encoded",
+    "remote_text_encoder": "not here: prompts are encoded on this machine, once, and kept by --encoding_cache_dir",
+    "skip_final_inference": "not needed: images are generated for a --validation_prompt alone",
+    "final_validation_prompt": "--validation_prompt with --validation_steps of the whole run",
+    "bnb_quantization_config_path": "--quantization nf4 or --quantization int8",
+    "do_fp8_training": "not here; --quantization float8wo holds the frozen denoiser in 8 bits",
+    "text_encoder_out_layers": "not here: prompts are encoded as the pipeline encodes them",
+    "system_prompt": "not here: prompts are encoded as the pipeline encodes them",
+    "complex_human_instruction": "not here: prompts are encoded as the pipeline encodes them",
+    "enable_vae_tiling": "not here: images are encoded one by one, once",
+    **dict.fromkeys(
+        ("pretrained_tokenizer_4_name_or_path", "pretrained_text_encoder_4_name_or_path"),
+        "not needed: it belongs to HiDream, which is not trained here",
+    ),
 }
 CLIP_SKIP = (
     "--clip_skip counts from 0 in diffusers and from 1 in kohya's scripts and A1111, so it is called "
@@ -25,10 +45,15 @@ CLIP_SKIP = (
 FROM_MODEL = "the model's own files say it"
 BY_LAUNCHER = "it belongs to accelerate launch and its configuration"
 MODEL_FILES = "a model is one folder or hub name in diffusers' format, with all of its parts"
-EXACT = "adapters are float32 and the frozen base is in --mixed_precision"
+OTHER_PRECISION = "adapters are float32 and the frozen base is in --mixed_precision"
 
 ON_DEVICE = (
-    "no part of the model moves to the CPU; --mixed_precision bf16, --gradient_checkpointing and FSDP save memory"
+    "no part of the model moves to the CPU, since backward would find its weights gone; --quantization, "
+    "--gradient_checkpointing and FSDP save memory"
+)
+FP8 = (
+    "--quantization float8wo (with the package torchao) stores linear layers in fp8 with a scale for each row, "
+    "nearer to the base than fp8 without one"
 )
 
 # Options of kohya's scripts (train_network.py and its variants for SDXL, SD3 and FLUX.1).
@@ -36,6 +61,7 @@ DEFAULT_HERE = {
     "v2": FROM_MODEL,
     "model_type": FROM_MODEL,
     "sdpa": "attention is PyTorch's scaled_dot_product_attention",
+    "use_flash_attn": "attention is PyTorch's scaled_dot_product_attention",
     "mem_eff_attn": "attention is PyTorch's scaled_dot_product_attention",
     "cache_text_encoder_outputs": "prompts are encoded once unless --train_text_encoder is given; on disk by "
     "--encoding_cache_dir",
@@ -46,7 +72,8 @@ DEFAULT_HERE = {
     "random_crop": "images are cropped at random unless --center_crop is given",
     "caption_separator": "tags have commas between them",
     "network_train_unet_only": "text encoders are trained only with --train_text_encoder",
-    "network_module": "adapters are LoRA of linear layers; --target_modules chooses the layers",
+    "network_module": "adapters are LoRA; --target_modules kohya chooses the layers of networks.lora, --conv_rank adds "
+    "convolutions",
     "no_half_vae": "SDXL's autoencoder overflows in fp16: give --pretrained_vae_model_name_or_path with one that does "
     "not, or train in bf16",
     "save_state": "every checkpoint holds the state of the training",
@@ -84,17 +111,17 @@ NOT_HERE = {
     "resume_from_huggingface": "download the checkpoint, then --resume_from_checkpoint",
     "async_upload": "files are uploaded once, at the end",
     "save_n_epoch_ratio": "--checkpointing_steps counts steps",
-    "full_fp16": EXACT,
-    "full_bf16": EXACT,
-    "fp8_base": f"{EXACT}, which has no fp8",
-    "fp8_base_unet": f"{EXACT}, which has no fp8",
+    "full_fp16": OTHER_PRECISION,
+    "full_bf16": OTHER_PRECISION,
+    "fp8_base": FP8,
+    "fp8_base_unet": FP8,
+    "use_sage_attn": "attention is PyTorch's scaled_dot_product_attention, whose gradients are exact",
+    "system_prompt": "Lumina 2 has the one of diffusers' pipeline before each prompt",
     "log_prefix": "--logging_dir names the folder",
     "log_tracker_name": "the project of a tracker is dreambooth-reslora",
     "wandb_run_name": "WANDB_NAME names the run",
     "log_tracker_config": "trackers read their own environment variables",
     "wandb_api_key": "log in by `wandb login`, or set WANDB_API_KEY",
-    "adaptive_noise_scale": "--noise_offset is one number",
-    "huber_scale": "--huber_c alone shapes the loss",
     "highvram": "memory is freed as soon as encoding is over",
     "sample_sampler": "validation images are generated by the model's own scheduler",
     "text_encoder_batch_size": "prompts are encoded one by one, once",
@@ -116,8 +143,7 @@ NOT_HERE = {
     "caption_tag_dropout_rate": "--caption_dropout_rate drops whole captions",
     "in_json": "captions stand in metadata.jsonl or beside the images",
     "no_metadata": "a file without its base and settings cannot be traced",
-    "network_args": "ranks of single layers are --rank_pattern, learning rates --lr_pattern; convolutions have no "
-    "adapters",
+    "network_args": "ranks of single layers are --rank_pattern, learning rates --lr_pattern, conv_dim is --conv_rank",
     "network_train_text_encoder_only": "the UNet or transformer is always trained",
     "dim_from_weights": "`reslora inspect FILE` prints the rank for --rank",
     "base_weights": "merge first: `reslora merge FILE --base MODEL OUT`, then train on OUT",
@@ -126,6 +152,7 @@ NOT_HERE = {
     "initial_step": "--resume_from_checkpoint knows where a checkpoint ends",
     "validation_seed": "--validation_split holds out the same images for every seed",
     "max_validation_steps": "validation uses all held-out images",
+    "gemma2": MODEL_FILES,
     "clip_l": MODEL_FILES,
     "clip_g": MODEL_FILES,
     "t5xxl": MODEL_FILES,
@@ -135,14 +162,12 @@ NOT_HERE = {
     "save_clip": "only the adapters are saved",
     "save_t5xxl": "only the adapters are saved",
     "t5xxl_device": "text encoders are on the device of the training until they have encoded",
-    "t5xxl_dtype": EXACT,
+    "t5xxl_dtype": OTHER_PRECISION,
     "clip_l_dropout_rate": "--caption_dropout_rate drops captions for all text encoders",
     "clip_g_dropout_rate": "--caption_dropout_rate drops captions for all text encoders",
     "t5_dropout_rate": "--caption_dropout_rate drops captions for all text encoders",
     "pos_emb_random_crop_rate": "position embeddings are used as diffusers uses them",
     "enable_scaled_pos_embed": "position embeddings are used as diffusers uses them",
-    "scale_v_pred_loss_like_noise_pred": "--snr_gamma weights the loss for either prediction",
-    "v_pred_like_loss": "the loss is that of --loss_type",
     **dict.fromkeys(
         ("offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path"),
         BY_LAUNCHER,
@@ -169,9 +194,12 @@ def renamed() -> dict[str, tuple[str, str]]:
 
 
 def answer(name: str) -> str | None:
-    """What to say of an option, without its dashes, that is not here; None if nothing is known of it."""
+    """Return the answer to an option, without its dashes, that is not here; None if nothing is known of it."""
     if name == "clip_skip":
         return CLIP_SKIP
+    if name in INSTEAD:
+        what = INSTEAD[name]
+        return f"--{name} of diffusers' scripts is {what}" + (" here" if what.startswith("--") else "")
     if name in NOT_SUPPORTED:
         return f"--{name} is not supported, because {NOT_SUPPORTED[name]}"
     if name in (others := renamed()):

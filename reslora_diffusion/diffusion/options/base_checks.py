@@ -1,4 +1,4 @@
-"""Whether there is a base: a folder, a hub name, or one file; and what a file says of itself."""
+"""Checks of the base: that it exists as a folder, a hub name or one file, and the settings that a file holds."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ CLASSES_BY_OPTION = {
 
 
 def missing_models(options: DreamBoothOptions) -> dict[str, str]:
-    """Why there is nothing to look at under an option, as far as this machine can tell."""
+    """Return why no model is found under an option, as far as this machine can tell."""
     problems = {}
     for option in CLASSES_BY_OPTION:
         name = getattr(options, option) or ""
@@ -56,9 +56,11 @@ def class_of(name: str, revision: str | None) -> str | None:
 
 
 def take_single_file(options: DreamBoothOptions, missing: Mapping[str, str]) -> None:
-    """What a base of one file says itself: v-prediction, which stands in no configuration of its family."""
+    """Take the settings that a base of one file holds: v-prediction, which stands in no configuration of its family."""
     option = "pretrained_model_name_or_path"
-    if option in missing or not is_single_file(options.pretrained_model_name_or_path):
+    if option in missing:
+        return
+    if not is_single_file(options.pretrained_model_name_or_path):
         if options.base_config:
             options.problems.append(
                 "--base_config is used only with a --pretrained_model_name_or_path that is one file"
@@ -75,8 +77,14 @@ def take_single_file(options: DreamBoothOptions, missing: Mapping[str, str]) -> 
     if own.get("prediction_type") == "v_prediction":
         zero = " and zero terminal SNR" if found.zero_terminal_snr else ""
         options.notes.append(f"{found.path.name}: v-prediction{zero}, as the file itself says")
+    if found.unsaid and options.prediction_type is None:
+        options.notes.append(
+            f"{found.path.name} does not say what it predicts: it is taken for what {options.config_source} predicts. "
+            "Of Stable Diffusion 2.x the models for 768 px predict v, the base models for 512 px noise: "
+            "--prediction_type v_prediction or epsilon decides"
+        )
 
 
 def is_on_this_machine(options: DreamBoothOptions) -> bool:
-    """Whether the model is a folder or in the hub's cache; else it takes the hub, and time, to learn more."""
+    """Return whether the model is a folder or in the hub's cache; else it takes the hub, and time, to learn more."""
     return Files(options.config_source, options.revision).path("model_index.json") is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from reslora_diffusion.export.header import read_headers
 from reslora_diffusion.export.single_file import is_single_file
 
-from ...rules import ShortcutFields
+from ...rules import MERGE_EXACTLY, ShortcutFields
 from ...utils import environment
 from ...utils.hub import unreachable
 from ...utils.names import file_name_problem
@@ -35,6 +35,8 @@ from .kohya_checks import bad_data, bad_noise, bad_prompts
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
 from .plan import Plan
+from .quantisation import device_problems, quantisation_problems
+from .token_checks import option_problems, prompt_problems, take_new_tokens
 from .training import ONE_RATE, PACKAGED
 
 STEPS_PER_IMAGE, FEWEST_STEPS, MOST_STEPS = 100, 500, 2000  # where no number of steps is given
@@ -43,7 +45,7 @@ OF_RESLORA = "shortcut num_previous merge_method distillation_steps handover".sp
 
 @dataclass
 class Findings:
-    """What was found without torch. The architecture is None where the files of the model do not tell."""
+    """The findings that need no torch. The architecture is None where the files of the model do not tell."""
 
     problems: list[str]
     concepts: list[Concept]
@@ -99,9 +101,9 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         misfits = error.problems
     known = bool(missing or options.problems or misfits or architecture)
     found = Findings([*missing.values(), *options.problems], [], architecture)
-    for find in (bad_values, bad_combinations, bad_noise, bad_data, bad_prompts):
+    for find in (bad_values, bad_combinations, option_problems, bad_noise, bad_data, bad_prompts):
         found.problems += find(options)
-    for find in (adapter_problems, missing_packages, bad_output):
+    for find in (adapter_problems, missing_packages, quantisation_problems, bad_output):
         found.problems += find(options)
     found.problems += [*variant_problems(options), *launcher_problems(options), *bad_weights(options)]
     try:
@@ -109,6 +111,7 @@ def quick_check(options: DreamBoothOptions) -> Findings:
     except BadInput as error:
         found.problems += error.problems
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
+    found.problems += prompt_problems(options, found.concepts)
     try:
         if architecture:
             found.fit(architecture, options.changed(**dict.fromkeys(missing)))
@@ -143,6 +146,7 @@ def check(options: DreamBoothOptions, found: Findings | None = None) -> Plan:
         found.problems += [problem for problem in options.problems if problem not in found.problems]
         if found.architecture is None:
             found.problems += [*bad_output(options), *schedule_problems(options, base, None)]
+        found.problems += take_new_tokens(options, base)
         if not found.buckets:
             found.fit(base, options)
     except BadInput as error:
@@ -177,10 +181,14 @@ def chosen_steps(concepts: list[Concept]) -> int:
 
 
 def slow_problems(options: DreamBoothOptions, architecture: Architecture | None) -> list[str]:
-    """What takes torch to find: settings that an optimizer does not take, a LoRA to start from that does not fit."""
+    """Problems that only torch can find: settings that an optimizer does not take, a first LoRA that does not fit."""
     from ..train.optimizers import optimizer_problems
 
     problems = optimizer_problems(options)
+    if options.quantization:
+        from accelerate import PartialState
+
+        problems += device_problems(options, PartialState().device.type)
     if options.network_weights and architecture:
         from ..models.warm_start import weights_problems
 
@@ -205,6 +213,16 @@ def bad_values(options: DreamBoothOptions) -> Iterator[str]:
     yield from extension_problems("--caption_extension", options.caption_extension)
 
 
+def stopping_problems(options: DreamBoothOptions) -> Iterator[str]:
+    """Conflicts with text encoders that are stopped part-way."""
+    if not options.train_text_encoder:
+        yield "--train_text_encoder_frac is used only with --train_text_encoder"
+    if options.cuda_graph:
+        yield "--train_text_encoder_frac: a recorded step has the prompts it was recorded with; got --cuda_graph"
+    if options.schedule and not options.schedule.startswith("fold"):
+        yield f"--train_text_encoder_frac: --schedule {options.schedule} changes adapters that are to stay as they are"
+
+
 def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
     if not options.instance_data_dir and not options.concepts and not options.dataset_name:
         yield "--instance_data_dir is required, or --concepts, or --dataset_name"
@@ -216,8 +234,12 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
     if options.train_text_encoder and options.pre_compute_text_embeddings:
         yield "--pre_compute_text_embeddings cannot be used with --train_text_encoder: the embeddings change"
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
-        if getattr(options, name) is not None and name in options.given and not options.train_text_encoder:
-            yield f"--{name} is used only with --train_text_encoder"
+        if getattr(options, name) is not None and name in options.given and not options.trains_text:
+            yield f"--{name} is used only with --train_text_encoder or --train_text_encoder_ti"
+    if options.train_text_encoder_frac != 1:
+        yield from stopping_problems(options)
+    if options.conv_alpha is not None and options.conv_rank is None:
+        yield "--conv_alpha is used only with --conv_rank"
     if options.keep_tokens and not options.shuffle_caption:
         yield "--keep_tokens is used only with --shuffle_caption"
     if options.method == "lora" and not options.compare:
@@ -235,7 +257,7 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
     if options.keep_best and options.distillation_steps:
         yield "--distillation_steps refines the last step, --keep_best may export an earlier one; wanted one of them"
     if options.distillation_steps and not options.compare:
-        if (options.shortcut or ShortcutFields.shortcut) in ("none", "block") or options.handover:
+        if (options.shortcut or ShortcutFields.shortcut) in MERGE_EXACTLY or options.handover:
             yield "--distillation_steps refines a merge that is not exact; got --shortcut none or block, or --handover"
         if options.merge_method in ("drop", "paper_weight"):
             yield f"--distillation_steps refines what was fitted on data; got --merge_method {options.merge_method}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...utils.options import option
 from ..data.scan import INTERPOLATIONS
-from .model import FLUX, SD3, XL
+from .model import FLUX, FROZEN_TEXT, LUMINA_2, SD3, XL
 
 
 @dataclass
@@ -63,6 +63,9 @@ class DataOptions:
         binds=True,
         kohya={"enable_bucket": "as --aspect_ratio_buckets auto"},
     )
+    use_aspect_ratio_buckets: bool = option(
+        False, "The same as --aspect_ratio_buckets auto, unless that option says more.", recorded=False
+    )
     min_bucket_reso: int | None = option(
         None,
         "Least side of --aspect_ratio_buckets auto, as in kohya's scripts (default: sides between 2:5 and 5:2).",
@@ -90,7 +93,7 @@ class DataOptions:
         "How images are resized.",
         choices=tuple(INTERPOLATIONS),
         binds=True,
-        families={SD3: "bilinear", FLUX: "bilinear"},
+        families=dict.fromkeys((SD3, FLUX, *FROZEN_TEXT), "bilinear") | {LUMINA_2: "lanczos"},
         kohya={"resize_interpolation": "kohya's area is box here"},
     )
     repeats: int = option(
@@ -122,6 +125,13 @@ class DataOptions:
         kohya={"conditioning_data_dir": "", "masked_loss": "or --alpha_mask"},
     )
     alpha_mask: bool = option(False, "The loss counts what is opaque in an image.", binds=True)
+    masked_mean: str = option(
+        "mask",
+        "What the loss of an image with a mask is a mean over: mask, or image as in kohya's scripts, so that images "
+        "count by how much of them is shown.",
+        choices=("mask", "image"),
+        binds=True,
+    )
     validation_data_dir: str | None = option(
         None, "Folder with further images of the subject, to validate on and never to train on.", binds=True
     )

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 from reslora_diffusion.export.single_file import is_single_file, read_single_file
 
 from ...utils.options import default_of, facts_of, value_problems
+from ...utils.wording import worded
 from .adapter import AdapterOptions
 from .data import DataOptions
 from .model import ModelOptions
+from .new_tokens import NewTokenOptions
 from .output import OutputOptions
 from .recipes import RECIPES, not_given
 from .training import ONE_RATE, TrainingOptions
@@ -31,21 +33,55 @@ class FamilyDefaults(Protocol):
     not_here: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class OfFamily:
+    """The meaning of another trainer's file for one family of models alone.
+
+    Attributes:
+        values: options here, in place of what is said for all families.
+        ignored: options here that its program ignores for the family, each with the reason.
+        different: names in the file, each with what differs here.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    different: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
-class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptions, OutputOptions):
-    """Teach a Stable Diffusion or FLUX.1 pipeline a subject by LoRA or ResLoRA, and export a standard LoRA.
+class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, NewTokenOptions, TrainingOptions, OutputOptions):
+    """Teach a text-to-image pipeline of diffusers a subject by LoRA or ResLoRA, and export a standard LoRA.
 
     Attributes:
         given: names of the options that were given; all others have the defaults of the model's family.
         problems: what was wrong with the command line or the file.
         notes: lines on a file that another trainer wrote: what of it was translated, and what was not.
         translated: names of the options that came from such a file.
+        of_families: what such a file means for one family of models alone, by the class of its pipeline.
+        new_tokens: under `--train_text_encoder_ti` the new tokens by the word that stands for them, once `checks` has
+            named them.
     """
 
     given: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     translated: set[str] = field(default_factory=set)
+    of_families: dict[str, OfFamily] = field(default_factory=dict)
+    new_tokens: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def trains_text(self) -> bool:
+        """True if encoded prompts change while training, so that a step encodes tokens."""
+        return self.train_text_encoder or self.train_text_encoder_ti
+
+    @property
+    def trains_text_share(self) -> float:
+        """The share of the steps, from the first one on, in which encoded prompts change, where they do."""
+        return self.train_text_encoder_ti_frac if self.train_text_encoder_ti else self.train_text_encoder_frac
+
+    def worded(self, prompt: str) -> str:
+        """A prompt as the text encoders read it, with new tokens in place of the words that stand for them."""
+        return worded(prompt, self.new_tokens)
 
     def changed(self, **values: Any) -> DreamBoothOptions:
         """A copy with other values."""
@@ -69,22 +105,40 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, TrainingOptio
     def take_defaults(self, family: FamilyDefaults) -> None:
         """Give options that were not given the defaults of diffusers' script for this family."""
         kind = family.pipeline_class
-        for name in sorted(self.translated & self.given & family.not_here.keys()):  # their programs ignore it
-            self.given.remove(name)
-            setattr(self, name, next(default_of(item) for item in fields(self) if item.name == name))
-            self.notes.append(f"  NOT USED: --{name}: {family.title} {family.not_here[name]}")
+        self.take_translated(family)
         self.take_recipe(kind, family.title)
         for item in fields(self):
             if item.name in FACTS and item.name not in self.given and (families := FACTS[item.name].families):
                 setattr(self, item.name, families.get(kind, default_of(item)))
         alone = self.optimizer in ONE_RATE  # as in diffusers' scripts for prodigy
         for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
-            if name not in self.given and (not self.train_text_encoder or (alone and name == "text_encoder_lr")):
+            if name not in self.given and (not self.trains_text or (alone and name == "text_encoder_lr")):
                 setattr(self, name, None)
         if self.guidance_scale is not None:
             name = "training_guidance_scale" if family.is_guided else "validation_guidance_scale"
             if name not in self.given:
                 self.update({name: self.guidance_scale})
+
+    def take_translated(self, family: FamilyDefaults) -> None:
+        """Take what another trainer's file means for a family of models, and drop what its program ignores for it."""
+        if own := self.of_families.pop(family.pipeline_class, None):
+            self.ignore(own.ignored)
+            values = {n: value for n, value in own.values.items() if n in self.translated or n not in self.given}
+            new = {n: value for n, value in values.items() if n not in self.given or getattr(self, n) != value}
+            self.update(values)
+            self.translated |= values.keys()
+            listed = ", ".join(f"--{name} {value}" for name, value in new.items())
+            self.notes += [f"  in its program for {family.title}: {listed}"] if new else []
+            self.notes += [f"  DIFFERENT: {name}: {reason}" for name, reason in own.different.items()]
+        self.ignore({name: f"{family.title} {reason}" for name, reason in family.not_here.items()})
+
+    def ignore(self, reasons: Mapping[str, str]) -> None:
+        """Give options back their defaults that another trainer's file has and its program does not use."""
+        for name, reason in reasons.items():
+            if name in self.translated & self.given:
+                self.given.remove(name)
+                setattr(self, name, next(default_of(item) for item in fields(self) if item.name == name))
+                self.notes.append(f"  NOT USED: --{name}: {reason}")
 
     def take_recipe(self, kind: str, title: str) -> None:
         """`--preset`, for a family of models."""

@@ -1,4 +1,4 @@
-"""What was found in the folders of a run: printed first of all, and also when something else is wrong.
+"""The contents of a run's folders, which are printed first of all, and also when something else is wrong.
 
 No torch in here: it should be there at once.
 """

@@ -1,4 +1,4 @@
-"""What contradicts what among the options that are kohya's: noise, noise levels, buckets, prompts."""
+"""Contradictions among the options that are kohya's: noise, noise levels, buckets, prompts."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,8 @@ from ...utils.problems import BadInput
 from ..data.buckets import KOHYA_LIMITS
 from ..data.prompts import read_prompts
 from . import DreamBoothOptions
+
+ROBUST = ("huber", "smooth_l1")
 
 
 def bad_data(options: DreamBoothOptions) -> Iterator[str]:
@@ -25,6 +27,12 @@ def bad_noise(options: DreamBoothOptions) -> Iterator[str]:
     for name in ("noise_offset", "ip_noise_gamma"):
         if getattr(options, f"{name}_random_strength") and not getattr(options, name):
             yield f"--{name}_random_strength is used only with --{name}"
+    if options.adaptive_noise_scale and not options.noise_offset:
+        yield "--adaptive_noise_scale is used only with --noise_offset"
+    if options.huber_scale != 1 and (options.loss_type not in ROBUST or options.huber_schedule == "snr"):
+        yield "--huber_scale is used only with --loss_type huber, smooth_l1 and --huber_schedule constant, exponential"
+    if "masked_mean" in options.given and not (options.mask_data_dir or options.alpha_mask or options.concepts):
+        yield "--masked_mean is used only with --mask_data_dir or --alpha_mask"
     if "multires_noise_discount" in options.given and not options.multires_noise_iterations:
         yield "--multires_noise_discount is used only with --multires_noise_iterations"
     sampling = options.timestep_sampling or "sigma"

@@ -1,4 +1,4 @@
-"""What a launcher left in the environment: how many processes there are, and what it is configured for. No torch."""
+"""The launcher's settings in the environment: number of processes and configuration. This module needs no torch."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def started_alone(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `accelerate launch` was asked for several processes and started one.
+    """Return whether `accelerate launch` was asked for several processes and started one.
 
     It does so with `--cpu`, and wherever neither `--multi_gpu` nor its configuration says how to start several. Asked
     for more than one it says where they would meet (`MASTER_ADDR`), and then numbers none of them (`RANK`).
@@ -39,12 +39,12 @@ def processes(count: int) -> list[str]:
 
 
 def shards() -> bool:
-    """Whether `accelerate launch` was configured for FSDP."""
+    """Return whether `accelerate launch` was configured for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def launcher_problems(options: DreamBoothOptions) -> Iterator[str]:
-    """What a launcher is configured for and this training cannot do."""
+    """Yield the settings of a launcher that this training does not support."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if options.mixed_precision is None and precision not in PRECISIONS:
         yield f"--mixed_precision: accelerate launch was given {precision!r}, wanted {', '.join(PRECISIONS)}"
@@ -54,6 +54,11 @@ def launcher_problems(options: DreamBoothOptions) -> Iterator[str]:
         return
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         yield f"FSDP {version} wants one precision for base and adapters; wanted fsdp_version: 2"
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        yield (
+            "fsdp_cpu_ram_efficient_loading leaves every process but the first without the text encoders' weights; "
+            "wanted false, as in train_scripts/configs/accelerate/fsdp2.yaml"
+        )
     if options.aspect_ratio_buckets and options.with_prior_preservation:
         yield "--aspect_ratio_buckets with --with_prior_preservation gives processes unequal batches; FSDP cannot wait"
     if options.cuda_graph:

@@ -6,8 +6,15 @@ from ...utils.options import option
 
 # Families of models, by the class of their pipelines in diffusers.
 XL, SD3, FLUX = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
-FAMILY_TITLES = {XL: "SDXL", SD3: "SD3", FLUX: "FLUX.1"}
+QWEN, Z_IMAGE, FLUX_2, KLEIN = "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline"
+SANA, LUMINA_2, CHROMA, AURA_FLOW = "SanaPipeline", "Lumina2Pipeline", "ChromaPipeline", "AuraFlowPipeline"
+# Those whose only text encoder is never trained.
+FROZEN_TEXT = (QWEN, Z_IMAGE, FLUX_2, KLEIN, SANA, LUMINA_2, CHROMA, AURA_FLOW)
+FAMILY_TITLES = {XL: "SDXL", SD3: "SD3", FLUX: "FLUX.1", QWEN: "Qwen-Image", Z_IMAGE: "Z-Image"}
+FAMILY_TITLES |= {FLUX_2: "FLUX.2", KLEIN: "FLUX.2 klein", SANA: "SANA", LUMINA_2: "Lumina 2", CHROMA: "Chroma"}
+FAMILY_TITLES |= {AURA_FLOW: "AuraFlow"}
 PRECISIONS = ("no", "fp16", "bf16")
+QUANTISATIONS = ("nf4", "int8", "int8wo", "float8wo", "int4wo")  # see `quantisation`
 
 
 @dataclass
@@ -16,7 +23,8 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Folder or hub name of a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 pipeline, or one .safetensors file.",
+        "Folder or hub name of a pipeline in diffusers' format, or one .safetensors file: Stable Diffusion, or the "
+        "transformer of FLUX.1 and newer families, whose other parts --base_config has.",
         binds=True,
     )
     base_config: str | None = option(
@@ -45,10 +53,11 @@ class ModelOptions:
     )
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that T5 reads (default: SD3 77, FLUX.1 512).",
+        "Tokens of a prompt that T5 or a language model reads (default: SD3 77, Lumina 2 and AuraFlow 256, SANA "
+        "300, others 512).",
         at_least=1,
         binds=True,
-        kohya={"t5xxl_max_token_length": ""},
+        kohya={"t5xxl_max_token_length": "", "gemma2_max_token_length": ""},
     )
     skip_t5: bool = option(
         False, "Train SD3 without T5, its largest text encoder; its files may be absent.", binds=True
@@ -64,6 +73,13 @@ class ModelOptions:
         None,
         "Precision of the frozen base; adapters are always float32 (default: that of `accelerate launch`).",
         choices=PRECISIONS,
+        in_header=True,
+    )
+    quantization: str | None = option(
+        None,
+        "Hold the frozen denoiser in fewer bits: nf4 or int8 by bitsandbytes, int8wo, float8wo or int4wo by torchao.",
+        choices=QUANTISATIONS,
+        binds=True,
         in_header=True,
     )
     gradient_checkpointing: bool = option(

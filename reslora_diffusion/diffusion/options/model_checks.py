@@ -6,8 +6,9 @@ from typing import Any
 
 from ...rules import faults
 from ...utils.problems import listing
-from ..models.architecture import BLOCKS, LINEAR, Architecture, blocks_of, is_target, matches, rank_of
+from ..models.architecture import BLOCKS, CONVOLUTION, LINEAR, Architecture, blocks_of, ends_of, matches, rank_of
 from . import DreamBoothOptions
+from .adapter import KOHYA
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
@@ -40,7 +41,7 @@ def adapter_settings(options: DreamBoothOptions) -> dict[str, Any]:
 
 
 def adapter_problems(options: DreamBoothOptions) -> Iterator[str]:
-    """What is wrong with an adapter for whatever model."""
+    """Problems with an adapter for whatever model."""
     yield from (fault for fault in faults(adapter_settings(options)) if not fault.startswith(CHECKED_BEFORE))
     for option in PATTERNS:
         for pattern in getattr(options, option):
@@ -57,14 +58,14 @@ def fault_of_pattern(pattern: str) -> str | None:
 
 
 def model_problems(architecture: Architecture, options: DreamBoothOptions) -> Iterator[str]:
-    """What does not fit this model."""
+    """Problems of fit with this model."""
     sound = {
         name: {pattern: value for pattern, value in getattr(options, name).items() if not fault_of_pattern(pattern)}
         for name in PATTERNS
     }
     options = options.changed(**sound, rank=max(1, options.rank))
     name, family, config = options.pretrained_model_name_or_path, architecture.family, architecture.denoiser_config
-    channels, latent_channels = family.latent_channels(config), architecture.vae["latent_channels"]
+    channels, latent_channels = family.latent_channels(config), family.vae_channels(architecture.vae)
     if channels != latent_channels:
         yield (
             f"{name}: the {family.denoiser} takes {channels} channels and latents have {latent_channels}; "
@@ -79,6 +80,7 @@ def model_problems(architecture: Architecture, options: DreamBoothOptions) -> It
             )
     if architecture.prediction_type not in PREDICTION_TYPES:
         yield f"{name} predicts {architecture.prediction_type!r}, wanted {' or '.join(PREDICTION_TYPES)}"
+    yield from prediction_problems(options, architecture.prediction_type)
     grid = architecture.grid
     if options.resolution % 8 == 0 and not grid.fits(
         options.resolution
@@ -109,6 +111,14 @@ def model_problems(architecture: Architecture, options: DreamBoothOptions) -> It
     yield from block_problems(architecture, options)
 
 
+def prediction_problems(options: DreamBoothOptions, predicts: str) -> Iterator[str]:
+    """Weights of the loss that are for models which predict something else."""
+    if options.scale_v_pred_loss_like_noise_pred and predicts == "epsilon":
+        yield "--scale_v_pred_loss_like_noise_pred is for models of v_prediction; this one predicts epsilon"
+    if options.v_pred_like_loss and predicts == "v_prediction":
+        yield "--v_pred_like_loss is for models of epsilon; this one predicts v_prediction"
+
+
 def pattern_problems(architecture: Architecture, options: DreamBoothOptions) -> Iterator[str]:
     """Patterns of ranks, alphas and learning rates that no adapted layer matches."""
     names = [name for _, name, _ in architecture.adapted(options)]
@@ -134,17 +144,19 @@ def target_problems(
 ) -> Iterator[str]:
     """Names that match nothing, layers that are no linear layers, and layers that are narrower than their rank."""
     layers = architecture.layers[component]
-    for target in sorted(set(targets)):
-        if not any(is_target(name, [target]) for name in layers):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.kind == LINEAR})
-            yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
+    for target in sorted(set(targets) - {end for name in layers for end in ends_of(name)}):
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer.kind == LINEAR})
+        yield f"target module {target!r} matches nothing in the {component}; it has {listing(leaves, 12)}"
     adapted = {name: layer for part, name, layer in architecture.adapted(options) if part == component}
-    if odd := [f"{name} ({layer.kind})" for name, layer in adapted.items() if layer.kind != LINEAR]:
-        yield f"target modules of the {component} that are no linear layers: {listing(odd)}"
+    if odd := [f"{name} ({layer.kind})" for name, layer in adapted.items() if layer.kind not in (LINEAR, CONVOLUTION)]:
+        yield f"target modules of the {component} that are neither linear layers nor convolutions: {listing(odd)}"
     narrow = [
         f"{name} {layer.shape} of rank {rank}"
         for name, layer in adapted.items()
-        if layer.kind == LINEAR and (rank := rank_of(options, name)) > min(layer.shape)
+        if layer.kind in (LINEAR, CONVOLUTION) and (rank := rank_of(options, name, layer)) > min(layer.sides)
     ]
     if narrow:
         yield f"--rank is larger than layers of the {component}: {listing(narrow)}"
+    family = architecture.family
+    if component == family.denoiser and KOHYA in (options.target_modules or ()) and not family.of_kohya:
+        yield f"--target_modules {KOHYA}: the layers that kohya's scripts train of {family.title} are not known here"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...utils.options import option
-from .model import FLUX, SD3
+from .model import FLUX, FLUX_2, KLEIN, LUMINA_2, SANA, SD3, Z_IMAGE
 
 
 @dataclass
@@ -14,7 +14,13 @@ class OutputOptions:
     output_dir: str = option(
         "lora-dreambooth-model",
         "Folder for everything that is written.",
-        families={SD3: "sd3-dreambooth", FLUX: "flux-dreambooth-lora"},
+        families={
+            SD3: "sd3-dreambooth",
+            **dict.fromkeys((FLUX, FLUX_2, KLEIN), "flux-dreambooth-lora"),
+            Z_IMAGE: "z-image-dreambooth-lora",
+            SANA: "sana-dreambooth-lora",
+            LUMINA_2: "lumina2-dreambooth-lora",
+        },
     )
     checkpointing_steps: int = option(
         500,

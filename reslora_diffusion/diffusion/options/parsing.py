@@ -36,6 +36,7 @@ def read_config(path: Path, options: DreamBoothOptions) -> Given:
         options.notes += found.lines()
         given = reader().mapping(found.values)
         options.translated |= given.values.keys()
+        options.of_families = found.of_families
         given.problems = [f"--config {path}: {problem}" for problem in (*found.problems, *given.problems)]
         return given
     if isinstance(config.get("options"), dict) and "command" in config:  # the `run.json` of an earlier run
@@ -81,11 +82,13 @@ def parse(argv: Sequence[str] | None = None) -> DreamBoothOptions:
     options.local_rank = int(os.environ.get("LOCAL_RANK", options.local_rank))
     if options.upcast_before_saving and "save_precision" not in options.given:
         options.save_precision = "fp32"
+    if options.use_aspect_ratio_buckets and not options.aspect_ratio_buckets:
+        options.update({"aspect_ratio_buckets": "auto"})
     return options
 
 
 def take_datasets(options: DreamBoothOptions) -> None:
-    """What a file of kohya's datasets, given as `--concepts`, says of all concepts, unless an option says otherwise."""
+    """Take the settings of a kohya dataset file, given as `--concepts`, that all concepts share and no option sets."""
     if not options.concepts or options.translated & {"concepts"}:
         return
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # it imports torch
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is trained on, and for how long."""
+    """The data, the base and the length of a run."""
 
     concepts: list[Concept]
     buckets: list[Size]

@@ -1,4 +1,4 @@
-"""What a run is about to do, printed before it does it; `--dry_run` stops after this."""
+"""The plan of a run, printed before anything is done; `--dry_run` stops after this."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from ..data.prompts import read_prompts
 from ..data.sampling import Batch
 from ..models.estimate import BACKWARD, SavedForBackward, on_paper
 from ..models.load import base_dtype
+from ..models.quantising import stored_bytes
 from ..objective.loss import Denoiser
 from ..train.checkpoints import find_checkpoint
 from ..train.optimizers import learning_rate_factor, name_of
@@ -26,16 +27,17 @@ from .inventory import inventory
 from .launcher import processes, world_size
 from .model_checks import adapter_settings
 from .plan import Plan
+from .token_checks import described
 
 ADAPTER_BYTES = 16  # float32: weight, gradient, and two moments of Adam
 
 
-def cut_off(concept: Concept, plan: Plan) -> Iterator[str]:
+def cut_off(concept: Concept, plan: Plan, options: DreamBoothOptions) -> Iterator[str]:
     """Prompts that the text encoders will not see the end of."""
     prompts = [concept.instance_prompt, *(image.caption for image in concept.instance.images)]
     prompts += [concept.class_prompt] if concept.classes else []
     for prompt in filter(None, dict.fromkeys(prompts)):
-        lost = max(tokens_cut_off(tokenizer, prompt, length) for tokenizer, length in plan.base.windows)
+        lost = max(tokens_cut_off(tokenizer, options.worded(prompt), length) for tokenizer, length in plan.base.windows)
         if lost:
             yield f"{lost} tokens cut off the end of {prompt[:60]!r}"
 
@@ -45,22 +47,28 @@ def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int)
 
 
 def memory(plan: Plan, options: DreamBoothOptions) -> str:
-    """What weights and optimizer take; activations depend on the device's kernels."""
-    base, each = plan.base, base_dtype(options).itemsize
-    parts = [base.denoiser, *(base.text_encoders.values() if options.train_text_encoder else ())]
-    frozen = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    trained = base.adapter_size(options)
+    """Return the memory that weights and optimizer take; activations depend on the device's kernels."""
+    base = plan.base
+    texts = [*base.text_encoders.values()] if options.trains_text else []
+    frozen = sum(parameter.numel() for part in (base.denoiser, *texts) for parameter in part.parameters())
+    held = stored_bytes(base.denoiser, base_dtype(options), options.quantization)
+    held += sum(stored_bytes(part, base_dtype(options), None) for part in texts)
+    own = f" ({options.quantization} where they are of linear layers)" if options.quantization else ""
+    trained = base.adapter_size(options) + base.new_token_size(options)
+    rest = "T5, its new tokens and activations" if options.enable_t5_ti else "activations"
     return (
         f"{trained:,} trained parameters, {trained * ADAPTER_BYTES / 1e6:,.1f} MB with gradients and moments, on "
-        f"{frozen:,} frozen ones, {frozen * each / 1e6:,.1f} MB; activations come on top"
+        f"{frozen:,} frozen ones, {held / 1e6:,.1f} MB{own}; {rest} come on top"
     )
 
 
 def training(plan: Plan, options: DreamBoothOptions, count: int) -> Iterator[str]:
     """Lines on the device, the adapters and the optimizer."""
     precision = str(base_dtype(options)).removeprefix("torch.")
-    yield f"on {PartialState().device}: the frozen base in {precision}, adapters in float32"
+    held = f", its linear layers in {options.quantization}" if options.quantization else ""
+    yield f"on {PartialState().device}: the frozen base in {precision}{held}, adapters in float32"
     yield adapter_line(options)
+    yield from described(options, plan.base.family.token_encoders(options))
     yield optimizer_line(options, count)
     if note := clipping_note(options.optimizer, options.max_grad_norm):
         yield note
@@ -72,7 +80,7 @@ def training(plan: Plan, options: DreamBoothOptions, count: int) -> Iterator[str
 
 
 def adapter_line(options: DreamBoothOptions) -> str:
-    """Which adapter is trained, of what size."""
+    """Return the line on the adapter that is trained and its size."""
     defaults: dict[str, Any] = {item.name: item.default for item in fields(ShortcutFields)}
     settings = defaults | adapter_settings(options)
     rank, alpha = settings["r"], settings["lora_alpha"]
@@ -82,21 +90,25 @@ def adapter_line(options: DreamBoothOptions) -> str:
     else:
         reach = settings["num_previous"]
         kind = f"ResLoRA, shortcut {settings['shortcut']}, num_previous {'all' if reach is None else reach}"
-    where = " and text encoders" if options.train_text_encoder else ""
-    others = [f"--{name}" for name in ("rank_pattern", "alpha_pattern") if getattr(options, name)]
+    share = (
+        "" if options.train_text_encoder_frac == 1 else f" in the first {options.train_text_encoder_frac:.0%} of steps"
+    )
+    where = f" and text encoders{share}" if options.train_text_encoder else ""
+    others = [f"--{name}" for name in ("rank_pattern", "alpha_pattern", "conv_rank") if getattr(options, name)]
     apart = f", except for {' and '.join(others)}" if others else ""
     return f"{kind}: rank {rank}, lora_alpha {alpha:g}, scale {scale:g}{apart}; on the denoiser{where}"
 
 
 def optimizer_line(options: DreamBoothOptions, count: int) -> str:
-    """Which optimizer trains it, at what rates."""
+    """Return the line on the optimizer and its rates."""
     rate = options.learning_rate * learning_rate_factor(options, count)
     parts = [f"learning rate {rate:g}"]
-    if options.train_text_encoder:
-        parts.append(f"of the text encoders {options.text_encoder_lr or rate:g}")
+    trained = "new tokens" if options.train_text_encoder_ti else "text encoders"
+    if options.trains_text:
+        parts.append(f"of the {trained} {options.text_encoder_lr or rate:g}")
     parts.append(f"weight decay {options.adam_weight_decay:g}")
-    if options.train_text_encoder and options.adam_weight_decay_text_encoder is not None:
-        parts.append(f"of the text encoders {options.adam_weight_decay_text_encoder:g}")
+    if options.trains_text and options.adam_weight_decay_text_encoder is not None:
+        parts.append(f"of the {trained} {options.adam_weight_decay_text_encoder:g}")
     parts += [f"--{name} {value}" for name in ("loraplus_lr_ratio", "lr_pattern") if (value := getattr(options, name))]
     warm = f" with {options.lr_warmup_steps} steps of warm-up" if options.lr_scheduler != "constant" else ""
     return f"optimizer {name_of(options)}: {', '.join(parts)}; schedule {options.lr_scheduler}{warm}"
@@ -112,7 +124,7 @@ def kept_for_backward(denoiser: Denoiser, batches: Sequence[Batch]) -> int:
 
 
 def expectation(plan: Plan, options: DreamBoothOptions, seconds: float, forwards: int, kept: int) -> str:
-    """How long training will take, from the seconds that so many images took forwards, and what a forward keeps."""
+    """Return the expected time of the training, from the seconds that `forwards` images took, and the activations."""
     images = options.train_batch_size * options.gradient_accumulation_steps
     images *= 2 if any(concept.classes for concept in plan.concepts) else 1
     step = seconds / forwards * images * (1 + BACKWARD + options.gradient_checkpointing)
@@ -123,7 +135,7 @@ def expectation(plan: Plan, options: DreamBoothOptions, seconds: float, forwards
 
 
 def not_installed(options: DreamBoothOptions) -> list[str]:
-    """What a run does without, as nobody asked for it and its package is an extra."""
+    """Name the extras that a run does without, since nobody asked for them and their packages are missing."""
     lines = []
     if tracker_of(options) != options.report_to:
         lines.append(
@@ -153,7 +165,7 @@ def preflight(plan: Plan, options: DreamBoothOptions, count: int | None = None) 
     lines += options.notes
     lines += inventory(plan.concepts, options, plan.buckets)
     for concept in plan.concepts:
-        lines += cut_off(concept, plan)
+        lines += cut_off(concept, plan, options)
     batch = options.train_batch_size * options.gradient_accumulation_steps * count
     classes = any(concept.classes for concept in plan.concepts)
     joined = f", with as many class images (weight {options.prior_loss_weight})" if classes else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .model import FLUX, SD3, XL
+from .model import FLUX, FLUX_2, KLEIN, QWEN, SD3, XL, Z_IMAGE
 
 SD = "StableDiffusionPipeline"
 LENGTH = {"max_train_steps", "num_train_epochs"}  # who gives one of them has decided on the other
@@ -24,6 +24,30 @@ class Recipe:
 
 EXAMPLE = {"train_batch_size": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 500}
 FOUR = EXAMPLE | {"gradient_accumulation_steps": 4}
+WARMED_UP = FOUR | {"lr_warmup_steps": 100, "learning_rate": 1e-4, "optimizer": "adamw8bit", "resolution": 1024}
+TOOLKIT = {
+    "rank": 16,
+    "lora_alpha": 16.0,
+    "learning_rate": 1e-4,
+    "train_batch_size": 1,
+    "max_train_steps": 2000,
+    "caption_dropout_rate": 0.05,
+    "optimizer": "adamw8bit",
+    "use_ema": True,
+    "ema_decay": 0.99,
+    "aspect_ratio_buckets": "auto",
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+}
+ICONS = {
+    "rank": 8,
+    "optimizer": "prodigy",
+    "learning_rate": 1.0,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "resolution": 1024,
+}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "object": {
         SD: Recipe(
@@ -36,6 +60,15 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             FOUR | {"learning_rate": 1.0, "optimizer": "prodigy", "training_guidance_scale": 1.0, "resolution": 512},
             "diffusers, examples/dreambooth/README_flux.md",
         ),
+        QWEN: Recipe(
+            FOUR | {"learning_rate": 2e-4, "optimizer": "adamw8bit", "resolution": 1024},
+            "diffusers, examples/dreambooth/README_qwen.md",
+        ),
+        Z_IMAGE: Recipe(WARMED_UP, "diffusers, examples/dreambooth/README_z_image.md"),
+        FLUX_2: Recipe(
+            WARMED_UP | {"training_guidance_scale": 1.0}, "diffusers, examples/dreambooth/README_flux2.md for dev"
+        ),
+        KLEIN: Recipe(WARMED_UP, "diffusers, examples/dreambooth/README_flux2.md for klein"),
     },
     "person": {
         SD: Recipe(
@@ -73,22 +106,20 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             },
             "kohya_ss, presets/lora/SDXL - LoRA AI_characters standard v1.1.json",
         ),
+        SD3: Recipe(
+            TOOLKIT | {"resolution": 1024, "weighting_scheme": "none", "precondition_outputs": 0},
+            "ai-toolkit, config/examples/train_lora_sd35_large_24gb.yaml",
+        ),
+        FLUX: Recipe(TOOLKIT, "ai-toolkit, config/examples/train_lora_flux_24gb.yaml, at one resolution"),
+    },
+    "style": {
+        XL: Recipe(
+            ICONS | {"train_batch_size": 3, "snr_gamma": 5.0, "max_train_steps": 1000},
+            "diffusers, examples/advanced_diffusion_training/README.md, without the learnt tokens",
+        ),
         FLUX: Recipe(
-            {
-                "rank": 16,
-                "lora_alpha": 16.0,
-                "learning_rate": 1e-4,
-                "train_batch_size": 1,
-                "max_train_steps": 2000,
-                "caption_dropout_rate": 0.05,
-                "optimizer": "adamw8bit",
-                "use_ema": True,
-                "ema_decay": 0.99,
-                "aspect_ratio_buckets": "auto",
-                "lr_scheduler": "constant",
-                "lr_warmup_steps": 0,
-            },
-            "ai-toolkit, config/examples/train_lora_flux_24gb.yaml, at one resolution",
+            ICONS | {"train_batch_size": 1, "max_train_steps": 700},
+            "diffusers, examples/advanced_diffusion_training/README_flux.md, without the learnt tokens",
         ),
     },
 }

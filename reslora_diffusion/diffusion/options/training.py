@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ...choices import PAIR_OPTIMIZERS
 from ...utils.options import option
-from .model import FLUX, SD3, XL
+from .model import FLUX, FROZEN_TEXT, SD3, XL
 
 
 class Packaged(NamedTuple):
@@ -56,7 +56,7 @@ OPTIMIZERS = (
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-NEWER = (XL, SD3, FLUX)  # families whose scripts in diffusers share their defaults
+NEWER = (XL, SD3, FLUX, *FROZEN_TEXT)  # families whose scripts in diffusers share their defaults
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TrainingOptions:
     preset: str | None = option(
         None,
         "Settings that others have published for a kind of subject, where they are not given (docs/recipes.md).",
-        choices=("object", "person"),
+        choices=("object", "person", "style"),
     )
     train_batch_size: int = option(
         4, "Images in a batch of each process; as many class images join them.", at_least=1, binds=True, in_header=True
@@ -150,10 +150,13 @@ class TrainingOptions:
         binds=True,
         kohya={"zero_terminal_snr": ""},
     )
-    loss_type: str = option("l2", "Loss.", choices=("l2", "huber", "smooth_l1"), binds=True)
+    loss_type: str = option("l2", "Loss.", choices=("l2", "l1", "huber", "smooth_l1"), binds=True)
     huber_c: float = option(0.1, "Error from which huber and smooth_l1 grow linearly.", above=0, binds=True)
     huber_schedule: str = option(
         "snr", "How huber_c depends on the timestep.", choices=("constant", "exponential", "snr"), binds=True
+    )
+    huber_scale: float = option(
+        1.0, "Factor on huber_c of the schedules constant and exponential.", above=0, binds=True
     )
     snr_gamma: float | None = option(
         None,
@@ -164,11 +167,24 @@ class TrainingOptions:
         kohya={"min_snr_gamma": ""},
     )
     debiased_estimation_loss: bool = option(False, "Debiased weighting of the loss.", binds=True)
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False,
+        "v_prediction: weight the loss of the velocity by snr / (snr + 1), as if noise were predicted.",
+        binds=True,
+    )
+    v_pred_like_loss: float | None = option(
+        None, "epsilon: add this times the loss that a velocity would have.", above=0, binds=True
+    )
     noise_offset: float = option(
         0.0, "Noise that all pixels of a channel share; 0.05 is usual.", at_least=0, binds=True, in_header=True
     )
     noise_offset_random_strength: bool = option(
         False, "Multiply --noise_offset by a number between 0 and 1, drawn for each image.", binds=True
+    )
+    adaptive_noise_scale: float | None = option(
+        None,
+        "Add this times the absolute mean of each channel of the latents to --noise_offset, not below 0 in all.",
+        binds=True,
     )
     multires_noise_iterations: int | None = option(
         None, "Add noise of lower and lower resolution this many times; 6 to 10 is usual.", at_least=1, binds=True

@@ -5,7 +5,7 @@ those. It is part of every checkpoint, so a continued run chooses the same step.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,9 @@ from reslora_diffusion.core.functional import LoraFactors, Magnitude, with_magni
 from reslora_diffusion.core.merging.report import MergeReport
 
 MAGNITUDE = "magnitude"  # of a DoRA, in a checkpoint
-Factors = Mapping[str, Mapping[str, LoraFactors]]  # by component and layer
+ROWS = "new_tokens"
+Factors = dict[str, dict[str, LoraFactors]]  # by component and layer
+Rows = dict[str, Tensor]  # of new tokens, by component
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
@@ -28,11 +30,19 @@ class Best:
     step: int
     loss_trained: float
     loss_merged: float
-    factors: dict[str, dict[str, LoraFactors]]
+    factors: Factors
+    new_tokens: Rows = field(default_factory=dict)
 
     @classmethod
-    def of(cls, step: int, loss_trained: float, loss_merged: float, factors: Factors) -> "Best":
-        """Copies the factors to the CPU."""
+    def of(
+        cls,
+        step: int,
+        loss_trained: float,
+        loss_merged: float,
+        factors: Factors,
+        new_tokens: Rows,
+    ) -> "Best":
+        """Copy the factors to the CPU, where the rows of new tokens are."""
         copied = {
             component: {
                 name: with_magnitude(
@@ -43,7 +53,7 @@ class Best:
             }
             for component, layers in factors.items()
         }
-        return cls(step, loss_trained, loss_merged, copied)
+        return cls(step, loss_trained, loss_merged, copied, new_tokens)
 
     def report(self, last: MergeReport) -> MergeReport:
         """The last step's report with the losses of this step, at which errors of single layers were not measured."""
@@ -60,7 +70,7 @@ class Best:
 
     def tensors(self) -> dict[str, Tensor]:
         """All factors, named by component, layer and factor with spaces between them: no name of a layer holds one."""
-        found = dict[str, Tensor]()
+        found = {f"{component} {ROWS}": rows for component, rows in self.new_tokens.items()}
         for component, layers in self.factors.items():
             for name, one in layers.items():
                 found |= {f"{component} {name} lora_A": one.lora_A, f"{component} {name} lora_B": one.lora_B}
@@ -84,4 +94,6 @@ class Best:
             component: {name: one(f"{component} {name}", scaling) for name, scaling in layers.items()}
             for component, layers in facts["scaling"].items()
         }
-        return cls(facts["step"], facts["loss_trained"], facts["loss_merged"], factors)
+        ends = f" {ROWS}"
+        rows = {name.removesuffix(ends): on_cpu(value) for name, value in tensors.items() if name.endswith(ends)}
+        return cls(facts["step"], facts["loss_trained"], facts["loss_merged"], factors, rows)

@@ -37,13 +37,13 @@ Update = Callable[[], Tensor]
 
 
 class Recorder(Protocol):
-    """What turns launches into something that can be launched again."""
+    """A way to record launches and to launch them again."""
 
     def as_recorded(self) -> AbstractContextManager:
         """Inside, calls run as they will be recorded."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What does again whatever `function` does on the device; `function` itself changes nothing there."""
+        """Return a call that repeats what `function` does on the device; `function` itself changes nothing there."""
 
     def forget(self) -> None:
         """Nothing that was recorded will be used again; it may still be running."""
@@ -87,7 +87,7 @@ def tensors_in(value: Any) -> Iterator[Tensor | None]:
 
 
 def signature(value: Any) -> tuple:
-    """What must be equal for one recording to serve."""
+    """The values that must be equal for one recording to serve."""
     return tuple(None if t is None else (t.shape, t.dtype) for t in tensors_in(value))
 
 
@@ -209,7 +209,7 @@ class CapturedStep(Step):
 
 
 def why_not_captured(device: torch.device) -> str | None:
-    """What CUDA graphs lack here, if anything."""
+    """The reason why CUDA graphs cannot run here, if any."""
     return None if device.type == "cuda" else "this machine trains without a CUDA device"
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained on, and what of it has changed: images, captions, masks, repeats.
+"""The data of a checkpoint, and what of them has changed: images, captions, masks, repeats.
 
 A run may go on with other images, as when some are added; it is then no longer the run that was begun, which is said.
 """

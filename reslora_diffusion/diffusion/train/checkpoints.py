@@ -31,12 +31,12 @@ def step_of(folder: Path) -> int:
 
 
 def stored_facts(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself: step, options, versions, images; raises `BrokenState`."""
+    """Read a checkpoint's step, options, versions and images; raises `BrokenState`."""
     return read_facts(folder / STATE_FOLDER)
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why training cannot continue from a folder; None if it can. A machine that loses its power, or a disk that
+    """Return why training cannot continue from a folder; None if it can. A machine that loses power, or a disk that
     fails, may leave a file of which a part is missing or wrong."""
     if not (folder / STATE_FOLDER).is_dir():
         return "it has no state"

@@ -4,21 +4,31 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.merging.report import MergeReport
 from reslora_diffusion.export import ExportReport, export_lora
+from reslora_diffusion.export.embeddings import write_embeddings
+from reslora_diffusion.export.embeddings_header import SUFFIX
+from reslora_diffusion.export.geometry import ARCHITECTURE
 
 from ..data.concepts import Concept
 from ..data.tag_orders import tag_counts
 from ..models.adapters import Adapters
+from ..models.families import Family
 from ..models.load import DTYPES, base_model_name
 from ..options import IN_HEADER, DreamBoothOptions
 from ..options.plan import Plan
+from .best import Factors, Rows
 from .record import export_name
+
+OF_EMBEDDINGS = ("base_model", "trigger_words", "steps", "seed")  # facts in the header of embeddings
 
 
 def header_facts(
-    options: DreamBoothOptions, method: dict[str, str], step: int, report: MergeReport | None = None
+    options: DreamBoothOptions,
+    family: Family,
+    method: dict[str, str],
+    step: int,
+    report: MergeReport | None = None,
 ) -> dict[str, str]:
     """Facts of training for the headers; kohya's `ss_*` are made from the same names.
 
@@ -33,7 +43,8 @@ def header_facts(
         "handover": options.handover,
         "ss_clip_skip": options.skip_clip_layers and options.skip_clip_layers + 1,  # kohya counts from 1
         "base_model": base_model_name(options),
-        "trigger_words": options.instance_prompt,
+        ARCHITECTURE: family.architecture,
+        "trigger_words": options.instance_prompt and options.worded(options.instance_prompt),
         "steps": step,
         "seed": options.seed,
         "merge_gap": report.gap if report else None,
@@ -61,17 +72,20 @@ def checkpoint_number(options: DreamBoothOptions, plan: Plan, step: int) -> str:
     return f"step{step:08d}" if rest else f"{passes:06d}"
 
 
-def export_factors(
+def export_adapter(
     options: DreamBoothOptions,
+    family: Family,
     adapters: Adapters,
-    factors: dict[str, dict[str, LoraFactors]],
+    factors: Factors,
+    rows: Rows,
     folder: Path,
     facts: dict[str, str],
     number: str,
 ) -> ExportReport:
-    """Write a plain LoRA; in a checkpoint, the file for ComfyUI and A1111 is numbered."""
+    """Write a plain LoRA, and the embeddings [n, D] of new tokens by component if there are any; in a checkpoint, the
+    file for ComfyUI and A1111 is numbered."""
     name = export_name(options)
-    return export_lora(
+    exported = export_lora(
         folder,
         factors,
         name=name if folder == Path(options.output_dir) else f"{name}-{number}",
@@ -79,3 +93,9 @@ def export_factors(
         facts=facts,
         models=adapters.models if options.use_dora else None,  # a file for ComfyUI needs their norms
     )
+    if not rows:
+        return exported
+    path = folder / f"{name}{SUFFIX}"
+    known = {name: value for name, value in facts.items() if name in OF_EMBEDDINGS}
+    write_embeddings(path, {family.embedding_keys[part]: own for part, own in rows.items()}, options.new_tokens, known)
+    return exported.with_embeddings(path)

@@ -1,4 +1,4 @@
-"""What was measured at each step: `metrics.jsonl`, one JSON object per line, and the plot of it.
+"""The measurements of each step: `metrics.jsonl`, one JSON object per line, and the plot of it.
 
 Losses stay tensors until `flush`, so that a GPU is not waited for at every step.
 """
@@ -65,11 +65,16 @@ class History:
         losses = [row["loss"] for row in self.rows[-SHOWN:] if "loss" in row]
         return smooth(losses)[-1] if losses else None
 
+    def validated(self, step: int) -> float | None:
+        """The validation loss of a step, if this process or an earlier one has measured it."""
+        losses = [row.get("validation_loss") for row in self.rows if row["step"] == step]
+        return next((loss for loss in reversed(losses) if isinstance(loss, float)), None)
+
     def add_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         self.pending.append((step, lr, loss.detach(), grad_norm.detach()))
 
     def is_due(self) -> bool:
-        """Whether it is time to look at the losses."""
+        """Return whether it is time to look at the losses."""
         return len(self.pending) >= self.every
 
     def flush(self) -> list[dict[str, Any]]:
@@ -104,7 +109,7 @@ class History:
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows += rows
         if self.path is not None:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(row)}\n" for row in rows)
 
 

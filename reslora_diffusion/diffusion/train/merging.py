@@ -1,4 +1,4 @@
-"""What merging costs: the shortcut serves training, and what is exported is a plain LoRA.
+"""The cost of merging: the shortcut serves training, and a plain LoRA is exported.
 
 The gap is measured on noise that no training step saw: the loss as trained, and the loss as exported. Block shortcuts
 and plain LoRA merge exactly, so their gap is rounding.
@@ -11,7 +11,7 @@ from reslora_diffusion.core.merging.report import MergeReport
 
 from ..data.encode import Example
 from ..data.sampling import Batch, Sampler
-from ..models.adapters import Adapters, Forward
+from ..models.adapters import NOTHING_TO_MERGE, Adapters, Forward
 from ..objective.loss import Denoiser
 from ..objective.randomness import Stream, seed_of
 from ..options import DreamBoothOptions
@@ -60,19 +60,40 @@ def forwards_of(denoiser: Denoiser) -> dict[str, Forward]:
     return {family.denoiser: lambda model, batch: denoiser.predict(batch), **texts}
 
 
+def merged_loss(
+    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, merge_method: str, trained: float
+) -> float:
+    """The loss of what will be exported, inside `adapters.evaluation()`; a plain LoRA is exported as it was `trained`,
+    and not measured again."""
+    if merge_method == NOTHING_TO_MERGE:
+        return trained
+    with adapters.merged():
+        return fixed_noise_loss(denoiser, evaluation.validation)
+
+
 def merge_report(
-    adapters: Adapters, denoiser: Denoiser, evaluation: Evaluation, loss_base: float, shortcut: str, merge_method: str
+    adapters: Adapters,
+    denoiser: Denoiser,
+    evaluation: Evaluation,
+    loss_base: float,
+    shortcut: str,
+    merge_method: str,
+    trained: float | None = None,
 ) -> MergeReport:
-    """Compare what was trained with what will be exported; calibrate first. Every process must call this."""
+    """Compare what was trained with what will be exported; calibrate first. Every process must call this.
+
+    Args:
+        trained: the loss as trained, where it is known.
+    """
+    batches = evaluation.validation
     with adapters.evaluation():
-        trained = fixed_noise_loss(denoiser, evaluation.validation)
-        with adapters.merged():
-            merged = fixed_noise_loss(denoiser, evaluation.validation)
+        trained = fixed_noise_loss(denoiser, batches) if trained is None else trained
+        merged = merged_loss(adapters, denoiser, evaluation, merge_method, trained)
     return MergeReport(
         shortcut=shortcut,
         merge_method=merge_method,
         loss_base=loss_base,
         loss_trained=trained,
         loss_merged=merged,
-        output_errors=adapters.output_errors(evaluation.validation, forwards_of(denoiser)),
+        output_errors=adapters.output_errors(batches, forwards_of(denoiser)),
     )

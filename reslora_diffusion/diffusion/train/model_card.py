@@ -9,12 +9,22 @@ from reslora_diffusion.export.header import DIFFUSERS_FILE
 from ...utils.problems import listing, printable
 from ..models.families.base import scheduler_changes
 from ..models.load import base_model_name
-from ..models.meta_pipeline import given_base
+from ..models.meta_pipeline import MetaPipeline, given_base
 from ..options import DreamBoothOptions
+from .token_card import token_imports, token_lines, token_paragraph
 
 
-def model_card(options: DreamBoothOptions, tag: str, prompt: str, lines: list[str], images: list[str]) -> str:
-    """`prompt` is one that was trained, `lines` what merging cost."""
+def model_card(
+    options: DreamBoothOptions,
+    tag: str,
+    prompt: str,
+    lines: list[str],
+    images: list[str],
+    vae_class: str = "AutoencoderKL",
+    model: MetaPipeline | None = None,
+) -> str:
+    """`prompt` is one that was trained, `lines` what merging cost; `model` is the base, for new tokens."""
+    prompt = options.worded(prompt)
     base, local = base_model_name(options), Path(given_base(options)).is_dir()
     tags = ["text-to-image", "diffusers", "lora", "diffusers-training", tag, options.method]
     return "\n".join(
@@ -30,9 +40,10 @@ def model_card(options: DreamBoothOptions, tag: str, prompt: str, lines: list[st
             "",
             f"A LoRA for {in_code(base)}, trained by DreamBooth on {in_code(prompt)}; text encoder trained: "
             f"{'yes' if options.train_text_encoder else 'no'}.",
+            *token_paragraph(options),
             "",
             "```python",
-            *usage(options, prompt),
+            *usage(options, prompt, vae_class, model),
             "```",
             "",
             *lines,
@@ -53,7 +64,9 @@ def in_code(text: str) -> str:
     return f"`{printable(text, None).replace('`', chr(39))}`"
 
 
-def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
+def usage(
+    options: DreamBoothOptions, prompt: str, vae_class: str = "AutoencoderKL", model: MetaPipeline | None = None
+) -> list[str]:
     """A program that generates an image with the adapter, by the same process as it was trained with."""
     more = {name: value for name in ("revision", "variant") if (value := getattr(options, name))}
     more |= {"text_encoder_3": None, "tokenizer_3": None} if options.skip_t5 else {}
@@ -61,12 +74,13 @@ def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
     changes = "".join(f", {name}={literal(value)}" for name, value in scheduler_changes(options).items())
     vae = options.pretrained_vae_model_name_or_path
     lines = [
-        "from diffusers import AutoencoderKL, DiffusionPipeline" if vae else "from diffusers import DiffusionPipeline"
+        f"from diffusers import {vae_class}, DiffusionPipeline" if vae else "from diffusers import DiffusionPipeline"
     ]
+    lines += token_imports(options, model) if model else []
     lines += ["", f"base = {place(given_base(options), options)}"]
     if vae:
         lines.append(f"vae = {place(vae, options)}")
-        given += ", vae=AutoencoderKL.from_pretrained(vae)"
+        given += f", vae={vae_class}.from_pretrained(vae)"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{given})")
     if changes:
         lines.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config{changes})")
@@ -76,8 +90,9 @@ def usage(options: DreamBoothOptions, prompt: str) -> list[str]:
         lines.append(f"encoder.layers = encoder.layers[:-{count}]  # as trained, with --skip_clip_layers {count}")
     where = options.hub_model_id if options.push_to_hub else "."
     lines.append(f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_FILE}")')
+    lines += token_lines(options, model, str(where)) if model else []
     length = f", max_sequence_length={options.max_sequence_length}" if options.max_sequence_length else ""
-    lines.append(f"image = pipe({quoted(prompt)}{length}).images[0]")
+    lines.append(f"image = pipe(prompt={quoted(prompt)}{length}).images[0]")
     return [*lines, 'image.save("image.png")']
 
 
@@ -86,7 +101,7 @@ def literal(value: str | bool | None) -> str:
 
 
 def place(name: str, options: DreamBoothOptions) -> str:
-    """Where a model is: a hub name, or a path relative to the adapter's folder with a comment."""
+    """Return the place of a model: a hub name, or a path relative to the adapter's folder with a comment."""
     folder = Path(name)
     if not folder.is_dir():
         return json.dumps(name)

@@ -27,7 +27,7 @@ from .schedules import features_of
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
 DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable", "train_mode")
 LIKE_ADAM = ("adamw", "adamw8bit", "prodigy", "adafactor")  # of other libraries, with the defaults of Adam's options
-FUSED = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors, which a CUDA graph can hold
+WITH_FUSED_STEP = ("Adam", "AdamW", "SGD")  # on every device: one kernel for many tensors, which a CUDA graph can hold
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -95,13 +95,13 @@ def settings(kind: type[torch.optim.Optimizer], options: DreamBoothOptions) -> d
             "weight_decay": ("adam_weight_decay",),
         }
         chosen = {n: v for n, v in chosen.items() if n not in meant or options.given & {*meant[n]}}
-    if kind.__module__.startswith("torch.optim") and kind.__name__ not in FUSED:
+    if kind.__module__.startswith("torch.optim") and kind.__name__ not in WITH_FUSED_STEP:
         chosen.pop("fused", None)
     return chosen | {name: literal(value) for name, value in options.optimizer_args.items()}
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer trains other weights than those that are to be used: it says which by `train` and `eval`."""
+    """Return whether an optimizer trains other weights than those to be used; `train` and `eval` switch them."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
@@ -125,8 +125,8 @@ def used_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def own_default(name: str, value: Any, known: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether an option has something to say: not of a setting that the class has a default of another form for, as
-    CAME has three betas and two epsilons, and not None in place of a number."""
+    """Return whether a class takes an option: not one whose own default has another form, as CAME has three betas and
+    two epsilons, and not None in place of a number."""
     default = known[name].default
     unlike = isinstance(default, tuple) and (not isinstance(value, tuple) or len(value) != len(default))
     return not unlike and (value is not None or default is None)
@@ -142,7 +142,7 @@ def optimizer_problems(options: DreamBoothOptions) -> list[str]:
         return [f"--optimizer: torch {torch.__version__} has no {options.optimizer}"]
     problems = unknown_settings(kind, options.optimizer_args)
     if options.cuda_graph and not settings(kind, options).get("fused"):
-        fused = ", ".join(name.lower() for name in FUSED)
+        fused = ", ".join(name.lower() for name in WITH_FUSED_STEP)
         problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
     if issubclass(kind, PairOptimizer):
         problems += [

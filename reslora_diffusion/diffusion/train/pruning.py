@@ -29,7 +29,7 @@ FOLDER, REPORT = "pruned", "pruning_report.json"
 
 
 def pruning_problems(options: DreamBoothOptions, base: MetaPipeline) -> Iterator[str]:
-    """Why this denoiser cannot be pruned as asked; without `--schedule prune`, nothing. Asked of sound settings."""
+    """Yield why this denoiser cannot be pruned by the settings, which are sound; nothing without `--schedule prune`."""
     settings = settings_of(options)
     if not isinstance(settings, PruneSettings):
         return

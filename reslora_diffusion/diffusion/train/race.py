@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...rules import MERGE_EXACTLY, Shortcut
 from ...utils.documents import parse_json
 from ...utils.files import write_text
 from ...utils.problems import BadInput, refuse
@@ -31,7 +32,7 @@ from .record import resolve_seed, versions
 from .sheet import contact_sheet, save_image
 
 SHARED = ("output_dir", "seed", "max_train_steps", "num_train_epochs", "compare", "config", "dry_run")
-HEADS = ("lora", "dora", "reslora", "reslora-none", "reslora-input", "reslora-block", "reslora-middle")
+HEADS = ("lora", "dora", "reslora", *(f"reslora-{shortcut}" for shortcut in Shortcut))
 APP_FORMAT_VERSION = 1  # of the app's settings files
 
 
@@ -49,7 +50,7 @@ def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
     own.shortcut = shortcut or options.shortcut
     if method == "lora":
         own.shortcut = own.num_previous = own.merge_method = own.handover = None
-    if method == "lora" or shortcut in ("none", "block"):
+    if method == "lora" or shortcut in MERGE_EXACTLY:
         own.distillation_steps = None  # these merge exactly
     words = [f"--{setting}" for setting in filter(None, settings.split(","))]
     given = override(own, words)
@@ -121,7 +122,8 @@ def write_comparison(output: Path, folders: dict[str, Path], options: DreamBooth
     from .history import plot_losses, read_history
 
     plot_losses({name: read_history(folder) for name, folder in folders.items()}, output / "loss.png")
-    reports = {name: parse_json((folder / "merge_report.json").read_text()) for name, folder in folders.items()}
+    stated = {name: (folder / "merge_report.json").read_text(encoding="utf-8") for name, folder in folders.items()}
+    reports = {name: parse_json(text) for name, text in stated.items()}
     figures = {
         name: {key: value for key, value in report.items() if key != "output_errors"} | {"folder": str(folders[name])}
         for name, report in reports.items()
@@ -157,7 +159,7 @@ def draw_sheet(folders: dict[str, Path], options: DreamBoothOptions) -> Image.Im
     prompts, each = options.validation_prompt or [], range(options.num_validation_images)
     names = [f"{p}-{n}.png" for p in range(len(prompts)) for n in each]
     steps = {name: sorted((folder / "samples").glob("step-*")) for name, folder in folders.items()}
-    start = "start" if options.network_weights else "base"
+    start = "start" if options.network_weights or options.train_text_encoder_ti else "base"
     chosen = {start: next(iter(steps.values()))[0], **{name: found[-1] for name, found in steps.items()}}
     columns = {label: [folder / name for name in names] for label, folder in chosen.items()}
     return contact_sheet(columns, [prompt for prompt in prompts for _ in each])

@@ -82,7 +82,7 @@ def changes(options: DreamBoothOptions, checkpoint: Path) -> Iterator[tuple[str,
 
 
 def export_name(options: DreamBoothOptions) -> str:
-    """What the adapter is called in a prompt of ComfyUI or A1111: as given, else as the output folder."""
+    """Return the adapter's name in a prompt of ComfyUI or A1111: the given one, else that of the output folder."""
     return (
         composed(options.export_name)
         if options.export_name

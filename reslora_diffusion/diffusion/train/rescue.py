@@ -34,6 +34,7 @@ def memory_advice(options: DreamBoothOptions, training: bool = True) -> str:
         (options.mixed_precision in (None, "no"), "--mixed_precision bf16"),
         (True, f"a --resolution below {options.resolution}"),
         (options.train_text_encoder, "--no-train_text_encoder"),
+        (options.enable_t5_ti, "--no-enable_t5_ti"),
         (options.rank > 1, f"a --rank below {options.rank}"),
         (True, "--optimizer adamw8bit"),
         (True, "--validation_prompt left out"),

@@ -16,14 +16,14 @@ from ..options.model_checks import adapter_settings
 
 
 def settings_of(options: DreamBoothOptions) -> Settings | None:
-    """What was asked for, if anything; raises `BadInput`."""
+    """Return the schedule that was asked for, if any; raises `BadInput`."""
     if options.schedule is not None:
         return parse_schedule(options.schedule)
     return FoldSettings(options.handover) if options.handover is not None else None
 
 
 def features_of(options: DreamBoothOptions, architecture: Architecture | None = None) -> list[str]:
-    """What a run has that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
+    """Features of a run that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     adapter = {"shortcut": ShortcutFields.shortcut, "num_previous": ShortcutFields.num_previous}
     adapter |= adapter_settings(options)
     found = ["none" if adapter["num_previous"] == 0 else str(adapter["shortcut"])]
@@ -45,13 +45,15 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
         found.append("network_weights")
     if options.use_dora:
         found.append("dora")
+    if options.quantization:
+        found.append("quantised")
     if architecture and any(layer.kind != LINEAR for _, _, layer in architecture.adapted(options)):
         found.append("convolutions")
     return found
 
 
 def decomposition_problems(options: DreamBoothOptions) -> list[str]:
-    """What does not go with DoRA."""
+    """Conflicts with DoRA."""
     if not options.use_dora or options.compare:
         return []
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
@@ -76,7 +78,7 @@ def schedule_problems(options: DreamBoothOptions, architecture: Architecture | N
         problems += settings.merge_problems(precision, features_of(options))
     problems += settings.misfits(steps, options.rank)
     if architecture and getattr(settings, "ranks", None):
-        ranks = sorted({rank_of(options, name) for _, name, _ in architecture.adapted(options)})
+        ranks = sorted({rank_of(options, name, layer) for _, name, layer in architecture.adapted(options)})
         if len(ranks) > 1:
             problems.append(f"{settings.name}: ranks are for all layers, got --rank_pattern; wanted one rank")
     return [f"--schedule: {problem}" for problem in problems]

@@ -1,6 +1,6 @@
-"""A run: everything a training loop holds, and what happens around its steps: save, restore, validate.
+"""A run: everything a training loop holds, and what happens around its steps: save and restore.
 
-`finishing` merges and exports it.
+`validating` validates it, `finishing` merges and exports it.
 
 Methods are called by every process alike; only the main one writes. What is random or scheduled is a function of
 (options, step), so a checkpoint holds tensors, the optimizer's moments and a step, and nothing else.
@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import ExportReport, save_merged
-from reslora_diffusion.methods.schedules import Change, Prune, Schedule
+from reslora_diffusion.methods.schedules import Change, Schedule
 from reslora_diffusion.methods.schedules.base import follow_learning_rate
 from reslora_diffusion.methods.schedules.making import make_schedule
 
@@ -31,20 +29,19 @@ from ..models.adapters import Adapters
 from ..objective.loss import Denoiser
 from ..objective.randomness import Stream, seed_of
 from ..options import DreamBoothOptions
-from ..options.launcher import shards
 from ..options.plan import Plan
-from .best import Best
+from .best import Best, Factors, Rows
 from .changes import Data
 from .checkpoints import STATE_FOLDER, checkpoints_in, stored_facts, write_checkpoint, written_elsewhere
 from .ema import Ema
-from .exporting import checkpoint_number, export_factors, header_facts, tag_frequency
-from .history import LOSS_PLOT, History, NonFiniteLoss, plot_losses
+from .exporting import checkpoint_number, export_adapter, header_facts, tag_frequency
+from .history import History, NonFiniteLoss
 from .merging import Evaluation, MergeReport, forwards_of
 from .optimizers import DECIDED, fast_forward, make_lr_scheduler, used_weights
 from .record import versions
 from .schedules import settings_of
 from .training_state import load_training_state, save_training_state, take
-from .validation import IMAGE_TRACKERS, ValidationImages, fixed_noise_loss
+from .validation import ValidationImages
 
 
 @dataclass
@@ -94,7 +91,7 @@ class Run:
 
     def collect_tensors(self) -> None:
         self.tensors = self.adapters.tensors()
-        self.parameters = list(self.tensors.values())
+        self.parameters = [p for name, p in self.tensors.items() if name.partition(".")[0] not in self.adapters.stopped]
 
     @property
     def seed(self) -> int:
@@ -107,7 +104,7 @@ class Run:
         return Path(self.options.output_dir)
 
     def batches(self, step: int, micro: int) -> list[Batch]:
-        """What this process sees in micro-step `micro` of step `step`, both from 0; dropout is seeded accordingly."""
+        """The examples of this process in micro-step `micro` of step `step`, both from 0; this seeds dropout too."""
         size, processes = self.options.train_batch_size, self.accelerator.num_processes
         turn = (step * self.options.gradient_accumulation_steps + micro) * processes + self.accelerator.process_index
         torch.manual_seed(seed_of(self.seed, Stream.DROPOUT, turn))
@@ -192,7 +189,7 @@ class Run:
         self, step: int, more: Callable[[Path], None], tensors: dict[str, Tensor], limit: int | None = None
     ) -> None:
         def write(folder: Path) -> None:
-            owner = nn.ModuleDict(self.adapters.models)
+            owner = nn.ModuleDict(self.adapters.trained)
             facts = {
                 "step": step,
                 "schedule": self.schedule.state_dict(),
@@ -228,7 +225,7 @@ class Run:
 
     def write_lora(self, folder: Path, step: int) -> None:
         """The LoRA of a checkpoint; one that cannot be exported, as too large for fp16, leaves the state alone."""
-        if self.adapters.health_problem() is None and not isinstance(self.schedule, Prune):  # that leaves no LoRA
+        if self.adapters.health_problem() is None and self.schedule.leaves_lora:
             factors = self.factors()
             save_merged(folder / STATE_FOLDER, factors, self.facts(step))
             try:
@@ -236,7 +233,7 @@ class Run:
             except ValueError as error:
                 self.accelerator.print(f"checkpoint-{step} holds no LoRA file: {error}")
 
-    def factors(self) -> dict[str, dict[str, LoraFactors]]:
+    def factors(self) -> Factors:
         """The plain LoRA of each component as it would be exported now."""
         return {
             name: self.schedule.exported(factors, number)
@@ -249,7 +246,7 @@ class Run:
         state = facts.get("schedule", {"folded": facts.get("handed_over", False)})  # checkpoints of version 0.1
         self.follow(self.schedule.load_state_dict(state))
         decided = [{name: group[name] for name in DECIDED if name in group} for group in self.optimizer.param_groups]
-        owner = nn.ModuleDict(self.adapters.models)
+        owner = nn.ModuleDict(self.adapters.trained)
         tensors, _ = load_training_state(folder / STATE_FOLDER, model=owner, optimizer=self.optimizer)
         averages, own, best = (take(tensors, prefix) for prefix in ("ema.", "schedule.", "best."))
         if self.options.keep_best and facts.get("best"):
@@ -287,44 +284,8 @@ class Run:
         every = self.options.validation_steps or self.options.validation_epochs * self.plan.steps_per_epoch
         return step % every == 0 or step == self.plan.max_train_steps
 
-    def validate(self, step: int) -> None:
-        """Loss on fixed noise; with a prompt also the loss as merged, and images by what would be exported."""
-        self.flush(step)
-        with self.averaged():
-            if self.validation_images.wanted or self.options.keep_best:
-                self.calibrate()
-            if self.accelerator.is_main_process or shards():
-                self.measure(step)
-
-    def measure(self, step: int) -> None:
-        """Evaluate and write the losses; generate and save the images."""
-        with self.adapters.evaluation():
-            known = step == 0 and not self.options.network_weights  # every lora_B is zero, and the loss is the base's
-            loss = self.loss_base if known else fixed_noise_loss(self.denoiser, self.evaluation.validation)
-            values = {"validation_loss": loss}
-            if self.validation_images.wanted or self.options.keep_best:
-                with self.adapters.merged():
-                    merged = fixed_noise_loss(self.denoiser, self.evaluation.validation)
-                values |= {"merge_gap": merged - values["validation_loss"]}
-                if self.options.keep_best and step and not (self.best and self.best.loss_merged <= merged):
-                    self.best = Best.of(step, loss, merged, self.factors())
-        self.latest = values
-        self.history.write([{"step": step, **values}])
-        self.accelerator.log(values, step=step)
-        images = self.validation_images.generate(self.adapters) if self.validation_images.wanted else []
-        if not self.accelerator.is_main_process:
-            return
-        if images:
-            self.validation_images.save(images, step)
-            for tracker in self.accelerator.trackers:
-                if tracker.name in IMAGE_TRACKERS:
-                    pixels = np.stack([np.asarray(image) for image in images])
-                    tracker.log_images({"validation": pixels}, step=step, **IMAGE_TRACKERS[tracker.name])
-        if 0 < step < self.plan.max_train_steps:  # before there is nothing to plot; at the end `finish` does it
-            plot_losses({self.options.method: self.history.rows}, self.output / LOSS_PLOT)
-
     def shown(self) -> dict[str, str]:
-        """What a progress bar says."""
+        """Return the figures beside the progress bar."""
         smoothed = self.history.smoothed
         loss = {} if smoothed is None else {"loss": f"{smoothed:.4f}"}
         return loss | {
@@ -332,14 +293,16 @@ class Run:
         }
 
     def export(
-        self, folder: Path, factors: dict[str, dict[str, LoraFactors]], step: int, report: MergeReport | None = None
+        self, folder: Path, factors: Factors, step: int, report: MergeReport | None = None, rows: Rows | None = None
     ) -> ExportReport:
-        """Write factors as a plain LoRA, with what the run knows of them in the headers."""
-        number = checkpoint_number(self.options, self.plan, step)
-        return export_factors(self.options, self.adapters, factors, folder, self.facts(step, report), number)
+        """Write factors as a plain LoRA and rows of new tokens (those of now, if not given) as embeddings, with what
+        the run knows of them in the headers."""
+        number, facts = checkpoint_number(self.options, self.plan, step), self.facts(step, report)
+        rows = self.adapters.new_tokens() if rows is None else rows
+        return export_adapter(self.options, self.plan.base.family, self.adapters, factors, rows, folder, facts, number)
 
     def facts(self, step: int, report: MergeReport | None = None) -> dict[str, str]:
-        facts = header_facts(self.options, self.method, step, report)
+        facts = header_facts(self.options, self.plan.base.family, self.method, step, report)
         return facts | {"ss_tag_frequency": tag_frequency(self.plan.concepts, self.options.dataset_name)}
 
     def close(self) -> None:

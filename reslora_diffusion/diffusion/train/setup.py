@@ -1,4 +1,4 @@
-"""From options to a run, in four steps that a program calls in this order:
+"""Options become a run in four steps, which a program calls in this order:
 
 start     the launcher's processes, the checkpoint to go on from, the seed      -> Start
 load      the pipeline with its adapters, on the device                         -> Loaded
@@ -36,14 +36,14 @@ from .merging import Evaluation
 from .optimizers import make_optimizer
 from .record import resolve_seed, trackable, write_record
 from .session import Run
-from .validation import ValidationImages, fixed_noise_loss, prompts_of_run, words_of
+from .validation import ValidationImages, prompts_of_run, read_words
 
 # Without fp16 a GradScaler does no more than leave out a step whose gradients are not finite.
 UNSCALED: dict[str, Any] = {"init_scale": 1.0, "growth_interval": 2**30}
 
 
 class Start(NamedTuple):
-    """Where a run begins: at step 0, or at that of a checkpoint."""
+    """The beginning of a run: step 0, or the step of a checkpoint."""
 
     options: DreamBoothOptions
     plan: Plan
@@ -62,7 +62,7 @@ class Loaded(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What batches are drawn from; `facts` say what it is, for checkpoints."""
+    """The examples that batches are drawn from; `facts` describe them for checkpoints."""
 
     encoded: Encoded
     sampler: Sampler
@@ -106,7 +106,7 @@ def load(begun: Start) -> tuple[Loaded, list[Concept], dict[str, Any]]:
     process = family.process(pipeline, options)
     adapters = add_adapters(pipeline, plan.base, options)
     accelerator.print("\n".join(adapters.links()))
-    models.prepare_models(pipeline, family, adapters.models, options, accelerator.device)
+    models.prepare_models(pipeline, family, adapters.trained, options, accelerator.device)
     return Loaded(dtype, pipeline, process, adapters), concepts, facts
 
 
@@ -115,12 +115,13 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
     options, plan, accelerator = begun.options, begun.plan, begun.accelerator
     encoded = encode_examples(loaded.pipeline, plan, concepts, options, accelerator.is_local_main_process)
     assert options.seed is not None, "`resolve_seed` has set it"
+    factor, shift = plan.base.family.normalisation(loaded.pipeline.vae)
     sampler = Sampler(
         encoded.instances,
         encoded.classes,
         seed=options.seed,
-        scaling_factor=loaded.pipeline.vae.config.scaling_factor,
-        shift_factor=loaded.pipeline.vae.config.shift_factor or 0.0,
+        scaling_factor=factor,
+        shift_factor=shift,
         process=loaded.process,
         empty=encoded.empty,
         caption_dropout=options.caption_dropout_rate,
@@ -132,21 +133,16 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
 def denoiser_of(begun: Start, loaded: Loaded) -> Denoiser:
     """The model whose loss is minimised."""
     options, family, pipeline = begun.options, begun.plan.base.family, loaded.pipeline
-    objective = Objective(
-        snr_gamma=options.snr_gamma,
-        debiased_estimation_loss=options.debiased_estimation_loss,
-        loss_type=options.loss_type,
-        huber_c=options.huber_c,
-        huber_schedule=options.huber_schedule,
-    )
+    objective = Objective(**{item.name: getattr(options, item.name) for item in fields(Objective)})
     model = family.denoiser_of(pipeline)
-    trained = tuple(family.text_encoders_of(pipeline)) if options.train_text_encoder else ()
+    names = family.token_encoders(options) if options.trains_text else ()
+    trained = tuple(getattr(pipeline, name) for name in names)
     guidance = family.training_guidance(model.config, options)
     return Denoiser(family, model, trained, loaded.process, loaded.dtype, objective, guidance_scale=guidance)
 
 
 def validation_images_of(begun: Start, loaded: Loaded) -> ValidationImages:
-    """Who generates validation images."""
+    """Make the object that generates validation images."""
     options, family, pipeline = begun.options, begun.plan.base.family, loaded.pipeline
     prompts = prompts_of_run(options)
     assert options.seed is not None, "`resolve_seed` has set it"
@@ -160,9 +156,9 @@ def validation_images_of(begun: Start, loaded: Loaded) -> ValidationImages:
         seed=options.seed,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.validation_guidance_scale,
-        text_is_frozen=not options.train_text_encoder,
+        text_is_frozen=not options.trains_text,
         folder=Path(options.output_dir),
-        tokens=family.read(pipeline, words_of(prompts), options) if prompts else None,
+        tokens=read_words(family, pipeline, prompts, options),
     )
 
 
@@ -171,7 +167,7 @@ def build(begun: Start, loaded: Loaded, data: Data) -> Run:
     options, plan, accelerator, checkpoint, step = begun
     adapters, main = loaded.adapters, accelerator.is_main_process
     denoiser, validation_images = denoiser_of(begun, loaded), validation_images_of(begun, loaded)
-    models.release(loaded.pipeline, adapters.models, validation_images.wanted)
+    models.release(loaded.pipeline, adapters.trained, validation_images.wanted)
     output = Path(options.output_dir)
     if main:
         output.mkdir(parents=True, exist_ok=True)
@@ -181,15 +177,17 @@ def build(begun: Start, loaded: Loaded, data: Data) -> Run:
     sampler, processes = data.sampler, (accelerator.process_index, accelerator.num_processes)
     evaluation = Evaluation.of(sampler, options, data.encoded.held_out, *processes)
     with adapters.evaluation():
-        fixed_noise_loss(denoiser, evaluation.validation[:1])  # the first forward also chooses kernels
+        first, *others = evaluation.validation
+        losses = [denoiser.losses(first)]  # the first forward also chooses kernels, and is not timed
         started = time.monotonic()
-        loss_base = fixed_noise_loss(denoiser, evaluation.validation)  # every lora_B is still zero
+        losses += [denoiser.losses(batch) for batch in others]
+        loss_base = torch.cat(losses).mean().item()  # every lora_B is still zero
         models.refuse_base(options, loaded.dtype, loss_base)
         seconds = time.monotonic() - started
     if options.network_weights and not checkpoint:
         accelerator.print(f"{options.network_weights} fills {start_from(options.network_weights, adapters)} layers")
     kept = kept_for_backward(denoiser, sampler.batches(0, options.train_batch_size))
-    forwards = sum(len(batch.latents) for batch in evaluation.validation)
+    forwards = sum(len(batch.latents) for batch in others)
     accelerator.print(expectation(plan, options, seconds, forwards, kept))
     fp16, gpu = loaded.dtype is torch.float16, accelerator.device.type != "cpu"
     run = Run(

@@ -29,9 +29,20 @@ SHEET = "samples.png"
 IMAGE_TRACKERS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # that show images, and how they want them
 
 
-def words_of(prompts: Sequence[ValidationPrompt]) -> list[str]:
-    """Everything that is to be encoded for the prompts: the empty prompt first, each text once."""
-    return [*dict.fromkeys(["", *(words for p in prompts for words in (p.prompt, p.negative_prompt))])]
+Words = tuple[str, bool]  # and whether images are guided away from them
+
+
+def words_of(prompts: Sequence[ValidationPrompt]) -> list[Words]:
+    """Everything that is to be encoded for the prompts, each once."""
+    return [*dict.fromkeys(words for p in prompts for words in ((p.prompt, False), (p.negative_prompt, True)))]
+
+
+def read_words(
+    family: Family, pipeline: DiffusionPipeline, prompts: Sequence[ValidationPrompt], options: DreamBoothOptions
+) -> Tokens | None:
+    """Return the words to encode for the prompts; None if there are none."""
+    words = words_of(prompts)
+    return family.read(pipeline, [w for w, _ in words], options, [n for _, n in words]) if words else None
 
 
 def prompts_of_run(options: DreamBoothOptions) -> list[ValidationPrompt]:
@@ -65,7 +76,7 @@ class ValidationImages:
     text_is_frozen: bool
     folder: Path
     tokens: Tokens | None
-    texts: dict[str, Texts] | None = field(init=False, default=None)
+    texts: dict[Words, Texts] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.wanted and self.text_is_frozen:
@@ -76,11 +87,11 @@ class ValidationImages:
         return bool(self.prompts)
 
     @torch.no_grad()
-    def encode(self) -> dict[str, Texts]:
+    def encode(self) -> dict[Words, Texts]:
         """The words of every prompt, as the text encoders see them now: one by one as a pipeline does it, because in
         one batch their last bits may come out differently."""
         assert self.tokens is not None, "there are prompts to generate images of"
-        encoders = self.family.text_encoders_of(self.pipeline)
+        encoders = self.family.encoders_for(self.pipeline, self.tokens)
         each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
         encoded = [self.family.encode(encoders, Tokens(*parts)) for parts in each]
         return dict(zip(words_of(self.prompts), encoded, strict=True))
@@ -94,14 +105,14 @@ class ValidationImages:
         self.pipeline.vae.to("cpu")
         return images
 
-    def settings(self, prompt: ValidationPrompt, texts: dict[str, Texts]) -> dict[str, Any]:
-        """What the pipeline is given for one prompt; what the prompt does not say is the run's."""
-        text, negative = texts[prompt.prompt], texts[prompt.negative_prompt]
+    def settings(self, prompt: ValidationPrompt, texts: dict[Words, Texts]) -> dict[str, Any]:
+        """Return the pipeline's arguments for one prompt; settings that the prompt lacks are the run's."""
+        text, negative = texts[prompt.prompt, False], texts[prompt.negative_prompt, True]
         given: dict[str, Any] = {
             **self.family.pipeline_inputs(self.pipeline, text, negative, empty=not prompt.negative_prompt)
         }
         guidance = prompt.guidance_scale if self.family.is_guided else prompt.scale
-        if self.family.is_guided and prompt.scale is not None and prompt.scale > 1:
+        if self.family.has_true_cfg and prompt.scale is not None and prompt.scale > 1:
             given |= {
                 "true_cfg_scale": prompt.scale,
                 "negative_prompt_embeds": negative.hidden,
@@ -109,10 +120,11 @@ class ValidationImages:
             }
         source = generator(self.seed, Stream.VALIDATION, prompt.number)
         return given | {
+            **self.family.as_asked,
             "height": self.side(prompt.height),
             "width": self.side(prompt.width),
             "num_inference_steps": prompt.sample_steps or self.num_inference_steps,
-            "guidance_scale": self.guidance_scale if guidance is None else guidance,
+            self.family.guidance_name: self.guidance_scale if guidance is None else guidance,
             "generator": source if prompt.seed is None else torch.Generator().manual_seed(prompt.seed),
         }
 

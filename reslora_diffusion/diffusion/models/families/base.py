@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
+from ...options.adapter import KOHYA
+from .latent_tokens import CELL
+from .long_prompts import in_pieces, pieces_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -31,11 +34,16 @@ OF_FLOWS = dict.fromkeys(
     "discrete_flow_shift".split(),
     "belongs to flow matching",
 )
-SHORTEST = 75  # tokens of a prompt that CLIP reads at once, besides start and end
+NEEDS_T5 = {"skip_t5": "cannot do without T5, whose states are all that it reads of a prompt"}
+TEXT_ENCODER_LAYERS = {KOHYA: ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}  # of all that CLIP has
 OF_DIFFUSION = dict.fromkeys(
-    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss".split(),
+    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred "
+    "v_pred_like_loss".split(),
     "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
-)
+) | dict.fromkeys(("conv_rank", "conv_alpha"), "is for the convolutions of a UNet, and this family has a transformer")
+
+# Of a flow's schedule: times / NUM_TRAIN_TIMESTEPS is the share of the noise, which most transformers are given.
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
@@ -45,56 +53,32 @@ def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
 
 
 def scheduler_changes(options: DreamBoothOptions) -> dict[str, str | bool]:
-    """What the options say of the schedule of noise; the rest is the base's own."""
+    """Return the settings of the noise schedule that the options change; all others are the base's own."""
     given = {name: getattr(options, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
     given = {name: value for name, value in given.items() if value is not None}
     return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
 
 
-def pieces_of(options: DreamBoothOptions) -> int:
-    """How many times 75 tokens of a prompt are read."""
-    return (options.max_token_length or SHORTEST) // SHORTEST
-
-
-def in_pieces(ids: Tensor, pieces: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids [P, n (L - 2) + 2] as n pieces [P, n L], each with the start and an end, as kohya's scripts cut them: a piece
-    that is full ends in the end of text; one with nothing but padding begins with it."""
-    import torch
-
-    start, end, pad = ids[:, :1], tokenizer.eos_token_id, tokenizer.pad_token_id
-    cut = []
-    for part in ids[:, 1:-1].chunk(pieces, dim=1):
-        first, last = part[:, :1].clone(), ids[:, -1:].clone()
-        if pad != end:
-            last[(part[:, -1:] != end) & (part[:, -1:] != pad)] = end
-            first[first == pad] = end
-        cut.append(torch.cat([start, first, part[:, 1:], last], dim=1))
-    return torch.cat(cut, dim=1)
-
-
-def joined(states: Tensor, pieces: int) -> Tensor:
-    """Hidden states [P n, L, D] of n pieces as those of one prompt [P, n (L - 2) + 2, D]: one start and one end."""
-    import torch
-
-    if pieces == 1:
-        return states
-    parts = states.unflatten(0, (-1, pieces))
-    inner = parts[:, :, 1:-1].flatten(1, 2)
-    return torch.cat([parts[:, 0, :1], inner, parts[:, -1, -1:]], dim=1)
-
-
 class Tokens(NamedTuple):
-    """Prompts that the text encoders have yet to encode."""
+    """Prompts that the text encoders have yet to encode. `fixed` are states [P, L2, D] that never change, or ids
+    [P, L2] of an encoder with new tokens; `mask` [P, L2] tells states from padding."""
 
     ids: Tensor
     fixed: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Texts(NamedTuple):
-    """Encoded prompts."""
+    """Encoded prompts. `mask` [P, L] is true where `hidden` is no padding; None if nothing of it is."""
 
     hidden: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def given_mask(self) -> Tensor:
+        """`mask`, with nothing masked where there is none."""
+        return self.hidden.new_ones(self.hidden.shape[:2], dtype=bool) if self.mask is None else self.mask  # type: ignore[call-overload]
 
 
 class Family(ABC):
@@ -108,12 +92,24 @@ class Family(ABC):
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
     target_modules: tuple[str, ...]
+    of_kohya: tuple[str, ...] = ()  # stacks whose layers kohya's scripts train; none if they do not train the family
+    convolutions: tuple[str, ...] = ()  # stacks that `--conv_rank` adds to them
     not_here: Mapping[str, str]  # options that do not apply, and why
     fixed_encoder: str | None = None
     fixed_tokenizer: str | None = None
+    embedding_keys: Mapping[str, str] = {}  # names of the encoders' new tokens in a file, by component
     max_sequence_length = 77  # tokens of a prompt that T5 is given, as in diffusers' script for the family
     guidance_scale = 7.5  # of images
+    guidance_name = "guidance_scale"  # of classifier-free guidance, in the pipeline's arguments
+    as_asked: Mapping[str, Any] = {}  # arguments of the pipeline by which images have the size that is asked for
+    vae_class = "AutoencoderKL"
+    has_true_cfg = False  # whether a pipeline of models that were distilled with guidance can be guided as well
+    architecture: str | None = None  # what a file says that it is for, where names and shapes do not tell
     is_guided = False  # whether it has models that are given the guidance in training
+
+    def default_targets(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Target modules of a denoiser of this configuration."""
+        return self.target_modules
 
     def denoiser_of(self, pipeline: DiffusionPipeline) -> ModelMixin:
         return getattr(pipeline, self.denoiser)
@@ -124,6 +120,16 @@ class Family(ABC):
     def text_encoders_of(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
         return [getattr(pipeline, name) for name in self.text_encoders]
 
+    def token_encoders(self, options: DreamBoothOptions) -> dict[str, str]:
+        """Text encoders whose new tokens are trained, and their tokenizers, by their names in the pipeline."""
+        found = dict(zip(self.text_encoders, self.tokenizers, strict=True))
+        return found | ({str(self.fixed_encoder): str(self.fixed_tokenizer)} if options.enable_t5_ti else {})
+
+    def encoders_for(self, pipeline: DiffusionPipeline, tokens: Tokens) -> list[nn.Module]:
+        """The text encoders that `encode` these tokens."""
+        has_ids = tokens.fixed is not None and not tokens.fixed.is_floating_point()
+        return self.text_encoders_of(pipeline) + ([getattr(pipeline, str(self.fixed_encoder))] if has_ids else [])
+
     @abstractmethod
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         """The latent grid that a denoiser's configuration asks for."""
@@ -131,6 +137,28 @@ class Family(ABC):
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         """Channels of the latents that a denoiser of this configuration works on."""
         return config["in_channels"]
+
+    def vae_scale_factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels to a latent, by the autoencoder's configuration."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def vae_channels(self, vae: Mapping[str, Any]) -> int:
+        """Channels of the autoencoder's latents."""
+        return vae["latent_channels"]
+
+    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance [B, C, h, w] of the latents of pixels [B, 3, H, W]."""
+        found = vae.encode(pixels).latent_dist
+        return found.mean, found.logvar
+
+    def normalisation(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:
+        """Factor and shift: the denoiser works on factor * (latents - shift). Numbers, or one for each channel
+        [C, 1, 1]."""
+        return vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        """Width of the states that an encoder which is never trained gives a denoiser of this configuration."""
+        return config["joint_attention_dim"]
 
     def pieces(self, text_encoder: Any, ids: Tensor) -> int:
         """The number of pieces of ids [..., L]: more than one where they are more than the encoder reads."""
@@ -145,9 +173,19 @@ class Family(ABC):
         given = options.validation_guidance_scale
         return self.guidance_scale if given is None else given
 
+    def guided_by(self, scale: float, batch_size: int) -> dict[str, Any]:
+        """Arguments of the pipeline that guide images of `batch_size` prompts away from the empty prompt."""
+        needs_negative = self.guidance_name != Family.guidance_name
+        return {self.guidance_name: scale, **self.as_asked} | (
+            {"negative_prompt": [""] * batch_size} if needs_negative else {}
+        )
+
     def training_guidance(self, config: Mapping[str, Any], options: DreamBoothOptions) -> float | None:
         """The guidance that a denoiser of this configuration takes as an input in training; None if it takes none."""
-        return None
+        if not (self.is_guided and config.get("guidance_embeds")):
+            return None
+        given = options.training_guidance_scale
+        return self.guidance_scale if given is None else given
 
     @abstractmethod
     def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
@@ -174,20 +212,32 @@ class Family(ABC):
         return torch.stack(ids, dim=1)
 
     def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor | None:
-        """What a text encoder that is never trained makes of prompts [P, L2, D]."""
+        """Encode prompts by the text encoder that is never trained [P, L2, D]; None without one."""
         return None
 
-    def read(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tokens:
-        """What `encode` is given, on the pipeline's device."""
+    def read(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        options: DreamBoothOptions,
+        negative: Sequence[bool] | None = None,
+    ) -> Tokens:
+        """Tokenize prompts for `encode`, on the pipeline's device.
+
+        Args:
+            negative: whether a prompt is one that images are guided away from, which some families encode in another
+                way; by default that of no words is.
+        """
         import torch
 
+        prompts = [options.worded(prompt) for prompt in prompts]
         ids = self.tokenize(self.tokenizers_of(pipeline), prompts, options.tokenizer_max_length, pieces_of(options))
         with torch.no_grad():
             return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, options))
 
     @abstractmethod
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
-        """Encode tokens by the text encoders that can be trained."""
+        """Encode tokens by the text encoders that can be trained, and by the last one if `tokens.fixed` are ids."""
 
     @abstractmethod
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
@@ -213,13 +263,15 @@ class Family(ABC):
 
 
 class UNetFamily(Family):
-    """What Stable Diffusion 1.x, 2.x and XL have in common."""
+    """The common part of Stable Diffusion 1.x, 2.x and XL."""
 
     denoiser = "unet"
     target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    of_kohya = ("attentions",)  # each is a Transformer2DModel
+    convolutions = ("resnets", "downsamplers", "upsamplers")
     not_here = (
         OF_FLOWS
-        | dict.fromkeys(("max_sequence_length", "skip_t5"), "belongs to T5, which this family lacks")
+        | dict.fromkeys(("max_sequence_length", "skip_t5", "enable_t5_ti"), "belongs to T5, which this family lacks")
         | {"lora_blocks": "counts the blocks of a transformer; name layers of a UNet by --target_modules"}
     )
 
@@ -240,11 +292,18 @@ class UNetFamily(Family):
 
 
 class FlowFamily(Family):
-    """What Stable Diffusion 3 and FLUX.1 have in common: a transformer that is trained by flow matching, and T5, which
-    is not trained: what it makes of a prompt is computed once."""
+    """The common part of all transformers: flow matching, and one large text encoder that is never trained, so that it
+    reads each prompt once."""
 
     denoiser = "transformer"
     flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
+    is_packed = False  # whether the transformer itself is given each cell of latents as one token
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        return super().latent_channels(config) // (CELL**2 if self.is_packed else 1)
+
+    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
+        return Grid(vae_scale_factor * CELL, vae_scale_factor * CELL)
 
     def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
         """Noise levels are shifted as the base's scheduler shifts them for every size alike, or as options say."""
@@ -263,5 +322,12 @@ class FlowFamily(Family):
         import torch
 
         encoder, tokenizer = (getattr(pipeline, str(name)) for name in (self.fixed_encoder, self.fixed_tokenizer))
-        ids = self.tokenize([tokenizer], prompts, self.t5_length(options))[:, 0]
-        return torch.cat([encoder(part.to(encoder.device), return_dict=False)[0] for part in ids.split(1)])
+        ids = self.tokenize([tokenizer], prompts, self.t5_length(options))[:, 0].to(encoder.device)
+        if options.enable_t5_ti:
+            return ids
+        return torch.cat([encoder(part, return_dict=False)[0] for part in ids.split(1)])
+
+    def states_of(self, text_encoders: Sequence[nn.Module], fixed: Tensor | None) -> Tensor:
+        """The states [P, L2, D] that the last encoder computes from `Tokens.fixed`."""
+        assert fixed is not None, "zeros stand there without T5"
+        return fixed if fixed.is_floating_point() else text_encoders[-1](fixed, return_dict=False)[0]

@@ -11,19 +11,15 @@ pipeline shifts them by the size of the image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...data.buckets import Grid
-from ...options import DreamBoothOptions
-from .base import OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .base import NEEDS_T5, NUM_TRAIN_TIMESTEPS, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .latent_tokens import packed, places, unpacked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
-
-CELL = 2  # latents that a token is wide and high
-TIME = 1000  # factor that the model applies to its timestep
 
 
 class Flux(FlowFamily):
@@ -34,36 +30,22 @@ class Flux(FlowFamily):
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
     fixed_encoder, fixed_tokenizer = "text_encoder_2", "tokenizer_2"
+    embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "t5"}
     target_modules = (
         *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
-    not_here = (
-        OF_DIFFUSION
-        | OF_CLIP_ALONE
-        | OF_ONE_CLIP
-        | {"skip_t5": "cannot do without T5, whose states are all that it reads of a prompt"}
-    )
+    of_kohya = ("transformer_blocks", "single_transformer_blocks")
+    not_here = OF_DIFFUSION | OF_CLIP_ALONE | OF_ONE_CLIP | NEEDS_T5
     max_sequence_length = 512
     guidance_scale = 3.5
-    is_guided = True
+    is_guided = has_true_cfg = is_packed = True
     flow = {"weighting_scheme": "none", "precondition_outputs": False}
-
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        return config["in_channels"] // CELL**2
-
-    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
-        return Grid(vae_scale_factor * CELL, vae_scale_factor * CELL)
-
-    def training_guidance(self, config: Mapping[str, Any], options: DreamBoothOptions) -> float | None:
-        given = options.training_guidance_scale
-        return (self.guidance_scale if given is None else given) if config.get("guidance_embeds") else None
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         pooled = text_encoders[0](tokens.ids[:, 0], return_dict=True).pooler_output
-        assert tokens.fixed is not None, "what T5 makes of a prompt is always computed"
-        return Texts(tokens.fixed.to(pooled.dtype), pooled)
+        return Texts(self.states_of(text_encoders, tokens.fixed).to(pooled.dtype), pooled)
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {
@@ -81,19 +63,16 @@ class Flux(FlowFamily):
         guidance_scale: float | None = None,
     ) -> Tensor:
         import torch
-        import torch.nn.functional as F
 
-        rows, columns = (torch.arange(side // CELL, device=latents.device) for side in latents.shape[2:])
-        places = F.pad(torch.cartesian_prod(rows, columns), (1, 0)).to(latents.dtype)
-        packed = model(
-            hidden_states=F.pixel_unshuffle(latents, CELL).flatten(2).mT,
-            timestep=times / TIME,
+        tokens = model(
+            hidden_states=packed(latents),
+            timestep=times / NUM_TRAIN_TIMESTEPS,
             guidance=None if guidance_scale is None else torch.full_like(times, guidance_scale),
-            img_ids=places,
+            img_ids=places(latents).to(latents.dtype),
             **conditions,
             return_dict=False,
         )[0]
-        return F.pixel_shuffle(packed.mT.unflatten(2, (len(rows), len(columns))), CELL)
+        return unpacked(tokens, latents)
 
     def pipeline_inputs(
         self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import Texts, Tokens, UNetFamily, joined
+from .base import Texts, Tokens, UNetFamily
+from .long_prompts import joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,6 +20,7 @@ class StableDiffusion(UNetFamily):
     denoiser_class = "UNet2DConditionModel"
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    embedding_keys = {"text_encoder": "clip_l"}
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         encoder, ids = text_encoders[0], tokens.ids[:, 0]

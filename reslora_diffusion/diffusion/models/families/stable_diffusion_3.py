@@ -3,8 +3,8 @@
     hidden = [ [CLIP 1, CLIP 2] padded with zeros to T5's width ; T5 ]       [P, L + L2, D]
     pooled = [projected end-of-text states of CLIP 1, of CLIP 2]             [P, D1 + D2]
 
-Both CLIPs can be trained. T5 never is: what it makes of a prompt is computed once. A pipeline without T5 has zeros in
-its place, as diffusers' own.
+Both CLIPs can be trained. T5 never is, unless it has new tokens: what it makes of a prompt is computed once. A pipeline
+without T5 has zeros in its place, as diffusers' own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ class StableDiffusion3(FlowFamily):
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     fixed_encoder, fixed_tokenizer = "text_encoder_3", "tokenizer_3"
+    embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
     target_modules = (
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
+    of_kohya = ("transformer_blocks",)
     not_here = OF_DIFFUSION | OF_CLIP_ALONE | OF_ONE_CLIP
 
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
@@ -54,12 +56,12 @@ class StableDiffusion3(FlowFamily):
 
         outputs = [
             encoder(tokens.ids[:, place], output_hidden_states=True, return_dict=True)
-            for place, encoder in enumerate(text_encoders)
+            for place, encoder in enumerate(text_encoders[: len(self.text_encoders)])
         ]
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        assert tokens.fixed is not None, "zeros stand there without T5"
-        clip = F.pad(clip, (0, tokens.fixed.shape[-1] - clip.shape[-1]))
-        hidden = torch.cat([clip, tokens.fixed.to(clip.dtype)], dim=1)
+        fixed = self.states_of(text_encoders, tokens.fixed)
+        clip = F.pad(clip, (0, fixed.shape[-1] - clip.shape[-1]))
+        hidden = torch.cat([clip, fixed.to(clip.dtype)], dim=1)
         return Texts(hidden, torch.cat([output.text_embeds for output in outputs], dim=-1))
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:

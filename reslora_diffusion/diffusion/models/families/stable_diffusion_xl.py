@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily, joined
+from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily
+from .long_prompts import joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,6 +26,7 @@ class StableDiffusionXL(UNetFamily):
     denoiser_class = "UNet2DConditionModel"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     not_here = UNetFamily.not_here | OF_ONE_CLIP
 
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
@@ -45,9 +47,7 @@ class StableDiffusionXL(UNetFamily):
     def pipeline_inputs(
         self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
     ) -> dict[str, Tensor | None]:
-        if empty and pipeline.config.get(
-            "force_zeros_for_empty_prompt"
-        ):  # as the pipeline itself treats a prompt not given
+        if empty and pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline itself, without a prompt
             assert negative.pooled is not None, "the second text encoder pools"
             negative = Texts(*(part.new_zeros(part.shape) for part in (negative.hidden, negative.pooled)))
         return {

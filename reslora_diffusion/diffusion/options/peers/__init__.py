@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ai_toolkit, kohya, kohya_gui, onetrainer
+from .kohya_dataset import is_datasets
 from .translation import Translation
 
 __all__ = ["Translation", "translate"]
@@ -22,8 +23,14 @@ def translate(content: Mapping[str, Any], path: Path) -> Translation | None:
         return kohya.translated(kohya_gui.as_script(content), f"{path.name}, a preset of kohya_ss")
     if ai_toolkit.process_of(content):
         return ai_toolkit.translated(content, f"{path.name}, a job of ai-toolkit", str(path))
+    if ai_toolkit.is_job(content):
+        return ai_toolkit.refused(content, f"{path.name}, a job of ai-toolkit")
     if onetrainer.is_config(content):
         return onetrainer.translated(content, f"{path.name}, a configuration of OneTrainer")
+    if is_datasets(content) or isinstance(content.get("datasets"), dict):
+        found = Translation(f"{path.name}, a file of kohya's datasets")
+        found.problems.append("it says what to train on, not how; wanted it as --concepts")
+        return found
     if kohya.is_config(content):
         return kohya.translated(kohya.flat(content), f"{path.name}, a configuration of kohya's scripts")
     return None

@@ -16,6 +16,7 @@ SAME = {
     ("train", "batch_size"): "train_batch_size",
     ("train", "steps"): "max_train_steps",
     ("train", "gradient_accumulation_steps"): "gradient_accumulation_steps",
+    ("train", "gradient_accumulation"): "gradient_accumulation_steps",
     ("train", "train_text_encoder"): "train_text_encoder",
     ("train", "gradient_checkpointing"): "gradient_checkpointing",
     ("train", "optimizer"): "optimizer",
@@ -27,6 +28,8 @@ SAME = {
     ("model", "name_or_path"): "pretrained_model_name_or_path",
     ("network", "rank"): "rank",
     ("network", "linear"): "rank",
+    ("network", "conv"): "conv_rank",
+    ("network", "conv_alpha"): "conv_alpha",
     ("save", "save_every"): "checkpointing_steps",
     ("save", "max_step_saves_to_keep"): "checkpoints_total_limit",
     ("sample", "sample_every"): "validation_steps",
@@ -39,15 +42,48 @@ NOT_NEEDED = {
     ("model", "is_flux"),
     ("model", "is_xl"),
     ("model", "is_v3"),
+    ("model", "is_lumina2"),
     ("model", "arch"),
+    ("train", "unload_text_encoder"),
+    ("train", "cache_text_embeddings"),
+    ("save", "save_format"),
     ("sample", "sampler"),
     ("sample", "sample_start_step"),
     ("network", "alpha"),
     ("network", "linear_alpha"),
     *(("sample", name) for name in ("width", "height", "prompts", "neg", "seed", "walk_seed", "guidance_scale")),
 }
-SAMPLINGS = {"sigmoid": "sigmoid", "linear": "uniform"}  # of noise levels
+# `timestep_type` -> how noise levels are drawn; "shift" is the base's own schedule.
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"timestep_sampling": "sigmoid"},
+    "linear": {"timestep_sampling": "uniform"},
+    "weighted": {"timestep_sampling": "uniform"},
+    **dict.fromkeys(
+        ("shift", "lumina2_shift", "flux_shift"), {"timestep_sampling": "sigma", "weighting_scheme": "none"}
+    ),
+}
+UNLIKE = {
+    "weighted": "it also weights the loss by a table; here no noise level weighs more",
+    "flux_shift": "it shifts the levels by the image's size; here they are those of the base's own schedule",
+}
+LOSSES = {"mse": "l2", "mae": "l1"}
+UNETS = ("sd1", "sd15", "sd2", "sdxl", "ssd", "vega")
+TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
+# Why something has no counterpart, where more is to be said than that.
+REASONS = {
+    ("model", "quantize"): "--quantization float8wo is closest to its qfloat8",
+    ("model", "quantize_te"): "text encoders are freed once they have encoded",
+    ("model", "low_vram"): "see --quantization and --gradient_checkpointing",
+    ("train", "bypass_guidance_embedding"): "a model that takes guidance is given it, see --training_guidance_scale",
+}
 SECTIONS = ("network", "save", "train", "model", "sample")
+OF_PROCESS = ("type", "datasets", "trigger_word", "training_folder", "embedding")  # read apart from the sections
+ABOUT_RUNNING = ("device", "performance_log_every", "log_dir", "logging", "sqlite_db_path")  # not about what is trained
+OF_EMBEDDING = {
+    "trigger": "token_abstraction",
+    "tokens": "num_new_tokens_per_abstraction",
+    "init_words": "initializer_concept",
+}
 DATASET = ("folder_path", "caption_ext", "resolution", "shuffle_tokens", "flip_x", "mask_path", "num_repeats")
 SHARED = ("caption_dropout_rate", "cache_latents_to_disk")
 
@@ -58,6 +94,20 @@ def process_of(content: Any) -> dict[str, Any] | None:
     processes = config.get("process") if isinstance(config, dict) else None
     first = processes[0] if isinstance(processes, list) and processes else None
     return first if isinstance(first, dict) and isinstance(first.get("datasets"), list) else None
+
+
+def is_job(content: Mapping[str, Any]) -> bool:
+    """Return whether a file is a job of ai-toolkit, of whatever kind."""
+    config = content.get("config")
+    return "job" in content and isinstance(config, dict) and isinstance(config.get("process"), list)
+
+
+def refused(content: Mapping[str, Any], source: str) -> Translation:
+    """The answer to a job that trains nothing that is trained here."""
+    kinds = [str(one.get("type")) for one in content["config"]["process"] if isinstance(one, dict)]
+    out = Translation(source)
+    out.problems.append(f"process: got type {', '.join(kinds) or 'none'}, wanted {', '.join(TRAINERS)}, with datasets")
+    return out
 
 
 def entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,11 +133,24 @@ def is_flux(model: Mapping[str, Any]) -> bool:
     return bool(model.get("is_flux")) or model.get("arch") in ("flux", "flux_schnell")
 
 
-def take_scale(out: Translation, network: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+def is_flow(process: Mapping[str, Any]) -> bool:
+    """Return whether the model is a transformer, which is trained by flow matching."""
+    model, train = process.get("model") or {}, process.get("train") or {}
+    other = str(model.get("arch", UNETS[0])).partition(":")[0] not in UNETS
+    return (
+        is_flux(model)
+        or bool(model.get("is_v3") or model.get("is_lumina2"))
+        or other
+        or train.get("noise_scheduler") == "flowmatch"
+    )
+
+
+def take_scale(out: Translation, process: Mapping[str, Any]) -> None:
     """Take alpha, which is that of linear layers, else `alpha`, else 1; for transformers the program ignores all of
     these, and has the rank in their place."""
+    network = process.get("network") or {}
     given = [name for name in ("linear_alpha", "alpha") if not is_off(network.get(name))]
-    if not (is_flux(model) or model.get("is_v3") or model.get("arch") in ("sd3", "sd35")):
+    if not is_flow(process):
         out.values["lora_alpha"] = network[given[0]] if given else 1.0
     elif rank := network.get("rank") or network.get("linear") or 4:
         out.values["lora_alpha"] = rank
@@ -123,7 +186,13 @@ def translated(content: Mapping[str, Any], source: str, path: str) -> Translatio
     for section in SECTIONS:
         for key, value in (process.get(section) or {}).items():
             translate_field(out, section, key, value)
-    take_scale(out, process.get("network") or {}, process.get("model") or {})
+    take_embedding(out, process.get("embedding"))
+    for key, value in process.items():
+        if key not in (*SECTIONS, *OF_PROCESS, *ABOUT_RUNNING) and not is_off(value):
+            out.not_used[key] = "there is no such section here"
+    if is_off(process.get("network")):
+        out.problems.append("network: it has none, so that the whole model is trained; a LoRA is what is trained here")
+    take_scale(out, process)
     if lines := list(prompts(process)):
         out.take("sample, prompts", sample_prompts="\n".join(lines))
     for dataset in process.get("datasets", []):
@@ -134,10 +203,26 @@ def translated(content: Mapping[str, Any], source: str, path: str) -> Translatio
                 out.not_used[f"datasets, {key}"] = "datasets have no such option here"
     if is_flux(process.get("model") or {}):
         out.assume(training_guidance_scale=1.0)
+    if is_flow(process):
+        out.assume(precondition_outputs=0, weighting_scheme="none")
         if "timestep_type" not in (process.get("train") or {}):
             out.assume(timestep_sampling="sigmoid")
     out.assume(lr_warmup_steps=0, adam_weight_decay=0.01, center_crop=True, report_to="none")
     return out
+
+
+def take_embedding(out: Translation, embedding: Any) -> None:
+    """Take the section of a textual inversion, whose tokens are trained to the end."""
+    if is_off(embedding) or not isinstance(embedding, dict):
+        return
+    out.take("embedding", train_text_encoder_ti=True, train_text_encoder_ti_frac=1.0)
+    for key, value in embedding.items():
+        if key in OF_EMBEDDING and not is_off(value):
+            out.take(f"embedding, {key}", **{OF_EMBEDDING[key]: value})
+        elif key == "save_format":
+            out.not_needed.append(f"embedding, {key}")
+        elif not is_off(value):
+            out.not_used[f"embedding, {key}"] = f"got {value!r}; there is no such option here"
 
 
 def translate_field(out: Translation, section: str, key: str, value: Any) -> None:
@@ -165,9 +250,14 @@ def translate_field(out: Translation, section: str, key: str, value: Any) -> Non
             else:
                 out.not_used[f"{where}, {name}"] = f"got {one!r}; there is no such option here"
     elif (section, key) == ("train", "timestep_type") and value in SAMPLINGS:
-        out.take(where, timestep_sampling=SAMPLINGS[value])
+        out.take(where, **SAMPLINGS[value])
+        out.different |= {where: UNLIKE[value]} if value in UNLIKE else {}
+    elif (section, key) == ("train", "loss_type") and value in LOSSES:
+        out.take(where, loss_type=LOSSES[value])
+    elif (section, key) == ("train", "content_or_style") and value == "balanced":
+        out.not_needed.append(where)
     elif (section, key) == ("train", "ema_config") and isinstance(value, dict):
         if value.get("use_ema"):
             out.take(where, use_ema=True, ema_decay=value.get("ema_decay", 0.99))
     else:
-        out.not_used[where] = f"got {value!r}; there is no such option here"
+        out.not_used[where] = f"got {value!r}; {REASONS.get((section, key), 'there is no such option here')}"

@@ -11,10 +11,13 @@ from typing import Any
 from ....utils.option_parser import parse_file
 from ....utils.options import Facts, facts_of
 from ....utils.problems import BadInput
+from ..adapter import KOHYA
 from ..answers import DEFAULT_HERE, NOT_HERE, NOT_SUPPORTED, renamed
 from ..dreambooth import DreamBoothOptions
 from .kohya_dataset import BUCKET_DEFAULTS, is_datasets, read_datasets, sizes
-from .kohya_rules import contradictions, unsaid
+from .kohya_families import OF_FLOWS, noise_levels, of_families
+from .kohya_layers import NO_ARGUMENT, NOT_TRANSLATED, RATIOS, TRANSLATED, adapted_layers, last_step_of_encoders
+from .kohya_rules import contradictions, differences, unsaid
 from .translation import Translation, is_off
 
 FACTS = facts_of(DreamBoothOptions)
@@ -34,13 +37,13 @@ STEPS = 1600
 UNLIMITED = 1e9  # of a gradient's length
 PRECISIONS = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
 LYCORIS = "lycoris.kohya"
-PLAIN_MODULES = {"networks.lora", "networks.lora_flux", "networks.lora_sd3", "networks.lora_fa", LYCORIS}
+PLAIN_MODULES = {*(f"networks.lora{of}" for of in ("", "_flux", "_sd3", "_lumina", "_fa")), LYCORIS}
 SIZES = ("resolution", "enable_bucket", "bucket_no_upscale", *BUCKET_DEFAULTS)
 DATA = ("train_data_dir", "reg_data_dir", *SIZES, "caption_extension", "caption_extention", "dataset_repeats")
 
 
 def is_config(content: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one of kohya's scripts."""
+    """Return whether a configuration is one of kohya's scripts."""
     return any(name in flat(content) for name in OF_KOHYA)
 
 
@@ -92,11 +95,18 @@ class Kohya:
             except ValueError as error:
                 self.out.problems.append(f"{name}: {error}")
         self.sizes()
+        try:
+            adapted_layers(self.network_args_of(), self.given, self.given.get("network_module") == LYCORIS, self.out)
+        except ValueError as error:
+            self.out.problems.append(f"network_args: {error}")
         self.encoders()
         self.length()
         self.clipping()
         contradictions(self.given, self.out)
         unsaid(self.given, self.out)
+        differences(self.given, self.out)
+        noise_levels(self.given, self.out)
+        self.out.of_families = of_families(self.given)
         self.out.values |= self.of_datasets
         of_adam = "adamw" in str(self.out.values.get("optimizer", "adamw")).lower()
         self.out.assume(**DEFAULTS, adam_weight_decay=0.01 if of_adam else 0.0)
@@ -203,13 +213,13 @@ class Kohya:
 
     def network_args(self, name: str, value: Any) -> None:
         for key, text in self.network_args_of().items():
-            ratio = key in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio")
-            if ratio:
-                self.out.take(f"network_args, {key}", loraplus_lr_ratio=number(text))
+            where = f"network_args, {key}"
+            if key in RATIOS:
+                self.out.take(where, loraplus_lr_ratio=number(text))
             elif key == "dora_wd" and self.given.get("network_module") == LYCORIS:
-                self.out.take(f"network_args, {key}", use_dora=text.lower() in ("true", "1"))
-            elif key not in ("algo", "preset", "verbose") and not is_off(text):
-                self.out.not_used[f"network_args, {key}"] = f"got {text}; {NOT_HERE['network_args']}"
+                self.out.take(where, use_dora=text.lower() in ("true", "1"))
+            elif key not in TRANSLATED and not is_off(text):
+                self.out.not_used[where] = f"got {text}; {NOT_TRANSLATED.get(key, NO_ARGUMENT)}"
 
     def network_weights(self, name: str, value: Any) -> None:
         self.out.take(name, network_weights=value, method="lora")
@@ -228,8 +238,10 @@ class Kohya:
         if trained:
             self.out.take("text_encoder_lr" if rate else "network_train_unet_only", train_text_encoder=True)
             self.out.values |= {"text_encoder_lr": rate} if rate else {}
-            wanted = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-            self.out.assume(text_encoder_target_modules=wanted)
+            self.out.assume(text_encoder_target_modules=[KOHYA])
+            last_step_of_encoders(self.given, self.out)
+            if "loraplus_lr_ratio" in self.out.values and "loraplus_lr_ratio" not in self.network_args_of():
+                self.out.different["network_args, loraplus_unet_lr_ratio"] = "it is for the text encoders too"
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -280,15 +292,6 @@ class Kohya:
     def v_parameterization(self, name: str, value: Any) -> None:
         self.out.take(name, prediction_type="v_prediction")
 
-    def weighting_scheme(self, name: str, value: Any) -> None:
-        self.out.take(name, weighting_scheme="none" if value == "uniform" else value)
-
-    def model_prediction_type(self, name: str, value: Any) -> None:
-        if value == "raw":
-            self.out.take(name, precondition_outputs=0)
-        else:
-            self.out.not_used[name] = NOT_HERE[name]
-
     # ------------------------------------------------------------------------------------------------- output
 
     def save_precision(self, name: str, value: Any) -> None:
@@ -305,10 +308,11 @@ class Kohya:
 
 METHODS: dict[str, Callable[[Kohya, str, Any], None]] = {
     **dict.fromkeys(("train_data_dir", "reg_data_dir", "caption_extension", "caption_extention"), Kohya.data),
-    **dict.fromkeys((*SIZES, "dataset_config", "text_encoder_lr"), Kohya.skip),
+    **dict.fromkeys((*SIZES, "dataset_config", "text_encoder_lr", "stop_text_encoder_training"), Kohya.skip),
     **dict.fromkeys(("max_train_epochs", "max_train_steps", "network_train_unet_only", "max_grad_norm"), Kohya.skip),
     **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"), Kohya.on_disk),
     "huggingface_repo_id": Kohya.repository,
+    **dict.fromkeys(OF_FLOWS, Kohya.skip),
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), Kohya.attention),
     **dict.fromkeys(
         ("save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"),
@@ -319,7 +323,7 @@ METHODS: dict[str, Callable[[Kohya, str, Any], None]] = {
         for name in (
             *("keep_tokens", "random_crop", "masked_loss", "clip_skip", "network_module", "network_args"),
             *("network_weights", "unet_lr", "learning_rate", "lr_scheduler_type", "optimizer_args"),
-            *("use_lion_optimizer", "v_parameterization", "weighting_scheme", "model_prediction_type"),
+            *("use_lion_optimizer", "v_parameterization"),
             "save_precision",
         )
     },

@@ -4,11 +4,13 @@ A value is that of the subset, else of its dataset, else of [general], else of t
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ....utils.problems import BadInput
+from ..answers import NOT_HERE
 from .translation import is_off
 
 STEP = 8  # of sides in pixels, for every model
@@ -37,7 +39,24 @@ SHARED = {
     "alpha_mask": "alpha_mask",
 }
 SIZES = ("resolution", "enable_bucket", "bucket_no_upscale", *BUCKET_DEFAULTS)
-OTHERS = ("subsets", "is_reg", "random_crop", "cache_info", "validation_seed", "caption_separator")
+OTHERS = ("subsets", "is_reg", "random_crop", "cache_info", "validation_seed")
+ANSWERED = {*OWN, *SHARED, *SIZES, *OTHERS}
+# Keys that have no counterpart, beside those that `answers` has.
+WITHOUT = {
+    "metadata_file": "captions stand in metadata.jsonl or beside the images",
+    "custom_attributes": "images have no options of their own",
+    "network_multiplier": "the adapter has its full strength for all images",
+    "caption_separator": "tags have commas between them",
+    **{
+        name: NOT_HERE[name]
+        for name in (
+            *("color_aug", "face_crop_aug_range", "keep_tokens_separator", "secondary_separator", "enable_wildcard"),
+            *("token_warmup_min", "token_warmup_step", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
+        )
+    },
+}
+SAME_HERE = (("caption_separator", ","), ("network_multiplier", 1), ("token_warmup_min", 1))
+UNKNOWN = "no such key is known of kohya's datasets"
 
 
 @dataclass(frozen=True)
@@ -57,8 +76,9 @@ def area_of(resolution: Any) -> tuple[int, int]:
     """Width and height of kohya's `resolution`: 512, "512", "512,768" or [512, 768]; raises `ValueError`."""
     parts = resolution.split(",") if isinstance(resolution, str) else resolution
     parts = parts if isinstance(parts, (list, tuple)) else [parts]
-    sides = [int(part) for part in parts]
-    if len(sides) not in (1, 2) or min(sides) < STEP:
+    numbers = [re.fullmatch(r"\s*(\d+)(\.0*)?\s*", str(part)) for part in parts]
+    sides = [int(number[1]) for number in numbers if number]
+    if len(sides) != len(parts) or len(sides) not in (1, 2) or min(sides) < STEP:
         raise ValueError(f'got {resolution!r}, wanted a number of pixels, or two such as "768,512" (width, height)')
     return sides[0], sides[-1]
 
@@ -96,7 +116,10 @@ def read_datasets(content: Mapping[str, Any], where: str, program: Mapping[str, 
         if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
             problems.append(f"{where}, dataset {number}: wanted [[datasets.subsets]], each with an image_dir")
             continue
-        levels = [{**(program or {}), **general, **dataset, **subset} for subset in subsets]
+        every = [{**(program or {}), **general, **dataset, **subset} for subset in subsets]
+        levels = [level for level in every if not is_for_validation(level)]
+        if len(levels) < len(every):
+            not_used["validation_split"] = "subsets of validation images alone are left out, and not trained on"
         try:
             of_dataset = [*concepts_of_dataset(levels, f"{where}, dataset {number}", problems)]
         except ValueError as error:
@@ -107,8 +130,8 @@ def read_datasets(content: Mapping[str, Any], where: str, program: Mapping[str, 
             for name, ours in SHARED.items():
                 shared.setdefault(ours, []).append(level.get(name))
         for name, value in {k: v for part in (general, dataset, *subsets) for k, v in part.items()}.items():
-            if name not in {*OWN, *SHARED, *SIZES, *OTHERS} and not is_off(value):
-                not_used[name] = "datasets have no such option here"
+            if name not in ANSWERED and not is_off(value) and (name, value) not in SAME_HERE:
+                not_used[name] = WITHOUT.get(name, UNKNOWN)
     options = {}
     for ours, values in shared.items():
         said = [value for value in values if value is not None]
@@ -116,11 +139,19 @@ def read_datasets(content: Mapping[str, Any], where: str, program: Mapping[str, 
             options[ours] = max(said, key=said.count)
         if len({repr(value) for value in said}) > 1:
             not_used[ours] = f"subsets differ in it ({', '.join(map(repr, said))}); {options[ours]!r} is used for all"
+    if options.get("alpha_mask") or any("mask_data_dir" in concept for concept in concepts):
+        options["masked_mean"] = "image"
     if any("class_data_dir" in concept for concept in concepts):
         options["with_prior_preservation"] = True
     if problems or not concepts:
         raise BadInput(problems or [f"{where}: wanted a subset with images to train on"])
     return Datasets(concepts, options, not_used)
+
+
+def is_for_validation(level: Mapping[str, Any]) -> bool:
+    """Return whether all images of a subset are held out."""
+    share = level.get("validation_split")
+    return isinstance(share, int | float) and share >= 1
 
 
 def concepts_of_dataset(

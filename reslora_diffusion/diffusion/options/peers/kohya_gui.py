@@ -33,8 +33,17 @@ OF_OTHER_ADAPTERS = (
     *("conv_block_alphas", "conv_block_dims", "factor", "use_cp", "use_tucker", "use_scalar", "decompose_both"),
     *("bypass_mode", "constrain", "rescaled", "train_norm", "train_on_input", "unit", "rank_dropout_scale"),
 )
-PLAIN = {"Standard", "Flux1", "SD3", "Kohya LoCon", "LyCORIS/LoCon", "LoRA-FA"}
-WITH_CONVOLUTIONS = {"Kohya LoCon", "LyCORIS/LoCon"}
+LYCORIS_LOCON = ("LyCORIS/LoCon", "LoCon")
+MODULES = {
+    "Standard": "networks.lora",
+    "Kohya LoCon": "networks.lora",
+    "Flux1": "networks.lora_flux",
+    "SD3": "networks.lora_sd3",
+    "LoRA-FA": "networks.lora_fa",
+    "Lumina": "networks.lora_lumina",
+    **dict.fromkeys(LYCORIS_LOCON, "lycoris.kohya"),
+}
+WITH_CONVOLUTIONS = {"Kohya LoCon", *LYCORIS_LOCON}
 IN_NETWORK_ARGS = (
     *("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "down_lr_weight", "mid_lr_weight", "up_lr_weight"),
     *("block_dims", "block_alphas", "block_lr_zero_threshold", "loraplus_lr_ratio", "loraplus_unet_lr_ratio"),
@@ -43,7 +52,7 @@ IN_NETWORK_ARGS = (
 
 
 def is_preset(content: Mapping[str, Any]) -> bool:
-    """Whether an object is a preset of kohya_ss."""
+    """Return whether an object is a preset of kohya_ss."""
     return sum(name in content for name in OF_GUI) >= 2
 
 
@@ -56,18 +65,40 @@ def plain_number(value: Any) -> Any:
     return int(found) if isinstance(found, float) and found.is_integer() and abs(found) < 2**53 else found
 
 
+def further(text: str) -> dict[str, Any]:
+    """Options that stand as words of a command line in `additional_parameters`; a quote may be open: `ValueError`."""
+    found: dict[str, Any] = {}
+    name = ""
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            found[name] = plain_number(value) if equals else True
+        elif name:
+            before, value = found[name], plain_number(word)
+            found[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
+    return found
+
+
 def as_script(preset: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the program would start kohya's scripts with."""
-    kind = preset.get("LoRA_type", "Standard")
+    kind = preset.get("LoRA_type")  # presets that train a whole model have none
     given = {RENAMED.get(name, name): plain_number(value) for name, value in preset.items() if not is_off(value)}
     given = {name: value for name, value in given.items() if name not in OF_OTHER_ADAPTERS}
     pairs = {name: given.pop(name) for name in IN_NETWORK_ARGS if name in given}
     if kind not in WITH_CONVOLUTIONS:
         pairs.pop("conv_dim", None)
         pairs.pop("conv_alpha", None)
-    given["network_module"] = "networks.lora" if kind in PLAIN else kind
-    if given.pop("dora_wd", False) and kind == "LyCORIS/LoCon":
-        given["network_module"], pairs["dora_wd"] = "lycoris.kohya", True
+    if kind:
+        given["network_module"] = MODULES.get(kind, kind)
+    if kind == "Standard" and preset.get("sd3_checkbox"):
+        given["network_module"] = MODULES["SD3"]
+    if share := given.get("stop_text_encoder_training"):
+        given["stop_text_encoder_training"] = f"{share}%"
+    dora = given.pop("dora_wd", False)
+    if kind in LYCORIS_LOCON:
+        pairs |= {"algo": "locon", "preset": preset.get("LyCORIS_preset") or "full"} | (
+            {"dora_wd": True} if dora else {}
+        )
     given["network_args"] = [f"{name}={value}" for name, value in pairs.items()]
     if not given.get("max_train_epochs") and not given.get("max_train_steps") and preset.get("epoch"):
         given["max_train_epochs"] = int(float(preset["epoch"]))
@@ -87,6 +118,7 @@ def as_script(preset: Mapping[str, Any]) -> dict[str, Any]:
         given["log_with"] = "wandb"
     if isinstance(resolution := given.get("resolution"), int):
         given["resolution"] = str(resolution)
+    given |= further(str(given.pop("additional_parameters", "")))
     for name in ("output_name", "training_comment"):
         if name in given:
             given[name] = str(given[name])

@@ -1,12 +1,14 @@
-"""What kohya's scripts refuse of their options together, and what they take where an option says nothing."""
+"""Rules of kohya's scripts: combinations that they refuse, and defaults that depend on other options."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..model import FLUX
+from .kohya_families import FLOW_SHIFTS, USED_BY
 from .translation import Translation, is_off
 
-FLUX_SHIFT = 3.0  # their discrete_flow_shift
 RANK = 4  # their network_dim
+OF_VELOCITIES = ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss")
 
 
 def contradictions(given: Mapping[str, Any], out: Translation) -> None:
@@ -22,6 +24,10 @@ def contradictions(given: Mapping[str, Any], out: Translation) -> None:
         say(f"use_8bit_adam and optimizer_type {given['optimizer_type']} are two optimizers; wanted one")
     if has("min_snr_gamma") and has("debiased_estimation_loss"):
         say("min_snr_gamma and debiased_estimation_loss both weight the loss; wanted one of them")
+    if has("scale_v_pred_loss_like_noise_pred") and not has("v_parameterization"):
+        say("scale_v_pred_loss_like_noise_pred wants v_parameterization")
+    if has("v_pred_like_loss") and has("v_parameterization"):
+        say("v_pred_like_loss and v_parameterization contradict each other")
     if has("max_train_epochs") and has("save_every_n_epochs"):
         if int(has("save_every_n_epochs")) > int(has("max_train_epochs")):
             out.not_used["save_every_n_epochs"] = "it is more than max_train_epochs: the last file alone is saved"
@@ -35,5 +41,28 @@ def unsaid(given: Mapping[str, Any], out: Translation) -> None:
     alpha, sampling = given.get("network_alpha"), given.get("timestep_sampling")
     if alpha is not None and is_off(alpha):
         out.take("network_alpha", lora_alpha=given.get("network_dim") or RANK)
-    if given.get("network_module") == "networks.lora_flux" and sampling in (None, "", "sigma", "shift"):
-        out.assume(discrete_flow_shift=FLUX_SHIFT)
+    if given.get("network_module") == "networks.lora_flux" and sampling in (None, "", *USED_BY["discrete_flow_shift"]):
+        out.assume(discrete_flow_shift=FLOW_SHIFTS[FLUX])
+
+
+def differences(given: Mapping[str, Any], out: Translation) -> None:
+    """Say where an option that was translated does not quite do the same."""
+
+    def has(name: str) -> Any:
+        return None if is_off(given.get(name)) else given[name]
+
+    weighted = [name for name in ("min_snr_gamma", "debiased_estimation_loss", *OF_VELOCITIES) if has(name)]
+    if has("zero_terminal_snr") and weighted:
+        out.different["zero_terminal_snr"] = f"{weighted[0]} has the new schedule's snr here, the old one's there"
+    if has("network_dropout"):
+        out.different["network_dropout"] = "it drops inputs of lora_A here, and its outputs there"
+    if has("reg_data_dir"):
+        out.different["reg_data_dir"] = (
+            "as many class images join each batch; there they are a part of train_batch_size"
+        )
+    if has("network_module") == "networks.lora_fa":
+        out.different["network_module"] = "lora_A is trained too, which LoRA-FA leaves as it was drawn"
+    if not has("network_module"):
+        out.different["network_module"] = "it names none, as where a whole model is trained; a LoRA is trained here"
+    if has("conditioning_data_dir") or has("alpha_mask"):
+        out.assume(masked_mean="image")

@@ -6,9 +6,13 @@ Its main fields are translated; everything else that is in use is named as not u
 from collections.abc import Mapping
 from typing import Any
 
+from ..adapter import KOHYA
 from .translation import Translation, is_off
 
 MODELS = tuple(f"STABLE_DIFFUSION_{name}" for name in ("15", "20", "21", "XL", "3"))
+FLOWS = ("FLUX_DEV_1", "CHROMA_1", "STABLE_DIFFUSION_3", "FLUX_2", "QWEN", "SANA", "Z_IMAGE")
+OTHER_TASKS = ("INPAINTING", "DEPTH")
+LARGEST_TIMESTEP = 1000
 DTYPES = {"FLOAT_16": "fp16", "BFLOAT_16": "bf16", "FLOAT_32": "fp32"}
 OPTIMIZERS = {"ADAMW_8BIT": "adamw8bit", "ADAM_8BIT": "adam8bit", "LION_8BIT": "lion8bit", "DADAPT_ADAM": "dadaptadam"}
 SCHEDULES = {"CONSTANT": "constant_with_warmup", "LINEAR": "linear", "COSINE": "cosine"}
@@ -25,6 +29,8 @@ SAME = {
     "concept_file_name": "concepts",
     "workspace_dir": "output_dir",
     "clip_grad_norm": "max_grad_norm",
+    "dataloader_threads": "dataloader_num_workers",
+    "compile": "compile",
 }
 # Its defaults, which its presets leave out: name there -> name here, and value.
 DEFAULTS: dict[str, tuple[str, Any]] = {
@@ -54,9 +60,12 @@ NOT_NEEDED = {
     ),
     *("ema_decay", "ema_update_step_interval", "learning_rate_cycles", "token_count", "initial_embedding_text"),
     *("embedding_weight_dtype", "sample_image_format", "backup_after", "backup_after_unit", "backup_before_save"),
-    *("unmasked_probability", "unmasked_weight", "max_noising_strength", "save_after_unit", "sample_after_unit"),
+    *("unmasked_probability", "unmasked_weight", "save_after_unit", "sample_after_unit"),
     *("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"),  # see `take_parts`
     *("output_model_destination", "train_text_encoder_epochs", "tensorboard", "__version"),
+    *("layer_filter", "layer_filter_preset", "layer_filter_regex"),  # see `take_layers`
+    *("mse_strength", "mae_strength", "loss_weight_fn", "loss_weight_strength"),  # see `take_loss`
+    *("min_noising_strength", "max_noising_strength"),  # see `take_span`
 }
 
 
@@ -65,7 +74,7 @@ def is_config(content: Mapping[str, Any]) -> bool:
 
 
 def is_concepts(content: Any) -> bool:
-    """Whether a list is a file of concepts of OneTrainer's."""
+    """Return whether a list is a file of concepts of OneTrainer's."""
     return isinstance(content, list) and bool(content) and all(isinstance(c, dict) and "path" in c for c in content)
 
 
@@ -84,7 +93,8 @@ def translated(given: Mapping[str, Any], source: str) -> Translation:
     out = Translation(source)
     if given["training_method"] != "LORA":
         out.problems.append(f"training_method: got {given['training_method']}; LORA is what is trained here")
-    if not str(given["model_type"]).startswith((*MODELS, "FLUX_DEV_1")):
+    kind = str(given["model_type"])
+    if not kind.startswith((*MODELS, *FLOWS)) or kind.endswith(OTHER_TASKS):
         out.problems.append(f"model_type: {given['model_type']} is of no family that is trained here")
     if given.get("peft_type", "LORA") != "LORA":
         out.problems.append(f"peft_type: got {given['peft_type']}; LORA is what is trained here")
@@ -114,6 +124,10 @@ def translated(given: Mapping[str, Any], source: str) -> Translation:
             out.take(name, mixed_precision=DTYPES[value])
         elif name == "output_dtype" and value in DTYPES:
             out.take(name, save_precision=DTYPES[value])
+        elif name == "gradient_checkpointing":
+            out.take(name, gradient_checkpointing=True)
+        elif name == "quantization":
+            out.not_used[name] = "--quantization chooses how the frozen base is stored"
         elif name == "ema":
             out.take(name, use_ema=True, ema_decay=given.get("ema_decay", 0.999))
         elif name == "train_text_encoder":
@@ -138,8 +152,13 @@ def translated(given: Mapping[str, Any], source: str) -> Translation:
         elif name != "weight_decay":
             out.not_used[name] = f"got {value!r}; there is no such option here"
     take_parts(out, given)
+    take_layers(out, given)
+    take_loss(out, given)
+    take_span(out, given)
     if is_flow(given):
         take_noise_levels(out, given)
+    elif given.get("timestep_distribution", "UNIFORM") != "UNIFORM":
+        out.not_used["timestep_distribution"] = f"got {given['timestep_distribution']}; timesteps are drawn uniformly"
     if "adamw" in str(out.values.get("optimizer", "adamw")):
         out.assume(adam_weight_decay=0.01)
     out.assume(**{ours: value for name, (ours, value) in DEFAULTS.items() if name not in given})
@@ -150,7 +169,59 @@ def translated(given: Mapping[str, Any], source: str) -> Translation:
 
 
 def is_flow(given: Mapping[str, Any]) -> bool:
-    return str(given["model_type"]).startswith(("FLUX", "STABLE_DIFFUSION_3"))
+    return str(given["model_type"]).startswith(FLOWS)
+
+
+def take_layers(out: Translation, given: Mapping[str, Any]) -> None:
+    """Take which layers are adapted: without a filter all linear layers and convolutions, at one rank."""
+    out.assume(text_encoder_target_modules=[KOHYA])
+    words = "" if is_off(given.get("layer_filter")) else str(given["layer_filter"])
+    unet = not is_flow(given)
+    blocks = str(given["model_type"]).startswith(("FLUX_DEV_1", "CHROMA_1", "STABLE_DIFFUSION_3"))
+    if given.get("layer_filter_regex"):
+        out.not_used["layer_filter"] = f"got {words!r}; --target_modules names layers"
+    elif unet and words in ("", "attentions"):
+        out.assume(target_modules=[KOHYA])
+        if not words:
+            rank, alpha = (given.get(name, DEFAULTS[name][1]) for name in ("lora_rank", "lora_alpha"))
+            out.assume(conv_rank=rank, conv_alpha=alpha)
+            out.different["layer_filter"] = "without one, conv_in, conv_out and time_embedding are adapted there too"
+    elif unet and words == "attn":
+        out.not_needed.append("layer_filter")
+    elif blocks and words in ("", "transformer_block"):
+        out.assume(target_modules=[KOHYA])
+        if not words:
+            out.different["layer_filter"] = "without one, layers outside of the blocks are adapted there too"
+    else:
+        out.not_used["layer_filter"] = f"got {words!r}; the default layers are adapted, see --target_modules"
+
+
+def take_loss(out: Translation, given: Mapping[str, Any]) -> None:
+    """Take how errors are measured and weighted."""
+    square, absolute = given.get("mse_strength", 1.0), given.get("mae_strength", 0.0)
+    if (square, absolute) == (0, 1):
+        out.take("mae_strength", loss_type="l1")
+    elif (square, absolute) != (1, 0):
+        out.not_used["mse_strength, mae_strength"] = (
+            f"got {square} and {absolute}, of which one is to be 1, the other 0"
+        )
+    weight, strength = given.get("loss_weight_fn", "CONSTANT"), given.get("loss_weight_strength", 5.0)
+    if weight == "MIN_SNR_GAMMA":
+        out.take("loss_weight_fn", snr_gamma=strength)
+    elif weight == "DEBIASED_ESTIMATION":
+        out.take("loss_weight_fn", debiased_estimation_loss=True)
+    elif weight != "CONSTANT":
+        out.not_used["loss_weight_fn"] = f"got {weight}; see --snr_gamma, --debiased_estimation_loss"
+
+
+def take_span(out: Translation, given: Mapping[str, Any]) -> None:
+    """Take the least and the largest noise level, shares of all."""
+    for name, ours, all_of_it in (
+        ("min_noising_strength", "min_timestep", 0.0),
+        ("max_noising_strength", "max_timestep", 1.0),
+    ):
+        if (share := given.get(name, all_of_it)) != all_of_it:
+            out.take(name, **{ours: int(LARGEST_TIMESTEP * share)})
 
 
 def take_noise_levels(out: Translation, given: Mapping[str, Any]) -> None:
@@ -175,6 +246,20 @@ def take_noise_levels(out: Translation, given: Mapping[str, Any]) -> None:
         out.assume(**values)
 
 
+def last_pass_of_encoders(said: Mapping[str, Any], passes: Any, out: Translation) -> None:
+    """Translate `stop_training_after`, of `passes` over the data."""
+    name, after = "text_encoder, stop_training_after", said.get("stop_training_after")
+    unit = said.get("stop_training_after_unit", "EPOCH")
+    if not after or unit == "NEVER":
+        return
+    if unit != "EPOCH" or not isinstance(after, int | float) or not isinstance(passes, int | float):
+        out.not_used[name] = f"got {after} {unit}; wanted EPOCH, or --train_text_encoder_frac"
+    elif after < passes:
+        out.take(name, train_text_encoder_frac=after / passes)
+    else:
+        out.not_needed.append(name)
+
+
 def take_parts(out: Translation, given: Mapping[str, Any]) -> None:
     """Take what is said of the parts of a model: each is a table of its own, or has fields before 2024."""
     parts = {name: given[name] if isinstance(given.get(name), dict) else {} for name in PARTS}
@@ -186,14 +271,13 @@ def take_parts(out: Translation, given: Mapping[str, Any]) -> None:
         out.not_used[f"{denoiser}, train"] = "the UNet or transformer is always trained"
     precision = parts[denoiser].get("weight_dtype", "NONE")
     if precision not in (*DTYPES, "NONE"):
-        out.not_used[f"{denoiser}, weight_dtype"] = f"got {precision}; the frozen base is in --mixed_precision"
+        out.not_used[f"{denoiser}, weight_dtype"] = f"got {precision}; see --quantization"
     if "train_text_encoder" not in given:
         said = parts["text_encoder"]
         if said.get("include", True) and said.get("train", True):
             out.take("text_encoder, train", train_text_encoder=True)
             out.values["text_encoder_lr"] = said.get("learning_rate") or base
-            if said.get("stop_training_after"):
-                out.not_used["text_encoder, stop_training_after"] = "text encoders are trained to the end"
+            last_pass_of_encoders(said, given.get("epochs", DEFAULTS["epochs"][1]), out)
             if parts["text_encoder_2"].get("train", True) is False and "XL" in str(given["model_type"]):
                 out.not_used["text_encoder_2, train"] = "text encoders are trained together, or none"
     if name := parts["vae"].get("model_name"):

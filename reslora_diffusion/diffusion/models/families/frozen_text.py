@@ -1,0 +1,117 @@
+"""Families whose only text encoder is a language model, which is never trained.
+
+    hidden = some states of the language model, of the tokens that are the prompt's      [P, L, D]
+
+The pipeline's own `encode_prompt` encodes each prompt by itself: templates, limits and layers are its. Prompts that
+share a batch are padded, and `mask` then tells which tokens are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...options import DreamBoothOptions
+from .base import NEEDS_T5, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
+
+NO_CLIP = (
+    OF_DIFFUSION
+    | OF_CLIP_ALONE
+    | OF_ONE_CLIP
+    | {"tokenizer_max_length": "counts tokens of CLIP; see --max_sequence_length"}
+)
+T5_ALONE = {
+    **NO_CLIP,
+    **NEEDS_T5,
+    "train_text_encoder": "trains CLIP, which this family lacks",
+    "train_text_encoder_ti": "trains new tokens of CLIP, which this family lacks",
+    "enable_t5_ti": "trains new tokens of T5 beside those of CLIP, which this family lacks",
+}
+
+
+def mode(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of latents that have no variance."""
+    return mean, mean.new_full(mean.shape, -float("inf"))
+
+
+def with_masks(texts: Texts, negative: Texts) -> dict[str, Any]:
+    """Both prompts and their masks, by the names that most pipelines take them under."""
+    return {
+        "prompt_embeds": texts.hidden,
+        "prompt_attention_mask": texts.given_mask,
+        "negative_prompt_embeds": negative.hidden,
+        "negative_prompt_attention_mask": negative.given_mask,
+    }
+
+
+def equally_long(texts: Texts, negative: Texts) -> dict[str, Any]:
+    """The same as pipelines that read Gemma take them, padded to one length."""
+    import torch.nn.functional as F
+
+    longest = max(part.hidden.shape[1] for part in (texts, negative))
+    padded = [
+        Texts(F.pad(hidden, (0, 0, 0, longest - hidden.shape[1])), mask=F.pad(mask, (0, longest - hidden.shape[1])))
+        for hidden, mask in ((part.hidden, part.given_mask.long()) for part in (texts, negative))
+    ]
+    return with_masks(*padded)
+
+
+def each_by_itself(texts: Texts) -> list[Tensor]:
+    """The states of each prompt, without padding."""
+    if texts.mask is None:
+        return list(texts.hidden)
+    return [states[own] for states, own in zip(texts.hidden, texts.mask, strict=True)]
+
+
+class FrozenTextFamily(FlowFamily):
+    """The common part of these families; their scripts in diffusers draw noise levels uniformly and weight none."""
+
+    text_encoders: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+    fixed_encoder, fixed_tokenizer = "text_encoder", "tokenizer"
+    target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+    not_here = NO_CLIP | {
+        "skip_t5": "leaves out T5, which this family has not",
+        "train_text_encoder": "trains CLIP, and the text encoder of this family is a language model",
+        "train_text_encoder_ti": "trains new tokens of CLIP, and the text encoder of this family is a language model",
+        "enable_t5_ti": "belongs to T5, which this family lacks",
+    }
+    max_sequence_length = 512
+    encoding: ClassVar[Mapping[str, Any]] = {}  # further arguments of the pipeline's `encode_prompt`
+    flow: Mapping[str, Any] = {"weighting_scheme": "none", "precondition_outputs": False}
+
+    def states(self, pipeline: Any, prompt: str, length: int, negative: bool) -> Tensor:
+        """Hidden states of one prompt [L, D], as the pipeline itself makes them of at most `length` tokens."""
+        device = pipeline.text_encoder.device
+        return pipeline.encode_prompt([prompt], device=device, max_sequence_length=length, **self.encoding)[0][0]
+
+    def read(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        options: DreamBoothOptions,
+        negative: Sequence[bool] | None = None,
+    ) -> Tokens:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        with torch.no_grad():
+            apart = [not prompt for prompt in prompts] if negative is None else negative
+            length = self.t5_length(options)
+            states = [self.states(pipeline, prompt, length, n) for prompt, n in zip(prompts, apart, strict=True)]
+        hidden = pad_sequence(states, batch_first=True)
+        ends = torch.tensor([len(part) for part in states], device=hidden.device)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < ends[:, None]
+        return Tokens(ends.new_empty(len(prompts), 0, 0), hidden, mask)
+
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
+        assert tokens.fixed is not None, "what the language model makes of a prompt is always computed"
+        if tokens.mask is None:
+            return Texts(tokens.fixed)
+        longest = int(tokens.mask.sum(1).max())
+        mask = tokens.mask[:, :longest]
+        return Texts(tokens.fixed[:, :longest], mask=None if bool(mask.all()) else mask)
