@@ -3,7 +3,7 @@
 reslora-compare                    # the embedded pipeline, with the demo's results when they are there
 
 request.py     what is asked: prompts x seeds in rows, adapters x strengths in columns; checked before anything runs
-adapters.py    LoRA files on one pipeline, switched by name and read back
+adapters.py    LoRA files on one pipeline, switched by name and read back; new_tokens.py: the tokens trained with them
 compare.py     compare(request) -> an iterator of images
 measures.py    figures about those images, each with n and an interval; learned.py: with a CLIP and a DINO
 votes.py       blind pairs, and the statistics of votes

@@ -65,13 +65,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def base_problems(base: Path) -> list[str]:
-    """What can be said of a base before it is loaded; a hub name has to wait for that."""
+    """Find what is wrong with a base before it is loaded; a hub name has to wait for that."""
     if (base / "model_index.json").is_file():
         return []
     if base.is_file():
         return single_file_problems(base)
     if not base.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
         return []
+    if base.suffix and not base.exists():
+        return [f"--base {base} does not exist"]
     if base == beside(EMBEDDED):
         return ["give --base the folder of a pipeline: the embedded one is in a clone of the source, not in the wheel"]
     return [f"--base {base} holds no pipeline (no model_index.json); give the folder of a Stable Diffusion pipeline"]
@@ -89,7 +91,7 @@ def single_file_problems(base: Path) -> list[str]:
 
 
 def warnings(args: argparse.Namespace) -> list[str]:
-    """What somebody should know before others can look."""
+    """Warn of what somebody should know before others can look."""
     found = []
     if args.share:
         found.append("--share: everything here passes through a relay, to anybody who has the link.")
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 device=args.device,
                 base_config=args.base_config,
             )
-        except OSError as problem:
+        except (OSError, ValueError) as problem:
             sys.exit(f"--base {base} cannot be loaded: {str(problem).splitlines()[0]}")
         try:
             launch(

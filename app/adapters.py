@@ -26,6 +26,7 @@ from reslora_diffusion.export.reader import LoraFile, read_lora
 from reslora_diffusion.export.writer import diffusers_tensors, uniform
 
 from .foreign import name_of
+from .new_tokens import NewTokens
 from .request import Adapter, Column, Limits, joined
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -38,7 +39,7 @@ LOADING_TOLERANCE = 2e-2  # of a module's difference: room for a pipeline in bfl
 
 @dataclass(frozen=True)
 class FileCard:
-    """What `reslora inspect` knows of a file, and what keeps it from the loaded base."""
+    """The facts that `reslora inspect` knows of a file, and what keeps it from the loaded base."""
 
     adapter: Adapter
     inspection: Inspection
@@ -57,6 +58,7 @@ class AdapterShelf:
         self.models: dict[str, nn.Module] = {
             name: model for name in COMPONENTS if isinstance(model := getattr(pipe, name, None), nn.Module)
         }
+        self.tokens = NewTokens(pipe)
         self.loaded: dict[str, dict[nn.Module, float]] = {}  # adapter name -> scaling of each layer at strength 1
 
     def card(self, path: Path, label: str | None = None) -> FileCard:
@@ -71,7 +73,8 @@ class AdapterShelf:
             raise ValueError(f"{path.name} has {size / 2**30:.1f} GiB; LoRA files of at most 2 GiB are read")
         inspection = inspect_lora(path)
         adapter = Adapter(name_of(label or default_label(path), MAX_LABEL), str(path), inspection.sha256[0])
-        return FileCard(adapter, inspection, mismatches(inspection, read_lora(path, dora=True), self.models))
+        found = mismatches(inspection, read_lora(path, dora=True), self.models) + self.tokens.problems(path)
+        return FileCard(adapter, inspection, found)
 
     def load(self, adapter: Adapter) -> str:
         """Bring a file into the pipeline unless it is there; returns its name."""
@@ -87,7 +90,12 @@ class AdapterShelf:
         if len(self.loaded) >= MAX_LOADED:
             self.unload(next(iter(self.loaded)))
         lora = read_lora(Path(adapter.path), dora=True)
-        self.pipe.load_lora_weights(tensors_of(lora), adapter_name=name)
+        self.tokens.load(name, Path(adapter.path))
+        try:
+            self.pipe.load_lora_weights(tensors_of(lora), adapter_name=name)
+        except Exception:
+            self.pipe.delete_adapters(name)  # some components may hold it already
+            raise
         self.loaded[name] = {layer: layer.scaling[name] for layer in self.layers() if name in layer.scaling}
         if unlike := self.differences(name, lora):
             self.unload(name)
@@ -133,6 +141,10 @@ class AdapterShelf:
             raise RuntimeError(f"the pipeline was to hold {wanted or 'no adapter'} and holds {found or 'none'}")
         return f"{column.adapter.label} × {found[name]:g}" if column.adapter else "no adapter"
 
+    def worded(self, column: Column, prompt: str) -> str:
+        """A prompt with the new tokens that a column's adapter was trained with, in place of their words."""
+        return self.tokens.worded(adapter_name(column.adapter) if column.adapter else None, prompt)
+
     def layers(self) -> list[nn.Module]:
         return [m for model in self.models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]
 
@@ -162,7 +174,7 @@ def tensors_of(lora: LoraFile) -> dict[str, Tensor]:
 
 
 def mismatches(inspection: Inspection, lora: LoraFile, models: dict[str, nn.Module]) -> list[str]:
-    """What keeps a file from working on these models; first of all, which family it is for."""
+    """Name what keeps a file from working on these models; first of all, which family it is for."""
     found = base_problems(lora.components, models)
     if foreign := lora.components.keys() - models.keys():
         found.append(f"the base has no {', '.join(sorted(foreign))}")

@@ -1,4 +1,4 @@
-"""How images are denoised, and which of these settings rows or columns may go through."""
+"""Settings of denoising, and which of them rows or columns may go through."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,7 +34,7 @@ class Setting:
     @property
     def label(self) -> str:
         return {
-            Axis.STEPS: f"{self.value} steps",
+            Axis.STEPS: f"{self.value} step{'s' * (self.value != 1)}",
             Axis.GUIDANCE: f"guidance {self.value}".removesuffix(".0"),
             Axis.SCHEDULER: str(self.value),
         }[self.axis]
@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one image is denoised."""
+    """The settings that denoise one image."""
 
     num_inference_steps: int
     guidance_scale: float

@@ -75,7 +75,7 @@ class Bases:
         return comparer
 
     def source(self, label: str | None = None) -> str | Path:
-        """Where a base is.
+        """Find where a base is.
 
         Raises:
             ValueError: the label is unknown.

@@ -7,6 +7,7 @@ noise of a row is the same tensor in every column and on every machine.
 Generating order is row by row, so that a cancelled comparison still has whole rows to look at.
 """
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from reslora_diffusion.diffusion.models.families import FAMILIES
 from reslora_diffusion.export.single_file import as_said, is_single_file, load_single_file, read_single_file
 
 from .adapters import AdapterShelf
@@ -69,8 +71,14 @@ class Comparer:
     def resolution(self) -> int:
         """Pixels of the side of a generated image."""
         model = getattr(self.pipe, "unet", None) or self.pipe.transformer
-        side = getattr(model.config, "sample_size", None) or self.pipe.default_sample_size  # FLUX.1 has it there alone
+        own = getattr(self.pipe, "default_sample_size", 128)  # FLUX.1 has it there alone, Z-Image nowhere
+        side = getattr(model.config, "sample_size", None) or own
         return side * self.pipe.vae_scale_factor
+
+    @property
+    def takes_negative(self) -> bool:
+        """True where images of this pipeline can be guided away from a prompt; those of FLUX.2 cannot."""
+        return "negative_prompt" in inspect.signature(self.pipe.__call__).parameters
 
     def compare(
         self,
@@ -87,6 +95,8 @@ class Comparer:
             ValueError: before the first image, with everything that is wrong with the request or its files.
         """
         checked(request, self.limits)
+        if request.negative_prompt and not self.takes_negative:
+            raise ValueError(f"Nothing was generated: a {type(self.pipe).__name__} takes no negative prompt")
         with self.lock:
             for adapter in request.adapters:
                 self.shelf.load(adapter)
@@ -117,11 +127,14 @@ class Comparer:
         self.pipe.scheduler = self.scheduler(sampling.scheduler)
         generated_with = self.shelf.switch(column)
         started = time.perf_counter()
+        words = self.shelf.worded(column, request.negative_prompt)
+        negative = {"negative_prompt": words} if self.takes_negative else {}
+        family = FAMILIES.get(type(self.pipe).__name__)
         image = self.pipe(
-            prompt=row.prompt,
-            negative_prompt=request.negative_prompt,
+            prompt=self.shelf.worded(column, row.prompt),
             num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
+            **{family.guidance_name if family else "guidance_scale": sampling.guidance_scale},
+            **negative,
             generator=torch.Generator("cpu").manual_seed(row.seed),
             callback_on_step_end=step_ended,
         ).images[0]

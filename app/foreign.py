@@ -1,4 +1,4 @@
-"""What comes from elsewhere: JSON that may be anything, words that may hold any character, and
+"""Input from elsewhere: JSON that may be anything, words that may hold any character, and
 who asks."""
 
 import sys
@@ -7,6 +7,7 @@ from reslora_diffusion.utils.documents import parse_json
 from reslora_diffusion.utils.names import composed
 from reslora_diffusion.utils.problems import printable_lines
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet computes
 ALONE = ("127.0.0.1", "localhost", "::1")  # names of this machine under which no other reaches it
 
 
@@ -41,12 +42,17 @@ def is_number(value: object) -> bool:
 
 
 def is_text(text: str) -> bool:
-    """Whether an encoding can write it: half of a surrogate pair alone is no character."""
+    """Tell whether an encoding can write it: half of a surrogate pair alone is no character."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def text_cell(value: object) -> object:
+    """A value for CSV; what a spreadsheet would compute is made text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -1,4 +1,4 @@
-"""What people type, read into requests; and back, so that a settings file fills the page."""
+"""Words that people type are read into requests; and back, so that a settings file fills the page."""
 
 import re
 from collections.abc import Mapping

@@ -11,13 +11,17 @@ Models are folders or names in the local cache of the hub; nothing is downloaded
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from .compare import Cell
+from .foreign import parsed_json
 from .measures import Measure, is_of
 
 LOCAL = {"local_files_only": True, "use_safetensors": True}
@@ -56,6 +60,32 @@ class Dino:
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt").pixel_values
         return unit(self.model(pixels).last_hidden_state[:, 0])
+
+
+def at_hand() -> tuple[list[str], list[str]]:
+    """Names of the CLIPs and of the DINOs in the hub's local cache."""
+    found: dict[str, list[str]] = {"clip": [], "dino": []}
+    try:
+        repositories = scan_cache_dir().repos
+    except (CacheNotFound, OSError):
+        return [], []
+    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+        files = {file.file_name: file.file_path for revision in repository.revisions for file in revision.files}
+        if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+            kind = kind_of(files["config.json"], repository.repo_id)
+            found.get(kind, []).append(repository.repo_id)
+    return found["clip"], found["dino"]
+
+
+def kind_of(config: Path, name: str) -> str:
+    """ "clip" and "dino"; empty for anything else. The first DINO says only that it is a ViT."""
+    try:
+        model = parsed_json(config.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if model == "vit" and "dino" not in name.lower():
+        return ""
+    return {"clip": "clip", "vit": "dino", "dinov2": "dino"}.get(model, "")
 
 
 def load(clip: str, dino: str) -> tuple[Clip | None, Dino | None]:

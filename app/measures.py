@@ -27,7 +27,7 @@ from .compare import Cell
 from .intervals import Figure, figure, proportion
 from .likeness import cut_out, ground, likeness, pixels, references_problem
 from .output import by_place, difference
-from .request import Column, CompareRequest
+from .request import Column, CompareRequest, Row
 
 DRIFT = "drift from the base"
 NOISE = 0.5  # share of the difference of any two pixels that neighbours have; below 0.3 in sharp images, 1 in noise
@@ -59,18 +59,25 @@ class Measure:
     def span(self) -> float:
         return self.most - self.least
 
-    def to_dict(self, columns: Sequence[Column]) -> dict:
-        """For JSON. Columns and what values were taken of go by numbers: it matters only which of them are the same."""
-        keys = list(dict.fromkeys(key for values in self.values.values() for key in values))
+    @property
+    def is_of_images(self) -> bool:
+        """True where each value is of one image, so that images can be sorted by it."""
+        keys = [key for values in self.values.values() for key in values]
+        return bool(keys) and all(isinstance(key, Row) for key in keys)
+
+    def to_dict(self, request: CompareRequest) -> dict:
+        """For JSON. Columns and rows go by their numbers, and so does what else values were taken of."""
+        rows, columns, of_images = request.rows, request.columns, self.is_of_images
+        keys = rows if of_images else list(dict.fromkeys(key for values in self.values.values() for key in values))
         values = {
             columns.index(column): {keys.index(key): float(value) for key, value in found.items()}
             for column, found in self.values.items()
         }
         facts = {name: getattr(self, name) for name in ("name", "wanting", "share", "least", "most")}
-        return facts | {"values": values}
+        return facts | {"of_images": of_images, "values": values}
 
     @classmethod
-    def from_dict(cls, data: dict, columns: Sequence[Column]) -> "Measure":
+    def from_dict(cls, data: dict, request: CompareRequest) -> "Measure":
         """
         Raises:
             TypeError, ValueError, KeyError, IndexError, AttributeError: the data are none of `to_dict`.
@@ -78,8 +85,10 @@ class Measure:
         measure = cls(
             str(data["name"]), str(data["wanting"]), bool(data["share"]), float(data["least"]), float(data["most"])
         )
+        keys = dict(enumerate(request.rows)) if data["of_images"] else {}
         for number, found in data["values"].items():
-            measure.values[columns[int(number)]] = {int(key): float(value) for key, value in found.items()}
+            values = {keys.get(int(key), int(key)): float(value) for key, value in found.items()}
+            measure.values[request.columns[int(number)]] = values
         return measure
 
 
@@ -97,7 +106,7 @@ def asked_background(prompt: str) -> str | None:
 
 
 def background(image: Image.Image) -> str | None:
-    """What a person would call the ground's colour, among those that prompts can ask for; None if it is not plain."""
+    """Name the ground's colour as a person would, among those that prompts can ask for; None if it is not plain."""
     colour = ground(image)
     if colour is None:
         return None
@@ -113,7 +122,7 @@ def background(image: Image.Image) -> str | None:
 
 
 def is_noise(image: Image.Image) -> bool:
-    """Whether neighbouring pixels differ about as much as any two do, as where nothing was denoised."""
+    """Tell noise: neighbouring pixels differ about as much as any two do, as where nothing was denoised."""
     x = pixels(image)
     spread = 2 * x.var(axis=(0, 1)).sum()
     steps = [np.square(np.diff(x, axis=axis)).sum(axis=-1).mean() for axis in (0, 1)]

@@ -1,4 +1,4 @@
-"""What leaves the page to be looked at: a labelled sheet, and a report that opens without the app.
+"""Files that leave the page to be looked at: a labelled sheet, and a report that opens without the app.
 
 Words of users are drawn as pixels or HTML-escaped. The report holds its images, no script, and a policy that lets it
 load nothing.
@@ -50,7 +50,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def settings_line(request: CompareRequest, base: str) -> str:
-    """What all images of a comparison have in common."""
+    """Say in one line what all images of a comparison have in common."""
     common = {
         Axis.STEPS: f"{request.num_inference_steps} steps",
         Axis.GUIDANCE: f"guidance {request.guidance_scale:g}",
@@ -118,13 +118,14 @@ table { border-collapse: collapse; } th, td { padding: .4rem; text-align: left; 
 th { overflow-wrap: anywhere; } th[scope=col] { max-width: 192px; vertical-align: bottom; }
 th[scope=row] { max-width: 16rem; min-width: 8rem; font-weight: 500; }
 img { width: 192px; border-radius: 6px; display: block; }
+figure { margin: 1.5rem 0; } figcaption { font-weight: 650; } .facts th, .facts td { max-width: none; }
 small { opacity: .75; font-weight: 400; } td small { display: block; max-width: 192px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: 1rem; background: #78716c22; border-radius: 6px; }
 """
 
 
-def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
-    """One HTML file with everything in it."""
+def report(request: CompareRequest, cells: Sequence[Cell], base: str, evidence: str = "") -> str:
+    """One HTML file with everything in it; `evidence` is HTML of votes and measures."""
     generated = by_place(cells)
 
     def td(cell: Cell | None) -> str:
@@ -151,6 +152,7 @@ def report(request: CompareRequest, cells: Sequence[Cell], base: str) -> str:
         f"<title>ResLoRA comparison</title><style>{REPORT_STYLE}</style></head><body><h1>ResLoRA comparison</h1>"
         f"<p>{escaped(settings_line(request, base))}</p>"
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{evidence}"
         f"<details><summary>Settings: save as settings.json to open them in the app</summary><pre>{settings}</pre>"
         "</details></body></html>"
     )

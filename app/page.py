@@ -34,8 +34,8 @@ def build_demo(studio: Studio) -> gr.Blocks:
                 measures_tab(studio, tab, compare)
             with gr.Tab("Files", id="files") as tab:
                 files_tab(studio, tab)
-            with gr.Tab("Train", id="train"):
-                train_tab(studio, compare.adapters, compare.arrival, *watch)
+            with gr.Tab("Train", id="train") as tab:
+                train_tab(studio, tab, compare.fields, compare.arrival, *watch)
 
         def leave(request: gr.Request) -> None:
             studio.sessions.close(request.session_hash)

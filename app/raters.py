@@ -90,7 +90,7 @@ def pool(columns: Sequence[str], votes: Iterable[Vote]) -> Pool:
 
 
 def majority(verdicts: Sequence[Verdict]) -> Verdict:
-    """What most raters of a pair said; a tie where first and second have as many."""
+    """The verdict of most raters of a pair; a tie where first and second have as many."""
     count = Counter(verdicts)
     if count[Verdict.FIRST] == count[Verdict.SECOND]:
         return Verdict.NEITHER if count[Verdict.NEITHER] > len(verdicts) / 2 else Verdict.TIE

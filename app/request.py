@@ -1,4 +1,4 @@
-"""What a comparison asks for, as data: the settings file, the page and the tests all speak this.
+"""A comparison's request as data: the settings file, the page and the tests all speak this.
 
     rows     every prompt of the matrix x every seed x every setting of `rows_by`
     columns  the base, then every adapter at every strength, x every setting of `columns_by`
@@ -20,12 +20,13 @@ from .templates import filled, placeholder_names
 
 FORMAT_VERSION = 2  # version 1 is read too
 ADAPTER_NAMES = {"label", "file", "sha256"}
+MOST_SAID = 20  # problems that one message names
 MANY = 1000  # prompts, more than which are not written out to be counted
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask of the machine."""
+    """Bounds of what one request may ask of the machine."""
 
     images: int = 200
     prompt_characters: int = 600
@@ -70,7 +71,7 @@ class Row:
 
     @property
     def note(self) -> str:
-        """What stands beside the prompt."""
+        """The words that stand beside the prompt."""
         return f"seed {self.seed} · {self.setting.label}" if self.setting else f"seed {self.seed}"
 
     @property
@@ -111,7 +112,7 @@ class CompareRequest:
         return [Column(*pair, setting) for pair in (*base, *pairs) for setting in self.columns_by or (None,)]
 
     def sampling(self, row: Row, column: Column) -> Sampling:
-        """How the image in a row and column is denoised."""
+        """Return how the image in a row and column is denoised."""
         swept = {setting.axis: setting.value for setting in (row.setting, column.setting) if setting}
         return Sampling(
             swept.get(Axis.STEPS, self.num_inference_steps),
@@ -120,7 +121,7 @@ class CompareRequest:
         )
 
     def to_dict(self) -> dict:
-        """What a settings file holds. Adapters go by content: a path of this machine helps no other."""
+        """Return what a settings file holds. Adapters go by content: a path of this machine helps no other."""
         adapters = [{"label": a.label, "file": Path(a.path).name, "sha256": a.sha256} for a in self.adapters]
         return {"format_version": FORMAT_VERSION, **asdict(self), "adapters": adapters}
 
@@ -173,9 +174,10 @@ def prompt_problems(request: CompareRequest, limits: Limits) -> list[str]:
 def image_count(request: CompareRequest) -> int:
     """Cells of a request whose prompts are sound. Prompts that come twice count once, unless there are more than
     MANY: ten thousand cost nothing to count."""
-    prompts = sum(math.prod(len(request.placeholders[name]) for name in placeholder_names(p)) for p in request.prompts)
+    templates = set(request.prompts)
+    prompts = sum(math.prod(len(request.placeholders[name]) for name in placeholder_names(p)) for p in templates)
     if prompts <= MANY:
-        prompts = len({prompt for template in request.prompts for prompt in filled(template, request.placeholders)})
+        prompts = len({prompt for template in templates for prompt in filled(template, request.placeholders)})
     columns = len(request.adapters) * len(request.strengths) + request.include_base
     return prompts * len(request.seeds) * columns * max(1, len(request.rows_by)) * max(1, len(request.columns_by))
 
@@ -192,7 +194,7 @@ def step_count(request: CompareRequest) -> int:
 
 
 def sampling_problems(request: CompareRequest, limits: Limits) -> list[str]:
-    """What is wrong with steps and guidance, those of the swept settings included."""
+    """Problems with steps and guidance, those of the swept settings included."""
     found = []
     swept = (*request.rows_by, *request.columns_by)
     steps = [request.num_inference_steps, *(s.value for s in swept if s.axis is Axis.STEPS)]
@@ -259,7 +261,7 @@ def upgraded(data: object) -> object:
 
 
 def settings_problems(data: object) -> list[str]:
-    """What keeps data from being a `CompareRequest`: unknown names and wrong types.
+    """Name what keeps data from being a `CompareRequest`: unknown names and wrong types.
 
     base, view and images are the page's: saved.py.
     """
@@ -315,5 +317,6 @@ def digests_in(data: object) -> set[str]:
 
 
 def joined(head: str, found: list[str]) -> str:
-    """One message for all problems."""
-    return printable("\n".join([f"{head}:", *(f"  - {problem}" for problem in found)]))
+    """One message for all problems; of very many, the first and how many more."""
+    more = [f"{len(found) - MOST_SAID:,} more of the kind"] if len(found) > MOST_SAID else []
+    return printable("\n".join([f"{head}:", *(f"  - {problem}" for problem in [*found[:MOST_SAID], *more])]))

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .charts import colour_of, dash_of, gap_chart, loss_chart, validation_chart
+from .charts import colour_of, dash_of
 from .runs import Run
-from .training import Training
+from .trainer import Training
 from .views import clamped, duration, escaped, message, table
 
 NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
 
 
 def legend(runs: Sequence[Run]) -> str:
-    """Which line is whose; a dash as well as a colour."""
+    """Name the line of each run; it has a dash as well as a colour."""
+    if not runs:
+        return ""
     items = "".join(
         f'<li><svg viewBox="0 0 36 8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" stroke="{colour_of(n)}" '
         f'stroke-width="3" stroke-dasharray="{dash_of(n)}"/></svg><b>{escaped(run.label)}</b> '
@@ -22,28 +24,8 @@ def legend(runs: Sequence[Run]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def chart(title: str, note: str, drawing: str, runs: Sequence[Run]) -> str:
-    names = ", ".join(run.label for run in runs)
-    body = drawing or '<p class="empty">Nothing was measured yet.</p>'
-    return (
-        f'<figure class="chart" role="group" aria-label="{escaped(f"{title} of {names}")}">'
-        f"<figcaption><b>{escaped(title)}</b> <small>{escaped(note)}</small></figcaption>{body}</figure>"
-    )
-
-
-def curves(runs: Sequence[Run], keep: float) -> str:
-    """The charts under one legend."""
-    if not runs:
-        return NOTHING
-    loss = chart("Training loss", "faint: every step, bold: smoothed", loss_chart(runs, keep), runs)
-    fixed = chart("Fixed-noise validation loss", "◇ as exported", validation_chart(runs), runs)
-    note = "estimated while training; ◇ as exported, as in the table"
-    gaps = chart("Merge gap", note, gap_chart(runs), runs) if any(run.estimates for run in runs) else ""
-    return f'{legend(runs)}<div class="halves charts">{loss}{fixed}{gaps}</div>'
-
-
 def merges(runs: Sequence[Run]) -> str:
-    """What taking the shortcuts out cost each run."""
+    """Show what taking the shortcuts out cost each run."""
     if not runs:
         return ""
     head = ("run", "as trained", "as exported", "merge gap", "base", "at step", "largest layer error")
@@ -149,23 +131,49 @@ def log(lines: Sequence[str]) -> str:
 
 
 def training_status(training: Training) -> str:
-    """Where a training stands, in a line and a bar."""
+    """Say in a line and a bar where a training stands."""
     step, total, name = training.step(), training.total_steps, training.folder.name
     if training.running:
-        left = training.seconds_left(step)
-        text = f"step {step} of {total}" if step else "getting ready"
-        text += f", about {duration(left)} left" if left is not None else ""
-        text += "; finishing this step and saving" if training.stopped else ""
-        return progress(step, total, f"{name}: {text}")
+        return progress(step, total, f"{name}: {standing(training)}")
     if training.failed:
-        how = "ended with an error" if (signal := training.killed_by) is None else f"was killed from outside ({signal})"
-        return message("\n".join([f"{name} {how}, after {step} of {total} steps:", *training.log()]), "bad")
+        return message("\n".join([f"{name} {standing(training)}:", *training.log()]), "bad")
     labels = [adapter_label(training, adapter) for adapter in training.adapters()]
     names = f"{' and '.join(labels)} {'is' if len(labels) == 1 else 'are'} offered to the Compare tab"
     where = names if labels else "no adapter was written"
     if training.stopped:
-        return message(f"{name} was stopped at step {step} of {total}; {where}.", "warn")
-    return message(f"{name}: {step} steps done; {where}.", "good" if labels else "bad")
+        return message(f"{name} {standing(training)}; {where}.", "warn")
+    return message(f"{name}: {standing(training)}; {where}.", "good" if labels else "bad")
+
+
+def standing(training: Training) -> str:
+    """The same in a few words."""
+    step, total = training.step(), training.total_steps
+    if training.running:
+        left = training.seconds_left(step)
+        text = f"step {step} of {total}" if step else "getting ready"
+        text += f", about {duration(left)} left" if left is not None else ""
+        return text + ("; finishing this step and saving" if training.stopped else "")
+    if training.stopped:
+        return f"was stopped at step {step} of {total}"
+    if training.finished:
+        return f"{step} steps done"
+    how = f"was killed from outside ({training.killed_by})" if training.killed_by else "ended with an error"
+    if training.record.code is None:
+        how = "ended while no page was there to see it: it was killed, or the machine stopped"
+    return f"{how}, after {step} of {total} steps"
+
+
+def trainings(found: Sequence[Training], looked_at: Training | None) -> str:
+    """Trainings of one owner, each a button that shows it; nothing while there is only one."""
+    if len(found) < 2:
+        return ""
+    buttons = "".join(
+        f'<button type="button" class="entry" data-name="{escaped(training.folder.name)}"'
+        f"{' aria-current=true' if training is looked_at else ''}><span>{escaped(training.folder.name)}</span>"
+        f"<small>{escaped(standing(training))}</small></button>"
+        for training in found
+    )
+    return f'<nav class="history trainings" aria-label="Your trainings">{buttons}</nav>'
 
 
 def adapter_label(training: Training, adapter: Path) -> str:

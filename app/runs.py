@@ -1,4 +1,4 @@
-"""What training runs left behind: adapters to compare, and the course of training to look at.
+"""Training runs on the disk: adapters to compare, and the course of training to look at.
 
     <run>/pytorch_lora_weights.safetensors    the adapter; checkpoint-N/ holds those of earlier steps
     <run>/metrics.jsonl                       a row for each step: loss, or validation_loss on noise that never changes
@@ -11,6 +11,7 @@ be under way: files may be missing, and the last row may be half written.
 """
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,9 @@ class Run:
 
 
 def contained(root: Path, pattern: str) -> list[Path]:
-    """Files below a folder that do not lead out of it."""
-    found = (path for path in root.rglob(pattern) if path.is_file())
+    """Files below a folder that do not lead out of it. A folder that vanishes meanwhile has none."""
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    found = (path for path in paths if path.match(pattern) and path.is_file())
     return sorted(path for path in found if path.resolve().is_relative_to(root.resolve()))
 
 

@@ -14,7 +14,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -25,6 +25,7 @@ from reslora_diffusion.utils.names import file_name_from
 from .compare import Cell
 from .foreign import is_number, parsed_json
 from .output import png, report, sheet
+from .pages import PageAxis, pages
 from .request import CompareRequest, joined, upgraded
 
 VIEWS = ("Grid", "Flip", "Side by side", "Slider", "Difference")
@@ -40,17 +41,24 @@ MAX_WORDS = 200  # characters of `generated_with`
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows of a comparison: the grid, or two columns of one row."""
+    """The part of a comparison that the page shows: the grid, or two columns of one row."""
 
     name: str = VIEWS[0]
     row: int = 0
     left: int = 0
     right: int = 0
+    transposed: bool = False  # columns of the request stand as rows
+    pages: PageAxis = PageAxis.NOTHING  # what the grid has a page for each of
+    page: int = 0
 
     @classmethod
     def of(cls, request: CompareRequest) -> "View":
         """The grid, with the first column against the last in the pickers."""
         return cls(right=len(request.columns) - 1)
+
+    def turned_to(self, request: CompareRequest) -> "View":
+        """The grid of another comparison, turned and in pages as this one."""
+        return replace(View.of(request), transposed=self.transposed, pages=self.pages)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -85,7 +93,9 @@ def settings_json(request: CompareRequest, cells: Sequence[Cell], view: View, ba
     return json.dumps(settings_data(request, cells, view, base), indent=1, ensure_ascii=False)
 
 
-def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: View, base: str) -> Path:
+def write_zip(
+    path: Path, request: CompareRequest, cells: Sequence[Cell], view: View, base: str, evidence: str = ""
+) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
 
         def add(name: str, content: str | bytes) -> None:
@@ -96,7 +106,7 @@ def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: 
             add(IMAGES + name, png(cell.image))
         if cells:
             add("sheet.png", png(sheet(request, cells, base)))
-        add("report.html", report(request, cells, base))
+        add("report.html", report(request, cells, base, evidence))
     return path
 
 
@@ -105,7 +115,7 @@ def write_zip(path: Path, request: CompareRequest, cells: Sequence[Cell], view: 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was handed in, before it is known to be a comparison. `read(file)` gives an image's bytes, None without."""
+    """Data that was handed in and may be a comparison. `read(file)` gives an image's bytes, None without."""
 
     data: object
     read: Callable[[str], bytes | None]
@@ -166,12 +176,19 @@ def parsed(content: bytes) -> object:
 def saved_view(data: dict, request: CompareRequest) -> View:
     """The view of settings; the grid where they name none that the request has."""
     view = data.get("view")
-    if not isinstance(view, dict) or view.keys() != View.__dataclass_fields__.keys() or view["name"] not in VIEWS:
+    view = asdict(View.of(request)) | view if isinstance(view, dict) else {}  # an older version says less
+    if view.keys() != View.__dataclass_fields__.keys() or view["name"] not in VIEWS:
         return View.of(request)
     columns = len(request.columns)
     ends = {"row": len(request.rows), "left": columns, "right": columns}
     fits = all(type(view[name]) is int and 0 <= view[name] < end for name, end in ends.items())
-    return View(**view) if fits else View.of(request)
+    if not fits or type(view["transposed"]) is not bool or view["pages"] not in list(PageAxis):
+        return View.of(request)
+    view["pages"] = PageAxis(view["pages"])
+    count = len(pages(request, view["pages"])[0])
+    if type(view["page"]) is not int or not 0 <= view["page"] < max(1, count):
+        view["page"] = 0
+    return View(**view)
 
 
 def saved_cells(data: dict, request: CompareRequest, read: Callable[[str], bytes | None]) -> list[Cell]:

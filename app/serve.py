@@ -14,7 +14,7 @@ from .page import build_demo
 from .sessions import Sessions
 from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
-from .training import Trainer
+from .trainer import Trainer
 from .visits import Visits
 
 MAX_UPLOAD = "2gb"
@@ -89,6 +89,7 @@ def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.B
         strict_cors=True,
         show_error=True,
         app_kwargs={"middleware": [guard]},
+        _frontend=False,  # Gradio would give the page up where a busy machine takes 3 s to answer
         **options,
     )
     return demo

@@ -1,4 +1,4 @@
-"""What the server remembers of each visitor, apart from every other visitor.
+"""The server remembers each visitor apart from every other visitor.
 
 Images are served as files with random names out of one folder per session, itself randomly named: an address says
 nothing about what is behind it, and cannot be guessed.
@@ -7,7 +7,8 @@ nothing about what is behind it, and cannot be guessed.
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,21 +40,49 @@ class Session:
     cells: list[Cell] = field(default_factory=list)
     view: View = field(default_factory=View)
     ballot: Ballot | None = None
+    references: list[Path] = field(default_factory=list)  # this visitor's own images to vote by
     measured: list[Measure] = field(default_factory=list)  # of the cells that are shown now
+    measured_with: tuple | None = None  # values of the Measures tab's fields then; None after a reload
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
-    looked_at: float = 0.0  # the page's clock, when the fields were last looked at for what to expect
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # held by events that change the session
+    answered: dict[Hashable, float] = field(
+        default_factory=dict
+    )  # by output: the page's clock, when its event was triggered
     waits: bool = False  # a comparison was asked for, and has not begun
-    race: list[Run] = field(default_factory=list)
+    generates: bool = False
+    asked_at: float = 0.0  # the server's clock, when the last comparison was asked for
+    drawn: dict[str, tuple[list[Run], float]] = field(default_factory=dict)  # curves by their tab: runs, smoothing
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
     visit: Visit | None = None  # where it is kept beyond this session
     arrived: bool = False  # the fields are those of this visit, and changes of them are kept
-    training_seen: tuple | None = None  # what the page last showed of a training
+    wanted: list[str] = field(default_factory=list)  # adapters that were chosen before a reload, here or not yet
+    training: Path | None = None  # folder of the training that is looked at; None is the newest
+    training_seen: tuple | None = None  # what the page last showed of it
+    file: tuple[Path, str] | None = None  # the adapter whose card is shown, and its label
+
+    def has_later(self, output: Hashable, when: float) -> bool:
+        """Tell whether an output, by its id, shows the answer to an event that was triggered after `when`."""
+        return self.answered.get(output, 0.0) > when
+
+    def shows(self, output: Hashable, when: float) -> bool:
+        """Take in an answer to an event of `when`; the output shows it unless it has one to a later event."""
+        with self.lock:
+            if self.has_later(output, when):
+                return False
+            self.answered[output] = when
+            return True
 
     def ask(self) -> None:
         """A comparison is asked for, and may have to wait for those of others: stop the one that runs."""
+        self.abandon()
+        self.waits, self.asked_at = True, time.monotonic()
+
+    def abandon(self) -> None:
+        """Stop the comparison that runs: another one is to be looked at."""
         self.cancel.set()
-        self.cancel, self.waits = threading.Event(), True
+        self.cancel = threading.Event()
 
     def begin(self, request: CompareRequest) -> threading.Event:
         """Its turn has come: forget the last one's images. It may have been stopped while it waited."""
@@ -65,7 +94,7 @@ class Session:
 
     def show(self, request: CompareRequest, cells: Sequence[Cell]) -> None:
         self.request, self.cells, self.addresses, self.measured = request, [], {}, []
-        self.view = View.of(request)
+        self.view = self.view.turned_to(request)
         for file in self.folder.glob("images/*.png"):
             file.unlink()
         for cell in cells:
@@ -131,6 +160,12 @@ class Sessions:
                     self.open[key].add_adapter(adapter)
             self.open[key] = self.open.pop(key)  # most recently seen last
             return self.open[key]
+
+    def ahead(self, session: Session) -> int:
+        """Comparisons of others that come before the one that a session waits for."""
+        with self.lock:
+            others = [other for other in self.open.values() if other is not session]
+        return sum((other.generates or other.waits) and other.asked_at < session.asked_at for other in others)
 
     def close(self, key: str) -> None:
         with self.lock:

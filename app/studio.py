@@ -17,7 +17,7 @@ from .images import images_in
 from .request import Adapter, CompareRequest, Limits, problems
 from .runs import find_adapters, find_runs, is_checkpoint, read_object, siblings
 from .sessions import Session, Sessions
-from .training import Trainer
+from .trainer import Trainer
 from .verdict import Findings, findings
 from .visits import Visits
 
@@ -59,7 +59,7 @@ class Studio:
         return session.base or self.bases.first
 
     def generate_first(self, prompt: str, num_inference_steps: int) -> None:
-        """What every visitor sees before asking for anything: the first adapters at hand, on one prompt."""
+        """Generate what every visitor sees before asking for anything: the first adapters at hand, on one prompt."""
         limits = self.comparer.limits
         adapters = tuple(self.sessions.adapters[: min(2, limits.adapters)])
         self.first_request = CompareRequest(
@@ -72,7 +72,7 @@ class Studio:
         return self.first_request.prompts[0] if self.first_request else PROMPT
 
     def findings(self, session: Session) -> Findings | None:
-        """What may be said of a visitor's comparison now."""
+        """Find what votes and measures say of a visitor's comparison now."""
         if session.request is None:
             return None
         gaps = {}

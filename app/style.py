@@ -1,4 +1,4 @@
-"""How the page looks: one theme, in the light and the dark, with nothing fetched from anywhere."""
+"""The page's looks: one theme, in the light and the dark, with nothing fetched from anywhere."""
 
 from pathlib import Path
 

@@ -1,41 +1,15 @@
-"""Training from the page: the command line's own script, in a process of its own, with a configuration file.
+"""A training that the page asks for, and the options of the script that it becomes."""
 
-    <root>/<name>/config.yaml    every option that is not a default; --config of the script takes it as it is
-    <root>/<name>/images/      what was handed in
-    <root>/<name>/train.log      what the script said
-    <root>/<name>/...            what the script writes: metrics, samples, checkpoints, the adapter
-
-One training runs at a time. It belongs to the browser that started it and outlives the page's sessions, so that a
-reload finds it again; when the server ends it is asked to save what it has.
-"""
-
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import yaml
-from PIL import Image
-
 from reslora_diffusion.methods.offers import offered_optimizers, offered_schedules
-from reslora_diffusion.programs import beside
-from reslora_diffusion.utils.names import file_name_from
 
-from .request import CompareRequest, joined
-from .runs import ADAPTER, METRICS, find_adapters, read_rows
+from .request import CompareRequest
 
-SCRIPT = beside("train_scripts") / "train_dreambooth_reslora.py"
-CONFIG, LOG, IMAGES = "config.yaml", "train.log", "images"
-LOG_LINES = 14
-SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
-SAMPLES_PER_RUN = 8
+IMAGES = "images"
+SAMPLES_PER_RUN, CHECKPOINTS_PER_RUN = 8, 4
 PLAIN_OPTIMIZER, NO_SCHEDULE = "adamw", "none"
 OF_MODELS = ("prune",)  # schedules that leave a smaller model, and no adapter that could be compared
 PAIR = ("lora", "reslora-block")  # contenders of --compare, trained one after the other on the same draws
@@ -70,7 +44,7 @@ class TrainLimits:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the page asks; the names are the script's."""
+    """One training as the page asks for it; the names are the script's."""
 
     instance_prompt: str
     method: Method = Method.BLOCK
@@ -90,7 +64,7 @@ class TrainRequest:
 
     @property
     def features(self) -> list[str]:
-        """What it has, by the names of the methods' `conflicts`."""
+        """The parts that it uses, by the names of the methods' `conflicts`."""
         shortcuts = ["none", "block"] if self.method is Method.PAIR else [self.method.options.get("shortcut", "none")]
         return [*shortcuts, self.optimizer, *(["dora"] if self.use_dora else [])]
 
@@ -143,6 +117,7 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
         "train_text_encoder": r.train_text_encoder,
         "seed": r.seed,
         "report_to": "none",
+        "checkpointing_steps": max(1, r.max_train_steps // CHECKPOINTS_PER_RUN),
         "output_dir": str(folder),
     }
     if r.optimizer != PLAIN_OPTIMIZER:
@@ -166,178 +141,3 @@ def options_of(request: TrainRequest, base: str, resolution: int, folder: Path) 
             "num_class_images": r.num_class_images,
         }
     return options
-
-
-@dataclass
-class Training:
-    """A process of the script, and what its folder says about it."""
-
-    folder: Path
-    request: TrainRequest
-    owner: str
-    process: subprocess.Popen
-    stopped: bool = False
-    first_seen: tuple[int, float] | None = field(default=None, repr=False)  # (step, time) when a step was first read
-
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    @property
-    def failed(self) -> bool:
-        return not self.running and self.process.returncode != 0 and not self.stopped
-
-    @property
-    def killed_by(self) -> str | None:
-        """The signal that ended it, such as SIGKILL where memory ran out; None if it ended by itself."""
-        code = self.process.poll()
-        return signal.Signals(-code).name if code is not None and code < 0 else None
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all its runs together."""
-        return self.request.max_train_steps * (len(PAIR) if self.request.method is Method.PAIR else 1)
-
-    def runs(self) -> list[Path]:
-        """Folders of its runs that have begun: its own, or one for each of a pair."""
-        if self.request.method is not Method.PAIR:
-            return [self.folder]
-        return [folder for name in PAIR if ((folder := self.folder / name) / METRICS).is_file()]
-
-    def step(self) -> int:
-        """Steps done in all runs."""
-        step = sum(steps_done(folder) for folder in self.runs())
-        if step and self.first_seen is None:
-            self.first_seen = (step, time.monotonic())
-        return step
-
-    def seconds_left(self, step: int) -> float | None:
-        """Seconds left at the pace since the first step that was logged."""
-        if self.first_seen is None or step <= self.first_seen[0]:
-            return None
-        pace = (time.monotonic() - self.first_seen[1]) / (step - self.first_seen[0])
-        return pace * (self.total_steps - step)
-
-    def log(self) -> list[str]:
-        """The last lines; a progress bar counts as one, however often it was drawn."""
-        path = self.folder / LOG
-        text = path.read_bytes()[-16_384:].decode(errors="replace") if path.is_file() else ""
-        text = text.replace(f"{self.folder.parent}{os.sep}", "")
-        lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-        return [line for line in lines if line][-LOG_LINES:]
-
-    def adapters(self) -> list[Path]:
-        """The exported file of each run, or the newest checkpoint's where training was stopped before its end."""
-        return [file for folder in self.runs() if (file := newest_adapter(folder))]
-
-    def stop(self) -> None:
-        """Ask it to finish its step and save; asked again, it ends at once."""
-        if self.running:
-            self.stopped = True
-            self.process.send_signal(signal.SIGTERM)
-
-
-def steps_done(folder: Path) -> int:
-    """The last step in a run's metrics; 0 where they cannot be read, which is said where the run is read."""
-    try:
-        return max((row["step"] for row in read_rows(folder / METRICS) if "loss" in row), default=0)
-    except ValueError:
-        return 0
-
-
-def newest_adapter(folder: Path) -> Path | None:
-    if (folder / ADAPTER).is_file():
-        return folder / ADAPTER
-    files = find_adapters((folder,)).values()
-    return max(files, key=lambda path: path.stat().st_mtime, default=None)
-
-
-class Trainer:
-    """Starts trainings below one folder, one at a time."""
-
-    def __init__(self, root: Path, base: str, resolution: int, script: Path = SCRIPT):
-        self.root, self.base, self.resolution, self.script = root, base, resolution, script
-        self.limits = TrainLimits()
-        self.last: Training | None = None
-        self.lock = threading.Lock()
-
-    def of(self, owner: str) -> Training | None:
-        """The newest training, if this owner started it."""
-        return self.last if self.last and owner and self.last.owner == owner else None
-
-    def start(
-        self,
-        request: TrainRequest,
-        images: Sequence[Image.Image],
-        owner: str,
-        base: str | None = None,
-        resolution: int | None = None,
-    ) -> Training:
-        """
-        Args:
-            base, resolution: of another base than the trainer's.
-
-        Raises:
-            ValueError: before anything is written, with everything that is wrong.
-        """
-        if found := request_problems(request, len(images), self.limits):
-            raise ValueError(joined("Nothing was started", found))
-        with self.lock:
-            if self.last and self.last.running:
-                raise ValueError("A training is running on this machine; one at a time. Stop it, or wait for its end.")
-            folder = self.new_folder(request)
-            (folder / IMAGES).mkdir()
-            for number, image in enumerate(images):
-                image.save(folder / IMAGES / f"{number}.png")
-            self.write_config(request, folder, base, resolution)
-            command = [sys.executable, "-u", str(self.script), "--config", str(folder / CONFIG)]
-            with (folder / LOG).open("wb") as log:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C reaches the server, which then asks
-                    env=os.environ | {"HF_HUB_OFFLINE": "1"},
-                )
-            self.last = Training(folder, request, owner, process)
-            return self.last
-
-    def write_config(
-        self, request: TrainRequest, folder: Path, base: str | None = None, resolution: int | None = None
-    ) -> Path:
-        """The file that this training is started with."""
-        options = options_of(request, base or self.base, resolution or self.resolution, folder)
-        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=1000)
-        path = folder / CONFIG
-        path.write_text(f"# reslora train --config {CONFIG}\n{text}", encoding="utf-8")
-        return path
-
-    def new_folder(self, request: TrainRequest) -> Path:
-        subject = re.sub(r"^an? \w+ of (an? )?", "", request.instance_prompt)
-        wanted = slug(request.name) or slug(f"{subject} {request.method}")
-        for number in range(1, 10_000):
-            folder = self.root / (wanted if number == 1 else f"{wanted}-{number}")
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                return folder
-        raise ValueError(f"there are 9,999 trainings called {wanted}; choose another name")
-
-    def close(self) -> None:
-        """End what runs, giving it time to save."""
-        if self.last and self.last.running:
-            self.last.stop()
-            try:
-                self.last.process.wait(SAVING_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.last.process.kill()
-                self.last.process.wait()
-
-
-def slug(text: str) -> str:
-    """A folder's name by the rule for files, short and in small letters; empty where nothing is left of it.
-
-    >>> slug("../A Sticker of sks!"), slug("☃")
-    ('a-sticker-of-sks', '')
-    """
-    return file_name_from(file_name_from(text.lower(), "")[:60], "")

@@ -1,4 +1,4 @@
-"""Which of two columns is better, as far as votes and measures say so, in one sentence and a table.
+"""The better of two columns, as far as votes and measures say so, in one sentence and a table.
 
 Measures are compared in pairs, row by row: the first column's value less the second's, its mean and a t interval. A
 difference is shown where the interval leaves out zero. A large p or a wide interval never means that two are equal; how

@@ -10,15 +10,15 @@ from pathlib import Path
 from .adapters import FileCard
 from .compare import Cell
 from .foreign import lines_of, shortened
-from .measures import DRIFT, Measure
 from .output import by_place, escaped
+from .pages import pages
 from .raters import Pool
-from .request import Column, CompareRequest
+from .request import Column
 from .sessions import Session
-from .verdict import Findings
 from .visits import Entry
 from .votes import Ballot, Tally, Verdict, conclusion, tallies, tally
 
+HEAD = 36  # characters of a column's head; epochs stand at the end of a name, and are not cut
 STRONGEST = 5  # modules of a file card
 
 
@@ -47,6 +47,14 @@ def message(text: str, kind: str = "note") -> str:
     head, *rest = lines_of(text)
     items = "".join(f"<li>{escaped(line.strip().removeprefix('- '))}</li>" for line in rest)
     return f'<div class="message {kind}" role="status">{escaped(head)}{f"<ul>{items}</ul>" if items else ""}</div>'
+
+
+def place_in_line(ahead: int) -> str:
+    """Said to somebody who waits."""
+    comparisons = (
+        f"{ahead} comparisons of other visitors come" if ahead > 1 else "A comparison of another visitor comes"
+    )
+    return message(f"{comparisons} first; yours begins after that, and Stop gives its place up.")
 
 
 def duration(seconds: float) -> str:
@@ -78,39 +86,74 @@ def grid(session: Session) -> str:
         return message("Write a prompt, choose adapters, and compare.")
     generated = by_place(session.cells)
     heads = short_heads(request.columns)
+    names, row_pages, column_pages = pages(request, session.view.pages)
+    at = min(session.view.page, max(0, len(names) - 1))
+
+    def on(page: int | None) -> str:
+        """Attributes of what stands on a page; the others are hidden, and the viewer goes through all."""
+        return "" if page is None else f' data-page="{page}"{"" if page == at else " hidden"}'
 
     def td(i: int, j: int) -> str:
         row, column = request.rows[i], request.columns[j]
-        cell = generated.get((row, column))
+        cell, page = generated.get((row, column)), on(row_pages[i] if turned else column_pages[j])
         if cell is None:
-            return '<td role="cell"><div class="cell pending" role="img" aria-label="not generated"></div></td>'
+            pending = '<div class="cell pending" role="img" aria-label="not generated"></div>'
+            return f'<td role="cell"{page}>{pending}</td>'
         label = escaped(f"{column.label}: {row.label}")
         return (
-            f'<td role="cell"><button type="button" class="cell" data-row="{i}" data-column="{j}" '
+            f'<td role="cell"{page}><button type="button" class="cell" data-row="{i}" data-column="{j}" '
             f'title="Look closer at {label}"><img src="{session.addresses[id(cell)]}" alt="{label}"></button>'
             f'<span class="held" title="what the layers held">{clamped(cell.generated_with)}</span></td>'
         )
 
-    head = "".join(
-        f'<th scope="col" role="columnheader" data-column="{j}" data-label="{escaped(column.label)}">{heads[j]}</th>'
-        for j, column in enumerate(request.columns)
-    )
-    columns, rows = range(len(request.columns)), request.rows
-    view = escaped(json.dumps(asdict(session.view)))
-    body = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader" data-row="{i}" data-label="{escaped(row.label)}">'
-        f"{clamped(row.prompt)}"
-        f"<small>{escaped(row.note)}</small></th>"
-        f"{''.join(td(i, j) for j in columns)}</tr>"
-        for i, row in enumerate(rows)
-    )
+    def row_head(i: int, scope: str) -> str:
+        row, page = request.rows[i], on(row_pages[i]) if scope == "col" else ""
+        words = f"{clamped(row.prompt)}<small>{escaped(row.note)}</small>"
+        return th(scope, f'data-row="{i}" data-label="{escaped(row.label)}"{page}', words)
+
+    def column_head(j: int, scope: str) -> str:
+        page = on(column_pages[j]) if scope == "col" else ""
+        return th(scope, f'data-column="{j}" data-label="{escaped(request.columns[j].label)}"{page}', heads[j])
+
+    rows, columns = range(len(request.rows)), range(len(request.columns))
+    if turned := session.view.transposed:
+        head = "".join(row_head(i, "col") for i in rows)
+        body = "".join(tr(column_head(j, "row"), (td(i, j) for i in rows), on(column_pages[j])) for j in columns)
+        across = row_pages
+    else:
+        head = "".join(column_head(j, "col") for j in columns)
+        body = "".join(tr(row_head(i, "row"), (td(i, j) for j in columns), on(row_pages[i])) for i in rows)
+        across = column_pages
+    view, corner = escaped(json.dumps(asdict(session.view))), "adapter" if turned else "prompt and seed"
     return (
-        f'<div class="grid" style="--columns: {len(request.columns)}" data-rows="{len(rows)}" '
-        f'data-columns="{len(columns)}" data-view="{view}" tabindex="0" role="region" '
-        f'aria-label="Comparison grid"><table role="table"><thead><tr role="row">'
-        f'<th scope="col" role="columnheader"><span class="sr">prompt and seed</span></th>{head}</tr></thead>'
+        f'{pager(names, at)}<div class="grid" style="--columns: {sum(page in (None, at) for page in across)}" '
+        f'data-rows="{len(rows)}" data-columns="{len(columns)}" data-transposed="{str(turned).lower()}" '
+        f'data-view="{view}" tabindex="0" '
+        f'role="region" aria-label="Comparison grid"><table role="table"><thead><tr role="row">'
+        f'<th scope="col" role="columnheader"><span class="sr">{corner}</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def pager(names: Sequence[str], at: int) -> str:
+    """Turns the grid's pages; nothing where there is one alone."""
+    if not names:
+        return ""
+    return (
+        f'<nav class="pager" aria-label="Pages of the grid" data-page-now="{at}" '
+        f'data-names="{escaped(json.dumps(list(names)))}">'
+        '<button type="button" data-turn="-1" aria-label="Page before">←</button>'
+        f'<p aria-live="polite"><b>{escaped(names[at])}</b> <small>page {at + 1} of {len(names)}</small></p>'
+        '<button type="button" data-turn="1" aria-label="Next page">→</button></nav>'
+    )
+
+
+def th(scope: str, data: str, words: str) -> str:
+    return f'<th scope="{scope}" role="{scope.replace("col", "column")}header" {data}>{words}</th>'
+
+
+def tr(head: str, cells: Iterable[str], attributes: str = "") -> str:
+    return f'<tr role="row"{attributes}>{head}{"".join(cells)}</tr>'
 
 
 def short_heads(columns: Sequence[Column]) -> list[str]:
@@ -120,7 +163,7 @@ def short_heads(columns: Sequence[Column]) -> list[str]:
 
     def head(column: Column) -> str:
         name = column.adapter.label if column.adapter else "base"
-        short = name[len(common) :] if column.adapter else name
+        short = shortened(name[len(common) :], HEAD) if column.adapter else name
         notes = [f"× {column.strength:g}"] if column.adapter else []
         notes += [column.setting.label] if column.setting else []
         title = f'<span class="name" title="{escaped(name)}">{escaped(short)}</span>'
@@ -130,7 +173,7 @@ def short_heads(columns: Sequence[Column]) -> list[str]:
 
 
 def common_start(names: Sequence[str]) -> str:
-    """What several names begin with, up to the last separator, so that whole words stay.
+    """Return what several names begin with, up to the last separator, so that whole words stay.
 
     >>> common_start(["panda/checkpoint-100", "panda/checkpoint-200"])
     'panda/checkpoint-'
@@ -164,7 +207,7 @@ def table(head: Sequence[object], rows: Iterable[Iterable[object]], caption: str
 
 
 def file_card(card: FileCard) -> str:
-    """What a LoRA file says about itself, and whether it fits."""
+    """Show what a LoRA file says about itself, and whether it fits."""
     facts, label = card.inspection, escaped(card.adapter.label)
     state = (
         message("Fits the loaded base.", "good")
@@ -197,7 +240,7 @@ def file_card(card: FileCard) -> str:
     whole = f"<details><summary>Whole header</summary>{table(('key', 'value'), header)}</details>" if header else ""
     notes = "".join(message(note) for note in facts.notes)
     return (
-        f'<article class="file"><h3>{label}</h3>{state}{notes}'
+        f'<article class="file"><h2>{label}</h2>{state}{notes}'
         f'<div class="halves"><div>{left}</div><div>{right}</div></div>{whole}</article>'
     )
 
@@ -206,19 +249,6 @@ def strip(addresses: Sequence[str], name: str) -> str:
     """Small images in a line."""
     images = (f'<img src="{address}" alt="{escaped(name)}, image {n}">' for n, address in enumerate(addresses, start=1))
     return f'<div class="strip">{"".join(images)}</div>' if addresses else ""
-
-
-def measures(request: CompareRequest, found: Sequence[Measure]) -> str:
-    """A line for each measure, a column for each column of the comparison."""
-    columns = request.columns
-
-    def said(measure: Measure, column: Column) -> str:
-        if (figure := measure.figure(column)) is not None:
-            return str(figure)
-        return "–" if measure.name == DRIFT and column.adapter is None else measure.wanting
-
-    lines = [(measure.name, *(said(measure, column) for column in columns)) for measure in found]
-    return table(("measure", *(c.label for c in columns)), lines, "Measures: mean (95 % interval), n")
 
 
 EARLIER = "This round is of an earlier comparison. Begin another round for the one on the Compare tab."
@@ -285,7 +315,7 @@ def recap(session: Session) -> str:
 
 
 def pooled(pool: Pool) -> str:
-    """What several raters said together."""
+    """Show what several raters said together."""
     names = (pool.first, pool.second)
     lines = [(rater, *counted(tally)) for rater, tally in pool.by_rater.items()]
     lines.append(("each pair once, by its majority", *counted(pool.by_pair)))
@@ -296,17 +326,3 @@ def pooled(pool: Pool) -> str:
     else:
         agreement = "No pair was decided by two raters, so that nothing can be said of their agreement."
     return table(head, lines, f"{len(pool.by_rater)} raters") + message(agreement)
-
-
-def verdict(found: Findings | None) -> str:
-    """What may be said of two columns, and the figures that it is said from."""
-    if found is None:
-        return ""
-    lines = [
-        (name, difference, "" if name in found.shown else "not shown") for name, difference in found.differences.items()
-    ]
-    differences = table(("measure", "difference (95 % interval), n", ""), lines, "Row by row") if lines else ""
-    merges = "; ".join(f"{label} {gap}" for label, gap in found.gaps.items())
-    gaps = message(f"Merge gap, as the files say: {merges}.") if merges else ""
-    said = "\n".join([f"{found.first.label} against {found.second.label}", *found.sentences()])
-    return f'<section aria-label="Verdict">{message(said)}{differences}{gaps}</section>'

@@ -1,4 +1,4 @@
-"""What is stored of a visit as it is made, so that a reload or a restart of the server loses nothing.
+"""A visit is stored as it is made, so that a reload or a restart of the server loses nothing.
 
     <root>/<digest of the key>/fields.json           what stands in the Compare tab's fields, as it was typed
                                base.json             label of the chosen base
@@ -8,6 +8,7 @@
                                                     votes.json       the round: pairs, sides, votes
                                                     measures.json    its figures
                                adapters/<sha256>.safetensors, adapters.json    the files that were added
+                               references/<number>.png    the visitor's own images to vote by
 
 The key is random, lives in one tab of a browser (`sessionStorage`), and outlives reloads of it and the server. Who does
 not know it finds nothing; its digest alone is written. Of more than MOST visits the oldest go, and of a visit's
@@ -22,6 +23,8 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from PIL import Image
+
 from reslora_diffusion.utils.files import atomic_write, write_text
 
 from .compare import Cell
@@ -33,7 +36,7 @@ from .saved import IMAGES, SETTINGS, View, named, settings_json
 from .votes import Ballot, Pair, Verdict
 
 MOST = 64
-COMPARISONS = "comparisons"
+COMPARISONS, REFERENCES = "comparisons", "references"
 MOST_COMPARISONS = 12
 FIELDS, BASE, CURRENT, ADAPTERS = "fields.json", "base.json", "current.json", "adapters.json"
 VOTES, MEASURES = "votes.json", "measures.json"
@@ -141,13 +144,13 @@ class Visit:
 
     def write_measures(self, measures: Sequence[Measure], request: CompareRequest) -> None:
         if self.current:
-            self.write(self.current / MEASURES, [measure.to_dict(request.columns) for measure in measures])
+            self.write(self.current / MEASURES, [measure.to_dict(request) for measure in measures])
 
     def measures(self, request: CompareRequest) -> list[Measure]:
         """Figures of the comparison; none where there are none that can be read."""
         data = self.read(self.current / MEASURES) if self.current else None
         try:
-            return [Measure.from_dict(said, request.columns) for said in data or ()]
+            return [Measure.from_dict(said, request) for said in data or ()]
         except (TypeError, ValueError, KeyError, IndexError, AttributeError):
             return []
 
@@ -199,6 +202,18 @@ class Visit:
             return Ballot(request, first, second, pairs, votes, seen, **words)
         except (TypeError, KeyError, ValueError, IndexError):
             return None
+
+    def write_references(self, images: Sequence[Image.Image]) -> list[Path]:
+        """Images to vote by, in place of those before."""
+        folder = self.folder / REFERENCES
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for number, image in enumerate(images):
+            (folder / f"{number:02}.png").write_bytes(png(image))
+        return self.references()
+
+    def references(self) -> list[Path]:
+        return sorted((self.folder / REFERENCES).glob("*.png"))
 
     # --------------------------------------------------------------------------------------------- adapters
 

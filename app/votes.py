@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .compare import Cell
+from .foreign import text_cell
 from .intervals import sign_test, wilson_interval
 from .output import by_place
 from .request import Column, CompareRequest, Row
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet computes
 CSV_COLUMNS = (
     "prompt",
     "seed",
@@ -47,7 +47,7 @@ class Verdict(StrEnum):
 
 
 class Choice(StrEnum):
-    """What a voter can say; sides, not columns."""
+    """The answers that a voter can give; sides, not columns."""
 
     LEFT = "left"
     RIGHT = "right"
@@ -181,11 +181,12 @@ def tallies(ballot: Ballot) -> dict[str, Tally]:
 
 
 def conclusion(ballot: Ballot) -> str:
-    """What may be said, in a sentence."""
+    """Say in a sentence what the votes allow."""
     total = tally(ballot.votes)
     first, second = ballot.first.label, ballot.second.label
     if total.decided < ENOUGH_VOTES:
-        return f"{total.decided} decided votes are too few to say anything; {ENOUGH_VOTES} are the least."
+        votes = "1 decided vote is" if total.decided == 1 else f"{total.decided} decided votes are"
+        return f"{votes} too few to say anything; {ENOUGH_VOTES} are the least."
     if total.p_value >= 0.05:
         return f"No difference shown between {first} and {second}: a split like this is common among equals."
     better, worse = (first, second) if total.first > total.second else (second, first)
@@ -213,5 +214,5 @@ def votes_csv(ballot: Ballot) -> str:
             number,
             looks,
         ]
-        writer.writerow([f"'{value}" if str(value).startswith(FORMULA) else value for value in line])
+        writer.writerow(map(text_cell, line))
     return buffer.getvalue()

@@ -1,6 +1,7 @@
 """compare(request): what each cell was generated with, and that nothing else was; requests that are refused."""
 
 import dataclasses
+import functools
 import json
 import threading
 import time
@@ -17,6 +18,7 @@ from app.adapters import AdapterShelf
 from app.bases import Bases
 from app.compare import Comparer, load_pipeline
 from app.request import (
+    MOST_SAID,
     Adapter,
     Column,
     CompareRequest,
@@ -26,11 +28,14 @@ from app.request import (
     digests_in,
     filled,
     image_count,
+    joined,
+    problems,
 )
 from app_fixtures import make_lora_file, make_pipeline
 from original_layout import write_single_file
 from reslora_diffusion.diffusion.train.race import app_settings
 from tiny import tiny_pipeline_flux
+from tiny_families import tiny_flux_2_klein, tiny_qwen_image, tiny_z_image
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -159,6 +164,21 @@ def test_an_adapter_that_arrives_in_part_is_refused(comparer, adapters, monkeypa
     assert comparer.pipe.get_list_adapters() == {}
 
 
+def test_an_adapter_whose_loading_fails_leaves_nothing_behind(comparer, adapters, monkeypatch):
+    load = comparer.pipe.load_lora_weights
+
+    def load_and_fail(*args, **options) -> None:
+        load(*args, **options)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comparer.pipe, "load_lora_weights", load_and_fail)
+        with pytest.raises(MemoryError):
+            comparer.shelf.load(adapters[0])
+    assert comparer.pipe.get_list_adapters() == {}
+    assert comparer.shelf.load(adapters[0])
+
+
 def test_a_file_that_changed_is_not_generated_under_its_old_name(comparer, adapters):
     stale = dataclasses.replace(adapters[0], sha256="0" * 64)
     with pytest.raises(ValueError, match="has changed"):
@@ -232,6 +252,17 @@ def test_prompts_that_come_twice_are_generated_and_counted_once():
     asked = request(prompts=("a cat", "a {x}", "a cat"), placeholders={"x": ("cat", "dog")}, seeds=(1, 2))
     assert [row.prompt for row in asked.rows] == ["a cat"] * 2 + ["a dog"] * 2
     assert image_count(asked) == len(asked.rows) * len(asked.columns) == 4
+
+
+def test_long_pastes_are_answered_at_once_and_duplicates_counted_once():
+    lines = ["a cat"] * 3000
+    assert image_count(CompareRequest(prompts=tuple(lines), seeds=(0, 1))) == 2
+    lines = [f"a cat {number // 2}" for number in range(3000)]
+    assert image_count(CompareRequest(prompts=tuple(lines), seeds=(0,))) == 1500
+    found = problems(CompareRequest(prompts=("a {x}",) * 3000, seeds=(0,)), Limits())
+    message = joined("Nothing was generated", found)
+    assert message.count("\n") == MOST_SAID + 1
+    assert message.endswith("2,980 more of the kind")
 
 
 def test_braces_of_values_are_text_and_two_are_a_brace():
@@ -357,3 +388,25 @@ def test_a_base_in_one_file_generates_what_its_folder_does(tmp_path):
 def test_the_size_of_images_of_flux_is_known(tmp_path):
     """Its transformer names no size, its pipeline does: `app.serve` asks before the first visitor comes."""
     assert Comparer(tiny_pipeline_flux(tmp_path)).resolution == 128 * 8
+
+
+@pytest.mark.parametrize("build", [tiny_z_image, tiny_flux_2_klein, tiny_qwen_image])
+def test_families_with_arguments_of_their_own_are_compared(tmp_path, build, monkeypatch):
+    """Qwen-Image is guided by another argument, FLUX.2 takes no negative prompt, Z-Image names no size."""
+    comparer = Comparer(build(tmp_path))
+    assert comparer.resolution == 128 * 8
+    call, given = type(comparer.pipe).__call__, {}
+
+    @functools.wraps(call)
+    def small(pipe, **values):
+        given.update(values)
+        return call(pipe, **values, height=64, width=64)
+
+    monkeypatch.setattr(type(comparer.pipe), "__call__", small)
+    (cell,) = comparer.compare(request(num_inference_steps=2, guidance_scale=2.5))
+    assert cell.image.size == (64, 64)
+    assert given["true_cfg_scale" if build is tiny_qwen_image else "guidance_scale"] == 2.5
+    assert ("negative_prompt" in given) == (build is not tiny_flux_2_klein)
+    if build is tiny_flux_2_klein:
+        with pytest.raises(ValueError, match="Flux2KleinPipeline takes no negative prompt"):
+            next(comparer.compare(request(negative_prompt="blurry")))

@@ -1,5 +1,8 @@
 """Measures on images whose answers are known."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -14,15 +17,18 @@ from transformers import (
     ViTModel,
 )
 
+from app import measure_views
 from app.compare import Cell
 from app.intervals import figure, proportion, t_quantile
 from app.learned import learned_measures, load
 from app.likeness import cut_out, likeness
-from app.measures import asked_background, background, diversities, measure
+from app.measures import Measure, asked_background, background, diversities, measure
 from app.request import Adapter, Column, CompareRequest
+from app.sessions import Sessions
 from tiny import tiny_tokenizer
 
 ADAPTER = Adapter("one", "p", "a")
+CLIP_I, CLIP_T, DINO = 0.994643, [-0.263522, 0.047060], 0.968466  # see `models`
 
 
 def sticker(colour: str, shape: str, place: int = 8, size: int = 32, ink: str = "black") -> Image.Image:
@@ -127,6 +133,38 @@ def test_measures_of_a_comparison():
     assert figures(request, 0, [])["subject likeness"][adapted] is None
 
 
+def test_measures_are_shown_relative_to_the_base_and_sort_the_images(tmp_path):
+    request = CompareRequest(prompts=("a sks cat on a blue background",), seeds=(0, 1, 2), adapters=(ADAPTER,))
+    session = Sessions(tmp_path).of("a")
+    session.show(request, cells_of(request, 6))
+    session.measured = measure(request, session.cells, [sticker("red", "face")], "sks")
+    base, adapted = request.columns
+    subject = session.measured[0]
+    html = measure_views.measures(request, session.measured)
+    assert f"{subject.paired(adapted, base).mean:+.3f}" in html.partition("Relative to the base")[2]
+    ramp = Measure("ramp")
+    for number, cell in enumerate(session.cells):
+        ramp.values[cell.column][cell.row] = (number * 5 % 7) / 7
+    for least_first in (False, True):
+        sheet = measure_views.contact_sheet(session, ramp, least_first)
+        said = [float(text) for text in re.findall(r"<b>([0-9.]+)</b>", sheet)]
+        assert said == sorted(said, reverse=not least_first)
+        places = [sheet.index(session.addresses[id(cell)]) for cell in session.cells]
+        values = [ramp.values[cell.column][cell.row] for cell in session.cells]
+        assert np.argsort(places).tolist() == sorted(range(6), key=lambda i: values[i], reverse=not least_first)
+    assert not next(m for m in session.measured if m.name == "diversity").is_of_images
+
+
+def test_measures_come_back_with_the_images_that_they_are_of():
+    request = CompareRequest(prompts=("a sks cat", "a dog"), seeds=(0, 1), adapters=(ADAPTER,))
+    for one in measure(request, cells_of(request, 6), [sticker("red", "face")], "sks"):
+        again = Measure.from_dict(json.loads(json.dumps(one.to_dict(request))), request)
+        assert again.is_of_images == one.is_of_images
+        for column in request.columns:
+            assert again.figure(column) == one.figure(column)
+            assert not one.is_of_images or again.values[column] == one.values[column]
+
+
 def test_diversity_is_between_seeds_of_one_prompt():
     request = CompareRequest(prompts=("a", "b"), seeds=(0, 9))
     cells = cells_of(request, 0)
@@ -172,21 +210,47 @@ def test_a_subject_in_images_of_other_things_is_no_gain():
     assert list(clip_t.values[Column()]) == request.rows
 
 
-def test_clip_and_dino_are_opened_from_folders(tmp_path):
-    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights by a formula, so that they are the same in every version of torch."""
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            x = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 12.9898 + number) * 43758.5453
+            parameter.copy_((x % 1 - 0.5).reshape(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a tiny CLIP and a tiny DINO, of the kinds that the measures are of."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
     end = tokenizer.eos_token_id
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": end, "pad_token_id": end}
-    image = {"image_size": 16, "patch_size": 8}
+    image, size = {"image_size": 16, "patch_size": 8}, {"height": 16, "width": 16}
     config = CLIPConfig(text_config=small | text, vision_config=small | image, projection_dim=8)
-    CLIPModel(config).save_pretrained(tmp_path / "clip")
-    size = {"height": 16, "width": 16}
-    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), tokenizer).save_pretrained(
-        tmp_path / "clip"
-    )
-    ViTModel(ViTConfig(**small, **image)).save_pretrained(tmp_path / "dino")
-    ViTImageProcessorPil(size=size).save_pretrained(tmp_path / "dino")
-    clip, dino = load(str(tmp_path / "clip"), str(tmp_path / "dino"))
+    fill(CLIPModel(config)).save_pretrained(folder / "clip")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder / "clip")
+    fill(ViTModel(ViTConfig(**small, **image))).save_pretrained(folder / "dino")
+    ViTImageProcessorPil(size=size).save_pretrained(folder / "dino")
+    return folder
+
+
+def test_embeddings_are_those_that_were_saved(models):
+    """Cosines of transformers' models in float64 with these weights, computed without this project's code."""
+    clip, dino = load(str(models / "clip"), str(models / "dino"))
+    half, whole = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "green")
+    half.paste("blue", (0, 0, 8, 16))
+    images, texts = clip.images([half, whole]), clip.texts(["a cat", "a dog"])
+    assert float(images[0] @ images[1]) == pytest.approx(CLIP_I, abs=1e-4)
+    assert (images * texts).sum(1).tolist() == pytest.approx(CLIP_T, abs=1e-4)
+    tokens = dino.images([half, whole])
+    assert float(tokens[0] @ tokens[1]) == pytest.approx(DINO, abs=1e-4)
+
+
+def test_clip_and_dino_are_opened_from_folders(models):
+    clip, dino = load(str(models / "clip"), str(models / "dino"))
     images = [sticker("red", "face"), sticker("blue", "circle")]
     pixels = clip.processor(images=images, return_tensors="pt").pixel_values
     tokens = clip.processor(text=["a cat", "a dog"], return_tensors="pt", padding=True)

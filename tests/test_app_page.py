@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[ap
 import httpx
 from gradio_client import Client
 
-from app import views
+from app import measure_views, views
 from app.__main__ import main, parse_args
 from app.adapters import MAX_LABEL, AdapterShelf, default_label
 from app.compare import Cell
@@ -30,13 +30,15 @@ from app.forms import fields_of, read_placeholders, read_request, read_seeds, re
 from app.guard import Guard
 from app.measures import measure
 from app.output import column_lines, difference, enlarged, png, report, settings_line, sheet
+from app.pages import PageAxis, pages
 from app.request import Adapter, Axis, Column, CompareRequest, Limits, Scheduler, Setting, digests_in, problems
-from app.saved import View, write_zip
+from app.saved import View, saved_view, write_zip
 from app.serve import launch, open_studio
 from app.sessions import MAX_SESSIONS, Sessions
 from app.tabs.taking import KINDS
+from app.verdict import findings
 from app.visits import Entry
-from app.votes import make_ballot
+from app.votes import Choice, make_ballot
 from app_fixtures import make_lora_file, make_pipeline
 
 NASTY = "<script>alert(1)</script> ${1+1} {{value}} <img src=x onerror=alert(1)> \x1b[2J \u202e"
@@ -229,6 +231,114 @@ def test_a_comparison_can_be_stopped_while_it_waits_for_its_turn(tmp_path):
     assert not session.begin(request).is_set(), "the next one starts afresh"
 
 
+def test_rows_and_columns_can_be_swapped_and_stay_so(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison()
+    session.show(request, cells)
+    plain = views.grid(session)
+    session.view = replace(session.view, transposed=True)
+    turned = views.grid(session)
+    place = 'data-row="{}" data-column="{}"'.format
+    order = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [plain.index(place(i, j)) for i, j in order] == sorted(plain.index(place(i, j)) for i, j in order)
+    assert turned.index(place(1, 0)) < turned.index(place(0, 1))
+    assert 'scope="row" role="rowheader" data-column="1"' in turned
+    assert 'scope="col" role="columnheader" data-row="1"' in turned
+    session.show(request, cells)
+    assert session.view.transposed
+    saved = {"view": {"name": "Grid", "row": 0, "left": 0, "right": 1}}
+    assert saved_view(saved, request) == View(right=1), "an older file says nothing of it"
+
+
+@pytest.mark.parametrize(
+    ("axis", "names", "rows", "columns"),
+    [
+        (PageAxis.NOTHING, [], [None] * 4, [None] * 5),
+        (PageAxis.PROMPT, ["cat", "dog"], [0, 0, 1, 1], [None] * 5),
+        (PageAxis.SEED, ["seed 3", "seed 4"], [0, 1, 0, 1], [None] * 5),
+        (PageAxis.ADAPTER, ["one", "two"], [None] * 4, [None, 0, 0, 1, 1]),
+        (PageAxis.STRENGTH, ["strength 0.5", "strength 1"], [None] * 4, [None, 0, 1, 0, 1]),
+        (PageAxis.ROWS, [], [None] * 4, [None] * 5),
+    ],
+)
+def test_a_page_holds_rows_or_columns_of_one_value_and_the_base_is_on_all(axis, names, rows, columns):
+    adapters = tuple(ADAPTERS.values())
+    request = CompareRequest(prompts=("cat", "dog"), seeds=(3, 4), adapters=adapters, strengths=(0.5, 1.0))
+    assert pages(request, axis) == (names, rows, columns)
+
+
+def test_the_grid_shows_one_page_and_holds_them_all(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison()
+    session.show(request, cells)
+    assert "pager" not in views.grid(session)
+    session.view = replace(session.view, pages=PageAxis.SEED, page=1)
+    for transposed in (False, True):
+        session.view = replace(session.view, transposed=transposed)
+        grid = views.grid(session)
+        assert "<b>seed 1</b> <small>page 2 of 2" in grid
+        assert grid.count("<img") == 4
+        assert grid.count(" hidden") == (3 if transposed else 1), "of a row its line, of a column its head and cells"
+    saved = {"view": {**asdict(session.view), "pages": str(session.view.pages)}}
+    assert saved_view(json.loads(json.dumps(saved)), request) == session.view
+    for part in ({"pages": "epoch"}, {"page": 7}, {"page": True}):
+        assert saved_view({"view": saved["view"] | part}, request).page == 0
+    session.show(*comparison("a dog"))
+    assert (session.view.pages, session.view.page) == (PageAxis.SEED, 0)
+
+
+def test_the_place_in_the_queue_is_said_in_words(tmp_path):
+    sessions = Sessions(tmp_path)
+    one, two, three = (sessions.of(key) for key in "abc")
+    one.ask()
+    one.begin(CompareRequest(prompts=("a",), seeds=(0,)))
+    one.generates = True
+    two.ask()
+    three.ask()
+    assert [sessions.ahead(session) for session in (one, two, three)] == [0, 1, 2]
+    assert "2 comparisons of other visitors come first" in views.place_in_line(2)
+    one.generates = False
+    assert [sessions.ahead(session) for session in (two, three)] == [0, 1]
+    four, five = sessions.of("d"), sessions.of("e")
+    four.abandon()  # as where a file is opened: nobody waits for it
+    five.ask()
+    assert sessions.ahead(five) == 2
+
+
+def test_the_report_has_votes_and_measures(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request = CompareRequest(prompts=("a <b>",), seeds=(0, 1), adapters=(Adapter("mine", "", "0"),))
+    session.show(
+        request,
+        [
+            Cell(row, column, Image.new("RGB", (8, 8), "red"), "", 0.1)
+            for row in request.rows
+            for column in request.columns
+        ],
+    )
+    session.measured = measure(request, session.cells, [], "")
+    session.ballot = make_ballot(request, session.cells, *request.columns)
+    session.ballot.vote(Choice.LEFT)
+    sealed = report(
+        request,
+        session.cells,
+        "base",
+        measure_views.evidence(session, findings(request, session.measured, session.ballot, {})),
+    )
+    assert "diversity" in sealed
+    assert "sign test" not in sealed, "the result was not looked at"
+    session.ballot.seen.append(1)
+    text = report(
+        request,
+        session.cells,
+        "base",
+        measure_views.evidence(session, findings(request, session.measured, session.ballot, {})),
+    )
+    assert "sign test" in text
+    assert "too few to say anything" in text
+    assert "<b>," not in text
+
+
 def test_names_keep_what_differs_and_fit():
     """The ends of names, where kohya's epochs and the strengths are."""
     long = "a-very-long-name-of-a-training-that-somebody-thought-of-at-length"
@@ -373,7 +483,7 @@ def test_the_api_goes_by_names(address):
     found = client.predict(**dict(reversed(asked.items())), api_name="/compare")
     assert found["count"] == 8
     swept = client.predict("a cat", columns_axis="steps", columns_values="1, 2", api_name="/compare")
-    assert [image["column_label"] for image in swept["images"]] == ["base · 1 steps", "base · 2 steps"]
+    assert [image["column_label"] for image in swept["images"]] == ["base · 1 step", "base · 2 steps"]
     client.predict(**asked, api_name="/compare")
     settings = json.loads(Path(client.predict(api_name="/settings")).read_text())
     assert [settings["num_inference_steps"], len(settings["images"])] == [2, 8]
@@ -445,6 +555,17 @@ def test_a_password_is_asked_for_when_one_is_set(studio):
         demo.close()
 
 
+def test_a_machine_that_is_busy_serves_the_page_all_the_same(studio, monkeypatch):
+    """Gradio looks at the page itself, and ends the server where a busy machine takes more than 3 s to answer."""
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
+    demo = launch(studio, prevent_thread_lock=True, quiet=True)
+    try:
+        assert httpx.get(demo.local_url).status_code == 200
+        assert httpx.get(f"{demo.local_url}config").json()["title"] == demo.title
+    finally:
+        demo.close()
+
+
 def test_nothing_else_is_served(address, studio):
     secret = studio.sessions.root.parent / "secret.txt"
     for path in (secret, "/etc/passwd", studio.sessions.root / ".." / "secret.txt"):
@@ -464,7 +585,8 @@ def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
         if not {"adapter_files", "saved_files", "card_file"} & set(kinds):
             continue
         file = {"path": str(hidden), "meta": {"_type": "gradio.FileData"}}
-        data = [[file] if kind in ("adapter_files", "saved_files") else file if kind else [] for kind in kinds]
+        values = {"adapter_files": [file], "saved_files": [file], "card_file": file}
+        data = [values.get(kind, 0) for kind in kinds]
         asked = {"fn_index": event["id"], "session_hash": "me", "data": data}
         answer = httpx.post(f"{address}gradio_api/queue/join", json=asked)
         if answer.status_code == 200:
@@ -473,6 +595,55 @@ def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
             assert "hidden words" not in stream
         tried += 1
     assert tried == 3
+
+
+def asked_of(address: str, output: str, trigger: str, data: list, visitor: str = "latest") -> list:
+    """What an event of the page answers, sent as the browser would: by its output and what triggers it."""
+    config = httpx.get(f"{address}config").json()
+    names = ((component["id"], component["props"]) for component in config["components"])
+    ids = {props.get("elem_id") or props.get("id"): number for number, props in names}
+    event = next(
+        event
+        for event in config["dependencies"]
+        if ids[output] in event["outputs"] and ids[trigger] in [target for target, _ in event["targets"]]
+    )
+    asked = {"fn_index": event["id"], "session_hash": visitor, "data": data}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=asked).status_code == 200
+    stream = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": visitor}, timeout=30).text
+    answers = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
+    found = next(answer for answer in answers if answer["msg"] == "process_completed")["output"]
+    return found["data"] if "data" in found else [found["error"]]
+
+
+def test_an_event_that_was_triggered_earlier_does_not_replace_the_answer_of_a_later_one(address):
+    assert "sha256" in asked_of(address, "card", "files", [None, 5])[1]
+    assert "sha256" in asked_of(address, "card", "card_adapter", ["lora", 20])[1]
+    assert "value" not in asked_of(address, "card", "card_adapter", ["reslora", 10])[1]
+    assert "reslora" in asked_of(address, "card", "card_adapter", ["reslora", 30])[1]
+
+
+def test_one_pair_has_one_vote_however_often_its_buttons_are_pressed(address, studio):
+    session = studio.sessions.of("rater")
+    session.show(studio.first_request, studio.first_cells)
+    session.ballot = make_ballot(session.request, session.cells, *session.request.columns[1:3])
+    for when, side in enumerate(("left", "right", "left")):  # all before the first answer has come
+        answer = asked_of(address, "vote_pair", f"vote_{side}", [0, when], "rater")
+        assert answer[-1] == 1
+    assert len(session.ballot.votes) == 1
+
+
+def test_figures_of_images_that_were_replaced_meanwhile_are_refused(address, studio, monkeypatch):
+    def slow(asked, cells, images, word):
+        session = studio.sessions.open["measurer"]
+        session.show(replace(asked, seeds=(8, 9)), [])
+        return []
+
+    session = studio.sessions.of("measurer")
+    session.show(studio.first_request, studio.first_cells)
+    monkeypatch.setattr("app.tabs.measures.measure", slow)
+    fields = ["images of my own", None, "sks", "", ""]
+    assert "measure again" in asked_of(address, "measures", "measure", [*fields, 1], "measurer")[0]
+    assert session.measured == []
 
 
 def test_the_command_refuses_before_it_loads(tmp_path, capsys):

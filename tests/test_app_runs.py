@@ -1,13 +1,17 @@
 """What training runs left behind: found, read while they are written, drawn, and refused when broken."""
 
+import csv
+import dataclasses
+import io
 import json
+import os
 import re
 
 import pytest
 from PIL import Image
 
 from app import run_views
-from app.charts import loss_chart, validation_chart
+from app.charts import chart, curves_csv, curves_svg, panels
 from app.runs import (
     MAX_POINTS,
     METRICS,
@@ -105,7 +109,7 @@ def test_the_merge_gap_is_one_number_in_chart_and_table(race):
     run = read_run("reslora", folder)
     assert run.gaps == [(10, 0.05), (20, pytest.approx(0.01))]
     assert run_views.said_gap(run.gaps[-1][1]) in run_views.merges([run])
-    assert "estimated while training" in run_views.curves([run], 0.9)
+    assert panels([run], 0.9)[-1].name == "merge_gap"
 
 
 def test_a_report_is_of_its_own_step_when_training_has_gone_on(race):
@@ -183,16 +187,51 @@ def test_long_curves_are_thinned_and_keep_their_ends():
 # ------------------------------------------------------------------------------------------------------ looks
 
 
-def test_charts_hold_a_line_for_every_run_and_take_the_pages_ink(race):
+def rows_of(spec: dict) -> list[list[dict]]:
+    """Values of each layer; Altair writes equal ones once."""
+    return [spec["datasets"][layer["data"]["name"]] for layer in spec["layer"]]
+
+
+def test_charts_hold_every_run_and_can_be_hovered_and_zoomed(race):
     runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
-    for drawing in (loss_chart(runs, 0.9), validation_chart(runs)):
-        assert drawing.startswith("<svg")
-        assert "currentColor" in drawing
-        assert "#0d9488" in drawing
-        assert "#ea580c" in drawing
-    empty = read_run("none", race)
-    assert loss_chart([empty], 0.9) == validation_chart([empty]) == ""
-    assert "Nothing was measured" in run_views.curves([empty], 0.9)
+    loss, validation = panels(runs, 0.9)
+    assert (loss.name, validation.name) == ("loss", "validation_loss")
+    spec = chart(validation).to_dict()
+    json.dumps(spec)
+    faint, bold, dots, ends = rows_of(spec)
+    assert faint == []
+    assert bold == dots
+    assert {row["run"] for row in bold} == {"lora", "reslora"}
+    assert [row["validation_loss"] for row in ends] == [run.merge.exported for run in runs]
+    assert "scales" in [param.get("bind") for param in spec["params"]]
+    assert any(param["select"].get("nearest") for param in spec["params"])
+    assert any("tooltip" in layer["encoding"] for layer in spec["layer"])
+    raw = rows_of(chart(loss).to_dict())[0]
+    assert [row["loss"] for row in raw if row["run"] == "lora"] == [value for _, value in runs[0].losses]
+    assert panels([read_run("none", race)], 0.9) == []
+
+
+def test_thousands_of_steps_of_many_runs_are_drawn(race):
+    """Altair refuses more than 5,000 rows of a table unless they are inline."""
+    run = dataclasses.replace(read_run("lora", race / "demo" / "lora"), losses=[(s, 1.0) for s in range(100_000)])
+    runs = [dataclasses.replace(run, label=str(number)) for number in range(8)]
+    assert len(rows_of(chart(panels(runs, 0.9)[0]).to_dict())[0]) > 5000
+
+
+def test_curves_are_taken_away_as_svg_and_csv(race):
+    runs = [read_run(label, folder) for label, folder in find_runs((race / "demo",)).items()]
+    runs[0] = dataclasses.replace(runs[0], label="=1+1 $x")
+    drawing = curves_svg(runs, 0.9)
+    assert drawing.count("<svg") == 1
+    for words in ("Training loss", "Fixed-noise validation loss", "=1+1 $x", "#0d9488", "#ea580c"):
+        assert words in drawing
+    lines = list(csv.DictReader(io.StringIO(curves_csv(runs, 0.9))))
+    assert lines[0] == {"run": "'=1+1 $x", "curve": "loss", "step": "1", "value": str(runs[0].losses[0][1])}
+    curves = [line["curve"] for line in lines if line["run"] == "reslora"]
+    assert curves.count("loss") == curves.count("loss, smoothed") == 40
+    assert curves.count("validation_loss") == 4
+    assert curves.count("validation_loss, as exported") == 1
+    assert "<svg" in curves_svg([], 0.9)
 
 
 def test_words_of_runs_are_escaped(race):
@@ -200,7 +239,7 @@ def test_words_of_runs_are_escaped(race):
     options = {"method": NASTY, "validation_prompt": [NASTY, NASTY]}
     (folder / "run.json").write_text(json.dumps({"options": options}))
     run = read_run(NASTY, folder)
-    texts = [run_views.legend([run]), run_views.curves([run], 0.9), run_views.merges([run]), run_views.log([NASTY])]
+    texts = [run_views.legend([run]), run_views.merges([run]), run_views.log([NASTY])]
     texts += [run_views.samples([run], 40, lambda _: "/x"), run_views.sample_history(run, lambda _: "/x")]
     texts.append(run_views.progress(1, 2, NASTY))
     for text in texts:
@@ -269,3 +308,17 @@ def test_a_language_models_run_is_shown_without_the_bases_loss(race):
     run = read_run("lora", folder)
     assert (run.merge.base, run.merge.gap) == (None, 0.25)
     assert "–" in run_views.merges([run])
+
+
+def test_a_run_that_vanishes_while_the_folder_is_read_hides_no_other(tmp_path, monkeypatch):
+    make_run(tmp_path / "stays", "lora")
+    make_run(tmp_path / "vanishes", "lora")
+    scan = os.scandir
+
+    def gone(path):
+        if os.fspath(path).endswith("vanishes"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert list(find_runs((tmp_path,))) == ["stays"]

@@ -6,7 +6,7 @@ import random
 import pytest
 from PIL import Image
 
-from app import views
+from app import measure_views
 from app.compare import Cell
 from app.intervals import sign_test
 from app.measures import Measure
@@ -80,7 +80,7 @@ def test_measures_are_compared_row_by_row():
     (said,) = found.sentences()
     assert said.startswith("<b>reslora × 1 has more subject likeness than lora × 1 (of 2 measures, one differs by")
     assert said.endswith("by chance in 10% of comparisons of equals).")
-    page = views.verdict(found)
+    page = measure_views.verdict(found)
     assert "<b>reslora" not in page
     assert "lora × 1 0.0" in page
     assert page.count("not shown") == 1
@@ -95,4 +95,4 @@ def test_nothing_is_said_of_nothing():
     assert findings(REQUEST, [], None, {}) is None
     alone = dataclasses.replace(REQUEST, adapters=())
     assert findings(alone, [Measure("diversity")], None, {}) is None
-    assert views.verdict(None) == ""
+    assert measure_views.verdict(None) == ""

@@ -19,7 +19,8 @@ TRAIN = """
 import sys
 from pathlib import Path
 from PIL import Image
-from reslora_diffusion.app.training import Method, Trainer, TrainRequest
+from reslora_diffusion.app.trainer import Trainer
+from reslora_diffusion.app.training import Method, TrainRequest
 trainer = Trainer(Path("trained").resolve(), sys.argv[1], 64)
 asked = TrainRequest("a cat", Method.INPUT, max_train_steps=1, rank=2, train_batch_size=1)
 training = trainer.start(asked, [Image.new("RGB", (64, 64), "teal")], "me")
@@ -54,7 +55,7 @@ def run_with(site: Path, cwd: Path, *words: object) -> str:
 
 
 def test_the_script_is_in_the_wheel_and_answers(site, tmp_path):
-    found = run_with(site, tmp_path, "-c", "from reslora_diffusion.app.training import SCRIPT; print(SCRIPT)").strip()
+    found = run_with(site, tmp_path, "-c", "from reslora_diffusion.app.trainer import SCRIPT; print(SCRIPT)").strip()
     assert Path(found) == (site / "reslora_diffusion" / "train_scripts" / "train_dreambooth_reslora.py").resolve()
     for words in ([found], ["-m", "reslora_diffusion.train_scripts.train_dreambooth_reslora"]):
         assert "--instance_data_dir" in run_with(site, tmp_path, *words, "--help")

@@ -13,6 +13,10 @@ document.addEventListener('keydown', (event) => {
   const button = document.getElementById('run');
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey) && button?.offsetParent) button.click();
 });
+// A chart that was drawn while its tab was hidden has no width until it is told to look again.
+document.addEventListener('click', (event) => {
+  if (event.target.closest('[role=tab]')) setTimeout(() => window.dispatchEvent(new Event('resize')), 100);
+});
 const say = (element, name, value) => {
   if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 };

@@ -66,18 +66,26 @@ const viewer = (() => {
     const {rows, columns} = counts(), sliding = event.target.matches('.split');
     const side = event.shiftKey ? 'left' : 'right';
     const step = (name, by, count) => change({[name]: (state[name] + by + count) % count});
+    const toColumn = (by) => step(side, by, columns), toRow = (by) => step('row', by, rows);
+    const turned = document.querySelector('#grid .grid')?.dataset.transposed === 'true';
+    const [across, down] = turned ? [toRow, toColumn] : [toColumn, toRow];
     const actions = {
-      arrowleft: () => step(side, -1, columns),
-      arrowright: () => step(side, 1, columns),
-      arrowup: () => step('row', -1, rows),
-      arrowdown: () => step('row', 1, rows),
+      arrowleft: () => across(-1),
+      arrowright: () => across(1),
+      arrowup: () => down(-1),
+      arrowdown: () => down(1),
       ' ': () => change({turned: !state.turned}),
       '+': () => zoom(1.25),
       '=': () => zoom(1.25),
       '-': () => zoom(0.8),
       0: () => change({zoom: 1, x: 0, y: 0}),
     };
-    VIEWS.forEach((name, n) => { actions[n + 1] = () => change({view: name}); });
+    VIEWS.forEach((name, n) => {
+      actions[n + 1] = () => {
+        change({view: name});
+        if (event.target.matches('[data-view]')) dialog.querySelector(`[data-view="${name}"]`).focus();
+      };
+    });
     const key = event.key.toLowerCase();
     if (!(key in actions) || (sliding && key.startsWith('arrow'))) return;
     event.preventDefault(); // also where a button has the focus: space flips wherever it is
@@ -227,10 +235,25 @@ const viewer = (() => {
     report(state.view);
   }
 
+  // Turns to the page before or after, of which the last is before the first.
+  function turn(nav, by, trigger) {
+    const names = JSON.parse(nav.dataset.names), at = (Number(nav.dataset.pageNow) + by + names.length) % names.length;
+    nav.dataset.pageNow = at;
+    nav.querySelector('b').textContent = names[at];
+    nav.querySelector('small').textContent = `page ${at + 1} of ${names.length}`;
+    const grid = nav.parentElement.querySelector('.grid');
+    for (const part of grid.querySelectorAll('[data-page]')) part.hidden = Number(part.dataset.page) !== at;
+    const heads = [...grid.querySelectorAll('thead th')].slice(1).filter((head) => !head.hidden);
+    grid.style.setProperty('--columns', heads.length);
+    trigger('click', {page: at});
+  }
+
   // Joins the grid: its cells open the viewer, and `trigger` takes what is looked at to the server.
   function attach(element, trigger) {
     onview = (view) => trigger('click', view);
     element.addEventListener('click', (event) => {
+      const turned = event.target.closest('[data-turn]');
+      if (turned) turn(turned.closest('nav'), Number(turned.dataset.turn), trigger);
       const cell = event.target.closest('button[data-row]');
       if (cell) open({row: Number(cell.dataset.row), right: Number(cell.dataset.column)});
     });

@@ -1,6 +1,5 @@
-"""Which adapters a comparison may choose from: files that are added, adapters of runs; renamed, moved, taken away."""
+"""The adapters that a comparison may choose from: added files, adapters of runs; renamed, moved, removed."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from .. import views
 from ..foreign import name_of
 from ..runs import is_checkpoint
 from ..sessions import MAX_LABEL, Session
-from ..studio import LIGHT, PRIVATE, Studio
+from ..studio import PRIVATE, Studio
 from ..tabs import refusal
 from .fields import Fields
+from .latest import Latest
 
 ALL = "{run}: all {count} checkpoints"
 
@@ -40,32 +40,10 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def add_files(studio: Studio, fields: Fields) -> Callable:
-    def add(paths: list[str] | None, chosen: list[str], request: gr.Request) -> gr.CheckboxGroup:
-        files = {Path(path).name: Path(path) for path in paths or []}
-        return added(studio, fields, files, True, chosen, studio.sessions.of(request.session_hash))
-
-    return add
-
-
-def add_of_runs(studio: Studio, fields: Fields) -> Callable:
-    def add(label: str | None, chosen: list[str], request: gr.Request) -> list:
-        if label is None:
-            return [gr.skip()] * 2
-        single, together = studio.adapter_files(), checkpoints_of_runs(studio)
-        files = {label: single[label]} if label in single else together.get(label)
-        if files is None:
-            raise refusal(f"There is no adapter {label} any more.")
-        return [added(studio, fields, files, False, chosen, studio.sessions.of(request.session_hash)), None]
-
-    return add
-
-
-def added(
-    studio: Studio, fields: Fields, paths: dict[str, Path], uploaded: bool, chosen: list[str], session: Session
-) -> gr.CheckboxGroup:
-    """The files that fit join the adapters; the others are named with the reason. Uploads go by their own names."""
-    problems = []
+def added(studio: Studio, paths: dict[str, Path], uploaded: bool, session: Session) -> list[str]:
+    """The files that fit join the adapters, whose names are the answer; the others are named with the reason.
+    Uploads go by their own names."""
+    problems, joined = [], []
     for name, path in paths.items():
         try:
             card = studio.comparer_of(session).shelf.card(path, path.stem if uploaded else name)
@@ -76,16 +54,16 @@ def added(
             own = session.add_adapter(card.adapter)
             if session.visit and uploaded:
                 session.add_adapter(session.visit.keep(own))
-            chosen = [*chosen, own.label]
+            joined.append(own.label)
         else:
             problems.append("\n".join([f"{name} does not fit the loaded base:", *card.mismatches]))
     if problems:
         gr.Warning(views.plain("\n".join(problems)), duration=None, title="Not added")
-    return fields.choices(session, chosen)
+    return joined
 
 
-def manage_adapters(studio: Studio, fields: Fields) -> None:
-    """Rename, reorder and take away adapters, where the page stands now."""
+def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
+    """Add, rename, reorder and take away adapters, where the page stands now."""
     with gr.Accordion("Rename, reorder, remove adapters", open=False):
         one = gr.Dropdown(label="Adapter", choices=[], value=None, elem_id="one_adapter")
         name = gr.Textbox(label="Its name", max_length=MAX_LABEL, elem_id="new_name")
@@ -95,12 +73,24 @@ def manage_adapters(studio: Studio, fields: Fields) -> None:
             remove = gr.Button("Remove", size="sm", min_width=70, elem_id="remove")
     outputs = [fields.adapters, one]
 
-    def session_of(request: gr.Request) -> Session:
-        return studio.sessions.of(request.session_hash)
+    def add_files(session: Session, paths: list[str] | None) -> list:
+        files = {Path(path).name: Path(path) for path in paths or []}
+        return fields.brought(session, added(studio, files, True, session))
 
-    def offered(chosen: list[str], label: str | None, request: gr.Request) -> gr.Dropdown:
-        labels = list(session_of(request).adapters)
-        return gr.Dropdown(choices=labels, value=label if label in labels else None)
+    def add_of_runs(session: Session, label: str | None) -> list:
+        if label is None:
+            return [gr.skip(), [], gr.skip()]
+        single, together = studio.adapter_files(), checkpoints_of_runs(studio)
+        files = {label: single[label]} if label in single else together.get(label)
+        if files is None:
+            raise refusal(f"There is no adapter {label} any more.")
+        return [*fields.brought(session, added(studio, files, False, session)), None]
+
+    def offered(session: Session, chosen: list[str], label: str | None) -> gr.Dropdown:
+        """Offer the adapters of now; the one that is chosen here stays, unless it is gone."""
+        labels = list(session.adapters)
+        gone = {"value": None} if label and label not in labels else {}
+        return gr.Dropdown(choices=labels, **gone)
 
     def known(session: Session, label: str | None) -> str:
         if label not in session.adapters:
@@ -113,8 +103,7 @@ def manage_adapters(studio: Studio, fields: Fields) -> None:
             session.visit.write_labels(session.adapters.values())
         return [fields.choices(session, chosen), gr.Dropdown(choices=list(session.adapters), value=label)]
 
-    def renamed(label: str | None, text: str, chosen: list[str], request: gr.Request) -> list:
-        session = session_of(request)
+    def renamed(session: Session, label: str | None, text: str, chosen: list[str]) -> list:
         own, new = session.adapters[known(session, label)], name_of(text, MAX_LABEL)
         if not text.strip():
             raise refusal("Write the adapter's new name first.")
@@ -123,22 +112,25 @@ def manage_adapters(studio: Studio, fields: Fields) -> None:
         adapters = [replace(own, label=new) if a.label == label else a for a in session.adapters.values()]
         return rearranged(session, adapters, [new if c == label else c for c in chosen], new)
 
-    def moved(label: str | None, chosen: list[str], request: gr.Request) -> list:
-        session = session_of(request)
+    def moved(session: Session, label: str | None, chosen: list[str]) -> list:
         adapters = list(session.adapters.values())
         place = list(session.adapters).index(known(session, label))
         if place:
             adapters[place - 1 : place + 1] = [adapters[place], adapters[place - 1]]
         return rearranged(session, adapters, chosen, label)
 
-    def removed(label: str | None, chosen: list[str], request: gr.Request) -> list:
-        session = session_of(request)
+    def removed(session: Session, label: str | None, chosen: list[str]) -> list:
         known(session, label)
         adapters = [adapter for adapter in session.adapters.values() if adapter.label != label]
         return rearranged(session, adapters, [c for c in chosen if c != label], None)
 
-    fields.adapters.change(offered, [fields.adapters, one], one, **LIGHT, **PRIVATE)
-    one.change(lambda label: label or "", one, name, **LIGHT, **PRIVATE)
-    rename.click(renamed, [one, name, fields.adapters], outputs, **LIGHT, **PRIVATE)
-    earlier.click(moved, [one, fields.adapters], outputs, **LIGHT, **PRIVATE)
-    remove.click(removed, [one, fields.adapters], outputs, **LIGHT, **PRIVATE)
+    adapters, joined, of_runs = fields.adapters, fields.joined, fields.of_runs
+    uploads = latest.on([fields.files.upload], add_files, [fields.files], [adapters, joined], adds=True)
+    from_runs = latest.on([of_runs.input], add_of_runs, [of_runs], [adapters, joined, of_runs], adds=True)
+    for event in (uploads, from_runs):
+        fields.tick_after(event)
+    latest.on([adapters.change], offered, [adapters, one], [one])
+    one.change(None, one, name, js="(label) => label || ''", **PRIVATE)
+    latest.on([rename.click], renamed, [one, name, adapters], outputs, in_turn=True)
+    latest.on([earlier.click], moved, [one, adapters], outputs, in_turn=True)
+    latest.on([remove.click], removed, [one, adapters], outputs, in_turn=True)

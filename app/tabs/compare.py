@@ -6,15 +6,15 @@ from pathlib import Path
 import gradio as gr
 from gradio.events import Dependency
 
-from .. import views
+from .. import measure_views, views
 from ..forms import SWEEP
-from ..saved import View
 from ..sessions import Session
 from ..studio import HEAVY, LIGHT, PRIVATE, Studio
 from ..tabs import refusal
-from .choosing import add_files, add_of_runs, manage_adapters, runs_offered
-from .fields import compare_fields
+from .choosing import choose_adapters, runs_offered
+from .fields import Fields, compare_fields
 from .generating import finished, for_programs, for_the_page
+from .latest import Latest
 from .looking import looking
 from .taking import opened, said, takeaway
 
@@ -29,15 +29,14 @@ KEY_OF_TAB = """() => {
   try {
     const key = sessionStorage.getItem('reslora-visit') || fresh;
     sessionStorage.setItem('reslora-visit', key);
-    return [key];
-  } catch { return [fresh]; }
+    return [key, performance.now()];
+  } catch { return [fresh, performance.now()]; }
 }"""
+SECONDS_IN_LINE = 2  # from one look at the place in the queue to the next
 AFRESH = """() => {
   try { sessionStorage.removeItem('reslora-visit'); } catch {}
   location.reload();
 }"""
-# The last input of an event that looks at the fields: when it did.
-WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 HISTORY_CLICKS = """element.addEventListener('click', (event) => {
   const entry = event.target.closest('[data-number]');
   if (entry) trigger('click', {number: Number(entry.dataset.number)});
@@ -46,9 +45,9 @@ HISTORY_CLICKS = """element.addEventListener('click', (event) => {
 
 @dataclass(frozen=True)
 class CompareTab:
-    """What the other tabs need of this one."""
+    """The parts of this tab that the other tabs need."""
 
-    adapters: gr.CheckboxGroup  # a training adds to it
+    fields: Fields  # a training adds to their adapters
     arrival: Dependency  # the event that fills it when somebody comes
     news: list[Dependency]  # the events after which other images are shown
     verdict: gr.HTML  # votes and measures fill it
@@ -64,27 +63,29 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
                 elem_id="base",
                 visible=False,
             )
+            latest = Latest(studio)
             fields = compare_fields(studio)
-            manage_adapters(studio, fields)
-            expected = gr.HTML(elem_id="expected", padding=False)
-            looked_at = gr.Number(0, visible=False)
+            choose_adapters(studio, fields, latest)
             key = gr.Textbox("", visible=False)
-            with gr.Row(elem_classes="tools go"):
-                run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
-                stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
+            with gr.Column(elem_classes="go"):
+                expected = gr.HTML(elem_id="expected", padding=False)
+                with gr.Row(elem_classes="tools"):
+                    run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
             with gr.Row(elem_classes="tools"):
                 saved_files = gr.UploadButton(
                     "Open a comparison (.zip or .json)", file_count="multiple", size="sm", elem_id="saved_files"
                 )
                 afresh = gr.Button("Start afresh", size="sm", min_width=100, elem_id="afresh")
         with gr.Column(scale=9, min_width=320, elem_classes="results"):
+            line, clock = gr.HTML(elem_id="line", padding=False), gr.Timer(SECONDS_IN_LINE, active=False)
             status = gr.HTML(elem_id="status", min_height=48, padding=False)
             again = gr.Button("Generate again", variant="primary", size="sm", visible=False, elem_id="again")
-            grid = looking(studio)
+            grid, pages = looking(studio)
             takeaway(studio)
             verdict = gr.HTML(elem_id="verdict", padding=False)
             history = gr.HTML(js_on_load=HISTORY_CLICKS, elem_id="history", padding=False)
-    results = [status, grid, history, verdict]
+    results = [status, grid, pages, history, verdict]
 
     def session_of(request: gr.Request) -> Session:
         return studio.sessions.of(request.session_hash)
@@ -94,21 +95,10 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
 
     def shown(session: Session, words: str) -> list:
         """Values of `results`."""
-        return [words, views.grid(session), strip(session), views.verdict(studio.findings(session))]
+        found = measure_views.verdict(studio.findings(session))
+        return [words, views.grid(session), str(session.view.pages), strip(session), found]
 
-    def expect(request: gr.Request, *values) -> str | dict:
-        """Several of these run at once, and may end in another order than they began: the latest look counts."""
-        *values, when = values
-        session = session_of(request)
-        session.looked_at = max(session.looked_at, when)
-        text = expectation(session, values)
-        if when < session.looked_at:
-            return gr.skip()
-        if session.visit and session.arrived:
-            session.visit.write_fields(values)
-        return text
-
-    def expectation(session: Session, values: list) -> str:
+    def expect(session: Session, *values) -> str:
         try:
             asked = fields.read(session, values)
             comparer = studio.comparer_of(session)
@@ -119,19 +109,28 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         text = f"{count} image{'s' * (count != 1)}, about {views.duration(seconds)}"
         return views.message("\n".join([text, *long]), "warn" if long else "note")
 
-    def ask(request: gr.Request) -> list:
-        session_of(request).ask()
-        return [gr.Button(visible=False), gr.Button(interactive=True)]
+    def keep(session: Session, values: list) -> None:
+        if session.visit and session.arrived:
+            session.visit.write_fields(values)
+
+    def ask(session: Session) -> list:
+        session.ask()
+        return [gr.Button(visible=False), gr.Button(interactive=True), *in_line(session)]
+
+    def in_line(session: Session) -> list:
+        """The place in the queue, as long as there is one."""
+        ahead = studio.sessions.ahead(session) if session.waits and not session.cancel.is_set() else 0
+        return [views.place_in_line(ahead) if ahead else "", gr.Timer(active=session.waits)]
 
     def halt(request: gr.Request) -> None:
         session_of(request).cancel.set()
 
-    def ended(request: gr.Request) -> list:
-        session = session_of(request)
-        return [gr.Button(interactive=False), strip(session), views.verdict(studio.findings(session))]
+    def ended(session: Session) -> list:
+        """Stop goes on working where the visitor has asked for another comparison meanwhile."""
+        at_work = gr.Button(interactive=session.waits or session.generates)
+        return [at_work, strip(session), measure_views.verdict(studio.findings(session))]
 
-    def open_files(paths: list[str] | None, request: gr.Request) -> list:
-        session = session_of(request)
+    def open_files(session: Session, paths: list[str] | None) -> list:
         try:
             asked, its_base = opened(studio, session, [Path(path) for path in paths or []])
         except ValueError as problem:
@@ -141,9 +140,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         words = said(session, its_base, studio.base_of(session))
         return [*fields.filled(session, asked), *shown(session, words), gr.Button(visible=True)]
 
-    def look_back(event: gr.EventData, request: gr.Request) -> list:
+    def look_back(session: Session, event: gr.EventData) -> list:
         """An earlier comparison of this visit, with its round and figures."""
-        session = session_of(request)
         number = getattr(event, "number", None)
         try:
             if session.visit is None or type(number) is not int:
@@ -154,16 +152,16 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             raise refusal(problem, "This cannot be opened") from None
         with_its_round(session)
         count = len(session.request.rows) * len(session.request.columns)
-        session.view = View.of(session.request)
+        session.view = session.view.turned_to(session.request)
         return [*fields.filled(session, session.request), *shown(session, finished(session, count)), gr.skip()]
 
     def with_its_round(session: Session) -> None:
         session.ballot = session.visit.ballot(session.request, session.cells)
         session.measured = session.visit.measures(session.request)
 
-    def arrive(key: str, request: gr.Request) -> list:
-        """What this tab of the browser had before a reload, or else what everybody sees first."""
-        session, asked = session_of(request), studio.first_request
+    def arrive(session: Session, key: str) -> list:
+        """Show what this tab of the browser had before a reload, or else what everybody sees first."""
+        asked = studio.first_request
         session.visit = studio.visits.of(key)
         session.show(asked, studio.first_cells)
         restored = restore(session)
@@ -171,6 +169,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         done = finished(session, count) if session.adapters else views.message(NO_ADAPTER)
         values = fields.filled(session, session.request)
         if typed := session.visit.fields() if session.visit else None:
+            session.wanted = typed[fields.controls.index(fields.adapters)]
             values = fields.typed(session, typed)
         elif not restored:
             values = [v if f in fields.unfolded else gr.skip() for f, v in zip(fields.controls, values, strict=True)]
@@ -186,6 +185,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             session.base = label
         for adapter in visit.adapters() if visit else ():
             session.add_adapter(adapter)
+        session.references = visit.references() if visit else []
         if not visit or not (files := visit.comparison()):
             return False
         try:
@@ -195,9 +195,8 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         with_its_round(session)
         return True
 
-    def change_base(label: str, chosen: list[str], request: gr.Request) -> list:
+    def change_base(session: Session, label: str, chosen: list[str]) -> list:
         """Adapters that do not fit stay in the list of files, and are not chosen; the images stay those of the old."""
-        session = session_of(request)
         before = session.base
         try:
             session.base = label
@@ -205,7 +204,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         except ValueError as problem:
             session.base = before
             gr.Warning(views.plain(problem), duration=None, title="The base stays as it was")
-            return [gr.Dropdown(value=studio.base_of(session)), gr.skip(), gr.skip()]
+            return [studio.base_of(session), gr.skip(), gr.skip()]
         if session.visit:
             session.visit.write_base(label)
         misfits = {}
@@ -218,27 +217,26 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         words = [f"The base is {label}. The images are of the one before, until you compare again."]
         words += [f"{name} is not chosen any more: {reason}" for name, reason in misfits.items()]
         fitting = [name for name in chosen if name not in misfits]
-        return [gr.skip(), fields.choices(session, fitting), views.message("\n".join(words), "warn")]
+        return [label, fields.choices(session, fitting), views.message("\n".join(words), "warn")]
 
     controls = fields.controls
-    seen = {"fn": expect, "inputs": [*controls, looked_at], "outputs": expected, "js": WITH_TIME, **LIGHT, **PRIVATE}
-    gr.on([control.change for control in controls], trigger_mode="always_last", **seen)
-    # Gradio may forget the last of several quick changes; a field that is left is looked at once more.
-    gr.on([text.blur for text in fields.texts], trigger_mode="multiple", **seen)
-    fields.sweep.click(lambda: SWEEP, None, fields.strengths, **LIGHT, **PRIVATE)
-    started = gr.on([run.click, again.click], ask, None, [again, stop], **LIGHT, **PRIVATE)
-    on_status = {"show_progress": "full", "show_progress_on": [status]}
+    # Not always_last, which puts changes off: where a section opens, Gradio sets its fields once more to what it knows
+    # of them, and what was typed meanwhile would be lost.
+    latest.on([control.change for control in controls], expect, controls, [expected], keep=keep)
+    fields.sweep.click(None, None, fields.strengths, js=f"() => {SWEEP!r}", **PRIVATE)
+    started = latest.on([run.click, again.click], ask, [], [again, stop, line, clock], adds=True)
+    latest.on([clock.tick], in_line, [], [line, clock])
+    on_status = {"show_progress": "full", "show_progress_on": [status], "trigger_mode": "multiple"}
     generating = started.then(for_the_page(studio, fields), controls, [status, grid], **on_status, **HEAVY, **PRIVATE)
-    generating.then(ended, None, [stop, history, verdict], **LIGHT, **PRIVATE)
+    latest.after(generating, ended, [], [stop, history, verdict])
     for_programs(studio, fields)
     gr.on([run.click, again.click], None, js=SHOW_STATUS, **PRIVATE)
     stop.click(halt, None, None, **LIGHT, **PRIVATE)
-    base.input(change_base, [base, fields.adapters], [base, fields.adapters, status], **HEAVY, **PRIVATE)
-    fields.files.upload(add_files(studio, fields), [fields.files, fields.adapters], fields.adapters, **LIGHT, **PRIVATE)
-    of_runs, adapters = fields.of_runs, fields.adapters
-    of_runs.input(add_of_runs(studio, fields), [of_runs, adapters], [adapters, of_runs], **LIGHT, **PRIVATE)
-    opening = saved_files.upload(open_files, saved_files, [*controls, *results, again], **LIGHT, **PRIVATE)
-    back = history.click(look_back, None, [*controls, *results, again], **LIGHT, **PRIVATE)
-    arrival = demo.load(arrive, key, [*controls, of_runs, base, *results], js=KEY_OF_TAB, **LIGHT, **PRIVATE)
+    chosen_base = [base, fields.adapters, status]
+    latest.on([base.input], change_base, chosen_base[:2], chosen_base, in_turn=True, show_progress="full", **HEAVY)
+    opening = latest.on([saved_files.upload], open_files, [saved_files], [*controls, *results, again], in_turn=True)
+    back = latest.on([history.click], look_back, [], [*controls, *results, again], in_turn=True, says=True)
+    filled = [*controls, fields.of_runs, base, *results]
+    arrival = latest.on([demo.load], arrive, [key], filled, in_turn=True, js=KEY_OF_TAB)
     afresh.click(None, None, None, js=AFRESH, **PRIVATE)
-    return CompareTab(adapters, arrival, [generating, opening, back], verdict)
+    return CompareTab(fields, arrival, [generating, opening, back], verdict)

@@ -1,13 +1,17 @@
-"""What the Compare tab asks for: its fields, in the order of `forms.read_request`, and the requests they stand for."""
+"""The fields of the Compare tab, in the order of `forms.read_request`, and the requests they stand for."""
 
 from dataclasses import dataclass
 
 import gradio as gr
+from gradio.events import Dependency
 
 from ..forms import NOTHING_SWEPT, fields_of, fields_of_settings, read_request
 from ..request import Axis, CompareRequest, Scheduler, Setting
 from ..sessions import Session
-from ..studio import Studio
+from ..studio import PRIVATE, Studio
+
+TICK = """(chosen, joined) =>
+  joined?.length ? [[...new Set([...(chosen || []), ...joined])]] : [{__type__: 'update'}]"""
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,25 @@ class Fields:
 
     studio: Studio
     controls: list
-    texts: list[gr.Textbox]
     adapters: gr.CheckboxGroup
     strengths: gr.Textbox
     unfolded: list  # gradio writes a value that comes for a folded field over what is typed into it meanwhile
     sweep: gr.Button
     files: gr.UploadButton
     of_runs: gr.Dropdown
+    joined: gr.JSON  # names of adapters that the last event brought
+
+    def brought(self, session: Session, labels: list[str]) -> list:
+        """Values of `adapters` and `joined`. A visit finds what was brought chosen, even if it is left at once."""
+        if labels and session.visit and (typed := session.visit.fields()):
+            place = self.controls.index(self.adapters)
+            typed[place] = list(dict.fromkeys([*typed[place], *labels]))
+            session.visit.write_fields(typed)
+        return [gr.CheckboxGroup(choices=list(session.adapters)), labels]
+
+    def tick_after(self, event: Dependency) -> None:
+        """Choose the adapters that an event brought, beside those that are chosen when it has ended."""
+        event.then(None, [self.adapters, self.joined], self.adapters, js=TICK, trigger_mode="multiple", **PRIVATE)
 
     def read(self, session: Session, values: tuple | list) -> CompareRequest:
         """
@@ -95,15 +111,15 @@ def compare_fields(studio: Studio) -> Fields:
         steps = gr.Slider(1, limits.steps, first.num_inference_steps, step=1, label="Steps", elem_id="steps")
         guidance = gr.Slider(0, limits.guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
         scheduler = gr.Dropdown(list(Scheduler), value=str(first.scheduler), label="Scheduler", elem_id="scheduler")
+    joined = gr.JSON([], visible=False)
     controls = [prompts, placeholders, seeds, adapters, strengths, include_base, negative, steps, guidance, scheduler]
     controls += [columns_axis, columns_values, rows_axis, rows_values, strengths_first]
-    texts = [control for control in controls if isinstance(control, gr.Textbox)]
     unfolded = [prompts, seeds, adapters, strengths, include_base]
-    return Fields(studio, controls, texts, adapters, strengths, unfolded, sweep, files, of_runs)
+    return Fields(studio, controls, adapters, strengths, unfolded, sweep, files, of_runs, joined)
 
 
 def sweep_fields(side: str, settings: tuple[Setting, ...]) -> tuple[gr.Dropdown, gr.Textbox]:
-    """What rows or columns go through, beside what they always do."""
+    """Offer what rows or columns go through, beside what they always do."""
     axis, values = fields_of_settings(settings)
     name = side.lower()
     with gr.Row():

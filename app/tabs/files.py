@@ -5,7 +5,9 @@ from pathlib import Path
 import gradio as gr
 
 from .. import views
-from ..studio import LIGHT, PRIVATE, Studio
+from ..sessions import Session
+from ..studio import Studio
+from .latest import Latest
 
 NONE = "No adapter is here yet: look at a file, train one, or start the page with --runs and the folder of your runs."
 
@@ -18,24 +20,31 @@ def files_tab(studio: Studio, tab: gr.Tab) -> None:
         )
     card = gr.HTML(views.message(NONE), elem_id="card", padding=False)
 
-    def choices(request: gr.Request) -> gr.Dropdown:
-        labels = list(studio.sessions.of(request.session_hash).adapters)
-        return gr.Dropdown(choices=labels, value=labels[0] if labels else None)
-
-    def look(path: Path, label: str | None, request: gr.Request) -> str:
-        session = studio.sessions.of(request.session_hash)
+    def card_of(session: Session, path: Path, label: str) -> str:
+        session.file = path, label
         try:
             return views.file_card(studio.comparer_of(session).shelf.card(path, label))
         except ValueError as problem:
             return views.message(str(problem).replace(str(path), path.name), "bad")
 
-    def show(label: str | None, request: gr.Request) -> str:
-        adapters = studio.sessions.of(request.session_hash).adapters
-        return look(Path(adapters[label].path), label, request) if label in adapters else views.message(NONE)
+    def come(session: Session, label: str | None) -> list:
+        """The adapters of now, and the card that was there before, which may be of an uploaded file, for the base of
+        now."""
+        labels = list(session.adapters)
+        if label not in labels:
+            label = labels[0] if labels else None
+        shown = card_of(session, *session.file) if session.file else show(session, label)[1]
+        return [gr.Dropdown(choices=labels, value=label), shown]
 
-    def upload(path: str, request: gr.Request) -> str:
-        return look(Path(path), Path(path).stem, request)
+    def show(session: Session, label: str | None) -> list:
+        if label not in session.adapters:
+            return [label, views.message(NONE)]
+        return [label, card_of(session, Path(session.adapters[label].path), label)]
 
-    tab.select(choices, None, chosen, **LIGHT, **PRIVATE)
-    chosen.change(show, chosen, card, **LIGHT, **PRIVATE)
-    other.upload(upload, other, card, **LIGHT, **PRIVATE)
+    def upload(session: Session, path: str) -> str:
+        return card_of(session, Path(path), Path(path).stem)
+
+    latest = Latest(studio)
+    latest.on([tab.select], come, [chosen], [chosen, card])
+    latest.on([chosen.input], show, [chosen], [chosen, card])
+    latest.on([other.upload], upload, [other], [card])

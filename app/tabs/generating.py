@@ -9,7 +9,7 @@ import gradio as gr
 from .. import views
 from ..forms import NOTHING_SWEPT
 from ..request import CompareRequest, Scheduler
-from ..saved import View, settings_data
+from ..saved import settings_data
 from ..sessions import Session
 from ..studio import HEAVY, Studio
 from ..tabs import refusal
@@ -42,17 +42,23 @@ def generate(
     Raises:
         ValueError, RuntimeError: of a file, or of the machine, such as its memory.
     """
-    cancel = session.begin(asked)
-    base = studio.base_of(session)
-    if session.visit:
-        session.visit.show(asked, [], base, View.of(asked))
-    for cell in studio.comparer_of(session).compare(asked, cancel, on_step):
-        if session.cancel is not cancel:
-            return
-        session.add(cell)
+    with session.turn:
+        cancel = session.begin(asked)
+        base = studio.base_of(session)
         if session.visit:
-            session.visit.add(asked, session.cells, base, session.view)
-        yield len(session.cells)
+            session.visit.show(asked, [], base, session.view)
+    session.generates = True
+    try:
+        for cell in studio.comparer_of(session).compare(asked, cancel, on_step):
+            with session.turn:
+                if session.cancel is not cancel:
+                    return
+                session.add(cell)
+                if session.visit:
+                    session.visit.add(asked, session.cells, base, session.view)
+            yield len(session.cells)
+    finally:
+        session.generates = False
 
 
 def for_the_page(studio: Studio, fields: Fields) -> Callable[..., Iterator[tuple]]:
@@ -68,6 +74,7 @@ def for_the_page(studio: Studio, fields: Fields) -> Callable[..., Iterator[tuple
             asked = fields.read(session, values)
             count, seconds = studio.comparer_of(session).estimate(asked)
         except ValueError as problem:
+            session.waits = False
             raise refusal(problem) from None
         told, shown = Pace(), Pace()
 
@@ -79,11 +86,12 @@ def for_the_page(studio: Studio, fields: Fields) -> Callable[..., Iterator[tuple
         yield views.message(f"Generating {count} images, about {views.duration(seconds)}."), gr.skip()
         try:
             for done in images:
-                if shown.is_due():
+                if shown.is_due() and session.request is asked:
                     yield views.message(f"{done} of {count} images."), views.grid(session)
         except (ValueError, RuntimeError) as problem:
-            done = f"Ended by an error after {len(session.cells)} of {count} images, which stay."
-            yield views.message(done, "bad"), views.grid(session)
+            if session.request is asked:
+                done = f"Ended by an error after {len(session.cells)} of {count} images, which stay."
+                yield views.message(done, "bad"), views.grid(session)
             raise refusal(problem) from None
         if session.request is asked:
             yield finished(session, count), views.grid(session)
@@ -152,7 +160,7 @@ def answer(studio: Studio, session: Session) -> dict:
 
 
 def finished(session: Session, count: int) -> str:
-    """How a comparison ended."""
+    """Say how a comparison ended."""
     generated = len(session.cells)
     if generated < count:
         return views.message(f"Stopped: {generated} of {count} images were generated, and stay.", "warn")

@@ -7,7 +7,9 @@ import gradio as gr
 from .. import run_views, views
 from ..runs import Run, read_run
 from ..sessions import Session
-from ..studio import LIGHT, PRIVATE, Studio
+from ..studio import Studio
+from .curves import curves
+from .latest import Latest
 
 MAX_RUNS = 8
 SMOOTHING = 0.95
@@ -29,13 +31,11 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
             0, 0.99, value=SMOOTHING, step=0.01, label="Smoothing", scale=2, min_width=200, elem_id="race_keep"
         )
         again = gr.Button("Read again", size="sm", scale=1, min_width=110, elem_id="race_again", elem_classes="beside")
-    curves = gr.HTML(elem_id="race_curves", padding=False)
+    notes = gr.HTML(elem_id="race_notes", padding=False)
+    drawing = curves(studio, "race")
     merges = gr.HTML(elem_id="race_merges", padding=False)
     step = gr.Slider(0, 1, value=1, step=1, label="Samples at step", visible=False, elem_id="race_step")
     samples = gr.HTML(elem_id="race_samples", padding=False)
-
-    def session_of(request: gr.Request) -> Session:
-        return studio.sessions.of(request.session_hash)
 
     def read(labels: list[str]) -> tuple[list[Run], list[str]]:
         """The runs, and what keeps others of them from being shown."""
@@ -49,36 +49,36 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
                     broken.append(f"{label} is left out: {problem}")
         return runs, broken
 
-    def offer(labels: list[str]) -> gr.Dropdown:
+    def offer(session: Session, labels: list[str]) -> gr.Dropdown:
         known = list(studio.run_folders())
         kept = [label for label in labels if label in known]
-        return gr.Dropdown(choices=known, value=kept or studio.first_race()[:MAX_RUNS])
+        changed = {} if kept and kept == labels else {"value": kept or studio.first_race()[:MAX_RUNS]}
+        return gr.Dropdown(choices=known, **changed)
 
-    def show(labels: list[str], smoothing: float, request: gr.Request) -> list:
+    def show(session: Session, labels: list[str], smoothing: float) -> list:
         """All of it, with the slider at the newest samples."""
-        session = session_of(request)
         runs, broken = read(labels)
-        session.race = runs
         steps = sorted({s for run in runs for s in run.samples})
         last = steps[-1] if steps else 0
         slider = gr.Slider(0, max(1, last), value=last, step=stride(steps), visible=len(steps) > 1)
         images = run_views.samples(runs, last, session.thumbnail)
-        notes = views.message("\n".join(["Not every run can be shown:", *broken]), "warn") if broken else ""
-        return [notes + run_views.curves(runs, smoothing), run_views.merges(runs), slider, images]
+        said = views.message("\n".join(["Not every run can be shown:", *broken]), "warn") if broken else ""
+        said += "" if runs else run_views.NOTHING
+        return [said, *drawing.drawn(session, runs, smoothing), run_views.merges(runs), slider, images]
 
-    def smooth(smoothing: float, request: gr.Request) -> str:
-        return run_views.curves(session_of(request).race, smoothing)
+    def smooth(session: Session, labels: list[str], smoothing: float) -> list:
+        return drawing.drawn(session, read(labels)[0], smoothing)
 
-    def travel(at: float, request: gr.Request) -> str:
-        session = session_of(request)
-        return run_views.samples(session.race, int(at), session.thumbnail)
+    def travel(session: Session, labels: list[str], at: float) -> str:
+        return run_views.samples(read(labels)[0], int(at), session.thumbnail)
 
-    shown = [curves, merges, step, samples]
-    tab.select(offer, chosen, chosen, **LIGHT, **PRIVATE)
-    chosen.change(show, [chosen, keep], shown, trigger_mode="always_last", **LIGHT, **PRIVATE)
-    again.click(offer, chosen, chosen, **LIGHT, **PRIVATE).then(show, [chosen, keep], shown, **LIGHT, **PRIVATE)
-    keep.release(smooth, keep, curves, **LIGHT, **PRIVATE)
-    step.input(travel, step, samples, trigger_mode="always_last", **LIGHT, **PRIVATE)
+    latest = Latest(studio)
+    shown = [notes, *drawing.outputs, merges, step, samples]
+    latest.on([tab.select], offer, [chosen], [chosen])
+    latest.on([chosen.change], show, [chosen, keep], shown)
+    latest.after(latest.on([again.click], offer, [chosen], [chosen]), show, [chosen, keep], shown)
+    latest.on([keep.release], smooth, [chosen, keep], drawing.outputs)
+    latest.on([step.input], travel, [chosen, step], [samples], trigger_mode="always_last")
 
 
 def stride(steps: list[int]) -> int:

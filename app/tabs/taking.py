@@ -4,10 +4,11 @@ looked at then."""
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from .. import views
+from .. import measure_views, views
 from ..figure import KINDS as FIGURES
 from ..figure import figure
 from ..forms import unwritable
@@ -33,21 +34,25 @@ SAVE = """(file) => {
 
 def takeaway(studio: Studio) -> None:
     """A button for each kind of file, where the page stands now; each is an endpoint of the API too."""
-    taken = gr.File(visible="hidden", label="File to take away")
     with gr.Row(elem_classes="tools"):
         for kind, (name, _) in KINDS.items():
             button = gr.Button(name, size="sm", min_width=110, elem_id=f"download_{kind}")
-            click = button.click(writer(studio, kind), None, taken, api_name=kind, **LIGHT)
-            click.success(None, taken, None, js=SAVE, **PRIVATE)
+            saves(button, writer(studio, kind), [], api_name=kind)
     with gr.Accordion("Figure for a paper", open=False) as accordion:
         rows = gr.Dropdown(label="Rows", choices=[], multiselect=True, elem_id="figure_rows")
         columns = gr.Dropdown(label="Columns", choices=[], multiselect=True, elem_id="figure_columns")
         with gr.Row(elem_classes="tools"):
             for kind in FIGURES:
                 button = gr.Button(f"Figure .{kind}", size="sm", min_width=100, elem_id=f"figure_{kind}")
-                click = button.click(drawer(studio, kind), [rows, columns], taken, **LIGHT, **PRIVATE)
-                click.success(None, taken, None, js=SAVE, **PRIVATE)
+                saves(button, drawer(studio, kind), [rows, columns], **PRIVATE)
     accordion.expand(chosen_for_figure(studio), None, [rows, columns], **LIGHT, **PRIVATE)
+
+
+def saves(button: gr.Button, write: Callable[..., str], inputs: list, **options: Any) -> None:
+    """Let a button save the file that `write` writes. Each has its own place for it: two may be written at once."""
+    taken = gr.File(visible="hidden", label=f"To take away: {button.value}", elem_classes="taken")
+    click = button.click(write, inputs, taken, **LIGHT, **options)
+    click.success(None, taken, None, js=SAVE, **PRIVATE)
 
 
 def chosen_for_figure(studio: Studio) -> Callable[[gr.Request], list]:
@@ -88,22 +93,24 @@ def writer(studio: Studio, kind: str) -> Callable[[gr.Request], str]:
         session = studio.sessions.of(request.session_hash)
         if session.request is None or not (session.cells or kind == "settings"):
             raise refusal("There are no images to take away: compare something first.")
-        return str(written(session, kind, studio.base_of(session)))
+        evidence = measure_views.evidence(session, studio.findings(session))
+        return str(written(session, kind, studio.base_of(session), evidence))
 
     return write
 
 
-def written(session: Session, kind: str, base: str) -> Path:
+def written(session: Session, kind: str, base: str, evidence: str = "") -> Path:
     asked, cells = session.request, list(session.cells)
     path = session.folder / "out" / KINDS[kind][1]
     path.parent.mkdir(exist_ok=True)
     if kind == "sheet":
         path.write_bytes(png(sheet(asked, cells, base)))
     elif kind == "zip":
-        write_zip(path, asked, cells, session.view, base)
+        write_zip(path, asked, cells, session.view, base, evidence)
+    elif kind == "report":
+        path.write_text(report(asked, cells, base, evidence), encoding="utf-8")
     else:
-        text = report(asked, cells, base) if kind == "report" else settings_json(asked, cells, session.view, base)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(settings_json(asked, cells, session.view, base), encoding="utf-8")
     return path
 
 
@@ -128,14 +135,14 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     own = tuple(session.add_adapter(adapter) if adapter.path else adapter for adapter in asked.adapters)
     renamed = replace(asked, adapters=own)
     columns = dict(zip(asked.columns, renamed.columns, strict=True))
-    session.ask()
+    session.abandon()
     session.show(renamed, [replace(cell, column=columns[cell.column]) for cell in cells])
     session.view = saved_view(data, renamed)
     return renamed, data.get("base")
 
 
 def said(session: Session, base: object, base_here: str) -> str:
-    """What was opened, and what is missing."""
+    """Say what was opened, and what is missing."""
     count, generated = len(session.request.rows) * len(session.request.columns), len(session.cells)
     if generated == count:
         head, kind = f"Opened with {count} images, generated before; Generate again makes them anew.", "good"

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import gradio as gr
 
-from .. import views
-from ..images import images_in
+from .. import measure_views, views
+from ..images import images_in, read_images
 from ..raters import MAX_BYTES, read_votes
 from ..sessions import Session
-from ..studio import LIGHT, PRIVATE, Studio
+from ..studio import Studio
 from ..tabs import refusal
 from ..tabs.compare import CompareTab
 from ..votes import QUESTION, Choice, default_pair, make_ballot, votes_csv
+from .latest import Latest
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
@@ -33,6 +34,14 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         second = gr.Dropdown(label="The other", choices=[], min_width=140, elem_id="vote_second")
         begin = gr.Button(
             "Begin a round", variant="primary", min_width=140, elem_id="vote_begin", elem_classes="beside"
+        )
+    with gr.Accordion("Images to vote by", open=False):
+        own = gr.File(
+            label="Images of my own",
+            file_count="multiple",
+            file_types=["image"],
+            height=120,
+            elem_id="vote_references",
         )
     subject = gr.HTML(elem_id="vote_subject", padding=False)
     pair = gr.HTML(elem_id="vote_pair", min_height=64, padding=False)
@@ -57,10 +66,8 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         together = gr.HTML(elem_id="vote_pool", padding=False)
 
     controls = [*buttons.values(), back]
-    outputs = [pair, *controls, reveal]
-
-    def session_of(request: gr.Request) -> Session:
-        return studio.sessions.of(request.session_hash)
+    place = gr.Number(0, visible=False)  # of the pair that is shown: a vote is for that one, and counts once
+    outputs = [pair, *controls, reveal, place]
 
     def state(session: Session) -> list:
         """The pair to be voted on, and which buttons work; the round is kept as it is now."""
@@ -68,22 +75,22 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         if session.visit and ballot.request is session.request:
             session.visit.write_ballot(ballot)
         voting = [gr.Button(interactive=ballot.current is not None)] * len(buttons)
-        return [views.ballot(session), *voting, *[gr.Button(interactive=bool(ballot.votes))] * 2]
+        has_votes = gr.Button(interactive=bool(ballot.votes))
+        return [views.ballot(session), *voting, has_votes, has_votes, len(ballot.votes)]
 
-    def columns(request: gr.Request) -> list:
-        """The columns of the comparison, and the round that goes on, whose columns stay chosen."""
-        session = session_of(request)
+    def columns(session: Session, first: str | None, second: str | None) -> list:
+        """The columns of the comparison, and the round that goes on. What is chosen stays while there is such."""
         if session.request is None:
-            return [gr.skip()] * (2 + len(outputs))
+            return [gr.skip()] * (3 + len(outputs))
         labels, ballot = [column.label for column in session.request.columns], session.ballot
-        pair = [labels[i] for i in default_pair(session.request.columns)]
+        pair = [first, second] if {first, second} <= {*labels} else None
+        pair = pair or [labels[i] for i in default_pair(session.request.columns)]
         if ballot and ballot.request is session.request:
             pair = [ballot.first.label, ballot.second.label]
         pickers = [gr.Dropdown(choices=labels, value=label) for label in pair]
-        return [*pickers, *(state(session) if ballot else [gr.skip()] * len(outputs))]
+        return [*pickers, references(session), *(state(session) if ballot else [gr.skip()] * len(outputs))]
 
-    def start(first: str | None, second: str | None, asked: str, rater: str, request: gr.Request) -> list:
-        session = session_of(request)
+    def start(session: Session, first: str | None, second: str | None, asked: str, rater: str) -> list:
         if session.request is None or first is None or second is None:
             raise refusal("Compare something first: votes are on the images of the Compare tab.")
         listed = {column.label: column for column in session.request.columns}
@@ -96,38 +103,50 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         return [*state(session), "", gr.DownloadButton(interactive=False), references(session)]
 
     def cast(choice: Choice):
-        def vote(request: gr.Request) -> list:
-            session = session_of(request)
+        def vote(session: Session, shown: float) -> list:
             if session.ballot is None or session.ballot.current is None:
                 raise refusal("There is no pair to vote on: begin a round.")
-            session.ballot.vote(choice)
+            if shown == len(session.ballot.votes):
+                session.ballot.vote(choice)
             return state(session)
 
         return vote
 
-    def undo(request: gr.Request) -> list:
-        session = session_of(request)
-        session.ballot.take_back()
+    def undo(session: Session, shown: float) -> list:
+        if session.ballot is None:
+            raise refusal("There is no vote to take back: begin a round.")
+        if shown == len(session.ballot.votes):
+            session.ballot.take_back()
         return state(session)
 
-    def show(request: gr.Request) -> list:
+    def show(session: Session) -> list:
         """Only here do the columns' names reach the page."""
-        session = session_of(request)
         path = session.folder / "votes.csv"
         path.write_text(votes_csv(session.ballot), encoding="utf-8", newline="")
         session.ballot.seen.append(len(session.ballot.votes))
         state(session)
-        found = views.verdict(studio.findings(session))
+        found = measure_views.verdict(studio.findings(session))
         shown = views.vote_result(session.ballot) + views.recap(session)
         return [shown, gr.DownloadButton(value=str(path), interactive=True), found]
 
     def references(session: Session) -> str:
-        """Images of the subject that the first adapters were taught, to vote by."""
+        """Show images to vote by: the visitor's own, or of the subject that the first adapters were taught."""
         name = studio.first_subject
         paths = images_in(studio.subjects[name])[:MAX_REFERENCES] if name in studio.subjects else []
-        return views.strip([*filter(None, (session.thumbnail(Path(path)) for path in paths))], f"subject: {name}")
+        shown = (session.thumbnail(Path(path)) for path in session.references or paths)
+        return views.strip([*filter(None, shown)], "my own" if session.references else f"subject: {name}")
 
-    def pool(paths: list[str] | None) -> str:
+    def refer(session: Session, paths: list[str] | None) -> str:
+        try:
+            images = read_images(paths or [], MAX_REFERENCES)
+        except ValueError as problem:
+            raise refusal(problem) from None
+        session.references = [Path(path) for path in paths or []]
+        if session.visit:
+            session.references = session.visit.write_references(images)
+        return references(session)
+
+    def pool(session: Session, paths: list[str] | None) -> str:
         if not paths:
             return ""
         try:
@@ -138,10 +157,13 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         except ValueError as problem:
             return views.message(str(problem), "bad")
 
-    tab.select(columns, None, [first, second, *outputs], **LIGHT, **PRIVATE)
-    begin.click(start, [first, second, question, rater], [*outputs, result, out, subject], **LIGHT, **PRIVATE)
-    files.change(pool, files, together, **LIGHT, **PRIVATE)
+    latest = Latest(studio)
+    sides = [first, second]
+    latest.on([tab.select], columns, sides, [*sides, subject, *outputs], in_turn=True)
+    latest.on([begin.click], start, [*sides, question, rater], [*outputs, result, out, subject], in_turn=True)
+    latest.on([files.change], pool, [files], [together])
+    latest.on([own.upload, own.clear, own.delete], refer, [own], [subject], in_turn=True)
     for choice, button in buttons.items():
-        button.click(cast(choice), None, outputs, trigger_mode="once", **LIGHT, **PRIVATE)
-    back.click(undo, None, outputs, **LIGHT, **PRIVATE)
-    reveal.click(show, None, [result, out, compare.verdict], **LIGHT, **PRIVATE)
+        latest.on([button.click], cast(choice), [place], outputs, adds=True)
+    latest.on([back.click], undo, [place], outputs, adds=True)
+    latest.on([reveal.click], show, [], [result, out, compare.verdict], in_turn=True)
