@@ -1,4 +1,4 @@
-"""What one forward and backward does, counted instead of timed: the same on every machine, on every run.
+"""Counts of one forward and backward, in place of times: they are the same on every machine, in every run.
 
 A model on the `meta` device computes shapes and nothing else, so the real UNets fit a laptop. While it runs,
 

@@ -1,4 +1,4 @@
-"""Which kernel computes the adapted layers, chosen by hand, so that kernels can be compared on one model.
+"""A choice of kernel for the adapted layers by hand, so that kernels can be compared on one model.
 
     plain      torch's own functions
     fused      one node of the autograd graph for each layer
@@ -10,8 +10,8 @@ This is the one place of the benchmarks that knows how a kernel is chosen.
 
 from torch import nn
 
-from reslora_diffusion import get_controller
-from reslora_diffusion.core.kernels.runlora import EXACT
+from reslora_diffusion import get_adapter
+from reslora_diffusion.core.kernels.runlora import PRECISE
 from reslora_diffusion.diffusion.models.attn_processor import set_attn_processors, unset_attn_processors
 
 PLAIN, FUSED, RUNLORA, GROUPED = "plain", "fused", "runlora", "grouped"
@@ -20,7 +20,7 @@ PLAIN, FUSED, RUNLORA, GROUPED = "plain", "fused", "runlora", "grouped"
 def kernels_of(model: nn.Module) -> tuple[str, ...]:
     """The kernels that a frozen or adapted model can be computed by, the plain one first."""
     found = [PLAIN, FUSED]
-    if next(model.parameters()).dtype in EXACT:
+    if next(model.parameters()).dtype in PRECISE:
         found.append(RUNLORA)
     if hasattr(model, "set_attn_processor"):
         found.append(GROUPED)
@@ -33,4 +33,4 @@ def force(model: nn.Module, kernel: str) -> None:
         unset_attn_processors(model)
         if kernel == GROUPED:
             set_attn_processors(model)
-    get_controller(model).kernel = FUSED if kernel == GROUPED else kernel
+    get_adapter(model).kernel = FUSED if kernel == GROUPED else kernel

@@ -9,7 +9,7 @@
 # if its path is given. DIR has to be a folder of this repository that git ignores, such as .gpu-kit.
 set -euo pipefail
 
-lacking=(diffusers importlib_metadata lazy-importer peft zipp)
+lacking=(diffusers importlib_metadata lazy-importer lazy-loader peft zipp)
 most=$((30 * 1024 * 1024))
 font=NotoColorEmoji.ttf
 fail() { echo "gpu_kit.sh: $*" >&2; exit 2; }

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""What merging loses, on really trained small models: every shortcut, every merge, several seeds.
+"""The loss by merging, on trained small models: every shortcut, every merge, several seeds.
 
     python benchmarks/merge.py                    # the embedded pipeline: about fifteen minutes on a CPU
     python benchmarks/merge.py --model llm --steps 150    # the embedded language model
+    python benchmarks/merge.py --model llm --steps 150 --tune    # each shortcut at its own best rate and alpha
     python benchmarks/merge.py --steps 20 --seeds 0 --output /tmp/merge.json    # a smoke run
 
 For each seed an adapter is trained with `input` and with `middle`; then its held-out loss is measured unmerged and as a
 plain LoRA by each merge method (gap = merged - unmerged), all fitted on the same calibration batches; `distilled` is
 least squares refined by `distill`. A second adapter is handed over at 85 % and trained to the same budget: its gap is
-zero, so its loss is what counts. Plain LoRA of the same budget is the yardstick. One learning rate and alpha for all:
-this compares merges, not methods.
+zero, so its loss is what counts. Plain LoRA of the same budget is the yardstick. Without `--tune` all have one learning
+rate and alpha: this compares merges, not methods. `--tune` first searches both for each shortcut, on a seed and
+held-out batches of its own, by the loss of the model merged by least squares.
 """
 
 import argparse
@@ -19,24 +21,33 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reslora_diffusion import ResLoraConfig, attach, calibrate, distill, get_controller, handover, merged_forward
+from reslora_diffusion import ResLoraConfig, attach, calibrate, distill, get_adapter, handover, merged_forward
 from reslora_diffusion.core.config import MergeMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDOVER = 0.85
 DISTILLATION_STEPS = 100
-CALIBRATION_SEED, HELD_OUT_SEED = 10_000, 20_000
+CALIBRATION_SEED, HELD_OUT_SEED, VALIDATION_SEED = 10_000, 20_000, 30_000
+TUNING_SEED = 100
+GRID = {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "alpha_over_rank": (1.0, 4.0)}
+
+
+class Setting(NamedTuple):
+    """The settings that are tuned for each shortcut."""
+
+    learning_rate: float
+    alpha_over_rank: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +121,12 @@ def llm_bench() -> Bench:
             tokenizer(f"{p['Body']} {p['Question']} {p['Equation']}. The answer is {p['Answer']}.").input_ids
             for p in held_out_split(split)
         ]
-        for split in ("train", "test")
+        for split in ("train", "validation", "test")
     }
+    splits = {HELD_OUT_SEED: "test", VALIDATION_SEED: "validation"}
 
     def batch(seed: int, index: int) -> dict[str, Tensor]:
-        rows = problems["test" if seed == HELD_OUT_SEED else "train"]
+        rows = problems[splits.get(seed, "train")]
         g = torch.Generator().manual_seed(1_000_003 * seed + index)
         chosen = [rows[row] for row in torch.randint(len(rows), (8,), generator=g).tolist()]
         width = max(map(len, chosen))
@@ -138,17 +150,23 @@ def llm_bench() -> Bench:
     )
 
 
-def train(bench: Bench, shortcut: str, seed: int, steps: int, rank: int, fold_at: int | None = None) -> nn.Module:
+def train(
+    bench: Bench, shortcut: str, seed: int, steps: int, rank: int, setting: Setting, fold_at: int | None = None
+) -> nn.Module:
     """An adapted model after `steps` AdamW steps; equal seeds see equal batches."""
     torch.manual_seed(seed)
     model = bench.make().requires_grad_(False)
     num_previous = 1 if shortcut == "input" else None
     config = ResLoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(bench.target_modules), shortcut=shortcut, num_previous=num_previous
+        r=rank,
+        lora_alpha=setting.alpha_over_rank * rank,
+        target_modules=list(bench.target_modules),
+        shortcut=shortcut,
+        num_previous=num_previous,
     )
     attach(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=bench.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=setting.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
     for step in tqdm(range(steps), desc=f"seed {seed}, {shortcut}", leave=False):
@@ -168,18 +186,34 @@ def calibration_of(bench: Bench, seed: int, batches: int = 16) -> list[Any]:
 
 
 @torch.no_grad()
-def held_out(bench: Bench, model: nn.Module) -> float:
-    return statistics.fmean(bench.loss(model, bench.batch(HELD_OUT_SEED, n)).item() for n in range(24))
+def held_out(bench: Bench, model: nn.Module, seed: int = HELD_OUT_SEED) -> float:
+    return statistics.fmean(bench.loss(model, bench.batch(seed, n)).item() for n in range(24))
 
 
-def measure(bench: Bench, seed: int, steps: int, rank: int) -> dict[str, dict[str, float]]:
+def tune(bench: Bench, shortcut: str, steps: int, rank: int) -> dict[Setting, float]:
+    """Validation loss of the merged model at each setting of the grid."""
+    losses = {}
+    for setting in itertools.starmap(Setting, itertools.product(*GRID.values())):
+        model = train(bench, shortcut, TUNING_SEED, steps, rank, setting)
+        calibrate(model, calibration_of(bench, TUNING_SEED), bench.loss)
+        with merged_forward(model):
+            losses[setting] = held_out(bench, model, VALIDATION_SEED)
+        tqdm.write(
+            f"{shortcut}, {setting.learning_rate:g}, alpha / rank {setting.alpha_over_rank:g}: {losses[setting]:.5f}"
+        )
+    return losses
+
+
+def measure(
+    bench: Bench, seed: int, steps: int, rank: int, settings: Mapping[str, Setting]
+) -> dict[str, dict[str, float]]:
     """Held-out losses of one seed: {shortcut: {unmerged, each merge method, handover}}, and plain LoRA's."""
-    losses = {"none": {"unmerged": held_out(bench, train(bench, "none", seed, steps, rank))}}
+    losses = {"none": {"unmerged": held_out(bench, train(bench, "none", seed, steps, rank, settings["none"]))}}
     for shortcut in ("input", "middle"):
-        model = train(bench, shortcut, seed, steps, rank)
+        model = train(bench, shortcut, seed, steps, rank, settings[shortcut])
         row = losses[shortcut] = {"unmerged": held_out(bench, model)}
         for method in MergeMethod:
-            get_controller(model).config.merge_method = method
+            get_adapter(model).config.merge_method = method
             calibrate(model, calibration_of(bench, seed), bench.loss)
             with merged_forward(model):
                 row[str(method)] = held_out(bench, model)
@@ -188,7 +222,7 @@ def measure(bench: Bench, seed: int, steps: int, rank: int) -> dict[str, dict[st
                 distill(model, batches, bench.output, steps=DISTILLATION_STEPS, distance=bench.distance)
                 with merged_forward(model):
                     row["distilled"] = held_out(bench, model)
-        folded = train(bench, shortcut, seed, steps, rank, fold_at=round(HANDOVER * steps))
+        folded = train(bench, shortcut, seed, steps, rank, settings[shortcut], fold_at=round(HANDOVER * steps))
         row["handover"] = held_out(bench, folded)
     return losses
 
@@ -219,25 +253,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/merge-<model>.json")
+    parser.add_argument("--tune", action="store_true", help="search learning rate and alpha for each shortcut first")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/merge-<model>[-tuned].json")
     args = parser.parse_args()
     bench = sticker_bench() if args.model == "sticker" else llm_bench()
     started = time.monotonic()
-    results = [measure(bench, seed, args.steps, args.rank) for seed in args.seeds]
+    shortcuts = ("none", "input", "middle")
+    settings = dict.fromkeys(shortcuts, Setting(bench.learning_rate))
+    tried = {shortcut: tune(bench, shortcut, args.steps, args.rank) for shortcut in shortcuts if args.tune}
+    settings |= {shortcut: min(losses, key=losses.__getitem__) for shortcut, losses in tried.items()}
+    results = [measure(bench, seed, args.steps, args.rank, settings) for seed in args.seeds]
     print("\n".join(table(results)))
-    output = args.output or ROOT / "benchmarks" / "results" / f"merge-{args.model}.json"
+    tuned = "-tuned" if args.tune else ""
+    output = args.output or ROOT / "benchmarks" / "results" / f"merge-{args.model}{tuned}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "model": args.model,
         "steps": args.steps,
         "rank": args.rank,
-        "learning_rate": bench.learning_rate,
+        "settings": {shortcut: setting._asdict() for shortcut, setting in settings.items()},
+        "tried": {
+            shortcut: [setting._asdict() | {"loss": loss} for setting, loss in losses.items()]
+            for shortcut, losses in tried.items()
+        },
         "seconds": round(time.monotonic() - started),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "seeds": dict(zip(map(str, args.seeds), results, strict=True)),
     }
-    output.write_text(json.dumps(facts, indent=2) + "\n")
+    output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {output}")
 
 

@@ -1,4 +1,4 @@
-"""What each method of the family costs beside plain LoRA: processor time of whole runs, and memory of a step.
+"""The cost of each method of the family beside plain LoRA: processor time of whole runs, and memory of a step.
 
     python -m benchmarks.methods [--model NAME ...] [--steps N] [--output FILE]
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reslora_diffusion import ResLoraConfig, attach, factor_pairs, get_controller
+from reslora_diffusion import ResLoraConfig, attach, factor_pairs, get_adapter
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
 from reslora_diffusion.methods.schedules import parse_schedule
@@ -42,7 +42,7 @@ RANK, LR = 16, 1e-3
 
 @dataclass(frozen=True)
 class Method:
-    """What a run has beside plain LoRA, and what its paper claims for the time of a step."""
+    """The options of a run beside plain LoRA, and its paper's claim for the time of a step."""
 
     schedule: str | None = None
     optimizer: str | None = None
@@ -81,7 +81,7 @@ class Run:
         adapter = {"shortcut": "none"} | method.adapter
         attach(self.model, ResLoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, **adapter))
         if method.kernel:
-            get_controller(self.model).kernel = method.kernel
+            get_adapter(self.model).kernel = method.kernel
         self.optimizer = self.make_optimizer(method)
         settings = method.schedule and parse_schedule(method.schedule)
         self.schedule = make_schedule(settings, seed=0) if settings else Schedule()

@@ -34,9 +34,11 @@ def unet(**config: object) -> Callable[[], nn.Module]:
     return lambda: UNet2DConditionModel(**config)
 
 
+STICKER = UNet2DConditionModel.load_config(Path(__file__).parents[1] / "assets" / "sticker-sd" / "unet")
+
+
 def sticker_unet() -> nn.Module:
-    folder = Path(__file__).parents[1] / "assets" / "sticker-sd" / "unet"
-    return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    return UNet2DConditionModel.from_config(STICKER)
 
 
 def unet_inputs(size: int, channels: int, tokens: int = 77, text_width: int = 0, latents: int = 4) -> Callable:
@@ -118,7 +120,7 @@ SUBJECTS = {
     "llama_1b": Subject(llama(**LLAMA_1B), llama_inputs(1024, 128256), LLAMA_TARGETS),
     "tiny_unet": Subject(unet(**small_unet((16, 32, 32, 32), 8, 32)), unet_inputs(8, 32, 8), UNET_TARGETS),
     "proxy_unet": Subject(unet(**small_unet((64, 128, 256, 256), 32, 256)), unet_inputs(32, 256), UNET_TARGETS),
-    "sticker_unet": Subject(sticker_unet, unet_inputs(8, 128, latents=16), UNET_TARGETS),
+    "sticker_unet": Subject(sticker_unet, unet_inputs(8, 128, latents=STICKER["in_channels"]), UNET_TARGETS),
     "tiny_llama": Subject(llama(**TINY_LLAMA), llama_inputs(128, 512), LLAMA_TARGETS),
 }
 

@@ -39,13 +39,12 @@ def main() -> int:
     prepare = module.prepare
 
     def prepare_clocked(*args: Any) -> Any:
-        from reslora_diffusion.diffusion.data import examples
         from reslora_diffusion.diffusion.models import load as models
-        from reslora_diffusion.diffusion.train.session import Run
+        from reslora_diffusion.diffusion.train import finishing, setup
 
         models.load_pipeline = clocked(models.load_pipeline, "loading")  # type: ignore[assignment]
-        examples.encode_examples = clocked(examples.encode_examples, "caching")  # type: ignore[assignment]
-        Run.finish = clocked(Run.finish, "saving")  # type: ignore[method-assign]
+        setup.encode_examples = clocked(setup.encode_examples, "caching")  # type: ignore[attr-defined]
+        finishing.finish = clocked(finishing.finish, "saving")  # type: ignore[assignment]
         before = sum(spent.values())
         start = time.monotonic()
         found = prepare(*args)

@@ -18,12 +18,11 @@ from reslora_diffusion.utils.files import write_text
 
 from .gpu.stages import STAGES
 from .plots import plot_steps
-from .results import FOLDER
+from .results import FOLDER, with_block
 from .run import MEASURES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
-MARKS = ("<!-- performance -->", "<!-- /performance -->")
 NAMES = {
     "floor": "frozen model, no adapter",
     "peft": "**PEFT LoRA**",
@@ -235,13 +234,13 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 
 def lines_section(content: dict[str, Any]) -> str:
-    """What a result file says of itself."""
+    """Return the description that a result file has of itself."""
     lines = "\n".join(f"- {line.strip()}" for line in content["summary"])
     return f"## {TITLES[content['kind']]}\n\n{lines}\n\n{where(content['machine'])}"
 
 
 def gpu_section(measured: bool) -> str:
-    """How to measure on a GPU."""
+    """Return the lines on how to measure on a GPU."""
     rows = [[stage.letter, stage.name, stage.what, f"{stage.seconds} s", f"`{stage.file}`"] for stage in STAGES]
     return "\n\n".join(
         [
@@ -289,10 +288,7 @@ def main() -> None:
         if content["kind"] == "step" and not args.check and not (FOLDER / f"{stem}.png").exists():
             plot_steps(FOLDER / f"{stem}.json")
     wanted = {DOCUMENT: document(results)}
-    text = README.read_text(encoding="utf-8")
-    if all(mark in text for mark in MARKS):
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        wanted[README] = f"{before}{MARKS[0]}\n{summary(results)}\n{MARKS[1]}{after}"
+    wanted[README] = with_block(README.read_text(encoding="utf-8"), "performance", summary(results))
     stale = [p for p, content in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != content]
     if args.check:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not what its results make of it\n" for path in stale) or None)

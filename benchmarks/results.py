@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where a measurement was taken."""
+    """Return the facts on the machine of a measurement."""
     import torch
 
     found = {
@@ -52,3 +52,11 @@ def write_results(path: str | Path, kind: str, results: Any, *, quiet: bool = Fa
     write_text(path, json.dumps(content, indent=1) + "\n")
     if not quiet:
         print(f"\nwritten: {path}")
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """A document with `content` between its lines `<!-- name -->` and `<!-- /name -->`; unchanged without these."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if first not in text or last not in text:
+        return text
+    return f"{text.split(first)[0]}{first}\n{content}\n{last}{text.split(last)[1]}"

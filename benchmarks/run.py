@@ -1,10 +1,11 @@
-"""What a whole DreamBooth run takes, start-up, caching, steps and saving: ours and, where it is at hand, diffusers'.
+"""The cost of a whole DreamBooth run, from start-up to saving: ours and, where it is at hand, diffusers'.
 
     python -m benchmarks.run --model FOLDER --data FOLDER --prompt "a photo of sks dog" [--steps 200] [--rounds 3]
         [--diffusers_script path/to/examples/dreambooth/train_dreambooth_lora.py]
 
-diffusers' script imports torchvision, which nothing of ours needs: pip install -e '.[benchmarks]' -c constraints.txt
-brings the version for the installed torch (with --extra-index-url https://download.pytorch.org/whl/cpu on a CPU).
+diffusers' script (examples/dreambooth of its repository, at the installed version's tag) imports torchvision, which
+nothing of ours needs. Where it is not installed, `benchmarks.stand_in` gives the script those transforms by Pillow and
+torch, and the results say so; pip install -e '.[benchmarks]' -c constraints.txt brings the real ones.
 
 Both scripts get the same options and data, and nobody validates. Runs take turns, so that what else the machine does
 falls on all of them; figures are medians of the rounds, ratios are taken round by round. A short run before tells what
@@ -32,7 +33,6 @@ OURS = ROOT / "train_scripts" / "train_dreambooth_reslora.py"
 FEW = 5
 MEASURES = ("seconds", "processor", "memory")
 THEIRS = "diffusers"
-OF_THEIRS = ("torchvision",)  # imported by diffusers' script, and not needed by ours
 
 
 class ScriptFailed(SystemExit):
@@ -62,8 +62,14 @@ def run_once(program: list[str], file: Path | None = None) -> dict[str, Any]:
     return found
 
 
+def program_of(script: Path) -> list[str]:
+    """Return the words that start diffusers' script: as it is, or with a stand-in for torchvision."""
+    stand_in = ["-m", "benchmarks.stand_in"] if find_spec("torchvision") is None else []
+    return [sys.executable, *stand_in, str(script)]
+
+
 def options(args: argparse.Namespace, steps: int, output: Path) -> list[str]:
-    """What both scripts understand."""
+    """Return the options that both scripts have."""
     given = {
         "pretrained_model_name_or_path": args.model,
         "instance_data_dir": args.data,
@@ -132,8 +138,6 @@ def main() -> None:
                 if not Path(getattr(args, name)).is_dir()]  # fmt: skip
     if args.diffusers_script and not args.diffusers_script.is_file():
         problems.append(f"--diffusers_script: no file {args.diffusers_script}")
-    elif args.diffusers_script and (lacking := [name for name in OF_THEIRS if find_spec(name) is None]):
-        problems.append(f"--diffusers_script needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
     if args.steps <= FEW:
         problems.append(f"--steps: got {args.steps}, wanted more than {FEW}")
     if problems:
@@ -144,7 +148,7 @@ def main() -> None:
         "reslora input": (ours, ["--shortcut", "input", "--report_to", "none"]),
     }
     if args.diffusers_script:
-        scripts[THEIRS] = ([sys.executable, str(args.diffusers_script)], [])
+        scripts[THEIRS] = (program_of(args.diffusers_script), [])
     found = measure(scripts, args)
     print(f"{'':16}{'seconds':>9}{'processor':>11}{'MB':>7}{'a step':>9}{'besides':>9}   the first three x diffusers")
     for name, values in found.items():
@@ -155,7 +159,8 @@ def main() -> None:
         )
         for phase, seconds in values.get("phases", {}).items():
             print(f"    {phase:16}{seconds:.1f} s by the clock")
-    facts = {"steps": args.steps, "batch_size": args.batch_size, "resolution": args.resolution, "turns": args.rounds}
+    facts: dict[str, Any] = {"steps": args.steps, "batch_size": args.batch_size, "resolution": args.resolution}
+    facts |= {"turns": args.rounds, "torchvision": "installed" if find_spec("torchvision") else "benchmarks.stand_in"}
     write_results(args.output, "run", found, **facts)
 
 

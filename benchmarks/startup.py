@@ -1,4 +1,4 @@
-"""How soon the commands answer: help, a look at a file, and bad input. Aim: 1.5 s on two cores.
+"""The time until commands answer: help, a look at a file, and bad input. The aim is 1.5 s on two cores.
 
     python -m benchmarks.startup [--repeats 3]
 

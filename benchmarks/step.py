@@ -1,4 +1,4 @@
-"""How long one training step takes, and how much memory: every variant of `benchmarks.variants` in one process.
+"""Time and memory of one training step, for every variant of `benchmarks.variants` in one process.
 
     python -m benchmarks.step [--device cpu|cuda] [--model NAME ...] [--output FILE]
 
@@ -48,7 +48,7 @@ CPU_CASES = [("tiny_unet", 1, 60), ("sticker_unet", 4, 20), ("proxy_unet", 2, 8)
 
 
 class Case(NamedTuple):
-    """What is compared on a GPU: a model of `benchmarks.models`, its batch size, and how steps are launched."""
+    """A comparison on a GPU: a model of `benchmarks.models`, its batch size, and how steps are launched."""
 
     subject: str
     batch: int
@@ -201,7 +201,7 @@ def on_cpu(variants: list[str], scale: float, subjects: Sequence[str]) -> dict[s
 
 
 def takes_part(name: str, case: Case) -> bool:
-    """Whether a variant is measured: not all fit a card at once, or the time."""
+    """Return whether a variant is measured: not all fit a card at once, or the time."""
     if "llama" in case.subject and name.endswith("_frozen"):
         return False
     few = case.subject == "sdxl" or case.batch == 8

@@ -1,4 +1,4 @@
-"""What is compared: ways to train one frozen model, each put on a fresh copy of it.
+"""The variants that are compared: ways to train one frozen model, each put on a fresh copy of it.
 
 floor            the frozen model, with gradients from the first adapted layer on: no adapter can cost less
 peft             PEFT's LoRA in the precision of the base                               (the yardstick)
@@ -30,7 +30,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """How a frozen model becomes one that is trained, and whether it runs under autocast."""
+    """A way to make a frozen model trainable, with or without autocast."""
 
     name: str
     adapt: Callable[[nn.Module, list[str], bool], None]  # (model, targets, on_gpu)

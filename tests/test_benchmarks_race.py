@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.race import results, stages
 from benchmarks.race.analysis import analyse, at_time
+from benchmarks.race.guidance import guidance, near
 from benchmarks.race.methods import parse_method
 from benchmarks.race.plan import Plan, PlanError, TaskSettings, read_plan
 from benchmarks.race.report import document
@@ -252,7 +253,7 @@ def test_a_race_resumes_and_its_page_is_made_of_the_files(line: Plan, tmp_path, 
     found = analyse(line, tmp_path)
     assert list(found.entries) == ["lora", "reslora-block", "lora, alpha x 2"]
     assert found.entries["reslora-block"].comparison.seeds == 3
-    page = document({line: tmp_path})
+    page = document([analyse(line, tmp_path)])
     assert "| control: lora, alpha x 2 |" in page
     assert "3 trials for each of 2 methods" in page
 
@@ -304,15 +305,15 @@ def settings(method: str, rate: float) -> dict:
 
 def test_the_page_is_complete_or_says_that_it_is_not(raced) -> None:
     race, folder = raced
-    page = document({race: folder})
+    page = document([analyse(race, folder)])
     assert "Complete: 6 of 6 trials, 15 of 15 final runs." in page
-    assert "none of 1 methods was shown to be better than tuned LoRA, and 1 were shown to be worse" in page
+    assert "none of 1 methods was shown to be better than tuned LoRA, and 1 was shown to be worse" in page
     assert "+0.511 (+0.509 to +0.513)" in page  # 0.5 + the mean of 10, 11, 12 thousandths
     assert "| 0.019 | no difference shown |" in page
     assert "1 of 3 diverged" in page
     assert "| `lora` | 0.1 | 1 |" in page
     next((folder / "controls").rglob("*.json")).unlink()
-    assert "**This race is not complete** (6 of 6 trials, 14 of 15 final runs)." in document({race: folder})
+    assert "**This race is not complete** (6 of 6 trials, 14 of 15 final runs)." in document([analyse(race, folder)])
 
 
 def test_a_page_of_trials_alone_compares_nothing(raced, tmp_path) -> None:
@@ -320,14 +321,24 @@ def test_a_page_of_trials_alone_compares_nothing(raced, tmp_path) -> None:
 
     race, folder = raced
     shutil.rmtree(folder / "final")
-    page = document({race: folder})
+    page = document([analyse(race, folder)])
     assert "There is no answer yet" in page
     assert "ranks nothing" in page
     assert "p (Holm)" not in page
     shutil.rmtree(folder / "tune")
     for stage in ("controls", "robustness"):
         shutil.rmtree(folder / stage)
-    assert "**Not run yet** (0 of 6 trials, 0 of 15 final runs)." in document({race: folder})
+    assert "**Not run yet** (0 of 6 trials, 0 of 15 final runs)." in document([analyse(race, folder)])
+
+
+def test_measured_settings_are_of_methods_that_have_all_their_trials(raced) -> None:
+    race, folder = raced
+    table = guidance([analyse(race, folder)])
+    assert "| `lora` | 0.1 | 1 |  | 0.1 |" in table  # the other rates are worse by 1
+    assert "`reslora-block`" in table
+    next((folder / "tune" / "reslora-block").rglob("*.json")).unlink()
+    assert "`reslora-block`" not in guidance([analyse(race, folder)])
+    assert near([(0.1, 1.5), (0.2, 1.01), (0.4, 1.0), (0.8, 1.02), (1.6, 1.03), (3.2, 1.0)]) == "0.2 to 0.8"
 
 
 def test_the_paper_and_the_tuned_race_are_explained_together(raced, tmp_path_factory) -> None:
@@ -339,7 +350,7 @@ def test_the_paper_and_the_tuned_race_are_explained_together(raced, tmp_path_fac
         written(other, published, "tune", method, setting, 0, loss=2.0)
         for seed in published.final.seeds:
             written(other, published, "final", method, setting, seed, loss=2 + seed / 100 - gain * (1 + seed / 1000))
-    page = document({published: other, race: folder})
+    page = document([analyse(published, other), analyse(race, folder)])
     assert "`reslora-block` (-0.708) have a lower loss than LoRA, as the paper says" in page
     assert "LoRA's loss from 2.11 to 1.11, a gain of 1, where changing the method at the published setting" in page
     assert "the advantage does not outlast tuning" in page
@@ -357,7 +368,7 @@ def test_results_are_taken_over_once_and_say_the_same(raced, tmp_path_factory) -
     target = tmp_path_factory.mktemp("target")
     assert results.take_over(folder, target, race) == 21
     assert results.take_over(folder, target, race) == 0
-    assert document({race: target}) == document({race: folder})
+    assert document([analyse(race, target)]) == document([analyse(race, folder)])
 
 
 def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> None:
@@ -367,9 +378,9 @@ def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> N
     case |= {"search_wall_seconds": 3.0, "training_wall_seconds": 9.0}
     cases = {f"seed {n}": case | {"loss_defaults": 1 + n, "loss_tuned": 0.5 + n + n / 100} for n in range(3)}
     (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": cases}))
-    page = document({race: folder}, found)
+    page = document([analyse(race, folder)], found)
     assert "The gain is beyond the spread: -0.49 (-0.515 to -0.465)" in page
     assert "| seed 1 | 2 | 2 | 1.51 | -0.49 | learning_rate 0.01 | 5 | 29 % | 3 s, 9 s |" in page
-    assert "**Not measured yet.**" in document({race: folder}, folder)
+    assert "**Not measured yet.**" in document([analyse(race, folder)], folder)
     (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": {"seed 0": cases["seed 0"]}}))
-    assert "With 1 case nothing is concluded yet; 3 are wanted." in document({race: folder}, found)
+    assert "With 1 case nothing is concluded yet; 3 are wanted." in document([analyse(race, folder)], found)

@@ -281,7 +281,7 @@ def test_the_kit_goes_where_nothing_is_lost(words: list[str], complaint: str) ->
 
 def test_pretraining_goes_on_from_a_pipeline(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "train_scripts"))
-    from diffusers import UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
     import pretrain_sticker_pipeline as recipe
@@ -289,8 +289,9 @@ def test_pretraining_goes_on_from_a_pipeline(tmp_path: Path) -> None:
 
     pipeline = ROOT / "assets" / "sticker-sd"
     recipe.copy_finished_parts(pipeline, tmp_path)
-    model = StickerModel(CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
-    model.load_weights(pipeline)
+    channels = AutoencoderKL.load_config(tmp_path / "vae")["latent_channels"]
+    model = StickerModel(CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), channels)
+    assert model.load_weights(pipeline) == []
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
     for name, value in unet.state_dict().items():
         assert torch.equal(model.unet.state_dict()[name], value), name

@@ -22,7 +22,7 @@ TAIL = 40  # lines of a failed stage that its file holds
 
 @dataclass
 class Outcome:
-    """What became of a stage."""
+    """The outcome of a stage."""
 
     stage: Stage
     seconds: float
@@ -134,7 +134,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def table(outcomes: list[Outcome], out: Path) -> str:
-    """What ran, what came of it, and the first lines of the results."""
+    """Return the stages, their outcomes, and the first lines of the results."""
     lines = [f"{'stage':20}{'seconds':>8}{'estimate':>10}   outcome"]
     for outcome in outcomes:
         stage = outcome.stage

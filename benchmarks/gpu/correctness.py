@@ -140,7 +140,7 @@ class Setting:
         self.effect = distance([(unadapted, self.wanted[0])])
 
     def reference(self, inputs: dict[str, Tensor]) -> Found:
-        """What ResLoRA as the paper writes it makes of the same weights in float64."""
+        """Compute ResLoRA as the paper writes it, with the same weights in float64."""
         exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         model = copy.deepcopy(self.base).double()
         layers = dict(self.model.named_modules())

@@ -82,7 +82,7 @@ class Bench:
 
 
 class Comparison(NamedTuple):
-    """What is compared: the kernels, or the memory-saving forms, on one model."""
+    """A comparison of kernels, or of memory-saving forms, on one model."""
 
     kind: str  # "kernels" or "forms"
     subject: str

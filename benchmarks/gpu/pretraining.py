@@ -26,6 +26,7 @@ CHANGED = (
     "text_encoder/model.safetensors",
     "evaluation.json",
     "contact_sheet.png",
+    "reconstructions.png",
 )
 PROBE = 20  # steps that tell how long a step takes
 EVALUATION = 20  # seconds for generating and judging images

@@ -38,7 +38,7 @@ TINY_VARIANTS = ("floor", "peft", "block", "block_frozen")
 
 
 def earlier_results(file: Path) -> dict[str, Any]:
-    """What the other of the two stages has measured."""
+    """Read the measurements of the other of the two stages."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))["results"]
     except (OSError, ValueError, KeyError):

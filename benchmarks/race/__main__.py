@@ -4,8 +4,9 @@
     python -m benchmarks.race report [--check] [--add FOLDER]
 
 `run` goes on where an earlier call stopped, whatever stopped it. `report` writes docs/evidence.md and its plots from
-the results of all plans, complete or not; `--check` fails if the page is not what the results make of it. `--add` takes
-over results that were made in another folder (FOLDER/<plan>/...) first.
+the results of all plans, complete or not, and the passages of the README and docs/methods.md that stand between
+`<!-- evidence -->` and `<!-- /evidence -->`; `--check` fails if one of them is not what the results make of it. `--add`
+takes over results that were made in another folder (FOLDER/<plan>/...) first.
 """
 
 import math
@@ -21,7 +22,7 @@ from .plan import PlanError, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS, RESULTS = ROOT / "benchmarks" / "race" / "plans", ROOT / "benchmarks" / "results" / "race"
-DOCUMENT = ROOT / "docs" / "evidence.md"
+DOCUMENT, METHODS, README = ROOT / "docs" / "evidence.md", ROOT / "docs" / "methods.md", ROOT / "README.md"
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -53,8 +54,12 @@ def report(
         Path | None, typer.Option(help="first take over the results in FOLDER/<plan>, as far as they are of our plans")
     ] = None,
 ) -> None:
-    """Write docs/evidence.md and its plots."""
+    """Write docs/evidence.md, its plots and what is taken from it."""
+    from benchmarks.results import with_block
+
+    from .advice import advice
     from .analysis import analyse
+    from .guidance import guidance
     from .plots import plot
     from .report import document
     from .results import take_over
@@ -63,17 +68,25 @@ def report(
     if add is not None:
         for plan in plans:
             print(f"{plan.name}: {take_over(add / plan.name, RESULTS / plan.name, plan)} results taken over")
-    page = document({plan: RESULTS / plan.name for plan in plans})
+    folders = {plan: RESULTS / plan.name for plan in plans}
+    found = [analyse(plan, folder) for plan, folder in folders.items()]
+    tuned, published = ([a for a in found if a.is_tuned == kind] for kind in (True, False))
+    wanted = {
+        DOCUMENT: document(found),
+        METHODS: with_block(METHODS.read_text(encoding="utf-8"), "evidence", guidance(tuned)),
+        README: with_block(README.read_text(encoding="utf-8"), "evidence", advice(tuned, published)),
+    }
+    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if check:
-        same = DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == page
-        answer = "what the results say" if same else "out of date: python -m benchmarks.race report"
-        print(f"{DOCUMENT.name} is {answer}")
-        raise SystemExit(0 if same else 1)
-    write_text(DOCUMENT, page)
-    for plan in plans:
-        if f"race-{plan.name}.png" in page:
-            plot(analyse(plan, RESULTS / plan.name), ROOT / "docs" / "images" / f"race-{plan.name}.png")
-    print(f"written: {DOCUMENT.relative_to(ROOT)}")
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: python -m benchmarks.race report")
+        raise SystemExit(1 if stale else 0)
+    for path in stale:
+        write_text(path, wanted[path])
+        print(f"written: {path.relative_to(ROOT)}")
+    for analysis in found:
+        if f"race-{analysis.plan.name}.png" in wanted[DOCUMENT]:
+            plot(analysis, ROOT / "docs" / "images" / f"race-{analysis.plan.name}.png")
 
 
 if __name__ == "__main__":

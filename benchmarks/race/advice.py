@@ -46,8 +46,8 @@ def which_method(raced: Sequence[Analysis]) -> str:
             parts.append(f"on {analysis.plan.name} {names} beat tuned LoRA at equal exported rank")
         else:
             parts.append(
-                f"on {analysis.plan.name} none of {others} methods was shown to be better than tuned LoRA, and {worse} "
-                "were shown to be worse"
+                f"on {analysis.plan.name} none of {others} methods was shown to be better than tuned LoRA, and "
+                f"{worse or 'none'} {'were' if worse > 1 else 'was'} shown to be worse"
             )
     text = "; ".join(parts)
     if any(any(map(is_better, a.methods.values())) for a in raced):

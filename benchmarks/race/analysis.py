@@ -165,7 +165,7 @@ def analyse(plan: Plan, folder: Path) -> Analysis:
         if word in plan.methods:
             around = robustness(plan, other_rates[word], best[word])
             entries[word] = replace(entries[word], robustness=around, interior=is_interior(trials[word]))
-    return Analysis(plan, trials, entries, progress_of(plan, trials, everything), everything)
+    return Analysis(plan, trials, entries, progress_of(plan, trials, entries), everything)
 
 
 def compared(entries: dict[str, Entry], reference: str) -> dict[str, Entry]:
@@ -189,12 +189,14 @@ def robustness(plan: Plan, runs: Mapping[tuple, Runs], setting: Setting) -> dict
     return {factor: list(losses_of(runs.get(key(other), [])).values()) for factor, other in others.items()}
 
 
-def progress_of(plan: Plan, trials: Mapping[str, Sequence[Any]], everything: Runs) -> Progress:
+def progress_of(plan: Plan, trials: Mapping[str, Sequence[Any]], entries: Mapping[str, Entry]) -> Progress:
+    """Final runs of a setting that is no longer the best one are not counted."""
     seeds, methods = len(plan.final.seeds), len(plan.methods)
     at_other_rates = len(plan.final.robustness) * min(seeds, plan.final.robustness_seeds) * methods
+    done = (len(entry.runs) + sum(map(len, entry.robustness.values())) for entry in entries.values())
     return Progress(
         trials=sum(min(len(found), plan.search.trials) for found in trials.values()),
         trials_wanted=plan.search.trials * methods,
-        final=sum(run["stage"] != "tune" for run in everything),
+        final=sum(done),
         final_wanted=seeds * (methods + len(plan.controls)) + at_other_rates,
     )

@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class PlanError(ValueError):
-    """What is wrong with a plan, a line each."""
+    """Problems with a plan, a line each."""
 
 
 class Strict(BaseModel):

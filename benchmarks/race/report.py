@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.results import FOLDER as RESULTS
 
 from .advice import advice, paper_beside_tuned
-from .analysis import Analysis, Entry, analyse
+from .analysis import Analysis, Entry
 from .plan import Plan
 from .statistics import Comparison, compare, verdict
 from .words import loss_with_spread, number, signed, spread, table
@@ -39,9 +39,8 @@ How to read the tables:
 """
 
 
-def document(folders: Mapping[Plan, Path], tuned_results: Path = RESULTS) -> str:
-    """The whole page, from the folder of results of each plan and the files `tuned-<task>.json` in another."""
-    found = [analyse(plan, folder) for plan, folder in folders.items()]
+def document(found: Sequence[Analysis], tuned_results: Path = RESULTS) -> str:
+    """The whole page, from all races and the files `tuned-<task>.json` in a folder."""
     tuned, published = ([a for a in found if a.is_tuned == kind] for kind in (True, False))
     parts = [HEAD, "## What to choose", advice(tuned, published)]
     for analysis in published:

@@ -15,7 +15,7 @@ STAGES = ("tune", "final", "controls", "robustness")
 
 
 def facts_of(plan: Plan, stage: str, method: str, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What a run is a function of."""
+    """The identity of a run, which is a function of it."""
     task = plan.task.model_dump()
     if stage in ("tune", "robustness"):  # their curves are not asked for
         task["evaluations"] = 1
