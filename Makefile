@@ -7,7 +7,7 @@ MODEL ?= tiny
 TEST_PROCESSES ?= 2
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm test test-slow fuzz lint check evidence-check format clean
+.PHONY: demo demo-llm test test-slow fuzz screenshots lint check evidence-check format clean
 
 demo: $(VENV)/installed  ## teach a subject by LoRA and ResLoRA, and look at both
 	$(BIN)/python train_scripts/demo.py $(DEMO_ARGS)
@@ -27,6 +27,9 @@ test-slow: $(VENV)/installed  ## every test that needs no GPU
 
 fuzz: $(VENV)/installed  ## hand in files that strangers could have written, for SECONDS
 	$(BIN)/python tests/fuzz.py $(SECONDS)
+
+screenshots: $(VENV)/installed  ## renew those of the documents, of what `make demo` trained
+	$(BIN)/python docs/app/screenshots.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

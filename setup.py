@@ -16,6 +16,7 @@ setup(
     packages=[*MODULES, *PAGE, INSIDE["train_scripts"], *CONFIGS],
     package_dir={inside: folder for folder, inside in INSIDE.items()},
     package_data={
+        "": ["*.pyi"],
         "reslora_diffusion": ["py.typed"],
         "reslora_diffusion.app": ["static/*"],
         "reslora_diffusion.train_scripts.configs": ["*.yaml"],

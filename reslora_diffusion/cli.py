@@ -86,7 +86,7 @@ def dtype_of(precision: Precision | None) -> "torch.dtype | None":
 
 
 def stem(source: Path) -> str:
-    """What to call a result after its source: its folder where the file is called as all are."""
+    """Return a name for the result of `source`: its own, or its folder's where the file has the usual name."""
     path = source.resolve()
     generic = path.stem in ("pytorch_lora_weights", "adapter_model")
     return path.parent.name if generic else path.stem if path.is_file() else path.name
@@ -128,9 +128,9 @@ def export(
     show(export_trained(run, output, rank=asked, dtype=dtype.dtype, name=name, base=base, allow_lossy=allow_lossy))
 
 
-@app.command(cls=checking(checks.readable_beside))
+@app.command(cls=checking(checks.inspectable))
 def inspect(source: LoraSource, as_json: AsJson = False) -> None:
-    """Say what a LoRA file is.
+    """Say what a LoRA file is, or a file of embeddings of new tokens.
 
     For which model, its ranks, alphas, norms and health, and what its header says of its training. Reads any plain
     LoRA of the Stable Diffusion family and of PEFT. Exits with 1 if it holds NaN or changes nothing.
@@ -140,9 +140,9 @@ def inspect(source: LoraSource, as_json: AsJson = False) -> None:
       reslora inspect my_lora.safetensors
       reslora inspect panda --json | jq .ranks
     """
-    from .export.inspection import inspect_lora
+    from .export.inspection import inspect_file
 
-    found = inspect_lora(source)
+    found = inspect_file(source)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
     if not found.healthy:
         raise typer.Exit(CHECK_FAILED)
@@ -173,7 +173,7 @@ def verify(
         raise typer.Exit(CHECK_FAILED)
 
 
-@app.command(cls=checking(checks.readable, checks.mergeable, checks.fitting))
+@app.command(cls=checking(checks.readable, checks.known_base, checks.mergeable, checks.fitting))
 def merge(
     source: LoraSource,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the fused model")],
@@ -265,7 +265,9 @@ def convert(
     output: Output = None,
     dtype: StoredDtype = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help=f"of a DoRA: {BASE_HELP}")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="of a DoRA: make a plain LoRA of this rank")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="of a DoRA, LoHa or LoKr: make a plain LoRA of this rank")
+    ] = None,
     allow_lossy: Lossy = False,
 ) -> None:
     """Write a LoRA for another program.
@@ -274,7 +276,8 @@ def convert(
     into FILE-diffusers, FILE-kohya.safetensors or FILE-peft in the current folder.
 
     A DoRA stays one: with --base its kohya file is what ComfyUI reads as it was trained, without it what LyCORIS does.
-    With --base and --rank it becomes the nearest plain LoRA, which every program reads.
+    With --base and --rank it becomes the nearest plain LoRA, which every program reads. So does a LoHa or LoKr with
+    --rank.
 
     \b
     Example:

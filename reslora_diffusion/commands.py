@@ -45,8 +45,8 @@ class CheckingCommand(TyperCommand):
         return rest
 
     def known_words(self, ctx: Any, words: list[str], faults: list[Exception]) -> tuple[dict[str, Any], list[str]]:
-        """What click's parser makes of the words without the options that it does not know, which go to `faults`. The
-        word behind such an option is its value, where there is one argument too many."""
+        """Parse words by click without the options that it does not know, which are added to `faults`. The word behind
+        such an option is its value, where there is one argument too many."""
         behind: list[int] = []
         while True:
             try:
@@ -79,7 +79,7 @@ def checking(*checks: Check) -> type[CheckingCommand]:
 
 
 def failures(checks: Sequence[Check], given: dict[str, Any]) -> Iterator[Exception]:
-    """What the checks raise that have all their parameters."""
+    """Yield the errors of those checks whose parameters are all given."""
     for check in checks:
         wanted = signature(check).parameters
         if wanted.keys() <= given.keys():

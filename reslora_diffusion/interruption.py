@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps."""
+"""Ctrl-C and SIGTERM, on Windows also CTRL_BREAK, as a question that the training loop asks between two steps."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from accelerate import Accelerator
 
+from .utils.processes import stop_signals
 from .utils.stopping import asked_to_stop, started_by_a_launcher
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 2.0  # seconds in which a launcher passes on what the terminal has told its processes too
 
 
@@ -34,7 +34,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         heard = threading.current_thread() is threading.main_thread()  # Python gives signals to no other
-        self.before = {number: signal.getsignal(number) for number in SIGNALS if heard}
+        self.before = {number: signal.getsignal(number) for number in stop_signals() if heard}
         for number in self.before:
             signal.signal(number, self._receive)
         return self
@@ -58,7 +58,7 @@ class Interruption:
         )
 
     def requested(self) -> bool:
-        """Whether a signal reached any process: all of them leave the loop at the same step."""
+        """Return whether a signal reached any process, so that all of them leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
             return self.received
         received = torch.tensor(float(self.received), device=self.accelerator.device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 import strangers
 import strangers_data
@@ -20,7 +21,7 @@ def source_in(folder: Path) -> Path:
 
 
 def lora_doors(out: Path) -> Iterator[tuple[str, Door]]:
-    from reslora_diffusion.export import convert, fuse, inspect_lora, read_lora, resize, verify_lora
+    from reslora_diffusion.export import convert, fuse, inspect_embeddings, inspect_lora, read_lora, resize, verify_lora
     from reslora_diffusion.export.base import check_stored
     from reslora_diffusion.export.header import read_headers
     from tiny import tiny_pipeline_folder
@@ -58,6 +59,15 @@ def lora_doors(out: Path) -> Iterator[tuple[str, Door]]:
         yield f"convert-to-{to}", Door(files, converted(to), refusals, slow=True)
     yield "merge", Door(files, merge, refusals, slow=True)
     yield "resize", Door(files, shrink, refusals, slow=True)
+
+    def tokens(folder: Path) -> str:
+        found = inspect_embeddings(folder / "x_emb.safetensors")
+        json.dumps(found.to_dict(), allow_nan=False)
+        return str(found)
+
+    rows = {"clip_l": torch.arange(6.0).reshape(2, 3), "clip_g": torch.ones(2, 4)}
+    header = {"reslora.tokens": json.dumps({"TOK": ["<s0>", "<s1>"]}), "reslora.steps": "5"}
+    yield "embeddings-of-new-tokens", Door(strangers.spoiled({"x_emb.safetensors": save(rows, header)}), tokens)
 
 
 def option_doors() -> Iterator[tuple[str, Door]]:

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 from hypothesis import strategies as st
 
+from reslora_diffusion.export.product_shapes import PARTS
 from strangers import Files, as_json, changed_object, damaged, numbers, texts
 
 UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -23,6 +24,8 @@ NAMES = {
     ],
     "peft": [(f"base_model.model.{LLM}", ".lora_A.weight", ".lora_B.weight")],
 }
+HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+SIDES = [[2, 16], [16, 2], [4, 4], [16, 16], [2, 2, 3, 3], [700, 700], [1, 250_000], [250_000, 1], [0, 4], [3]]
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6}
 BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8, "BOOL": 8, "C64": 64, "X9": 8}
 PEFT_NAMES = [
@@ -44,6 +47,7 @@ PEFT_NAMES += [
     "fan_in_fan_out",
     "base_model_name_or_path",
 ]
+PRODUCT_CONFIG = {"peft_type": "LOKR", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}
 SOUND_CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 METADATA = [
     "modelspec.architecture",
@@ -87,6 +91,12 @@ def tensors(draw: st.DrawFn, layout: str) -> dict[str, tuple[str, list[int], byt
                 draw(st.sampled_from(["F16", "F32", "I64", "BOOL"])),
                 draw(st.sampled_from([[], [1], [2]])),
             )
+    if draw(st.integers(0, 3)) == 0:  # a LoHa or LoKr, whole or torn
+        parts = st.dictionaries(st.sampled_from([*PARTS]), st.sampled_from(SIDES), min_size=2, max_size=5)
+        whole = st.sampled_from([{"lokr_w1": [4, 4], "lokr_w2": [4, 4]}, dict.fromkeys(HADA, [16, 16])])
+        stem = NAMES[layout][0][0]
+        for part, shape in draw(parts | whole).items():
+            put(f"{stem}.{part}", draw(st.sampled_from(["F16", "F32", "F8_E4M3"])), shape)
     if draw(st.integers(0, 7)) == 0:
         put(
             draw(texts | st.sampled_from(["base_model.model.score.weight", "unet.x.dora_scale", "a.hada_w1"])),
@@ -124,7 +134,7 @@ def lora_files(draw: st.DrawFn, damage: bool = True) -> Files:
     content = safetensors(draw(tensors(layout)), metadata)
     files = {"x.safetensors": content}
     if layout == "peft":
-        config = draw(changed_object(SOUND_CONFIG, PEFT_NAMES))
+        config = draw(changed_object(draw(st.sampled_from([SOUND_CONFIG, SOUND_CONFIG, PRODUCT_CONFIG])), PEFT_NAMES))
         files = {"adapter_model.safetensors": content, "adapter_config.json": as_json(config)}
         if draw(st.integers(0, 5)) == 0:
             files["adapter_config.json"] = draw(damaged(st.just(files["adapter_config.json"])))

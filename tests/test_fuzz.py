@@ -21,7 +21,8 @@ CORPUS = Path(__file__).parent / "corpus"
 EXAMPLES = 40  # at each door; a tenth where one takes long
 NAMES = (
     "read inspect verify verify-on-a-base convert-to-diffusers convert-to-kohya convert-to-peft merge resize "
-    "options-of-the-image-trainer checked-options-of-the-image-trainer options-of-the-language-trainer "
+    "embeddings-of-new-tokens options-of-the-image-trainer checked-options-of-the-image-trainer "
+    "options-of-the-language-trainer "
     "options-of-other-programs concepts a-folder-of-images images-to-train-on a-dataset-of-images conversations "
     "glue-files word-problems a-run-as-the-page-shows-it a-checkpoint-of-the-image-trainer "
     "a-checkpoint-of-the-language-trainer a-run-to-export a-pipeline a-pipeline-to-check-against a-language-model "

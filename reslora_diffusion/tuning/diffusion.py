@@ -22,6 +22,7 @@ from ..diffusion.options import DreamBoothOptions
 from ..diffusion.options.plan import Plan
 from ..diffusion.train import setup
 from ..diffusion.train.session import Run
+from ..diffusion.train.stopping import stop_text_encoders
 from ..utils.problems import Stopped
 from .study import Report, Spent
 
@@ -108,6 +109,7 @@ def one_step(run: Run, step: int) -> None:
     """The step of train_scripts/train_dreambooth_reslora.py, on one process and without graphs."""
     args = run.options
     total = torch.zeros((), device=run.accelerator.device)
+    stop_text_encoders(run, step)
     run.schedule.before_step(step)
     for micro in range(args.gradient_accumulation_steps):
         for batch in run.batches(step, micro):
@@ -150,7 +152,7 @@ def start_of(args: DreamBoothOptions) -> dict[str, Any]:
 
 
 def identity_of(args: DreamBoothOptions, data: Mapping[str, Any], draws: int) -> dict[str, Any]:
-    """What trials are a function of, in JSON's types."""
+    """The identity of trials, which are a function of it, in JSON's types."""
     own = {name: value for name, value in args.recorded().items() if name not in OUTSIDE}
     own = {
         name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -42,7 +42,7 @@ OUTSIDE = ("output_dir", "problems", "save_merged_model", "eval_base", *QUIET)  
 
 @dataclass
 class Command:
-    """What a command line says, checked."""
+    """A command line, read and checked."""
 
     options: LlmOptions
     training: TrainingOptions

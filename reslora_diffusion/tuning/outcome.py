@@ -1,4 +1,4 @@
-"""What a search has found: the settings, what they are expected to gain, and the files that say so.
+"""A search has found settings: these, what they are expected to gain, and the files that say so.
 
 run.yaml     the command's options with the best point and `keep_best`; `--config run.yaml` trains with it
 tune.json    every trial, the expected gain, what the search took
@@ -29,8 +29,9 @@ RUN, FACTS, PLOT = "run.yaml", "tune.json", "tune.png"
 
 @dataclass(frozen=True)
 class Gain:
-    """How much lower the loss is than with the command as given, on held-out draws that chose nothing, with the 95 %
-    interval over those draws. Another seed of the training adds to it. All is infinite if the command diverged."""
+    """The loss with the command as given less that with the settings found, on held-out draws that chose nothing, with
+    the 95 % interval over those draws. Another seed of the training adds to it. All is infinite if the command
+    diverged."""
 
     loss_before: float
     loss_after: float

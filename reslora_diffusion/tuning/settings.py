@@ -1,4 +1,4 @@
-"""What a search is asked to do."""
+"""Settings of a search."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,13 +39,13 @@ class Settings:
         return Path(self.folder) if self.folder else Path(output_dir) / "tune"
 
     def steps_of_a_trial(self, whole: int) -> int:
-        """From the steps of the whole training."""
+        """Return the number of steps of a trial, given those of the whole training."""
         own = round(self.share * whole / TRIALS_IN_SHARE)
         return min(whole, self.trial_steps or max(FEWEST_STEPS, own))
 
 
 def setting_problems(settings: Settings) -> Iterator[str]:
-    """What is wrong with the search's own options."""
+    """Problems with the search's own options."""
     yield from settings.problems
     yield from value_problems(settings)
     for name in settings.search:

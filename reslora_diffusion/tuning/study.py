@@ -46,7 +46,7 @@ class Spent(NamedTuple):
 
 
 class Trainee(Protocol):
-    """What is tuned: trains a short while at a point and measures on held-out data."""
+    """The job that is tuned: it trains a short while at a point and measures on held-out data."""
 
     @property
     def steps(self) -> int:
@@ -58,7 +58,7 @@ class Trainee(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What trials are a function of, in JSON's types."""
+        """The identity of trials, which are a function of it, in JSON's types."""
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -154,7 +154,7 @@ def storage_of(where: str) -> Any:
 
 
 def is_journal(line: bytes) -> bool:
-    """Whether a file whose first line this is holds what Optuna writes."""
+    """Return whether a file whose first line this is holds what Optuna writes."""
     try:
         entry = parse_json(line)
     except ValueError:
@@ -232,12 +232,12 @@ def run_trial(
 
 
 def is_command(point: Mapping[str, Any], space: Space) -> bool:
-    """Whether a trial's point is that of the command as it was given."""
+    """Return whether a trial's point is that of the command as it was given."""
     return all(point.get(name) == space.start[name] for name in space.searched)
 
 
 def point_of(trial: FrozenTrial) -> Mapping[str, Any]:
-    """What a trial tries, or will."""
+    """Return what a trial tries, or will."""
     return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
