@@ -150,6 +150,15 @@ def fill(page, name: str, text: str) -> None:
     field.blur()  # as whoever goes on to something else
 
 
+def choose(page, name: str, option: str) -> None:
+    """An option of a dropdown. The list is looked for by the field it belongs to: that of a dropdown chosen from just
+    before may still be fading."""
+    field = page.locator(f"#{name}").get_by_role("combobox")
+    field.click()
+    expect(field).to_have_attribute("aria-expanded", "true")
+    page.locator(f"#{field.get_attribute('aria-controls')}").get_by_role("option", name=option, exact=True).click()
+
+
 def unfold(page, name: str) -> None:
     heading = page.get_by_role("button", name=name)
     expect(heading).to_have_attribute("aria-expanded", re.compile("true|false"))
@@ -234,8 +243,7 @@ def test_generate_look_flip_and_take_away(visit, address, tmp_path):
     expect(page.locator("#grid tbody th[data-column]")).to_have_count(5)
     page.click("#transpose")
     expect(page.locator("#grid thead th[data-column]")).to_have_count(5)
-    page.locator("#pages input").click()
-    page.get_by_role("option", name="prompt", exact=True).click()
+    choose(page, "pages", "prompt")
     expect(page.locator("#grid .pager")).to_contain_text("page 1 of 2")
     expect(page.locator("#grid img:visible")).to_have_count(5)
     page.get_by_role("button", name="Next page").press("Enter")
@@ -385,8 +393,7 @@ def test_a_comparison_that_was_taken_away_comes_back(visit, studio, tmp_path):
     fill(page, "negative", "rain")
     page.locator("#guidance input[type=number]").fill("3.7")
     page.locator("#guidance input[type=number]").press("Tab")
-    page.locator("#scheduler input").click()
-    page.get_by_role("option", name="DDIM").click()
+    choose(page, "scheduler", "DDIM")
     page.get_by_role("checkbox", name="Base column").uncheck()
     page.get_by_role("checkbox", name="reslora", exact=True).uncheck()
     expect(page.locator("#expected")).to_contain_text("8 images, about")
@@ -485,8 +492,7 @@ def test_stop_while_waiting_for_another_visitors_images(visit, slow, studio):
 def test_an_adapter_of_a_checkpoint_joins_the_comparison(visit):
     page = visit()
     unfold(page, "adapters of runs")
-    page.locator("#adapters_of_runs input").click()
-    page.get_by_role("option", name="lora/checkpoint-20").click()
+    choose(page, "adapters_of_runs", "lora/checkpoint-20")
     expect(page.get_by_role("checkbox", name="lora/checkpoint-20")).to_be_checked()
     expect(page.locator("#expected")).to_contain_text("8 images, about")
 
@@ -529,18 +535,13 @@ def test_a_comparison_that_is_asked_for_while_another_runs_takes_its_place(visit
     expect(page.locator("#stop")).to_be_disabled()
 
 
-def choose_base(page, name: str) -> None:
-    page.locator("#base input").click()
-    page.get_by_role("option", name=name, exact=True).click()
-
-
 def test_another_base_is_chosen_on_the_page_and_a_damaged_one_changes_nothing(visit, folder):
     page = visit()
-    choose_base(page, "damaged")
+    choose(page, "base", "damaged")
     expect(toast(page)).to_contain_text("The base damaged cannot be loaded")
     expect(page.locator("#base input")).to_have_value("base")
     page.get_by_role("button", name="Close").first.click()
-    choose_base(page, "wide")
+    choose(page, "base", "wide")
     expect(page.locator("#status")).to_contain_text("The base is wide")
     expect(page.locator("#status")).to_contain_text("lora is not chosen any more")
     expect(page.get_by_role("checkbox", name="lora", exact=True)).not_to_be_checked()
@@ -560,8 +561,7 @@ def test_adapters_are_renamed_moved_and_removed(visit):
     names = "[...document.querySelectorAll('#adapters label')].map((label) => label.innerText.trim())"
     assert page.evaluate(names) == ["lora", "reslora"]
     unfold(page, "Rename, reorder")
-    page.locator("#one_adapter input").click()
-    page.get_by_role("option", name="reslora", exact=True).click()
+    choose(page, "one_adapter", "reslora")
     expect(page.locator("#new_name :is(input, textarea)")).to_have_value("reslora")
     page.click("#move_up")
     eventually(page, lambda: page.evaluate(names) == ["reslora", "lora"])
@@ -576,8 +576,7 @@ def test_steps_along_the_columns_and_guidance_along_the_rows(visit):
     page = visit()
     unfold(page, "More axes")
     for side, axis, values in (("columns", "steps", "1, 2"), ("rows", "guidance", "1, 7.5")):
-        page.locator(f"#{side}_axis input").click()
-        page.get_by_role("option", name=axis, exact=True).click()
+        choose(page, f"{side}_axis", axis)
         fill(page, f"{side}_values", values)
     fill(page, "seeds", "0")
     expect(page.locator("#expected")).to_contain_text("12 images, about")
