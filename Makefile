@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 MODEL ?= tiny
 TEST_PROCESSES ?= 2
+TEST_ARGS ?=
 SECONDS ?= 3600
 
 .PHONY: demo demo-llm test test-slow fuzz screenshots lint check evidence-check format clean
@@ -20,7 +21,7 @@ endif
 	$(BIN)/python train_scripts/demo_llm.py --model $(MODEL) $(DEMO_ARGS)
 
 test: $(VENV)/installed  ## the fast tests, in two processes, each of which takes whole files
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 test-slow: $(VENV)/installed  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -35,8 +35,10 @@ def show(page: Page, tab: str) -> None:
 
 
 def choose_subject(page: Page, field: str) -> None:
-    page.locator(f"#{field} input").click()
-    page.get_by_role("option", name="panda", exact=True).click()
+    box = page.locator(f"#{field}").get_by_role("combobox")
+    box.click()
+    expect(box).to_have_attribute("aria-expanded", "true")
+    page.locator(f"#{box.get_attribute('aria-controls')}").get_by_role("option", name="panda", exact=True).click()
 
 
 def compare(page: Page) -> None:
