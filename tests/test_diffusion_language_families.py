@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import re
 import shutil
 
@@ -286,6 +287,18 @@ def test_the_loss_is_that_of_the_script(family_and_pipeline):
     torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(losses[0], losses[1])
     assert torch.equal(process.weights(timesteps), torch.ones(2))
+
+
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "logit_normal"])
+def test_weights_of_noise_levels_are_those_of_the_script(family_and_pipeline, scheme):
+    """`compute_loss_weighting_for_sd3` of the level in the schedule, which is the share of the data for Lumina 2."""
+    family, pipeline = family_and_pipeline
+    process = family.process(pipeline, OPTIONS.changed(weighting_scheme=scheme))
+    timesteps = torch.arange(1000)
+    levels = pipeline.scheduler.timesteps.double() / 1000
+    found = process.weights(timesteps)
+    wanted = {"sigma_sqrt": levels**-2, "cosmap": 2 / (math.pi * (1 - 2 * levels + 2 * levels**2))}
+    torch.testing.assert_close(found.double(), wanted.get(scheme, torch.ones_like(levels)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

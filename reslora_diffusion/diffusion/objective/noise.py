@@ -137,7 +137,7 @@ class FlowMatching(Process):
     discrete_flow_shift: float | None = None
     min_timestep: int | None = None
     max_timestep: int | None = None
-    from_data: bool = False  # the schedule has the share of the data
+    from_data: bool = False  # the base's schedule has the share of the data
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
 
     @property
@@ -148,9 +148,12 @@ class FlowMatching(Process):
     def schedule(self) -> Tensor:
         """sigma [T], from noise to data."""
         if self.timestep_sampling == "sigma":
-            levels = self.scheduler.timesteps.to(torch.float32) / self.num_train_timesteps
-            return 1 - levels if self.from_data else levels
+            return self.share_of_noise(self.scheduler.timesteps.to(torch.float32) / self.num_train_timesteps)
         return torch.arange(self.num_train_timesteps, 0, -1) / self.num_train_timesteps
+
+    def share_of_noise(self, levels: Tensor) -> Tensor:
+        """sigma where a schedule says `levels`; its own inverse."""
+        return 1 - levels if self.from_data and self.timestep_sampling == "sigma" else levels
 
     @property
     def span(self) -> range:
@@ -206,4 +209,5 @@ class FlowMatching(Process):
         return ((1 - sigma) / sigma).square()
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        return compute_loss_weighting_for_sd3(self.weighting_scheme, self.sigma(timesteps))
+        """The weights of the levels of the schedule, as in diffusers' scripts: the level is never 0, sigma may be."""
+        return compute_loss_weighting_for_sd3(self.weighting_scheme, self.share_of_noise(self.sigma(timesteps)))
