@@ -238,8 +238,11 @@ def test_resuming_a_finished_run_only_exports_again(tmp_path):
     )
     before = [path.read_bytes() for path in paths]
     (folder / WEIGHTS).unlink()
+    (folder / "metrics.jsonl").write_text('{"step": 3, "validation_loss": 99.0}\n')  # by whatever was there before
+    reported = json.loads((folder / "merge_report.json").read_text())
     train(folder, checkpointing_steps=3, resume_from_checkpoint="latest")
     assert [path.read_bytes() for path in paths] == before
+    assert json.loads((folder / "merge_report.json").read_text()) == reported
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

@@ -50,7 +50,7 @@ class History:
     """
 
     def __init__(self, run: Path | None, first_step: int = 0, every: int = 1, overflows: bool = False) -> None:
-        self.every, self.overflows = every, overflows
+        self.first_step, self.every, self.overflows = first_step, every, overflows
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
         self.rows: list[dict[str, Any]] = []
         self.path = None if run is None else Path(run) / FILE
@@ -66,9 +66,10 @@ class History:
         return smooth(losses)[-1] if losses else None
 
     def validated(self, step: int) -> float | None:
-        """The validation loss of a step, if this process or an earlier one has measured it."""
-        losses = [row.get("validation_loss") for row in self.rows if row["step"] == step]
-        return next((loss for loss in reversed(losses) if isinstance(loss, float)), None)
+        """The validation loss of a step, if this process has measured it. An earlier one may have had other images, and
+        only the main process has its rows."""
+        losses = [row.get("validation_loss") for row in self.rows if row["step"] == step > self.first_step]
+        return next((loss for loss in losses if loss is not None), None)
 
     def add_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         self.pending.append((step, lr, loss.detach(), grad_norm.detach()))
