@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ from reslora_diffusion.export import combine, convert, extract, fuse, inspect_lo
 from reslora_diffusion.export.flux import layer_of
 from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_xl
+from tiny_families import tiny_lumina_2
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 # The tables of networks/lora.py: classes, and the linear layers and convolutions in each of them.
@@ -105,6 +106,15 @@ def test_the_layers_of_kohya_in_flux_are_those_of_its_blocks():
     names = [name for _, name, _ in architecture_of("FluxPipeline", transformer=model).adapted(options)]
     assert len({layer_of(name) for name in names}) == 304
     assert None not in {layer_of(name) for name in names}
+
+
+def test_the_layers_of_kohya_in_lumina_2_are_those_of_its_tables():
+    """JointTransformerBlock and FinalLayer of networks/lora_lumina.py, by the names of their classes in diffusers."""
+    model = DiffusionPipeline.from_pretrained(saved(tiny_lumina_2)).transformer
+    options = parse(["--target_modules", "kohya"])
+    names = {name for _, name, _ in architecture_of("Lumina2Pipeline", transformer=model).adapted(options)}
+    assert names == inside(model, ("Lumina2TransformerBlock", "LuminaLayerNormContinuous"), False)
+    assert {name.partition(".")[0] for name in names} == {"layers", "noise_refiner", "context_refiner", "norm_out"}
 
 
 LOCON = {
@@ -223,10 +233,9 @@ def test_the_tools_take_a_trained_locon(trained, tmp_path):
         A, B, scaling = read_lora(source).components["unet"][path]
         return scaling * torch.einsum("orxy,rikl->oikl", B.double(), A.double())
 
-    cut = resize(trained, tmp_path / "cut", rank=1, allow_lossy=True, dtype=torch.float32)
+    resize(trained, tmp_path / "cut", rank=1, allow_lossy=True, dtype=torch.float32)
     U, S, V = torch.linalg.svd(delta.flatten(1), full_matrices=False)
     assert torch.allclose(delta_of(tmp_path / "cut").flatten(1), S[0] * U[:, :1] @ V[:1], atol=1e-5)
-    assert cut is not None
     combine([trained, trained], tmp_path / "sum", weights=[1, 0.5], dtype=torch.float32)
     assert torch.allclose(delta_of(tmp_path / "sum"), 1.5 * delta, atol=1e-5)
     convert(trained, tmp_path / "one.safetensors", "kohya", dtype=torch.float32)
@@ -298,7 +307,7 @@ def test_a_toml_with_bad_convolutions_is_one_message(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_flux])
+@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3, tiny_pipeline_flux, tiny_lumina_2])
 def test_kohyas_layers_of_every_family_are_trained_and_exported(build, tmp_path):
     spatial = {"conv_rank": 2} if build is tiny_pipeline_xl else {}
     options = {"target_modules": ["kohya"], "shortcut": "block", "max_train_steps": 2} | spatial

@@ -3,18 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
 from dreambooth import SUBJECTS, script
 from reslora_diffusion.diffusion.data.concepts import concepts_of
+from reslora_diffusion.diffusion.models.families import FAMILIES
 from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.diffusion.options.checks import quick_check
 from reslora_diffusion.utils.problems import BadInput
 from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_xl
-from tiny_families import tiny_chroma
+from tiny_families import tiny_chroma, tiny_lumina_2
 
 PRESETS = Path(__file__).parent / "presets"
 # Each with the pipeline that it is for, and words of the command line that make it small.
@@ -121,7 +126,7 @@ def test_what_a_family_does_not_have_is_not_used_where_another_program_wrote_it(
     options = parse([*words, str(saved(tiny_pipeline_flux)), *SMALL, *BUCKETS])
     quick_check(options)
     assert options.snr_gamma is None
-    assert "NOT USED: --snr_gamma: FLUX.1 belongs to diffusion" in "\n".join(options.notes)
+    assert "NOT USED: --snr_gamma: it does not apply to FLUX.1: it belongs to diffusion" in "\n".join(options.notes)
     wanted = {"timestep_sampling": "shift", "discrete_flow_shift": 3.1582, "loraplus_lr_ratio": 4.0}
     wanted |= {"precondition_outputs": 0, "training_guidance_scale": 1.0, "max_sequence_length": 256}
     wanted |= {"train_text_encoder": False, "max_train_steps": 3}
@@ -274,6 +279,47 @@ def test_an_option_of_kohyas_means_what_the_script_of_the_family_makes_of_it(tmp
     if case == "sd3":
         assert "NOT USED: --noise_offset: its program draws plain noise for this family" in said
         assert "in its program for Stable Diffusion 3: --weighting_scheme none, --discrete_flow_shift 1.0" in said
+
+
+DATA = ["--instance_data_dir", str(SUBJECTS / "octopus"), "--instance_prompt", "sks", "--resolution", "64"]
+LUMINA_2 = {
+    "kohya, sigma": {"timestep_sampling": "sigma"},
+    "kohya, sigma, a mean": {"timestep_sampling": "sigma", "weighting_scheme": "logit_normal", "logit_mean": 0.7},
+    "kohya, sigma, a shift": {"timestep_sampling": "sigma", "weighting_scheme": "mode", "discrete_flow_shift": 3.0},
+    "kohya, shift by default": {},
+    "ai-toolkit, lumina2_shift": {"timestep_type": "lumina2_shift"},
+}
+
+
+@pytest.mark.parametrize("case", LUMINA_2)
+def test_noise_levels_of_lumina_2_are_those_of_the_program(tmp_path, case):
+    """Both programs have the share of the noise in their schedule, where diffusers' script has that of the data.
+    Compared are quantiles of 4000 levels, drawn by `get_noisy_model_input_and_timesteps` written in numpy."""
+    given, data = LUMINA_2[case], DATA
+    content, shift = {"network_module": "networks.lora_lumina"} | given, given.get("discrete_flow_shift", 6.0)
+    if case.startswith("ai"):
+        datasets = [{"folder_path": str(SUBJECTS / "octopus"), "resolution": 64}]
+        process = {"type": "sd_trainer", "datasets": datasets, "network": {"type": "lora", "linear": 4}}
+        process |= {"train": given, "model": {"name_or_path": "x", "is_lumina2": True}}
+        content, data = {"job": "extension", "config": {"name": "x", "process": [process]}}, DATA[2:]
+    (tmp_path / "k.json").write_text(json.dumps(content))
+    base = str(saved(tiny_lumina_2))
+    options = parse(["--config", str(tmp_path / "k.json"), "--pretrained_model_name_or_path", base, *data])
+    quick_check(options)
+    assert not options.train_text_encoder
+    pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+    process, source = FAMILIES["Lumina2Pipeline"].process(pipeline, options), torch.Generator().manual_seed(0)
+    levels = process.sigma(torch.tensor([process.draw(source, (16, 8, 8)) for _ in range(4000)])).numpy()
+    draws = np.random.default_rng(0)
+    u, z = draws.random(4000), draws.standard_normal(4000)
+    if given.get("weighting_scheme") == "logit_normal":
+        u = 1 / (1 + np.exp(-(z + 0.7)))
+    elif given.get("weighting_scheme") == "mode":
+        u = 1 - u - 1.29 * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    v = 1 - u if given else 1 / (1 + np.exp(-z))  # a schedule runs from noise to data
+    wanted = shift * v / (1 + (shift - 1) * v)
+    places = [0.05, 0.25, 0.5, 0.75, 0.95]
+    np.testing.assert_allclose(np.quantile(levels, places), np.quantile(wanted, places), atol=0.03)
 
 
 def test_the_command_line_wins_over_what_a_script_makes_of_a_file(tmp_path):

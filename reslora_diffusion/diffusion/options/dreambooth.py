@@ -23,6 +23,11 @@ from .output import OutputOptions
 from .recipes import RECIPES, not_given
 from .training import ONE_RATE, TrainingOptions
 
+WITH_TEXT_ENCODERS = (  # options that are used only where text encoders are trained
+    *("train_text_encoder_frac", "text_encoder_target_modules"),
+    *("text_encoder_lr", "adam_weight_decay_text_encoder"),
+)
+
 
 class FamilyDefaults(Protocol):
     """The part of a `models.families.Family` that decides on defaults."""
@@ -130,7 +135,10 @@ class DreamBoothOptions(ModelOptions, DataOptions, AdapterOptions, NewTokenOptio
             listed = ", ".join(f"--{name} {value}" for name, value in new.items())
             self.notes += [f"  in its program for {family.title}: {listed}"] if new else []
             self.notes += [f"  DIFFERENT: {name}: {reason}" for name, reason in own.different.items()]
-        self.ignore({name: f"{family.title} {reason}" for name, reason in family.not_here.items()})
+        reasons = dict(family.not_here)
+        if "train_text_encoder" in reasons:
+            reasons |= dict.fromkeys(WITH_TEXT_ENCODERS, "is used only with --train_text_encoder")
+        self.ignore({name: f"it does not apply to {family.title}: it {reason}" for name, reason in reasons.items()})
 
     def ignore(self, reasons: Mapping[str, str]) -> None:
         """Give options back their defaults that another trainer's file has and its program does not use."""

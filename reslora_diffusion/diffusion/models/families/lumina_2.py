@@ -27,6 +27,7 @@ class Lumina2(FrozenTextFamily):
     tag = "lumina2"
     pipeline_class = "Lumina2Pipeline"
     denoiser_class = "Lumina2Transformer2DModel"
+    of_kohya = ("layers", "noise_refiner", "context_refiner", "norm_out")
     max_sequence_length = 256
     guidance_scale = 4.0
     flow: Mapping[str, Any] = {**FrozenTextFamily.flow, "from_data": True}

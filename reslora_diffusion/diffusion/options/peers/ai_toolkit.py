@@ -7,8 +7,9 @@ every resolution that it names.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..model import PRECISIONS
-from .translation import Translation, is_off
+from ..model import LUMINA_2, PRECISIONS
+from .kohya_families import FLOW_SHIFTS, from_noise
+from .translation import OfFamily, Translation, is_off
 
 DTYPES = {"float16": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32"}
 # (section, name) -> name here, of values that are taken as they are.
@@ -207,6 +208,8 @@ def translated(content: Mapping[str, Any], source: str, path: str) -> Translatio
         out.assume(precondition_outputs=0, weighting_scheme="none")
         if "timestep_type" not in (process.get("train") or {}):
             out.assume(timestep_sampling="sigmoid")
+    if out.values.get("timestep_sampling") == "sigma":
+        out.of_families = {LUMINA_2: OfFamily(from_noise(FLOW_SHIFTS[LUMINA_2]))}
     out.assume(lr_warmup_steps=0, adam_weight_decay=0.01, center_crop=True, report_to="none")
     return out
 

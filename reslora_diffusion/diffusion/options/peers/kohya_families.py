@@ -102,17 +102,24 @@ def flux(given: Mapping[str, Any], kind: str) -> OfFamily:
     if sampling in USED_BY["discrete_flow_shift"]:
         values["discrete_flow_shift"] = said(given, "discrete_flow_shift", FLOW_SHIFTS[kind])
     if kind == LUMINA_2:
-        values["timestep_sampling"] = "shift" if sampling == "nextdit_shift" else sampling
+        values["timestep_sampling"] = "flux_shift" if sampling == "nextdit_shift" else sampling
         values["max_sequence_length"] = said(given, "gemma2_max_token_length", 256)
         if sampling in USED_BY["sigmoid_scale"] and (scale := said(given, "sigmoid_scale", None)):
             values["sigmoid_scale"] = scale
         if sampling == "nextdit_shift":
-            different["timestep_sampling"] = "nextdit_shift shifts by the image's size; a shift of 6 is used"
-            values["discrete_flow_shift"] = FLOW_SHIFTS[kind]
+            different["timestep_sampling"] = "it shifts levels that are uniform; flux_shift those that are logit-normal"
+        elif sampling == "sigma":
+            values |= from_noise(values["discrete_flow_shift"], given.get("logit_mean"))
     target = said(given, "model_prediction_type", "sigma_scaled" if kind == FLUX else "raw")
     if target != "raw":
         different["model_prediction_type"] = NO_TARGET.format(target)
     return OfFamily(values, OF_FLUX, different)
+
+
+def from_noise(shift: float, mean: Any = None) -> dict[str, Any]:
+    """Settings of the sampling `sigma` by which Lumina 2 has the noise levels of a schedule of the share of the noise:
+    here the schedule has the share of the data, so that the shift is its inverse, and a mean changes its sign."""
+    return {"discrete_flow_shift": 1 / float(shift)} | ({"logit_mean": -float(mean)} if mean else {})
 
 
 def joined_projections(given: Mapping[str, Any]) -> dict[str, str]:
