@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # `--help` does not wait for it
     import torch
 
-PAIR_OPTIMIZERS = ("rite", "pro", "scaled_adamw", "reflora")  # see both factors of a LoRA: methods.optimizers
-
 
 class Precision(StrEnum):
     """The precision of a written file."""

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth import ROOT, SUBJECTS, arguments, words
-from reslora_diffusion.choices import PAIR_OPTIMIZERS
 from reslora_diffusion.diffusion.models.architecture import LINEAR, Architecture, is_target, read_architecture
 from reslora_diffusion.diffusion.models.meta_pipeline import load_meta_pipeline
 from reslora_diffusion.diffusion.options.model_checks import model_problems
 from reslora_diffusion.diffusion.options.training import OPTIMIZERS, PACKAGED
+from reslora_diffusion.methods.pair_optimizers import PAIR_OPTIMIZERS
 from tiny import (
     saved,
     tiny_pipeline,

@@ -61,6 +61,8 @@ def images(folder, *names):
         ({"rank_pattern": ["attn1.to_q=40"]}, "attn1.to_q (16, 16) of rank 40"),
         ({"rank": 33, "train_text_encoder": True, "target_modules": ["to_q"]}, "layers of the text_encoder"),
         ({"shortcut": "sideways"}, "--shortcut: got 'sideways', wanted none, input, block, middle"),
+        ({"shortcut": "blok"}, "--shortcut: got 'blok', wanted none, input, block, middle; did you mean block?"),
+        ({"optimizer": "rit"}, "; did you mean rite?"),
         ({"shortcut": "input", "num_previous": 3}, "num_previous: got 3, wanted 1 or 0"),
         ({"merge_method": "guess"}, "--merge_method: got 'guess', wanted least_squares"),
         ({"target_modules": ["to_qq"]}, "target module 'to_qq' matches nothing in the unet; it has"),
@@ -125,6 +127,26 @@ def images(folder, *names):
 )
 def test_each_problem_is_named(refused, options, said):
     assert said in refused(**options)
+
+
+def test_methods_that_do_not_go_together_are_named_with_all_else(refused):
+    said = refused(
+        resolution=60,
+        schedule="restart:stages=9",
+        max_train_steps=6,
+        optimizer="rite",
+        shortcut="middle",
+        use_dora=True,
+    )
+    for part in (
+        "--resolution: got 60",
+        "restart: a finished link is frozen",
+        "restart: got 9 stages in 6 steps",
+        "--use_dora: DoRA takes norms of W + B A",
+        "--optimizer rite: with `middle` one lora_B",
+        "--optimizer rite: DoRA's magnitude",
+    ):
+        assert part in said
 
 
 def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(without_weights):

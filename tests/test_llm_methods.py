@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reslora_diffusion.choices import PAIR_OPTIMIZERS
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
+from reslora_diffusion.methods.pair_optimizers import PAIR_OPTIMIZERS
 from test_llm_script import folders, problems, run  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about names that it still accepts
@@ -80,7 +80,17 @@ def test_the_best_step_of_an_earlier_link_is_exported_as_it_was(folders, tmp_pat
         ({"schedule": "coto", "method": "lora"}, ["wanted --method reslora --shortcut none"]),
         ({"schedule": "fold", "shortcut": "block"}, ["fold: block merges exactly"]),
         ({"optimizer": "ritt"}, ["--optimizer: got 'ritt'", "did you mean rite?"]),
-        ({"optimizer": "pro", "shortcut": "middle"}, ["--optimizer pro: with `middle` one lora_B"]),
+        (
+            {"schedule": "restart:stages=9", "optimizer": "pro", "shortcut": "middle", "use_dora": True},
+            [
+                "restart: a finished link",
+                "9 stages in 4 steps",
+                "--use_dora: DoRA takes norms of W + B A",
+                "--optimizer pro: with `middle` one lora_B",
+                "--optimizer pro: DoRA's magnitude",
+            ],
+        ),
+        ({"shortcut": "blok", "optimizer": "rite", "use_dora": True}, ["did you mean block?", "DoRA's magnitude"]),
         ({"optimizer": "pro", "optimizer_args": "damp=1"}, ["LoraPro has no 'damp'; it has "]),
         ({"optimizer": "rite", "optimizer_args": "eps=-1"}, ["--optimizer rite: Invalid epsilon value"]),
         ({"optimizer_args": "damping=1"}, ["--optimizer_args: are those of --optimizer, which is not given"]),
@@ -132,7 +142,7 @@ def test_another_schedule_does_not_continue_a_run(folders, tmp_path):  # noqa: F
 
 
 def test_names_of_optimizers_stand_in_one_order_everywhere():
-    assert tuple(OPTIMIZERS) == PAIR_OPTIMIZERS
+    assert tuple(OPTIMIZERS) == tuple(PAIR_OPTIMIZERS)
 
 
 def test_a_run_that_prunes_leaves_a_smaller_model_and_resumes_bit_for_bit(folders, tmp_path):  # noqa: F811

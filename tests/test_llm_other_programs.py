@@ -174,6 +174,24 @@ def test_zero_is_a_value_and_a_share_of_nothing_trains_on_all_rows():
     assert translate(yaml.safe_load(AXOLOTL_FILE) | {"evals_per_epoch": 0}).values["eval_strategy"] == "no"
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "saves", "epochs", "wanted"),
+    [
+        (4, 1, 1, {"eval_steps": 0.25, "eval_strategy": "steps", "save_steps": 0.25, "save_strategy": "steps"}),
+        (1, 4, 1, {"eval_strategy": "epoch", "save_strategy": "epoch", "save_steps": 0.25}),
+        (1, 1, 1, {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        (0.5, 0.5, 2, {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        (None, 1, 1, {"save_strategy": "epoch"}),
+        (4, 1, 3, {"eval_steps": 1 / 12, "eval_strategy": "steps", "save_steps": 1 / 3, "save_strategy": "steps"}),
+    ],
+)
+def test_once_in_a_run_is_not_at_every_step(evaluations, saves, epochs, wanted):
+    """A share of 1 of all steps is a number of steps to transformers: 1, at each of which it would save."""
+    given = {"evals_per_epoch": evaluations, "saves_per_epoch": saves, "num_epochs": epochs}
+    values = translate(yaml.safe_load(AXOLOTL_FILE) | given).values
+    assert {name: value for name, value in values.items() if name.startswith(("eval_st", "save_st"))} == wanted
+
+
 def test_defaults_that_decide_what_is_trained_are_those_of_the_program(tmp_path):
     """Read in axolotl's schemas (commit 067b021) and LLaMA-Factory's arguments (ff6d4d1)."""
     bare = "base_model: a\nadapter: lora\nlearning_rate: 2e-4\ndatasets: [{path: rows.jsonl}]\n"

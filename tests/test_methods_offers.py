@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from reslora_diffusion.methods.offers import offered_optimizers, offered_schedules
 from reslora_diffusion.methods.optimizers import OPTIMIZERS
 from reslora_diffusion.methods.schedules import parse_schedule
@@ -24,6 +26,7 @@ def test_what_does_not_go_with_a_run_is_offered_with_its_reason() -> None:
     assert "depends on activations" in reasons["restart"][0]
 
 
-def test_offers_need_no_torch() -> None:
-    code = "import sys, reslora_diffusion.methods.offers as o; o.offered_schedules(); assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("call", ["offers import offered_schedules as made", "table import table as made"])
+def test_offers_and_the_table_need_no_torch(call: str) -> None:
+    code = f"import sys; from reslora_diffusion.methods.{call}; assert made() and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,7 @@ from reslora_diffusion import calibrate, factor_pairs, get_adapter, merged_facto
 from reslora_diffusion.core.attach import AdaptedModel
 from reslora_diffusion.diffusion.models.architecture import read_architecture
 from reslora_diffusion.diffusion.options.model_checks import adapter_problems
-from reslora_diffusion.diffusion.train.optimizers import optimizer_problems
-from reslora_diffusion.diffusion.train.schedules import decomposition_problems, schedule_problems
+from reslora_diffusion.diffusion.train.schedules import conflict_problems, schedule_problems
 from reslora_diffusion.export import export_lora, export_peft
 from reslora_diffusion.llm import methods as llm_methods
 from reslora_diffusion.llm.checks import option_problems
@@ -222,18 +221,16 @@ def test_every_no_of_the_table_is_said_before_a_model_is_loaded(tmp_path, monkey
             options = arguments(tmp_path, **words_of(method), **ASKED[feature])
             base = read_architecture(options)
             options.take_defaults(base.family)
-            said += [*schedule_problems(options, base, None), *optimizer_problems(options)]
-            said += [*decomposition_problems(options), *adapter_problems(options)]
-            if feature == "cuda_graph" and "optimizer" in method:  # said of every optimizer that is not fused
-                reason = "--cuda_graph records the optimizer too"
+            said += [*schedule_problems(options, base, None), *conflict_problems(options)]
+            said += adapter_problems(options)
             assert any(reason in line for line in said), (method, feature)
         if feature in OF_LLM:
             options, training = ModelOptions(), TrainingOptions()
             for name, value in {**words_of(method), **OF_LLM[feature]}.items():
                 setattr(options if hasattr(options, name) else training, name, value)
-            training.world_size = 1
             training.load_best_model_at_end = feature == "best"
-            said = [*llm_methods.schedule_problems(options, training), *llm_methods.process_problems(options, training)]
+            for find in (llm_methods.schedule_problems, llm_methods.optimizer_problems):
+                said += find(options, training)
             said += option_problems(options)
             assert any(reason in line for line in said), (method, feature)
         assert feature in {*ASKED, *OF_LLM}, feature

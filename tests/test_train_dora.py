@@ -95,12 +95,12 @@ def test_a_comparison_of_dora_with_lora(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"shortcut": "input"}, "use_dora: DoRA takes norms of W + B A"),
+        ({"shortcut": "input"}, "--use_dora: DoRA takes norms of W + B A"),
         ({"shortcut": "middle"}, "use_dora: DoRA takes norms of W + B A"),
         ({"shortcut": "block", "optimizer": "rite"}, "--optimizer rite: DoRA's magnitude"),
         ({"shortcut": "block", "schedule": "fold"}, "fold: `block` is all that DoRA has to fold"),
         ({"scale_weight_norms": 1.0, "shortcut": "none"}, "--use_dora: --scale_weight_norms bounds"),
-        ({"compare": ["lora", "reslora-input"]}, "reslora-input: use_dora: DoRA takes norms"),
+        ({"compare": ["lora", "reslora-input"]}, "reslora-input: --use_dora: DoRA takes norms"),
     ],
 )
 def test_what_does_not_go_with_it_is_said_before_a_model_is_loaded(tmp_path, options, said):

@@ -151,7 +151,7 @@ def training_problems(training: TrainingOptions, options: ModelOptions) -> list[
     if options.handover_at is not None:
         if options.method == "lora" or shortcut in MERGE_EXACTLY:
             problems.append("--handover_at: does nothing here; shortcuts none and block have nothing to fold")
-    problems += [*schedule_problems(options, training), *optimizer_problems(options)]
+    problems += [*schedule_problems(options, training), *optimizer_problems(options, training)]
     if options.distillation_steps is not None and options.method == "reslora":
         problems += distillation_problems(options, shortcut)
     problems += tracker_problems(training.report_to)

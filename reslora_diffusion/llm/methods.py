@@ -1,15 +1,15 @@
 """`--schedule` and `--optimizer` of the language-model scripts: what they do not go with. Known without torch, but for
-what optimizers themselves say."""
+the settings of optimizers."""
 
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..choices import PAIR_OPTIMIZERS
 from ..methods.dora import dora_problems
-from ..methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, nearest, parse_schedule
+from ..methods.pair_optimizers import PAIR_OPTIMIZERS, optimizer_conflicts
+from ..methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, parse_schedule
 from ..rules import ShortcutFields
-from ..utils.problems import BadInput
+from ..utils.problems import BadInput, nearest
 from .options import GlueOptions, ModelOptions
 from .quantising import is_quantised, stored_quantisation
 from .training_options import TrainingOptions
@@ -71,15 +71,13 @@ def prune_problems(options: ModelOptions) -> Iterator[str]:
 
 
 def process_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
-    """Conflicts with the optimizer, or with several processes."""
+    """Conflicts with several processes, and settings that the optimizer does not take."""
     settings = settings_of(options)
     if isinstance(settings, RestartSettings) and settings.ranks and training.world_size > 1:
         yield (
             "--schedule: restart: ranks replace parameters, which DistributedDataParallel does not notice; wanted one "
             "process, or links of one rank"
         )
-    if options.use_dora:
-        yield from dora_problems(features_of(options, training))
     if options.optimizer is None:
         return
     import torch
@@ -89,9 +87,6 @@ def process_problems(options: ModelOptions, training: "TrainingArguments") -> It
     from ..methods.optimizers.parameters import unknown_settings
 
     kind: Any = OPTIMIZERS[options.optimizer]
-    for name in features_of(options, training):
-        if reason := kind.conflicts.get(name):
-            yield f"--optimizer {options.optimizer}: {reason}"
     unknown = unknown_settings(kind, options.optimizer_args)
     yield from unknown
     if not unknown:
@@ -103,8 +98,12 @@ def process_problems(options: ModelOptions, training: "TrainingArguments") -> It
             yield f"--optimizer {options.optimizer}: {error}"
 
 
-def optimizer_problems(options: ModelOptions) -> Iterator[str]:
-    """A name that is none, and settings of none."""
+def optimizer_problems(options: ModelOptions, training: TrainingOptions) -> Iterator[str]:
+    """A name that is none, settings of none, and conflicts of the optimizer and of DoRA."""
+    features = features_of(options, training)
+    yield from optimizer_conflicts(options.optimizer, features)
+    if options.use_dora:
+        yield from dora_problems(features)
     if options.optimizer is None and options.optimizer_args:
         yield "--optimizer_args: are those of --optimizer, which is not given; those of --optim are --optim_args"
     if options.optimizer is not None and options.optimizer not in PAIR_OPTIMIZERS:

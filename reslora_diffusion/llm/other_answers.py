@@ -47,11 +47,15 @@ def validation(found: Translation, value: Any, given: Mapping[str, Any]) -> None
 
 
 def per_epoch(kind: str) -> Answer:
+    """So many evaluations or checkpoints in each epoch, as a share of all steps; 1 of them would be every step."""
+
     def answer(found: Translation, value: Any, given: Mapping[str, Any]) -> None:
-        if value:
-            found.values |= {f"{kind}_steps": 1 / (value * given.get("num_epochs", 1)), f"{kind}_strategy": "steps"}
-        else:
+        if not value:
             found.values[f"{kind}_strategy"] = "no"
+        elif (share := 1 / (value * given.get("num_epochs", 1))) < 1:
+            found.values |= {f"{kind}_steps": share, f"{kind}_strategy": "steps"}
+        else:
+            found.values[f"{kind}_strategy"] = "epoch"
 
     return answer
 

@@ -221,3 +221,5 @@ def match_evaluations(found: Translation) -> None:
     elif "eval_steps" in values:
         values |= {"eval_strategy": "steps", "save_strategy": "steps"}
         values["save_steps"] = values.get("save_steps", values["eval_steps"])
+    elif values.get("eval_strategy") == "epoch":
+        values["save_strategy"] = "epoch"

@@ -3,15 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..choices import PAIR_OPTIMIZERS
+from .pair_optimizers import PAIR_OPTIMIZERS
 from .schedules.settings import SCHEDULES, conflicts_of
-
-OPTIMIZERS = {
-    "rite": "steps that do not depend on how B A is split (LoRA-RITE)",
-    "pro": "gradients nearest to that of the whole matrix (LoRA-Pro)",
-    "scaled_adamw": "AdamW on preconditioned gradients (Riemannian)",
-    "reflora": "AdamW on the gradients that balanced factors would have (RefLoRA)",
-}
 
 
 class Offer(NamedTuple):
@@ -30,4 +23,4 @@ def offered_schedules(features: Iterable[str] = ()) -> list[Offer]:
 
 def offered_optimizers() -> list[Offer]:
     """Optimizers of pairs."""
-    return [Offer(name, OPTIMIZERS[name]) for name in PAIR_OPTIMIZERS]
+    return [Offer(name, summary) for name, summary in PAIR_OPTIMIZERS.items()]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from . import dora
-from .optimizers import OPTIMIZERS
+from .pair_optimizers import CONFLICTS, PAIR_OPTIMIZERS
 from .schedules.settings import SCHEDULES
 
 FEATURES = {  # what a run may have beside a schedule and an optimizer, by the names in `conflicts`
@@ -30,7 +30,7 @@ FEATURES = {  # what a run may have beside a schedule and an optimizer, by the n
 def conflicts() -> dict[str, Mapping[str, str]]:
     """Reasons by method and feature."""
     schedules = {f"--schedule {name}": kind.conflicts for name, kind in SCHEDULES.items()}
-    optimizers = {f"--optimizer {name}": kind.conflicts for name, kind in OPTIMIZERS.items()}
+    optimizers = {f"--optimizer {name}": CONFLICTS for name in PAIR_OPTIMIZERS}
     return schedules | optimizers | {"--use_dora": dora.CONFLICTS}
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .problems import nearest
+
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -144,7 +146,8 @@ def wrong_values(options: Any) -> dict[str, str]:
         if value is None:
             continue
         if facts.choices and value not in facts.choices and not (facts.import_path and is_import_path(value)):
-            found[name] = f"--{name}: got {value!r}, wanted {', '.join(map(str, facts.choices))}"
+            choices = ", ".join(map(str, facts.choices))
+            found[name] = f"--{name}: got {value!r}, wanted {choices}{nearest(value, facts.choices)}"
         elif outside := [one for one in numbers_of(value, facts) if not in_bounds(one, facts)]:
             found[name] = f"--{name}: got {', '.join(map(str, outside))}, wanted {bounds(facts)}"
     return found

@@ -1,5 +1,6 @@
 """Programs end on bad input with one message that names every problem, and have an exit code for each kind of end."""
 
+import difflib
 import errno
 import io
 import os
@@ -120,6 +121,12 @@ def listing(names: Iterable[object], shown: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(printable(name, LONGEST_NAME) for name in names[:shown]) + more
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """The end of a message on an unknown name: the known one that is most like it, or nothing."""
+    found = difflib.get_close_matches(str(name), map(str, known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def is_first_process() -> bool:

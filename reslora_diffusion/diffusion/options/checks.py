@@ -18,6 +18,7 @@ from ...rules import MERGE_EXACTLY, ShortcutFields
 from ...utils import environment
 from ...utils.hub import unreachable
 from ...utils.names import file_name_problem
+from ...utils.options import wrong_values
 from ...utils.problems import BadInput, listing, refuse
 from ..data.buckets import KOHYA_LIMITS, Size, make_buckets
 from ..data.concepts import Concept, concepts_of, options_of
@@ -27,7 +28,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.variants import variant_problems
 from ..train.checkpoints import broken_in, checkpoints_in, find_checkpoint, stored_facts
 from ..train.record import differences
-from ..train.schedules import decomposition_problems, schedule_problems
+from ..train.schedules import conflict_problems, schedule_problems
 from . import DreamBoothOptions
 from .base_checks import is_on_this_machine, missing_models, take_single_file
 from .inventory import inventory
@@ -119,7 +120,8 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         misfits = error.problems
     found.problems += misfits
     steps = None if found.problems else length(options, found.concepts)[0]
-    found.problems += [*schedule_problems(options, architecture, steps), *decomposition_problems(options)]
+    asked = steps or (None if "max_train_steps" in wrong_values(options) else options.max_train_steps)
+    found.problems += [*schedule_problems(options, architecture, asked), *conflict_problems(options)]
     if steps is not None:
         found.problems += past_the_end(options, steps)
     if found.problems and known and (options.optimizer_args or options.network_weights):

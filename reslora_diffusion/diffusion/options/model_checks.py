@@ -42,7 +42,7 @@ def adapter_settings(options: DreamBoothOptions) -> dict[str, Any]:
 
 def adapter_problems(options: DreamBoothOptions) -> Iterator[str]:
     """Problems with an adapter for whatever model."""
-    yield from (fault for fault in faults(adapter_settings(options)) if not fault.startswith(CHECKED_BEFORE))
+    yield from (f"--{fault}" for fault in faults(adapter_settings(options)) if not fault.startswith(CHECKED_BEFORE))
     for option in PATTERNS:
         for pattern in getattr(options, option):
             if fault := fault_of_pattern(pattern):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...choices import PAIR_OPTIMIZERS
+from ...methods.pair_optimizers import PAIR_OPTIMIZERS
 from ...utils.options import option
 from .model import FLUX, FROZEN_TEXT, SD3, XL
 

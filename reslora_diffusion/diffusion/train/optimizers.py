@@ -22,7 +22,6 @@ from ...utils.options import is_import_path
 from ..models.architecture import matches
 from ..options import DreamBoothOptions
 from ..options.training import PACKAGED
-from .schedules import features_of
 
 # What a run decides, not a checkpoint: a run may go on with another learning rate than it had.
 DECIDED = ("lr", "initial_lr", "betas", "eps", "weight_decay", "capturable", "train_mode")
@@ -141,15 +140,9 @@ def optimizer_problems(options: DreamBoothOptions) -> list[str]:
     except KeyError:
         return [f"--optimizer: torch {torch.__version__} has no {options.optimizer}"]
     problems = unknown_settings(kind, options.optimizer_args)
-    if options.cuda_graph and not settings(kind, options).get("fused"):
+    if options.cuda_graph and not issubclass(kind, PairOptimizer) and not settings(kind, options).get("fused"):
         fused = ", ".join(name.lower() for name in WITH_FUSED_STEP)
         problems.append(f"--cuda_graph records the optimizer too: got {kind.__name__} unfused, wanted {fused}, fused")
-    if issubclass(kind, PairOptimizer):
-        problems += [
-            f"--optimizer {options.optimizer}: {kind.conflicts[name]}"
-            for name in features_of(options)
-            if name in kind.conflicts and name != "cuda_graph"  # which is said above, of every optimizer
-        ]
     pairs: Any = {"pairs": []} if issubclass(kind, PairOptimizer) else {}
     if not problems:
         try:

@@ -6,6 +6,7 @@ Known without torch.
 import os
 
 from ...methods.dora import dora_problems
+from ...methods.pair_optimizers import optimizer_conflicts
 from ...methods.schedules.settings import FoldSettings, RestartSettings, Settings, conflicts_of, parse_schedule
 from ...rules import ShortcutFields
 from ...utils.problems import BadInput
@@ -52,12 +53,13 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
     return found
 
 
-def decomposition_problems(options: DreamBoothOptions) -> list[str]:
-    """Conflicts with DoRA."""
-    if not options.use_dora or options.compare:
+def conflict_problems(options: DreamBoothOptions) -> list[str]:
+    """Conflicts with the optimizer and with DoRA."""
+    if options.compare:  # each contender is asked by itself
         return []
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return dora_problems([*features_of(options), *(["deepspeed"] if deepspeed else [])])
+    features = [*features_of(options), *(["deepspeed"] if deepspeed else [])]
+    return [*optimizer_conflicts(options.optimizer, features), *(dora_problems(features) if options.use_dora else [])]
 
 
 def schedule_problems(options: DreamBoothOptions, architecture: Architecture | None, steps: int | None) -> list[str]:

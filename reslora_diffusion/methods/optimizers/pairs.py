@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..pair_optimizers import CONFLICTS
+
 WORKING_DTYPES = (torch.float32, torch.float64)
 
 
@@ -73,12 +75,6 @@ class StackedPairs(NamedTuple):
     scaling: Tensor
 
 
-ONE_GROUP = "LoRA+ trains lora_A and lora_B at two rates, and a pair is moved as one; wanted no LoRA+"
-CAPTURE = "a step looks at values on the host, which a recording would not do again; wanted no --cuda_graph"
-SHARDED = "products of whole factors are needed, and each process has parts of them; wanted DDP or one process"
-EVERYWHERE = {"loraplus": ONE_GROUP, "cuda_graph": CAPTURE, "deepspeed": SHARDED, "fsdp": SHARDED}
-
-
 class PairOptimizer(torch.optim.AdamW, ABC):
     """AdamW that treats pairs of LoRA factors in its own way; see the subclasses.
 
@@ -91,7 +87,7 @@ class PairOptimizer(torch.optim.AdamW, ABC):
             precision than float32 or float64, is sharded, or has a feature that the optimizer conflicts with.
     """
 
-    conflicts: ClassVar[Mapping[str, str]] = EVERYWHERE  # feature -> the reason why the two do not go together
+    conflicts: ClassVar[Mapping[str, str]] = CONFLICTS  # feature -> the reason why the two do not go together
 
     def __init__(self, params: Any, pairs: Iterable[FactorPair], **adamw: Any) -> None:
         super().__init__(params, **adamw)

@@ -15,13 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .algebra import damped_inverse, square_root, symmetric, transposed
-from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, write_gradients
-
-SHARED_UP = (
-    "with `middle` one lora_B multiplies the lora_A of several layers, so a pair is not the matrix that is learned; "
-    "wanted shortcut none, input or block"
-)
-MAGNITUDE = "DoRA's magnitude scales the pair's product, which this update takes for the whole change; wanted no DoRA"
+from .pairs import FactorPair, PairOptimizer, StackedPairs, write_gradients
 
 
 class PreconditionedAdamW(PairOptimizer):
@@ -45,8 +39,6 @@ class ScaledAdamW(PreconditionedAdamW):
             close to zero, which costs more than the method gains: docs/methods.md.
     """
 
-    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
-
     def __init__(self, params: Any, pairs: Any, lr: float = 1e-3, damping: float = 1e-2, **adamw: Any) -> None:
         super().__init__(params, pairs, lr=lr, **adamw)
         self.damping = damping
@@ -62,8 +54,6 @@ class RefLora(PreconditionedAdamW):
     Args:
         damping: added to the eigenvalues of P and Q, for the start, where B is zero.
     """
-
-    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(self, params: Any, pairs: Any, lr: float = 1e-3, damping: float = 1e-4, **adamw: Any) -> None:
         super().__init__(params, pairs, lr=lr, **adamw)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import damped_inverse, sylvester, transposed
-from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, add_to_factors, write_gradients
-from .preconditioned import MAGNITUDE, SHARED_UP
+from .pairs import FactorPair, PairOptimizer, StackedPairs, add_to_factors, write_gradients
 
 
 class LoraPro(PairOptimizer):
@@ -30,8 +29,6 @@ class LoraPro(PairOptimizer):
         damping: added to the eigenvalues of P and Q before they are inverted.
         full: keep the moments of the whole matrix, as the paper does.
     """
-
-    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(
         self, params: Any, pairs: Any, lr: float = 1e-4, damping: float = 1e-8, full: bool = False, **adamw: Any

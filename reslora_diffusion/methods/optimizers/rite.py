@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import symmetric, transposed
-from .pairs import EVERYWHERE, FactorPair, PairOptimizer, StackedPairs, add_to_factors
-from .preconditioned import MAGNITUDE, SHARED_UP
+from .pairs import FactorPair, PairOptimizer, StackedPairs, add_to_factors
 
 
 class Basis(NamedTuple):
@@ -39,8 +38,6 @@ class LoraRite(PairOptimizer):
         skip_unmagnified: a factor whose G' has a larger root mean square is not moved by it (official code: 1).
         escape: add to rho what a change of basis loses of V (the paper's escaped mass; off in the official code).
     """
-
-    conflicts = {**EVERYWHERE, "middle": SHARED_UP, "dora": MAGNITUDE}
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ Known without torch, so that bad input is answered at once.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, get_type_hints
 
 from ...rules import MERGE_EXACTLY, Shortcut
 from ...utils.options import convert, option, value_problems
-from ...utils.problems import BadInput, listing
+from ...utils.problems import BadInput, listing, nearest
 
 if TYPE_CHECKING:
     from ..pruning.structures import Structure
@@ -319,11 +318,6 @@ def parse_schedule(text: str) -> Settings:
     if problems:
         raise BadInput(problems)
     return found
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def conflicts_of(settings: Settings, features: Iterable[str]) -> list[str]:
