@@ -36,7 +36,7 @@ class Guard:
         return await self.app(scope, receive, unframed)
 
     def foreign(self, host: str, origin: str | None) -> str | None:
-        """Why a request is refused; None if it is not."""
+        """Return why a request is refused; None if it is not."""
         if self.hosts is None:
             return None
         if name_of_host(f"//{host}") not in self.hosts:

@@ -77,7 +77,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def references_problem(cut_outs: Sequence[np.ndarray | None]) -> str | None:
-    """Why nothing can be measured with these references, in words; None if it can."""
+    """Return why nothing can be measured with these references, in words; None if it can."""
     found = [cut for cut in cut_outs if cut is not None]
     if len(found) < len(cut_outs):
         return (

@@ -21,7 +21,7 @@ class NewTokens:
         self.words: dict[str, dict[str, list[str]]] = {}  # by adapter: the tokens that a word of a prompt stands for
 
     def problems(self, lora: Path) -> list[str]:
-        """What keeps the tokens beside a LoRA file from the pipeline; none if there are no tokens.
+        """Return what keeps the tokens beside a LoRA file from the pipeline; nothing if there are no tokens.
 
         Raises:
             ValueError: they cannot be read.

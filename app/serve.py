@@ -1,4 +1,4 @@
-"""From folders to a page that answers."""
+"""Serves the page for the folders of a command line."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -181,10 +181,16 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def name_of(settings: Mapping[str, Any]) -> str:
+    """The name of a folder for trainings of these settings; seeds are of images."""
+    trained = {name: value for name, value in settings.items() if name != "seeds"}
+    return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     wanted, found = settings(args), {}
-    args.work_dir = args.work_dir / f"{wanted['weights']}-{wanted['steps']}"
+    args.work_dir = args.work_dir / name_of(wanted)
     if args.output.is_file():
         before = json.loads(args.output.read_text(encoding="utf-8"))
         if before["settings"] == wanted:

@@ -1,4 +1,4 @@
-"""What a packed step costs beside the same examples unpacked, by attention and by length of the packs.
+"""The cost of a packed step beside the same examples unpacked, by attention and by length of the packs.
 
     python -m benchmarks.packing [--rounds N] [--output FILE]
 

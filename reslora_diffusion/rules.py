@@ -14,6 +14,7 @@ from typing import Any
 
 from .plain_lora import STARTS_AT_THE_BASE, changes_the_base
 
+DEFAULT_ADAPTER = "default"  # PEFT's name of an adapter that was given none
 FORMAT_VERSION = 1  # of saved configurations and calibrations; a newer one is refused
 # Stands among the factors of an adapter whose layers are linked. diffusers refuses a LoRA file that has a name without
 # "lora" in it, vLLM one with a name that is no factor's: nobody takes these factors for a plain LoRA.

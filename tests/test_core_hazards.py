@@ -7,6 +7,7 @@ import contextlib
 import copy
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models import build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, get_adapter
+from reslora_diffusion.core.adapter import Adapter
+from reslora_diffusion.core.layer import Packed
+from reslora_diffusion.core.packed import Packer
 from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
 
 MODELS = ("unet", "clip", "llama")
@@ -285,6 +289,35 @@ def test_threads_do_not_read_each_others_values(shortcut: str, num_previous: int
     else:
         assert torch.equal(got[1], wanted[1])
     assert torch.equal(output("llama", model, inputs("llama", seed=1)), wanted[1])
+
+
+class Overtaken(Packer):
+    """Lets another thread's forward, with gradients, pack its factors before this one's are in their place."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def pack(self, *args: Any) -> dict[str, Packed]:
+        found = super().pack(*args)
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                self.adapter.pack()
+        return found
+
+
+def test_factors_that_a_thread_packed_without_gradients_are_not_trained() -> None:
+    model = adapted("llama", "block", 1)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
+    adapter = get_adapter(model)
+    adapter.packer = Overtaken(adapter)
+    with torch.no_grad():
+        adapter.pack()
+    assert adapter.packed
+    layer, x = next(iter(adapter.adapted.values())), torch.zeros(1, 16, dtype=torch.bfloat16)
+    assert layer.packed(x) is None
+    assert all(factor.requires_grad for factors in layer.factors(x)[:2] for factor in factors)
 
 
 @pytest.mark.parametrize(("shortcut", "num_previous"), SHORTCUTS)

@@ -224,6 +224,7 @@ def test_all_problems_come_together(name, tmp_path):
         "--task" if name == "grpo" else "--dataset_name",
     ):
         assert part in message
+    assert len(set(caught.value.problems)) == len(caught.value.problems)  # each is said once
 
 
 @pytest.mark.parametrize("kind", ["PreferenceTrainer", "RewardTrainer"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from llm_tiny import GROUPED, ROOT, adapted, load_script, randomise
 from reslora_diffusion.llm.chunked_loss import FrozenLinearCrossEntropy, chunked, head_problems, loss_problem
@@ -81,6 +81,23 @@ def test_logits_of_a_whole_batch_are_never_held():
         sizes.append(largest.numel)
     assert sizes[0] >= 4 * 47 * 5000
     assert sizes[1] <= 5000 * 32  # the weight itself; 16 tokens have half as many logits
+
+
+def test_a_model_that_makes_float32_of_its_logits_learns_in_parts_too():
+    """Mamba in bfloat16 takes hidden states for logits, upcasts them, and the output layer is still in bfloat16."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)).bfloat16()
+    model.requires_grad_(False)
+    model.backbone.layers[0].mixer.in_proj.weight.requires_grad_()
+    assert loss_problem(model, batch()) is None
+    wanted = model(**batch()).loss
+    (gradient,) = torch.autograd.grad(wanted, model.backbone.layers[0].mixer.in_proj.weight)
+    with chunked(model, size=5):
+        found = model(**batch()).loss
+        (in_parts,) = torch.autograd.grad(found, model.backbone.layers[0].mixer.in_proj.weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=0)
+    assert gradient.norm() > 0
+    assert (in_parts - gradient).norm() < 0.02 * gradient.norm()
 
 
 @pytest.mark.parametrize(("cap", "size"), [(0.5, 50), (30.0, 1)], ids=["seen in the loss", "not seen in the loss yet"])

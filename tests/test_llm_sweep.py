@@ -14,6 +14,7 @@ PROGRAM = """
 import json, pathlib, sys
 given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
 folder = pathlib.Path(given["output_dir"])
+assert (folder.parent / "sweep.json").is_file(), "a kill must not hide what the runs are of"
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "words.json").write_text(json.dumps(given))
 if given["seed"] == "1" and "resume_from_checkpoint" not in given:

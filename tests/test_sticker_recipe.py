@@ -217,6 +217,12 @@ def test_wilsons_interval_is_the_known_one() -> None:
     assert dreambooth.wilson(10, 10)[1] == 1
 
 
+def test_trainings_of_other_settings_do_not_count() -> None:
+    base = {"weights": "abc", "steps": 300, "rank": 4, "seeds": [0]}
+    assert dreambooth.name_of(base | {"seeds": [1, 2]}) == dreambooth.name_of(base)  # of the images
+    assert len({dreambooth.name_of(base | other) for other in ({}, {"rank": 8}, {"steps": 9}, {"weights": "d"})}) == 4
+
+
 @needs_font
 def test_drawings_are_judged_as_what_they_are(tmp_path: Path) -> None:
     colours, rng = ["red", "blue"], random.Random(0)

@@ -134,7 +134,8 @@ def test_docstrings_are_sentences() -> None:
     """A docstring that begins with a question word or a preposition answers a question that the reader has to guess."""
     headings = re.compile(r"(What|Whether|How|Which|Why|Where|When|Who|Of|By|As|In what|That|From)\b")
     found = []
-    for path in sorted(PACKAGE.glob("**/*.py")):
+    folders = (PACKAGE, *(ROOT / name for name in ("app", "benchmarks", "train_scripts")))
+    for path in sorted(path for folder in folders for path in folder.glob("**/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 line = (ast.get_docstring(node) or "").partition("\n")[0]

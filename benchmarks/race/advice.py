@@ -1,4 +1,4 @@
-"""What the numbers mean for a user, in sentences whose every branch is chosen by the numbers."""
+"""Advice for a user, in sentences whose every branch is chosen by the numbers."""
 
 from collections.abc import Sequence
 
@@ -86,7 +86,7 @@ def where_to_begin(raced: Sequence[Analysis]) -> str:
 
 
 def paper_beside_tuned(published: Analysis, tuned: Analysis | None) -> str:
-    """Why both the paper's finding and the tuned race's can be right."""
+    """Return why both the paper's finding and the tuned race's can be right."""
     assert published.reference is not None, "asked only where there are final runs"
     shortcuts = [e for e in published.methods.values() if e.comparison is not None]
     if not shortcuts:
@@ -122,7 +122,7 @@ def paper_beside_tuned(published: Analysis, tuned: Analysis | None) -> str:
 
 
 def tuned_sentence(published: Analysis, tuned: Analysis) -> str:
-    """What becomes of the same methods once each has its best learning rate and alpha."""
+    """Say how the same methods do once each has its best learning rate and alpha."""
     assert published.reference is not None, "the caller has looked"
     assert tuned.reference is not None, "the caller has looked"
     families = {word.partition("+")[0] for word in published.methods} - {published.plan.reference}

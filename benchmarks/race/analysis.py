@@ -1,4 +1,4 @@
-"""What the result files of one plan say, as numbers: `analyse(plan, folder)`. `report` puts them into words.
+"""Numbers from the result files of one plan: `analyse(plan, folder)`. `report` puts them into words.
 
     Entry       a method at its best setting, or a control: its final runs, and how they compare with the reference
     Analysis    all entries of a plan, its trials, and how much of the plan has been run
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When a mean curve first was at a loss: the step, and the mean processor time of the training steps up to it."""
+    """The first step of a mean curve at a loss, and the mean processor time of the training steps up to it."""
 
     step: int
     seconds: float
@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def gaps(self) -> list[float]:
-        """What exporting cost each run: loss of the export minus loss as trained."""
+        """The loss by exporting in each run: that of the export minus that as trained."""
         found = [run["result"] for run in self.runs if not run["result"]["diverged"]]
         return [result["loss"] - result["loss_as_trained"] for result in found]
 

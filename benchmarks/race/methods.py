@@ -71,7 +71,7 @@ def parse_method(word: str) -> Method:
 
 
 def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
-    """What is unknown in a name or its options, and which of its parts do not go together."""
+    """Problems with a name and its options: unknown parts, and parts that do not go together."""
     method = parse_method(word)
     problems = []
     if method.adapter not in ADAPTERS:
@@ -121,7 +121,7 @@ def make_optimizer(method: Method, model: nn.Module, learning_rate: float, optio
 
 
 def make_race_schedule(method: Method, options: Mapping[str, Any], seed: int) -> Schedule:
-    """What changes while the method is trained; its fold is the race's own."""
+    """The schedule that the method is trained with; its fold is the race's own."""
     if method.schedule is None:
         return Schedule()
     given = {name: options[name] for name in OPTIONS[method.schedule] if name in options}

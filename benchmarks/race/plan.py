@@ -24,7 +24,7 @@ class Strict(BaseModel):
 
 
 class TaskSettings(Strict):
-    """What all runs of a race share."""
+    """The settings that all runs of a race share."""
 
     name: Literal["word_problems", "chain_sums", "stickers"]
     rank: Annotated[int, Field(ge=1)] = 4

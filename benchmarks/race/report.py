@@ -89,7 +89,7 @@ def paper_section(analysis: Analysis, tuned: Sequence[Analysis]) -> str:
 
 
 def completeness(analysis: Analysis) -> str:
-    """How much of the plan has been run."""
+    """Say how much of the plan has been run."""
     done = analysis.progress
     kind = "trials" if analysis.is_tuned else "first runs"
     runs = f"{done.trials} of {done.trials_wanted} {kind}, {done.final} of {done.final_wanted} final runs"
@@ -101,7 +101,7 @@ def completeness(analysis: Analysis) -> str:
 
 
 def tuning_section(analysis: Analysis) -> list[str]:
-    """What there is while no final run of the reference is there: the best trials, which are no comparison."""
+    """Show the best trials, which are no comparison, while no final run of the reference is there."""
     if not analysis.trials:
         return []
     reference = analysis.trials.get(analysis.plan.reference)
@@ -121,7 +121,7 @@ def tuning_section(analysis: Analysis) -> list[str]:
 
 
 def losses_table(analysis: Analysis) -> str:
-    """What was asked first: how good is the exported LoRA."""
+    """Answer the first question: how good is the exported LoRA."""
     metrics = [m for m in METRICS if any(e.values(m) for e in analysis.entries.values())]
     name = analysis.plan.reference
     head = ["method", "loss ± sd", "seeds", f"minus {name} (95 %)", "p (Holm)", "smallest shown", "verdict"]
@@ -176,7 +176,7 @@ def costs_table(analysis: Analysis) -> str:
 
 
 def equal_time(analysis: Analysis) -> str:
-    """Whether a method that takes longer is better for the time."""
+    """Say whether a method that takes longer is better for the time."""
     name = analysis.plan.reference
     rows = [
         [named(entry, analysis), *comparison_cells(entry.equal_time, entry.p_equal_time)]
@@ -293,7 +293,7 @@ def reproduce(analyses: Sequence[Analysis]) -> str:
 
 
 def machines(analysis: Analysis) -> list[str]:
-    """Where the runs were made, and with what."""
+    """Say where the runs were made, and with what."""
     found = [run["machine"] for run in analysis.everything]
     places = {f"{m.get('device', m['processor'])}, {m['cores']} cores, {m['threads']} thread a run" for m in found}
     kinds = {", ".join(f"{name} {m[name]}" for name in ("python", "torch", "transformers", "peft")) for m in found}

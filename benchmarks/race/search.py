@@ -1,4 +1,4 @@
-"""Which setting is tried next: a first grid, then the neighbours of the best, on a lattice that grows and gets finer.
+"""Chooses the setting to try next: a first grid, then neighbours of the best, on a lattice that grows and gets finer.
 
 Learning rate and alpha / rank change by a factor of 4 at first. A best point at the edge of what was tried has untried
 neighbours beyond it, so the search goes on until its optimum is interior, or its trials are used up. When all

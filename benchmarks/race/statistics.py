@@ -1,4 +1,4 @@
-"""What the final runs say: differences to the reference paired by seed, with intervals, corrected for many methods.
+"""Compares the final runs: differences to the reference paired by seed, with intervals, corrected for many methods.
 
 Pairing takes out what a seed has in common for all methods: the data's order, the noise, the subject. The interval is
 Student's over the differences; p values are corrected by Holm for the number of methods; the smallest difference

@@ -1,4 +1,4 @@
-"""What is learned: a frozen base, batches as a function of (seed, step), and what held-out data say of a model.
+"""Tasks to learn: a frozen base, batches as a function of (seed, step), and losses of a model on held-out data.
 
     word_problems   the embedded language model on problems of templates that it never saw: loss of the answer in nats,
                     and how often the greedy answer is the right number
@@ -43,7 +43,7 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor: ...
 
     def output(self, model: nn.Module, batch: Any) -> Tensor:
-        """What `distill` compares, [N, classes] log-probabilities or a prediction."""
+        """The tensor that `distill` compares: [N, classes] log-probabilities, or a prediction."""
 
     def distance(self, merged: Tensor, trained: Tensor) -> Tensor: ...
 

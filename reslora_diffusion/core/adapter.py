@@ -288,7 +288,6 @@ class Adapter(Shared):
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if self.ordinary and not (autocast or self.gates or self.frozen or self.merged is not None or self.is_idle()):
             ahead = self.shortcut is Shortcut.INPUT and self.dropless and self.observer is None
-            self.packed_with_grad = torch.is_grad_enabled()
             self.packed = self.packer.pack(self.adapted, factors, self.groups, ahead)
 
     # ------------------------------------------------------------------------------- what schedules may change

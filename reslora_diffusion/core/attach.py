@@ -11,12 +11,11 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..rules import DEFAULT_ADAPTER
 from .adapter import Adapter
 from .config import ResLoraConfig
 from .explanations import Explanation, KernelReport
 from .peft.variant import find_adapter
-
-DEFAULT_ADAPTER = "default"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Packed(NamedTuple):
     D: tuple[Tensor]
     U: tuple[Tensor]
     ahead: Tensor | None
+    with_grad: bool  # whether gradients were recorded, which another thread may do without
 
 
 class Prepared(NamedTuple):
@@ -56,7 +57,6 @@ class Shared:
         self.dropless = True
         self.ordinary = True  # no factor is sharded or parametrised
         self.packed: dict[str, Packed] = {}
-        self.packed_with_grad = False
         self.prepared: dict[str, Prepared] = {}
         self.skipped: dict[str, int] = {}  # links that could not be used, by layer
         self.kernel: str | None = None  # the kernel that computes all operations; None leaves it to `choose`
@@ -171,11 +171,10 @@ class AdaptedLayer:
 
     def packed(self, x: Tensor) -> Packed | None:
         """The factors that were packed for this forward, if they have the precision of x and gradients where wanted."""
-        shared = self.shared
-        if not shared.packed or (torch.is_grad_enabled() and not shared.packed_with_grad):
+        found = self.shared.packed.get(self.name)
+        if found is None or found.D[0].dtype != x.dtype or (torch.is_grad_enabled() and not found.with_grad):
             return None
-        found = shared.packed.get(self.name)
-        return found if found is not None and found.D[0].dtype == x.dtype else None
+        return found
 
     def gated_factors(self, x: Tensor, scaling: float) -> tuple[list[Tensor], list[Tensor], list[Gate]]:
         """The same with gates and frozen factors. Parts whose gate is the number 0 are left out, unless all are."""

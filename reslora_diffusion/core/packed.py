@@ -150,5 +150,6 @@ class Packer:
             layouts, what = self.plans[names, ahead]
             matrices = dict(zip(what, pack(layouts, factors, *kind), strict=True))
             for name in names:
-                found[name] = Packed((matrices[name, "D"],), (matrices[name, "U"],), matrices.get((name, "ahead")))
+                D, U, forward = matrices[name, "D"], matrices[name, "U"], matrices.get((name, "ahead"))
+                found[name] = Packed((D,), (U,), forward, torch.is_grad_enabled())
         return found

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.sharding import whole
 
+from ..rules import DEFAULT_ADAPTER
 from ..utils.model_files import Files, Unknown
 from ..utils.problems import listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_ADAPTER = "default"
 ADAPTED = re.compile(r"(^|\.)(lora_\w+|modules_to_save|token_adapter)\.")  # in the names of an adapter's parameters
 # Tasks whose models PEFT wraps a head of, and where it looks for one.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

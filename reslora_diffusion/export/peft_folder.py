@@ -20,8 +20,8 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.functional import LoraFactors
+from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 from ..utils.files import fresh_folder, replace_files
 from ..utils.problems import listing

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.peft.variant import find_adapter
+from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 from .dora import is_dora
 from .lora import export_lora

@@ -56,7 +56,6 @@ def read_lora(source: str | Path, *, beside: bool = False, dora: bool = False, p
         source: a file or folder.
         beside: whether modules that were trained beside the LoRA may be there; only the LoRA is read.
         dora: whether it may be a DoRA, whose factors have a magnitude each and say nothing without the base.
-
         products: whether it may be a LoHa or LoKr, whose modules are `ProductFactors`.
 
     >>> lora = read_lora("my_lora.safetensors")

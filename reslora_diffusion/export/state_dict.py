@@ -14,12 +14,12 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.core.merging.factors import plain_lora_factors
 from reslora_diffusion.core.merging.merge import merged_factors
 from reslora_diffusion.core.peft.model import is_mark
 from reslora_diffusion.core.peft.variant import find_adapter
+from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 
 def merged_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:

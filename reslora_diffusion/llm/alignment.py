@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..utils.environment import missing_packages
-from ..utils.options import value_problems
 from ..utils.output_folder import alone_in
 from ..utils.problems import BadInput, listing
 from .checks import check
@@ -67,10 +66,7 @@ def run_checked(
 
 def problems_of(options: PreferenceOptions | RewardOptions, training: TrainingOptions) -> list[str]:
     """Faults that need no file to be opened."""
-    problems = [
-        *value_problems(options),
-        *missing_packages([("this program", name, name) for name in ("trl", "datasets")]),
-    ]
+    problems = [*missing_packages([("this program", name, name) for name in ("trl", "datasets")])]
     for name in ELSEWHERE:
         if (value := getattr(options, name)) is not None:
             problems.append(f"--{name}: got {value!r}, but works in reslora train-llm alone; wanted none")

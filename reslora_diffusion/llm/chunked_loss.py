@@ -70,7 +70,7 @@ class ChunkedLoss:
         """Mean over the tokens that have a label, or their sum over `num_items_in_batch`; token t predicts t + 1."""
         labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].to(logits.device)
         learned = labels != IGNORED
-        hidden, labels = logits[learned], labels[learned]
+        hidden, labels = logits[learned].to(self.head.weight.dtype), labels[learned]  # Mamba made float32 of it
         total = FrozenLinearCrossEntropy.apply(hidden, self.head.weight, self.head.bias, labels, self.size)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 

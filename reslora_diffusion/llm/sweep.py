@@ -123,6 +123,7 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
     """
     runs = sweep.runs()
     refuse_another(sweep)
+    write(sweep)  # whatever ends this program, the next one sees of which options these runs are
     for number, (setting, seed) in enumerate(runs, 1):
         folder = sweep.folder(setting, seed)
         label = f"run {number} of {len(runs)}, {folder.name}"

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...rules import DEFAULT_ADAPTER
 from ..adapter import Adapter, Forward
-from ..attach import DEFAULT_ADAPTER, get_adapter
+from ..attach import get_adapter
 from ..config import MergeMethod
 from ..sharding import is_distributed
 from .corrections import corrections_of, least_squares, paper_input

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...rules import DEFAULT_ADAPTER
 from ..adapter import Adapter
-from ..attach import DEFAULT_ADAPTER, get_adapter
+from ..attach import get_adapter
 from ..config import MergeMethod
 from ..sharding import is_distributed
 from .calibrate import call, evaluating

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...rules import DEFAULT_ADAPTER
 from ..adapter import Adapter
-from ..attach import DEFAULT_ADAPTER, get_adapter
+from ..attach import get_adapter
 from ..config import Shortcut
 from ..functional import LoraFactors
 from ..sharding import is_sharded, placed_like

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..attach import DEFAULT_ADAPTER, get_adapter
+from ...rules import DEFAULT_ADAPTER
+from ..attach import get_adapter
 from ..functional import LoraFactors
 from .factors import computing_as, joined_factors, refuse_more_than_factors, unjoined_factors
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ...rules import DEFAULT_ADAPTER
 from ..adapter import Forward
-from ..attach import DEFAULT_ADAPTER, get_adapter
+from ..attach import get_adapter
 from .calibrate import Mask, call, evaluating, relative_output_errors
 from .merge import merged_forward
 

@@ -49,7 +49,7 @@ OWN = {
     "caption_suffix": str,
 }
 MAY_BE_ZERO = ("keep_tokens",)
-KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+REPEATED_FOLDER = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
@@ -241,5 +241,5 @@ def class_images(folder: Path, captions: str) -> tuple[Scan, bool]:
 def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
     """`(folder, repeats, prompt)` of the folders in `folder` that are named so."""
     inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    named = [(path, KOHYA_FOLDER.fullmatch(path.name)) for path in inner]
+    named = [(path, REPEATED_FOLDER.fullmatch(path.name)) for path in inner]
     return [(path, int(match[1]), match[2].strip()) for path, match in named if match and int(match[1])]

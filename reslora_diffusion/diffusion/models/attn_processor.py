@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from reslora_diffusion import get_adapter
 from reslora_diffusion.core.adapter import Adapter
-from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.grouping import prepare, prepare_nothing
+from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 OWN = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")

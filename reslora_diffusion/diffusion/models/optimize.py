@@ -9,7 +9,7 @@ the second costs time, so there nothing is changed unless it is asked for.
 
 from torch import nn
 
-from ...core.attach import DEFAULT_ADAPTER
+from ...rules import DEFAULT_ADAPTER
 from .attn_processor import set_attn_processors, unset_attn_processors
 from .memory import restore_memory, save_memory
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reslora_diffusion.core.attach import DEFAULT_ADAPTER
 from reslora_diffusion.core.peft.variant import find_adapter
+from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 from ..models.families import Texts, Tokens
 

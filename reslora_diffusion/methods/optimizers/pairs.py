@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ...rules import DEFAULT_ADAPTER
 from ..pair_optimizers import CONFLICTS
 
 WORKING_DTYPES = (torch.float32, torch.float64)
@@ -30,7 +31,7 @@ class FactorPair(NamedTuple):
     features: frozenset[str] = frozenset()  # "dora", "middle", ...: names that `conflicts` of an optimizer may hold
 
 
-def factor_pairs(model: nn.Module, adapter_name: str = "default") -> list[FactorPair]:
+def factor_pairs(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> list[FactorPair]:
     """The trainable pairs of one adapter, in the order of `model.named_modules()`.
 
     Raises:

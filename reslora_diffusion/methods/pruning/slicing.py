@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.attach import DEFAULT_ADAPTER, detach, get_adapter
+from ...core.attach import detach, get_adapter
 from ...core.functional import LoraFactors
 from ...core.merging.merge import merged_factors
+from ...rules import DEFAULT_ADAPTER
 from .structures import ROWS, Structure, base_of, shape_of, whole_base
 
 
