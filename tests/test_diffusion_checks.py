@@ -118,6 +118,13 @@ def images(folder, *names):
         ({"lr_pattern": ["attnX=3"]}, "--lr_pattern: 'attnX' matches no adapted layer"),
         ({"rank_pattern": ["zzz=3"]}, "--rank_pattern: 'zzz' matches no adapted layer"),
         ({"compare": ["lora", "reslora-diagonal"]}, "--compare: got 'reslora-diagonal', wanted lora, dora, reslora"),
+        ({"compare": ["lora", "reslora-blok"]}, "; did you mean reslora-block?"),
+        ({"compare": ["lora", "lora+ritee"]}, "lora+ritee: got +ritee, wanted +coto, +restart, +fold"),
+        ({"compare": ["lora", "lora+rite+pro"]}, "lora+rite+pro: got +rite +pro, and a run has one --optimizer"),
+        (
+            {"compare": ["lora", "reslora-middle+rite"]},
+            "reslora-middle+rite: --optimizer rite: with `middle` one lora_B",
+        ),
         ({"compare": ["lora"]}, "wanted two contenders or more"),
         ({"compare": ["lora", "reslora:seed=3"]}, "sets --seed=3, which all contenders share"),
         ({"compare": ["lora", "reslora:max-train-steps=3"]}, "sets --max_train_steps=3, which all contenders share"),

@@ -195,6 +195,23 @@ def test_what_cannot_be_pruned_is_refused_before_weights_are_read(tmp_path, opti
         assert part in str(caught.value)
 
 
+def test_contenders_of_a_race_are_methods_of_the_family(tmp_path):
+    words = ["lora", "lora+rite", "reslora-block+coto:num_previous=2"]
+    script.main(arguments(tmp_path, compare=words, max_train_steps=2, seed=1))
+    found, weights = {}, []
+    for folder in ("lora", "lora+rite", "reslora-block+coto-num_previous=2"):
+        options = json.loads((tmp_path / folder / "run.json").read_text())["options"]
+        found[folder] = [options[name] for name in ("optimizer", "schedule", "shortcut", "num_previous")]
+        weights.append(load_file(tmp_path / folder / WEIGHTS))
+    assert [*found.values()] == [
+        ["adamw", None, None, None],
+        ["rite", None, None, None],
+        ["adamw", "coto", "block", 2],
+    ]
+    first, second, _ = weights
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_race_has_no_place_for_a_run_that_leaves_no_lora(tmp_path):
     options = {"compare": ["lora", "reslora-block"], "schedule": "prune", "target_modules": PRUNED["target_modules"]}
     with pytest.raises(BadInput, match="no LoRA that could be compared"):

@@ -48,7 +48,7 @@ class AdapterOptions:
         in_header=True,
     )
     compare: list[str] | None = option(
-        None, "Train each of lora, reslora-input, reslora-block, ... on the same draws and compare them."
+        None, "Train each of lora, lora+rite, reslora-block+coto, ... on the same draws and compare them."
     )
     rank: int = option(4, "Rank of the adapters.", at_least=1, binds=True, kohya={"network_dim": ""})
     lora_alpha: float | None = option(

@@ -1,8 +1,9 @@
 """A race: several methods on the same draws (images, noise, timesteps), from the same seed, for as many steps.
 
-    --compare lora reslora-input reslora-block:num_previous=2 lora:lora_alpha=16
+    --compare lora lora+rite reslora-block+coto reslora-block:num_previous=2 lora:lora_alpha=16
 
-A contender is a method, a shortcut, and options that only it has; everything else is shared. Each is a run of its own
+A contender is a method with a shortcut, a schedule and an optimizer of pairs (`+`), and options that only it has (`:`);
+everything else is shared. Each is a run of its own
 in a folder of its own, and what it sees is a function of (seed, step) alone, so the race needs no cooperation.
 
     <output_dir>/<contender>/     the runs
@@ -15,16 +16,18 @@ in a folder of its own, and what it sees is a function of (seed, step) alone, so
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ...methods.pair_optimizers import PAIR_OPTIMIZERS
+from ...methods.schedules.settings import SCHEDULES
 from ...rules import MERGE_EXACTLY, Shortcut
 from ...utils.documents import parse_json
 from ...utils.files import write_text
-from ...utils.problems import BadInput, refuse
+from ...utils.problems import BadInput, nearest, refuse
 from ..options import DreamBoothOptions, override
 from ..options.checks import Findings, check, quick_check
 from .checkpoints import find_checkpoint
@@ -39,9 +42,12 @@ APP_FORMAT_VERSION = 1  # of the app's settings files
 def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
     """Options of one contender; raises `BadInput`."""
     head, _, settings = word.partition(":")
+    head, *parts = head.split("+")
     method, _, shortcut = head.partition("-")
     if head not in HEADS:
-        raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}"])
+        raise BadInput([f"--compare: got {word!r}, wanted {', '.join(HEADS)}{nearest(head, HEADS)}"])
+    words, strange = words_of(parts)
+    refuse(f"--compare: {word}: {problem}" for problem in strange)
     own = options.changed()
     own.use_dora = options.use_dora or method == "dora"
     method = "lora" if method == "dora" else method
@@ -52,7 +58,7 @@ def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
         own.shortcut = own.num_previous = own.merge_method = own.handover = None
     if method == "lora" or shortcut in MERGE_EXACTLY:
         own.distillation_steps = None  # these merge exactly
-    words = [f"--{setting}" for setting in filter(None, settings.split(","))]
+    words += [f"--{setting}" for setting in filter(None, settings.split(","))]
     given = override(own, words)
     if shared := [f"--{name}={value}" for name, value in given.values.items() if name in SHARED]:
         raise BadInput([f"--compare: {word} sets {', '.join(shared)}, which all contenders share"])
@@ -61,6 +67,22 @@ def contender(word: str, options: DreamBoothOptions) -> DreamBoothOptions:
         problems.append("--schedule prune leaves a smaller model, and no LoRA that could be compared")
     refuse(f"--compare: {word}: {problem}" for problem in problems)
     return own
+
+
+def words_of(parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`(options, problems)` of what stands behind each `+` of a contender's name."""
+    known = {"--schedule": [*SCHEDULES], "--optimizer": [*PAIR_OPTIMIZERS]}
+    options, problems = [], []
+    for flag, names in known.items():
+        own = [part for part in parts if part in names]
+        options += [f"{flag}={name}" for name in own]
+        if len(own) > 1:
+            problems.append(f"got +{' +'.join(own)}, and a run has one {flag}; wanted one of them")
+    every = [name for names in known.values() for name in names]
+    problems += [
+        f"got +{part}, wanted +{', +'.join(every)}{nearest(part, every)}" for part in parts if part not in every
+    ]
+    return options, problems
 
 
 def contenders(options: DreamBoothOptions) -> dict[str, DreamBoothOptions]:
