@@ -121,6 +121,22 @@ def test_zero3_does_not_quietly_train_in_another_precision_than_was_asked_for(mo
     assert problem.startswith("--dtype bfloat16: DeepSpeed ZeRO-3 does not train float32 adapters on a base in another")
 
 
+def test_several_gpus_of_one_process_are_refused_where_batches_cannot_be_shared_out(tmp_path):
+    """`torch.nn.DataParallel` ended in an error in the first step, with the model in memory."""
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    given = LlmOptions(attn_implementation="flash_attention_2", packing=True, chunked_loss=True)
+    assert list(launcher_problems(given, training)) == []
+    training._n_gpu = 2
+    found = list(launcher_problems(given, training))
+    assert [problem.partition(":")[0] for problem in found] == [
+        "--method reslora",
+        "--packing with flash_attention_2",
+        "--chunked_loss",
+    ]
+    assert all("accelerate launch --num_processes 2, or CUDA_VISIBLE_DEVICES=0" in problem for problem in found)
+    assert list(launcher_problems(LlmOptions(method="lora"), training)) == []
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_files_of_a_model_tell_its_layers_as_its_modules_do(tmp_path, name):
     model = MODELS[name][0]()

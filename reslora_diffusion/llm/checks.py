@@ -228,16 +228,25 @@ def distillation_problems(options: ModelOptions, shortcut: str) -> Iterator[str]
         yield f"{name}: refines what was fitted on data; got --merge_method {options.merge_method}"
 
 
+def replica_problems(options: ModelOptions, gpus: int) -> Iterator[str]:
+    """Yield what does not run where one process shares out its batches over several GPUs (`torch.nn.DataParallel`)."""
+    wanted = f"wanted a process for each, by accelerate launch --num_processes {gpus}, or CUDA_VISIBLE_DEVICES=0"
+    if options.method == "reslora":
+        yield f"--method reslora: replicas on {gpus} GPUs of one process would share one adapter's state; {wanted}"
+    attention = options.attn_implementation or ""
+    if getattr(options, "packing", False) and "flash" in attention:
+        yield f"--packing with {attention}: {gpus} GPUs of one process share out rows, not their lengths; {wanted}"
+    if getattr(options, "chunked_loss", False):
+        yield f"--chunked_loss: its output layer lies on the first of {gpus} GPUs of one process alone; {wanted}"
+
+
 def launcher_problems(options: ModelOptions, training: "TrainingArguments") -> Iterator[str]:
     """Yield what does not run as training is distributed, which `TrainingArguments` find out once they are made."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     yield from process_problems(options, training)
-    if training.n_gpu > 1 and getattr(options, "packing", False) and "flash" in (options.attn_implementation or ""):
-        yield (
-            f"--packing with {options.attn_implementation}: several GPUs of one process share out rows, not their "
-            f"lengths; wanted a process for each, by accelerate launch --num_processes {training.n_gpu}"
-        )
+    if training.n_gpu > 1:
+        yield from replica_problems(options, training.n_gpu)
     sharded = is_deepspeed_zero3_enabled() or bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded and is_quantised(options):
         yield (

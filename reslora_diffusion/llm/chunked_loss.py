@@ -62,7 +62,8 @@ class ChunkedLoss:
     """In place of a model's `loss_function`, given hidden states [B, T, D] where that one is given logits."""
 
     def __init__(self, head: nn.Module, size: int = TOKENS) -> None:
-        self.head, self.size = head, size
+        self.head: Any = head  # with a weight and a bias
+        self.size = size
 
     def __call__(
         self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None, **_: Any
