@@ -112,8 +112,9 @@ def estimate(plan: Plan, options: DreamBoothOptions) -> Estimate:
         first = torch.zeros(images, dtype=torch.long, **meta)
         each = Texts(texts.hidden[first], None if texts.pooled is None else texts.pooled[first])
         condition = family.condition(each, torch.empty(images, 6, dtype=dtype, **meta))
-        guidance = family.training_guidance(denoiser.config, options)
-        family.denoise(denoiser, latents, torch.empty(images, **meta), condition, guidance)
+        times = torch.empty(images, **meta)
+        guidance = family.guidance_input(family.training_guidance(denoiser.config, options), times)
+        family.denoise(denoiser, latents, times, condition | guidance)
     passes = 1 + BACKWARD + options.gradient_checkpointing
     return Estimate(flops.get_total_flops() * passes * options.gradient_accumulation_steps, kept.bytes)
 

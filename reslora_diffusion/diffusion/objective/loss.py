@@ -170,7 +170,8 @@ class Denoiser:
         noise = batch.noise if batch.input_noise is None else batch.input_noise
         noisy_latents = self.process.add_noise(batch.latents, noise, batch.timesteps).to(self.dtype)
         times = self.process.times(batch.timesteps)
-        return self.family.denoise(self.model, noisy_latents, times, self.condition(batch), self.guidance_scale)
+        guidance = self.family.guidance_input(self.guidance_scale, times)
+        return self.family.denoise(self.model, noisy_latents, times, self.condition(batch) | guidance)
 
     def losses(self, batch: Batch) -> Tensor:
         """loss_i without w_i [B], in float32."""

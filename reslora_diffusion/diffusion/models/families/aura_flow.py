@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.buckets import Grid
 from .base import NUM_TRAIN_TIMESTEPS, Texts
-from .frozen_text import T5_ALONE, FrozenTextFamily, with_masks
+from .frozen_text import T5_ALONE, FrozenTextFamily
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 
@@ -38,17 +37,5 @@ class AuraFlow(FrozenTextFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden}
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         return model(latents, timestep=times / NUM_TRAIN_TIMESTEPS, **conditions, return_dict=False)[0]
-
-    def pipeline_inputs(
-        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
-    ) -> dict[str, Any]:
-        return with_masks(texts, negative)

@@ -187,6 +187,12 @@ class Family(ABC):
         given = options.training_guidance_scale
         return self.guidance_scale if given is None else given
 
+    def guidance_input(self, scale: float | None, times: Tensor) -> dict[str, Tensor]:
+        """Keyword argument of the denoiser for the guidance that it takes as an input, beside those of `condition`."""
+        import torch
+
+        return {} if scale is None else {"guidance": torch.full_like(times, scale)}
+
     @abstractmethod
     def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
         """The forward process of the base, as the options change it; the pipeline then samples by the same."""
@@ -244,14 +250,7 @@ class Family(ABC):
         """Keyword arguments of the denoiser. `time_ids` [B, 6]: original size, upper left corner of the crop, trained
         size, each (height, width)."""
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         """The model's prediction [B, C, h, w] of latents [B, C, h, w] at times [B]."""
         return model(latents, timestep=times, **conditions, return_dict=False)[0]
 

@@ -18,11 +18,10 @@ from reslora_diffusion.export.geometry import CHROMA
 
 from .base import NUM_TRAIN_TIMESTEPS, Texts
 from .flux import Flux
-from .frozen_text import T5_ALONE, FrozenTextFamily, with_masks
+from .frozen_text import T5_ALONE, FrozenTextFamily
 from .latent_tokens import packed, places, unpacked
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 
@@ -46,14 +45,7 @@ class Chroma(FrozenTextFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "attention_mask": texts.mask}
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         import torch.nn.functional as F
 
         states, hidden, mask = packed(latents), conditions["encoder_hidden_states"], conditions["attention_mask"]
@@ -82,8 +74,3 @@ class Chroma(FrozenTextFamily):
             conditions = {"encoder_hidden_states": hidden[own, :length], "attention_mask": None}
             prediction[own] = self.denoise(model, latents[own], times[own], conditions)
         return prediction
-
-    def pipeline_inputs(
-        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
-    ) -> dict[str, Any]:
-        return with_masks(texts, negative)

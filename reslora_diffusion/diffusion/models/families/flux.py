@@ -54,20 +54,11 @@ class Flux(FlowFamily):
             "txt_ids": texts.hidden.new_zeros(texts.hidden.shape[1], 3),
         }
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
-        import torch
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
 
         tokens = model(
             hidden_states=packed(latents),
             timestep=times / NUM_TRAIN_TIMESTEPS,
-            guidance=None if guidance_scale is None else torch.full_like(times, guidance_scale),
             img_ids=places(latents).to(latents.dtype),
             **conditions,
             return_dict=False,

@@ -66,21 +66,12 @@ class Flux2Klein(FrozenTextFamily):
             "txt_ids": F.pad(number, (3, 0)).expand(len(texts.hidden), -1, -1),
         }
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
-        import torch
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         import torch.nn.functional as F
 
         tokens = model(
             hidden_states=latents.flatten(2).mT,
             timestep=times / NUM_TRAIN_TIMESTEPS,
-            guidance=None if guidance_scale is None else torch.full_like(times, guidance_scale),
             img_ids=F.pad(places(latents, cell=1), (0, 1)).expand(len(latents), -1, -1),
             **conditions,
             return_dict=False,

@@ -38,28 +38,6 @@ def mode(mean: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean.new_full(mean.shape, -float("inf"))
 
 
-def with_masks(texts: Texts, negative: Texts) -> dict[str, Any]:
-    """Both prompts and their masks, by the names that most pipelines take them under."""
-    return {
-        "prompt_embeds": texts.hidden,
-        "prompt_attention_mask": texts.given_mask,
-        "negative_prompt_embeds": negative.hidden,
-        "negative_prompt_attention_mask": negative.given_mask,
-    }
-
-
-def equally_long(texts: Texts, negative: Texts) -> dict[str, Any]:
-    """The same as pipelines that read Gemma take them, padded to one length."""
-    import torch.nn.functional as F
-
-    longest = max(part.hidden.shape[1] for part in (texts, negative))
-    padded = [
-        Texts(F.pad(hidden, (0, 0, 0, longest - hidden.shape[1])), mask=F.pad(mask, (0, longest - hidden.shape[1])))
-        for hidden, mask in ((part.hidden, part.given_mask.long()) for part in (texts, negative))
-    ]
-    return with_masks(*padded)
-
-
 def each_by_itself(texts: Texts) -> list[Tensor]:
     """The states of each prompt, without padding."""
     if texts.mask is None:
@@ -115,3 +93,13 @@ class FrozenTextFamily(FlowFamily):
         longest = int(tokens.mask.sum(1).max())
         mask = tokens.mask[:, :longest]
         return Texts(tokens.fixed[:, :longest], mask=None if bool(mask.all()) else mask)
+
+    def pipeline_inputs(
+        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
+    ) -> dict[str, Any]:
+        return {
+            "prompt_embeds": texts.hidden,
+            "prompt_attention_mask": texts.given_mask,
+            "negative_prompt_embeds": negative.hidden,
+            "negative_prompt_attention_mask": negative.given_mask,
+        }

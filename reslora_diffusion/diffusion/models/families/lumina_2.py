@@ -14,15 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .base import NUM_TRAIN_TIMESTEPS, Texts
-from .frozen_text import FrozenTextFamily, equally_long
+from .base import NUM_TRAIN_TIMESTEPS
+from .gemma import GemmaFamily
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 
-class Lumina2(FrozenTextFamily):
+class Lumina2(GemmaFamily):
     title = "Lumina 2"
     tag = "lumina2"
     pipeline_class = "Lumina2Pipeline"
@@ -30,33 +29,10 @@ class Lumina2(FrozenTextFamily):
     of_kohya = ("layers", "noise_refiner", "context_refiner", "norm_out")
     max_sequence_length = 256
     guidance_scale = 4.0
-    flow: Mapping[str, Any] = {**FrozenTextFamily.flow, "from_data": True}
+    flow: Mapping[str, Any] = {**GemmaFamily.flow, "from_data": True}
 
     def text_width(self, config: Mapping[str, Any]) -> int:
         return config["cap_feat_dim"]
 
-    def states(self, pipeline: Any, prompt: str, length: int, negative: bool) -> Tensor:
-        common = {"device": pipeline.text_encoder.device, "max_sequence_length": length}
-        if negative:
-            hidden, mask = pipeline.encode_prompt([""], negative_prompt=[prompt], **common)[2:]
-        else:
-            hidden, mask = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, **common)[:2]
-        return hidden[0, mask[0].bool()]
-
-    def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
-        return {"encoder_hidden_states": texts.hidden, "encoder_attention_mask": texts.given_mask}
-
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         return -model(latents, timestep=1 - times / NUM_TRAIN_TIMESTEPS, **conditions, return_dict=False)[0]
-
-    def pipeline_inputs(
-        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
-    ) -> dict[str, Any]:
-        return equally_long(texts, negative)

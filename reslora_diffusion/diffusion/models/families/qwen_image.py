@@ -49,14 +49,7 @@ class QwenImage(FrozenTextFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "encoder_hidden_states_mask": texts.mask}
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         height, width = (side // CELL for side in latents.shape[2:])
         tokens = model(
             hidden_states=packed(latents),

@@ -15,15 +15,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
-from .base import Texts
-from .frozen_text import FrozenTextFamily, equally_long, mode
+from .frozen_text import mode
+from .gemma import GemmaFamily
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 
-class Sana(FrozenTextFamily):
+class Sana(GemmaFamily):
     title = "SANA"
     tag = "sana"
     pipeline_class = "SanaPipeline"
@@ -49,32 +48,11 @@ class Sana(FrozenTextFamily):
     def normalisation(self, vae: Any) -> tuple[float, float]:
         return vae.config.scaling_factor, 0.0
 
-    def states(self, pipeline: Any, prompt: str, length: int, negative: bool) -> Tensor:
-        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-        common = {"device": pipeline.text_encoder.device, "max_sequence_length": length}
-        if negative:
-            hidden, mask = pipeline.encode_prompt([""], negative_prompt=prompt, **common)[2:]
-        else:
-            common["complex_human_instruction"] = instruction
-            hidden, mask = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, **common)[:2]
-        return hidden[0, mask[0].bool()]
+    def words_before(self, pipeline: Any) -> dict[str, Any]:
+        name = "complex_human_instruction"
+        return {name: inspect.signature(type(pipeline).__call__).parameters[name].default}
 
-    def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
-        return {"encoder_hidden_states": texts.hidden, "encoder_attention_mask": texts.given_mask}
-
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         config: Any = model.config
         found = model(latents, timestep=times * config.timestep_scale, **conditions, return_dict=False)[0]
         return found[:, : latents.shape[1]]  # a learned variance comes after
-
-    def pipeline_inputs(
-        self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
-    ) -> dict[str, Any]:
-        return {"negative_prompt": None, **equally_long(texts, negative)}

@@ -37,14 +37,7 @@ class ZImage(FrozenTextFamily):
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"cap_feats": each_by_itself(texts)}
 
-    def denoise(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditions: dict[str, Any],
-        guidance_scale: float | None = None,
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         import torch
 
         images = list(latents[:, :, None].unbind())
