@@ -307,6 +307,7 @@ def test_noise_levels_of_lumina_2_are_those_of_the_program(tmp_path, case):
     options = parse(["--config", str(tmp_path / "k.json"), "--pretrained_model_name_or_path", base, *data])
     quick_check(options)
     assert not options.train_text_encoder
+    assert ("DIFFERENT: system_prompt: prompts have none there" in "\n".join(options.notes)) == case.startswith("kohya")
     pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
     process, source = FAMILIES["Lumina2Pipeline"].process(pipeline, options), torch.Generator().manual_seed(0)
     levels = process.sigma(torch.tensor([process.draw(source, (16, 8, 8)) for _ in range(4000)])).numpy()

@@ -104,6 +104,8 @@ def flux(given: Mapping[str, Any], kind: str) -> OfFamily:
     if kind == LUMINA_2:
         values["timestep_sampling"] = "flux_shift" if sampling == "nextdit_shift" else sampling
         values["max_sequence_length"] = said(given, "gemma2_max_token_length", 256)
+        if is_off(given.get("system_prompt")):
+            different["system_prompt"] = "prompts have none there; here that of diffusers' pipeline stands before each"
         if sampling in USED_BY["sigmoid_scale"] and (scale := said(given, "sigmoid_scale", None)):
             values["sigmoid_scale"] = scale
         if sampling == "nextdit_shift":
