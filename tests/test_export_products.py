@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -244,7 +244,7 @@ REFUSED = [
     ({"lokr_w1": (4, 4), "lokr_w2": (4, 4), "lora_up.weight": (4, 4)}, "it is a plain LoRA too"),
     ({"lokr_w1": (9000, 2), "lokr_w2": (9000, 2)}, f"numbers, wanted 1 to {LARGEST}"),
     ({"lokr_w1": (0, 4), "lokr_w2": (4, 4)}, "has 0 numbers"),
-    ({"weight": (4,), "on_input": ()}, r"holds \(IA\)3, not plain LoRA"),
+    ({"weight": (4,), "on_input": ()}, "holds (IA)3, not plain LoRA"),
     ({"diff": (4, 4)}, "holds full weight differences, not plain LoRA"),
     ({"oft_blocks": (4, 4)}, "holds OFT, not plain LoRA"),
 ]
@@ -259,7 +259,7 @@ def test_what_is_no_product_is_one_message(command, parts, said, tmp_path):
     assert result.exit_code == 2, result.output
     text = " ".join(result.output.split())
     assert "bad.safetensors" in text
-    assert text.count(said.replace("\\", "")) >= 1 or said.replace("\\", "") in text
+    assert text.count(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,9 @@ def test_those_that_do_nothing_or_are_broken_are_said_so(tmp_path, base_weights)
 
 def test_commands_that_cannot_use_them_say_what_can(tmp_path):
     file = kohya_file(tmp_path / "x.safetensors", several("lokr"))
+    before = file.read_bytes()
     for command in (["verify", str(file), "--base", str(saved(tiny_pipeline))], ["combine", str(file), str(file)]):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 2, result.output
         assert "convert FILE --to kohya --rank N" in " ".join(result.output.split())
-    assert load_file(file)
+    assert file.read_bytes() == before

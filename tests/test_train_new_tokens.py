@@ -27,7 +27,7 @@ from reslora_diffusion.diffusion.objective.randomness import Stream, generator
 from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.diffusion.options.checks import check, quick_check
 from reslora_diffusion.diffusion.options.preflight import preflight
-from reslora_diffusion.export import export_lora
+from reslora_diffusion.export import export_lora, read_lora
 from reslora_diffusion.export.embeddings import (
     Embeddings,
     load_embeddings,
@@ -436,6 +436,14 @@ def test_files_of_other_programs_are_read(tmp_path):
         assert (found.tokens, found.rows["clip_l"].shape) == ({word: [word]}, (1, 8))
 
 
+def test_embeddings_in_the_place_of_a_lora_are_called_by_their_name(tmp_path):
+    save_file(
+        {"clip_l": torch.ones(2, 4), "t5": torch.ones(2, 8), "t5xxl": torch.ones(2, 8)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"they are those of an embedding of new tokens"):
+        read_lora(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     ("tensors", "header", "said"),
     [
@@ -447,6 +455,7 @@ def test_files_of_other_programs_are_read(tmp_path):
         ({"clip_l": torch.ones(2, 4), "clip_g": torch.ones(3, 4)}, {}, "holds no embeddings"),
         ({"clip_l": torch.ones(2, 4), "unet.x": torch.ones(2, 4)}, {}, "holds no embeddings"),
         ({"a": torch.ones(2, 4, 3)}, {}, "holds no embeddings"),
+        ({"prompt_embeds": torch.ones(77, 4)}, {}, "holds no embeddings"),
         *(
             ({f"lora_unet_mid_block_attentions_0_proj_in.{part}": torch.ones(1, 8)}, {}, "holds no embeddings")
             for part in ("lora_down.weight", "lokr_w1", "diff", "dora_scale", "scalar", "on_input")

@@ -14,7 +14,8 @@ TOKENS = "reslora.tokens"  # in the header
 KEYS = ("clip_l", "clip_g", "t5")
 OF_COMFYUI = {"t5": "t5xxl"}
 OF_KOHYA = "emb_params"
-MOST_TOKENS = 1024  # a prompt has 77, and a file more by mistake alone
+MOST_TOKENS = 1024  # of a file with a name for each encoder, in which many words may stand
+MOST_OF_ONE = 75  # of a file with one tensor, which stands for one word of a prompt that CLIP reads whole
 WORD = re.compile(r"<.+>|[^.]+")  # a token; the name of a layer's tensor has a dot, whatever adapter it is of
 
 
@@ -70,7 +71,7 @@ def stored_rows(shapes: Mapping[str, Sequence[int]]) -> dict[str, str] | None:
         return None
     if known := {key: key for key in KEYS if key in shapes}:
         return known if shapes.keys() <= {*KEYS, *OF_COMFYUI.values()} else None
-    alone = next(iter(shapes)) if len(shapes) == 1 else ""
+    alone = next(iter(shapes)) if len(shapes) == 1 and max(counts) <= MOST_OF_ONE else ""
     return {"clip_l": alone} if WORD.fullmatch(alone) else None
 
 

@@ -44,6 +44,7 @@ NOT_PLAIN = {
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
 }
 FOREIGN = {
+    r"^(clip_[lg]|t5(xxl)?|emb_params)$": "an embedding of new tokens (textual inversion)",
     r"double_blocks|single_blocks|single_transformer_blocks": "FLUX, in other names than kohya's and diffusers'",
     r"joint_blocks": "Stable Diffusion 3",
     r"lora_te3_": "T5",
