@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def padded(texts: Texts, length: int) -> Texts:
+    """Prompts with zeros behind them up to this length, and numbers as their mask."""
+    import torch.nn.functional as F
+
+    more = length - texts.hidden.shape[1]
+    return Texts(F.pad(texts.hidden, (0, 0, 0, more)), mask=F.pad(texts.given_mask.long(), (0, more)))
+
+
 class GemmaFamily(FrozenTextFamily):
     def words_before(self, pipeline: Any) -> dict[str, Any]:
         """Arguments of `encode_prompt` for the words that a prompt begins with, where they are not its defaults."""
@@ -37,11 +45,6 @@ class GemmaFamily(FrozenTextFamily):
     def pipeline_inputs(
         self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
     ) -> dict[str, Any]:
-        import torch.nn.functional as F
-
         longest = max(part.hidden.shape[1] for part in (texts, negative))
-        padded = [
-            Texts(F.pad(hidden, (0, 0, 0, longest - hidden.shape[1])), mask=F.pad(mask, (0, longest - hidden.shape[1])))
-            for hidden, mask in ((part.hidden, part.given_mask.long()) for part in (texts, negative))
-        ]
-        return {"negative_prompt": None, **super().pipeline_inputs(pipeline, *padded)}
+        texts, negative = padded(texts, longest), padded(negative, longest)
+        return {"negative_prompt": None, **super().pipeline_inputs(pipeline, texts, negative)}
