@@ -9,4 +9,4 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from hub import hub  # noqa: E402, F401, a fixture for every test
+from hub import hub, waits  # noqa: E402, F401, fixtures for every test

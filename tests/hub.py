@@ -2,6 +2,8 @@
 
 import base64
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -51,3 +53,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Hub], Hub]]:
     yield put
     huggingface_hub.set_client_factory(httpx.Client)
     unreachable.cache_clear()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every `time.sleep` of this thread, which returns at once: the same on a machine of any load."""
+    asked: list[float] = []
+    sleep, own = time.sleep, threading.get_ident()
+    monkeypatch.setattr(time, "sleep", lambda s: asked.append(s) if threading.get_ident() == own else sleep(s))
+    return asked

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -257,7 +256,7 @@ def test_the_console_script_exits_with_the_code(source, tmp_path):
 
 
 @pytest.mark.parametrize("words", [("verify",), ("merge", "out"), ("export", "out")])
-def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch, words):
+def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch, waits, words):
     """Not after a minute of retries, and not as a fault of the model."""
     from huggingface_hub import constants
 
@@ -268,12 +267,11 @@ def test_a_hub_that_cannot_be_reached_is_named_at_once(run, source, monkeypatch,
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     unreachable.cache_clear()
     command, *rest = words
-    begin = time.monotonic()
     code, output = run(command, source, *rest, "--base", "nobody/no-model-of-that-name")
     unreachable.cache_clear()
     assert code == 2
     assert "is no folder here and not in the hub's cache, and http://127.0.0.1:9 cannot be reached" in output
-    assert time.monotonic() - begin < 10
+    assert waits == []
 
 
 @pytest.mark.parametrize("words", [("verify",), ("merge", "out")])

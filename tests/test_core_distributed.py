@@ -1,8 +1,9 @@
 """Two gloo processes give the gradients of one process with both batches: DDP, and FSDP2 with every layer sharded."""
 
-import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,26 +44,23 @@ def by_fsdp(model: nn.Module) -> nn.Module:
     return model
 
 
-def compare(rank: int, port: int, wrap: str, checkpointing: bool, errors: dict) -> None:
-    """In each process: the largest error of any gradient, by case; and how many processes there really are."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
-    torch.set_num_threads(1)
+def compare(rank: int, wrap: Callable[[nn.Module], nn.Module], checkpointing: bool) -> dict[tuple, float]:
+    """The largest error of any gradient, by case."""
+    errors = {}
     for shortcut, num_previous in CASES:
         wanted = expected(shortcut, num_previous)
         model = adapted("llama", shortcut, num_previous)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()
-        wrapped = {"ddp": by_ddp, "fsdp": by_fsdp}[wrap](model)
+        wrapped = wrap(model)
         mean_loss(output("llama", wrapped, inputs("llama", seed=rank))).backward()
         assert get_adapter(model).skipped == {}
         found = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
         assert found.keys() == wanted.keys()
         worst = max((found[name] - wanted[name]).abs().max().item() for name in wanted)
-        errors[rank, shortcut, num_previous] = worst / max(g.abs().max().item() for g in wanted.values())
-    errors[rank, "processes", None] = dist.get_world_size()
-    dist.destroy_process_group()
+        errors[shortcut, num_previous] = worst / max(g.abs().max().item() for g in wanted.values())
+    return errors
 
 
 def whole(gradient: torch.Tensor | None) -> torch.Tensor:
@@ -70,13 +68,10 @@ def whole(gradient: torch.Tensor | None) -> torch.Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def calibrate_apart(rank: int, port: int, results: dict) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+def calibrate_apart(rank: int) -> dict[str, torch.Tensor]:
     model = adapted("llama", "middle", 1)
     calibrate(model, [inputs("llama", seed=n) for n in (rank, rank + 2)], lambda m, batch: m(*batch))
-    results[rank] = {name: factors.lora_A.detach() for name, factors in merged_factors(model).items()}
-    dist.destroy_process_group()
+    return {name: factors.lora_A.detach() for name, factors in merged_factors(model).items()}
 
 
 def merge_everything(model: nn.Module, batches: list) -> dict[str, torch.Tensor]:
@@ -98,74 +93,77 @@ def merge_everything(model: nn.Module, batches: list) -> dict[str, torch.Tensor]
     return found
 
 
-def merge_sharded(rank: int, port: int, results: dict) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+def merge_sharded(rank: int) -> dict[str, dict[str, torch.Tensor] | str]:
+    results: dict[str, dict[str, torch.Tensor] | str] = {}
     for shortcut, num_previous in (("input", 1), ("middle", None)):
         model = by_fsdp(adapted("llama", shortcut, num_previous))
         batches = [inputs("llama", seed=n) for n in (rank, rank + 2)]
-        results[rank, shortcut] = merge_everything(model, batches)
+        results[shortcut] = merge_everything(model, batches)
     block = by_fsdp(adapted("llama", "block", 1))
     try:
         handover(block)
     except RuntimeError as error:
-        results[rank, "block"] = str(error)
+        results["block"] = str(error)
+    return results
+
+
+JOBS = {
+    "ddp": partial(compare, wrap=by_ddp, checkpointing=False),
+    "ddp-checkpointed": partial(compare, wrap=by_ddp, checkpointing=True),
+    "fsdp": partial(compare, wrap=by_fsdp, checkpointing=False),
+    "fsdp-checkpointed": partial(compare, wrap=by_fsdp, checkpointing=True),
+    "calibrate": calibrate_apart,
+    "merge": merge_sharded,
+}
+
+
+def work(rank: int, meeting: str, results: dict) -> None:
+    """In each process, every job: to start a process takes longer than its jobs.
+
+    They meet at a file, because another program may take a port that was free a moment ago.
+    """
+    address = Path(meeting).as_uri()
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    assert dist.get_world_size() == 2
+    torch.set_num_threads(1)
+    for name, job in JOBS.items():
+        results[rank, name] = job(rank)
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    ("wrap", "checkpointing"),
-    [
-        pytest.param("ddp", False, id="ddp"),
-        pytest.param("ddp", True, id="ddp-checkpointed", marks=pytest.mark.slow),
-        pytest.param("fsdp", False, id="fsdp", marks=pytest.mark.slow),
-        pytest.param("fsdp", True, id="fsdp-checkpointed"),
-    ],
-)
-def test_two_processes_are_one(wrap: str, checkpointing: bool) -> None:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What each job returned in each process."""
     with mp.Manager() as manager:
         shared = manager.dict()
-        mp.spawn(compare, args=(free_port(), wrap, checkpointing, shared), nprocs=2)
-        errors = dict(shared)
+        mp.spawn(work, args=(str(tmp_path_factory.mktemp("processes") / "meeting"), shared), nprocs=2)
+        return dict(shared)
+
+
+@pytest.mark.parametrize("wrapped", ["ddp", "ddp-checkpointed", "fsdp", "fsdp-checkpointed"])
+def test_two_processes_are_one(results: dict, wrapped: str) -> None:
     for rank in range(2):
-        assert errors.pop((rank, "processes", None)) == 2
-    assert errors.keys() == {(rank, *case) for rank in range(2) for case in CASES}
-    assert max(errors.values()) < 1e-12, errors
+        errors = results[rank, wrapped]
+        assert list(errors) == CASES
+        assert max(errors.values()) < 1e-12, errors
 
 
-@pytest.mark.slow
-def test_statistics_of_several_processes_add_up() -> None:
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(calibrate_apart, args=(free_port(), results), nprocs=2)
-        apart = dict(results)
+def test_statistics_of_several_processes_add_up(results: dict) -> None:
     model = adapted("llama", "middle", 1)
     calibrate(model, [inputs("llama", seed=n) for n in range(4)], lambda m, batch: m(*batch))
     for name, factors in merged_factors(model).items():
         for rank in range(2):
-            assert torch.allclose(apart[rank][name], factors.lora_A, atol=1e-12)
+            assert torch.allclose(results[rank, "calibrate"][name], factors.lora_A, atol=1e-12)
 
 
-def test_a_sharded_adapter_merges_as_a_whole_one() -> None:
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(merge_sharded, args=(free_port(), shared), nprocs=2)
-        results = dict(shared)
+def test_a_sharded_adapter_merges_as_a_whole_one(results: dict) -> None:
     for shortcut, num_previous in (("input", 1), ("middle", None)):
         model = adapted("llama", shortcut, num_previous)
         wanted = merge_everything(model, [inputs("llama", seed=n) for n in range(4)])
         assert (wanted["merged"] - wanted["unmerged"]).abs().max() > 1e-6
         for rank in range(2):
-            got = results[rank, shortcut]
+            got = results[rank, "merge"][shortcut]
             assert got.keys() == wanted.keys()
             errors = {name: (got[name] - value).abs().max().item() for name, value in wanted.items()}
             assert max(errors.values()) < 1e-10, errors
-    assert all("makes wider factors" in results[rank, "block"] for rank in range(2))
+    assert all("makes wider factors" in results[rank, "merge"]["block"] for rank in range(2))

@@ -396,15 +396,14 @@ def test_a_repository_that_cannot_be_written_to_is_said_before_weights_are_read(
     assert any("--push_to_hub: nobody/sks cannot be written to" in problem for problem in found)
 
 
-def test_a_hub_out_of_reach_is_said_once_and_soon(folders, tmp_path, hub, monkeypatch):
+def test_a_hub_out_of_reach_is_said_once_and_soon(folders, tmp_path, hub, waits, monkeypatch):
     def refused(request):
         raise httpx.ConnectError("Name or service not known")
 
     hub(refused)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    started = time.monotonic()
     found = problems(folders, tmp_path, model_name_or_path="nobody/no-such-model")
-    assert time.monotonic() - started < 5
+    assert waits == []
     assert len(found) == 1
     assert "nobody/no-such-model: it is not on this machine, and https://huggingface.co cannot be reached" in found[0]
     assert "Name or service not known" in found[0]
@@ -548,7 +547,7 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_bit_for_bit(fo
     output, handlers = tmp_path / "out", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def ask() -> None:
-        while not (output / "checkpoint-2" / "checksums.json").is_file():
+        while not list(output.glob("checkpoint-*/checksums.json")):  # one of them: old ones are removed
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
