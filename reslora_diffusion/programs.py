@@ -14,7 +14,6 @@ import os
 import platform
 import runpy
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ import typer
 from .llm.commands import chat, evaluate
 from .utils.documents import parse_json
 from .utils.processes import ask_to_stop, passing_on, start_apart
+from .utils.versions import installed_version
 
 PACKAGES = (
     "reslora-diffusion torch diffusers transformers peft accelerate safetensors tokenizers huggingface-hub numpy "
@@ -167,11 +167,7 @@ def environment(run: Path | None = None) -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: installed_version(package) for package in PACKAGES}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         found[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"

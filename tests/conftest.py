@@ -3,10 +3,31 @@
 One thread: several may divide a sum differently from run to run, and some tests compare runs bit for bit.
 """
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hub import hub, waits  # noqa: E402, F401, fixtures for every test
+
+# Two processes share the files; the ones that take longest begin, so that neither process waits for the other's last.
+LONGEST = (
+    "test_app_browser test_train_dreambooth test_train_dreambooth_processes test_app_page test_diffusion_families "
+    "test_llm_script test_diffusion_language_families"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(Path(item.path).stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Imported libraries are half a million objects that stay: the collector need not look at them again."""
+    gc.collect()
+    gc.freeze()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth import SCRIPT, SUBJECTS, arguments, call, environment, script, train, words
 from reslora_diffusion.diffusion.models.variants import variant_problems
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, run_program
 from tiny import tiny_pipeline_folder
 
 
@@ -376,28 +376,21 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path, without_weigh
         assert line in said, said
 
 
-def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_path, without_weights):
+def test_what_is_in_the_folders_is_told_although_something_else_is_wrong(tmp_path, without_weights, capsys):
     folder = images(tmp_path / "subject", "a.png", "b.png")
     (folder / "notes.md").write_text("hello")
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a dog"}\n')
-    done = call(
-        tmp_path / "out",
-        instance_data_dir=folder,
-        pretrained_model_name_or_path=without_weights,
-        rank=0,
-        variant="fp16",
-        resolution=128,
-        dry_run=True,
-    )
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == [
+    options = {"instance_data_dir": folder, "pretrained_model_name_or_path": without_weights, "resolution": 128}
+    assert run_program(lambda: train(tmp_path / "out", **options, rank=0, variant="fp16", dry_run=True)) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
         f"instance: 2 images in {folder}, 1 with captions of their own",
         "  1 without a caption, or with an empty one, fall back to the prompt 'a sticker of sks animal': a.png",
         "  skipped: notes.md (not an image)",
         "  identical: a.png, b.png",
         "  smaller than they are trained at, enlarged: a.png, b.png",
     ]
-    assert done.stderr.strip().splitlines() == [
+    assert said.err.strip().splitlines() == [
         "2 problems:",
         "  - --rank: got 0, wanted 1 or more",
         f"  - --variant: got 'fp16', which no part of {without_weights} has; there: no weights at all",

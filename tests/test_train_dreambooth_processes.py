@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +18,7 @@ from dreambooth import ROOT, SCRIPT, call, environment, train, words
 from reslora_diffusion.diffusion.options.launcher import started_alone
 from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
 from reslora_diffusion.utils.output_folder import alone_in
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, Stopped
 from tiny import tiny_pipeline_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -52,7 +53,9 @@ def assert_same(first, second) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(  # tests/test_programs.py sends SIGINT to `reslora train`, which runs the same
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=lambda number: number.name
+)
 def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path, number):
     folder = tmp_path / "run"
     process = start(folder, max_train_steps=100_000)
@@ -74,7 +77,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path, number):
     assert_same(state(folder / name), state(whole / name))
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys):
     folder = tmp_path / "run"
     process = start(folder, max_train_steps=100_000, checkpointing_steps=2)
     wait_for_steps(folder, process, 5)
@@ -93,19 +96,17 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
     (torn / "state" / "state.safetensors").write_bytes(whole[: len(whole) // 2])
 
     steps = done + 3
-    done_again = call(folder, max_train_steps=steps, checkpointing_steps=steps, resume_from_checkpoint="latest")
-    assert done_again.returncode == 0, done_again.stderr
-    assert f"continuing from {last}" in done_again.stdout
+    train(folder, max_train_steps=steps, checkpointing_steps=steps, resume_from_checkpoint="latest")
+    assert f"continuing from {last}" in capsys.readouterr().out
     assert not list(folder.glob(".*"))
     straight = train(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=steps)
     assert_same(state(folder / f"checkpoint-{steps}"), state(straight / f"checkpoint-{steps}"))
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
-    with alone_in(tmp_path / "run"):
-        second = call(tmp_path / "run")
-        assert second.returncode == 2
-        assert f"another run is writing to {tmp_path / 'run'}; wanted another folder" in second.stderr
+    said = f"another run is writing to {tmp_path / 'run'}; wanted another folder"
+    with alone_in(tmp_path / "run"), pytest.raises(BadInput, match=re.escape(said)):
+        train(tmp_path / "run")
     with alone_in(tmp_path / "run"):
         pass
 
@@ -114,18 +115,13 @@ def test_a_disk_that_is_full_stops_the_run_and_spoils_nothing(tmp_path):
     folder = train(tmp_path / "run", max_train_steps=2, checkpointing_steps=2)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "checkpoint" in str(path)}
     options = {"resume_from_checkpoint": "latest", "max_train_steps": 6, "checkpointing_steps": 2}
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *words(folder, **options)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        # No file may grow past 40 kB: a checkpoint's state does.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
-    )
-    assert process.returncode == 1, process.stderr
-    assert "stopped: checkpoint-4 cannot be written" in process.stderr
-    assert "Traceback" not in process.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # a checkpoint's state is larger
+    try:
+        with pytest.raises(Stopped, match="checkpoint-4 cannot be written"):
+            train(folder, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-2"]
     assert not list(folder.glob(".checkpoint*"))
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -155,6 +151,21 @@ print("world size", torch.distributed.get_world_size())
 """
 
 
+LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default"}
+ALONE = LAUNCHED | {
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # by `accelerate launch --cpu --num_processes 2`
+
+
+def test_a_run_that_a_launcher_started_alone_says_so(tmp_path, monkeypatch, capsys):
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    train(tmp_path / "run", dry_run=True)
+    assert "1 process trains: accelerate launch was asked for several" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_of_two_is_noticed(tmp_path):
     done = call(tmp_path / "run", *ACCELERATE, "--cpu", "--num_processes", "2", dry_run=True)
     assert done.returncode == 0, done.stderr
@@ -163,10 +174,8 @@ def test_a_launcher_that_starts_one_process_of_two_is_noticed(tmp_path):
 
 
 def test_who_was_started_alone_is_told_by_the_environment():
-    launched = {"ACCELERATE_DYNAMO_MODE": "default"}
-    asked = launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    assert started_alone(asked)
-    for other in ({}, launched, {"MASTER_ADDR": "a-cluster"}, asked | {"RANK": "0"}, asked | {"PMI_SIZE": "2"}):
+    assert started_alone(ALONE)
+    for other in ({}, LAUNCHED, {"MASTER_ADDR": "a-cluster"}, ALONE | {"RANK": "0"}, ALONE | {"PMI_SIZE": "2"}):
         assert not started_alone(other), other
 
 

@@ -5,7 +5,6 @@ The language-model trainer is tuned in test_tuning_llm.py.
 
 import gc
 import json
-import math
 import subprocess
 import sys
 import weakref
@@ -22,36 +21,7 @@ from reslora_diffusion.tuning.settings import EVALUATIONS, Settings
 from reslora_diffusion.tuning.space import Space
 from reslora_diffusion.tuning.study import DONE, Spent, open_study, search
 from reslora_diffusion.utils.problems import BadInput, Stopped
-
-START = {"learning_rate": 1e-3, "lora_alpha": 1.0, "rank": 4, "method": "lora", "lr_scheduler": "constant"}
-
-
-class Valley:
-    """A training whose loss falls with the steps to a height that is least at learning rate 4e-3, alpha / r 4."""
-
-    steps, start, identity, given = 1000, START, {"data": "valley"}, {"rank": 4, "output_dir": "out"}
-    keeping_best, names = {"keep_best": True}, {}
-    seconds = 1.0  # of a step
-
-    def __init__(self):
-        self.seen = []
-
-    def train(self, options, steps, evaluate_at, report):
-        self.seen.append(options)
-        rate = math.log(options.get("learning_rate", 1e-3) / 4e-3)
-        alpha = math.log(options.get("lora_alpha", 4.0) / 16)
-        height = rate**2 + alpha**2 + (math.nan if options.get("learning_rate", 0) > 1e-2 else 0)
-        for step in evaluate_at:
-            draws = 1 + height + 1 / step + np.arange(16) / 100
-            if report(step, draws):
-                break
-        return Spent(self.seconds, self.seconds * step)
-
-
-def study_of(tmp_path, trainee, **settings):
-    chosen = Settings(**settings)
-    return chosen, open_study(chosen, tmp_path, trainee.identity)
-
+from valley import START, Valley, study_of
 
 # ---------------------------------------------------------------------------------------------------------- search
 
@@ -100,11 +70,11 @@ def test_a_search_that_is_cut_off_goes_on_where_it_stopped(tmp_path):
 SECOND = """
 import sys, time
 from pathlib import Path
-from test_tuning import Valley, study_of
-from reslora_diffusion.tuning.study import Spent, search
+from reslora_diffusion.tuning.study import search
+from valley import Valley, study_of
 class Slow(Valley):
     def train(self, *args):
-        time.sleep(1)
+        time.sleep(0.3)
         return super().train(*args)
 settings, study = study_of(Path(sys.argv[1]), Slow(), share=0.9, storage=sys.argv[2])
 search(Slow(), settings, study)

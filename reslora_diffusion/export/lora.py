@@ -22,6 +22,7 @@ from torch import nn
 from ..utils.files import fresh_folder, replace_files
 from ..utils.names import composed, file_name_problem
 from ..utils.problems import listing
+from ..utils.versions import loader_versions
 from .base import base_problems
 from .dora import by_norms_of, dora_facts, is_dora, kohya_dora, magnitude_problems, weights_in, with_magnitudes_of
 from .factors import TOLERANCE, Components, delta_norm, on_cpu, rank_of
@@ -33,7 +34,7 @@ from .limits import LARGEST_EXPORT, Rank
 from .proof import errors_against, health_problems, prove
 from .ranks import at_rank, smallest_rank
 from .reader import read_lora
-from .report import REPORT_FILE, ExportReport, loader_versions
+from .report import REPORT_FILE, ExportReport
 from .writer import (
     diffusers_metadata,
     diffusers_tensors,

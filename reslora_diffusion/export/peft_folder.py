@@ -25,6 +25,7 @@ from reslora_diffusion.rules import DEFAULT_ADAPTER
 
 from ..utils.files import fresh_folder, replace_files
 from ..utils.problems import listing
+from ..utils.versions import loader_versions
 from .base import base_layer, base_problems, is_transposed
 from .beside import Beside, hold_values, missing_head, trained_beside, trained_by_hand, unlike, without_peft
 from .dora import is_dora, magnitude_problems, stored
@@ -38,7 +39,7 @@ from .outputs import OutputProof, Outputs, start_proof, unmoved
 from .proof import TOLERANCE, LoaderCheck, compare, errors_against, health_problems, misreading
 from .ranks import RankSettings, at_rank
 from .reader import read_lora
-from .report import ExportReport, loader_versions
+from .report import ExportReport
 from .sample_inputs import Inputs
 from .writer import reslora_header, save_tensors, uniform
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:  # which waits for PEFT
 REPORT_FILE = "export_report.json"
 EMBEDDINGS = "embeddings"  # among the files
 SHOWN = 5  # modules that a cut hurt most
-
-
-def loader_versions() -> dict[str, str]:
-    """Versions of the packages whose loaders took part in the proof."""
-    return {package: version(package) for package in ("diffusers", "peft", "torch", "transformers")}
 
 
 @dataclass(frozen=True)

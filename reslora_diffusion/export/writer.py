@@ -21,7 +21,6 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 from reslora_diffusion.core.functional import LoraFactors
 
 from ..utils.problems import listing
+from ..utils.versions import loader_versions
 from .dora import stored
 from .factors import TOLERANCE, Components, folded, padded
 from .flux import join
@@ -223,7 +223,7 @@ def stated_date() -> dict[str, str]:
 def reslora_header(facts: Mapping[str, object]) -> dict[str, str]:
     """`reslora.*`: how the LoRA was trained and merged (shortcut, num_previous, merge_method, merge_gap, base_model,
     trigger_words, ...) and the versions that wrote it. Every loader ignores header keys it does not know."""
-    versions = {f"version.{package}": version(package) for package in ("diffusers", "peft", "torch", "transformers")}
+    versions = {f"version.{package}": number for package, number in loader_versions().items()}
     stated = {key: str(value) for key, value in (versions | dict(facts)).items()}
     return {"format": "pt"} | {
         key if key.startswith(("ss_", "modelspec.", "reslora.")) else f"reslora.{key}": value

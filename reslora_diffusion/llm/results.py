@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from reslora_diffusion.export.beside import trained_beside
 from ..utils.environment import without_secrets
 from ..utils.files import write_text
 from ..utils.problems import say
+from ..utils.versions import installed_version
 from .adapter_trainer import AdapterTrainer, is_reslora
 from .models import DTYPES
 from .options import ModelOptions
@@ -55,7 +55,8 @@ def record(options: ModelOptions, training: TrainingArguments, **facts: Any) -> 
         "command": without_secrets(sys.argv),
         "options": asdict(options),
         "training_arguments": {name: value for name, value in settings.items() if not name.endswith("token")},
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {package: installed_version(package) for package in PACKAGES},
         **facts,
     }
 

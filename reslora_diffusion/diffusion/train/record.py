@@ -6,7 +6,6 @@ import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ...rules import ShortcutFields
 from ...utils.environment import without_secrets
 from ...utils.files import write_text
 from ...utils.names import composed, file_name_from
+from ...utils.versions import installed_version
 from ..options import BINDING, DreamBoothOptions, stored_options
 from ..options.training import TrainingOptions
 from .checkpoints import stored_facts
@@ -27,13 +27,7 @@ PACKAGES = ("accelerate", "diffusers", "peft", "reslora-diffusion", "torch", "tr
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a checkout that was not installed
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {package: installed_version(package) for package in PACKAGES}
 
 
 def trackable(options: DreamBoothOptions) -> dict[str, Any]:
