@@ -92,8 +92,10 @@ def request_problems(request: TrainRequest, images: int, limits: TrainLimits) ->
     if request.schedule != NO_SCHEDULE:
         unknown = (f"{request.schedule}: there is none of this name",)
         found += [f"schedule {why}" for why in schedules.get(request.schedule, unknown)]
-    if request.optimizer not in (PLAIN_OPTIMIZER, *(offer.value for offer in offered_optimizers())):
+    optimizers = {offer.value: offer.reasons for offer in offered_optimizers(request.features)}
+    if request.optimizer not in (PLAIN_OPTIMIZER, *optimizers):
         found.append(f"there is no optimizer {request.optimizer}")
+    found += [f"optimizer {request.optimizer}: {why}" for why in optimizers.get(request.optimizer, ())]
     if not 0 < request.learning_rate <= 1:
         found.append(f"the learning rate lies between 0 and 1; got {request.learning_rate:g}")
     if not 0 <= request.seed < 2**32:

@@ -348,5 +348,9 @@ def test_methods_of_the_family_reach_the_script_and_what_does_not_compose_is_sai
     problems = "\n".join(request_problems(bad, 1, TrainLimits()))
     assert "schedule restart: a finished link is frozen" in problems
     assert "there is no optimizer nope" in problems
+    bad = dataclasses.replace(ASKED, method=Method.MIDDLE, optimizer="rite", use_dora=True)
+    first, second = (problem for problem in request_problems(bad, 1, TrainLimits()) if "optimizer rite" in problem)
+    assert "with `middle` one lora_B" in first
+    assert "DoRA's magnitude" in second
     pair = dataclasses.replace(ASKED, method=Method.PAIR, schedule="fold")
     assert any("no shortcut to fold" in problem for problem in request_problems(pair, 1, TrainLimits()))

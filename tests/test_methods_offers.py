@@ -24,6 +24,10 @@ def test_what_does_not_go_with_a_run_is_offered_with_its_reason() -> None:
     assert not reasons["coto"]
     assert len(reasons["prune"]) == 2
     assert "depends on activations" in reasons["restart"][0]
+    for offer in offered_optimizers(["middle", "text_encoder", "dora"]):
+        assert ["one lora_B" in offer.reasons[0], "magnitude" in offer.reasons[1]] == [True, True]
+        assert len(offer.reasons) == 2
+    assert not any(offer.reasons for offer in offered_optimizers(["block"]))
 
 
 @pytest.mark.parametrize("call", ["offers import offered_schedules as made", "table import table as made"])

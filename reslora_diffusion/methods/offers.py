@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .pair_optimizers import PAIR_OPTIMIZERS
+from .pair_optimizers import CONFLICTS, PAIR_OPTIMIZERS
 from .schedules.settings import SCHEDULES, conflicts_of
 
 
@@ -21,6 +21,7 @@ def offered_schedules(features: Iterable[str] = ()) -> list[Offer]:
     return [Offer(name, kind.summary, tuple(conflicts_of(kind(), features))) for name, kind in SCHEDULES.items()]
 
 
-def offered_optimizers() -> list[Offer]:
-    """Optimizers of pairs."""
-    return [Offer(name, summary) for name, summary in PAIR_OPTIMIZERS.items()]
+def offered_optimizers(features: Iterable[str] = ()) -> list[Offer]:
+    """Optimizers of pairs, likewise."""
+    reasons = tuple(CONFLICTS[name] for name in features if name in CONFLICTS)
+    return [Offer(name, summary, reasons) for name, summary in PAIR_OPTIMIZERS.items()]
