@@ -301,6 +301,18 @@ def test_weights_of_noise_levels_are_those_of_the_script(family_and_pipeline, sc
     torch.testing.assert_close(found.double(), wanted.get(scheme, torch.ones_like(levels)), rtol=1e-4, atol=0)
 
 
+def test_flux_shift_goes_by_the_number_of_tokens(family_and_pipeline):
+    """The middle of the levels for images of 1024 pixels, beside the number of tokens that their pipelines make."""
+    family, pipeline = family_and_pipeline
+    process, source = family.process(pipeline, OPTIONS.changed(timestep_sampling="flux_shift")), torch.Generator()
+    side = 1024 // family.vae_scale_factor(pipeline.vae.config)
+    tokens = side**2 if pipeline.transformer.config.get("patch_size") == 1 and not family.is_packed else side**2 // 4
+    source.manual_seed(0)
+    levels = process.sigma(torch.tensor([process.draw(source, (4, side, side)) for _ in range(2000)]))
+    shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    assert levels.median().item() == pytest.approx(shift / (1 + shift), abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("build", "shortcut"), [(build, shortcut) for build in BUILDERS for shortcut in ("block", "input")]
 )

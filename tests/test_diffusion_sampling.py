@@ -14,12 +14,13 @@ from reslora_diffusion.diffusion.data.encode import Example, encode_images
 from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
 from reslora_diffusion.diffusion.data.scan import read_image_file, scan
 from reslora_diffusion.diffusion.data.tag_orders import tag_orders
-from reslora_diffusion.diffusion.models.families import Texts
+from reslora_diffusion.diffusion.models.families import FAMILIES, Texts
 from reslora_diffusion.diffusion.objective.drawn_noise import NoiseRecipe
 from reslora_diffusion.diffusion.objective.noise import Diffusion
 from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
+MOMENTS = FAMILIES["StableDiffusionPipeline"].moments
 
 
 def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
@@ -190,7 +191,7 @@ def test_the_cache_holds_the_posterior_and_pairs_each_image_with_its_own_prompt(
     numbers = {f"number {n}": n for n in range(5)} | {"fallback": 9}
     texts = {prompt: {prompt: Texts(torch.tensor([n]))} for prompt, n in numbers.items()}
     views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
-    examples = encode_images(vae, images, views, prompt="fallback", texts=texts, threads=3)
+    examples = encode_images(vae, images, views, prompt="fallback", texts=texts, moments=MOMENTS, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
     assert [text.hidden.item() for example in examples for text in example.texts.values()] == [0, 1, 9, 3, 4]
     for number, example in enumerate(examples):
@@ -207,7 +208,7 @@ def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     vae, images = tiny_vae(), scan(SUBJECTS / "cake").images
     views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     texts = {"p": {"p": Texts(torch.zeros(1))}}
-    one = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=batch_size)
-    two = encode_images(vae, images, views, prompt="p", texts=texts, batch_size=2)
+    one = encode_images(vae, images, views, prompt="p", texts=texts, moments=MOMENTS, batch_size=batch_size)
+    two = encode_images(vae, images, views, prompt="p", texts=texts, moments=MOMENTS, batch_size=2)
     for first, second in zip(one, two, strict=True):
         torch.testing.assert_close(first.mean, second.mean)

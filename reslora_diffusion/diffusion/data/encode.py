@@ -29,12 +29,6 @@ Text = Texts | Tokens  # of one prompt, so without the first dimension
 Moments = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
-def of_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of an `AutoencoderKL`."""
-    found = vae.encode(pixels).latent_dist
-    return found.mean, found.logvar
-
-
 @dataclass(frozen=True)
 class Example:
     """One image and its prompt, of one concept. `texts` holds the orders of its tags; mostly there is one.
@@ -65,6 +59,7 @@ def encode_images(
     *,
     prompt: str | None,
     texts: Mapping[str, Mapping[str, Text]],
+    moments: Moments,
     loss_weight: float = 1.0,
     concept: int = 0,
     batch_size: int = 4,
@@ -72,7 +67,6 @@ def encode_images(
     progress: str | None = None,
     cache: DiskCache | None = None,
     vae_identity: str = "",
-    moments: Moments = of_images,
 ) -> list[Example]:
     """Examples of images, in their order.
 
@@ -80,11 +74,11 @@ def encode_images(
         vae: in the precision to encode with.
         prompt: of images without a caption.
         texts: for each prompt the orders of its tags, and what the training step needs of them.
+        moments: mean and log-variance that `vae` gives for pixels, as the family has it.
         batch_size: views that the autoencoder sees at once.
         threads: that decode images.
         progress: title of the progress bar; none if None.
         cache: read before anything is encoded, and written to afterwards.
-        moments: mean and log-variance that `vae` gives for pixels, as the family has it.
         vae_identity: identifies `vae` in the keys of `cache`.
     """
     examples = []

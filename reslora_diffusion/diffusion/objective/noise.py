@@ -16,7 +16,7 @@ to data, as diffusers has it, and its sigmas are shifted as the base's own sched
     uniform      sigma ~ U(0, 1)                                        neither is shifted
     sigmoid      sigma = sigmoid(sigmoid_scale z), z standard normal
     shift        the same, then s sigma / (1 + (s - 1) sigma) with s = discrete_flow_shift
-    flux_shift   the same with s = exp(mu), mu from 0.5 to 1.15 as the image has from 256 to 4096 cells of 2 x 2 latents
+    flux_shift   the same with s = exp(mu), mu from 0.5 to 1.15 as the image has from 256 to 4096 tokens
 """
 
 import math
@@ -40,10 +40,10 @@ def shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flux_shift(shape: Sequence[int]) -> float:
-    """The shift of FLUX.1's own sampler for latents [..., h, w]."""
-    cells = (shape[-2] // 2) * (shape[-1] // 2)
-    return math.exp(0.5 + (1.15 - 0.5) * (cells - 256) / (4096 - 256))
+def flux_shift(shape: Sequence[int], cell: int = 2) -> float:
+    """The shift of FLUX.1's own sampler for latents [..., h, w], of which `cell` x `cell` are a token."""
+    tokens = (shape[-2] // cell) * (shape[-1] // cell)
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 class Process(ABC):
@@ -138,6 +138,7 @@ class FlowMatching(Process):
     min_timestep: int | None = None
     max_timestep: int | None = None
     from_data: bool = False  # the base's schedule has the share of the data
+    cell: int = 2  # latents that a token of the transformer is wide and high
     sigmas: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # a copy for each device
 
     @property
@@ -183,7 +184,7 @@ class FlowMatching(Process):
         if self.timestep_sampling == "shift":
             sigma = shifted(sigma, 1.0 if self.discrete_flow_shift is None else self.discrete_flow_shift)
         elif self.timestep_sampling == "flux_shift":
-            sigma = shifted(sigma, flux_shift(shape))
+            sigma = shifted(sigma, flux_shift(shape, self.cell))
         return 1 - sigma
 
     def sigma(self, timesteps: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Flux2Klein(FrozenTextFamily):
     vae_class = "AutoencoderKLFlux2"
     target_modules = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     guidance_scale = 4.0
+    flow: Mapping[str, Any] = {**FrozenTextFamily.flow, "cell": 1}
 
     def default_targets(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """`to_out` of a single-stream block is a layer, of a double-stream block a list of them."""

@@ -32,6 +32,7 @@ class Sana(GemmaFamily):
     max_sequence_length = 300
     guidance_scale = 4.5
     as_asked = {"use_resolution_binning": False}
+    flow: Mapping[str, Any] = {**GemmaFamily.flow, "cell": 1}
 
     def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
         return Grid(vae_scale_factor, vae_scale_factor)
