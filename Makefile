@@ -21,7 +21,7 @@ endif
 	$(BIN)/python train_scripts/demo_llm.py --model $(MODEL) $(DEMO_ARGS)
 
 test: $(VENV)/installed  ## the fast tests, in two processes, each of which takes whole files
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 test-slow: $(VENV)/installed  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -17,8 +17,9 @@ from hub import hub, waits  # noqa: E402, F401, fixtures for every test
 
 # Two processes share the files; the ones that take longest begin, so that neither process waits for the other's last.
 LONGEST = (
-    "test_app_browser test_train_dreambooth test_train_dreambooth_processes test_app_page test_diffusion_families "
-    "test_llm_script test_diffusion_language_families"
+    "test_app_browser test_train_dreambooth test_app_page test_diffusion_families test_llm_script "
+    "test_diffusion_language_families test_app_wheel test_tuning test_core_distributed test_core_hazards "
+    "test_train_dreambooth_processes test_train_new_tokens test_diffusion_checks test_fuzz"
 ).split()
 
 

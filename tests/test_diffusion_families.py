@@ -148,7 +148,7 @@ def test_flux_is_trained_on_the_noise_levels_of_its_own_script():
     ("build", "shortcut"),
     [
         (tiny_pipeline_xl, "block"),
-        (tiny_pipeline_xl, "middle"),
+        pytest.param(tiny_pipeline_xl, "middle", marks=pytest.mark.slow),  # "block" has XL, schnell has "middle"
         (tiny_pipeline_3, "block"),
         (tiny_pipeline_3, "input"),
         (tiny_pipeline_flux, "block"),

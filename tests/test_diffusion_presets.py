@@ -60,7 +60,11 @@ def preset(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# kohya_sdxl.toml trains Stable Diffusion XL as well, and kohya_ss_sd15.json is of the same program.
+SLOW = {"kohya_ss_sdxl.json": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PUBLISHED])
 def test_a_published_preset_trains(preset, tmp_path, name, capsys):
     build, words = PUBLISHED[name]
     words = ["--config", str(preset(name)), "--pretrained_model_name_or_path", str(saved(build)), *SMALL, *words]
