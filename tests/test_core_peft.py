@@ -301,7 +301,9 @@ def test_a_process_without_this_package_refuses_the_file(tmp_path) -> None:
 ASKED_FOR = "reslora_diffusion, importlib.util; importlib.util.find_spec('peft'); import peft"
 
 
-@pytest.mark.parametrize("order", ["peft, reslora_diffusion", "reslora_diffusion, peft", ASKED_FOR])
+@pytest.mark.parametrize(  # tests/test_imports.py also imports our package first
+    "order", ["peft, reslora_diffusion", pytest.param("reslora_diffusion, peft", marks=pytest.mark.slow), ASKED_FOR]
+)
 def test_importing_the_package_is_enough_to_load_the_file_in_any_order(order: str, tmp_path) -> None:
     peft_llama("input").save_pretrained(tmp_path)
     code = (

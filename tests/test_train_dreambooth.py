@@ -430,7 +430,10 @@ def test_ranks_may_differ_by_layer(tmp_path):
     assert ranks["attn1.to_k.lora_A.default.weight"] == 4
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adafactor", "NAdam", "lion4bit"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "rmsprop")]  # of torch, as NAdam is
+
+
+@pytest.mark.parametrize("optimizer", [*SLOW, "adafactor", "NAdam", "lion4bit"])
 def test_optimizers_by_name(tmp_path, optimizer):
     if optimizer == "lion4bit":
         with pytest.raises(ValueError, match="--optimizer: got 'lion4bit', wanted"):
