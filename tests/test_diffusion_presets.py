@@ -445,6 +445,23 @@ def test_a_configuration_of_onetrainer_is_translated_with_its_concepts(tmp_path)
     assert len(parse(["--config", str(path)]).problems) == 2
 
 
+def test_how_concepts_of_onetrainer_read_captions(tmp_path):
+    text = {"prompt_source": "sample", "enable_tag_shuffling": True, "keep_tags_count": 2, "tag_dropout_enable": True}
+    dropped = text | {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2}
+    full = text | {"tag_dropout_mode": "FULL", "tag_dropout_probability": 0.2, "prompt_source": "concept"}
+    flipped = {"enable_random_flip": True, "enable_random_hue": True}
+    file = tmp_path / "concepts.json"
+    file.write_text(json.dumps([{"path": "a", "text": dropped}, {"path": "b", "text": full, "image": flipped}]))
+    options = onetrainer(tmp_path, concept_file_name=str(file))
+    first, second = (dict(concept.own) for concept in concepts_of(options))
+    assert first == {"shuffle_caption": True, "caption_tag_dropout_rate": 0.2, "keep_tokens": 2}
+    assert second == {"shuffle_caption": True, "keep_tokens": 2, "random_flip": True}
+    said = "\n".join(options.notes)
+    for name in ("enable_random_hue: there is no", "tag_dropout_enable: there is no", "prompt_source: got concept"):
+        assert f"NOT USED: concept, {name}" in said
+    assert "enable_random_flip" not in said
+
+
 def test_a_preset_of_onetrainer_has_the_defaults_that_it_leaves_out(tmp_path):
     """Its presets name what differs from its defaults: rank 16 and alpha 1, a sixteenth of the scale that is ours."""
     path = tmp_path / "one.json"
@@ -643,12 +660,34 @@ def test_a_loss_with_masks_is_kohyas_mean(tmp_path):
 
 def test_keys_of_a_dataset_have_a_reason_or_are_unknown(tmp_path):
     path = tmp_path / "d.toml"
-    keys = 'keep_tokens_separator = "|||"\ncaption_separator = ","\nunheard_of = 1'
+    keys = 'color_aug = true\ncaption_separator = ","\nunheard_of = 1'
     path.write_text(f'[general]\n{keys}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "x"\n')
     said = parse(["--concepts", str(path)]).notes
     assert said == [
-        "  NOT USED: keep_tokens_separator: --keep_tokens counts tags",
+        "  NOT USED: color_aug: images are encoded once, before training",
         "  NOT USED: unheard_of: no such key is known of kohya's datasets",
+    ]
+
+
+def test_how_captions_are_read_is_said_by_each_subset(preset, tmp_path):
+    options = parse(["--config", str(preset("kohya_sdxl.toml"))])
+    (first, second) = concepts_of(options)
+    own = {"keep_tokens": 1, "keep_tokens_separator": "|||", "caption_tag_dropout_rate": 0.1, "enable_wildcard": True}
+    assert own.items() <= first.own.items()
+    assert own.items() <= second.own.items()
+    path = tmp_path / "d.toml"
+    path.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "x"\nkeep_tokens_separator = "|||"\n')
+    assert "keep_tokens_separator" not in concepts_of(parse(["--concepts", str(path)]))[0].own  # nothing is moved
+
+
+def test_rates_of_a_concept_have_bounds(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump([{"instance_data_dir": "x", "caption_tag_dropout_rate": 1.5, "repeats": 0}]))
+    with pytest.raises(BadInput) as raised:
+        concepts_of(parse(["--concepts", str(path)]))
+    assert raised.value.problems == [
+        f"--concepts {path}, concept 1: repeats is 0, wanted 1 or more",
+        f"--concepts {path}, concept 1: caption_tag_dropout_rate is 1.5, wanted 0 or more and below 1",
     ]
 
 

@@ -13,10 +13,11 @@ from reslora_diffusion.diffusion.data.crops import Views
 from reslora_diffusion.diffusion.data.encode import Example, encode_images
 from reslora_diffusion.diffusion.data.sampling import Batch, Sampler, chunks
 from reslora_diffusion.diffusion.data.scan import read_image_file, scan
-from reslora_diffusion.diffusion.data.tag_orders import tag_orders
+from reslora_diffusion.diffusion.data.wordings import tag_orders, wordings
 from reslora_diffusion.diffusion.models.families import FAMILIES, Texts
 from reslora_diffusion.diffusion.objective.drawn_noise import NoiseRecipe
 from reslora_diffusion.diffusion.objective.noise import Diffusion
+from reslora_diffusion.diffusion.options import DreamBoothOptions
 from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
@@ -29,7 +30,7 @@ def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
         name=f"{number}",
         mean=torch.randn(views, *shape, generator=source),
         logvar=torch.randn(views, *shape, generator=source) - 2,
-        texts={f"prompt {number % 3}": Texts(torch.full((5, 6), float(number % 3)))},
+        texts=[(f"prompt {number % 3}", Texts(torch.full((5, 6), float(number % 3))))],
         loss_weight=1.0,
         time_ids=torch.full((views, 6), float(number)),
         **options,
@@ -85,7 +86,7 @@ def test_latents_are_drawn_anew_from_the_posterior():
 
 def test_class_images_join_with_their_weight_and_of_their_concept():
     examples = [make_example(0, concept=0), make_example(1, concept=1)]
-    classes = {1: [replace(make_example(50), loss_weight=0.25, texts={"class": Texts(torch.zeros(5, 6))})]}
+    classes = {1: [replace(make_example(50), loss_weight=0.25, texts=[("class", Texts(torch.zeros(5, 6)))])]}
     sampler = Sampler(examples, classes, seed=0, scaling_factor=1.0, process=PROCESS)
     (batch,) = sampler.batches(0, 2)
     assert batch.weights.tolist() == [1.0, 1.0, 0.25]
@@ -148,7 +149,7 @@ def test_class_images_of_another_size_are_a_batch_of_their_own():
 
 
 def test_every_wording_of_a_caption_is_drawn_with_its_own_text():
-    texts = {f"wording {n}": Texts(torch.full((5, 6), float(n))) for n in range(3)}
+    texts = [(f"wording {n}", Texts(torch.full((5, 6), float(n)))) for n in range(3)]
     sampler = make_sampler(count=1)
     worded = replace(sampler, instances=[replace(sampler.instances[0], texts=texts)])
     (one,), (several,) = (which.batches(0, 16) for which in (sampler, worded))
@@ -171,6 +172,58 @@ def test_tags_are_put_in_other_orders_behind_those_that_are_kept():
     assert tag_orders("sks, cat", keep_tokens=1) == ["sks, cat"]
 
 
+def read_as(caption: str, **options) -> list[str]:
+    return wordings(caption, DreamBoothOptions(**options))
+
+
+def test_tags_between_separators_alone_are_moved():
+    orders = read_as("sks ||| cat, sitting, sun ||| sticker, best", shuffle_caption=True, keep_tokens_separator="|||")
+    assert len(orders) == len(set(orders)) == 6
+    for order in orders:
+        first, *moved, sticker, best = order.split(", ")
+        assert (first, sorted(moved), sticker, best) == ("sks", ["cat", "sitting", "sun"], "sticker", "best")
+    without = read_as("sks, cat, sun", shuffle_caption=True, keep_tokens=2, keep_tokens_separator="|||")
+    assert without == ["sks, cat, sun"]  # a caption without the separator has its first tags kept
+
+
+def test_a_share_of_the_tags_is_left_out_and_the_rest_keeps_its_order():
+    tags = [f"tag {n}" for n in range(200)]
+    drawn = read_as(", ".join(["sks", *tags]), caption_tag_dropout_rate=0.25, keep_tokens=1)
+    assert len(drawn) == 16
+    left = []
+    for wording in drawn:
+        first, *others = wording.split(", ")
+        assert first == "sks"
+        assert others == [tag for tag in tags if tag in set(others)]
+        left.append(len(others) / len(tags))
+    assert 0.72 < sum(left) / len(left) < 0.78
+    assert len(set(drawn)) == 16
+    shuffled_too = read_as("sks, a, b, c, d", caption_tag_dropout_rate=0.25, keep_tokens=1, shuffle_caption=True)
+    assert any(wording.split(", ")[1:] != sorted(wording.split(", ")[1:]) for wording in shuffled_too)
+
+
+def test_wordings_are_drawn_with_the_weights_of_single_draws():
+    drawn = read_as("sks, cat", caption_tag_dropout_rate=0.1, keep_tokens=1)
+    assert set(drawn) == {"sks, cat", "sks"}
+    assert drawn.count("sks, cat") > 10  # and not half of all, which each of two different wordings would be
+
+
+def test_one_word_of_each_brace_and_one_line_are_chosen():
+    drawn = read_as("a {red|blue} hat\n{{sks}} in {snow|rain|sun}", enable_wildcard=True)
+    assert len(drawn) == 16
+    every = {f"a {colour} hat" for colour in ("red", "blue")} | {f"{{sks}} in {w}" for w in ("snow", "rain", "sun")}
+    assert set(drawn) == every
+    assert read_as("a {red|blue} hat") == ["a {red|blue} hat"]
+    assert read_as("a red hat", enable_wildcard=True) == ["a red hat"]
+
+
+def test_tags_that_belong_together_are_moved_together():
+    orders = read_as("sks, cat;;;black cat, sun, sea", shuffle_caption=True, secondary_separator=";;;")
+    assert len(orders) == 8
+    assert all("cat, black cat" in order for order in orders)
+    assert not any(";" in order for order in orders)
+
+
 def test_chunks_differ_from_pass_to_pass_and_are_of_one_size():
     sizes = (0, 0, 1, 0, 1, 2, 0)
     passes = [chunks(3, epoch, sizes, 2) for epoch in range(4)]
@@ -189,11 +242,11 @@ def test_the_cache_holds_the_posterior_and_pairs_each_image_with_its_own_prompt(
     images = [replace(image, caption=f"number {n}") for n, image in enumerate(scan(SUBJECTS / "octopus").images)]
     images[2] = replace(images[2], caption=None)
     numbers = {f"number {n}": n for n in range(5)} | {"fallback": 9}
-    texts = {prompt: {prompt: Texts(torch.tensor([n]))} for prompt, n in numbers.items()}
+    texts = {prompt: [(prompt, Texts(torch.tensor([n])))] for prompt, n in numbers.items()}
     views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
     examples = encode_images(vae, images, views, prompt="fallback", texts=texts, moments=MOMENTS, threads=3)
     assert [example.name for example in examples] == [f"{n}.png" for n in range(5)]
-    assert [text.hidden.item() for example in examples for text in example.texts.values()] == [0, 1, 9, 3, 4]
+    assert [text.hidden.item() for example in examples for _, text in example.texts] == [0, 1, 9, 3, 4]
     for number, example in enumerate(examples):
         pixels = torch.from_numpy(views.of(read_image_file(SUBJECTS / "octopus" / f"{number}.png")).pixels)
         with torch.no_grad():
@@ -207,7 +260,7 @@ def test_the_cache_does_not_depend_on_how_many_are_encoded_at_once(batch_size):
     torch.manual_seed(0)
     vae, images = tiny_vae(), scan(SUBJECTS / "cake").images
     views = Views(Buckets(((64, 64),)), Image.Resampling.LANCZOS, center_crop=True, crops=1, flip=True)
-    texts = {"p": {"p": Texts(torch.zeros(1))}}
+    texts = {"p": [("p", Texts(torch.zeros(1)))]}
     one = encode_images(vae, images, views, prompt="p", texts=texts, moments=MOMENTS, batch_size=batch_size)
     two = encode_images(vae, images, views, prompt="p", texts=texts, moments=MOMENTS, batch_size=2)
     for first, second in zip(one, two, strict=True):

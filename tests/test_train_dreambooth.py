@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -507,6 +508,22 @@ def test_shuffled_captions_are_trained_and_what_is_kept_serves_another_seed(tmp_
     assert "kept: 0 images and prompts were added" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--keep_tokens is used only with --shuffle_caption"):
         train(tmp_path / "wrong", keep_tokens=1)
+
+
+def test_choices_and_dropped_tags_reach_the_training(tmp_path):
+    def captioned(name: str, caption: str, **options) -> Path:
+        folder = tmp_path / f"{name} images"
+        shutil.copytree(SUBJECTS / "octopus", folder)
+        for number in range(5):
+            (folder / f"{number}.txt").write_text(caption)
+        return train(tmp_path / name, instance_data_dir=folder, **options)
+
+    plain = captioned("plain", "sks, octopus")
+    assert losses(captioned("braces", "sks, {octopus|octopus}", enable_wildcard=True)) == losses(plain)
+    assert losses(captioned("choices", "sks, {octopus|cactus}", enable_wildcard=True)) != losses(plain)
+    first = losses(captioned("first", "sks"))
+    every = captioned("dropped", "sks, octopus", caption_tag_dropout_rate=0.999, keep_tokens=1)
+    assert losses(every) == first
 
 
 def test_layers_of_clip_are_skipped_as_everybody_skips_them(tmp_path):

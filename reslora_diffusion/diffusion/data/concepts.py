@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.option_parser import parse_file
+from ...utils.options import bounds, facts_of, in_bounds
 from ...utils.problems import BadInput, listing, refuse
 from ..options import DreamBoothOptions
 from ..options.peers import ai_toolkit, onetrainer
@@ -45,10 +46,14 @@ OWN = {
     "random_flip": bool,
     "shuffle_caption": bool,
     "keep_tokens": int,
+    "keep_tokens_separator": str,
+    "secondary_separator": str,
+    "caption_tag_dropout_rate": float,
+    "enable_wildcard": bool,
     "caption_prefix": str,
     "caption_suffix": str,
 }
-MAY_BE_ZERO = ("keep_tokens",)
+FACTS = facts_of(DreamBoothOptions)
 REPEATED_FOLDER = re.compile(r"(\d+)_(.+)")
 
 
@@ -135,8 +140,12 @@ def entry_problems(source: str, entries: list[dict[str, Any]]) -> list[str]:
         problems += [
             f"{where}: {key} is {entry[key]!r}, wanted {kind.__name__}"
             for key, kind in kinds.items()
-            if key in entry
-            and (type(entry[key]) is not kind or (kind is int and entry[key] < (key not in MAY_BE_ZERO)))
+            if key in entry and type(entry[key]) not in ((int, float) if kind is float else (kind,))
+        ]
+        problems += [
+            f"{where}: {key} is {entry[key]!r}, wanted {bounds(FACTS[key])}"
+            for key in kinds
+            if type(entry.get(key)) in (int, float) and not in_bounds(entry[key], FACTS[key])
         ]
         if isinstance(extension := entry.get("caption_extension"), str):
             problems += extension_problems(f"{where}, caption_extension", extension)

@@ -9,7 +9,7 @@ them: every step draws anew,
 A frozen text encoder is applied once; for one that is trained, an example holds tokens. Equal prompts share a tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +31,8 @@ Moments = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Example:
-    """One image and its prompt, of one concept. `texts` holds the orders of its tags; mostly there is one.
+    """One image and its prompt, of one concept. `texts` holds the wordings of its prompt, one as often as it is to be
+    drawn; mostly there is one.
 
     Shapes: mean, logvar [views, C, h, w]; mask [views, 1, h, w]; time_ids [views, 6].
     """
@@ -39,7 +40,7 @@ class Example:
     name: str
     mean: Tensor
     logvar: Tensor
-    texts: Mapping[str, Text]
+    texts: Sequence[tuple[str, Text]]
     loss_weight: float
     time_ids: Tensor
     mask: Tensor | None = None
@@ -58,7 +59,7 @@ def encode_images(
     views: Views,
     *,
     prompt: str | None,
-    texts: Mapping[str, Mapping[str, Text]],
+    texts: Mapping[str, Sequence[tuple[str, Text]]],
     moments: Moments,
     loss_weight: float = 1.0,
     concept: int = 0,
@@ -73,7 +74,7 @@ def encode_images(
     Args:
         vae: in the precision to encode with.
         prompt: of images without a caption.
-        texts: for each prompt the orders of its tags, and what the training step needs of them.
+        texts: for each prompt its wordings, and what the training step needs of each.
         moments: mean and log-variance that `vae` gives for pixels, as the family has it.
         batch_size: views that the autoencoder sees at once.
         threads: that decode images.

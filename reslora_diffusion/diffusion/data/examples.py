@@ -23,7 +23,7 @@ from .crops import Views
 from .disk_cache import DiskCache, identity
 from .encode import Example, Text, encode_images
 from .scan import INTERPOLATIONS, scan
-from .tag_orders import tag_orders
+from .wordings import wordings
 
 ABANDONED = 3600  # seconds: a file that has been half-written for so long belongs to no run any more
 
@@ -149,8 +149,8 @@ def encode_examples(
     """Every image and prompt of a run; the autoencoder encodes in float32."""
     cache = DiskCache(Path(options.encoding_cache_dir)) if options.encoding_cache_dir else None
     settings = [options_of(concept.own, options) for concept in concepts]
-    orders = [orders_of(concept, own) for concept, own in zip(concepts, settings, strict=True)]
-    every = ["", *(one for of_concept in orders for several in of_concept.values() for one in several)]
+    worded = [wordings_of(concept, own) for concept, own in zip(concepts, settings, strict=True)]
+    every = ["", *(one for of_concept in worded for several in of_concept.values() for one in several)]
     texts = cached_texts(pipeline, plan.base.family, every, options, cache)
     common: dict[str, Any] = {
         "moments": plan.base.family.moments,
@@ -166,7 +166,7 @@ def encode_examples(
     for number, concept in enumerate(concepts):
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
         views = views_of(concept, settings[number], plan)
-        common["texts"] = {prompt: {one: texts[one] for one in several} for prompt, several in orders[number].items()}
+        common["texts"] = {p: [(one, texts[one]) for one in several] for p, several in worded[number].items()}
         apart = concept.validation.images if concept.validation else []
         examples = encode_images(
             pipeline.vae,
@@ -201,10 +201,9 @@ def encode_examples(
     return Encoded(instances, classes, held_out, texts[""])
 
 
-def orders_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[str]]:
-    """Every prompt of a concept, and the orders of its tags."""
-    prompts = dict.fromkeys(prompts_of([concept]))
-    return {p: tag_orders(p, options.keep_tokens) if options.shuffle_caption else [p] for p in prompts}
+def wordings_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[str]]:
+    """Every prompt of a concept, and its wordings."""
+    return {prompt: wordings(prompt, options) for prompt in prompts_of([concept])}
 
 
 def views_of(concept: Concept, options: DreamBoothOptions, plan: Plan) -> Views:

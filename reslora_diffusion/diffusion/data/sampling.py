@@ -143,9 +143,9 @@ class Sampler:
         posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
         noise = self.recipe.shaped(noise, self.channel_means(example, view, posterior_noise), source)
         dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
-        worded = list(example.texts)
-        prompt = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
-        text = self.empty if dropped else example.texts[prompt]
+        worded = example.texts
+        prompt, own = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
+        text = self.empty if dropped else own
         assert text is not None, "captions are dropped only where there is an empty prompt"
         spread = timestep is not None  # to measure on: its input is not perturbed
         return Draw(

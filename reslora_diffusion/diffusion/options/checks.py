@@ -242,8 +242,10 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
         yield from stopping_problems(options)
     if options.conv_alpha is not None and options.conv_rank is None:
         yield "--conv_alpha is used only with --conv_rank"
-    if options.keep_tokens and not options.shuffle_caption:
-        yield "--keep_tokens is used only with --shuffle_caption"
+    if not options.shuffle_caption and not options.caption_tag_dropout_rate:
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            if getattr(options, name):
+                yield f"--{name} is used only with --shuffle_caption or --caption_tag_dropout_rate"
     if options.method == "lora" and not options.compare:
         for name in OF_RESLORA:
             if getattr(options, name) is not None:

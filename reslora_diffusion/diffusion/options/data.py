@@ -115,6 +115,26 @@ class DataOptions:
         False, "Read captions as tags with commas between them, in up to 8 orders each.", binds=True
     )
     keep_tokens: int = option(0, "Number of first tags of a caption that stay in front.", at_least=0, binds=True)
+    keep_tokens_separator: str | None = option(
+        None,
+        "Text in captions: tags before its first place and behind its second stay where they are.",
+        binds=True,
+    )
+    secondary_separator: str | None = option(
+        None, "Text between tags that stay together as one; it is read as a comma.", binds=True
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0,
+        "Share of the tags that is left out, of each caption in up to 16 wordings.",
+        at_least=0,
+        below=1,
+        binds=True,
+    )
+    enable_wildcard: bool = option(
+        False,
+        "Read captions with one of the words in {red|green|blue}, and one of their lines, in up to 16 wordings.",
+        binds=True,
+    )
     caption_dropout_rate: float = option(
         0.0, "Share of draws that train the empty prompt instead.", at_least=0, below=1, binds=True
     )

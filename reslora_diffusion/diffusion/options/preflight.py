@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ...methods.advice import clipping_note
 from ...rules import ShortcutFields
 from ...utils.environment import is_installed
-from ..data.concepts import Concept
+from ..data.concepts import Concept, options_of
 from ..data.prompts import read_prompts
 from ..data.sampling import Batch
+from ..data.wordings import wordings
 from ..models.estimate import BACKWARD, SavedForBackward, on_paper
 from ..models.load import base_dtype
 from ..models.quantising import stored_bytes
@@ -36,8 +37,10 @@ def cut_off(concept: Concept, plan: Plan, options: DreamBoothOptions) -> Iterato
     """Prompts that the text encoders will not see the end of."""
     prompts = [concept.instance_prompt, *(image.caption for image in concept.instance.images)]
     prompts += [concept.class_prompt] if concept.classes else []
+    own = options_of(concept.own, options)
     for prompt in filter(None, dict.fromkeys(prompts)):
-        lost = max(tokens_cut_off(tokenizer, options.worded(prompt), length) for tokenizer, length in plan.base.windows)
+        read = [options.worded(one) for one in (wordings(prompt, own) if own.enable_wildcard else [prompt])]
+        lost = max(tokens_cut_off(tokenizer, one, length) for tokenizer, length in plan.base.windows for one in read)
         if lost:
             yield f"{lost} tokens cut off the end of {prompt[:60]!r}"
 

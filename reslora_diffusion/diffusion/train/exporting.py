@@ -11,7 +11,7 @@ from reslora_diffusion.export.embeddings_header import SUFFIX
 from reslora_diffusion.export.geometry import ARCHITECTURE
 
 from ..data.concepts import Concept
-from ..data.tag_orders import tag_counts
+from ..data.wordings import tag_counts
 from ..models.adapters import Adapters
 from ..models.families import Family
 from ..models.load import DTYPES, base_model_name

@@ -85,7 +85,10 @@ OF_EMBEDDING = {
     "tokens": "num_new_tokens_per_abstraction",
     "init_words": "initializer_concept",
 }
-DATASET = ("folder_path", "caption_ext", "resolution", "shuffle_tokens", "flip_x", "mask_path", "num_repeats")
+DATASET = (
+    *("folder_path", "caption_ext", "resolution", "flip_x", "mask_path", "num_repeats"),
+    *("shuffle_tokens", "keep_tokens", "token_dropout_rate"),
+)
 SHARED = ("caption_dropout_rate", "cache_latents_to_disk")
 
 
@@ -123,6 +126,10 @@ def entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         entry |= {"mask_data_dir": dataset["mask_path"]} if dataset.get("mask_path") else {}
         entry |= {"repeats": dataset["num_repeats"]} if dataset.get("num_repeats") else {}
         entry |= {"shuffle_caption": True} if dataset.get("shuffle_tokens") else {}
+        if rate := dataset.get("token_dropout_rate"):
+            entry["caption_tag_dropout_rate"] = float(rate)
+        if (dataset.get("shuffle_tokens") or rate) and dataset.get("keep_tokens"):
+            entry["keep_tokens"] = dataset["keep_tokens"]
         entry |= {"random_flip": True} if dataset.get("flip_x") else {}
         entry |= {"caption_prefix": process["trigger_word"]} if process.get("trigger_word") else {}
         sides = dataset.get("resolution", 512)

@@ -175,8 +175,8 @@ class Kohya:
             self.out.not_used["resolution"] = "; ".join(remarks)
 
     def keep_tokens(self, name: str, value: Any) -> None:
-        if self.has("shuffle_caption"):
-            self.out.take(name, keep_tokens=int(value))
+        if self.has("shuffle_caption") or self.has("caption_tag_dropout_rate"):
+            self.out.take(name, **{name: int(value) if name == "keep_tokens" else value})
         else:
             self.out.not_needed.append(name)
 
@@ -312,6 +312,7 @@ METHODS: dict[str, Callable[[Kohya, str, Any], None]] = {
     **dict.fromkeys(("max_train_epochs", "max_train_steps", "network_train_unet_only", "max_grad_norm"), Kohya.skip),
     **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"), Kohya.on_disk),
     "huggingface_repo_id": Kohya.repository,
+    **dict.fromkeys(("keep_tokens", "keep_tokens_separator"), Kohya.keep_tokens),
     **dict.fromkeys(OF_FLOWS, Kohya.skip),
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), Kohya.attention),
     **dict.fromkeys(
@@ -321,7 +322,7 @@ METHODS: dict[str, Callable[[Kohya, str, Any], None]] = {
     **{
         name: getattr(Kohya, name)
         for name in (
-            *("keep_tokens", "random_crop", "masked_loss", "clip_skip", "network_module", "network_args"),
+            *("random_crop", "masked_loss", "clip_skip", "network_module", "network_args"),
             *("network_weights", "unet_lr", "learning_rate", "lr_scheduler_type", "optimizer_args"),
             *("use_lion_optimizer", "v_parameterization"),
             "save_precision",

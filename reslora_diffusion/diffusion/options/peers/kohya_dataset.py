@@ -17,6 +17,7 @@ STEP = 8  # of sides in pixels, for every model
 ROUND = 16  # of the square that has as many pixels, which every family takes
 # Of a dataset's buckets in kohya's scripts.
 BUCKET_DEFAULTS = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
+KEPT = ("keep_tokens", "keep_tokens_separator")
 # Name of an option of a subset -> name here, for those that a concept may have for itself.
 OWN = {
     "image_dir": "instance_data_dir",
@@ -25,8 +26,8 @@ OWN = {
     "caption_extension": "caption_extension",
     "conditioning_data_dir": "mask_data_dir",
     "shuffle_caption": "shuffle_caption",
-    "keep_tokens": "keep_tokens",
     "flip_aug": "random_flip",
+    **{name: name for name in (*KEPT, "secondary_separator", "caption_tag_dropout_rate", "enable_wildcard")},
     "caption_prefix": "caption_prefix",
     "caption_suffix": "caption_suffix",
 }
@@ -50,8 +51,8 @@ WITHOUT = {
     **{
         name: NOT_HERE[name]
         for name in (
-            *("color_aug", "face_crop_aug_range", "keep_tokens_separator", "secondary_separator", "enable_wildcard"),
-            *("token_warmup_min", "token_warmup_step", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
+            *("color_aug", "face_crop_aug_range", "token_warmup_min", "token_warmup_step"),
+            "caption_dropout_every_n_epochs",
         )
     },
 }
@@ -171,8 +172,8 @@ def concepts_of_dataset(
             "caption_extension": level.get("caption_extension", ".caption"),
             "center_crop": not level.get("random_crop"),
         }
-        if not own.get("shuffle_caption"):
-            own.pop("keep_tokens", None)
+        if not own.get("shuffle_caption") and not own.get("caption_tag_dropout_rate"):
+            own = {name: value for name, value in own.items() if name not in KEPT}
         if classes:
             own["class_data_dir"] = classes[0].get("image_dir")
             own |= {"class_prompt": tokens} if (tokens := classes[0].get("class_tokens")) else {}

@@ -56,6 +56,8 @@ def differences(given: Mapping[str, Any], out: Translation) -> None:
         out.different["zero_terminal_snr"] = f"{weighted[0]} has the new schedule's snr here, the old one's there"
     if has("network_dropout"):
         out.different["network_dropout"] = "it drops inputs of lora_A here, and its outputs there"
+    for name in filter(has, ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")):
+        out.different[name] = "each caption has up to 8 or 16 wordings that are drawn once; there each step draws one"
     if has("reg_data_dir"):
         out.different["reg_data_dir"] = (
             "as many class images join each batch; there they are a part of train_batch_size"

@@ -4,8 +4,12 @@ Its main fields are translated; everything else that is in use is named as not u
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from ....utils.option_parser import parse_file
+from ....utils.problems import BadInput
 from ..adapter import KOHYA
 from .translation import Translation, is_off
 
@@ -84,7 +88,37 @@ def entries(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for concept in content:
         if concept.get("enabled", True):
             repeats = concept.get("balancing", concept.get("repeating", 1)) or 1
-            found.append({"instance_data_dir": concept["path"], "repeats": max(1, round(float(repeats)))})
+            entry = {"instance_data_dir": concept["path"], "repeats": max(1, round(float(repeats)))}
+            flipped = {"random_flip": True} if (concept.get("image") or {}).get("enable_random_flip") else {}
+            found.append(entry | flipped | of_captions(concept.get("text") or {}))
+    return found
+
+
+def of_captions(text: Mapping[str, Any]) -> dict[str, Any]:
+    """How the captions of a concept are read."""
+    own: dict[str, Any] = {"shuffle_caption": True} if text.get("enable_tag_shuffling") else {}
+    if drops_tags(text):
+        own["caption_tag_dropout_rate"] = text["tag_dropout_probability"]
+    return own | {"keep_tokens": text.get("keep_tags_count", 1)} if own else own
+
+
+def drops_tags(text: Mapping[str, Any]) -> bool:
+    """Return whether each tag is left out by itself; its other modes leave out all, or later tags more often."""
+    plain = text.get("tag_dropout_special_tags_mode", "NONE") == "NONE" and text.get("tag_dropout_mode") == "RANDOM"
+    return plain and bool(text.get("tag_dropout_enable")) and bool(text.get("tag_dropout_probability"))
+
+
+def not_used_of(concepts: list[dict[str, Any]]) -> dict[str, str]:
+    """What is on in concepts and has no counterpart here."""
+    found = {}
+    for concept in concepts:
+        text, image = (concept.get(part) or {} for part in ("text", "image"))
+        on = {f"concept, {name}" for name, value in image.items() if name.startswith("enable_") and value}
+        on |= {f"concept, {name}" for name in ("tag_dropout_enable", "caps_randomize_enable") if text.get(name)}
+        on -= {"concept, enable_random_flip", "concept, tag_dropout_enable" if drops_tags(text) else ""}
+        found |= dict.fromkeys(sorted(on), "there is no such option here")
+        if (source := text.get("prompt_source", "sample")) != "sample":
+            found["concept, prompt_source"] = f"got {source}; captions stand beside the images, see --instance_prompt"
     return found
 
 
@@ -155,6 +189,10 @@ def translated(given: Mapping[str, Any], source: str) -> Translation:
     take_layers(out, given)
     take_loss(out, given)
     take_span(out, given)
+    with suppress(BadInput):  # said where the concepts are read
+        if Path(file := str(given.get("concept_file_name"))).is_file():
+            concepts = parse_file("concept_file_name", Path(file))
+            out.not_used |= not_used_of(concepts) if is_concepts(concepts) else {}
     if is_flow(given):
         take_noise_levels(out, given)
     elif given.get("timestep_distribution", "UNIFORM") != "UNIFORM":
