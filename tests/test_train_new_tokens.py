@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from typer.testing import CliRunner
 
-from dreambooth import arguments, train
+from dreambooth import arguments, generate, train
 from lora_factors import ATTENTION, random_factors
 from reslora_diffusion.cli import app
 from reslora_diffusion.diffusion.models.families import FAMILIES
@@ -538,6 +538,37 @@ def exported(base, tmp_path_factory):
     rows = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 32)}
     write_embeddings(folder / "dog_emb.safetensors", rows, {"TOK": ["<s0>", "<s1>"]}, {})
     return folder
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline_xl, tiny_pipeline_3])
+def test_the_script_that_generates_reads_the_tokens_of_each_lora_in_its_own_column(build, base, tmp_path):
+    widths = {tiny_pipeline_xl: {"clip_l": 32, "clip_g": 32}, tiny_pipeline_3: {"clip_l": 32, "clip_g": 8, "t5": 40}}
+    for seed, name in enumerate(("dog", "cat")):
+        pipe = DiffusionPipeline.from_pretrained(base(build))
+        part = "unet" if build is tiny_pipeline_xl else "transformer"
+        factors = {part: random_factors(getattr(pipe, part), ATTENTION, seed)}
+        export_lora(tmp_path / name, factors, name=name, dtype=torch.float32)
+        torch.manual_seed(seed)
+        rows = {key: torch.randn(2, width) for key, width in widths[build].items()}
+        write_embeddings(tmp_path / name / f"{name}_emb.safetensors", rows, {"TOK": ["<s0>", "<s1>"]}, {})
+    words = ["--pretrained_model_name_or_path", str(base(build)), "--output_dir", str(tmp_path / "images")]
+    words += ["--lora", f"dog={tmp_path / 'dog'}", f"cat={tmp_path / 'cat' / 'pytorch_lora_weights.safetensors'}"]
+    words += ["--prompt", "a TOK in snow", "<s1> alone", "a hat", "--num_inference_steps", "2", "--resolution", "64"]
+    generate.main(generate.parse_args(words))
+    for label in ("base", "dog", "cat"):
+        pipe = DiffusionPipeline.from_pretrained(base(build))
+        pipe.set_progress_bar_config(disable=True)
+        tokens = {}
+        if label != "base":
+            pipe.load_lora_weights(tmp_path / label)
+            learned = read_embeddings(tmp_path / label / f"{label}_emb.safetensors")
+            load_embeddings(pipe, learned)
+            tokens = learned.tokens
+        for number, prompt in enumerate(("a TOK in snow", "<s1> alone", "a hat")):
+            size = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 7.5}
+            image = pipe(worded(prompt, tokens), generator=torch.Generator().manual_seed(0), **size).images[0]
+            written = Image.open(tmp_path / "images" / label / f"{number}-0.png")
+            np.testing.assert_array_equal(pixels(image), pixels(written))
 
 
 @pytest.mark.parametrize("source", [".", "kohya/dog.safetensors"])

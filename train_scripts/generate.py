@@ -8,14 +8,21 @@
     images/base/0-0.png, images/LoRA/0-0.png, ...     <label>/<number of the prompt>-<seed>.png
 
 One pipeline is loaded once; each file is loaded under its label, and switched on alone. Every column of a comparison
-starts from the same noise.
+starts from the same noise. New tokens that a LoRA was trained with (`<name>_emb.safetensors` beside it) are read in its
+own column: there TOK in a prompt stands for them, and in all others it stays a word.
 """
 
 import argparse
+import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 BASE = "base"
+OF_DIFFUSERS = "pytorch_lora_weights.safetensors"
+EMBEDDINGS = "_emb.safetensors"
+OLD_END = 2  # eos_token_id of CLIP in old configurations, with which a prompt's pooled vector ends at a new token
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,14 +40,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def embeddings_beside(lora: Path) -> Path | None:
+    """The embeddings of new tokens that a LoRA was trained with: the only ones in its folder, or those of its name."""
+    folder = lora.parent if lora.name == OF_DIFFUSERS else lora
+    if folder.is_dir():
+        found = [*folder.glob(f"*{EMBEDDINGS}")]
+        return found[0] if len(found) == 1 else None
+    beside = (lora.parent / f"{lora.stem}{EMBEDDINGS}", lora.parent.parent / f"{lora.stem}{EMBEDDINGS}")
+    return next((path for path in beside if path.is_file()), None)
+
+
+def load_new_tokens(pipe: Any, path: Path | None, number: int) -> dict[str, str]:
+    """Teach a pipeline the tokens of LoRA `number`, whose names no other LoRA has; return them by what stands for them
+    in a prompt."""
+    if path is None:
+        return {}
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    rows = load_file(path)
+    count = len(next(iter(rows.values())))
+    words = json.loads(header.get("reslora.tokens") or json.dumps({"TOK": [f"<s{n}>" for n in range(count)]}))
+    own = {token: f"<{number}-{n}>" for n, token in enumerate(t for tokens in words.values() for t in tokens)}
+    for end, clip in (("", "clip_l"), ("_2", "clip_g"), ("_3", "")):
+        encoder, tokenizer = getattr(pipe, f"text_encoder{end}", None), getattr(pipe, f"tokenizer{end}", None)
+        key = "t5" if type(encoder).__name__.startswith("T5") else clip
+        if encoder is None or tokenizer is None or key not in rows:
+            continue
+        pipe.load_textual_inversion(rows[key], token=[*own.values()], text_encoder=encoder, tokenizer=tokenizer)
+        for module in encoder.modules():
+            if getattr(module, "eos_token_id", None) == OLD_END:
+                module.eos_token_id = tokenizer.eos_token_id
+    return own | {word: "".join(own[token] for token in tokens) for word, tokens in words.items()}
+
+
+def in_words(prompt: str, words: dict[str, str]) -> str:
+    """A prompt with new tokens in place of what stands for them; of TOK and TOK2 the longer one is meant."""
+    pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return re.sub(pattern, lambda found: words[found[0]], prompt) if words else prompt
+
+
 def main(args: argparse.Namespace) -> None:
     import diffusers  # here, so that `--help` answers at once
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.loaders import TextualInversionLoaderMixin
     from tqdm import tqdm
 
     diffusers.utils.logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    if not isinstance(pipe, TextualInversionLoaderMixin):  # that of Stable Diffusion 3 is none
+        pipe = type(type(pipe).__name__, (type(pipe), TextualInversionLoaderMixin), {})(**pipe.components)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     # PEFT warns of a second adapter, which is what is wanted here.
@@ -48,8 +100,10 @@ def main(args: argparse.Namespace) -> None:
     guidance = {"guidance_scale": args.guidance_scale}
     if type(pipe).__name__ == "QwenImagePipeline":  # its guidance_scale is for models that take it as an input
         guidance = {"true_cfg_scale": args.guidance_scale, "negative_prompt": " "}
-    for label, path in args.lora.items():
+    words = {BASE: dict[str, str]()}
+    for number, (label, path) in enumerate(args.lora.items()):
         pipe.load_lora_weights(path, adapter_name=label)
+        words[label] = load_new_tokens(pipe, embeddings_beside(Path(path)), number)
 
     cells = [(label, n, seed) for label in (BASE, *args.lora) for n in range(len(args.prompt)) for seed in args.seed]
     for label, n, seed in tqdm(cells, desc="generating", unit="image"):
@@ -59,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
             pipe.enable_lora()
             pipe.set_adapters([label])
         image = pipe(
-            prompt=args.prompt[n],
+            prompt=in_words(args.prompt[n], words[label]),
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=args.num_inference_steps,
