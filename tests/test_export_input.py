@@ -2,10 +2,14 @@
 
 import json
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from safetensors.torch import save_file
 
 from lora_factors import ATTENTION, CLIP, random_factors
@@ -21,9 +25,10 @@ from reslora_diffusion.export import (
     verify_lora,
     write_lora_file,
 )
+from reslora_diffusion.export.embeddings import read_embeddings
 from reslora_diffusion.export.limits import LARGEST_EXPORT
 from reslora_diffusion.export.tools import combine
-from tiny import tiny_pipeline_folder, tiny_text_encoder, tiny_tokenizer, tiny_unet
+from tiny import tiny_pipeline_folder, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{PATH.replace('.', '_')}"
@@ -71,6 +76,40 @@ def test_a_pickle_is_never_opened(tmp_path, name):
     assert not (tmp_path / "boom").exists()
 
 
+def test_the_message_on_a_pickle_has_a_program_that_converts_it(tmp_path, monkeypatch):
+    """Embeddings as A1111 and as diffusers' example write them, and a LoRA of kohya's scripts before safetensors."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    rows = torch.randn(2, 768)
+    of_a1111 = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.nn.Parameter(rows)}}
+    torch.save(of_a1111 | {"name": "dog", "step": 500, "sd_checkpoint": None}, "dog toy.pt")
+    torch.save({"<cat>": rows[0]}, "learned_embeds.bin")
+    A, B = pair()
+    torch.save({f"{KOHYA}.lora_down.weight": A, f"{KOHYA}.lora_up.weight": B}, "old.pt")
+    for name in ("dog toy.pt", "learned_embeds.bin", "old.pt"):
+        python, *words = shlex.split(refusal(name).split("writes one: ")[1])
+        assert python == "python"
+        subprocess.run([sys.executable, *words], check=True)
+    assert torch.equal(read_embeddings(tmp_path / "dog toy.pt.safetensors").rows["clip_l"], rows)
+    assert read_embeddings(tmp_path / "dog toy.pt.safetensors").names == ["dog toy", "dog toy_1"]
+    assert read_embeddings(tmp_path / "learned_embeds.bin.safetensors").names == ["<cat>"]
+    assert torch.equal(read_lora("old.pt.safetensors").components["unet"][PATH].lora_B, B)
+
+
+def test_loras_that_cancel_each_other_are_not_combined(tmp_path):
+    unet = random_factors(tiny_unet(), ATTENTION, 0)
+    for name in ("a", "b"):
+        write_lora_file(tmp_path / f"{name}.safetensors", {"unet": unet}, "kohya", dtype=torch.float32)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "a.safetensors"]
+    with pytest.raises(
+        ValueError, match=r"cancel each other: 0.1 x .*a.safetensors \+ 0.2 x .*b.safetensors"
+    ) as raised:
+        combine(files, tmp_path / "out", [0.1, 0.2, -0.3])
+    assert "is zero; wanted other weights, or other files" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    combine(files, tmp_path / "out", [0.1, 0.2, -0.2])
+
+
 def test_a_truncated_file(tmp_path):
     path = saved(tmp_path, diffusers_pair())
     whole = path.read_bytes()
@@ -112,7 +151,9 @@ def test_a_missing_file_and_a_folder_without_one(tmp_path):
 def test_foreign_tensors_are_named_with_what_they_are_for(tmp_path):
     checkpoint = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}
     message = refusal(saved(tmp_path, checkpoint))
-    assert "1 of 1 keys are no LoRA of Stable Diffusion; they are those of a whole checkpoint, no LoRA" in message
+    assert "is a UNet; wanted a LoRA" in message
+    checkpoint |= {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(2)}
+    assert "is a whole checkpoint; wanted a LoRA" in refusal(saved(tmp_path, checkpoint))
     flux = {"double_blocks.0.processor.proj_lora1.down.weight": torch.zeros(2, 2)}
     message = refusal(saved(tmp_path, flux, {"modelspec.architecture": "flux-1-dev/lora"}))
     assert "they are those of FLUX" in message
@@ -120,6 +161,22 @@ def test_foreign_tensors_are_named_with_what_they_are_for(tmp_path):
     t5 = {f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{side}.weight": pair()[0] for side in ("up", "down")}
     assert "they are those of T5" in refusal(saved(tmp_path, t5))
     assert "keys are no LoRA" in refusal(saved(tmp_path, {"weight": torch.zeros(2)}))
+
+
+def test_parts_of_a_pipeline_are_called_what_they_are(tmp_path):
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    parts = {
+        "a ControlNet": ControlNetModel.from_unet(unet),
+        "a UNet in diffusers' layout": unet,
+        "an autoencoder": tiny_vae(),
+        "a text encoder": tiny_text_encoder(),
+    }
+    for what, model in parts.items():
+        tensors = {name: value.clone() for name, value in model.state_dict().items()}
+        message = refusal(saved(tmp_path, tensors))
+        assert f"is {what}; wanted a LoRA" in message
+        assert "keys are no LoRA" not in message
 
 
 def test_a_joined_layer_of_flux_has_equally_many_outputs_for_each_part(tmp_path):

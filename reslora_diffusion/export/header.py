@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,6 +21,7 @@ from ..plain_lora import not_plain
 from ..utils.documents import parse_json
 from ..utils.problems import BAD_DATA, Unusable, listing, printable, printable_lines
 from .keys import COMPONENTS, Dialect
+from .model_names import described
 from .parsing import CUT, MAGNITUDES, Key, axis_of, beside_lora, parse_all, structure_problems
 from .product_shapes import PARTS, PEFT_TYPES, Product, as_lora, foreign_settings, product_of
 from .scaling import Patterns, StatedScaling, number
@@ -135,6 +137,15 @@ def reading(path: object) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- files
 
 
+# For embeddings of A1111, which have more than tensors, and for everything that is a dictionary of tensors.
+UNPICKLE = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "d = {'emb_params': d['string_to_param']['*']} if 'string_to_param' in d else d; "
+    'save_file({k: v.detach().contiguous() for k, v in d.items()}, sys.argv[2])"'
+)
+
+
 def open_safetensors(path: Path, framework: str = "pt") -> safe_open:
     """`safetensors.safe_open` on a file that has been looked at first.
 
@@ -146,7 +157,10 @@ def open_safetensors(path: Path, framework: str = "pt") -> safe_open:
         head = file.read(9)  # length of the header, then its first character
     whole = size > 8 and int.from_bytes(head[:8], "little") <= size - 8 and head[8:] == b"{"
     if not whole and (head[:2] == b"PK" or head[:1] == b"\x80"):
-        raise ValueError(f"{path} is a pickle (.bin, .pt, .ckpt); only safetensors files are read, convert it first")
+        raise ValueError(
+            f"{path} is a pickle (.bin, .pt, .ckpt); only safetensors files are read. This reads nothing but "
+            f"tensors of it and writes one: {UNPICKLE} {quote(str(path))} {quote(f'{path}.safetensors')}"
+        )
     if not whole:
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off ({size} bytes)")
     try:
@@ -260,6 +274,8 @@ def read_header(
         dtypes = {name: part.get_dtype() for name, part in slices.items()}
     more = beside_lora(shapes)
     keys, problems = parse_all([name for name in shapes if name not in more], folder_component, products)
+    if not keys and (what := described(shapes)):
+        raise Unusable(path, [f"is {what}; wanted a LoRA"])
     problems += structure_problems(keys, shapes)
     magnitudes = [name for name, key in keys.items() if key.part in MAGNITUDES]
     if magnitudes and not dora:

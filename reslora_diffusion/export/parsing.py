@@ -49,7 +49,6 @@ FOREIGN = {
     r"joint_blocks": "Stable Diffusion 3",
     r"lora_te3_": "T5",
     r"^lora_prior_|prior_unet": "Stable Cascade",
-    r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.": "a whole checkpoint, no LoRA",
 }
 KOHYA_KEY = re.compile(
     rf"(lora_(?:unet|te[12]?)_\w+|lycoris_\w+)\.(?:lora_(down|up)\.weight|(alpha|dora_scale|{NAMES}))"

@@ -8,99 +8,31 @@ default the one of the hub that the family began with.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..utils.model_files import Unknown, shapes_in
 from ..utils.problems import BadInput, listing
 from .embeddings_header import stored_rows
 from .header import open_safetensors
+from .model_names import (
+    ANYWAY,
+    NESTED,
+    OTHERS,
+    TEXT_ENCODERS,
+    Transformer,
+    is_autoencoder,
+    is_text_encoder,
+    transformer_of,
+)
 
 SUFFIXES = (".safetensors", ".sft")
 OTHER_FILES = {".gguf": "a GGUF file, whose weights are packed for inference"}
-NESTED = "model.diffusion_model."  # before the names of a denoiser, where text encoders and autoencoder are there too
 UNET = f"{NESTED}input_blocks.0.0.weight"
-
-
-class Transformer(NamedTuple):
-    """A transformer that is found alone in a file: names that only it has, its classes in diffusers, and a pipeline of
-    the hub that has its configuration and all other parts."""
-
-    marks: tuple[str, ...]
-    pipeline_class: str
-    denoiser_class: str
-    config: str
-
-
-TRANSFORMERS = (  # an earlier one may have the marks of a later one too
-    Transformer(
-        ("joint_blocks.0.context_block.adaLN_modulation.1.bias",),
-        "StableDiffusion3Pipeline",
-        "SD3Transformer2DModel",
-        "stabilityai/stable-diffusion-3.5-medium",
-    ),
-    Transformer(
-        ("distilled_guidance_layer.in_proj.bias",),
-        "ChromaPipeline",
-        "ChromaTransformer2DModel",
-        "lodestones/Chroma1-HD",
-    ),
-    Transformer(
-        ("single_stream_modulation.lin.weight",),
-        "Flux2KleinPipeline",
-        "Flux2Transformer2DModel",
-        "black-forest-labs/FLUX.2-klein-4B",
-    ),
-    Transformer(
-        ("double_blocks.0.img_attn.norm.key_norm.scale",),
-        "FluxPipeline",
-        "FluxTransformer2DModel",
-        "black-forest-labs/FLUX.1-schnell",
-    ),
-    Transformer(
-        ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),
-        "QwenImagePipeline",
-        "QwenImageTransformer2DModel",
-        "Qwen/Qwen-Image",
-    ),
-    Transformer(
-        ("cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight"),
-        "ZImagePipeline",
-        "ZImageTransformer2DModel",
-        "Tongyi-MAI/Z-Image-Turbo",
-    ),
-    Transformer(
-        ("cap_embedder.0.weight", "layers.0.attention.qkv.weight"),
-        "Lumina2Pipeline",
-        "Lumina2Transformer2DModel",
-        "Alpha-VLLM/Lumina-Image-2.0",
-    ),
-)
-# Names that only other models have, and what they are.
-OTHERS = {
-    "double_layers.0.attn.w2q.weight": "an AuraFlow model, which is read from a folder in diffusers' format",
-    "nerf_image_embedder.embedder.0.bias": "a Chroma Radiance model",
-    "cap_embedder.0.weight": "a Lumina-Next model",
-    "blocks.0.cross_attn.q_linear.weight": "a SANA or PixArt model, which is read from a folder in diffusers' format",
-    "head.modulation": "a Wan model",
-    "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": "a HunyuanVideo model",
-    "control_model.time_embed.0.weight": "a ControlNet",
-    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
-    "controlnet_blocks.0.weight": "a ControlNet",
-    "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
-    "double_stream_blocks.0.block.adaLN_modulation.1.bias": "a HiDream model",
-    "early_stream_modulations.image.lin.weight": "a FLUX.3 model",
-    "txt_in.text_norm.weight": "a Qwen-Image 2.1 model",
-    "txtfusion.projector.weight": "a Krea 2 model",
-    "model.embed_tokens.weight": "a language model",
-    "transformer_blocks.0.attn.add_q_proj.weight": "a transformer in diffusers' layout",
-    "down_blocks.0.resnets.0.conv1.weight": "a UNet in diffusers' layout",
-}
-ANYWAY = ("nerf_image_embedder.embedder.0.bias", "controlnet_blocks.0.weight")  # what else it may look like
 SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # as ComfyUI names them
 WANTED = (
     "wanted a whole Stable Diffusion 1.x, 2.x, XL or 3 checkpoint, or the transformer of SD3, FLUX.1, FLUX.2, Chroma, "
@@ -189,20 +121,23 @@ def no_base(shapes: dict[str, tuple[int, ...]]) -> str | None:
             return f"is the refiner of SDXL; {WANTED}"
         if channels in (8, 9):
             return f"is a model for {'inpainting' if channels == 9 else 'editing'}: its UNet takes {channels} channels"
-        encoders = ("cond_stage_model.", "conditioner.embedders.")
-        return None if any(n.startswith(encoders) for n in shapes) else f"holds a UNet without text encoders; {WANTED}"
+        return (
+            None
+            if any(n.startswith(TEXT_ENCODERS) for n in shapes)
+            else f"holds a UNet without text encoders; {WANTED}"
+        )
     if transformer and transformer.pipeline_class == "FluxPipeline":
         channels = next(shape[1] for name, shape in shapes.items() if name.removeprefix(NESTED) == "img_in.weight")
         return f"is FLUX.1 Fill or a control model: it takes {channels} channels" if channels in (384, 128) else None
     if transformer:
         return None
-    if any("quant_conv" in name or name.startswith(("first_stage_model.", "encoder.down")) for name in shapes):
+    if is_autoencoder(shapes):
         return "is an autoencoder; it goes to --pretrained_vae_model_name_or_path, as a folder in diffusers' format"
     if "input_blocks.0.0.weight" in inner:
         return f"holds a UNet without text encoders; {WANTED}"
     if not shapes:
         return f"holds no tensors; {WANTED}"
-    if any("text_model.encoder" in name or name.startswith("encoder.block") for name in shapes):
+    if is_text_encoder(shapes):
         return f"is a text encoder; {WANTED}"
     return f"is of no family that is known here (it holds {listing(sorted(shapes), 3)}); {WANTED}"
 
@@ -222,11 +157,6 @@ def known(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, st
     second = any(name.startswith("cond_stage_model.model.") for name in shapes)
     config = SECOND if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
     return SingleFile(path, "StableDiffusionPipeline", config, **prediction)  # type: ignore[arg-type]
-
-
-def transformer_of(inner: Collection[str]) -> Transformer | None:
-    """The transformer whose marks are among the names."""
-    return next((kind for kind in TRANSFORMERS if all(mark in inner for mark in kind.marks)), None)
 
 
 def transformer_alone(path: Path, kind: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> SingleFile:

@@ -18,12 +18,12 @@ from torch import nn
 
 from ..utils.names import file_name_from
 from ..utils.problems import listing
+from .combining import cancels, combined_facts, unlike_problems, weighted_sum
 from .dora import by_norms_of, is_dora, plain_of, weights_in
 from .embeddings_carrying import with_new_tokens
-from .factors import Components, summed_factors
+from .factors import Components
 from .fusing import filled
 from .generation import carry_generation
-from .geometry import GEOMETRIES, family_of
 from .header import DIFFUSERS_FILE, KOHYA_FOLDER, PEFT_FILE, parts
 from .hollow import Models, fitting_models
 from .keys import COMPONENTS, Dialect
@@ -216,11 +216,15 @@ def combine(
     problems = unlike_problems(loras)
     if problems:
         raise ValueError("\n".join(["these files cannot be combined:", *(f"  - {p}" for p in problems)]))
+    total = weighted_sum([lora.components for lora in loras], weights)
+    if cancels(total, [lora.components for lora in loras], weights):
+        terms = " + ".join(f"{weight:g} x {source}" for weight, source in zip(weights, sources, strict=True))
+        raise ValueError(f"these LoRAs cancel each other: {terms} is zero; wanted other weights, or other files")
     dialects = {lora.dialect for lora in loras}
     dtypes = [kept_dtype(lora) for lora in loras]
     return save_lora(
         output,
-        weighted_sum([lora.components for lora in loras], weights),
+        total,
         loras[0].dialect if len(dialects) == 1 else Dialect.DIFFUSERS,
         sources=sources,
         dtype=dtype or (dtypes[0] if len(set(dtypes)) == 1 else torch.float32),
@@ -228,60 +232,6 @@ def combine(
         allow_lossy=allow_lossy,
         facts=combined_facts(loras, weights),
     )
-
-
-# ----------------------------------------------------------------------------------------------------- combining
-
-
-def weighted_sum(terms: Sequence[Components], weights: Sequence[float]) -> Components:
-    """Module by module; one that a term lacks counts as zero there."""
-    total: Components = {}
-    names = dict.fromkeys((c, path) for components in terms for c, modules in components.items() for path in modules)
-    for component, path in names:
-        having = [
-            (components[component][path], weight)
-            for components, weight in zip(terms, weights, strict=True)
-            if path in components.get(component, {})
-        ]
-        summed = summed_factors(*zip(*having, strict=True))
-        single = summed._replace(lora_A=summed.lora_A.float(), lora_B=summed.lora_B.float())
-        total.setdefault(component, {})[path] = single
-    return total
-
-
-def unlike_problems(loras: Sequence[LoraFile]) -> list[str]:
-    """Return why files do not fit one base."""
-    families = {str(lora.path): family_of(lora.components) for lora in loras}
-    known = {family for family in families.values() if family in GEOMETRIES}
-    problems = []
-    if len(known) > 1:
-        problems.append("; ".join(f"{path} is for {family}" for path, family in families.items()))
-    shapes: dict[tuple[str, str], tuple[list[int], Path]] = {}
-    unlike = []
-    for lora in loras:
-        for component, modules in lora.components.items():
-            for path, f in modules.items():
-                shape = [f.lora_B.shape[0], *f.lora_A.shape[1:]]
-                first, where = shapes.setdefault((component, path), (shape, lora.path))
-                if shape != first:
-                    unlike.append(f"{component}.{path} is {first} in {where.name} and {shape} in {lora.path.name}")
-    if unlike:
-        problems.append(f"{len(unlike)} modules have different shapes: {listing(unlike, 2)}")
-    return problems
-
-
-def combined_facts(loras: Sequence[LoraFile], weights: Sequence[float]) -> dict[str, str]:
-    """The base if the headers agree on it, all trigger words, and what was combined."""
-    stated = [carried_facts(lora.metadata) for lora in loras]
-    facts = {}
-    for key in ("base_model", "prediction_type", "resolution"):
-        first, *others = (headers.get(key) for headers in stated)
-        if first is not None and all(other == first for other in others):
-            facts[key] = first
-    if triggers := dict.fromkeys(headers["trigger_words"] for headers in stated if headers.get("trigger_words")):
-        facts["trigger_words"] = ", ".join(triggers)
-    terms = " + ".join(f"{weight:g} x {lora.path.name}" for lora, weight in zip(loras, weights, strict=True))
-    return facts | {"combined_from": terms}
 
 
 # -------------------------------------------------------------------------------------------------------- saving
