@@ -8,7 +8,7 @@ from torch import nn
 
 from dreambooth import SUBJECTS, arguments, train
 from reslora_diffusion.diffusion.options import DreamBoothOptions, checks, preflight
-from reslora_diffusion.diffusion.options.preflight import kept_for_backward
+from reslora_diffusion.diffusion.options.preflight import kept_for_backward, optimizer_line
 from reslora_diffusion.diffusion.train import history
 from reslora_diffusion.utils import environment
 
@@ -21,6 +21,11 @@ class Plain:
 
     def loss(self, batch: torch.Tensor, instances: int) -> torch.Tensor:
         return self.models[0](batch).square().sum() / instances
+
+
+def test_a_warm_up_is_a_number_of_steps_or_a_share_of_them():
+    for given, said in ((0.125, "cosine with 12.5 % of the steps of warm-up"), (50, "cosine with 50 steps of warm-up")):
+        assert said in optimizer_line(DreamBoothOptions(lr_scheduler="cosine", lr_warmup_steps=given), 1)
 
 
 def test_activations_are_what_backward_needs_without_the_weights():

@@ -170,7 +170,7 @@ def test_parts_of_a_pipeline_are_called_what_they_are(tmp_path):
         "a ControlNet": ControlNetModel.from_unet(unet),
         "a UNet in diffusers' layout": unet,
         "an autoencoder": tiny_vae(),
-        "a text encoder": tiny_text_encoder(),
+        "a text encoder": tiny_text_encoder(tiny_tokenizer(tmp_path / "tokenizer")),
     }
     for what, model in parts.items():
         tensors = {name: value.clone() for name, value in model.state_dict().items()}

@@ -31,7 +31,14 @@ from .model_names import (
 )
 
 SUFFIXES = (".safetensors", ".sft")
-OTHER_FILES = {".gguf": "a GGUF file, whose weights are packed for inference"}
+PICKLE = (
+    "a pickle, which is never opened here; StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) "
+    "makes a base of one that you trust"
+)
+OTHER_FILES = {
+    ".gguf": "a GGUF file, whose weights are packed for inference",
+    **dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PICKLE),
+}
 UNET = f"{NESTED}input_blocks.0.0.weight"
 SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # as ComfyUI names them
 WANTED = (

@@ -113,7 +113,9 @@ def optimizer_line(options: DreamBoothOptions, count: int) -> str:
     if options.trains_text and options.adam_weight_decay_text_encoder is not None:
         parts.append(f"of the {trained} {options.adam_weight_decay_text_encoder:g}")
     parts += [f"--{name} {value}" for name in ("loraplus_lr_ratio", "lr_pattern") if (value := getattr(options, name))]
-    warm = f" with {options.lr_warmup_steps} steps of warm-up" if options.lr_scheduler != "constant" else ""
+    length = options.lr_warmup_steps
+    warm = f"{100 * length:g} % of the steps" if 0 < length < 1 else f"{length} steps"
+    warm = f" with {warm} of warm-up" if options.lr_scheduler != "constant" else ""
     return f"optimizer {name_of(options)}: {', '.join(parts)}; schedule {options.lr_scheduler}{warm}"
 
 

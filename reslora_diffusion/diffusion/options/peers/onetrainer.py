@@ -95,7 +95,7 @@ def entries(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_captions(text: Mapping[str, Any]) -> dict[str, Any]:
-    """How the captions of a concept are read."""
+    """Return options on the captions of a concept."""
     own: dict[str, Any] = {"shuffle_caption": True} if text.get("enable_tag_shuffling") else {}
     if drops_tags(text):
         own["caption_tag_dropout_rate"] = text["tag_dropout_probability"]
@@ -109,8 +109,8 @@ def drops_tags(text: Mapping[str, Any]) -> bool:
 
 
 def not_used_of(concepts: list[dict[str, Any]]) -> dict[str, str]:
-    """What is on in concepts and has no counterpart here."""
-    found = {}
+    """Name switches of concepts that are on and have no counterpart here."""
+    found = dict[str, str]()
     for concept in concepts:
         text, image = (concept.get(part) or {} for part in ("text", "image"))
         on = {f"concept, {name}" for name, value in image.items() if name.startswith("enable_") and value}
