@@ -14,6 +14,7 @@ from .page import build_demo
 from .sessions import Sessions
 from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
+from .tabs.latest import drop_overtaken
 from .trainer import Trainer
 from .visits import Visits
 
@@ -78,6 +79,7 @@ def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.B
     studio.sessions.root.mkdir(parents=True, exist_ok=True)
     demo = build_demo(studio)
     demo.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
+    drop_overtaken(demo._queue, studio.sessions)
     demo.launch(
         theme=THEME,
         css=CSS,

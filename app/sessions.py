@@ -47,9 +47,8 @@ class Session:
     cancel: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     turn: threading.Lock = field(default_factory=threading.Lock)  # held by events that change the session
-    answered: dict[Hashable, float] = field(
-        default_factory=dict
-    )  # by output: the page's clock, when its event was triggered
+    answered: dict[Hashable, float] = field(default_factory=dict)  # by output: the page's clock at its latest event
+    shown: dict[Hashable, float] = field(default_factory=dict)  # by output: the same of the event that it is to show
     waits: bool = False  # a comparison was asked for, and has not begun
     generates: bool = False
     asked_at: float = 0.0  # the server's clock, when the last comparison was asked for
@@ -66,12 +65,12 @@ class Session:
         """Tell whether an output, by its id, shows the answer to an event that was triggered after `when`."""
         return self.answered.get(output, 0.0) > when
 
-    def shows(self, output: Hashable, when: float) -> bool:
-        """Take in an answer to an event of `when`; the output shows it unless it has one to a later event."""
+    def shows(self, output: Hashable, when: float, anyway: bool = False) -> bool:
+        """Take in an answer to an event of `when`; it is shown unless there is one to a later event, or anyway."""
         with self.lock:
-            if self.has_later(output, when):
+            if self.has_later(output, when) and not anyway:
                 return False
-            self.answered[output] = when
+            self.answered[output], self.shown[output] = max(when, self.answered.get(output, 0.0)), when
             return True
 
     def ask(self) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from transformers import (
 from app import measure_views
 from app.compare import Cell
 from app.intervals import figure, proportion, t_quantile
-from app.learned import learned_measures, load
+from app.learned import at_hand, learned_measures, load
 from app.likeness import cut_out, likeness
 from app.measures import Measure, asked_background, background, diversities, measure
 from app.request import Adapter, Column, CompareRequest
@@ -262,3 +265,31 @@ def test_clip_and_dino_are_opened_from_folders(models):
         assert vectors.shape[0] == 2
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(2), atol=1e-5)
         assert not torch.allclose(vectors[0], vectors[1])
+
+
+def cached(cache: Path, name: str, model: Path, without: str = "") -> None:
+    """Lay a model out as the hub's local cache does."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(model, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns(without))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_models_in_the_cache_are_chosen_on_the_page(models, tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[app]'")
+    from app.tabs.measures import measures_tab
+
+    for module in ("constants", "utils._cache_manager"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path))
+    cached(tmp_path, "some/clip", models / "clip")
+    cached(tmp_path, "some/dino", models / "dino")
+    cached(tmp_path, "another/vit", models / "dino")
+    cached(tmp_path, "a/clip-without-weights", models / "clip", "*.safetensors")
+    (tmp_path / "models--a--nothing").mkdir()
+    assert at_hand() == (["some/clip"], ["some/dino"])
+    assert all(load("some/clip", "some/dino"))
+    with gr.Blocks() as demo, gr.Tab("Measures") as tab:
+        measures_tab(SimpleNamespace(subjects={}, first_subject=None), tab, SimpleNamespace(news=[], verdict=gr.HTML()))
+    props = {block.label: block for block in demo.blocks.values() if getattr(block, "label", None)}
+    assert (props["CLIP"].value, props["DINO"].value) == ("some/clip", "some/dino")
+    assert props["CLIP and DINO"].open

@@ -4,9 +4,12 @@ import html
 import io
 import json
 import re
+import threading
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[app]'")
 
+import gradio as gr
 import httpx
 from gradio_client import Client
 
@@ -35,12 +39,16 @@ from app.request import Adapter, Axis, Column, CompareRequest, Limits, Scheduler
 from app.saved import View, saved_view, write_zip
 from app.serve import launch, open_studio
 from app.sessions import MAX_SESSIONS, Sessions
+from app.tabs.latest import SKIP
 from app.tabs.taking import KINDS
 from app.verdict import findings
 from app.visits import Entry
 from app.votes import Choice, make_ballot
 from app_fixtures import make_lora_file, make_pipeline
 
+PATIENCE = 120  # seconds of one answer on a machine with other work
+get, post = (partial(method, timeout=PATIENCE) for method in (httpx.get, httpx.post))
+program = partial(Client, verbose=False, httpx_kwargs={"timeout": PATIENCE})
 NASTY = "<script>alert(1)</script> ${1+1} {{value}} <img src=x onerror=alert(1)> \x1b[2J \u202e"
 ADAPTERS = {name: Adapter(name, f"/somewhere/{name}.safetensors", name * 8) for name in ("one", "two")}
 
@@ -459,19 +467,19 @@ def test_only_adapters_that_fit_are_offered(studio):
 
 
 def test_the_api_generates(address):
-    client = Client(address, verbose=False)
+    client = program(address)
     found = client.predict(*FIELDS, api_name="/compare")
     assert (found["complete"], found["count"], len(found["images"])) == (True, 8, 8)
     last = found["images"][-1]
     assert (last["prompt"], last["seed"], last["column_label"]) == ("a dog", 1, "lora × 0.5")
-    assert httpx.get(f"{address}{last['url'].removeprefix('/')}").headers["content-type"] == "image/png"
+    assert get(f"{address}{last['url'].removeprefix('/')}").headers["content-type"] == "image/png"
     assert CompareRequest.from_dict(found["settings"], dict.fromkeys(digests_in(found["settings"]), "")).seeds == (0, 1)
     with zipfile.ZipFile(client.predict(api_name="/zip")) as archive:
         assert len([name for name in archive.namelist() if name.startswith("images/")]) == 8
 
 
 def test_the_api_goes_by_names(address):
-    client = Client(address, verbose=False)
+    client = program(address)
     named = client.view_api(return_format="dict")["named_endpoints"]["/compare"]["parameters"]
     names = [parameter["parameter_name"] for parameter in named]
     assert names == [
@@ -496,9 +504,9 @@ def test_the_api_goes_by_names(address):
      ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403)],
 )  # fmt: skip
 def test_requests_under_foreign_names_are_refused(address, headers, status):
-    answer = httpx.get(f"{address}config", headers=headers)
+    answer = get(f"{address}config", headers=headers)
     assert answer.status_code == status
-    upload = httpx.post(f"{address}gradio_api/upload", headers=headers, files={"files": ("a.txt", b"a")})
+    upload = post(f"{address}gradio_api/upload", headers=headers, files={"files": ("a.txt", b"a")})
     assert upload.status_code == status
     if status == 200:
         assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
@@ -520,13 +528,13 @@ def test_the_api_refuses_in_words(address, place, value, words):
     fields = list(FIELDS)
     fields[place] = value
     with pytest.raises(Exception, match=words) as caught:
-        Client(address, verbose=False).predict(*fields, api_name="/compare")
+        program(address).predict(*fields, api_name="/compare")
     assert "<b>" not in str(caught.value)
 
 
 def test_two_visitors_at_once_get_their_own_images(address):
     def visit(word: str) -> str:
-        client = Client(address, verbose=False)
+        client = program(address)
         return client.predict(word, "", "0-3", ["lora"], "1", *FIELDS[5:], api_name="/compare")["images"]
 
     words = ("cat", "dog", "cake")
@@ -537,7 +545,7 @@ def test_two_visitors_at_once_get_their_own_images(address):
 
 
 def test_only_the_comparison_and_its_files_are_an_api(address):
-    client = Client(address, verbose=False)
+    client = program(address)
     named = client.view_api(return_format="dict")["named_endpoints"]
     assert set(named) == {"/compare", *(f"/{kind}" for kind in KINDS)}
     with pytest.raises(Exception, match="compare something first"):
@@ -547,10 +555,10 @@ def test_only_the_comparison_and_its_files_are_an_api(address):
 def test_a_password_is_asked_for_when_one_is_set(studio):
     demo = launch(studio, prevent_thread_lock=True, quiet=True, auth=("me", "secret"))
     try:
-        assert httpx.get(f"{demo.local_url}config").status_code == 401
+        assert get(f"{demo.local_url}config").status_code == 401
         with pytest.raises(Exception, match="(?i)auth|credentials"):
-            Client(demo.local_url, verbose=False)
-        assert Client(demo.local_url, verbose=False, auth=("me", "secret")).predict(*FIELDS, api_name="/compare")
+            program(demo.local_url)
+        assert program(demo.local_url, auth=("me", "secret")).predict(*FIELDS, api_name="/compare")
     finally:
         demo.close()
 
@@ -560,8 +568,8 @@ def test_a_machine_that_is_busy_serves_the_page_all_the_same(studio, monkeypatch
     monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
     demo = launch(studio, prevent_thread_lock=True, quiet=True)
     try:
-        assert httpx.get(demo.local_url).status_code == 200
-        assert httpx.get(f"{demo.local_url}config").json()["title"] == demo.title
+        assert get(demo.local_url).status_code == 200
+        assert get(f"{demo.local_url}config").json()["title"] == demo.title
     finally:
         demo.close()
 
@@ -569,14 +577,14 @@ def test_a_machine_that_is_busy_serves_the_page_all_the_same(studio, monkeypatch
 def test_nothing_else_is_served(address, studio):
     secret = studio.sessions.root.parent / "secret.txt"
     for path in (secret, "/etc/passwd", studio.sessions.root / ".." / "secret.txt"):
-        assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
-    page = httpx.get(address).text
+        assert get(f"{address}gradio_api/file={path}").status_code == 403
+    page = get(address).text
     assert "hidden words" not in page
 
 
 def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
     """Events that the page keeps to itself can still be sent by hand: a file that nobody uploaded is refused."""
-    config = httpx.get(f"{address}config").json()
+    config = get(f"{address}config").json()
     labels = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
     hidden = studio.sessions.root.parent / "secret.txt"
     tried = 0
@@ -588,31 +596,47 @@ def test_no_path_of_the_machine_is_taken_for_an_upload(address, studio):
         values = {"adapter_files": [file], "saved_files": [file], "card_file": file}
         data = [values.get(kind, 0) for kind in kinds]
         asked = {"fn_index": event["id"], "session_hash": "me", "data": data}
-        answer = httpx.post(f"{address}gradio_api/queue/join", json=asked)
+        answer = post(f"{address}gradio_api/queue/join", json=asked)
         if answer.status_code == 200:
-            stream = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "me"}, timeout=30).text
+            stream = get(f"{address}gradio_api/queue/data", params={"session_hash": "me"}).text
             assert '"success": false' in stream or '"success":false' in stream
             assert "hidden words" not in stream
         tried += 1
     assert tried == 3
 
 
-def asked_of(address: str, output: str, trigger: str, data: list, visitor: str = "latest") -> list:
-    """What an event of the page answers, sent as the browser would: by its output and what triggers it."""
-    config = httpx.get(f"{address}config").json()
+def event_of(address: str, output: str, trigger: str) -> int:
+    """The number of the page's event with this output that this triggers."""
+    config = get(f"{address}config").json()
     names = ((component["id"], component["props"]) for component in config["components"])
     ids = {props.get("elem_id") or props.get("id"): number for number, props in names}
-    event = next(
-        event
+    return next(
+        event["id"]
         for event in config["dependencies"]
         if ids[output] in event["outputs"] and ids[trigger] in [target for target, _ in event["targets"]]
     )
-    asked = {"fn_index": event["id"], "session_hash": visitor, "data": data}
-    assert httpx.post(f"{address}gradio_api/queue/join", json=asked).status_code == 200
-    stream = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": visitor}, timeout=30).text
-    answers = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
-    found = next(answer for answer in answers if answer["msg"] == "process_completed")["output"]
-    return found["data"] if "data" in found else [found["error"]]
+
+
+def ask(address: str, event: int, data: list, visitor: str) -> None:
+    asked = {"fn_index": event, "session_hash": visitor, "data": data}
+    assert post(f"{address}gradio_api/queue/join", json=asked).status_code == 200
+
+
+def answers_to(address: str, visitor: str) -> Iterator[list]:
+    """What a visitor's events answer, in the order in which a browser gets it, until there is no event."""
+    params = {"session_hash": visitor}
+    with httpx.stream("GET", f"{address}gradio_api/queue/data", params=params, timeout=PATIENCE) as stream:
+        for line in stream.iter_lines():
+            said = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {"msg": ""}
+            if said["msg"] == "process_completed":
+                yield said["output"].get("data", [said["output"].get("error")])
+
+
+def asked_of(address: str, output: str, trigger: str, data: list, visitor: str = "latest") -> list:
+    """What an event of the page answers, sent as the browser would: by its output and what triggers it."""
+    ask(address, event_of(address, output, trigger), data, visitor)
+    [found] = answers_to(address, visitor)
+    return found
 
 
 def test_an_event_that_was_triggered_earlier_does_not_replace_the_answer_of_a_later_one(address):
@@ -620,6 +644,28 @@ def test_an_event_that_was_triggered_earlier_does_not_replace_the_answer_of_a_la
     assert "sha256" in asked_of(address, "card", "card_adapter", ["lora", 20])[1]
     assert "value" not in asked_of(address, "card", "card_adapter", ["reslora", 10])[1]
     assert "reslora" in asked_of(address, "card", "card_adapter", ["reslora", 30])[1]
+
+
+def test_an_answer_that_is_overtaken_on_its_way_is_not_shown(address, monkeypatch):
+    """Gradio prepares an answer in a thread, which may take longer than that of a later event."""
+    event, prepare = event_of(address, "expected", "seeds"), gr.HTML.postprocess
+    on_its_way, overtaken = threading.Event(), threading.Event()
+
+    def held(html, value):
+        if "2 images" in str(value):
+            on_its_way.set()
+            assert overtaken.wait(PATIENCE)
+        return prepare(html, value)
+
+    monkeypatch.setattr(gr.HTML, "postprocess", held)
+    fields = [["lora"], *FIELDS[4:], "nothing more", "", "nothing more", "", False]
+    ask(address, event, ["a", "", "0", *fields, 1], "overtaken")
+    assert on_its_way.wait(PATIENCE)
+    ask(address, event, ["a", "", "0-1", *fields, 2], "overtaken")
+    answers = answers_to(address, "overtaken")
+    assert "4 images" in next(answers)[0]
+    overtaken.set()
+    assert [*answers] == [[SKIP]]
 
 
 def test_one_pair_has_one_vote_however_often_its_buttons_are_pressed(address, studio):

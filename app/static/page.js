@@ -1,5 +1,6 @@
 // Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
-// And what Gradio does not tell a screen reader: names of groups of choices, whether a section is open.
+// And what Gradio does not tell a screen reader: names of groups of choices, whether a section is open, which marks of a
+// chart say nothing.
 document.addEventListener('keydown', (event) => {
   if (event.target.closest('input, textarea, select, [contenteditable], [role=tab]')) return;
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return; // Alt and an arrow turn the page back
@@ -25,6 +26,9 @@ const sayAll = () => {
     say(group, 'aria-label', group.querySelector('[data-testid=block-info]')?.textContent.trim() || 'choices');
   for (const heading of document.querySelectorAll('button.label-wrap'))
     say(heading, 'aria-expanded', String(heading.classList.contains('open')));
+  // What a chart has no words for, such as the cells that find the point under the pointer.
+  for (const mark of document.querySelectorAll('.vega-embed [role=graphics-symbol]:not([aria-label])'))
+    say(mark, 'aria-hidden', 'true');
 };
 new MutationObserver(sayAll).observe(document, {
   subtree: true, childList: true, attributes: true, attributeFilter: ['class'],

@@ -86,11 +86,9 @@ def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
             raise refusal(f"There is no adapter {label} any more.")
         return [*fields.brought(session, added(studio, files, False, session)), None]
 
-    def offered(session: Session, chosen: list[str], label: str | None) -> gr.Dropdown:
-        """Offer the adapters of now; the one that is chosen here stays, unless it is gone."""
-        labels = list(session.adapters)
-        gone = {"value": None} if label and label not in labels else {}
-        return gr.Dropdown(choices=labels, **gone)
+    def offered(session: Session) -> gr.Dropdown:
+        """Offer the adapters of now; the one that is chosen here stays."""
+        return gr.Dropdown(choices=list(session.adapters))
 
     def known(session: Session, label: str | None) -> str:
         if label not in session.adapters:
@@ -129,7 +127,7 @@ def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
     from_runs = latest.on([of_runs.input], add_of_runs, [of_runs], [adapters, joined, of_runs], adds=True)
     for event in (uploads, from_runs):
         fields.tick_after(event)
-    latest.on([adapters.change], offered, [adapters, one], [one])
+    latest.on([adapters.change], offered, [], [one])
     one.change(None, one, name, js="(label) => label || ''", **PRIVATE)
     latest.on([rename.click], renamed, [one, name, adapters], outputs, in_turn=True)
     latest.on([earlier.click], moved, [one, adapters], outputs, in_turn=True)

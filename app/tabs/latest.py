@@ -3,6 +3,9 @@ they end.
 
 Gradio shows answers in the order in which they come, so that a slow answer would replace that of a later event; and by
 default it drops an event whose like is still under way, such as a second upload.
+
+An answer can be overtaken after its function ended, too, since Gradio prepares its values in threads. So the last word
+is spoken where messages are put in line for the browser: `drop_overtaken`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +14,16 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
+from gradio.queueing import Event, Queue
+from gradio.server_messages import EventMessage, ProcessCompletedMessage
 
-from ..sessions import Session
+from ..sessions import Session, Sessions
 from ..studio import LIGHT, PRIVATE, Studio
 
 # The last input of such an event: the time at which the browser triggered it.
 WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
 SKIP = gr.skip()
+MARK = "answers_with_time"  # on functions of such events
 
 
 def is_skip(value: Any) -> bool:
@@ -77,7 +83,7 @@ class Latest:
                     return SKIP
                 answers = found if isinstance(found, list) else [found][: len(ids)]
                 pairs = zip(ids, answers, strict=True)
-                shown = [is_skip(value) or session.shows(output, when) or in_turn or adds for output, value in pairs]
+                shown = [is_skip(value) or session.shows(output, when, in_turn or adds) for output, value in pairs]
                 if keep and all(shown):
                     keep(session, values)
             answers = [value if show else SKIP for value, show in zip(answers, shown, strict=True)]
@@ -89,5 +95,23 @@ class Latest:
         def answer_to(event: gr.EventData, request: gr.Request, *values: Any) -> Any:
             return answered(self.studio.sessions.of(request.session_hash), values, event)
 
-        own = {"fn": answer_to if says else answer, "inputs": [*inputs, self.clock], "outputs": list(outputs)}
+        fn_of_page = answer_to if says else answer
+        setattr(fn_of_page, MARK, True)
+        own = {"fn": fn_of_page, "inputs": [*inputs, self.clock], "outputs": list(outputs)}
         return {**own, "js": WITH_TIME, "trigger_mode": "multiple", **LIGHT, **PRIVATE, **options}
+
+
+def drop_overtaken(queue: Queue, sessions: Sessions) -> None:
+    """Leave out of each answer what an output has a later answer to, at the moment when it is put in line."""
+    send = queue.send_message
+
+    def send_latest(event: Event, message: EventMessage) -> None:
+        session = sessions.open.get(event.session_hash)
+        completed = isinstance(message, ProcessCompletedMessage) and message.success
+        if session and completed and hasattr(event.fn.fn, MARK):
+            when, pairs = event.data.data[-1], zip(event.fn.outputs, message.output["data"], strict=True)
+            data = [value if session.shown.get(output._id) == when else SKIP for output, value in pairs]
+            message.output = {**message.output, "data": data}
+        send(event, message)
+
+    queue.send_message = send_latest  # type: ignore[method-assign]

@@ -3,18 +3,18 @@
 import gradio as gr
 
 from .. import learned, measure_views, views
-from ..images import images_in, read_images
+from ..images import read_images
 from ..measures import measure
 from ..sessions import Session
 from ..studio import HEAVY, Studio
 from ..tabs import refusal
 from ..tabs.compare import CompareTab
 from .latest import Latest
+from .subject import subject_images
 
 MAX_REFERENCES = 32
 FIRST = "Measure, and the figures stand here, with the images sorted by any of them."
 STALE = "These figures were made with other fields than those on the left: measure again."
-OWN = "images of my own"
 EXPLANATION = (
     "Subject likeness is 1 for the subject and 0 for a blob of its colour; background obeyed holds the ground's colour "
     "against the prompt's. Both are for figures on plain grounds, work offline and are no CLIP. Drift is the pixel "
@@ -24,24 +24,15 @@ EXPLANATION = (
 
 
 def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
+    latest = Latest(studio)
     gr.HTML(views.message(EXPLANATION), padding=False)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            subject = gr.Dropdown(
-                label="The subject looks like",
-                choices=[OWN, *studio.subjects],
-                value=studio.first_subject or OWN,
-                elem_id="measure_subject",
-                visible=bool(studio.subjects),
+            labels, ids = (
+                ("The subject looks like", "Reference images of the subject"),
+                ("measure_subject", "references"),
             )
-            references = gr.File(
-                label="Reference images of the subject",
-                file_count="multiple",
-                file_types=["image"],
-                height=150,
-                visible=studio.first_subject is None,
-                elem_id="references",
-            )
+            subject = subject_images(studio, latest, labels, ids)
             word = gr.Textbox(label="Subject's word", value="sks", info="Prompts without it are the unrelated ones.")
             clips, dinos = learned.at_hand()
             with gr.Accordion("CLIP and DINO", open=bool(clips or dinos)):
@@ -67,8 +58,7 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         if not cells:
             raise refusal("Compare something first: the measures are of the images of the Compare tab.")
         try:
-            files = images_in(studio.subjects[chosen]) if chosen in studio.subjects else paths or []
-            images = read_images(files, MAX_REFERENCES)
+            images = read_images(subject.paths(chosen, paths), MAX_REFERENCES)
             values = measure(asked, cells, images, subject_word.strip())
             models = learned.load(clip_name or "", dino_name or "")
             values += learned.learned_measures(cells, images, subject_word.strip(), *models)
@@ -96,13 +86,11 @@ def measures_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         measure = next((m for m in session.measured if m.name == by), None)
         return measure_views.contact_sheet(session, measure, least_first) if measure else ""
 
-    latest = Latest(studio)
     results = [result, sorting, order, sheet]
-    asked = [subject, references, word, clip, dino]
+    asked = [*subject.controls, word, clip, dino]
     latest.on([run.click], take, asked, [*results, compare.verdict], trigger_mode="once", show_progress="full", **HEAVY)
     latest.on([order.input, least.input], sorted_by, [order, least], [sheet])
-    latest.on([subject.input], lambda _, chosen: gr.File(visible=chosen == OWN), [subject], [references])
-    asked_anew = [subject.input, references.upload, references.clear, word.change, clip.input, dino.input]
+    asked_anew = [*subject.changes, word.change, clip.input, dino.input]
     latest.on([*asked_anew, tab.select], shown, asked, results)
     for event in compare.news:
         latest.after(event, shown, asked, results)

@@ -29,11 +29,10 @@ INTRODUCTION = (
     "Teaches the loaded base a subject from a few images, with the script of the command line and a configuration "
     "file that it takes too. The adapter joins the Compare tab when it is done."
 )
-NONE = """No training of yours yet. It begins with
+NONE = """No training of yours yet. Loss, samples and what the script says appear here as they come. It begins with
 - a few images of one subject: five are enough, different views are better than many
 - a prompt with a rare word that stands for it, such as sks
-- a method; LoRA, then ResLoRA trains both on equal terms, and opens both in Compare
-Loss, samples and what the script says appear here as they come, and stay for a later visit."""
+- a method; LoRA, then ResLoRA trains both on equal terms, and opens both in Compare"""
 CHOOSES = """element.addEventListener('click', (event) => {
   const entry = event.target.closest('[data-name]');
   if (entry) trigger('click', {name: entry.dataset.name});
@@ -104,7 +103,7 @@ def train_tab(
         try:
             asked = read_train_request(*values)
             base, resolution = studio.bases.source(session.base), studio.comparer_of(session).resolution
-            sources = read_images(form.sources(chosen, paths), trainer.limits.images)
+            sources = read_images(form.images.paths(chosen, paths), trainer.limits.images)
             training = trainer.start(asked, sources, key, str(base), resolution)
         except ValueError as problem:
             raise refusal(problem) from None
@@ -197,7 +196,7 @@ def train_tab(
         return training.folder.name if folder == training.folder else f"{training.folder.name}/{folder.name}"
 
     latest = Latest(studio)
-    asked = [owner, form.subject, form.files, *form.fields]
+    asked = [owner, *form.images.controls, *form.fields]
     events = [
         latest.on([start.click], begin, asked, shown, trigger_mode="once", adds=True),
         latest.on([resume.click], go_on, [owner], shown, trigger_mode="once", adds=True),
@@ -208,4 +207,4 @@ def train_tab(
     for event in events:
         compared.tick_after(event)
     stop.click(halt, owner, None, **LIGHT, **PRIVATE)
-    latest.after(arrival, form.look, [form.subject, form.files], [form.preview])
+    latest.after(arrival, form.look, form.images.controls, [form.preview])

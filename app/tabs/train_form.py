@@ -8,13 +8,12 @@ import gradio as gr
 from reslora_diffusion.methods.offers import Offer, offered_optimizers, offered_schedules
 
 from .. import views
-from ..images import images_in
 from ..sessions import Session
 from ..studio import PRIVATE, Studio
 from ..training import NO_SCHEDULE, OF_MODELS, PLAIN_OPTIMIZER, Method, TrainRequest
 from .latest import Latest
+from .subject import SubjectImages, subject_images
 
-OWN = "images of my own"
 # Prompts for samples name the subject as the images' prompt does, unless somebody wrote them otherwise. In the browser:
 # whoever goes on to write there is not overwritten by an answer that is late.
 FOLLOW = """(prompt, before, samples) => {
@@ -28,18 +27,12 @@ class TrainForm:
     """The controls of a training."""
 
     studio: Studio
-    subject: gr.Dropdown
-    files: gr.File
+    images: SubjectImages
     preview: gr.HTML
     fields: list
 
-    def sources(self, chosen: str, paths: list[str] | None) -> list[str]:
-        """Images of a subject that came with the pipeline, or those that were handed in."""
-        subjects = self.studio.subjects
-        return images_in(subjects[chosen]) if chosen in subjects else paths or []
-
     def look(self, session: Session, chosen: str, paths: list[str] | None) -> str:
-        sources = self.sources(chosen, paths)[: self.studio.trainer.limits.images]
+        sources = self.images.paths(chosen, paths)[: self.studio.trainer.limits.images]
         shown = filter(None, map(session.thumbnail, map(Path, sources)))
         return views.strip(list(shown), chosen if chosen in self.studio.subjects else "my subject")
 
@@ -52,21 +45,9 @@ def said(offer: Offer) -> tuple[str, str]:
 def train_form(studio: Studio) -> TrainForm:
     """The fields, where the page stands now."""
     limits = studio.trainer.limits
-    subject = gr.Dropdown(
-        label="Images of the subject",
-        choices=[OWN, *studio.subjects],
-        value=studio.first_subject or OWN,
-        visible=bool(studio.subjects),
-        elem_id="train_subject",
-    )
-    files = gr.File(
-        label="My images",
-        file_count="multiple",
-        file_types=["image"],
-        height=150,
-        visible=studio.first_subject is None,
-        elem_id="train_files",
-    )
+    latest = Latest(studio)
+    labels, ids = ("Images of the subject", "My images"), ("train_subject", "train_files")
+    images = subject_images(studio, latest, labels, ids)
     preview = gr.HTML(elem_id="train_preview", padding=False)
     prompt = gr.Textbox(
         label="Their prompt",
@@ -130,10 +111,8 @@ def train_form(studio: Studio) -> TrainForm:
         schedule,
         dora,
     ]
-    latest = Latest(studio)
-    latest.on([subject.input], lambda _, chosen: gr.File(visible=chosen == OWN), [subject], [files])
-    form = TrainForm(studio, subject, files, preview, fields)
-    latest.on([subject.input, files.change], form.look, [subject, files], [preview])
+    form = TrainForm(studio, images, preview, fields)
+    latest.on(images.changes, form.look, images.controls, [preview])
     followed = gr.Textbox(prompt.value, visible=False)
     prompt.blur(None, [prompt, followed, samples_of], [samples_of, followed], js=FOLLOW, **PRIVATE)
     return form

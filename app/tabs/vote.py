@@ -13,6 +13,7 @@ from ..tabs import refusal
 from ..tabs.compare import CompareTab
 from ..votes import QUESTION, Choice, default_pair, make_ballot, votes_csv
 from .latest import Latest
+from .subject import image_files
 
 KEYS = {Choice.LEFT: "←", Choice.TIE: "T", Choice.NEITHER: "N", Choice.RIGHT: "→"}
 NAMES = {Choice.LEFT: "Left", Choice.TIE: "Tie", Choice.NEITHER: "Both bad", Choice.RIGHT: "Right"}
@@ -36,13 +37,7 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
             "Begin a round", variant="primary", min_width=140, elem_id="vote_begin", elem_classes="beside"
         )
     with gr.Accordion("Images to vote by", open=False):
-        own = gr.File(
-            label="Images of my own",
-            file_count="multiple",
-            file_types=["image"],
-            height=120,
-            elem_id="vote_references",
-        )
+        own = image_files("Images of my own", "vote_references", 120)
     subject = gr.HTML(elem_id="vote_subject", padding=False)
     pair = gr.HTML(elem_id="vote_pair", min_height=64, padding=False)
     with gr.Row(elem_classes="verdicts"):
