@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The whole job in one command: teach the embedded pipeline a subject by LoRA and by ResLoRA, and look at both.
 
-    python train_scripts/demo.py                      # four to five minutes on two CPU cores
-    python train_scripts/demo.py --max_train_steps 20 # the same road in a minute, too short to learn anything
+    python train_scripts/demo.py                      # two to three minutes on two CPU cores
+    python train_scripts/demo.py --max_train_steps 20 # the same road in a minute, too short to learn much
 
 Three processes that share nothing but files:
 
@@ -45,11 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--instance_data_dir", type=Path, default=ROOT / "assets" / "subjects" / "panda")
     parser.add_argument("--class_noun", default="animal", help="what the subject is a kind of")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--max_train_steps", type=int, default=1000, help="optimizer steps of each run")
+    parser.add_argument("--max_train_steps", type=int, default=400, help="optimizer steps of each run")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shortcut", default=str(ShortcutFields.shortcut), choices=("input", "block", "middle"))
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
