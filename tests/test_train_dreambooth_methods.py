@@ -119,7 +119,10 @@ def test_dropped_adapters_change_what_is_learned_and_the_header_says_so(tmp_path
             {"optimizer": "rite", "shortcut": "middle", "loraplus_lr_ratio": 16},
             ["--optimizer rite: with `middle` one lora_B", "--optimizer rite: LoRA+ trains lora_A and lora_B at two"],
         ),
-        ({"optimizer": "pro", "cuda_graph": True, "method": "lora"}, ["--optimizer pro: a step looks at values on the host"]),
+        (
+            {"optimizer": "pro", "cuda_graph": True, "method": "lora"},
+            ["--optimizer pro: a step looks at values on the host"],
+        ),
         ({"optimizer": "rite", "optimizer_args": ["damp=1"], "method": "lora"}, ["LoraRite has no 'damp'; it has "]),
     ],
 )
