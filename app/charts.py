@@ -40,7 +40,7 @@ STYLE = {
 INK = "currentColor"  # the theme's, light or dark
 LOOKS = {
     "background": "transparent",
-    "padding": {"top": 48, "left": 8, "right": 14, "bottom": 8},  # the chart's title is the page's, in two lines where it is narrow
+    "padding": {"top": 48, "left": 8, "right": 14, "bottom": 8},  # the title is the page's, at times in two lines
     "axis": {
         "labelColor": INK,
         "titleColor": INK,
