@@ -327,21 +327,16 @@ def test_the_report_has_votes_and_measures(tmp_path):
     session.measured = measure(request, session.cells, [], "")
     session.ballot = make_ballot(request, session.cells, *request.columns)
     session.ballot.vote(Choice.LEFT)
-    sealed = report(
-        request,
-        session.cells,
-        "base",
-        measure_views.evidence(session, findings(request, session.measured, session.ballot, {})),
-    )
+
+    def reported() -> str:
+        evidence = measure_views.evidence(session, findings(request, session.measured, session.ballot, {}))
+        return report(request, session.cells, "base", evidence)
+
+    sealed = reported()
     assert "diversity" in sealed
     assert "sign test" not in sealed, "the result was not looked at"
     session.ballot.seen.append(1)
-    text = report(
-        request,
-        session.cells,
-        "base",
-        measure_views.evidence(session, findings(request, session.measured, session.ballot, {})),
-    )
+    text = reported()
     assert "sign test" in text
     assert "too few to say anything" in text
     assert "<b>," not in text
