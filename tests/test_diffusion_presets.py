@@ -18,7 +18,7 @@ from reslora_diffusion.diffusion.models.families import FAMILIES
 from reslora_diffusion.diffusion.options import parse
 from reslora_diffusion.diffusion.options.checks import quick_check
 from reslora_diffusion.utils.problems import BadInput
-from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_xl
+from tiny import saved, tiny_pipeline, tiny_pipeline_3, tiny_pipeline_flux, tiny_pipeline_folder, tiny_pipeline_xl
 from tiny_families import tiny_chroma, tiny_lumina_2
 
 PRESETS = Path(__file__).parent / "presets"
@@ -205,6 +205,26 @@ def test_a_preset_that_contradicts_itself_is_refused_in_one_message(preset, chan
         quick_check(options)
     assert any(said in problem for problem in error.value.problems)
     assert any("options translated" in line for line in error.value.found)
+
+
+@pytest.mark.parametrize(
+    ("contradiction", "said"),
+    [
+        ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, "min_snr_gamma and debiased_estimation_loss both"),
+        ({"use_8bit_adam": True, "optimizer_type": "SGD"}, "use_8bit_adam and optimizer_type SGD are two optimizers"),
+        ({"v_pred_like_loss": 0.1, "v_parameterization": True}, "v_pred_like_loss and v_parameterization contradict"),
+        ({"scale_v_pred_loss_like_noise_pred": True}, "scale_v_pred_loss_like_noise_pred wants v_parameterization"),
+    ],
+)
+def test_a_contradiction_is_said_once_by_the_names_of_the_file(tmp_path, contradiction, said):
+    data, model = str(SUBJECTS / "octopus"), str(tiny_pipeline_folder())
+    common = {"network_module": "networks.lora", "pretrained_model_name_or_path": model, "resolution": "64"}
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps(common | {"train_data_dir": data} | contradiction))
+    with pytest.raises(BadInput) as error:
+        quick_check(parse(["--config", str(path), "--instance_prompt", "sks"]))
+    (problem,) = error.value.problems
+    assert said in problem
 
 
 def test_a_dataset_that_cannot_be_read_names_each_subset(tmp_path):

@@ -22,6 +22,7 @@ from tiny import tiny_vae
 
 PROCESS = Diffusion(DDPMScheduler(num_train_timesteps=10))
 MOMENTS = FAMILIES["StableDiffusionPipeline"].moments
+KEEPING_ONE = DreamBoothOptions(keep_tokens=1)
 
 
 def make_example(number: int, shape=(4, 8, 8), views=2, **options) -> Example:
@@ -161,15 +162,15 @@ def test_every_wording_of_a_caption_is_drawn_with_its_own_text():
 
 def test_tags_are_put_in_other_orders_behind_those_that_are_kept():
     caption = "sks,  cat, sitting, outdoors, sun"
-    orders = tag_orders(caption, keep_tokens=1)
-    assert orders == tag_orders(caption, keep_tokens=1)
+    orders = tag_orders(caption, KEEPING_ONE)
+    assert orders == tag_orders(caption, KEEPING_ONE)
     assert orders[0] == caption
     assert len(set(orders)) == len(orders) == 8
     for order in orders:
         first, *rest = [tag.strip() for tag in order.split(",")]
         assert (first, sorted(rest)) == ("sks", ["cat", "outdoors", "sitting", "sun"])
-    assert len(tag_orders("sks, cat, sitting", keep_tokens=1)) == 2
-    assert tag_orders("sks, cat", keep_tokens=1) == ["sks, cat"]
+    assert len(tag_orders("sks, cat, sitting", KEEPING_ONE)) == 2
+    assert tag_orders("sks, cat", KEEPING_ONE) == ["sks, cat"]
 
 
 def read_as(caption: str, **options) -> list[str]:

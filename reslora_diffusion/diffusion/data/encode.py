@@ -30,6 +30,19 @@ Moments = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class Warmup:
+    """Wordings of a prompt with more and more of its tags, which take turns in the first `steps` steps (kohya's
+    token_warmup_step)."""
+
+    steps: int
+    texts: Sequence[tuple[str, Text]]
+
+    def at(self, step: int) -> tuple[str, Text] | None:
+        """Return the wording of a step, from 0; None once it is the whole prompt's turn."""
+        return self.texts[step * len(self.texts) // self.steps] if step < self.steps else None
+
+
+@dataclass(frozen=True)
 class Example:
     """One image and its prompt, of one concept. `texts` holds the wordings of its prompt, one as often as it is to be
     drawn; mostly there is one.
@@ -45,6 +58,7 @@ class Example:
     time_ids: Tensor
     mask: Tensor | None = None
     concept: int = 0
+    warmup: Warmup | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -61,6 +75,7 @@ def encode_images(
     prompt: str | None,
     texts: Mapping[str, Sequence[tuple[str, Text]]],
     moments: Moments,
+    warmups: Mapping[str, Warmup] | None = None,
     loss_weight: float = 1.0,
     concept: int = 0,
     batch_size: int = 4,
@@ -75,6 +90,7 @@ def encode_images(
         vae: in the precision to encode with.
         prompt: of images without a caption.
         texts: for each prompt its wordings, and what the training step needs of each.
+        warmups: for prompts that begin with some of their tags.
         moments: mean and log-variance that `vae` gives for pixels, as the family has it.
         batch_size: views that the autoencoder sees at once.
         threads: that decode images.
@@ -105,6 +121,7 @@ def encode_images(
                     Example(
                         name=image.path.name,
                         texts=texts[str(image.caption or prompt)],
+                        warmup=(warmups or {}).get(str(image.caption or prompt)),
                         loss_weight=loss_weight,
                         concept=concept,
                         **{name: value.to(vae.device) for name, value in found.items()},

@@ -21,9 +21,9 @@ from .class_images import generate_class_images, missing_numbers
 from .concepts import Concept, options_of
 from .crops import Views
 from .disk_cache import DiskCache, identity
-from .encode import Example, Text, encode_images
+from .encode import Example, Text, Warmup, encode_images
 from .scan import INTERPOLATIONS, scan
-from .wordings import wordings
+from .wordings import growing, wordings
 
 ABANDONED = 3600  # seconds: a file that has been half-written for so long belongs to no run any more
 
@@ -114,6 +114,8 @@ def cached_texts(
     }
     if (pieces := pieces_of(options)) > 1:  # entries of earlier versions are of one
         common["pieces"] = pieces
+    if options.weighted_captions:
+        common["weighted"] = True
     tokenizers = [part for part in parts if part is not None and not isinstance(part, nn.Module)]
     keys = {
         prompt: {**common, "prompt": prompt, "tokens": [tokenizer(text=prompt).input_ids for tokenizer in tokenizers]}
@@ -150,7 +152,8 @@ def encode_examples(
     cache = DiskCache(Path(options.encoding_cache_dir)) if options.encoding_cache_dir else None
     settings = [options_of(concept.own, options) for concept in concepts]
     worded = [wordings_of(concept, own) for concept, own in zip(concepts, settings, strict=True)]
-    every = ["", *(one for of_concept in worded for several in of_concept.values() for one in several)]
+    grown = [growing_of(concept, own) for concept, own in zip(concepts, settings, strict=True)]
+    every = ["", *(one for of_concept in (*worded, *grown) for several in of_concept.values() for one in several)]
     texts = cached_texts(pipeline, plan.base.family, every, options, cache)
     common: dict[str, Any] = {
         "moments": plan.base.family.moments,
@@ -167,6 +170,12 @@ def encode_examples(
         named = f" of {Path(concept.instance.folder).name}" if len(concepts) > 1 else ""
         views = views_of(concept, settings[number], plan)
         common["texts"] = {p: [(one, texts[one]) for one in several] for p, several in worded[number].items()}
+        steps = warmup_steps(settings[number], plan.max_train_steps)
+        common["warmups"] = {
+            p: Warmup(steps, [(one, texts[one]) for one in several])
+            for p, several in grown[number].items()
+            if several and steps
+        }
         apart = concept.validation.images if concept.validation else []
         examples = encode_images(
             pipeline.vae,
@@ -204,6 +213,17 @@ def encode_examples(
 def wordings_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[str]]:
     """Every prompt of a concept, and its wordings."""
     return {prompt: wordings(prompt, options) for prompt in prompts_of([concept])}
+
+
+def growing_of(concept: Concept, options: DreamBoothOptions) -> dict[str, list[str]]:
+    """Every prompt of a concept, and its wordings with some of the first tags."""
+    return {prompt: growing(prompt, options) for prompt in prompts_of([concept])}
+
+
+def warmup_steps(options: DreamBoothOptions, steps: int) -> int:
+    """Steps before a prompt has all of its tags."""
+    given = options.token_warmup_step
+    return int(given if given >= 1 else given * steps)
 
 
 def views_of(concept: Concept, options: DreamBoothOptions, plan: Plan) -> Views:

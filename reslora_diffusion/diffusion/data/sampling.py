@@ -4,7 +4,8 @@
               with prior preservation a class image of the same concept, shuffled by itself, joins each of them
     view      which crop and flip
     noise     of the autoencoder's posterior, of the forward process, and the timestep (`processes`)
-    text      a wording of the example's, or the empty prompt's with probability caption_dropout
+    text      a wording of the example's, or the empty prompt's with probability caption_dropout, and in each
+              dropped_pass-th pass over the data
 
 Examples of several sizes (aspect-ratio buckets) are drawn so that the instances of a micro-step are of one size; what
 differs in size nevertheless, such as class images, is a batch of its own, and the losses add up.
@@ -85,7 +86,8 @@ class Sampler:
         classes: class examples by concept; none without prior preservation.
         scaling_factor, shift_factor: of the autoencoder.
         process: which timesteps are drawn.
-        empty: text of the empty prompt, for caption_dropout.
+        empty: text of the empty prompt, for caption_dropout and dropped_pass.
+        draws_per_step: instances that a step of all processes trains.
         recipe: how noise is drawn.
     """
 
@@ -97,6 +99,8 @@ class Sampler:
     shift_factor: Tensor | float = 0.0
     empty: Text | None = None
     caption_dropout: float = 0.0
+    dropped_pass: int = 0
+    draws_per_step: int = 1
     recipe: NoiseRecipe = NoiseRecipe()
     sizes: tuple[int, ...] = field(init=False)
 
@@ -106,7 +110,7 @@ class Sampler:
 
     def order(self, first: int, count: int) -> list[Example]:
         """Examples of `count` draws of the run from number `first` on."""
-        if len(set(self.sizes)) == 1:
+        if self.has_one_size:
             places = [
                 shuffled(self.seed, Stream.INSTANCE_ORDER, n, len(self.instances)) for n in range(first, first + count)
             ]
@@ -115,15 +119,30 @@ class Sampler:
             places = chunks(self.seed, turn // per_pass, self.sizes, count)[turn % per_pass]
         return [self.instances[place] for place in places]
 
+    @property
+    def has_one_size(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def is_dropped(self, number: int, count: int) -> bool:
+        """Return whether draw `number`, one of `count` of a batch, is in a pass without prompts."""
+        if not self.dropped_pass:
+            return False
+        turn, per_pass = (
+            (number, len(self.instances))
+            if self.has_one_size
+            else (number // count, len(chunks(self.seed, 0, self.sizes, count)))
+        )
+        return (turn // per_pass + 1) % self.dropped_pass == 0
+
     def batches(self, first: int, count: int) -> list[Batch]:
         """The `count` draws of the run from number `first`, a multiple of `count`, on."""
         drawn = []
         for n, example in enumerate(self.order(first, count), first):
-            drawn.append(self.draw(example, Stream.INSTANCE_NOISE, n))
+            drawn.append(self.draw(example, Stream.INSTANCE_NOISE, n, dropped=self.is_dropped(n, count)))
         for n, draw in enumerate(drawn.copy(), first):
             if images := self.classes.get(draw.example.concept):
                 example = images[shuffled(self.seed, Stream.CLASS_ORDER, n, len(images))]
-                drawn.append(self.draw(example, Stream.CLASS_NOISE, n))
+                drawn.append(self.draw(example, Stream.CLASS_NOISE, n, dropped=self.is_dropped(n, count)))
         return self.by_size(drawn)
 
     def spread(self, first: int, count: int, total: int) -> list[Batch]:
@@ -135,19 +154,23 @@ class Sampler:
             drawn.append(self.draw(self.instances[n % len(self.instances)], Stream.INSTANCE_NOISE, n, timestep))
         return self.by_size(drawn)
 
-    def draw(self, example: Example, stream: Stream, number: int, timestep: int | None = None) -> Draw:
-        """Make draw `number` of a stream of an example; `timestep` replaces a drawn one."""
+    def draw(
+        self, example: Example, stream: Stream, number: int, timestep: int | None = None, dropped: bool = False
+    ) -> Draw:
+        """Make draw `number` of a stream of an example; `timestep` replaces a drawn one, to measure on."""
         source = generator(self.seed, stream, number)
         view = int(torch.randint(len(example.mean), (), generator=source))
         drawn_timestep = self.process.draw(source, example.shape)
         posterior_noise, noise = torch.randn(2, *example.shape, generator=source)
         noise = self.recipe.shaped(noise, self.channel_means(example, view, posterior_noise), source)
-        dropped = self.caption_dropout and torch.rand((), generator=source).item() < self.caption_dropout
-        worded = example.texts
+        if self.caption_dropout:
+            dropped |= torch.rand((), generator=source).item() < self.caption_dropout
+        worded, spread = example.texts, timestep is not None
         prompt, own = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
+        if example.warmup and not spread and (growing := example.warmup.at(number // self.draws_per_step)):
+            prompt, own = growing
         text = self.empty if dropped else own
         assert text is not None, "captions are dropped only where there is an empty prompt"
-        spread = timestep is not None  # to measure on: its input is not perturbed
         return Draw(
             example,
             posterior_noise=posterior_noise,

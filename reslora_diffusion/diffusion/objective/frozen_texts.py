@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reslora_diffusion.core.peft.variant import find_adapter
 from reslora_diffusion.rules import DEFAULT_ADAPTER
@@ -54,9 +54,8 @@ class FrozenTexts:
         state = state_of(encoders)
         if state.is_other(self.state):
             self.found, self.state = {}, state
-        columns = [split(part, len(tokens.ids)) for part in tokens]
         with torch.no_grad():
-            texts = [self.one(Tokens(*parts), encode) for parts in zip(*columns, strict=True)]
+            texts = [self.one(one, encode) for one in tokens.each()]
         hidden = torch.cat([one.hidden for one in texts])
         pooled = [one.pooled for one in texts if one.pooled is not None]
         return Texts(hidden, torch.cat(pooled) if pooled else None)
@@ -66,10 +65,6 @@ class FrozenTexts:
         if key not in self.found:
             self.found[key] = encode(tokens)
         return self.found[key]
-
-
-def split(part: Tensor | None, count: int) -> Sequence[Any]:
-    return [None] * count if part is None else part.split(1)
 
 
 def digest(tokens: Tokens) -> bytes:

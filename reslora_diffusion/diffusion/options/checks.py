@@ -32,7 +32,7 @@ from ..train.schedules import conflict_problems, schedule_problems
 from . import DreamBoothOptions
 from .base_checks import is_on_this_machine, missing_models, take_single_file
 from .inventory import inventory
-from .kohya_checks import bad_data, bad_noise, bad_prompts
+from .kohya_checks import bad_data, bad_noise, bad_prompts, tag_problems
 from .launcher import launcher_problems, world_size
 from .model_checks import adapter_problems, model_problems
 from .plan import Plan
@@ -113,6 +113,7 @@ def quick_check(options: DreamBoothOptions) -> Findings:
         found.problems += error.problems
     found.problems += dict.fromkeys(problem for concept in found.concepts for problem in concept.problems)
     found.problems += prompt_problems(options, found.concepts)
+    found.problems += tag_problems(options, found.concepts)
     try:
         if architecture:
             found.fit(architecture, options.changed(**dict.fromkeys(missing)))
@@ -242,10 +243,6 @@ def bad_combinations(options: DreamBoothOptions) -> Iterator[str]:
         yield from stopping_problems(options)
     if options.conv_alpha is not None and options.conv_rank is None:
         yield "--conv_alpha is used only with --conv_rank"
-    if not options.shuffle_caption and not options.caption_tag_dropout_rate:
-        for name in ("keep_tokens", "keep_tokens_separator"):
-            if getattr(options, name):
-                yield f"--{name} is used only with --shuffle_caption or --caption_tag_dropout_rate"
     if options.method == "lora" and not options.compare:
         for name in OF_RESLORA:
             if getattr(options, name) is not None:

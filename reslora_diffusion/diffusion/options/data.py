@@ -7,6 +7,9 @@ from ...utils.options import option
 from ..data.scan import INTERPOLATIONS
 from .model import FLUX, FROZEN_TEXT, LUMINA_2, SD3, XL
 
+# Options that read a caption as tags, and move or leave out some.
+READ_AS_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+
 
 @dataclass
 class DataOptions:
@@ -120,8 +123,9 @@ class DataOptions:
         "Text in captions: tags before its first place and behind its second stay where they are.",
         binds=True,
     )
+    caption_separator: str = option(",", "Text between the tags of a caption.", binds=True)
     secondary_separator: str | None = option(
-        None, "Text between tags that stay together as one; it is read as a comma.", binds=True
+        None, "Text between tags that stay together as one; it is read as --caption_separator.", binds=True
     )
     caption_tag_dropout_rate: float = option(
         0.0,
@@ -130,6 +134,16 @@ class DataOptions:
         below=1,
         binds=True,
     )
+    token_warmup_step: float = option(
+        0.0,
+        "Steps after which a caption has all of its tags, and before which it has the first ones; below 1 a share of "
+        "all steps.",
+        at_least=0,
+        binds=True,
+    )
+    token_warmup_min: int = option(
+        1, "Number of tags that a caption has at the first step of --token_warmup_step.", at_least=1, binds=True
+    )
     enable_wildcard: bool = option(
         False,
         "Read captions with one of the words in {red|green|blue}, and one of their lines, in up to 16 wordings.",
@@ -137,6 +151,15 @@ class DataOptions:
     )
     caption_dropout_rate: float = option(
         0.0, "Share of draws that train the empty prompt instead.", at_least=0, below=1, binds=True
+    )
+    caption_dropout_every_n_epochs: int = option(
+        0, "Number of passes over the data of which the last one trains the empty prompt alone.", at_least=0, binds=True
+    )
+    weighted_captions: bool = option(
+        False,
+        "Read (words:1.2), (words) and [words] in prompts as words with a weight, by which their states are "
+        "multiplied; backslashes make brackets of them again.",
+        binds=True,
     )
     mask_data_dir: str | None = option(
         None,

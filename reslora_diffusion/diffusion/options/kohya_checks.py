@@ -1,11 +1,13 @@
 """Contradictions among the options that are kohya's: noise, noise levels, buckets, prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...utils.problems import BadInput
 from ..data.buckets import KOHYA_LIMITS
+from ..data.concepts import Concept, options_of
 from ..data.prompts import read_prompts
 from . import DreamBoothOptions
+from .data import READ_AS_TAGS
 
 ROBUST = ("huber", "smooth_l1")
 
@@ -17,6 +19,27 @@ def bad_data(options: DreamBoothOptions) -> Iterator[str]:
             yield f"--{name} is used only with --aspect_ratio_buckets auto"
     if (options.max_token_length or 75) > 75 and options.tokenizer_max_length:
         yield "--max_token_length reads a prompt in pieces of the tokenizer's length; got --tokenizer_max_length too"
+
+
+def tag_problems(options: DreamBoothOptions, concepts: Sequence[Concept]) -> Iterator[str]:
+    """Options of tags that change nothing, or contradict each other, of the run and of its concepts."""
+    tags = ", ".join(f"--{name}" for name in READ_AS_TAGS)
+    if not any(getattr(options, name) for name in READ_AS_TAGS):
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            if getattr(options, name):
+                yield f"--{name} is used only with one of {tags}"
+        if options.caption_separator != "," and not options.secondary_separator:
+            yield f"--caption_separator is used only with one of {tags}, --secondary_separator"
+    if options.token_warmup_min != 1 and not options.token_warmup_step:
+        yield "--token_warmup_min is used only with --token_warmup_step"
+    every = [options, *(options_of(concept.own, options) for concept in concepts)]
+    if not all(one.caption_separator for one in every):
+        yield "--caption_separator: got no text, wanted what stands between tags"
+    if any(one.token_warmup_step and one.enable_wildcard for one in every):
+        yield (
+            "--token_warmup_step begins with the first tags of a caption, which --enable_wildcard draws; wanted one "
+            "of them"
+        )
 
 
 def bad_noise(options: DreamBoothOptions) -> Iterator[str]:

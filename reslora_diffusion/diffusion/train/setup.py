@@ -125,6 +125,8 @@ def encode(begun: Start, loaded: Loaded, concepts: list[Concept], facts: dict[st
         process=loaded.process,
         empty=encoded.empty,
         caption_dropout=options.caption_dropout_rate,
+        dropped_pass=options.caption_dropout_every_n_epochs,
+        draws_per_step=options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes,
         recipe=NoiseRecipe(**{item.name: getattr(options, item.name) for item in fields(NoiseRecipe)}),
     )
     return Data(encoded, sampler, facts)

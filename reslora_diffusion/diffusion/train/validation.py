@@ -92,8 +92,7 @@ class ValidationImages:
         one batch their last bits may come out differently."""
         assert self.tokens is not None, "there are prompts to generate images of"
         encoders = self.family.encoders_for(self.pipeline, self.tokens)
-        each = zip(*(part.split(1) for part in self.tokens if part is not None), strict=True)
-        encoded = [self.family.encode(encoders, Tokens(*parts)) for parts in each]
+        encoded = [self.family.encode(encoders, tokens) for tokens in self.tokens.each()]
         return dict(zip(words_of(self.prompts), encoded, strict=True))
 
     def generate(self, adapters: Adapters) -> list[Image.Image]:

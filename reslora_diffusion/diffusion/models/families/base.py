@@ -11,14 +11,15 @@ What a family is called and consists of is known without torch, which only the w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
 from ...options.adapter import KOHYA
 from .latent_tokens import CELL
-from .long_prompts import in_pieces, pieces_of
+from .long_prompts import in_pieces, joined, pieces_of
+from .weighted_prompts import tokenize_weighted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from ...objective.noise import Process
 
-OF_CLIP_ALONE = {"max_token_length": "lengthens the prompts of models that read CLIP alone; see --max_sequence_length"}
+OF_CLIP_ALONE = {
+    "max_token_length": "lengthens the prompts of models that read CLIP alone; see --max_sequence_length",
+    "weighted_captions": "weights words of models that read CLIP alone, as in kohya's scripts",
+}
 OF_ONE_CLIP = {"skip_clip_layers": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
 OF_FLOWS = dict.fromkeys(
     "weighting_scheme logit_mean logit_std mode_scale precondition_outputs timestep_sampling sigmoid_scale "
@@ -61,11 +65,25 @@ def scheduler_changes(options: DreamBoothOptions) -> dict[str, str | bool]:
 
 class Tokens(NamedTuple):
     """Prompts that the text encoders have yet to encode. `fixed` are states [P, L2, D] that never change, or ids
-    [P, L2] of an encoder with new tokens; `mask` [P, L2] tells states from padding."""
+    [P, L2] of an encoder with new tokens; `mask` [P, L2] tells states from padding; `weights` [P, E, L] of the states
+    of the ids, where prompts have some."""
 
     ids: Tensor
     fixed: Tensor | None = None
     mask: Tensor | None = None
+    weights: Tensor | None = None
+
+    def each(self) -> Iterator[Tokens]:
+        """The prompts by themselves."""
+        for place in range(len(self.ids)):
+            yield Tokens(*(None if part is None else part[place : place + 1] for part in self))  # type: ignore[arg-type]
+
+    def weighed(self, states: Tensor, place: int, pieces: int) -> Tensor:
+        """States [P, L, D] of encoder `place`, joined from `pieces`, times the weights of their tokens."""
+        if self.weights is None:
+            return states
+        weights = self.weights[:, place].reshape(len(states) * pieces, -1, 1)
+        return states * joined(weights, pieces).to(states.dtype)
 
 
 class Texts(NamedTuple):
@@ -237,9 +255,15 @@ class Family(ABC):
         import torch
 
         prompts = [options.worded(prompt) for prompt in prompts]
-        ids = self.tokenize(self.tokenizers_of(pipeline), prompts, options.tokenizer_max_length, pieces_of(options))
+        tokenizers, device = self.tokenizers_of(pipeline), self.denoiser_of(pipeline).device
+        length, pieces, weights = options.tokenizer_max_length, pieces_of(options), None
+        if options.weighted_captions:
+            ids, weights = tokenize_weighted(tokenizers, prompts, length, pieces)
+            weights = weights.to(device)
+        else:
+            ids = self.tokenize(tokenizers, prompts, length, pieces)
         with torch.no_grad():
-            return Tokens(ids.to(self.denoiser_of(pipeline).device), self.fixed(pipeline, prompts, options))
+            return Tokens(ids.to(device), self.fixed(pipeline, prompts, options), weights=weights)
 
     @abstractmethod
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:

@@ -25,7 +25,8 @@ class StableDiffusion(UNetFamily):
     def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Texts:
         encoder, ids = text_encoders[0], tokens.ids[:, 0]
         pieces = self.pieces(encoder, ids)
-        return Texts(joined(encoder(ids.reshape(len(ids) * pieces, -1), return_dict=False)[0], pieces))
+        states = encoder(ids.reshape(len(ids) * pieces, -1), return_dict=False)[0]
+        return Texts(tokens.weighed(joined(states, pieces), 0, pieces))
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden}

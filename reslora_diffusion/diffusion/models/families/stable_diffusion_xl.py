@@ -37,7 +37,8 @@ class StableDiffusionXL(UNetFamily):
             encoder(tokens.ids[:, place].unflatten(-1, (pieces, -1)).flatten(0, 1), output_hidden_states=True)
             for place, encoder in enumerate(text_encoders)
         ]
-        hidden = torch.cat([joined(output.hidden_states[-2], pieces) for output in outputs], dim=-1)
+        states = [joined(output.hidden_states[-2], pieces) for output in outputs]
+        hidden = torch.cat([tokens.weighed(one, place, pieces) for place, one in enumerate(states)], dim=-1)
         return Texts(hidden, outputs[-1].text_embeds[::pieces])
 
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:

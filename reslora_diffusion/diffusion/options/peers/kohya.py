@@ -13,6 +13,7 @@ from ....utils.options import Facts, facts_of
 from ....utils.problems import BadInput
 from ..adapter import KOHYA
 from ..answers import DEFAULT_HERE, NOT_HERE, NOT_SUPPORTED, renamed
+from ..data import READ_AS_TAGS
 from ..dreambooth import DreamBoothOptions
 from .kohya_dataset import BUCKET_DEFAULTS, is_datasets, read_datasets, sizes
 from .kohya_families import OF_FLOWS, noise_levels, of_families
@@ -175,7 +176,7 @@ class Kohya:
             self.out.not_used["resolution"] = "; ".join(remarks)
 
     def keep_tokens(self, name: str, value: Any) -> None:
-        if self.has("shuffle_caption") or self.has("caption_tag_dropout_rate"):
+        if any(map(self.has, READ_AS_TAGS)):
             self.out.take(name, **{name: int(value) if name == "keep_tokens" else value})
         else:
             self.out.not_needed.append(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ....utils.problems import BadInput
 from ..answers import NOT_HERE
+from ..data import READ_AS_TAGS
 from .translation import is_off
 
 STEP = 8  # of sides in pixels, for every model
@@ -27,7 +28,13 @@ OWN = {
     "conditioning_data_dir": "mask_data_dir",
     "shuffle_caption": "shuffle_caption",
     "flip_aug": "random_flip",
-    **{name: name for name in (*KEPT, "secondary_separator", "caption_tag_dropout_rate", "enable_wildcard")},
+    **{
+        name: name
+        for name in (
+            *(*KEPT, "caption_separator", "secondary_separator", "caption_tag_dropout_rate", "enable_wildcard"),
+            *("token_warmup_step", "token_warmup_min"),
+        )
+    },
     "caption_prefix": "caption_prefix",
     "caption_suffix": "caption_suffix",
 }
@@ -35,6 +42,7 @@ OWN = {
 SHARED = {
     "batch_size": "train_batch_size",
     "caption_dropout_rate": "caption_dropout_rate",
+    "caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
     "validation_split": "validation_split",
     "resize_interpolation": "image_interpolation_mode",
     "alpha_mask": "alpha_mask",
@@ -47,16 +55,9 @@ WITHOUT = {
     "metadata_file": "captions stand in metadata.jsonl or beside the images",
     "custom_attributes": "images have no options of their own",
     "network_multiplier": "the adapter has its full strength for all images",
-    "caption_separator": "tags have commas between them",
-    **{
-        name: NOT_HERE[name]
-        for name in (
-            *("color_aug", "face_crop_aug_range", "token_warmup_min", "token_warmup_step"),
-            "caption_dropout_every_n_epochs",
-        )
-    },
+    **{name: NOT_HERE[name] for name in ("color_aug", "face_crop_aug_range")},
 }
-SAME_HERE = (("caption_separator", ","), ("network_multiplier", 1), ("token_warmup_min", 1))
+SAME_HERE = (("network_multiplier", 1),)
 UNKNOWN = "no such key is known of kohya's datasets"
 
 
@@ -172,7 +173,7 @@ def concepts_of_dataset(
             "caption_extension": level.get("caption_extension", ".caption"),
             "center_crop": not level.get("random_crop"),
         }
-        if not own.get("shuffle_caption") and not own.get("caption_tag_dropout_rate"):
+        if not any(own.get(name) for name in READ_AS_TAGS):
             own = {name: value for name, value in own.items() if name not in KEPT}
         if classes:
             own["class_data_dir"] = classes[0].get("image_dir")

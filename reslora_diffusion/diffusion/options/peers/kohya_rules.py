@@ -13,7 +13,11 @@ OF_VELOCITIES = ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss")
 
 def contradictions(given: Mapping[str, Any], out: Translation) -> None:
     """Add what they refuse to the problems of a translation."""
-    say = out.problems.append
+
+    def say(problem: str, *without: str) -> None:
+        """Add a problem; the options `without` are dropped, so that checks of their own do not say it again."""
+        out.problems.append(problem)
+        out.values = {name: value for name, value in out.values.items() if name not in without}
 
     def has(name: str) -> Any:
         return None if is_off(given.get(name)) else given[name]
@@ -21,13 +25,17 @@ def contradictions(given: Mapping[str, Any], out: Translation) -> None:
     if has("network_train_unet_only") and has("network_train_text_encoder_only"):
         say("network_train_unet_only and network_train_text_encoder_only leave nothing to train")
     if has("use_8bit_adam") and str(given.get("optimizer_type") or "AdamW8bit").lower() != "adamw8bit":
-        say(f"use_8bit_adam and optimizer_type {given['optimizer_type']} are two optimizers; wanted one")
+        say(
+            f"use_8bit_adam and optimizer_type {given['optimizer_type']} are two optimizers; wanted one",
+            "use_8bit_adam",
+        )
     if has("min_snr_gamma") and has("debiased_estimation_loss"):
-        say("min_snr_gamma and debiased_estimation_loss both weight the loss; wanted one of them")
+        problem = "min_snr_gamma and debiased_estimation_loss both weight the loss; wanted one of them"
+        say(problem, "debiased_estimation_loss")
     if has("scale_v_pred_loss_like_noise_pred") and not has("v_parameterization"):
-        say("scale_v_pred_loss_like_noise_pred wants v_parameterization")
+        say("scale_v_pred_loss_like_noise_pred wants v_parameterization", "scale_v_pred_loss_like_noise_pred")
     if has("v_pred_like_loss") and has("v_parameterization"):
-        say("v_pred_like_loss and v_parameterization contradict each other")
+        say("v_pred_like_loss and v_parameterization contradict each other", "v_pred_like_loss")
     if has("max_train_epochs") and has("save_every_n_epochs"):
         if int(has("save_every_n_epochs")) > int(has("max_train_epochs")):
             out.not_used["save_every_n_epochs"] = "it is more than max_train_epochs: the last file alone is saved"
