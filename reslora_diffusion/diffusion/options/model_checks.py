@@ -12,7 +12,6 @@ from .adapter import KOHYA
 
 # What autoencoders of one family have in common, and what a configuration means that leaves it out.
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
-LONGEST_FOR_T5 = 512  # tokens that pipelines take
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 PATTERNS = ("rank_pattern", "alpha_pattern", "lr_pattern")
 CHECKED_BEFORE = ("shortcut:", "merge_method:", "r:", "lora_dropout:")  # by `checks`, in the words of the options
@@ -101,8 +100,8 @@ def model_problems(architecture: Architecture, options: DreamBoothOptions) -> It
             f"--training_guidance_scale: {name} takes no guidance as an input; wanted a model such as FLUX.1-dev. The "
             "guidance of validation images is --validation_guidance_scale"
         )
-    if family.fixed_encoder and (options.max_sequence_length or 0) > LONGEST_FOR_T5:
-        yield f"--max_sequence_length: got {options.max_sequence_length}, wanted at most {LONGEST_FOR_T5}"
+    if family.fixed_encoder and family.t5_length(options) > (most := family.most_tokens(config)):
+        yield f"--max_sequence_length: got {family.t5_length(options)}, wanted at most {most}"
     if options.tokenizer_max_length and options.tokenizer_max_length > architecture.max_length:
         yield f"--tokenizer_max_length: got {options.tokenizer_max_length}, wanted at most {architecture.max_length}"
     for component, targets in architecture.targets(options).items():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 
 from ...methods.advice import clipping_note
 from ...rules import ShortcutFields
@@ -40,13 +39,9 @@ def cut_off(concept: Concept, plan: Plan, options: DreamBoothOptions) -> Iterato
     own = options_of(concept.own, options)
     for prompt in filter(None, dict.fromkeys(prompts)):
         read = [options.worded(one) for one in (wordings(prompt, own) if own.enable_wildcard else [prompt])]
-        lost = max(tokens_cut_off(tokenizer, one, length) for tokenizer, length in plan.base.windows for one in read)
+        lost = max(plan.base.family.tokens_cut_off(plan.base.windows, one, options) for one in read)
         if lost:
             yield f"{lost} tokens cut off the end of {prompt[:60]!r}"
-
-
-def tokens_cut_off(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> int:
-    return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - length)
 
 
 def memory(plan: Plan, options: DreamBoothOptions) -> str:

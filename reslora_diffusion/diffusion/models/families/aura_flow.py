@@ -26,6 +26,7 @@ class AuraFlow(FrozenTextFamily):
     pipeline_class = "AuraFlowPipeline"
     denoiser_class = "AuraFlowTransformer2DModel"
     not_here = T5_ALONE
+    has_template = False
     max_sequence_length = 256
     guidance_scale = 3.5
     encoding: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}

@@ -19,7 +19,7 @@ from ...options import DreamBoothOptions
 from ...options.adapter import KOHYA
 from .latent_tokens import CELL
 from .long_prompts import in_pieces, joined, pieces_of
-from .weighted_prompts import tokenize_weighted
+from .weighted_prompts import ids_and_weights, tokenize_weighted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...objective.noise import Process
+
+    Windows = Sequence[tuple[PreTrainedTokenizerBase, int]]  # with the tokens of a prompt that an encoder is given
 
 OF_CLIP_ALONE = {
     "max_token_length": "lengthens the prompts of models that read CLIP alone; see --max_sequence_length",
@@ -48,6 +50,7 @@ OF_DIFFUSION = dict.fromkeys(
 
 # Of a flow's schedule: times / NUM_TRAIN_TIMESTEPS is the share of the noise, which most transformers are given.
 NUM_TRAIN_TIMESTEPS = 1000
+MOST_TOKENS = 512  # of a prompt, that most pipelines take
 
 
 def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
@@ -185,6 +188,19 @@ class Family(ABC):
     def t5_length(self, options: DreamBoothOptions) -> int:
         """Tokens of a prompt that T5 is given."""
         return options.max_sequence_length or self.max_sequence_length
+
+    def most_tokens(self, config: Mapping[str, Any]) -> int:
+        """Tokens of a prompt that a denoiser of this configuration and its pipeline take at most."""
+        return MOST_TOKENS
+
+    def tokens_cut_off(self, windows: Windows, prompt: str, options: DreamBoothOptions) -> int:
+        """Return the number of tokens at the end of a prompt that no text encoder is given."""
+        return max(0, *(self.tokens_of(tokenizer, prompt, options) - length for tokenizer, length in windows))
+
+    def tokens_of(self, tokenizer: PreTrainedTokenizerBase, prompt: str, options: DreamBoothOptions) -> int:
+        if options.weighted_captions:
+            return len(ids_and_weights(tokenizer, prompt)[0]) + 2
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def validation_guidance(self, options: DreamBoothOptions) -> float:
         """Guidance of validation and class images."""

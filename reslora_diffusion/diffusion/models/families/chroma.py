@@ -33,6 +33,7 @@ class Chroma(FrozenTextFamily):
     target_modules = Flux.target_modules
     of_kohya = Flux.of_kohya
     not_here = T5_ALONE
+    has_template = False
     guidance_scale = 5.0
     architecture = f"{CHROMA}/lora"
     is_packed = True

@@ -8,6 +8,7 @@ share a batch are padded, and `mask` then tells which tokens are theirs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+    from .base import Windows
+
 NO_CLIP = (
     OF_DIFFUSION
     | OF_CLIP_ALONE
     | OF_ONE_CLIP
     | {"tokenizer_max_length": "counts tokens of CLIP; see --max_sequence_length"}
 )
+OF_TEMPLATES = 1024  # tokens of the words around a prompt, at most
 T5_ALONE = {
     **NO_CLIP,
     **NEEDS_T5,
@@ -36,6 +40,26 @@ T5_ALONE = {
 def mode(mean: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of latents that have no variance."""
     return mean, mean.new_full(mean.shape, -float("inf"))
+
+
+class Reached(Exception):
+    """A text encoder was called; the argument is the mask of its tokens."""
+
+
+def pipeline_to_count(name: str, tokenizer: Any) -> Any:
+    """A pipeline of this class that reads prompts up to its text encoder, which raises `Reached`."""
+    import diffusers
+    import torch
+
+    class Encoder(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+            raise Reached(attention_mask)
+
+    kind = getattr(diffusers, name)
+    needed = [n for n, p in inspect.signature(kind).parameters.items() if p.default is inspect.Parameter.empty]
+    return kind(**dict.fromkeys(needed) | {"tokenizer": tokenizer, "text_encoder": Encoder()})
 
 
 def each_by_itself(texts: Texts) -> list[Tensor]:
@@ -59,6 +83,7 @@ class FrozenTextFamily(FlowFamily):
         "enable_t5_ti": "belongs to T5, which this family lacks",
     }
     max_sequence_length = 512
+    has_template = True  # whether the pipeline puts words of its own around a prompt
     encoding: ClassVar[Mapping[str, Any]] = {}  # further arguments of the pipeline's `encode_prompt`
     flow: Mapping[str, Any] = {"weighting_scheme": "none", "precondition_outputs": False}
 
@@ -66,6 +91,26 @@ class FrozenTextFamily(FlowFamily):
         """Hidden states of one prompt [L, D], as the pipeline itself makes them of at most `length` tokens."""
         device = pipeline.text_encoder.device
         return pipeline.encode_prompt([prompt], device=device, max_sequence_length=length, **self.encoding)[0][0]
+
+    def tokens_read(self, pipeline: Any, prompt: str, length: int) -> int:
+        """Return the number of tokens that a pipeline to count with reads, of at most `length`."""
+        try:
+            self.states(pipeline, prompt, length, False)
+        except Reached as reached:
+            return int(reached.args[0].sum())
+        raise AssertionError("the states of a prompt are those of its text encoder")
+
+    def tokens_cut_off(self, windows: Windows, prompt: str, options: DreamBoothOptions) -> int:
+        """Words that the pipeline puts around a prompt take their places of it."""
+        ((tokenizer, length),) = windows
+        if not self.has_template:
+            return super().tokens_cut_off(windows, prompt, options)
+        pipeline = pipeline_to_count(self.pipeline_class, tokenizer)
+        most = max(length, self.tokens_of(tokenizer, prompt, options)) + OF_TEMPLATES
+        try:
+            return self.tokens_read(pipeline, prompt, most) - self.tokens_read(pipeline, prompt, length)
+        except Exception:  # a chat template is the model's own program, and this tokenizer may be a part of a processor
+            return super().tokens_cut_off(windows, prompt, options)
 
     def read(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .base import NUM_TRAIN_TIMESTEPS
+from .base import MOST_TOKENS, NUM_TRAIN_TIMESTEPS
 from .gemma import GemmaFamily
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Lumina2(GemmaFamily):
 
     def text_width(self, config: Mapping[str, Any]) -> int:
         return config["cap_feat_dim"]
+
+    def most_tokens(self, config: Mapping[str, Any]) -> int:
+        """Images have the place after the last token in a table of rotary embeddings."""
+        return min(MOST_TOKENS, config["axes_lens"][0] - 1)
 
     def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
         return -model(latents, timestep=1 - times / NUM_TRAIN_TIMESTEPS, **conditions, return_dict=False)[0]

@@ -46,6 +46,12 @@ class QwenImage(FrozenTextFamily):
         mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
         return 1 / std, mean
 
+    def tokens_read(self, pipeline: Any, prompt: str, length: int) -> int:
+        """The pipeline drops the beginning of the template, and cuts what is left."""
+        pipeline.tokenizer_max_length = max(length, pipeline.tokenizer_max_length)
+        read = super().tokens_read(pipeline, prompt, length) - pipeline.prompt_template_encode_start_idx
+        return min(length, read)
+
     def condition(self, texts: Texts, time_ids: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": texts.hidden, "encoder_hidden_states_mask": texts.mask}
 
