@@ -5,9 +5,13 @@ One thread: several may divide a sum differently from run to run, and some tests
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # until everything is imported
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,7 +32,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(Path(item.path).stem, len(places)))
 
 
-def pytest_collection_finish() -> None:
-    """Imported libraries are half a million objects that stay: the collector need not look at them again."""
+frozen_modules = 0  # how many were imported at the last freeze
+
+
+def freeze() -> None:
+    """Imported libraries are half a million objects that stay: the collector need not look at them again. accelerate
+    and transformers collect at each training, so what a test has imported is frozen after it."""
+    global frozen_modules
     gc.collect()
     gc.freeze()
+    frozen_modules = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if len(sys.modules) > frozen_modules + 20 or nextitem is None or nextitem.path != item.path:
+        freeze()
