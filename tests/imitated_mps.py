@@ -8,7 +8,7 @@ A tensor of it is a `Tensor` subclass around one of the CPU. PyTorch's own code 
 lacks, and what its kernels compute, is not seen by this.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 MPS = torch.device("mps", 0)
@@ -103,10 +103,18 @@ def moved(x: Tensor, words: list, kwargs: dict) -> Tensor:
     return Moved.apply(x) if goes and not there else x
 
 
+def tensors_in(args: Iterable) -> list[Tensor]:
+    """The tensors among an operation's arguments: they stand there, or in a list."""
+    values = [x for value in args for x in (value if isinstance(value, list | tuple) else (value,))]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 def compute(func: Any, args: Any, kwargs: dict) -> Any:
-    given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    given = tensors_in((*args, *kwargs.values()))
     there = [value for value in given if isinstance(value, OnMps)]
     asked = kwargs.get("device")
+    if not there and not is_mps(asked):
+        return func(*args, **kwargs)
     copies = func.overloadpacket in (aten.copy_, aten._to_copy)
     elsewhere = [value for value in given if type(value) is Tensor and value.ndim]
     indexed = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_)  # these take indices of the CPU
@@ -118,7 +126,7 @@ def compute(func: Any, args: Any, kwargs: dict) -> Any:
     if func is aten.copy_.default:
         return args[0]
     casts = bool(there) and func.overloadpacket is aten._to_copy  # autograd's own: it names the device that C++ knows
-    if not casts and ((asked is not None and not is_mps(asked)) or not (there or is_mps(asked))):
+    if not casts and asked is not None and not is_mps(asked):
         return result
     wrapped = tree_map(lambda value: OnMps(value) if type(value) is Tensor else value, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
