@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from reslora_diffusion.diffusion.options.checks import check
+from reslora_diffusion.diffusion.train.validating import validate
 from tiny import tiny_pipeline_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,20 @@ def arguments(output_dir: Path, **options: object) -> Namespace:
 def train(output_dir: Path, **options: object) -> Path:
     """A run in this process."""
     return script.main(arguments(output_dir, **options))
+
+
+def train_without_export(output_dir: Path, **options: object) -> Path:
+    """A run in this process up to its last step, with its records and checkpoints; the end, in which it measures the
+    merge, exports and proves the files, takes half of a short run."""
+    chosen = arguments(output_dir, **options)
+    run, first_step = script.prepare(chosen, check(chosen))
+    try:
+        if first_step == 0:
+            validate(run, 0)
+        script.train(run, first_step)
+    finally:
+        run.close()
+    return run.output
 
 
 def environment(*folders: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from dreambooth import SUBJECTS, train
+from dreambooth import SUBJECTS, train, train_without_export
 from reslora_diffusion.diffusion.data.disk_cache import DiskCache, identity
 from reslora_diffusion.utils.problems import BadInput
 from tiny import tiny_vae
@@ -24,8 +24,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def test_a_second_run_encodes_nothing_and_trains_the_same(tmp_path, monkeypatch):
-    plain = train(tmp_path / "plain", **OPTIONS)
-    first = train(tmp_path / "first", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
+    plain = train_without_export(tmp_path / "plain", **OPTIONS)
+    first = train_without_export(tmp_path / "first", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
     entries = sorted((tmp_path / "kept").rglob("*.safetensors"))
     assert len(entries) == 7  # five images, the prompt, and the empty prompt
 
@@ -38,7 +38,7 @@ def test_a_second_run_encodes_nothing_and_trains_the_same(tmp_path, monkeypatch)
     for run in (first, second):
         assert all(torch.equal(value, weights(run)[name]) for name, value in weights(plain).items())
     with pytest.raises(AssertionError, match="encoded again"):
-        train(tmp_path / "other", encoding_cache_dir=tmp_path / "kept", resolution=72, **OPTIONS)
+        train_without_export(tmp_path / "other", encoding_cache_dir=tmp_path / "kept", resolution=72, **OPTIONS)
 
 
 def test_runs_without_a_seed_find_their_crops_and_an_image_that_joins_is_the_one_encoded(tmp_path, capsys):
@@ -50,14 +50,14 @@ def test_runs_without_a_seed_find_their_crops_and_an_image_that_joins_is_the_one
     for run, added in (("first", 4), ("second", 0), ("third", 1)):
         if run == "third":
             Image.open(SUBJECTS / "cake" / "2.png").resize((96, 60)).save(folder / "00-joins.png")
-        train(tmp_path / run, **options)
+        train_without_export(tmp_path / run, **options)
         assert f"kept: {added} images and prompts were added" in capsys.readouterr().out
     entries = [load_file(path) for path in (tmp_path / "kept").rglob("*.safetensors")]
     assert [len(entry["mean"]) for entry in entries if "mean" in entry] == [4, 4, 4]
 
 
 def test_broken_and_exchanged_entries_are_encoded_anew(tmp_path):
-    plain = train(tmp_path / "plain", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
+    plain = train_without_export(tmp_path / "plain", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
     first, second, third, *_, last = sorted((tmp_path / "kept").rglob("*.safetensors"))
     exchanged = first.read_bytes(), second.read_bytes()
     first.write_bytes(exchanged[1])
@@ -66,7 +66,7 @@ def test_broken_and_exchanged_entries_are_encoded_anew(tmp_path):
     content = bytearray(last.read_bytes())
     content[-3] ^= 64
     last.write_bytes(bytes(content))
-    again = train(tmp_path / "again", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
+    again = train_without_export(tmp_path / "again", encoding_cache_dir=tmp_path / "kept", **OPTIONS)
     for name, value in weights(plain).items():  # prompts that are encoded together or apart agree to rounding
         torch.testing.assert_close(weights(again)[name], value, rtol=1e-3, atol=1e-4)
     for path, content in zip((first, second), exchanged, strict=True):

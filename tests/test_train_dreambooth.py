@@ -13,7 +13,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import PROMPT, SUBJECTS, arguments, train
+from dreambooth import PROMPT, SUBJECTS, arguments, train, train_without_export
 from reslora_diffusion.diffusion.models.adapters import add_adapters
 from reslora_diffusion.diffusion.models.meta_pipeline import load_meta_pipeline
 from reslora_diffusion.diffusion.objective.randomness import Stream, generator, seed_of
@@ -211,16 +211,16 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, options):
 
 
 def test_a_seed_that_was_drawn_is_kept_when_resuming(tmp_path):
-    folder = train(tmp_path / "run", seed=None, checkpointing_steps=2)
+    folder = train_without_export(tmp_path / "run", seed=None, checkpointing_steps=2)
     drawn = json.loads((folder / "run.json").read_text())["options"]["seed"]
-    train(folder, seed=None, resume_from_checkpoint="checkpoint-2", max_train_steps=4)
+    train_without_export(folder, seed=None, resume_from_checkpoint="checkpoint-2", max_train_steps=4)
     assert json.loads((folder / "run.json").read_text())["options"]["seed"] == drawn
     assert [row["step"] for row in rows(folder) if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_another_learning_rate_may_be_taken_up_when_resuming(tmp_path):
-    folder = train(tmp_path / "run", checkpointing_steps=2)
-    train(folder, resume_from_checkpoint="checkpoint-2", learning_rate=1e-4)
+    folder = train_without_export(tmp_path / "run", checkpointing_steps=2)
+    train_without_export(folder, resume_from_checkpoint="checkpoint-2", learning_rate=1e-4)
     assert [row["lr"] for row in rows(folder) if "loss" in row] == [0.01, 0.01, 1e-4]
 
 
@@ -241,7 +241,7 @@ def test_resuming_a_finished_run_only_exports_again(tmp_path):
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
-    folder = train(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    folder = train_without_export(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
 
 
@@ -250,8 +250,8 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
     options = {"shortcut": "input", "train_text_encoder": True, "checkpointing_steps": 3}
-    one = train(tmp_path / "one", train_batch_size=4, **options)
-    two = train(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **options)
+    one = train_without_export(tmp_path / "one", train_batch_size=4, **options)
+    two = train_without_export(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **options)
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
     first, second = state(one / "checkpoint-3"), state(two / "checkpoint-3")
     moved = [name for name in first if "lora_B" in name and not name.startswith("optimizer")]
@@ -293,8 +293,8 @@ WITH_SLOW_BLOCK = ["input", "middle", pytest.param("block", marks=pytest.mark.sl
 @pytest.mark.parametrize("shortcut", WITH_SLOW_BLOCK)
 def test_gradient_checkpointing_changes_nothing(tmp_path, shortcut):
     options = {"shortcut": shortcut, "train_text_encoder": True, "max_train_steps": 2, "checkpointing_steps": 2}
-    plain = train(tmp_path / "plain", **options)
-    saving = train(tmp_path / "saving", gradient_checkpointing=True, **options)
+    plain = train_without_export(tmp_path / "plain", **options)
+    saving = train_without_export(tmp_path / "saving", gradient_checkpointing=True, **options)
     assert losses(plain) == pytest.approx(losses(saving), rel=1e-5)
     first, second = state(plain / "checkpoint-2"), state(saving / "checkpoint-2")
     for name in first:
@@ -323,7 +323,7 @@ def test_fused_attention_and_low_memory_layers_change_nothing(tmp_path, shortcut
 
 def test_half_precision_is_of_the_base_alone(tmp_path):
     options = {"train_text_encoder": True, "learning_rate": 1e-3}
-    full = train(tmp_path / "full", **options)
+    full = train_without_export(tmp_path / "full", **options)
     for precision in ("bf16", "fp16"):  # the latter scales the loss
         folder = train(tmp_path / precision, **options, mixed_precision=precision, checkpointing_steps=3)
         tensors = state(folder / "checkpoint-3")
@@ -337,8 +337,8 @@ def test_half_precision_is_of_the_base_alone(tmp_path):
 def test_another_autoencoder_of_the_same_latents(tmp_path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "vae")
-    other = train(tmp_path / "other", method="lora", pretrained_vae_model_name_or_path=tmp_path / "vae")
-    own = train(tmp_path / "own", method="lora")
+    other = train_without_export(tmp_path / "other", method="lora", pretrained_vae_model_name_or_path=tmp_path / "vae")
+    own = train_without_export(tmp_path / "own", method="lora")
     assert losses(other)[0] != losses(own)[0]
 
 
@@ -363,11 +363,12 @@ def test_after_a_handover_what_is_exported_is_what_was_trained(tmp_path):
 
 def test_a_run_that_goes_on_with_another_length_hands_over_once(tmp_path):
     options = {"shortcut": "middle", "handover": 0.5, "learning_rate": 0.02, "checkpointing_steps": 2, "use_ema": True}
-    train(tmp_path, max_train_steps=6, **options)  # at step 3
+    train_without_export(tmp_path, max_train_steps=6, **options)  # at step 3
     train(tmp_path, max_train_steps=4, resume_from_checkpoint="checkpoint-2", **options)  # it would have been step 2
     assert abs(report(tmp_path)["gap"]) < 1e-6
     options["checkpointing_steps"] = 6
-    train(tmp_path, max_train_steps=12, resume_from_checkpoint="checkpoint-4", **options)  # it would be step 6
+    options["max_train_steps"] = 12  # it would be step 6
+    train_without_export(tmp_path, resume_from_checkpoint="checkpoint-4", **options)
     found = state(tmp_path / "checkpoint-6")  # a handover begins the average anew
     assert not any(torch.equal(found[name], found[f"ema.{name}"]) for name in found if f"ema.{name}" in found)
 
@@ -392,7 +393,7 @@ def test_a_signal_while_merging_keeps_what_was_trained(tmp_path, monkeypatch):
 
 def test_the_moving_average_is_exported(tmp_path):
     options = {"method": "lora", "checkpointing_steps": 3}
-    plain = train(tmp_path / "plain", **options)
+    plain = train_without_export(tmp_path / "plain", **options)
     averaged = train(tmp_path / "averaged", use_ema=True, **options)
     live, with_ema = state(plain / "checkpoint-3"), state(averaged / "checkpoint-3")
     assert all(torch.equal(with_ema[name], live[name]) for name in live)  # training itself is the same
@@ -482,10 +483,10 @@ def test_concepts_shapes_masks_and_losses_in_one_run(tmp_path):
 
 def test_images_that_are_held_out_are_measured_on_and_not_trained_on(tmp_path, capsys):
     options = {"max_train_steps": 4, "validation_steps": 2}
-    folder = train(tmp_path / "run", validation_split=0.2, **options)
+    folder = train_without_export(tmp_path / "run", validation_split=0.2, **options)
     held_out = re.search(r"1 held out for validation: (\d.png)", capsys.readouterr().out)[1]
     shutil.copytree(SUBJECTS / "octopus", tmp_path / "without", ignore=shutil.ignore_patterns(held_out))
-    without = train(tmp_path / "other", instance_data_dir=tmp_path / "without", **options)
+    without = train_without_export(tmp_path / "other", instance_data_dir=tmp_path / "without", **options)
     assert losses(folder) == losses(without)
     seen, unseen = (
         [row["validation_loss"] for row in rows(run) if "validation_loss" in row] for run in (without, folder)
@@ -500,11 +501,11 @@ def test_shuffled_captions_are_trained_and_what_is_kept_serves_another_seed(tmp_
     for number in range(5):
         (folder / f"{number}.txt").write_text(f"sks, octopus, number {number}, blue")
     options = {"instance_data_dir": folder, "encoding_cache_dir": tmp_path / "kept", "seed": None}
-    plain = train(tmp_path / "plain", **options | {"seed": 0})
-    shuffled = train(tmp_path / "shuffled", **options | {"seed": 0}, shuffle_caption=True, keep_tokens=1)
+    plain = train_without_export(tmp_path / "plain", **options | {"seed": 0})
+    shuffled = train_without_export(tmp_path / "shuffled", **options | {"seed": 0}, shuffle_caption=True, keep_tokens=1)
     assert losses(plain) != losses(shuffled)
     capsys.readouterr()
-    train(tmp_path / "again", **options, shuffle_caption=True, keep_tokens=1)
+    train_without_export(tmp_path / "again", **options, shuffle_caption=True, keep_tokens=1)
     assert "kept: 0 images and prompts were added" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--keep_tokens is used only with --shuffle_caption"):
         train(tmp_path / "wrong", keep_tokens=1)
@@ -516,7 +517,7 @@ def test_choices_and_dropped_tags_reach_the_training(tmp_path):
         shutil.copytree(SUBJECTS / "octopus", folder)
         for number in range(5):
             (folder / f"{number}.txt").write_text(caption)
-        return train(tmp_path / name, instance_data_dir=folder, **options)
+        return train_without_export(tmp_path / name, instance_data_dir=folder, **options)
 
     plain = captioned("plain", "sks, octopus")
     assert losses(captioned("braces", "sks, {octopus|octopus}", enable_wildcard=True)) == losses(plain)
@@ -561,17 +562,17 @@ def test_class_images_that_are_there_are_used_and_missing_ones_are_made(tmp_path
     Image.open(SUBJECTS / "cake" / "0.png").save(classes / "mine.png")
     (classes / ".DS_Store").write_bytes(b"\0")
     options = {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": "food", "max_train_steps": 1}
-    train(tmp_path / "one", num_class_images=3, **options)
+    train_without_export(tmp_path / "one", num_class_images=3, **options)
     made = sorted(path.name for path in classes.glob("0*.png"))
     assert len(made) == 2
-    train(tmp_path / "two", num_class_images=3, **options)
+    train_without_export(tmp_path / "two", num_class_images=3, **options)
     assert sorted(path.name for path in classes.glob("0*.png")) == made
 
 
 def test_class_images_are_a_function_of_seed_and_number(tmp_path):
     """Whatever was there before, and wherever it was broken off."""
     options = {"with_prior_preservation": True, "class_prompt": "food", "max_train_steps": 1, "sample_batch_size": 2}
-    train(tmp_path / "one", class_data_dir=tmp_path / "whole", num_class_images=5, **options)
+    train_without_export(tmp_path / "one", class_data_dir=tmp_path / "whole", num_class_images=5, **options)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert [name[:4] for name in sorted(whole)] == [f"{n:04d}" for n in range(5)]
     torn = tmp_path / "torn"  # what two processes may leave: 0, 2 and 4 are there, 4 of them only half
@@ -579,7 +580,7 @@ def test_class_images_are_a_function_of_seed_and_number(tmp_path):
     for name in sorted(whole)[0:3:2]:
         (torn / name).write_bytes(whole[name])
     Image.open(SUBJECTS / "cake" / "0.png").save(torn / "mine.png")
-    train(tmp_path / "two", class_data_dir=torn, num_class_images=6, **options)
+    train_without_export(tmp_path / "two", class_data_dir=torn, num_class_images=6, **options)
     assert {path.name: path.read_bytes() for path in torn.glob("0*.png")} == whole
 
 
@@ -587,16 +588,16 @@ def test_images_and_captions_that_changed_since_a_checkpoint_are_said(tmp_path, 
     folder = tmp_path / "images"
     shutil.copytree(SUBJECTS / "octopus", folder)
     names = sorted(path.name for path in folder.glob("*.png"))
-    train(tmp_path / "run", instance_data_dir=folder, max_train_steps=1, checkpointing_steps=1)
+    train_without_export(tmp_path / "run", instance_data_dir=folder, max_train_steps=1, checkpointing_steps=1)
     options = {"instance_data_dir": folder, "resume_from_checkpoint": "latest"}
     capsys.readouterr()
-    train(tmp_path / "run", max_train_steps=1, **options)
+    train_without_export(tmp_path / "run", max_train_steps=1, **options)
     assert "since the checkpoint" not in capsys.readouterr().out
     (folder / names[0]).unlink()
     (folder / names[1]).with_suffix(".txt").write_text("another caption")
     shutil.copy(SUBJECTS / "cake" / "0.png", folder / names[2])
     shutil.copy(SUBJECTS / "cake" / "1.png", folder / "new.png")
-    train(tmp_path / "run", max_train_steps=2, **options)
+    train_without_export(tmp_path / "run", max_train_steps=2, **options)
     said = capsys.readouterr().out
     assert "1 images were added since the checkpoint: instance 1/new.png" in said
     assert f"1 images of the checkpoint are gone: instance 1/{names[0]}" in said
@@ -689,7 +690,7 @@ def test_images_of_another_folder_are_validated_on_and_not_trained_on(tmp_path):
         for number in numbers:  # of the same names in both folders
             shutil.copy(SUBJECTS / "octopus" / f"{number}.png", tmp_path / name / f"{number % 3}.png")
     options = {"instance_data_dir": tmp_path / "train", "max_train_steps": 4, "validation_steps": 2}
-    plain = train(tmp_path / "plain", **options)
+    plain = train_without_export(tmp_path / "plain", **options)
     apart = train(tmp_path / "measured", validation_data_dir=tmp_path / "apart", keep_best=True, **options)
     assert losses(plain) == losses(apart)
     seen, unseen = ([row["validation_loss"] for row in rows(run) if "validation_loss" in row] for run in (plain, apart))
