@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LinearOp
 from reslora_diffusion.core.kernels import choose
-from reslora_diffusion.core.kernels.runlora import cheapest, operations, shape_of
+from reslora_diffusion.core.kernels.runlora import cheapest, named, shape_of
 
 from .results import FOLDER, write_results
 from .timing import compare, cpu_time
@@ -59,6 +59,23 @@ SHAPES = [
     Shape(2048, 1024, 1024, 128),
     Shape(512, 1280, 1280, 16),  # where large matrices cannot win
 ]
+
+
+def operations(name: str, rows: int, width: int, out: int, rank: int) -> tuple[int, int]:
+    """The paper's table: floating-point operations of the forward and of the backward of a named form, the frozen
+    layer's among them. b, n, m, r there are `rows`, `width`, `out`, `rank`; what is counted twice is a product that a
+    backward makes again."""
+    form = named(name)
+    frozen, V = rows * width * out, rank * width * out
+    z, t = rows * rank * width, rows * rank * out
+    forward = frozen + (V if form.y else z + t)
+    backward = frozen + (V if form.dx else z)  # dx
+    if not (form.dD and form.dx):
+        backward += t  # t, of dD and dx
+    if form.dD or form.dU:
+        backward += frozen  # G
+    backward += (V if form.dD else z) + (V if form.dU else z + t)
+    return 2 * forward, 2 * backward
 
 
 def peft_layer(shape: Shape) -> nn.Module:

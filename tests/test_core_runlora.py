@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.runlora import operations
 from models import inputs, output
 from reslora_diffusion import explain_kernels, get_adapter
 from reslora_diffusion.core import kernels
@@ -21,20 +22,21 @@ from reslora_diffusion.core.kernels.runlora import (
     cheapest,
     cost,
     named,
-    operations,
     runlora_linear,
 )
 from test_core_shortcuts import adapted, assert_same_gradients, loss_of, reference_of
 
 FORMS = [
-    Form(*large, keeps) for *large, keeps in product((False, True), repeat=4) if not keeps or large[0] and large[2]
+    Form(y, factors, factors, x, keeps)
+    for y, factors, x, keeps in product((False, True), repeat=4)
+    if not keeps or y and x
 ]
 NAMES = [f"{forward}{backward}" for forward in FORWARDS for backward in BACKWARDS]
 MIXED = [named(name) for name in NAMES if named(name) not in FORMS]
 
 
 def name_of(form: object) -> str:
-    return "".join(letter if yes else "-" for letter, yes in zip("yfxku", form, strict=True))  # type: ignore[call-overload]
+    return "".join(letter if yes else "-" for letter, yes in zip("yDUxk", form, strict=True))  # type: ignore[call-overload]
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -81,8 +83,8 @@ def test_multiplications_are_as_counted(
     form: Form, wanted: tuple[bool, bool], parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for_x, for_factors = wanted
-    up = form.up if for_factors else None
-    form = Form(form.y, form.factors or not for_factors, form.x or not for_x, form.keeps and for_x, up)
+    large = form.dD or not for_factors, form.dU or not for_factors, form.dx or not for_x
+    form = Form(form.y, *large, form.keeps and for_x)
     monkeypatch.setattr(runlora, "PASS", 0)
     monkeypatch.setattr(runlora, "LAUNCH", 0)
     rows, width, out = 6, 5, 3
@@ -177,10 +179,10 @@ def test_a_form_that_is_none_is_refused(wanted: str) -> None:
 def test_small_layers_and_long_sequences_take_large_matrices() -> None:
     assert cheapest(512, 4096, 4096, 16) == LOW_RANK
     assert cheapest(512, 1280, 1280, 32, parts=2) == LOW_RANK
-    assert cheapest(2048, 64, 64, 32, parts=2) == Form(y=True, factors=True, x=True, keeps=True)
-    assert cheapest(4096, 320, 320, 16) == Form(y=True, factors=False, x=True, keeps=False)
-    assert cheapest(256, 128, 1024, 32, parts=2) == Form(y=True, factors=False, x=False, keeps=False)
-    assert cheapest(4096, 320, 320, 16, for_x=False, for_factors=False) == Form(True, True, True, False)
+    assert cheapest(2048, 64, 64, 32, parts=2) == Form(True, True, True, True, keeps=True)
+    assert cheapest(4096, 320, 320, 16) == Form(y=True, dD=False, dU=False, dx=True)
+    assert cheapest(256, 128, 1024, 32, parts=2) == Form(y=True, dD=False, dU=False, dx=False)
+    assert cheapest(4096, 320, 320, 16, for_x=False, for_factors=False) == Form(True, True, True, True)
     assert not cheapest(16, 320, 320, 16, for_x=False, for_factors=False).y
 
 

@@ -25,7 +25,6 @@ from .explanations import Explanation, KernelReport
 from .layer import AdaptedLayer, Gate, Shared
 from .packed import Packer
 from .peft.lookup import adapter_of
-from .places import Places
 from .roots import DATA_PARALLEL, FUSED_PROJECTIONS, are_whole, find_root, find_roots, is_fused, may_be_fused
 from .sharding import whole
 from .shortcuts import SHORTCUTS, Input, Plain
@@ -70,9 +69,10 @@ class Adapter(Shared):
         self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `core.grouping` computes together
         self.packer = Packer()
         self.adapted: dict[str, AdaptedLayer] = {}
-        self.homes = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+        homes = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in layers]
+        self.homes = dict(zip(layers, homes, strict=True))  # the module that each layer is in, and its name there
         self.root_name, self.root = find_root(model, list(layers))
-        self.attentions = may_be_fused(model, self.homes.values())
+        self.attentions = may_be_fused(model, [home for home, _ in homes])
         self.gone = False
         self.link()
         self.roots = (find_roots(model, self.joined) if self.crosses_layers else {}) or {self.root_name: self.root}
@@ -137,7 +137,7 @@ class Adapter(Shared):
         self.chains = build_chains(self.sites.values(), path.links, self.config.same_resolution_only)
         self.windows = windows(self.chains, m)
         self.packer.forget()
-        self.places = Places(self.adapter_name, self.homes, self.layers)
+        self.watch()
         self.adapted = {name: AdaptedLayer(site, self.layers[name], self) for name, site in self.sites.items()}
         if self.is_copy:
             self.calibrated_at = {name: self.version(name) + age for name, age in self.calibrated_at.items()}
@@ -167,23 +167,41 @@ class Adapter(Shared):
         self.config = self.configs[self.adapter_name] = copy.copy(self.config)
         return self.config
 
+    def watch(self) -> None:
+        """Remember which modules are where layers and factors belong."""
+        name = self.adapter_name
+        self.places: list[tuple[dict, str]] = []
+        for layer_name, layer in self.layers.items():
+            home, leaf = self.homes[layer_name]
+            self.places += [(home._modules, leaf), (layer.lora_A._modules, name), (layer.lora_B._modules, name)]
+        self.placed = [modules.get(key) for modules, key in self.places]
+
     def refresh(self) -> None:
-        """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation."""
-        if self.places.hold() or not (layers := self.places.present(self.layers)):
+        """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation, which
+        takes the adapter off some of them too. Wrappers around them change nothing here."""
+        if [modules.get(key) for modules, key in self.places] == self.placed:
             return
-        before, self.places = self.places, Places(self.adapter_name, self.homes, layers)
-        self.layers = layers
-        if self.places.differ_from(before):
+        if not (layers := {name: layer for name, layer in self.layers.items() if self.has(name, layer)}):
+            return
+        before, fewer, self.layers = self.placed, len(layers) < len(self.layers), layers
+        self.watch()
+        if fewer or any(a is not b and "weight" in b._parameters for a, b in zip(before, self.placed, strict=True)):
             ranks = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
             self.sites = {n: replace(site, rank=ranks[n]) for n, site in self.sites.items() if n in ranks}
             self.calibration, self.calibrated_at = {}, {}
             self.link()
 
+    def has(self, name: str, layer: Any) -> bool:
+        """Return whether a layer is where it was, or wrapped, and still has the adapter."""
+        home, leaf = self.homes[name]
+        found = home._modules.get(leaf)
+        inside = found is layer or (found is not None and any(module is layer for module in found.modules()))
+        return inside and self.adapter_name in layer.lora_A
+
     def explain(self) -> Explanation:
         """Report which layers are joined."""
-        return Explanation(
-            self.shortcut, self.config.num_previous, self.chains, {n: u.kind for n, u in self.unjoined.items()}
-        )
+        unjoined = {name: other.kind for name, other in self.unjoined.items()}
+        return Explanation(self.shortcut, self.config.num_previous, self.chains, unjoined)
 
     def explain_kernels(self) -> KernelReport:
         """Report which kernel computed each layer in the last forward, and why."""
@@ -296,19 +314,12 @@ class Adapter(Shared):
         """Multiply s B A of some blocks by a gate, in every layer that uses them; blocks without one are open.
 
         A number of 0 saves the products of the block; a scalar on the device can change without recompilation.
-
-        Raises:
-            ValueError: a layer is not in this adapter.
         """
         self.refuse_strangers(gates)
         self.gates = dict(gates)
 
     def add_frozen(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put one more pair (A, B) beside the factors of some layers, under the same scaling, and never train it.
-
-        Raises:
-            ValueError: a layer is not in this adapter, or its shortcut does not merge exactly.
-        """
+        """Put one more pair (A, B) beside the factors of some layers, under the same scaling, and never train it."""
         self.refuse_strangers(factors)
         if not self.path.merges_exactly:
             raise ValueError(f"frozen factors are for shortcuts none and block; got {str(self.shortcut)!r}")

@@ -22,22 +22,6 @@ class HasContexts(Protocol):
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]: ...
 
 
-class CheckpointedForward:
-    """A checkpointed forward: its first call is inside the first contexts, every later one inside the second."""
-
-    def __init__(self, forward: Any, adapters: list[HasContexts]) -> None:
-        self.forward = forward
-        self.pairs = [adapter.context_fn() for adapter in adapters]
-        self.ran = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run, self.ran = int(self.ran), True
-        with ExitStack() as stack:
-            for pair in self.pairs:
-                stack.enter_context(pair[run])
-            return self.forward(*args, **kwargs)
-
-
 class CoveredCheckpoint:
     """A checkpoint function that carries the values of shortcuts into the second run."""
 
@@ -46,11 +30,17 @@ class CoveredCheckpoint:
         self.adapters: list[HasContexts] = []
 
     def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(CheckpointedForward(forward, self.adapters), *args, **kwargs)
+        pairs, ran = [adapter.context_fn() for adapter in self.adapters], False
 
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ran
+            again, ran = ran, True
+            with ExitStack() as stack:
+                for pair in pairs:
+                    stack.enter_context(pair[again])
+                return forward(*args, **kwargs)
 
-def is_reentrant(function: Any) -> bool:
-    return isinstance(function, partial) and bool(function.keywords.get("use_reentrant", False))
+        return self.function(run, *args, **kwargs)
 
 
 def may_checkpoint(root: nn.Module) -> list[nn.Module]:
@@ -59,17 +49,13 @@ def may_checkpoint(root: nn.Module) -> list[nn.Module]:
 
 
 def cover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> None:
-    """Make those `modules` that checkpoint carry the adapter's values.
-
-    Raises:
-        RuntimeError: one of them checkpoints reentrantly.
-    """
+    """Make those `modules` that checkpoint carry the adapter's values."""
     for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
         if function is None or not module.gradient_checkpointing:
             continue
         if not isinstance(function, CoveredCheckpoint):
-            if is_reentrant(function):
+            if isinstance(function, partial) and function.keywords.get("use_reentrant"):
                 raise RuntimeError(REENTRANT)
             function = CoveredCheckpoint(function)
             setattr(module, ATTRIBUTE, function)

@@ -68,10 +68,6 @@ def lengthened(factor: Tensor, h: Tensor) -> Tensor:
     return (factor * h).to(h.dtype)
 
 
-def unchanged(h: Tensor) -> Tensor:
-    return h
-
-
 def decomposed_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
     """W' [out, in, ...] of a base weight and the factors of a DoRA, in float32 or float64.
 
@@ -95,11 +91,7 @@ def decomposed_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """W [out, in, ...] of a LoRA layer, dequantised where it is packed.
-
-    Raises:
-        RuntimeError: a process holds only a part of it.
-    """
+    """W [out, in, ...] of a LoRA layer, dequantised where it is packed."""
     base = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
     if weight is not None and (is_sharded(weight) or not weight.numel()):
@@ -137,7 +129,7 @@ def start_at_the_base(layer: Any, adapter_name: str) -> None:
 # --------------------------------------------------------------------------------------------- of an adapted layer
 
 
-def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor]:
+def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor] | None:
     """The transform of h = W x + sum_j s_j U_j D_j d(x), the output of an `AdaptedLayer` without its bias:
 
         (m / c) h + (1 - m / c) W (x - d(x))
@@ -146,7 +138,7 @@ def transform_of(layer: Any, op: LinearOp) -> Callable[[Tensor], Tensor]:
     """
     gate = layer.own_gate
     if isinstance(gate, float) and gate == 0:
-        return unchanged
+        return None
     norms = row_norms(base_weight(layer.module), op.D, op.U, op.scalings)
     factor = layer.module.lora_magnitude_vector[layer.shared.adapter_name].weight / norms
     if isinstance(gate, Tensor) or gate != 1:

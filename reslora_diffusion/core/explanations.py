@@ -8,9 +8,9 @@ from ..rules import Shortcut
 from .chains import Chain, Site
 
 
-def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+def columns(rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of text with aligned columns."""
-    cells = list(rows)
+    cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
 
@@ -60,22 +60,12 @@ class Explanation:
     def __str__(self) -> str:
         reach = "all" if self.num_previous is None else self.num_previous
         head = f"shortcut {self.shortcut}, num_previous {reach}: {self.links} links between {self.sites} layers"
-        rows = [("role", "layers", "in", "out", "rank", "tokens", "first", "last")]
+        rows: list[tuple[object, ...]] = [("role", "layers", "in", "out", "rank", "tokens", "first", "last")]
         for chain in self.chains:
             first, last = chain.sites[0], chain.sites[-1]
-            outs = {site.out_features for site in chain.sites}
-            rows.append(
-                (
-                    chain.role,
-                    str(len(chain.sites)),
-                    str(first.in_features),
-                    "/".join(map(str, sorted(outs))),
-                    str(first.rank),
-                    first.tokens,
-                    first.name,
-                    last.name if len(chain.sites) > 1 else "",
-                )
-            )
+            outs = "/".join(map(str, sorted({site.out_features for site in chain.sites})))
+            names = first.name, last.name if last is not first else ""
+            rows.append((chain.role, len(chain.sites), first.in_features, outs, first.rank, first.tokens, *names))
         rest = [f"plain LoRA, joined to nothing: {n} x {what}" for what, n in self.joined_to_nothing.items()]
         return "\n".join([head, *columns(rows), *rest])
 
@@ -90,5 +80,5 @@ class KernelReport:
         found: dict[tuple[str, str], list[str]] = {}
         for name, choice in self.layers.items():
             found.setdefault(choice or ("-", "has not run yet"), []).append(name)
-        rows = [(kernel, str(len(names)), why, names[0]) for (kernel, why), names in found.items()]
+        rows = [(kernel, len(names), why, names[0]) for (kernel, why), names in found.items()]
         return "\n".join(columns([("kernel", "layers", "why", "such as"), *rows]))

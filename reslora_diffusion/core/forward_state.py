@@ -12,7 +12,6 @@ the forward but what the segments that await their second run have captured.
 
 import threading
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,7 @@ class Published(NamedTuple):
     projected: bool
 
     def unchanged(self, name: str) -> "Published":
-        """Itself, if the value still is what it was.
-
-        Raises:
-            RuntimeError: it was changed in place.
-        """
+        """Itself; raises `RuntimeError` if the value was changed in place since."""
         now = version_of(self.value)
         if now is not None and self.version is not None and now != self.version:
             raise RuntimeError(CHANGED.format(layer=name))
@@ -138,11 +133,7 @@ class ForwardState:
         return ForwardState()
 
     def open(self, root: nn.Module) -> None:
-        """Begin a forward of `root`; one of another root that began before and is not over waits.
-
-        Raises:
-            RuntimeError: a forward of another thread is not over.
-        """
+        """Begin a forward of `root`; one of another root that began before and is not over waits."""
         if not torch.compiler.is_compiling():
             if self.outer and self.thread != threading.get_ident():
                 raise RuntimeError(THREADS)
@@ -159,11 +150,7 @@ class ForwardState:
             _, self.scope, self.written, self.with_grad = self.outer.pop()
 
     def put(self, name: str, value: Tensor, projected: bool = False) -> None:
-        """Publish a value of this forward.
-
-        Raises:
-            RuntimeError: the layer published one before.
-        """
+        """Publish a value of this forward; a layer may do so once."""
         scope = self.scope
         assert scope is not None
         if name in scope.values or (not scope.again and name in self.written):
@@ -172,13 +159,8 @@ class ForwardState:
         scope.put(name, Published(value, version_of(value), projected))
 
     def get(self, name: str) -> Published | None:
-        """The value that a layer published in this forward, or None.
-
-        Raises:
-            RuntimeError: gradients are off though the root's forward began with them: reentrant checkpointing. Or the
-                value is not what it was.
-        """
-        if self.with_grad and not torch.is_grad_enabled():
+        """The value that a layer published in this forward, or None."""
+        if self.with_grad and not torch.is_grad_enabled():  # though the root's forward began with gradients
             raise RuntimeError(REENTRANT)
         return self.scope.get(name) if self.scope is not None else None
 
@@ -193,16 +175,14 @@ class ForwardState:
         self.written.discard(name)
 
     def segment(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Contexts of a checkpointed segment's first and second run."""
+        """Contexts of a segment's first run, which captures what it reads from outside, and of its second, which reads
+        that."""
         captured: dict[str, Published] = {}
         return Segment(self, captured), Segment(self, captured, again=True)
 
 
 class Segment(AbstractContextManager):
-    """One run of a checkpointed segment: inside, values are those of a scope of its own.
-
-    The first run captures what it reads from outside, the second reads that.
-    """
+    """One run of a checkpointed segment, in a scope of its own; the second run may be entered more than once."""
 
     def __init__(self, state: ForwardState, captured: dict[str, Published], again: bool = False) -> None:
         self.state, self.captured, self.again = state, captured, again
@@ -215,6 +195,6 @@ class Segment(AbstractContextManager):
         else:
             state.scope = Scope(outer, self.captured, outer is not None and outer.again)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.state.scope, self.state.with_grad = self.outer
         del self.outer

@@ -64,7 +64,7 @@ class Shared:
         self.merged: dict[str, LoraFactors] | None = None  # inside `merged_forward`: what the layers compute instead
         self.gates: dict[str, Gate] = {}
         self.frozen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # more (A, B) of a block, under its scaling
-        self.transform: Callable[[AdaptedLayer, LinearOp], Callable[[Tensor], Tensor]] | None = None  # `core.dora`
+        self.transform: Callable[[AdaptedLayer, LinearOp], Callable[[Tensor], Tensor] | None] | None = None
 
 
 class AdaptedLayer:

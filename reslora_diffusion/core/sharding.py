@@ -17,11 +17,7 @@ PARTITIONED = (
 
 
 def whole(weight: Any) -> Tensor:
-    """All of a weight; its gradient is then averaged over processes.
-
-    Raises:
-        RuntimeError: DeepSpeed has taken it away.
-    """
+    """All of a weight; its gradient is then averaged over processes."""
     if is_sharded(weight):
         from torch.distributed.tensor import Partial
 

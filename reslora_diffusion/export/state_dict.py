@@ -8,18 +8,20 @@ the tensors alike, with no configuration beside them.
 """
 
 import warnings
+from typing import Any
 
 import torch.nn.functional as F
 from peft import get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from reslora_diffusion.core.functional import LoraFactors
-from reslora_diffusion.core.merging.factors import plain_lora_factors
+from reslora_diffusion.core.merging.factors import MORE_THAN_FACTORS, factors_of, refuse_more_than_factors
 from reslora_diffusion.core.merging.merge import merged_factors
 from reslora_diffusion.core.peft.model import is_mark
 from reslora_diffusion.core.peft.variant import find_adapter
-from reslora_diffusion.rules import DEFAULT_ADAPTER
+from reslora_diffusion.rules import DEFAULT_ADAPTER, VARIANTS
+from reslora_diffusion.utils.problems import listing
 
 
 def merged_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
@@ -66,6 +68,32 @@ def adapter_factors(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> di
     if find_adapter(model, adapter_name) is not None:
         return merged_factors(model, adapter_name)
     return plain_lora_factors(model, adapter_name)
+
+
+def plain_lora_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:
+    """The factors of a plain LoRA adapter, made by PEFT's `LoraConfig`, by module path.
+
+    Raises:
+        ValueError: there is no such adapter, or it is more than factors of linear layers and convolutions.
+    """
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA adapter {adapter_name!r}")
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    refuse_more_than_factors(config)
+    more = [name for name in VARIANTS if getattr(config, name, None)]
+    more += [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.lora_embedding_A or isinstance(layer, ParamWrapper) or layer.lora_bias[adapter_name]
+    ]
+    if more:
+        raise ValueError(f"{MORE_THAN_FACTORS.format(adapter=adapter_name)}: {listing(more)}")
+    return {name: factors_of(layer, adapter_name) for name, layer in layers.items()}
 
 
 def paths_in(model: nn.Module, names: list[str]) -> list[str]:

@@ -28,9 +28,8 @@ from ..functional import Kernel, LinearOp
 from . import runlora
 from .fused import fused_linear
 from .grouped import can_be_grouped, grouped_linear, grouped_linears
-from .measured import quickest
 from .plain import closed_linear, plain_linear
-from .runlora import LOW_RANK, fits, named, runlora_linear, shape_of
+from .runlora import LOW_RANK, fits, named, quickest, runlora_linear, shape_of
 
 __all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "plain_reason"]
 
@@ -59,9 +58,6 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
         reason: why the frozen layer computes its own output, where it does.
         wanted: the kernel to choose wherever it can compute the operation, to compare kernels: a name in `KERNELS`,
             `runlora:` and a form (`runlora.named`), or `runlora:time`.
-
-    Raises:
-        ValueError: there is no such kernel or form.
     """
     if op.base is None:
         reason = plain_reason(op.x, op.weight, op.bias)

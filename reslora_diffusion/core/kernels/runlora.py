@@ -20,7 +20,7 @@ launches are counted as well, as so many multiplications: that ranks the forms a
 Only for weights and factors in float32 or float64: in bf16, W + s U D loses most of a small update.
 """
 
-import logging
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -33,45 +33,39 @@ from torch import Tensor
 from ..functional import LinearOp, Publish, scaled_parts, scaled_product, side_by_side
 from .fused import shaped, split, what_to_keep
 
-log = logging.getLogger(__name__)
 PRECISE = (torch.float32, torch.float64)
 PASS = 20  # multiplications in the time that it takes to write an element of V beside computing it
 LAUNCH = 1e5  # multiplications in the time that it takes to begin an operation: 2 us at 50 a nanosecond
+ROUNDS = 6  # of which the quickest counts
 SMALL = 2**16  # elements of a V that may be kept for backward whatever the low-rank form keeps: 256 KiB in float32
 
 
 class Form(NamedTuple):
-    """A form says which of y, (dD, dU) and dx go through large matrices, and whether V is kept from y for dx.
+    """A form says which of y, dD, dU and dx go through large matrices, and whether V is kept from y for dx.
 
-    A gradient that is not wanted is said to go through them: nothing goes through rank R for it. `up` is of dU, where
-    that is not as `factors` says.
+    A gradient that is not wanted is said to go through them: nothing goes through rank R for it.
     """
 
     y: bool
-    factors: bool
-    x: bool
-    keeps: bool
-    up: bool | None = None
-
-    @property
-    def dU(self) -> bool:
-        """Return whether dU goes through G."""
-        return self.factors if self.up is None else self.up
+    dD: bool
+    dU: bool
+    dx: bool
+    keeps: bool = False
 
     @property
     def entirely(self) -> bool:
         """Return whether nothing goes through rank R."""
-        return self.y and self.factors and self.dU and self.x
+        return all(self[:4])
 
     def __str__(self) -> str:
-        both = (("dD and dU", self.factors),) if self.factors == self.dU else (("dD", self.factors), ("dU", self.dU))
-        large = [name for name, yes in (("y", self.y), *both, ("dx", self.x)) if yes]
+        large = [name for name, yes in zip(("y", "dD", "dU", "dx"), self, strict=False) if yes]
         return f"{', '.join(large) or 'nothing'} through matrices as large as W"
 
 
 LOW_RANK = Form(False, False, False, False)
+QUICKEST: dict[tuple, Form] = {}  # by precision, device and shapes
 FORWARDS = {"F1": False, "F2": True}  # the paper's names: whether y goes through V
-BACKWARDS = {  # whether dD, dU go through G, and dx through V
+BACKWARDS = {  # whether dD and dU go through G, and dx through V
     "B1": (False, False, False),
     "B2": (False, True, False),
     "B3": (True, True, False),
@@ -84,33 +78,17 @@ BACKWARDS = {  # whether dD, dU go through G, and dx through V
 
 
 def named(name: str) -> Form:
-    """The form that the paper calls so, such as `F2B5`; V is made again for dx, as there.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The form that the paper calls so, such as `F2B5`; V is made again for dx, as there."""
     forward, backward = name[:2].upper(), name[2:].upper()
     if forward not in FORWARDS or backward not in BACKWARDS:
         raise ValueError(f"got the form {name!r}, wanted F1 or F2 and B1 to B8 in one word, such as F2B5")
-    down, up, x = BACKWARDS[backward]
-    return Form(FORWARDS[forward], down, x, False, None if up == down else up)
+    return Form(FORWARDS[forward], *BACKWARDS[backward])
 
 
-def operations(name: str, rows: int, width: int, out: int, rank: int) -> tuple[int, int]:
-    """The paper's table: floating-point operations of the forward and of the backward of a named form, the frozen
-    layer's among them. b, n, m, r there are `rows`, `width`, `out`, `rank`; what is counted twice is a product that a
-    backward makes again."""
-    form = named(name)
-    frozen, V = rows * width * out, rank * width * out
-    z, t = rows * rank * width, rows * rank * out
-    forward = frozen + (V if form.y else z + t)
-    backward = frozen + (V if form.x else z)  # dx
-    if not (form.factors and form.x):
-        backward += t  # t, of dD and dx
-    if form.factors or form.dU:
-        backward += frozen  # G
-    backward += (V if form.factors else z) + (V if form.dU else z + t)
-    return 2 * forward, 2 * backward
+def forms(for_x: bool, for_factors: bool) -> list[Form]:
+    """Those of one way to dD and dU, for the gradients that are wanted."""
+    every = [Form(y, factors, factors, x) for y, factors, x in product((False, True), repeat=3)]
+    return [form for form in every if (form.dD or for_factors) and (form.dx or for_x)]
 
 
 def cost(
@@ -121,17 +99,17 @@ def cost(
     stack, products = (0, parts) if parts == 1 or form.entirely else (2, 1)  # D and U are put together, or not
     total, launches = (V, stack + products) if form.y else (z + t, stack + 2)
     if for_factors:
-        large = (form.factors, form.dU)
+        large = (form.dD, form.dU)
         total += rows * width * out * any(large) + rank * width * out * sum(large)
         launches += any(large) + parts * sum(large)
-        total += (0 if form.factors else z + t) + (0 if form.dU else t + (z if form.y else 0))
-        launches += (0 if form.factors else 2) + (0 if form.dU else 1 + form.y) + (0 if all(large) else stack)
-    if for_x and form.x:
+        total += (0 if form.dD else z + t) + (0 if form.dU else t + (z if form.y else 0))
+        launches += (0 if form.dD else 2) + (0 if form.dU else 1 + form.y) + (0 if all(large) else stack)
+    if for_x and form.dx:
         total += 0 if form.keeps else V
         launches += 0 if form.keeps else products
     elif for_x:
-        total += z + (t if form.factors else 0)
-        launches += 2 if form.factors else 1
+        total += z + (t if form.dD else 0)
+        launches += 2 if form.dD else 1
     return total + LAUNCH * launches
 
 
@@ -148,11 +126,40 @@ def cheapest(
     """
     low_rank_keeps = (rows * rank if for_factors else 0) + (rank * (width + out) if parts > 1 else 0)
     may_keep = for_x and width * out <= max(low_rank_keeps, SMALL)
-    every = [Form(y, factors, x, may_keep and y and x) for y, factors, x in product((False, True), repeat=3)]
-    forms = [form for form in every if (form.factors or for_factors) and (form.x or for_x)]
-    best = min(forms, key=lambda form: cost(form, rows, width, out, rank, parts, for_x, for_factors))
-    log.debug("%d rows, %d to %d features, rank %d: %s", rows, width, out, rank, best)
-    return best
+    allowed = [form._replace(keeps=may_keep and form.y and form.dx) for form in forms(for_x, for_factors)]
+    return min(allowed, key=lambda form: cost(form, rows, width, out, rank, parts, for_x, for_factors))
+
+
+def quickest(op: LinearOp) -> Form:
+    """The form that is the quickest on an operation, measured once in a process for its shapes.
+
+    It may be another in the next run, and forms differ in rounding: a run that has to be repeated or resumed bit for
+    bit leaves the choice to the count of operations, or names a form.
+    """
+    kind = op.x.dtype, op.x.device, op.bias is None, *shape_of(op)
+    if kind not in QUICKEST:
+        x, *parts = (part.detach().requires_grad_(part.requires_grad) for part in (op.x, *op.D, *op.U))
+        op = op._replace(x=x, D=parts[: len(op.D)], U=parts[len(op.D) :])
+        times = {form: min(seconds(op, form) for _ in range(ROUNDS)) for form in forms(*shape_of(op)[-2:])}
+        QUICKEST[kind] = min(times, key=times.__getitem__)
+    return QUICKEST[kind]
+
+
+def seconds(op: LinearOp, form: Form) -> float:
+    """The time of a forward and backward: of this thread on a CPU, where a busy machine does not count."""
+    if op.x.is_cpu:
+        clock = time.thread_time
+    else:
+        clock = time.perf_counter
+        torch.get_device_module(op.x.device).synchronize()
+    began = clock()
+    y, _ = runlora_linear(op, form)
+    if y.requires_grad:
+        wanted = [tensor for tensor in (op.x, *op.D, *op.U) if tensor.requires_grad]
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+    if not op.x.is_cpu:
+        torch.get_device_module(op.x.device).synchronize()
+    return clock() - began
 
 
 def fits(op: LinearOp) -> bool:
@@ -225,7 +232,7 @@ class WholeLinear(torch.autograd.Function):
             pairs = side_by_side(parts[:half], parts[half:]) if parts else pairs
         D, U = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))
-        low_D, low_U, low_x = for_factors and not form.factors, for_factors and not form.dU, for_x and not form.x
+        low_D, low_U, low_x = for_factors and not form.dD, for_factors and not form.dU, for_x and not form.dx
         if low_D or low_x:
             t = scaled_product(g, U[0], scaling)
         dx = None

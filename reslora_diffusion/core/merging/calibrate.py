@@ -30,11 +30,7 @@ STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers ta
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)`: what runs a model on a batch if nothing else is given.
-
-    Raises:
-        TypeError: the batch does not have names.
-    """
+    """`model(**batch)`: what runs a model on a batch if nothing else is given."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"got a batch of type {type(batch).__name__}, wanted a dict for model(**batch), or `forward`")
     return model(**batch)
@@ -73,7 +69,7 @@ def observe(
     With `resume_file`, sums are saved there as they grow, and batches that are in it already are not run again.
     """
     adapter.require_active()
-    done = observer.load(resume_file, adapter_device(adapter)) if resume_file else 0
+    done = observer.load(resume_file, adapter.lora_A(next(iter(adapter.layers))).device) if resume_file else 0
     count = 0
     adapter.observer = observer
     gates, adapter.gates = adapter.gates, {}  # what is merged is every block
@@ -94,10 +90,6 @@ def observe(
         observer.save(resume_file, count)
     observer.all_reduce()
     return count
-
-
-def adapter_device(adapter: Adapter) -> torch.device:
-    return adapter.factors(next(iter(adapter.layers)))[0].device
 
 
 def passes(adapter: Adapter, limit: int) -> list[list[str]]:
@@ -144,10 +136,8 @@ def calibrate(
     adapter = get_adapter(model, adapter_name)
     if not needs_calibration(adapter):
         return
-    groups = passes(adapter, statistics_bytes)
     by_norms = adapter.config.merge_method == MergeMethod.PAPER_INPUT
-    if by_norms:
-        groups = [list(adapter.sites)]
+    groups = [list(adapter.sites)] if by_norms else passes(adapter, statistics_bytes)
     if len(groups) > 1 and not isinstance(batches, Sequence):
         raise ValueError(
             f"the statistics take {len(groups)} passes over the batches (statistics_bytes={statistics_bytes}); got "

@@ -57,7 +57,7 @@ def least_squares(adapter: Adapter, site: Site, moments: Moments) -> Tensor:
     for _, reader in neighbours(adapter, site):
         other = to_float64(adapter.lora_A(reader).detach()).to(guess.device)
         guess += float(moments.alignment(site.name, reader)) * other
-    return least_squares_correction(guess, moments.second_of(site.name), moments.cross[site.name])
+    return least_squares_correction(guess, moments.second[site.name], moments.cross[site.name])
 
 
 def paper_input(adapter: Adapter, site: Site, norms: Norms) -> Tensor:
@@ -87,11 +87,7 @@ def paper_weight(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def corrections_of(adapter: Adapter) -> dict[str, Tensor]:
-    """C of every layer by the configured method.
-
-    Raises:
-        ValueError: the method needs `calibrate` first.
-    """
+    """C of every layer by the configured method; raises `ValueError` where that needs `calibrate` first."""
     settle(adapter)
     method = MergeMethod(adapter.config.merge_method)
     if adapter.merges_exactly or method is MergeMethod.DROP:

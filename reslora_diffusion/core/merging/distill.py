@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rules import DEFAULT_ADAPTER
-from ..adapter import Adapter
 from ..attach import get_adapter
 from ..config import MergeMethod
 from ..sharding import is_distributed
@@ -84,11 +83,23 @@ def distill(
         raise ValueError("distill: " + "; ".join(problems))
     held_out, train = list(batches[::HELD_OUT]), [b for n, b in enumerate(batches) if n % HELD_OUT]
     student = {name: f._replace(lora_A=at_least_float32(f.lora_A)) for name, f in joined_factors(adapter).items()}
-    with evaluating(model):
-        before = mean_distance(adapter, student, model, held_out, output, distance)
+
+    def apart(batch: Any) -> Tensor:
+        """d between the student, which the model computes as, and the unmerged model."""
+        with torch.no_grad(), computing_as(adapter, None):
+            target = output(model, batch)
+        return distance(output(model, batch), target)
+
+    def held_out_mean() -> float:
+        mean = torch.stack([apart(batch) for batch in held_out]).float().mean()
+        average([mean])
+        return mean.item()
+
+    with evaluating(model), computing_as(adapter, student):  # in backward too: checkpointing computes parts again
+        before = held_out_mean()
         with torch.enable_grad():
-            descend(adapter, student, model, train, output, distance, steps, learning_rate, before)
-        after = mean_distance(adapter, student, model, held_out, output, distance)
+            descend([f.lora_A for f in student.values()], apart, train, steps, learning_rate, before)
+        after = held_out_mean()
     kept = after < before
     if kept:
         adapter.calibration = {
@@ -99,52 +110,27 @@ def distill(
 
 
 def descend(
-    adapter: Adapter,
-    student: dict,
-    model: nn.Module,
+    leaves: list[Tensor],
+    loss: Callable[[Any], Tensor],
     batches: Sequence[Any],
-    output: Output,
-    distance: Distance,
     steps: int,
     learning_rate: float,
     scale: float,
 ) -> None:
-    """Move every `lora_A` of `student`, in place; the distance is divided by `scale`, which half precision bears."""
-    leaves = [f.lora_A.requires_grad_() for f in student.values()]
-    groups = [{"params": [A], "lr": learning_rate * A.detach().square().mean().sqrt().item()} for A in leaves]
+    """Move every `lora_A`, in place; the loss is divided by `scale`, which half precision bears."""
+    groups = [
+        {"params": [A.requires_grad_()], "lr": learning_rate * A.detach().square().mean().sqrt().item()} for A in leaves
+    ]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        batch = batches[step % len(batches)]
-        target = teach(model, batch, output)
-        with computing_as(adapter, student):  # the backward too: checkpointing computes parts again in it
-            distance(output(model, batch), target).div(scale or 1.0).backward(inputs=leaves)
+        loss(batches[step % len(batches)]).div(scale or 1.0).backward(inputs=leaves)
         average([A.grad for A in leaves if A.grad is not None])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     for A in leaves:
         A.requires_grad_(False)
-
-
-@torch.no_grad()
-def teach(model: nn.Module, batch: Any, output: Output) -> Tensor:
-    """Output of the unmerged model."""
-    return output(model, batch)
-
-
-def mean_distance(
-    adapter: Adapter, student: dict, model: nn.Module, batches: list, output: Output, distance: Distance
-) -> float:
-    """d over batches."""
-    values = []
-    for batch in batches:
-        target = teach(model, batch, output)
-        with computing_as(adapter, student):
-            values.append(distance(output(model, batch), target))
-    mean = torch.stack(values).float().mean()
-    average([mean])
-    return mean.item()
 
 
 def at_least_float32(value: Tensor) -> Tensor:

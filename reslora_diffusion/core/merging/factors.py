@@ -5,12 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...plain_lora import changes_the_base
-from ...rules import VARIANTS
-from ...utils.problems import listing
 from ..adapter import Adapter
 from ..chains import Site
 from ..dora import magnitude_of
@@ -58,11 +55,7 @@ def joined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
 
 
 def unjoined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
-    """The plain LoRA of the layers that no shortcut joins, such as convolutions.
-
-    Raises:
-        ValueError: a layer's adapter is not two factors of a linear map; all such layers are named.
-    """
+    """The plain LoRA of the layers that no shortcut joins, such as convolutions, if all of them are two factors."""
     problems = [f"  - {name}: {other.kind}" for name, other in adapter.unjoined.items() if not other.has_factors]
     if problems:
         raise ValueError("\n".join([f"{MORE_THAN_FACTORS.format(adapter=adapter.adapter_name)}:", *problems]))
@@ -94,35 +87,9 @@ def refuse_more_than_factors(config: LoraConfig) -> None:
         )
 
 
-def plain_lora_factors(model: nn.Module, adapter_name: str) -> dict[str, LoraFactors]:
-    """The factors of a plain LoRA adapter, made by PEFT's `LoraConfig`, by module path.
-
-    Raises:
-        ValueError: there is no such adapter, or it is more than factors of linear layers and convolutions.
-    """
-    layers: dict[str, Any] = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}
-    }
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA adapter {adapter_name!r}")
-    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
-    refuse_more_than_factors(config)
-    more = [name for name in VARIANTS if getattr(config, name, None)]
-    more += [
-        name
-        for name, layer in layers.items()
-        if adapter_name in layer.lora_embedding_A or isinstance(layer, ParamWrapper) or layer.lora_bias[adapter_name]
-    ]
-    if more:
-        raise ValueError(f"{MORE_THAN_FACTORS.format(adapter=adapter_name)}: {listing(more)}")
-    return {name: factors_of(layer, adapter_name) for name, layer in layers.items()}
-
-
 @contextmanager
-def computing_as(adapter: Adapter, factors: dict[str, LoraFactors]) -> Iterator[None]:
-    """Inside, the layers that shortcuts may join compute plain LoRA with these factors."""
+def computing_as(adapter: Adapter, factors: dict[str, LoraFactors] | None) -> Iterator[None]:
+    """Inside, the layers that shortcuts may join compute plain LoRA with these factors; with None, as trained."""
     before, adapter.merged = adapter.merged, factors
     try:
         yield

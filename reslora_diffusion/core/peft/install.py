@@ -28,9 +28,6 @@ def install(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> Non
 
     Args:
         configs: `peft_config` of the model.
-
-    Raises:
-        ValueError: layers are of kinds that cannot carry a shortcut.
     """
     config: ResLoraConfig = configs[adapter_name]
     layers: dict[str, LoraLayer] = {}

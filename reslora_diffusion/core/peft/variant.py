@@ -62,11 +62,7 @@ class ResLoraVariant(LoraVariant):
 
 
 def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tensor:
-    """Change of `weight` [out, in] by merging a DoRA. Its norms leave out other adapters that are merged already.
-
-    Raises:
-        RuntimeError: a process holds only a part of the weight.
-    """
+    """Change of `weight` [out, in] by merging a DoRA. Its norms leave out other adapters that are merged already."""
     if is_sharded(weight):
         raise RuntimeError(SHARDED)
     (A, B, scaling), magnitude = factors, factors.magnitude
