@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import nn
 
 from models import LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
@@ -237,6 +238,14 @@ def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypat
     for name, factors in merged_factors(whole).items():
         assert torch.allclose(factors.lora_A, merged_factors(cut)[name].lora_A, atol=1e-12)
     assert [path.name for path in tmp_path.iterdir()] == ["sums-0-0.safetensors"]
+
+
+def test_sums_of_an_earlier_version_are_refused(tmp_path) -> None:
+    """There, layers that read one tensor had one sum."""
+    file = tmp_path / "sums-0-0.safetensors"
+    save_file({"second/model.layers.0.self_attn.q_proj": torch.ones(16, 16)}, file, metadata={"facts": "{}"})
+    with pytest.raises(ValueError, match=r"sums-0-0\.safetensors was written by an earlier version; remove it"):
+        calibrate(adapted("input"), BATCHES, forward, resume_file=tmp_path / "sums.safetensors")
 
 
 def test_moments_are_of_what_each_layer_has_read() -> None:

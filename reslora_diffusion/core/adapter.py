@@ -174,7 +174,7 @@ class Adapter(Shared):
         for layer_name, layer in self.layers.items():
             home, leaf = self.homes[layer_name]
             self.places += [(home._modules, leaf), (layer.lora_A._modules, name), (layer.lora_B._modules, name)]
-        self.placed = [modules.get(key) for modules, key in self.places]
+        self.placed: list[Any] = [modules.get(key) for modules, key in self.places]
 
     def refresh(self) -> None:
         """Link anew if something has put other factors into the layers: `update_layer`, EVA's initialisation, which

@@ -7,9 +7,9 @@ Functions that say they are reentrant are refused at once, others when a shortcu
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -18,16 +18,12 @@ from .forward_state import REENTRANT
 ATTRIBUTE = "_gradient_checkpointing_func"
 
 
-class HasContexts(Protocol):
-    def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]: ...
-
-
 class CoveredCheckpoint:
     """A checkpoint function that carries the values of shortcuts into the second run."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.adapters: list[HasContexts] = []
+        self.adapters: list[Any] = []  # of `core.adapter.Adapter`
 
     def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         pairs, ran = [adapter.context_fn() for adapter in self.adapters], False
@@ -48,7 +44,7 @@ def may_checkpoint(root: nn.Module) -> list[nn.Module]:
     return [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def cover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> None:
+def cover_checkpointing(modules: Iterable[nn.Module], adapter: Any) -> None:
     """Make those `modules` that checkpoint carry the adapter's values."""
     for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
@@ -63,7 +59,7 @@ def cover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> N
             function.adapters.append(adapter)
 
 
-def uncover_checkpointing(modules: Iterable[nn.Module], adapter: HasContexts) -> None:
+def uncover_checkpointing(modules: Iterable[nn.Module], adapter: Any) -> None:
     """Inverse of `cover_checkpointing`."""
     for module in modules:
         function = module.__dict__.get(ATTRIBUTE)

@@ -20,28 +20,25 @@ from torch import Tensor, nn
 from .functional import version_of
 
 REENTRANT = (
-    "reentrant activation checkpointing cuts the shortcuts between layers out of the gradient. Use non-reentrant "
-    'checkpointing, `gradient_checkpointing_kwargs={"use_reentrant": False}`, or shortcut="block"'
+    "reentrant activation checkpointing cuts the shortcuts between layers out of the gradient; use "
+    '`gradient_checkpointing_kwargs={"use_reentrant": False}`, or shortcut="block"'
 )
 OUTSIDE = (
-    "{layer} with shortcut {shortcut!r} ran outside a forward of {root}, where its predecessors would have run too. "
-    "Either it was called by itself, or it is recomputed by activation checkpointing that was not enabled through "
-    "`gradient_checkpointing_enable` / `enable_gradient_checkpointing`: pass `context_fn=get_adapter(model)."
-    'context_fn` to `torch.utils.checkpoint`, or use shortcut="block"'
+    "{layer} with shortcut {shortcut!r} ran outside a forward of {root}: by itself, or recomputed by activation "
+    "checkpointing that was not enabled through `gradient_checkpointing_enable` / `enable_gradient_checkpointing` "
+    '(pass `context_fn=get_adapter(model).context_fn` to `torch.utils.checkpoint`, or use shortcut="block")'
 )
 CHANGED = (
-    "what {layer} handed on was changed in place before the next layer of its chain read it. Change a copy of it, or "
+    "what {layer} handed on was changed in place before the next layer of its chain read it; change a copy of it, or "
     'use shortcut="block"'
 )
 TIED = (
-    "{layer} ran twice in one forward (layers that share their weights?): which run a shortcut should read is "
-    'undefined. Use shortcut="block" or plain LoRA for it'
+    "{layer} ran twice in one forward (layers that share their weights?), and a shortcut could read either run; use "
+    'shortcut="block" or plain LoRA for it'
 )
-
 THREADS = (
-    "two threads run a forward of one model with shortcuts at one time, and layers of one would read what those of "
-    "the other handed on. Let one wait (a lock), give each thread a copy (copy.deepcopy), merge the adapter first, or "
-    'use shortcut="block"'
+    "two threads run a forward of one model with shortcuts at one time; let one wait (a lock), give each thread a copy "
+    '(copy.deepcopy), merge the adapter first, or use shortcut="block"'
 )
 
 

@@ -109,8 +109,7 @@ def delta_weight(factors: LoraFactors) -> Tensor:
 
 def concatenated(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """`(A, B)` of sum_k B_k A_k, exactly: [R, in] and [out, R] with R the sum of the ranks."""
-    lora_A, lora_B = zip(*blocks, strict=True)
-    return side_by_side(lora_A, lora_B)
+    return side_by_side(*zip(*blocks, strict=True))
 
 
 def side_by_side(D: Sequence[Tensor], U: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

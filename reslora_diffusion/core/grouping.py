@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .functional import version_of
-from .kernels import can_be_grouped, grouped_linears, in_group, plain_reason
+from .kernels import KERNELS, Choice, can_be_grouped, grouped_linears, plain_reason
 from .layer import Prepared
 
 
@@ -35,7 +35,8 @@ def prepare(adapter: Adapter, names: Sequence[str], x: Tensor) -> None:
     layers = [layer for layer in layers if not layer.closed]  # which compute nothing that could be shared
     if len(layers) < 2:
         return
-    ops, version, choice = [layer.path.op(layer, x) for layer in layers], version_of(x), in_group(len(layers))
+    ops, version = [layer.path.op(layer, x) for layer in layers], version_of(x)
+    choice = Choice("grouped", f"{len(layers)} layers read one tensor", KERNELS["grouped"])
     if not can_be_grouped(ops):
         for layer in layers:
             adapter.context.retract(layer.name)

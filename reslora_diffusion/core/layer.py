@@ -194,7 +194,7 @@ class AdaptedLayer:
 
     def gated(self, D: Sequence[Tensor]) -> Sequence[Tensor]:
         """Down-projections times the layer's own gate."""
-        gate = self.shared.gates.get(self.name, 1.0)
+        gate = self.own_gate
         return D if self.closed or (isinstance(gate, float) and gate == 1) else [gate * A for A in D]
 
     @property

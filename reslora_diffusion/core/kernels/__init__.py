@@ -11,10 +11,8 @@ that knows nothing of adapters. `plain` is the definition, and the others are eq
     grouped    several operations that read one x          attention on a GPU (`core.grouping`)
     closed     nothing of low rank                         blocks whose gate is the number 0
 
-`runlora` computes the operations that `runlora.fits` accepts, every other kernel computes all. Against `plain` on one
-thread of a CPU (docs/LOG.md, "Kernels against the plain one"), a layer whose x has 2^15 elements or more takes 0.79 to
-0.98 of its time by `fused` and 0.84 to 0.98 by `runlora`; smaller layers take 0.98 to 1.08. `grouped` takes more (1.0
-to 1.25) and is chosen on a GPU alone, by counts of launches and bytes: no GPU has been timed.
+`runlora` computes the operations that `runlora.fits` accepts, every other kernel computes all. docs/LOG.md, "Kernels
+against the plain one", has what each gains: `grouped` is for a GPU alone, by counts of launches and bytes.
 """
 
 from functools import lru_cache, partial
@@ -31,7 +29,7 @@ from .grouped import can_be_grouped, grouped_linear, grouped_linears
 from .plain import closed_linear, plain_linear
 from .runlora import LOW_RANK, fits, named, quickest, runlora_linear, shape_of
 
-__all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "in_group", "plain_reason"]
+__all__ = ["KERNELS", "Choice", "can_be_grouped", "choose", "grouped_linears", "plain_reason"]
 
 KERNELS: dict[str, Kernel] = {
     "plain": plain_linear,
@@ -75,7 +73,7 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
         choice = by_cost(*shape_of(op))
     else:
         choice = FUSED
-    return choice if op.transform is None else transformed(choice)
+    return choice if op.transform is None else choice._replace(kernel=partial(with_transform, choice.kernel))
 
 
 def asked_for(wanted: str, op: LinearOp) -> Choice | None:
@@ -139,16 +137,6 @@ def by_cost(*shape: int) -> Choice:
 
 FUSED = Choice("fused", "one node for each layer", fused_linear)
 CLOSED = Choice("closed", "its gate is 0", closed_linear)
-
-
-def in_group(names: int) -> Choice:
-    """The kernel of operations that are computed together."""
-    return Choice("grouped", f"{names} layers read one tensor", grouped_linear)
-
-
-def transformed(choice: Choice) -> Choice:
-    """The same kernel, followed by the transform of the operation."""
-    return choice._replace(kernel=partial(with_transform, choice.kernel))
 
 
 def with_transform(kernel: Kernel, op: LinearOp) -> tuple[Tensor, Tensor | None]:

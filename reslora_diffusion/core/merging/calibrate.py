@@ -36,12 +36,6 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(**batch)
 
 
-def needs_calibration(adapter: Adapter) -> bool:
-    """Return whether merging depends on data."""
-    by_data = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
-    return not adapter.merges_exactly and adapter.config.merge_method in by_data
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no gradients and no dropout; every module is put back as it was."""
@@ -134,7 +128,8 @@ def calibrate(
             enough.
     """
     adapter = get_adapter(model, adapter_name)
-    if not needs_calibration(adapter):
+    by_data = (MergeMethod.LEAST_SQUARES, MergeMethod.PAPER_INPUT)
+    if adapter.merges_exactly or adapter.config.merge_method not in by_data:
         return
     by_norms = adapter.config.merge_method == MergeMethod.PAPER_INPUT
     groups = [list(adapter.sites)] if by_norms else passes(adapter, statistics_bytes)

@@ -36,11 +36,6 @@ def plain_factors(adapter: Adapter, site: Site, correction: Tensor | None) -> Lo
     return with_magnitude(plain, magnitude_of(adapter.layers[site.name], adapter.adapter_name))
 
 
-def merged_factors_of(adapter: Adapter, site: Site) -> LoraFactors:
-    """The plain LoRA of one layer."""
-    return plain_factors(adapter, site, corrections_while_merging(adapter)[site.name])
-
-
 def corrections_while_merging(adapter: Adapter) -> dict[str, Tensor]:
     """C of every layer, while some may be merged already: no C may depend on their merged weights."""
     if not any(adapter.adapter_name in layer.merged_adapters for layer in adapter.layers.values()):

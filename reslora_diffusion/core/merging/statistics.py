@@ -97,12 +97,12 @@ class Moments(Sums):
         self.sites = sites
         self.second, self.cross, self.inner = (self.sums[kind] for kind in ("second", "cross", "inner"))
         self.inputs: dict[str, Tensor] = {}  # of one batch
-        self.latest: tuple[Tensor | None, Tensor | None] = None, None  # x, and x x^T of its rows
+        self.latest: tuple[Tensor, Tensor] | None = None  # x, and x x^T of its rows
 
     def start_batch(self, mask: Tensor | None = None) -> None:
         super().start_batch(mask)
         self.inputs.clear()
-        self.latest = None, None
+        self.latest = None
 
     def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
         path = self.adapter.by_data
@@ -110,7 +110,7 @@ class Moments(Sums):
         if layer.name not in self.sites or not values:
             return
         rows = self.rows(x)
-        if self.latest[0] is not x:
+        if self.latest is None or self.latest[0] is not x:
             self.latest = x, rows.T @ rows
         self.add("second", layer.name, self.latest[1])
         lora_A = self.adapter.lora_A(layer.name).detach().to(rows.dtype)

@@ -8,7 +8,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..adapter import Adapter
 from ..config import Shortcut
 from .variant import find_adapter
 
@@ -68,7 +67,7 @@ def refuse_combination(model: nn.Module, adapters: list[str], combination_type: 
                 f"combination_type {combination_type!r} takes each layer's B A apart anew, and shortcut 'middle' "
                 "multiplies factors of several layers; wanted 'cat' or 'linear'"
             )
-        elif not all(scales_chains_evenly(one) for one in ours.values()):
+        elif any(len({one.layers[n].scaling[a] for n in chain}) > 1 for a, one in ours.items() for chain in one.joined):
             problems.append("shortcut 'middle' multiplies factors of several layers, whose scalings differ here")
     if problems:
         raise ValueError(
@@ -91,9 +90,3 @@ def refuse_shared_weights(model: nn.Module, adapters: Iterable[str]) -> None:
             f"{', '.join(shared[0][:3])} share one weight, and merging would add to it what each of them has learned; "
             "use the adapter unmerged, or train with layers of their own"
         )
-
-
-def scales_chains_evenly(adapter: Adapter) -> bool:
-    """Return whether the layers of each chain have one scaling."""
-    name = adapter.adapter_name
-    return all(len({adapter.layers[layer].scaling[name] for layer in chain}) == 1 for chain in adapter.joined)

@@ -11,7 +11,7 @@ from ..adapter import Adapter
 from ..arrivals import settle
 from ..dora import SHARDED, exact_dtype, row_norms
 from ..functional import LoraFactors, delta_weight
-from ..merging.factors import merged_factors_of
+from ..merging.factors import corrections_while_merging, plain_factors
 from ..sharding import is_sharded, placed_like
 
 
@@ -35,7 +35,8 @@ class ResLoraVariant(LoraVariant):
 
     def delta(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Change of `orig_weight` by merging, in its precision, orientation and placement."""
-        factors = merged_factors_of(self.adapter, self.adapter.sites[self.name])
+        correction = corrections_while_merging(self.adapter)[self.name]
+        factors = plain_factors(self.adapter, self.adapter.sites[self.name], correction)
         factors = factors._replace(scaling=module.scaling[active_adapter])
         transposed = getattr(module, "fan_in_fan_out", False)
         if factors.magnitude is not None:
