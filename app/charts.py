@@ -24,6 +24,7 @@ from .runs import Points, Run, thinned
 COLOURS = ("#0d9488", "#ea580c", "#8b5cf6", "#0284c7", "#db2777", "#65a30d", "#b45309", "#64748b")
 DASHES = ("", "6 2", "2 2", "8 2 2 2")
 TICKS = ".3~g"  # d3's: 0.34, and 3e-8 where decimals would fill the chart
+ROUNDING = 1e-6  # a merge gap below this is of float32
 SIZE = (4.8, 3.0)  # inches of a panel of the SVG
 STYLE = {
     "svg.fonttype": "none",
@@ -108,6 +109,8 @@ def panels(runs: Sequence[Run], keep: float) -> list[Panel]:
         for n, run in numbered
         if run.gaps and any(run.estimates for run in runs)
     ]
+    if all(abs(gap) < ROUNDING for line in gaps for _, gap in line.curve):
+        gaps = []  # a chart of rounding would look like one of a loss
     found = (
         Panel("loss", "Training loss", "faint: every step, bold: smoothed", losses),
         Panel("validation_loss", "Fixed-noise validation loss", "◇ as exported", fixed),

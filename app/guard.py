@@ -5,9 +5,11 @@ here (DNS rebinding). Such requests carry a foreign `Host` or `Origin`, and are 
 in a frame.
 """
 
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from urllib.parse import urlsplit
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,6 +46,18 @@ class Guard:
         if origin is not None and name_of_host(origin) not in self.hosts:
             return "This page takes requests of its own pages only."
         return None
+
+
+def guarded(hosts: Collection[str] | None) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """The lifespan of a server behind a guard. Middleware that is handed to Gradio stands behind its own, of which one
+    answers preflights, whatever name they come under; when the server starts, all of it is built."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.middleware_stack = Guard(app.middleware_stack, hosts)
+        yield
+
+    return lifespan
 
 
 def name_of_host(address: str) -> str | None:

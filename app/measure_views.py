@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .measures import DRIFT, Measure
 from .request import Column, CompareRequest
+from .run_views import said_gap
 from .sessions import Session
 from .verdict import Findings
 from .views import clamped, escaped, message, table, vote_result
@@ -61,7 +62,7 @@ def verdict(found: Findings | None) -> str:
         (name, difference, "" if name in found.shown else "not shown") for name, difference in found.differences.items()
     ]
     differences = table(("measure", "difference (95 % interval), n", ""), lines, "Row by row") if lines else ""
-    merges = "; ".join(f"{label} {gap}" for label, gap in found.gaps.items())
+    merges = "; ".join(f"{label} {said_gap(gap)}" for label, gap in found.gaps.items())
     gaps = message(f"Merge gap, as the files say: {merges}.") if merges else ""
     said = "\n".join([f"{found.first.label} against {found.second.label}", *found.sentences()])
     return f'<section aria-label="Verdict">{message(said)}{differences}{gaps}</section>'

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
-from starlette.middleware import Middleware
 
 from .bases import Bases
 from .compare import Comparer, load_pipeline
 from .foreign import ALONE
-from .guard import Guard
+from .guard import guarded
 from .page import build_demo
 from .sessions import Sessions
 from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
@@ -75,7 +74,7 @@ def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.B
         options: of `gr.Blocks.launch`.
     """
     alone = options.get("server_name", ALONE[0]) in ALONE and not options.get("share")
-    guard = Middleware(Guard, hosts={*ALONE, *map(str.lower, allowed_hosts)} if alone else None)
+    hosts = {*ALONE, *map(str.lower, allowed_hosts)} if alone else None
     studio.sessions.root.mkdir(parents=True, exist_ok=True)
     demo = build_demo(studio)
     demo.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
@@ -90,7 +89,7 @@ def launch(studio: Studio, allowed_hosts: Sequence[str] = (), **options) -> gr.B
         ssr_mode=False,
         strict_cors=True,
         show_error=True,
-        app_kwargs={"middleware": [guard]},
+        app_kwargs={"lifespan": guarded(hosts)},
         _frontend=False,  # Gradio would give the page up where a busy machine takes 3 s to answer
         **options,
     )

@@ -36,6 +36,7 @@ class Session:
     folder: Path
     base: str | None = None  # label of the chosen base; None is the one that the page was started with
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by label; what this visitor may choose from
+    removed: set[str] = field(default_factory=set)  # digests of adapters that this visitor took away
     request: CompareRequest | None = None
     cells: list[Cell] = field(default_factory=list)
     view: View = field(default_factory=View)
@@ -131,7 +132,30 @@ class Session:
         while label in self.adapters and self.adapters[label].sha256 != adapter.sha256:
             label, number = f"{shortened(adapter.label, MAX_LABEL - 5)} {number}", number + 1
         self.adapters[label] = Adapter(label, adapter.path, adapter.sha256)
+        self.removed.discard(adapter.sha256)
         return self.adapters[label]
+
+    def arrange(self, adapters: Sequence[Adapter]) -> None:
+        """Offer these, in this order; those of before that are not among them were taken away."""
+        self.removed |= {adapter.sha256 for adapter in self.adapters.values()} - {a.sha256 for a in adapters}
+        self.adapters = {adapter.label: adapter for adapter in adapters}
+        self.store_list()
+
+    def store_list(self) -> None:
+        if self.visit:
+            self.visit.write_list([*self.adapters.values()], self.removed)
+
+    def restore_list(self, at_hand: Sequence[Adapter]) -> None:
+        """Names, order and absence of adapters as the visit left them; `at_hand` are files that may be among them. Those
+        that the visit does not know come last."""
+        pairs, removed = self.visit.listed()
+        paths = {adapter.sha256: adapter.path for adapter in at_hand} | self.paths
+        known = {digest for digest, _ in pairs} | removed
+        others = [adapter for adapter in self.adapters.values() if adapter.sha256 not in known]
+        self.adapters = {}
+        for adapter in (*(Adapter(label, paths[d], d) for d, label in pairs if d in paths), *others):
+            self.add_adapter(adapter)
+        self.removed = removed
 
     @property
     def paths(self) -> dict[str, str]:

@@ -78,15 +78,20 @@ class Studio:
         gaps = {}
         for column in session.request.columns:
             with suppress(ValueError):
-                if column.adapter and (gap := self.merge_gap(column.adapter)):
+                if column.adapter and (gap := self.merge_gap(column.adapter)) is not None:
                     gaps[column] = gap
         return findings(session.request, session.measured, session.ballot, gaps)
 
-    def merge_gap(self, adapter: Adapter) -> str | None:
-        """The merge gap in the header of an adapter's file; None where the file is gone."""
+    def merge_gap(self, adapter: Adapter) -> float | None:
+        """The merge gap in the header of an adapter's file; None where the file is gone or has none.
+
+        Raises:
+            ValueError: the header has something else in its place.
+        """
         if not adapter.path or not Path(adapter.path).is_file():
             return None
-        return self.comparer.shelf.card(Path(adapter.path)).inspection.facts.get("merge gap")
+        said = self.comparer.shelf.card(Path(adapter.path)).inspection.facts.get("merge gap")
+        return None if said is None else float(said)
 
     def run_folders(self) -> dict[str, Path]:
         return find_runs(self.runs)

@@ -30,7 +30,7 @@ class Findings:
     ballot: Ballot | None  # as far as its result was looked at
     early: bool  # which was before the round's end
     differences: dict[str, Figure]
-    gaps: dict[str, str]
+    gaps: dict[str, float]
 
     @property
     def shown(self) -> dict[str, Figure]:
@@ -67,7 +67,7 @@ class Findings:
 
 
 def findings(
-    request: CompareRequest, measured: Sequence[Measure], ballot: Ballot | None, gaps: Mapping[Column, str]
+    request: CompareRequest, measured: Sequence[Measure], ballot: Ballot | None, gaps: Mapping[Column, float]
 ) -> Findings | None:
     """On the columns that were voted on, else the last two of one strength; None where there is nothing to say."""
     voted = ballot if ballot and ballot.request is request and ballot.seen else None

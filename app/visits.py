@@ -8,6 +8,7 @@
                                                     votes.json       the round: pairs, sides, votes
                                                     measures.json    its figures
                                adapters/<sha256>.safetensors, adapters.json    the files that were added
+                               list.json             names and order of the adapters to choose from; those taken away
                                references/<number>.png    the visitor's own images to vote by
 
 The key is random, lives in one tab of a browser (`sessionStorage`), and outlives reloads of it and the server. Who does
@@ -18,7 +19,7 @@ comparisons those before the last MOST_COMPARISONS.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -39,7 +40,7 @@ MOST = 64
 COMPARISONS, REFERENCES = "comparisons", "references"
 MOST_COMPARISONS = 12
 FIELDS, BASE, CURRENT, ADAPTERS = "fields.json", "base.json", "current.json", "adapters.json"
-VOTES, MEASURES = "votes.json", "measures.json"
+VOTES, MEASURES, LIST = "votes.json", "measures.json", "list.json"
 # As `forms.fields_of` gives them.
 FIELD_TYPES = (str, str, str, list, str, bool, str, (int, float), (int, float), str, str, str, str, str, bool)
 
@@ -228,10 +229,22 @@ class Visit:
         self.write(ADAPTERS, {a.sha256: a.label for a in (*kept, adapter)})
         return Adapter(adapter.label, str(path), adapter.sha256)
 
-    def write_labels(self, adapters: Iterable[Adapter]) -> None:
-        """Added files go by the names and in the order of these; those that are not among them are gone."""
+    def write_list(self, adapters: Sequence[Adapter], removed: Collection[str]) -> None:
+        """The adapters to choose from, in their order, and digests of those taken away. Added files that are not among
+        them are gone."""
+        self.write(LIST, {"adapters": [[a.sha256, a.label] for a in adapters], "removed": sorted(removed)})
         stored = {adapter.sha256 for adapter in self.adapters()}
         self.write(ADAPTERS, {a.sha256: a.label for a in adapters if a.sha256 in stored})
+
+    def listed(self) -> tuple[list[tuple[str, str]], set[str]]:
+        """(digest and name of each adapter in the list, digests of those taken away); nothing where no list is."""
+        data = self.read(LIST)
+        try:
+            pairs = [(digest, label) for digest, label in data["adapters"]]
+            words = [word for pair in pairs for word in pair] + data["removed"]
+        except (TypeError, KeyError, ValueError):
+            return [], set()
+        return (pairs, {*data["removed"]}) if all(isinstance(word, str) for word in words) else ([], set())
 
     def adapters(self) -> list[Adapter]:
         labels = self.read(ADAPTERS)

@@ -578,8 +578,16 @@ def test_adapters_are_renamed_moved_and_removed(visit):
     fill(page, "new_name", "ours")
     page.click("#rename")
     expect(page.get_by_role("checkbox", name="ours", exact=True)).to_be_checked()
+    page.reload()
+    eventually(page, lambda: page.evaluate(names) == ["ours", "lora"])
+    expect(page.get_by_role("checkbox", name="ours", exact=True)).to_be_checked()
+    unfold(page, "Rename, reorder")
+    choose(page, "one_adapter", "ours")
     page.click("#remove")
     eventually(page, lambda: page.evaluate(names) == ["lora"])
+    page.reload()
+    arrived(page)
+    assert page.evaluate(names) == ["lora"]
 
 
 def test_steps_along_the_columns_and_guidance_along_the_rows(visit):

@@ -503,6 +503,8 @@ def test_requests_under_foreign_names_are_refused(address, headers, status):
     assert answer.status_code == status
     upload = post(f"{address}gradio_api/upload", headers=headers, files={"files": ("a.txt", b"a")})
     assert upload.status_code == status
+    preflight = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "POST"} | headers
+    assert httpx.options(f"{address}gradio_api/upload", headers=preflight, timeout=PATIENCE).status_code == status
     if status == 200:
         assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
         assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"]
@@ -612,8 +614,8 @@ def event_of(address: str, output: str, trigger: str) -> int:
     )
 
 
-def ask(address: str, event: int, data: list, visitor: str) -> None:
-    asked = {"fn_index": event, "session_hash": visitor, "data": data}
+def ask(address: str, event: int, data: list, visitor: str, **said: object) -> None:
+    asked = {"fn_index": event, "session_hash": visitor, "data": data, "event_data": said}
     assert post(f"{address}gradio_api/queue/join", json=asked).status_code == 200
 
 
@@ -639,6 +641,17 @@ def test_an_event_that_was_triggered_earlier_does_not_replace_the_answer_of_a_la
     assert "sha256" in asked_of(address, "card", "card_adapter", ["lora", 20])[1]
     assert "value" not in asked_of(address, "card", "card_adapter", ["reslora", 10])[1]
     assert "reslora" in asked_of(address, "card", "card_adapter", ["reslora", 30])[1]
+
+
+def test_an_event_without_outputs_that_comes_late_has_no_answer(address, recwarn):
+    """Gradio warns of values that no output is for."""
+    config = get(f"{address}config").json()
+    [grid] = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "grid"]
+    [looked] = [e["id"] for e in config["dependencies"] if not e["outputs"] and [grid, "click"] in e["targets"]]
+    for when in (20, 10):
+        ask(address, looked, [when], "late", page=0)
+        assert list(answers_to(address, "late")) == [[]]
+    assert not [warning for warning in recwarn if "too many output values" in str(warning.message)]
 
 
 def test_an_answer_that_is_overtaken_on_its_way_is_not_shown(address, monkeypatch):

@@ -110,6 +110,8 @@ def test_the_merge_gap_is_one_number_in_chart_and_table(race):
     assert run.gaps == [(10, 0.05), (20, pytest.approx(0.01))]
     assert run_views.said_gap(run.gaps[-1][1]) in run_views.merges([run])
     assert panels([run], 0.9)[-1].name == "merge_gap"
+    with_estimates(folder, {10: -3e-8, 20: 0.0}, {"loss_trained": 0.2, "loss_merged": 0.2 + 6e-8, "step": 20})
+    assert all(panel.name != "merge_gap" for panel in panels([read_run("reslora", folder)], 0.9))
 
 
 def test_a_report_is_of_its_own_step_when_training_has_gone_on(race):

@@ -74,7 +74,7 @@ def test_measures_are_compared_row_by_row():
     """Rows differ by ten times the difference, which shows all the same; unpaired intervals would overlap."""
     measure = measured("subject likeness", 0.05)
     assert measure.figure(LORA).high > measure.figure(RESLORA).low
-    found = findings(REQUEST, [measure, measured("diversity", 0.0)], None, {LORA: "0.0"})
+    found = findings(REQUEST, [measure, measured("diversity", 0.0)], None, {LORA: 0.0, RESLORA: 5.96e-08})
     assert found.differences["subject likeness"].mean == pytest.approx(-0.05, abs=0.01)
     assert list(found.shown) == ["subject likeness"]
     (said,) = found.sentences()
@@ -82,7 +82,8 @@ def test_measures_are_compared_row_by_row():
     assert said.endswith("by chance in 10% of comparisons of equals).")
     page = measure_views.verdict(found)
     assert "<b>reslora" not in page
-    assert "lora × 1 0.0" in page
+    assert "lora × 1 none" in page
+    assert "reslora × 1 +6.0e-08" in page
     assert page.count("not shown") == 1
 
 

@@ -13,7 +13,8 @@ from app.measures import measure
 from app.output import png
 from app.request import Adapter, CompareRequest
 from app.saved import SETTINGS, View, open_saved, saved_cells, saved_view
-from app.visits import CURRENT, FIELDS, MEASURES, MOST, MOST_COMPARISONS, VOTES, Visits
+from app.sessions import Session
+from app.visits import CURRENT, FIELDS, LIST, MEASURES, MOST, MOST_COMPARISONS, VOTES, Visits
 from app.votes import Choice, make_ballot
 
 KEY = "0123456789abcdef" * 2
@@ -77,14 +78,38 @@ def test_fields_and_files_are_kept(visit, tmp_path):
     assert visit.fields() == TYPED
 
 
+def test_the_list_of_adapters_comes_back_as_it_was_left(tmp_path, visit):
+    """Names, order, and that one was taken away; what a run has brought since then is there too."""
+    one, two, three, four = (Adapter(name, f"/runs/{name}", name[0] * 64) for name in ("one", "two", "three", "four"))
+    three = dataclasses.replace(three, sha256="3" * 64)
+
+    def comes(*of_runs: Adapter) -> Session:
+        session = Session(tmp_path, visit=Visits(tmp_path / "visits").of(KEY))
+        for adapter in of_runs:
+            session.add_adapter(adapter)
+        session.restore_list([three])
+        return session
+
+    session = comes(one, two)
+    session.arrange([session.add_adapter(three), dataclasses.replace(two, label="mine")])
+    again = comes(one, two, four)
+    assert [*again.adapters] == ["three", "mine", "four"]
+    assert [adapter.path for adapter in again.adapters.values()] == [three.path, two.path, four.path]
+    assert again.removed == {one.sha256}
+    again.add_adapter(one)
+    again.store_list()
+    assert [*comes(one, two, four).adapters] == ["three", "mine", "four", "one"]
+
+
 @pytest.mark.parametrize("content", ["", "[", "[" * 100_000, "{}", "[1]", json.dumps([*TYPED[:-1], "\ud800"]), "null"])
 def test_what_cannot_be_read_is_left_out(visit, content):
     visit.show(ASKED, cells_of(ASKED), "base", View())
-    for name in (FIELDS, CURRENT, "adapters.json", *(visit.current / name for name in (SETTINGS, VOTES, MEASURES))):
+    for name in (FIELDS, CURRENT, LIST, "adapters.json", *(visit.current / name for name in (SETTINGS, VOTES, MEASURES))):
         (visit.folder / name).write_text(content)
     assert visit.fields() is None
     assert visit.ballot(ASKED, cells_of(ASKED)) is None
     assert visit.adapters() == []
+    assert visit.listed() == ([], set())
     assert visit.measures(ASKED) == []
     assert visit.history() == []
 

@@ -62,7 +62,8 @@ const viewer = (() => {
   }
 
   function keyed(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches('select')) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches('select') && event.key !== ' ') return; // it has arrows and letters of its own
     const {rows, columns} = counts(), sliding = event.target.matches('.split');
     const side = event.shiftKey ? 'left' : 'right';
     const step = (name, by, count) => change({[name]: (state[name] + by + count) % count});
@@ -119,7 +120,7 @@ const viewer = (() => {
 
   function place() {
     const moved = `translate(${state.x}px, ${state.y}px) scale(${state.zoom})`;
-    for (const image of dialog.querySelectorAll('.pane > *')) image.style.transform = moved;
+    for (const image of dialog.querySelectorAll('.pane > :is(img, canvas)')) image.style.transform = moved;
     const stage = dialog.querySelector('.stage');
     stage.style.setProperty('--split', `${state.split}%`);
     stage.classList.toggle('turned', state.turned);

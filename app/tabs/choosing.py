@@ -57,6 +57,7 @@ def added(studio: Studio, paths: dict[str, Path], uploaded: bool, session: Sessi
             joined.append(own.label)
         else:
             problems.append("\n".join([f"{name} does not fit the loaded base:", *card.mismatches]))
+    session.store_list()
     if problems:
         gr.Warning(views.plain("\n".join(problems)), duration=None, title="Not added")
     return joined
@@ -96,9 +97,7 @@ def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
         return label
 
     def rearranged(session: Session, adapters: list, chosen: list[str], label: str | None) -> list:
-        session.adapters = {adapter.label: adapter for adapter in adapters}
-        if session.visit:
-            session.visit.write_labels(session.adapters.values())
+        session.arrange(adapters)
         return [fields.choices(session, chosen), gr.Dropdown(choices=list(session.adapters), value=label)]
 
     def renamed(session: Session, label: str | None, text: str, chosen: list[str]) -> list:

@@ -186,14 +186,17 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         for adapter in visit.adapters() if visit else ():
             session.add_adapter(adapter)
         session.references = visit.references() if visit else []
-        if not visit or not (files := visit.comparison()):
-            return False
+        restored = bool(visit and (files := visit.comparison()))
         try:
-            opened(studio, session, files)
+            if restored:
+                opened(studio, session, files)
+                with_its_round(session)
         except ValueError:
-            return False
-        with_its_round(session)
-        return True
+            restored = False
+        if visit:
+            absent = {digest for digest, _ in visit.listed()[0]} - {*session.paths}
+            session.restore_list(studio.adapters_by_content(absent) if absent else [])
+        return restored
 
     def change_base(session: Session, label: str, chosen: list[str]) -> list:
         """Adapters that do not fit stay in the list of files, and are not chosen; the images stay those of the old."""

@@ -70,17 +70,18 @@ class Latest:
             options: those of gradio that differ from those of quick events.
         """
         ids = tuple(output._id for output in outputs)
+        nothing = SKIP if ids else None  # gradio warns of a value that no output is for
 
         def answered(session: Session, values: Sequence, *event: gr.EventData) -> Any:
             *values, when = values
             with session.turn if in_turn or adds else nullcontext():
                 if in_turn and session.has_later(ids, when):
-                    return SKIP
+                    return nothing
                 found = fn(session, *values, *event)
                 if in_turn:
                     session.shows(ids, when)
                 if is_skip(found):
-                    return SKIP
+                    return nothing
                 answers = found if isinstance(found, list) else [found][: len(ids)]
                 pairs = zip(ids, answers, strict=True)
                 shown = [is_skip(value) or session.shows(output, when, in_turn or adds) for output, value in pairs]

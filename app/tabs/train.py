@@ -185,6 +185,8 @@ def train_tab(
                 card = studio.comparer_of(session).shelf.card(file, run_views.adapter_label(training, file))
                 if not card.fits:
                     raise ValueError("\n".join(card.mismatches))
+                if card.adapter.sha256 in session.removed and not ended:
+                    continue
             except ValueError as problem:
                 gr.Warning(views.plain(problem), duration=None)
                 continue

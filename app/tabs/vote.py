@@ -39,7 +39,7 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
     with gr.Accordion("Images to vote by", open=False):
         own = image_files("Images of my own", "vote_references", 120)
     subject = gr.HTML(elem_id="vote_subject", padding=False)
-    pair = gr.HTML(elem_id="vote_pair", min_height=64, padding=False)
+    pair = gr.HTML(elem_id="vote_pair", padding=False)
     with gr.Row(elem_classes="verdicts"):
         buttons = {
             choice: gr.Button(f"{name}  ({KEYS[choice]})", interactive=False, elem_id=IDS[choice], min_width=70)
