@@ -7,6 +7,7 @@ noise of a row is the same tensor in every column and on every machine.
 Generating order is row by row, so that a cancelled comparison still has whole rows to look at.
 """
 
+import copy
 import inspect
 import threading
 import time
@@ -62,6 +63,7 @@ class Comparer:
         self.pipe = pipe
         self.limits = limits or Limits()
         self.shelf = AdapterShelf(pipe)
+        self.tokenizer = copy.deepcopy(pipe.tokenizer)  # counts in one thread while the pipeline pads in another
         self.saved_scheduler = pipe.scheduler
         self.lock = threading.Lock()
         self.seconds_per_step: float | None = None
@@ -162,8 +164,8 @@ class Comparer:
 
     def prompt_warnings(self, request: CompareRequest) -> list[str]:
         """Prompts of which the text encoder reads only the beginning."""
-        limit = self.pipe.tokenizer.model_max_length
-        lengths = {row.prompt: len(self.pipe.tokenizer(row.prompt).input_ids) for row in request.rows}
+        limit = self.tokenizer.model_max_length
+        lengths = {row.prompt: len(self.tokenizer(row.prompt).input_ids) for row in request.rows}
         long = {prompt: n for prompt, n in lengths.items() if n > limit}
         return [f"“{shortened(prompt)}” has {n} tokens, the text encoder reads {limit}" for prompt, n in long.items()]
 

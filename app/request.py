@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from reslora_diffusion.choices import GUIDANCE
+
 from .axes import Axis, Sampling, Scheduler, Setting, is_setting, setting_of
 from .foreign import is_number, is_text, printable, shortened
 from .templates import filled, placeholder_names
@@ -91,7 +93,7 @@ class CompareRequest:
     include_base: bool = True
     negative_prompt: str = ""
     num_inference_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = GUIDANCE
     scheduler: Scheduler = Scheduler.AS_SAVED
     rows_by: tuple[Setting, ...] = ()
     columns_by: tuple[Setting, ...] = ()

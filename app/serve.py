@@ -11,7 +11,7 @@ from .foreign import ALONE
 from .guard import guarded
 from .page import build_demo
 from .sessions import Sessions
-from .studio import Studio, first_adapters, first_options, first_prompt, first_subject, subjects_in
+from .studio import Studio, first_adapters, first_guidance, first_options, first_prompt, first_subject, subjects_in
 from .style import CSS, HEAD, THEME
 from .tabs.latest import drop_overtaken
 from .trainer import Trainer
@@ -61,7 +61,7 @@ def open_studio(
         first_subject(options, subjects),
         visits=Visits(train_dir / "visits"),
     )
-    studio.generate_first(prompt or first_prompt(options), first_steps)
+    studio.generate_first(prompt or first_prompt(options), first_steps, first_guidance(options))
     return studio
 
 

@@ -47,6 +47,7 @@ class Session:
     addresses: dict[int, str] = field(default_factory=dict)  # id of a cell -> its file
     cancel: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    keeping: threading.Lock = field(default_factory=threading.Lock)  # held while values of the fields are stored
     turn: threading.Lock = field(default_factory=threading.Lock)  # held by events that change the session
     answered: dict[Hashable, float] = field(default_factory=dict)  # by output: the page's clock at its latest event
     shown: dict[Hashable, float] = field(default_factory=dict)  # by output: the same of the event that it is to show
@@ -146,8 +147,8 @@ class Session:
             self.visit.write_list([*self.adapters.values()], self.removed)
 
     def restore_list(self, at_hand: Sequence[Adapter]) -> None:
-        """Names, order and absence of adapters as the visit left them; `at_hand` are files that may be among them. Those
-        that the visit does not know come last."""
+        """Offer adapters as the visit left them; `at_hand` are files that may be among them. Adapters that the visit
+        does not know come last."""
         pairs, removed = self.visit.listed()
         paths = {adapter.sha256: adapter.path for adapter in at_hand} | self.paths
         known = {digest for digest, _ in pairs} | removed

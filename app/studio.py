@@ -11,7 +11,7 @@ from reslora_diffusion.export.inspection import sha256
 from .adapters import AdapterShelf
 from .bases import Bases
 from .compare import Cell, Comparer
-from .foreign import printable
+from .foreign import is_number, printable
 from .forms import unwritable
 from .images import images_in
 from .request import Adapter, CompareRequest, Limits, problems
@@ -58,12 +58,16 @@ class Studio:
         """Label of the base that a visitor chose."""
         return session.base or self.bases.first
 
-    def generate_first(self, prompt: str, num_inference_steps: int) -> None:
+    def generate_first(self, prompt: str, num_inference_steps: int, guidance_scale: float) -> None:
         """Generate what every visitor sees before asking for anything: the first adapters at hand, on one prompt."""
         limits = self.comparer.limits
         adapters = tuple(self.sessions.adapters[: min(2, limits.adapters)])
         self.first_request = CompareRequest(
-            prompts=(prompt,), seeds=FIRST_SEEDS, adapters=adapters, num_inference_steps=num_inference_steps
+            prompts=(prompt,),
+            seeds=FIRST_SEEDS,
+            adapters=adapters,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
         )
         self.first_cells = tuple(self.comparer.compare(self.first_request))
 
@@ -157,6 +161,12 @@ def first_prompt(options: dict[str, Any]) -> str:
         return PROMPT
     request = CompareRequest(prompts=(taught,), seeds=FIRST_SEEDS)
     return PROMPT if problems(request, Limits()) or unwritable(request) else taught
+
+
+def first_guidance(options: dict[str, Any]) -> float:
+    """The guidance of the first run's own images, so that those of the page are the same."""
+    said = options.get("validation_guidance_scale")
+    return float(said) if is_number(said) and 0 <= said <= Limits().guidance else CompareRequest.guidance_scale
 
 
 def first_subject(options: dict[str, Any], subjects: dict[str, Path]) -> str | None:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,11 +43,16 @@ def header(base_name: str = "") -> str:
     )
 
 
-def message(text: str, kind: str = "note") -> str:
-    """A line of status; problems come as a list, one to a line."""
+def with_commands(text: str) -> str:
+    """Words of ours, with commands between backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped(text))
+
+
+def message(text: str, kind: str = "note", words: Callable[[str], str] = escaped) -> str:
+    """A line of status; problems come as a list, one to a line. `words` makes HTML of a line."""
     head, *rest = lines_of(text)
-    items = "".join(f"<li>{escaped(line.strip().removeprefix('- '))}</li>" for line in rest)
-    return f'<div class="message {kind}" role="status">{escaped(head)}{f"<ul>{items}</ul>" if items else ""}</div>'
+    items = "".join(f"<li>{words(line.strip().removeprefix('- '))}</li>" for line in rest)
+    return f'<div class="message {kind}" role="status">{words(head)}{f"<ul>{items}</ul>" if items else ""}</div>'
 
 
 def place_in_line(ahead: int) -> str:
@@ -238,7 +244,7 @@ def file_card(card: FileCard) -> str:
     right = table(("", ""), said, "Its training, by its header") if said else ""
     right += table(("component", "modules", "rank", "norm"), parts, "Components")
     whole = f"<details><summary>Whole header</summary>{table(('key', 'value'), header)}</details>" if header else ""
-    notes = "".join(message(note) for note in facts.notes)
+    notes = "".join(message(note, words=with_commands) for note in facts.notes)
     return (
         f'<article class="file"><h2>{label}</h2>{state}{notes}'
         f'<div class="halves"><div>{left}</div><div>{right}</div></div>{whole}</article>'

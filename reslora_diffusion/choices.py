@@ -9,6 +9,9 @@ if TYPE_CHECKING:  # `--help` does not wait for it
     import torch
 
 
+GUIDANCE = 2.5  # of images by the embedded pipeline, in the demo and on the page
+
+
 class Precision(StrEnum):
     """The precision of a written file."""
 

@@ -280,6 +280,12 @@ def test_generate_look_flip_and_take_away(visit, address, tmp_path):
     moved = "[...document.querySelectorAll('#viewer .pane img')].map((image) => image.style.transform)"
     eventually(page, lambda: "scale(1.15)" in page.evaluate(moved)[0])
     assert len(set(page.evaluate(moved))) == 1, "both images zoom together"
+    assert page.evaluate("getComputedStyle(document.querySelector('#viewer figcaption')).transform") == "none"
+    page.locator("#viewer select.left").focus()
+    page.keyboard.press("Space")  # no list opens: it flips here, too
+    expect(page.locator("#viewer .stage.turned")).to_have_count(1)
+    page.keyboard.press("Space")
+    page.locator("#viewer [data-view]").first.focus()
     page.keyboard.press("3")
     handle = page.get_by_label("Where the left image ends")
     handle.focus()
@@ -336,6 +342,31 @@ def test_what_is_expected_is_that_of_the_latest_fields(visit, monkeypatch):
     first = next(i for i, text in enumerate(texts) if "18 images" in text)
     assert not any("nothing fills" in text for text in texts[first:])
     assert page.locator("#placeholders textarea").input_value() == "x = cat, dog, owl"
+
+
+def test_of_two_events_at_one_time_of_a_rounded_clock_the_later_is_shown(visit, monkeypatch):
+    page, shown, ended = visit(), threading.Event(), threading.Event()
+
+    def slow(prompts, *values, **here):
+        if prompts != "early":
+            return read_request(prompts, *values, **here)
+        assert shown.wait(PATIENCE_MS / 1000)
+        try:
+            return read_request(prompts, *values, **here)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("app.tabs.fields.read_request", slow)
+    page.evaluate("() => { const now = performance.now(); performance.now = () => now; }")
+    fill(page, "prompts", "early")
+    fill(page, "prompts", "late\nand later")
+    expect(page.locator("#expected")).to_contain_text("12 images, about")
+    page.evaluate(WATCH_EXPECTED)
+    shown.set()
+    assert ended.wait(PATIENCE_MS / 1000)
+    fill(page, "seeds", "0-2")
+    expect(page.locator("#expected")).to_contain_text("18 images, about")  # asked later, and answered later
+    assert all("18 images" in text for text in page.evaluate("window.expectations"))
 
 
 HOLD_FRAMES = """() => {

@@ -233,7 +233,10 @@ def test_estimate_counts_and_scales_with_steps(comparer):
 
 def test_prompts_beyond_the_text_encoder_are_told(comparer):
     assert comparer.prompt_warnings(request()) == []
+    padded = comparer.pipe.tokenizer("word", padding="max_length", truncation=True).input_ids  # in another thread
     assert "the text encoder reads 32" in comparer.prompt_warnings(request(prompts=("word " * 20,)))[0]
+    own = comparer.pipe.tokenizer.backend_tokenizer
+    assert (own.truncation["max_length"], own.padding["length"]) == (len(padded), len(padded))
 
 
 # ------------------------------------------------------------------------------------------------- requests

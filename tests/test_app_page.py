@@ -45,6 +45,7 @@ from app.verdict import findings
 from app.visits import Entry
 from app.votes import Choice, make_ballot
 from app_fixtures import make_lora_file, make_pipeline
+from dreambooth import generate
 
 PATIENCE = 120  # seconds of one answer on a machine with other work
 get, post = (partial(method, timeout=PATIENCE) for method in (httpx.get, httpx.post))
@@ -185,10 +186,8 @@ def test_the_report_is_whole_and_escaped():
 def test_sheet_and_report_say_what_the_images_have_in_common():
     request, _ = comparison()
     said = settings_line(replace(request, negative_prompt="blur"), "sticker-sd")
-    assert (
-        said
-        == "base sticker-sd · 25 steps · guidance 4 · scheduler as saved · negative prompt “blur” · same noise in a row"
-    )
+    sampling = "25 steps · guidance 2.5 · scheduler as saved · negative prompt “blur”"
+    assert said == f"base sticker-sd · {sampling} · same noise in a row"
 
 
 def test_settings_in_the_report_are_those_of_the_comparison():
@@ -459,6 +458,19 @@ FIELDS = ("a {x}", "x = cat, dog", "0-1", ["lora"], "0.5", True, "", 2, 4.0, "as
 def test_only_adapters_that_fit_are_offered(studio):
     assert [adapter.label for adapter in studio.sessions.adapters] == ["lora", "reslora"]
     assert len(studio.first_cells) == 6
+
+
+def test_the_first_images_are_those_of_the_script_that_the_demo_generates_with(studio, tmp_path):
+    asked = studio.first_request
+    words = ["--pretrained_model_name_or_path", str(studio.bases.source(None)), "--output_dir", str(tmp_path)]
+    words += ["--lora", *(f"{adapter.label}={adapter.path}" for adapter in asked.adapters)]
+    words += ["--prompt", *asked.prompts, "--seed", *map(str, asked.seeds)]
+    words += [f"--num_inference_steps={asked.num_inference_steps}", f"--guidance_scale={asked.guidance_scale}"]
+    generate.main(generate.parse_args(words))
+    for cell in studio.first_cells:
+        name = cell.column.adapter.label if cell.column.adapter else generate.BASE
+        with Image.open(tmp_path / name / f"0-{cell.row.seed}.png") as image:
+            np.testing.assert_array_equal(np.asarray(cell.image), np.asarray(image))
 
 
 def test_the_api_generates(address):

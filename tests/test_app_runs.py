@@ -12,6 +12,7 @@ from PIL import Image
 
 from app import run_views
 from app.charts import chart, curves_csv, curves_svg, panels
+from app.request import CompareRequest
 from app.runs import (
     MAX_POINTS,
     METRICS,
@@ -23,8 +24,9 @@ from app.runs import (
     thinned,
 )
 from app.sessions import MAX_THUMBNAILS, Sessions
-from app.studio import PROMPT, first_options, first_prompt, first_subject, subjects_in
+from app.studio import PROMPT, first_guidance, first_options, first_prompt, first_subject, subjects_in
 from app_fixtures import make_run
+from dreambooth import demo
 
 NASTY = "<img src=x onerror=alert(1)>"
 
@@ -296,6 +298,14 @@ def test_the_first_prompt_is_what_was_taught(race):
     assert first_prompt({"instance_prompt": None}) == PROMPT
     for taught in ("a {subject}", "{", "x" * 601, "two\nlines", "\ud800"):
         assert first_prompt({"instance_prompt": taught}) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"), [(7.5, 7.5), (0, 0), (None, 2.5), ("x", 2.5), (-1, 2.5), (1e9, 2.5), (float("nan"), 2.5)]
+)
+def test_the_first_guidance_is_that_of_the_runs_own_images(said, wanted):
+    assert first_guidance({"validation_guidance_scale": said}) == wanted
+    assert first_guidance({}) == demo.parse_args([]).guidance_scale == CompareRequest.guidance_scale == 2.5
 
 
 def test_a_broken_run_does_not_keep_the_page_from_starting(race, capsys):

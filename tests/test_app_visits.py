@@ -104,7 +104,8 @@ def test_the_list_of_adapters_comes_back_as_it_was_left(tmp_path, visit):
 @pytest.mark.parametrize("content", ["", "[", "[" * 100_000, "{}", "[1]", json.dumps([*TYPED[:-1], "\ud800"]), "null"])
 def test_what_cannot_be_read_is_left_out(visit, content):
     visit.show(ASKED, cells_of(ASKED), "base", View())
-    for name in (FIELDS, CURRENT, LIST, "adapters.json", *(visit.current / name for name in (SETTINGS, VOTES, MEASURES))):
+    of_comparison = (visit.current / name for name in (SETTINGS, VOTES, MEASURES))
+    for name in (FIELDS, CURRENT, LIST, "adapters.json", *of_comparison):
         (visit.folder / name).write_text(content)
     assert visit.fields() is None
     assert visit.ballot(ASKED, cells_of(ASKED)) is None

@@ -27,6 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from reslora_diffusion.choices import GUIDANCE
 from reslora_diffusion.diffusion.data.scan import open_upright, scan
 from reslora_diffusion.diffusion.train.sheet import contact_sheet
 from reslora_diffusion.rules import ShortcutFields
@@ -37,6 +40,7 @@ BACKGROUNDS = ("blue", "yellow", "pink")
 SEEDS = (0, 1)
 WATCHED, LOOKS = 2, 5  # validation prompts of a run, and how often after the first time
 TRAINING_IMAGES = "training images"
+SHOWN, SMALL = 6, 76  # training images on the sheet, and pixels of their side
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shortcut", default=str(ShortcutFields.shortcut), choices=("input", "block", "middle"))
-    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -110,15 +114,19 @@ def generate(args: argparse.Namespace) -> float:
 
 
 def draw_sheet(args: argparse.Namespace) -> Path:
-    """Rows: prompt and seed. Columns: the training images, then base, LoRA, ResLoRA."""
+    """The training images in a line, which belong to no prompt. Below, rows of prompt and seed, in columns base, LoRA,
+    ResLoRA."""
     rows = [f"{prompt}, seed {seed}" for prompt in prompts(args) for seed in SEEDS]
     names = [f"{n}-{seed}.png" for n in range(len(BACKGROUNDS)) for seed in SEEDS]
     subject = [open_upright(image.path) for image in scan(args.instance_data_dir).images]
-    columns = {TRAINING_IMAGES: subject[: len(rows)]}
-    for label in ("base", *RUNS):
-        columns[label] = [args.output_dir / "images" / label / name for name in names]
+    columns = {label: [args.output_dir / "images" / label / name for name in names] for label in ("base", *RUNS)}
+    line = contact_sheet({" " * n: [image] for n, image in enumerate(subject[:SHOWN])}, [TRAINING_IMAGES], side=SMALL)
+    below = contact_sheet(columns, rows)
+    sheet = Image.new("RGB", (max(line.width, below.width), line.height + below.height), "white")
+    sheet.paste(line, (0, 0))
+    sheet.paste(below, (0, line.height))
     path = args.output_dir / "contact_sheet.png"
-    contact_sheet(columns, rows).save(path)
+    sheet.save(path)
     return path
 
 

@@ -1,3 +1,6 @@
+// The time of an event, for app/tabs/latest.py. Browsers round their clocks: of two events in one tick, the second is later.
+const stamp = () => (stamp.last = Math.max(performance.now(), (stamp.last ?? 0) + 0.001));
+window.stamp = stamp;
 // Keys of the blind vote; they do nothing while somebody writes or moves between tabs, or while another tab is shown.
 // And what Gradio does not tell a screen reader: names of groups of choices, whether a section is open, which marks of a
 // chart say nothing.

@@ -29,8 +29,8 @@ KEY_OF_TAB = """() => {
   try {
     const key = sessionStorage.getItem('reslora-visit') || fresh;
     sessionStorage.setItem('reslora-visit', key);
-    return [key, performance.now()];
-  } catch { return [fresh, performance.now()]; }
+    return [key, stamp()];
+  } catch { return [fresh, stamp()]; }
 }"""
 SECONDS_IN_LINE = 2  # from one look at the place in the queue to the next
 AFRESH = """() => {

@@ -20,8 +20,8 @@ from gradio.server_messages import EventMessage, ProcessCompletedMessage
 from ..sessions import Session, Sessions
 from ..studio import LIGHT, PRIVATE, Studio
 
-# The last input of such an event: the time at which the browser triggered it.
-WITH_TIME = "(...values) => [...values.slice(0, -1), performance.now()]"
+# The last input of such an event: the time at which the browser triggered it, as `stamp` of static/page.js says.
+WITH_TIME = "(...values) => [...values.slice(0, -1), stamp()]"
 SKIP = gr.skip()
 MARK = "answers_with_time"  # on functions of such events
 
@@ -85,8 +85,10 @@ class Latest:
                 answers = found if isinstance(found, list) else [found][: len(ids)]
                 pairs = zip(ids, answers, strict=True)
                 shown = [is_skip(value) or session.shows(output, when, in_turn or adds) for output, value in pairs]
-                if keep and all(shown):
-                    keep(session, values)
+                if keep:
+                    with session.keeping:
+                        if all(session.shown[output] == when for output in ids):
+                            keep(session, values)
             answers = [value if show else SKIP for value, show in zip(answers, shown, strict=True)]
             return answers if len(ids) > 1 else next(iter(answers), None)
 

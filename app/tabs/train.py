@@ -122,7 +122,7 @@ def train_tab(
     def watch(session: Session, key: str) -> list:
         if training := looked_at(session, key):
             return look(session, training, key)
-        return [gr.Timer(active=False) if control is timer else gr.skip() for control in shown]
+        return [*[gr.skip()] * (len(shown) - 3), gr.Timer(active=False), gr.skip(), []]  # no adapter was brought
 
     def choose(session: Session, key: str, event: gr.EventData) -> list:
         name = getattr(event, "name", None)
