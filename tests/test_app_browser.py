@@ -283,8 +283,9 @@ def test_generate_look_flip_and_take_away(visit, address, tmp_path):
     assert page.evaluate("getComputedStyle(document.querySelector('#viewer figcaption')).transform") == "none"
     page.locator("#viewer select.left").focus()
     page.keyboard.press("Space")  # no list opens: it flips here, too
-    expect(page.locator("#viewer .stage.turned")).to_have_count(1)
+    expect(page.locator("#viewer .stage.turned")).to_have_count(0)
     page.keyboard.press("Space")
+    expect(page.locator("#viewer .stage.turned")).to_have_count(1)
     page.locator("#viewer [data-view]").first.focus()
     page.keyboard.press("3")
     handle = page.get_by_label("Where the left image ends")
