@@ -98,6 +98,7 @@ def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
 
     def rearranged(session: Session, adapters: list, chosen: list[str], label: str | None) -> list:
         session.arrange(adapters)
+        fields.store_choice(session, lambda _: chosen)
         return [fields.choices(session, chosen), gr.Dropdown(choices=list(session.adapters), value=label)]
 
     def renamed(session: Session, label: str | None, text: str, chosen: list[str]) -> list:

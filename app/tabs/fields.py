@@ -1,5 +1,6 @@
 """The fields of the Compare tab, in the order of `forms.read_request`, and the requests they stand for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import gradio as gr
@@ -29,12 +30,18 @@ class Fields:
     joined: gr.JSON  # names of adapters that the last event brought
 
     def brought(self, session: Session, labels: list[str]) -> list:
-        """Values of `adapters` and `joined`. A visit finds what was brought chosen, even if it is left at once."""
-        if labels and session.visit and (typed := session.visit.fields()):
-            place = self.controls.index(self.adapters)
-            typed[place] = list(dict.fromkeys([*typed[place], *labels]))
-            session.visit.write_fields(typed)
+        """Values of `adapters` and `joined`."""
+        if labels:
+            self.store_choice(session, lambda chosen: list(dict.fromkeys([*chosen, *labels])))
         return [gr.CheckboxGroup(choices=list(session.adapters)), labels]
+
+    def store_choice(self, session: Session, change: Callable[[list[str]], list[str]]) -> None:
+        """A visit finds the adapters of this change chosen, even if it is left at once."""
+        with session.keeping:
+            if session.visit and (typed := session.visit.fields()):
+                place = self.controls.index(self.adapters)
+                typed[place] = change(typed[place])
+                session.visit.write_fields(typed)
 
     def tick_after(self, event: Dependency) -> None:
         """Choose the adapters that an event brought, beside those that are chosen when it has ended."""
