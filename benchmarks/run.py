@@ -7,9 +7,10 @@ diffusers' script (examples/dreambooth of its repository, at the installed versi
 nothing of ours needs. Where it is not installed, `benchmarks.stand_in` gives the script those transforms by Pillow and
 torch, and the results say so; pip install -e '.[benchmarks]' -c constraints.txt brings the real ones.
 
-Both scripts get the same options and data, and nobody validates. Runs take turns, so that what else the machine does
-falls on all of them; figures are medians of the rounds, ratios are taken round by round. A short run before tells what
-the steps take and what everything else, whatever a script does inside; of ours the parts are timed as well.
+Both scripts get the same options and data, and nobody validates. The batch size divides the number of images, or
+diffusers' script would train fewer images in the last step of each pass. Runs take turns, so that what else the machine
+does falls on all of them; figures are medians of the rounds, ratios are taken round by round. A short run before tells
+what the steps take and what everything else, whatever a script does inside; of ours the parts are timed as well.
 """
 
 import argparse
@@ -19,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from reslora_diffusion.diffusion.data.scan import IMAGE_SUFFIXES
 
 from . import phases
 from .results import FOLDER, write_results
@@ -120,6 +123,13 @@ def measure(scripts: Mapping[str, tuple[list[str], list[str]]], args: argparse.N
     return found
 
 
+def unequal_batches(data: Path, batch_size: int) -> Iterator[str]:
+    """diffusers' script ends each pass with what is left of the images, as a smaller batch; ours has none."""
+    count = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in data.iterdir())
+    if count % batch_size:
+        yield f"--batch_size: got {batch_size}, wanted a divisor of the {count} images of {data} (equal steps)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a Stable Diffusion pipeline")
@@ -138,6 +148,8 @@ def main() -> None:
                 if not Path(getattr(args, name)).is_dir()]  # fmt: skip
     if args.diffusers_script and not args.diffusers_script.is_file():
         problems.append(f"--diffusers_script: no file {args.diffusers_script}")
+    if args.diffusers_script and not problems:
+        problems += unequal_batches(Path(args.data), args.batch_size)
     if args.steps <= FEW:
         problems.append(f"--steps: got {args.steps}, wanted more than {FEW}")
     if problems:

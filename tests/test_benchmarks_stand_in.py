@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import phases, stand_in
-from benchmarks.run import program_of
+from benchmarks.run import program_of, unequal_batches
 from dreambooth import ROOT, SUBJECTS
 from reslora_diffusion.diffusion.models import load
 from reslora_diffusion.diffusion.train import finishing, setup
@@ -51,6 +51,13 @@ def test_they_compute_what_torchvision_documents() -> None:
 def test_what_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.run.find_spec", lambda name: object())
     assert program_of(Path("x.py")) == [sys.executable, "x.py"]
+
+
+def test_both_scripts_train_equal_batches() -> None:
+    data = SUBJECTS / "octopus"  # of five images, diffusers' script trains four and then one
+    assert [*unequal_batches(data, 5)] == [*unequal_batches(data, 1)] == []
+    (problem,) = unequal_batches(data, 4)
+    assert "--batch_size: got 4, wanted a divisor of the 5 images" in problem
 
 
 def test_every_part_of_a_run_has_its_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
