@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreambooth import ROOT, SCRIPT, call, environment, train, words
+from dreambooth import ROOT, SCRIPT, call, environment, train, train_without_export, words
 from reslora_diffusion.diffusion.options.launcher import started_alone
 from reslora_diffusion.diffusion.train.checkpoints import checkpoints_in
 from reslora_diffusion.utils.output_folder import alone_in
@@ -72,7 +72,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path, number):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, done + 1))
 
     train(folder, max_train_steps=done + 2, resume_from_checkpoint="latest", checkpointing_steps=done + 2)
-    whole = train(tmp_path / "whole", max_train_steps=done + 2, checkpointing_steps=done + 2)
+    whole = train_without_export(tmp_path / "whole", max_train_steps=done + 2, checkpointing_steps=done + 2)
     name = f"checkpoint-{done + 2}"
     assert_same(state(folder / name), state(whole / name))
 
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys):
     train(folder, max_train_steps=steps, checkpointing_steps=steps, resume_from_checkpoint="latest")
     assert f"continuing from {last}" in capsys.readouterr().out
     assert not list(folder.glob(".*"))
-    straight = train(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=steps)
+    straight = train_without_export(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=steps)
     assert_same(state(folder / f"checkpoint-{steps}"), state(straight / f"checkpoint-{steps}"))
 
 
