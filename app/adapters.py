@@ -139,7 +139,7 @@ class AdapterShelf:
         found = self.read_back()
         if found.keys() != wanted.keys() or any(abs(found[n] - s) > STRENGTH_TOLERANCE for n, s in wanted.items()):
             raise RuntimeError(f"the pipeline was to hold {wanted or 'no adapter'} and holds {found or 'none'}")
-        return f"{column.adapter.label} × {found[name]:g}" if column.adapter else "no adapter"
+        return Column(column.adapter, found[name]).held if column.adapter else column.held
 
     def worded(self, column: Column, prompt: str) -> str:
         """A prompt with the new tokens that a column's adapter was trained with, in place of their words."""

@@ -128,9 +128,10 @@ def chart(panel: Panel) -> altair.LayerChart:
     def rows(name: str) -> altair.InlineData:
         return altair.InlineData(
             values=[
-                {"run": line.run, "step": step, panel.name: value}
+                {"run": line.run, "step": step, panel.name: value} | ({"alone": True} if len(points) == 1 else {})
                 for line in panel.lines
-                for step, value in thinned(getattr(line, name))
+                for points in [thinned(getattr(line, name))]
+                for step, value in points
             ]
         )
 
@@ -153,7 +154,8 @@ def chart(panel: Panel) -> altair.LayerChart:
         .encode(**place, strokeDash=altair.StrokeDash("run:N", scale=patterns, legend=None))
     )
     near = altair.selection_point(nearest=True, on="pointerover", empty=False)
-    shown = altair.condition(near, altair.value(1), altair.value(0))
+    always = {"test": "datum.alone", "value": 1}  # a line of one point is none
+    shown = altair.OpacityValue(0, condition=[{"param": near.name, "empty": False, "value": 1}, always])
     dots = altair.Chart(rows("curve")).mark_circle(size=60).encode(**place, tooltip=words, opacity=shown)
     ends = altair.Chart(rows("exported")).mark_point(shape="diamond", size=90).encode(**place, tooltip=words)
     layers = altair.layer(faint, bold, dots.add_params(near), ends).add_params(zoom)
@@ -176,7 +178,8 @@ def curves_svg(runs: Sequence[Run], keep: float) -> str:
                 if line.faint:
                     axes.plot(*columns(thinned(line.faint)), color=colour, alpha=0.25, linewidth=0.7)
                 if line.curve:
-                    axes.plot(*columns(thinned(line.curve)), **style, linewidth=1.6, label=line.run)
+                    alone = "o" if len(line.curve) == 1 else None
+                    axes.plot(*columns(thinned(line.curve)), **style, linewidth=1.6, marker=alone, label=line.run)
                 if line.exported:
                     axes.plot(*columns(line.exported), "D", color=colour, markersize=6, fillstyle="none")
             axes.set(title=panel.title, xlabel="step", yscale="log" if panel.has_log_scale else "linear")

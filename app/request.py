@@ -62,6 +62,11 @@ class Column:
         name = f"{self.adapter.label} × {self.strength:g}" if self.adapter else "base"
         return f"{name} · {self.setting.label}" if self.setting else name
 
+    @property
+    def held(self) -> str:
+        """What the layers hold when they hold what was asked."""
+        return f"{self.adapter.label} × {self.strength:g}" if self.adapter else "no adapter"
+
 
 @dataclass(frozen=True)
 class Row:

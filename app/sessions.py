@@ -41,6 +41,7 @@ class Session:
     cells: list[Cell] = field(default_factory=list)
     view: View = field(default_factory=View)
     ballot: Ballot | None = None
+    earlier: list[Ballot] = field(default_factory=list)  # rounds before it on the same comparison, with their votes
     references: list[Path] = field(default_factory=list)  # this visitor's own images to vote by
     measured: list[Measure] = field(default_factory=list)  # of the cells that are shown now
     measured_with: tuple | None = None  # values of the Measures tab's fields then; None after a reload
@@ -58,6 +59,7 @@ class Session:
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
     visit: Visit | None = None  # where it is kept beyond this session
     arrived: bool = False  # the fields are those of this visit, and changes of them are kept
+    brought: list[tuple[str, str]] = field(default_factory=list)  # adapters that joined: a random mark, a name
     wanted: list[str] = field(default_factory=list)  # adapters that were chosen before a reload, here or not yet
     training: Path | None = None  # folder of the training that is looked at; None is the newest
     training_seen: tuple | None = None  # what the page last showed of it
@@ -105,6 +107,12 @@ class Session:
         self.measured = []
         self.cells.append(cell)
         self.addresses[id(cell)] = self.address(cell.image)
+
+    def begin_round(self, ballot: Ballot) -> None:
+        """The votes of the round before are kept, if they are on this comparison."""
+        before = [*self.earlier, self.ballot] if self.ballot else []
+        self.earlier = [old for old in before if old.votes and old.request is ballot.request]
+        self.ballot = ballot
 
     def address(self, image: Image.Image, folder: str = "images") -> str:
         """A new file of the image, under a name that says nothing."""

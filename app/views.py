@@ -38,8 +38,8 @@ def header(base_name: str = "") -> str:
     base = f'<p class="base">base: <b>{escaped(base_name)}</b></p>' if base_name else ""
     return (
         f'<header class="masthead"><h1><span>Res</span>LoRA, side by side</h1>{base}'
-        '<p class="lead">Base, LoRA and ResLoRA generate from the same noise with the same settings; each image says '
-        "which adapter its layers held.</p></header>"
+        '<p class="lead">Base, LoRA and ResLoRA generate from the same noise with the same settings; an image says '
+        "where its layers held anything but the adapter and strength of its column.</p></header>"
     )
 
 
@@ -105,11 +105,12 @@ def grid(session: Session) -> str:
         if cell is None:
             pending = '<div class="cell pending" role="img" aria-label="not generated"></div>'
             return f'<td role="cell"{page}>{pending}</td>'
-        label = escaped(f"{column.label}: {row.label}")
+        label, held = escaped(f"{column.label}: {row.label}"), clamped(cell.generated_with)
+        other = f'<span class="held">the layers held {held}</span>' if cell.generated_with != column.held else ""
         return (
             f'<td role="cell"{page}><button type="button" class="cell" data-row="{i}" data-column="{j}" '
             f'title="Look closer at {label}"><img src="{session.addresses[id(cell)]}" alt="{label}"></button>'
-            f'<span class="held" title="what the layers held">{clamped(cell.generated_with)}</span></td>'
+            f"{other}</td>"
         )
 
     def row_head(i: int, scope: str) -> str:
@@ -293,6 +294,18 @@ def vote_result(ballot: Ballot) -> str:
     lines.append(("overall", *counted(tally(ballot.votes))))
     head = ("prompt", first, second, "ties", "both bad", f"{first} wins (95 % interval)", "sign test, p")
     return message(conclusion(ballot)) + table(head, lines, "Votes")
+
+
+def earlier_rounds(rounds: Sequence[Ballot]) -> str:
+    """Say that the result is of the last round alone, and where the votes of the others are."""
+    if not rounds:
+        return ""
+    said = []
+    for old in rounds:
+        count = f"{len(old.votes)} vote{'s' * (len(old.votes) != 1)}"
+        said.append(f"{old.first.label} against {old.second.label}, {count}{old.rater and f' of {old.rater}'}")
+    head = "The result is that of this round. Earlier rounds of this comparison are in the download, too:"
+    return message("\n".join([head, *said]))
 
 
 def recap(session: Session) -> str:

@@ -5,7 +5,7 @@
                                current.json          the number of the comparison that is looked at
                                comparisons/<number>/settings.json    the comparison, as `saved.py` writes it
                                                     images/<file>    its images, each as it is generated
-                                                    votes.json       the round: pairs, sides, votes
+                                                    votes.json       its rounds: pairs, sides, votes
                                                     measures.json    its figures
                                adapters/<sha256>.safetensors, adapters.json    the files that were added
                                list.json             names and order of the adapters to choose from; those taken away
@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,7 @@ from reslora_diffusion.utils.files import atomic_write, write_text
 from .compare import Cell
 from .foreign import is_text, parsed_json
 from .measures import Measure
-from .output import png
+from .output import by_place, png
 from .request import Adapter, CompareRequest
 from .saved import IMAGES, SETTINGS, View, named, settings_json
 from .votes import Ballot, Pair, Verdict
@@ -175,34 +176,17 @@ class Visit:
 
     # ------------------------------------------------------------------------------------------------ votes
 
-    def write_ballot(self, ballot: Ballot) -> None:
-        rows, columns = ballot.request.rows, ballot.request.columns
-        data = {
-            "columns": [columns.index(ballot.first), columns.index(ballot.second)],
-            "pairs": [[rows.index(pair.row), pair.first_is_left] for pair in ballot.pairs],
-            "votes": ballot.votes,
-            "seen": ballot.seen,
-            "question": ballot.question,
-            "rater": ballot.rater,
-        }
+    def write_rounds(self, rounds: Sequence[Ballot]) -> None:
+        """All rounds of votes on the comparison, the newest last."""
         if self.current:
-            self.write(self.current / VOTES, data)
+            self.write(self.current / VOTES, [round_data(ballot) for ballot in rounds])
 
-    def ballot(self, request: CompareRequest, cells: list[Cell]) -> Ballot | None:
-        """The round, if its images are all there."""
-        places = {(cell.row, cell.column): cell for cell in cells}
-        data, rows = self.read(self.current / VOTES) if self.current else None, request.rows
-        try:
-            first, second = (request.columns[number] for number in data["columns"])
-            pairs = []
-            for number, first_is_left in data["pairs"]:
-                a, b = places[rows[number], first], places[rows[number], second]
-                pairs.append(Pair(rows[number], *((a, b) if first_is_left else (b, a)), bool(first_is_left)))
-            words = {name: str(data[name]) for name in ("question", "rater") if name in data}
-            votes, seen = [Verdict(v) for v in data["votes"]], [*map(int, data["seen"])]
-            return Ballot(request, first, second, pairs, votes, seen, **words)
-        except (TypeError, KeyError, ValueError, IndexError):
-            return None
+    def rounds(self, request: CompareRequest, cells: list[Cell]) -> list[Ballot]:
+        """The rounds of which all images are there."""
+        said = self.read(self.current / VOTES) if self.current else None
+        said = [said] if isinstance(said, dict) else said  # as it was written when there was one round
+        found = (ballot_of(data, request, cells) for data in (said if isinstance(said, list) else ()))
+        return [ballot for ballot in found if ballot]
 
     def write_references(self, images: Sequence[Image.Image]) -> list[Path]:
         """Images to vote by, in place of those before."""
@@ -252,6 +236,34 @@ class Visit:
             return []
         paths = {digest: self.folder / "adapters" / f"{digest}.safetensors" for digest in labels}
         return [Adapter(labels[d], str(p), d) for d, p in paths.items() if isinstance(labels[d], str) and p.is_file()]
+
+
+def round_data(ballot: Ballot) -> dict:
+    rows, columns = ballot.request.rows, ballot.request.columns
+    return {
+        "columns": [columns.index(ballot.first), columns.index(ballot.second)],
+        "pairs": [[rows.index(pair.row), pair.first_is_left] for pair in ballot.pairs],
+        "votes": ballot.votes,
+        "seen": ballot.seen,
+        "question": ballot.question,
+        "rater": ballot.rater,
+    }
+
+
+def ballot_of(data: Any, request: CompareRequest, cells: Sequence[Cell]) -> Ballot | None:
+    """Inverse of `round_data`; None where that is not what it is, or an image is missing."""
+    places, rows = by_place(cells), request.rows
+    try:
+        first, second = (request.columns[number] for number in data["columns"])
+        pairs = []
+        for number, first_is_left in data["pairs"]:
+            a, b = places[rows[number], first], places[rows[number], second]
+            pairs.append(Pair(rows[number], *((a, b) if first_is_left else (b, a)), bool(first_is_left)))
+        words = {name: str(data[name]) for name in ("question", "rater") if name in data}
+        votes, seen = [Verdict(v) for v in data["votes"]], [*map(int, data["seen"])]
+        return Ballot(request, first, second, pairs, votes, seen, **words)
+    except (TypeError, KeyError, ValueError, IndexError):
+        return None
 
 
 def images_of(folder: Path) -> list[Path]:

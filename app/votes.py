@@ -11,10 +11,12 @@ import csv
 import io
 import random
 import secrets
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from .compare import Cell
 from .foreign import text_cell
@@ -216,3 +218,16 @@ def votes_csv(ballot: Ballot) -> str:
         ]
         writer.writerow(map(text_cell, line))
     return buffer.getvalue()
+
+
+def write_rounds(folder: Path, rounds: Sequence[Ballot]) -> Path:
+    """One round as a CSV; several as a ZIP of such, each of which can be pooled. Rounds without a vote are left out."""
+    texts = [votes_csv(ballot) for ballot in rounds if ballot.votes]
+    if len(texts) == 1:
+        path = folder / "votes.csv"
+        path.write_text(texts[0], encoding="utf-8", newline="")
+        return path
+    with zipfile.ZipFile(path := folder / "votes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, text in enumerate(texts, start=1):
+            archive.writestr(f"votes-{number}.csv", text)
+    return path

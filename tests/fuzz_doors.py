@@ -284,7 +284,7 @@ def page_doors() -> Iterator[tuple[str, Door]]:
         visit = Visit(folder)
         visit.fields(), visit.adapters()
         asked = request.CompareRequest(prompts=("a", "b"), seeds=(1,), adapters=(request.Adapter("x", "", "0"),))
-        visit.ballot(asked, [])
+        visit.rounds(asked, [])
 
     def typed(folder: Path) -> None:
         fields = json.loads((folder / "fields.json").read_bytes())

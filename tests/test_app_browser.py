@@ -16,6 +16,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[ap
 pytest.importorskip("playwright", reason="playwright is not installed: pip install '.[app,dev]'")
 pytest.importorskip("axe_playwright_python", reason="axe is not installed: pip install '.[app,dev]'")
 
+import gradio as gr
 from axe_playwright_python.sync_playwright import Axe
 from playwright import sync_api
 
@@ -558,6 +559,26 @@ def test_uploads_beside_each_other_are_not_lost_and_leave_alone_what_is_ticked_m
         expect(page.get_by_role("checkbox", name=name, exact=True)).to_be_checked()
     expect(page.locator("#expected")).to_contain_text("8 images, about")
     assert not page.get_by_role("checkbox", name="lora", exact=True).is_checked()
+
+
+def test_uploads_whose_answers_come_in_one_moment_are_both_ticked(visit, folder, monkeypatch):
+    page, prepare, second = visit(), gr.JSON.postprocess, threading.Event()
+    both = [folder / f"{name}.safetensors" for name in ("left", "right")]
+    for seed, file in enumerate(both, start=21):
+        make_lora_file(folder / file.stem, folder / "base", seed).rename(file)
+
+    def held(joined, value):
+        """Gradio prepares the first answer until it has been overtaken by the second."""
+        if "right" in str(value):
+            second.set()
+        assert "left" not in str(value) or second.wait(PATIENCE_MS / 1000)
+        return prepare(joined, value)
+
+    monkeypatch.setattr(gr.JSON, "postprocess", held)
+    for file in both:
+        upload(page, "#adapter_files", file)
+    for file in both:
+        expect(page.get_by_role("checkbox", name=file.stem, exact=True)).to_be_checked()
 
 
 def test_a_comparison_that_is_asked_for_while_another_runs_takes_its_place(visit, slow):

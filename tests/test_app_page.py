@@ -35,6 +35,7 @@ from app.guard import Guard
 from app.measures import measure
 from app.output import column_lines, difference, enlarged, png, report, settings_line, sheet
 from app.pages import PageAxis, pages
+from app.raters import read_votes
 from app.request import Adapter, Axis, Column, CompareRequest, Limits, Scheduler, Setting, digests_in, problems
 from app.saved import View, saved_view, write_zip
 from app.serve import launch, open_studio
@@ -406,6 +407,15 @@ def test_words_in_a_files_header_are_escaped(tmp_path):
         assert words not in text
 
 
+def test_captions_say_what_the_column_heads_do_not(tmp_path):
+    session = Sessions(tmp_path).of("a")
+    request, cells = comparison()
+    cells = [replace(cell, generated_with=cell.column.held) for cell in cells]
+    session.show(request, [*cells[:-1], replace(cells[-1], generated_with="one × 0.5")])
+    assert views.grid(session).count('class="held"') == 1
+    assert re.search("the layers held <span[^>]*>one × 0.5</span>", views.grid(session))
+
+
 def test_a_ballot_gives_no_side_away(tmp_path):
     session = Sessions(tmp_path).of("a")
     request, cells = comparison()
@@ -696,6 +706,35 @@ def test_one_pair_has_one_vote_however_often_its_buttons_are_pressed(address, st
         answer = asked_of(address, "vote_pair", f"vote_{side}", [0, when], "rater")
         assert answer[-1] == 1
     assert len(session.ballot.votes) == 1
+
+
+def test_another_round_leaves_the_votes_of_the_one_before(address, studio):
+    session = studio.sessions.of("rounds")
+    session.show(studio.first_request, studio.first_cells)
+    session.visit = studio.visits.of("ab" * 16)
+    session.visit.show(session.request, session.cells, "base", session.view)
+    labels = [column.label for column in session.request.columns]
+
+    def begun(first: str, second: str, rater: str, when: int) -> list:
+        return asked_of(address, "vote_pair", "vote_begin", [first, second, "Which?", rater, when], "rounds")
+
+    asked_of(address, "vote_first", "vote", [None, None, 0], "rounds")
+    begun(*labels[1:], "Ann", 1)
+    asked_of(address, "vote_pair", "vote_left", [0, 2], "rounds")
+    begun(*labels[:2], "Bob", 3)
+    begun(*labels[:2], "Bob", 4)  # the one before has no vote
+    assert [len(ballot.votes) for ballot in session.visit.rounds(session.request, session.cells)] == [1, 0]
+    result, button, _ = asked_of(address, "vote_result", "vote_reveal", [5], "rounds")
+    assert button["value"]["orig_name"] == "votes.csv"
+    assert session.ballot.seen == []
+    asked_of(address, "vote_pair", "vote_tie", [0, 6], "rounds")
+    result, button, _ = asked_of(address, "vote_result", "vote_reveal", [7], "rounds")
+    assert f"{labels[1]} against {labels[2]}, 1 vote of Ann" in html.unescape(result)
+    assert (button["label"], button["value"]["orig_name"]) == ("Votes .zip", "votes.zip")
+    with zipfile.ZipFile(io.BytesIO(get(button["value"]["url"]).content)) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert [*files] == ["votes-1.csv", "votes-2.csv"]
+    assert [[*read_votes({name: text}).by_rater] for name, text in files.items()] == [["Ann"], ["Bob"]]
 
 
 def test_figures_of_images_that_were_replaced_meanwhile_are_refused(address, studio, monkeypatch):

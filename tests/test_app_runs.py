@@ -215,6 +215,17 @@ def test_charts_hold_every_run_and_can_be_hovered_and_zoomed(race):
     assert panels([read_run("none", race)], 0.9) == []
 
 
+def test_a_curve_of_one_step_is_a_point(race):
+    long = read_run("lora", race / "demo" / "lora")
+    first = dataclasses.replace(long, label="first", losses=long.losses[:1])
+    [loss, *_] = panels([long, first], 0.9)
+    spec = chart(loss).to_dict()
+    dots = rows_of(spec)[2]
+    assert [row["run"] for row in dots if row.get("alone")] == ["first"]
+    assert {"test": "datum.alone", "value": 1} in spec["layer"][2]["encoding"]["opacity"]["condition"]
+    assert curves_svg([first], 0.9).count("<use") > curves_svg([long], 0.9).count("<use")
+
+
 def test_thousands_of_steps_of_many_runs_are_drawn(race):
     """Altair refuses more than 5,000 rows of a table unless they are inline."""
     run = dataclasses.replace(read_run("lora", race / "demo" / "lora"), losses=[(s, 1.0) for s in range(100_000)])

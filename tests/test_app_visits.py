@@ -59,13 +59,24 @@ def test_a_round_goes_on_where_it_was(visit):
     ballot = make_ballot(ASKED, cells, *ASKED.columns)
     ballot.vote(Choice.LEFT)
     ballot.seen.append(1)
-    visit.write_ballot(ballot)
-    again = visit.ballot(ASKED, cells)
+    visit.write_rounds([ballot])
+    [again] = visit.rounds(ASKED, cells)
     assert (again.votes, again.seen, again.current) == (ballot.votes, [1], ballot.current)
     assert [(p.row, p.first_is_left) for p in again.pairs] == [(p.row, p.first_is_left) for p in ballot.pairs]
-    assert visit.ballot(ASKED, cells[:-1]) is None, "an image is missing"
+    assert visit.rounds(ASKED, cells[:-1]) == [], "an image is missing"
     visit.show(ASKED, cells, "base", View())
-    assert visit.ballot(ASKED, cells) is None, "it was on the comparison before"
+    assert visit.rounds(ASKED, cells) == [], "it was on the comparison before"
+
+
+def test_a_round_of_before_there_could_be_several_is_read(visit):
+    cells = cells_of(ASKED)
+    visit.show(ASKED, cells, "base", View())
+    ballot = make_ballot(ASKED, cells, *ASKED.columns)
+    ballot.vote(Choice.TIE)
+    visit.write_rounds([ballot])
+    [data] = visit.read(visit.current / VOTES)
+    visit.write(visit.current / VOTES, data)
+    assert [again.votes for again in visit.rounds(ASKED, cells)] == [ballot.votes]
 
 
 def test_fields_and_files_are_kept(visit, tmp_path):
@@ -108,7 +119,7 @@ def test_what_cannot_be_read_is_left_out(visit, content):
     for name in (FIELDS, CURRENT, LIST, "adapters.json", *of_comparison):
         (visit.folder / name).write_text(content)
     assert visit.fields() is None
-    assert visit.ballot(ASKED, cells_of(ASKED)) is None
+    assert visit.rounds(ASKED, cells_of(ASKED)) == []
     assert visit.adapters() == []
     assert visit.listed() == ([], set())
     assert visit.measures(ASKED) == []
@@ -138,7 +149,7 @@ def test_earlier_comparisons_come_back_with_their_round_figures_and_view(visit, 
         visit.show(asked, cells, "base", View())
         ballot = make_ballot(asked, cells, *asked.columns)
         ballot.vote(Choice.LEFT)
-        visit.write_ballot(ballot)
+        visit.write_rounds([ballot])
         visit.write_measures(measure(asked, cells, [], ""), asked)
         visit.write_view(View("Slider", 1, 0, 1))
     visit = Visits(tmp_path / "visits").of(KEY)
@@ -149,7 +160,7 @@ def test_earlier_comparisons_come_back_with_their_round_figures_and_view(visit, 
     request, cells = reopened(visit)
     assert request == requests[2]
     assert len(cells) == 6
-    assert len(visit.ballot(request, cells).votes) == 1
+    assert [len(ballot.votes) for ballot in visit.rounds(request, cells)] == [1]
     again, fresh = visit.measures(request), measure(request, cells, [], "")
     assert [[str(m.figure(c)) for c in request.columns] for m in again] == [
         [str(m.figure(c)) for c in request.columns] for m in fresh

@@ -80,7 +80,7 @@ def choose_adapters(studio: Studio, fields: Fields, latest: Latest) -> None:
 
     def add_of_runs(session: Session, label: str | None) -> list:
         if label is None:
-            return [gr.skip(), [], gr.skip()]
+            return [gr.skip()] * 3
         single, together = studio.adapter_files(), checkpoints_of_runs(studio)
         files = {label: single[label]} if label in single else together.get(label)
         if files is None:

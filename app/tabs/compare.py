@@ -156,7 +156,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
         return [*fields.filled(session, session.request), *shown(session, finished(session, count)), gr.skip()]
 
     def with_its_round(session: Session) -> None:
-        session.ballot = session.visit.ballot(session.request, session.cells)
+        *session.earlier, session.ballot = session.visit.rounds(session.request, session.cells) or [None]
         session.measured = session.visit.measures(session.request)
 
     def arrive(session: Session, key: str) -> list:

@@ -1,5 +1,6 @@
 """The fields of the Compare tab, in the order of `forms.read_request`, and the requests they stand for."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +12,13 @@ from ..request import Axis, CompareRequest, Scheduler, Setting
 from ..sessions import Session
 from ..studio import PRIVATE, Studio
 
-TICK = """(chosen, joined) =>
-  joined?.length ? [[...new Set([...(chosen || []), ...joined])]] : [{__type__: 'update'}]"""
+# Each that has joined is ticked once: of two answers that come in one moment, only the later list may be shown.
+TICK = """(chosen, joined) => {
+  const done = window.ticked ??= new Set();
+  const fresh = (joined || []).filter(([mark]) => !done.has(mark));
+  for (const [mark] of fresh) done.add(mark);
+  return fresh.length ? [[...new Set([...(chosen || []), ...fresh.map(([, name]) => name)])]] : [{__type__: 'update'}];
+}"""
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,14 @@ class Fields:
     sweep: gr.Button
     files: gr.UploadButton
     of_runs: gr.Dropdown
-    joined: gr.JSON  # names of adapters that the last event brought
+    joined: gr.JSON  # `Session.brought`
 
     def brought(self, session: Session, labels: list[str]) -> list:
         """Values of `adapters` and `joined`."""
         if labels:
             self.store_choice(session, lambda chosen: list(dict.fromkeys([*chosen, *labels])))
-        return [gr.CheckboxGroup(choices=list(session.adapters)), labels]
+        session.brought += [(secrets.token_hex(8), label) for label in labels]
+        return [gr.CheckboxGroup(choices=list(session.adapters)), session.brought]
 
     def store_choice(self, session: Session, change: Callable[[list[str]], list[str]]) -> None:
         """A visit finds the adapters of this change chosen, even if it is left at once."""

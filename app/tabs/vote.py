@@ -11,7 +11,7 @@ from ..sessions import Session
 from ..studio import Studio
 from ..tabs import refusal
 from ..tabs.compare import CompareTab
-from ..votes import QUESTION, Choice, default_pair, make_ballot, votes_csv
+from ..votes import QUESTION, Choice, default_pair, make_ballot, write_rounds
 from .latest import Latest
 from .subject import image_files
 
@@ -68,10 +68,11 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         """The pair to be voted on, and which buttons work; the round is kept as it is now."""
         ballot = session.ballot
         if session.visit and ballot.request is session.request:
-            session.visit.write_ballot(ballot)
+            session.visit.write_rounds([*session.earlier, ballot])
         voting = [gr.Button(interactive=ballot.current is not None)] * len(buttons)
-        has_votes = gr.Button(interactive=bool(ballot.votes))
-        return [views.ballot(session), *voting, has_votes, has_votes, len(ballot.votes)]
+        can_undo = gr.Button(interactive=bool(ballot.votes))
+        has_result = gr.Button(interactive=bool(ballot.votes or session.earlier))
+        return [views.ballot(session), *voting, can_undo, has_result, len(ballot.votes)]
 
     def columns(session: Session, first: str | None, second: str | None) -> list:
         """The columns of the comparison, and the round that goes on. What is chosen stays while there is such."""
@@ -92,9 +93,10 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
         if gone := [label for label in (first, second) if label not in listed]:
             raise refusal(f"The comparison has no column {gone[0]} any more: choose from the ones it has.")
         try:
-            session.ballot = make_ballot(session.request, session.cells, listed[first], listed[second], asked, rater)
+            ballot = make_ballot(session.request, session.cells, listed[first], listed[second], asked, rater)
         except ValueError as problem:
             raise refusal(problem) from None
+        session.begin_round(ballot)
         return [*state(session), "", gr.DownloadButton(interactive=False), references(session)]
 
     def cast(choice: Choice):
@@ -116,13 +118,14 @@ def vote_tab(studio: Studio, tab: gr.Tab, compare: CompareTab) -> None:
 
     def show(session: Session) -> list:
         """Only here do the columns' names reach the page."""
-        path = session.folder / "votes.csv"
-        path.write_text(votes_csv(session.ballot), encoding="utf-8", newline="")
-        session.ballot.seen.append(len(session.ballot.votes))
+        path = write_rounds(session.folder, [*session.earlier, session.ballot])
+        if session.ballot.votes:
+            session.ballot.seen.append(len(session.ballot.votes))
         state(session)
         found = measure_views.verdict(studio.findings(session))
-        shown = views.vote_result(session.ballot) + views.recap(session)
-        return [shown, gr.DownloadButton(value=str(path), interactive=True), found]
+        shown = views.earlier_rounds(session.earlier) + views.vote_result(session.ballot) + views.recap(session)
+        button = gr.DownloadButton(f"Votes {path.suffix}", value=str(path), interactive=True)
+        return [shown, button, found]
 
     def references(session: Session) -> str:
         """Show images to vote by: the visitor's own, or of the subject that the first adapters were taught."""
