@@ -25,6 +25,7 @@ from app.adapters import AdapterShelf
 from app.forms import read_request
 from app.serve import launch, open_studio
 from app_fixtures import make_lora_file, make_pipeline, make_run
+from test_app_page import asked_of
 from test_app_training import STAND_IN
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -787,6 +788,10 @@ def test_measures_and_file_card(visit):
 
 
 # ---------------------------------------------------------------------------------------------- race and train
+
+
+def test_runs_that_are_not_chosen_are_not_said_to_be_absent(address):
+    assert "Choose the runs" in asked_of(address, "race_notes", "race_runs", [[], 0.9, 1])[0]
 
 
 def test_race_shows_curves_gap_and_samples_at_any_step(visit):

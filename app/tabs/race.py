@@ -13,6 +13,7 @@ from .latest import Latest
 
 MAX_RUNS = 8
 SMOOTHING = 0.95
+CHOOSE = "Choose the runs to be shown."
 
 
 def race_tab(studio: Studio, tab: gr.Tab) -> None:
@@ -63,7 +64,7 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
         slider = gr.Slider(0, max(1, last), value=last, step=stride(steps), visible=len(steps) > 1)
         images = run_views.samples(runs, last, session.thumbnail)
         said = views.message("\n".join(["Not every run can be shown:", *broken]), "warn") if broken else ""
-        said += "" if runs else run_views.NOTHING
+        said += "" if runs or broken else views.message(CHOOSE) if studio.run_folders() else run_views.NOTHING
         return [said, *drawing.drawn(session, runs, smoothing), run_views.merges(runs), slider, images]
 
     def smooth(session: Session, labels: list[str], smoothing: float) -> list:
