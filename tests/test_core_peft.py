@@ -6,8 +6,6 @@ What `core.peft` touches of PEFT is asserted by name below, for the versions tha
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -18,6 +16,7 @@ from peft.utils import NoMatchingPeftModuleError
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from forks import run_forked
 from models import CLIP_TARGETS, LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
 from reslora_diffusion import (
     ResLoraConfig,
@@ -293,7 +292,7 @@ def test_load_under_another_name(tmp_path) -> None:
 def test_a_process_without_this_package_refuses_the_file(tmp_path) -> None:
     peft_llama("input").save_pretrained(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_forked(code)
     assert done.returncode != 0
     assert "RESLORA" in done.stderr
 
@@ -311,7 +310,7 @@ def test_importing_the_package_is_enough_to_load_the_file_in_any_order(order: st
         f"config = peft.PeftConfig.from_pretrained({str(tmp_path)!r})\n"
         "print(type(config).__name__, 'diffusers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_forked(code)
     assert done.stdout.split() == ["ResLoraConfig", "False"], done.stderr
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from forks import run_forked
 from lora_factors import ATTENTION, CLIP, largest_error, loaded_deltas, random_factors, wanted_deltas
 from reslora_diffusion import ResLoraConfig, attach, merged_factors
 from reslora_diffusion.export import CheckFailed, export_lora, export_peft, read_lora, save_merged, write_lora_file
@@ -126,7 +127,7 @@ pipe.set_adapters(["a", "b"], [0.5, 0.5])
 assert "reslora_diffusion" not in sys.modules
 print(pipe.get_list_adapters())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    done = run_forked(program)
     assert done.returncode == 0, done.stderr
     assert "'unet': ['a', 'b'], 'text_encoder': ['a', 'b']" in done.stdout
 

@@ -1,8 +1,6 @@
 """PEFT folders: loaded by PEFT itself, in a process that knows only PEFT, and shaped as vLLM wants them."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from forks import run_forked
 from lora_factors import ATTENTION, CLIP, dense, largest_error, loaded_deltas, random_factors, wanted_deltas
 from reslora_diffusion.core.functional import LoraFactors
 from reslora_diffusion.export import (
@@ -90,7 +89,7 @@ model = PeftModel.from_pretrained(base, {str(out)!r}).eval()
 assert "reslora_diffusion" not in sys.modules
 torch.save(model(torch.arange(12)[None]).logits, {str(tmp_path / "logits.pt")!r})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    done = run_forked(program)
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), merged_logits(factors), atol=1e-4)
 

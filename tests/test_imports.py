@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TRY_EACH = """
 import importlib, os, sys
-import torch, transformers
+import torch
+from transformers import PreTrainedModel
 import reslora_diffusion
 assert "peft" not in sys.modules
 for first in sys.argv[1:]:

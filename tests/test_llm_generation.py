@@ -1,13 +1,12 @@
 """Generation with shortcuts: the key-value cache, left padding, batches, beams, and what is exported."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from forks import run_forked
 from llm_tiny import DECODERS, SHORTCUTS, adapted, batch, build, config
 from reslora_diffusion import calibrate, get_adapter, merged_factors, merged_forward
 from reslora_diffusion.export import export_peft
@@ -123,7 +122,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-root, shortcuts = Path(sys.argv[1]), sys.argv[2:]
+root = Path(root)
 inputs = load_file(root / "inputs.safetensors")
 base = AutoModelForCausalLM.from_pretrained
 found = {}
@@ -159,7 +158,8 @@ def test_merged_and_exported_models_generate_alike_without_this_package(tmp_path
         export_peft(folder / "adapter", merged_factors(model), dtype=torch.float32, model=model)
         model.merge_and_unload().save_pretrained(folder / "merged")
     save_file(inputs, tmp_path / "inputs.safetensors")
-    run = subprocess.run([sys.executable, "-I", "-c", LOADER, tmp_path, *SHORTCUTS], stdout=subprocess.PIPE, check=True)
+    run = run_forked(f"root, shortcuts = {str(tmp_path)!r}, {SHORTCUTS!r}\n{LOADER}")
+    assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     prompt = inputs["input_ids"].shape[1]
     assert len({str(tokens) for tokens in expected.values()}) == 3

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import llm_tiny
+from forks import run_forked
 from models import TARGETS, build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, get_adapter, merged_factors
 from reslora_diffusion.core.attach import AdaptedModel
@@ -282,7 +281,7 @@ config = model.config
 print(config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 assert not [name for name in sys.modules if name.startswith("reslora")]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_forked(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["34", "2", "1", "8"]  # of 48 channels, 4 heads in 2 groups
     assert facts.to_dict()["loaded_by"] == "from_pretrained"
