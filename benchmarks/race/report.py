@@ -18,7 +18,12 @@ from .statistics import Comparison, compare, verdict
 from .words import loss_with_spread, number, signed, spread, table
 
 FEWEST_CASES = 3  # of trainings after a search, for an interval to say anything
-METRICS = {"exact_match": "exact match", "other_subject_loss": "loss of another subject"}
+METRICS = {
+    "exact_match": "exact match",
+    "subject": "images of the subject",
+    "background": "right background",
+    "other_subject_loss": "loss of another subject",
+}
 
 HEAD = """# Evidence: the LoRA family, each method tuned alike
 

@@ -114,6 +114,8 @@ class Racer:
         factors, energy = exported(self.model, self.base, self.settings.rank if self.is_equal_rank() else self.rank)
         with added(self.base, factors):
             found = self.task.measure(self.base, self.split, self.seed)
+            if last and self.split == "test":
+                found |= self.task.measure_once(self.base, self.seed)
         self.model.train()
         if not all(map(math.isfinite, found.values())):
             return {"loss": math.inf, "diverged": True}

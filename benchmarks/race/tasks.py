@@ -4,7 +4,8 @@
                     and how often the greedy answer is the right number
     chain_sums      SmolLM2-135M-Instruct on sums of two or three numbers, likewise
     stickers        the embedded pipeline on one held-out subject (which one is a function of the seed): loss on fixed
-                    noise of a held-out image, and of another subject, which says how far the model drifted
+                    noise of a held-out image, and of another subject, which says how far the model drifted; how many
+                    of some generated images show the subject, and the background that the prompt names
 
 Settings are chosen on the split "validation" and reported on the split "test".
 """
@@ -15,10 +16,13 @@ import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +53,9 @@ class Task(Protocol):
 
     def measure(self, model: nn.Module, split: str, seed: int) -> dict[str, float]:
         """`loss`, and the metrics of the task, on held-out data."""
+
+    def measure_once(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """Metrics that are too slow to follow a training with: they are taken of its end, on the split "test"."""
 
 
 class WordProblems:
@@ -121,6 +128,9 @@ class WordProblems:
             right += int(((logits.argmax(-1) == labels) | ~answered).all(-1).sum())
         return {"loss": total / tokens, "exact_match": right / len(rows)}
 
+    def measure_once(self, model: nn.Module, seed: int) -> dict[str, float]:
+        return {}
+
 
 class ChainSums(WordProblems):
     """SmolLM2-135M-Instruct on sums of two or three numbers, as `reasoning-gym` makes them (`pip install
@@ -165,6 +175,7 @@ class Stickers:
     target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     folder = ROOT / "assets" / "sticker-sd"
     held_out_draws = {"validation": 0, "test": 1}
+    images_a_background = 4
 
     def base(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -172,22 +183,43 @@ class Stickers:
         return UNet2DConditionModel.from_pretrained(self.folder, subfolder="unet")
 
     @cached_property
-    def encoded(self) -> tuple[list[Tensor], list[Tensor], Any]:
-        """Latents [images, 4, 8, 8] and the prompt's embedding [1, tokens, width] of each subject; the scheduler."""
-        from diffusers import DDPMScheduler, StableDiffusionPipeline
-
+    def recipe(self) -> tuple[ModuleType, ModuleType]:
+        """The drawings and the judge of the embedded pipeline, which stand beside the training scripts."""
         sys.path.insert(0, str(ROOT / "train_scripts"))
-        import numpy as np
-        from PIL import Image
+        import sticker_data
+        import sticker_judge
+
+        return sticker_data, sticker_judge
+
+    @cached_property
+    def pipeline(self) -> Any:
+        from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(self.folder)
-        latents, texts = [], []
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @cached_property
+    def subjects(self) -> list[tuple[str, list[Image.Image]]]:
+        """Names and images."""
+        folders = sorted((ROOT / "assets" / "subjects").iterdir())
+        return [(f.name, [Image.open(p).convert("RGB") for p in sorted(f.glob("*.png"))]) for f in folders]
+
+    def prompt(self, name: str) -> str:
+        return f"a sticker of sks {self.recipe[0].HELD_OUT[name][1]}"
+
+    @cached_property
+    def encoded(self) -> tuple[list[Tensor], list[Tensor], Any]:
+        """Latents [images, 4, 8, 8] and the prompt's embedding [1, tokens, width] of each subject; the scheduler."""
+        from diffusers import DDPMScheduler
+
+        pipeline, latents, texts = self.pipeline, [], []
         with torch.no_grad():
-            for subject in sorted((ROOT / "assets" / "subjects").iterdir()):
-                images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(subject.glob("*.png"))]
-                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-                latents.append(pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor)
-                prompt = pipeline.tokenizer("a sticker of sks thing", padding="max_length", return_tensors="pt")
+            for name, images in self.subjects:
+                pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()
+                encoded = pipeline.vae.encode(pixels / 127.5 - 1).latent_dist.mean
+                latents.append(encoded * pipeline.vae.config.scaling_factor)
+                prompt = pipeline.tokenizer(self.prompt(name), padding="max_length", return_tensors="pt")
                 texts.append(pipeline.text_encoder(prompt.input_ids)[0])
         return latents, texts, DDPMScheduler.from_config(pipeline.scheduler.config)
 
@@ -226,6 +258,22 @@ class Stickers:
             latent = latents[place][-1:].expand(64, -1, -1, -1)
             found[name] = self.loss(model, self.draw(latent, texts[place], rng)).item()
         return found
+
+    def measure_once(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """Share of images that show the subject, and of those with the background of the prompt, none of which a
+        training image has; generated as the demo does."""
+        data, judge = self.recipe
+        name, images = self.subjects[seed % len(self.subjects)]
+        seen = {judge.judge_background(image) for image in images}
+        colours = [colour for colour in data.BACKGROUNDS if colour not in seen][:3]
+        wanted = [colour for colour in colours for _ in range(self.images_a_background)]
+        self.pipeline.unet = model
+        prompts = [f"{self.prompt(name)} on a {colour} background" for colour in wanted]
+        noise = [generator(8_000_000, number) for number in range(len(prompts))]
+        made = self.pipeline(prompts, num_inference_steps=25, guidance_scale=2.5, generator=noise).images
+        subjects = [judge.judge_subject(image, held_out=True) == name for image in made]
+        backgrounds = [judge.judge_background(image) == colour for image, colour in zip(made, wanted, strict=True)]
+        return {"subject": sum(subjects) / len(made), "background": sum(backgrounds) / len(made)}
 
 
 TASKS = {"word_problems": WordProblems, "chain_sums": ChainSums, "stickers": Stickers}
