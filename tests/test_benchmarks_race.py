@@ -171,6 +171,31 @@ def test_equal_runs_give_equal_results_and_divergence_is_one() -> None:
     assert wild["loss"] == math.inf
 
 
+def test_slow_metrics_are_of_the_export_and_of_test_runs_alone() -> None:
+    settings = TaskSettings(name="word_problems", steps=6, rank=2, warmup_steps=1, evaluations=3)
+    setting, method = {"learning_rate": 3e-2, "alpha_over_rank": 1}, parse_method("lora")
+    final = run(settings, method, setting, 3, "test", Line())
+    assert final["seed"] == 3
+    assert abs(final["weight"] - Line().base()[0].weight.sum().item()) > 1e-3
+    assert not any("weight" in point for point in final["curve"])
+    assert "weight" not in run(settings, method, setting, 3, "validation", Line())
+
+
+def test_a_control_may_have_another_schedule_of_the_learning_rate() -> None:
+    race = plan(controls={"constant": {"of": "lora", "lr_scheduler": "constant", "learning_rate": 0.5}})
+    best = {"learning_rate": 2e-2, "alpha_over_rank": 1.0}
+    jobs = [job for job in stages.final_jobs(race, {"lora": best}) if job[0] == "controls"]
+    assert [setting for _, _, setting, _ in jobs] == 3 * [best | {"learning_rate": 1e-2, "lr_scheduler": "constant"}]
+    constant, linear = (run(race.task, parse_method("lora"), s, 0, "test", Line()) for s in (jobs[0][2], best))
+    assert constant["train_losses"][2:] != linear["train_losses"][2:]
+
+
+def test_the_stickers_judge_counts_subjects_and_backgrounds() -> None:
+    """The base paints every background that it is asked for, and never a subject that it has not seen."""
+    task = TASKS["stickers"]()
+    assert task.measure_once(task.base().eval(), 0) == {"subject": 0.0, "background": 1.0}
+
+
 def test_the_export_is_the_nearest_of_its_rank_and_the_base_comes_back() -> None:
     base = Line().base()
     config = {"target_modules": ["first", "second"], "init_lora_weights": False, "shortcut": "block"}

@@ -52,12 +52,16 @@ class Final(Strict):
 
 
 class Control(Strict):
-    """A method at the tuned setting of another, changed: `{of: lora, alpha_over_rank: 2}` doubles its alpha."""
+    """A method at the tuned setting of another, changed: `{of: lora, alpha_over_rank: 2}` doubles its alpha.
+
+    Numbers are factors.
+    """
 
     of: str
     alpha_over_rank: Positive = 1
     learning_rate: Positive = 1
     rank: Positive = 1
+    lr_scheduler: Literal["linear", "cosine", "constant"] | None = None  # another one than the race's
 
 
 class Plan(Strict):

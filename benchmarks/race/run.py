@@ -55,7 +55,7 @@ class Racer:
         self.model = get_peft_model(copy.deepcopy(self.base), self.configuration()).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(method, self.model, setting["learning_rate"], setting)
-        factor = schedule_of(settings.lr_scheduler, settings.steps, settings.warmup_steps)
+        factor = schedule_of(setting.get("lr_scheduler", settings.lr_scheduler), settings.steps, settings.warmup_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.schedule = make_race_schedule(method, setting, seed)
         self.schedule.start([AdaptedModel(self.model)], settings.steps, self.optimizer)

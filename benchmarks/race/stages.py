@@ -80,7 +80,8 @@ def changed(setting: Setting, control: Any) -> Setting:
         "learning_rate": setting["learning_rate"] * control.learning_rate,
         "alpha_over_rank": setting["alpha_over_rank"] * control.alpha_over_rank,
     }
-    return found | ({"rank_factor": control.rank} if control.rank != 1 else {})
+    rank = {"rank_factor": control.rank} if control.rank != 1 else {}
+    return found | rank | ({"lr_scheduler": control.lr_scheduler} if control.lr_scheduler else {})
 
 
 def race(plan: Plan, folder: Path, workers: int, hours: float = math.inf) -> bool:
