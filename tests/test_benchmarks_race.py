@@ -196,6 +196,19 @@ def test_the_stickers_judge_counts_subjects_and_backgrounds() -> None:
     assert task.measure_once(task.base().eval(), 0) == {"subject": 0.0, "background": 1.0}
 
 
+def test_lora_plus_is_lora_at_another_alpha() -> None:
+    """Adam's steps do not depend on the scale of the gradient and B begins at zero: a ratio is a factor on alpha."""
+    settings = TaskSettings(name="word_problems", steps=12, rank=2, warmup_steps=1, max_grad_norm=None)
+    lora = {"learning_rate": 1e-2, "alpha_over_rank": 2.0}
+    plus = {"learning_rate": 1e-2, "alpha_over_rank": 0.5, "loraplus_lr_ratio": 4}
+    one = run(settings, parse_method("lora"), lora, 0, "test", Line())
+    other = run(settings, parse_method("lora+loraplus"), plus, 0, "test", Line())
+    assert one["train_losses"] == pytest.approx(other["train_losses"], rel=1e-5)
+    assert abs(one["loss"] - Line().measure(Line().base(), "test", 0)["loss"]) > 1e-2
+    without = run(settings, parse_method("lora"), plus | {"loraplus_lr_ratio": 1}, 0, "test", Line())
+    assert without["train_losses"] != pytest.approx(other["train_losses"], rel=1e-3)
+
+
 def test_the_export_is_the_nearest_of_its_rank_and_the_base_comes_back() -> None:
     base = Line().base()
     config = {"target_modules": ["first", "second"], "init_lora_weights": False, "shortcut": "block"}
