@@ -55,7 +55,7 @@ class Entry:
     p: float = float("nan")  # corrected
     equal_time: Comparison | None = None
     p_equal_time: float = float("nan")  # corrected
-    robustness: Mapping[float, list[float]] = field(default_factory=dict)  # losses by factor on the learning rate
+    robustness: Mapping[float, Mapping[int, float]] = field(default_factory=dict)  # factor on the rate: seed: loss
     interior: Mapping[str, bool] = field(default_factory=dict)
 
     @property
@@ -65,6 +65,11 @@ class Entry:
     def values(self, name: str) -> list[float]:
         """A figure of every run that has it."""
         return [run["result"][name] for run in self.runs if run["result"].get(name) is not None]
+
+    def changes(self, factor: float) -> list[float]:
+        """How much the loss changes with the learning rate times a factor, in each seed that was run at both."""
+        found = self.robustness.get(factor, {})
+        return [loss - self.losses[seed] for seed, loss in found.items() if seed in self.losses]
 
     @property
     def gaps(self) -> list[float]:
@@ -183,10 +188,10 @@ def compared(entries: dict[str, Entry], reference: str) -> dict[str, Entry]:
     }
 
 
-def robustness(plan: Plan, runs: Mapping[tuple, Runs], setting: Setting) -> dict[float, list[float]]:
-    """Losses at the best learning rate times each factor."""
+def robustness(plan: Plan, runs: Mapping[tuple, Runs], setting: Setting) -> dict[float, dict[int, float]]:
+    """Losses at the best learning rate times each factor, by seed."""
     others = {f: setting | {"learning_rate": setting["learning_rate"] * f} for f in plan.final.robustness}
-    return {factor: list(losses_of(runs.get(key(other), [])).values()) for factor, other in others.items()}
+    return {factor: losses_of(runs.get(key(other), [])) for factor, other in others.items()}
 
 
 def progress_of(plan: Plan, trials: Mapping[str, Sequence[Any]], entries: Mapping[str, Entry]) -> Progress:

@@ -57,18 +57,26 @@ def plot(analysis: Analysis, path: Path) -> None:
     figure.colorbar(points, ax=axes, label="alpha / rank", shrink=0.6)
     figure.supxlabel("learning rate")
     figure.supylabel("held-out loss of the export")
-    figure.suptitle(f"{analysis.plan.name}: trials (points), {analysis.plan.reference} (grey), fresh seeds ± sd (red)")
+    figure.suptitle(
+        f"{analysis.plan.name}: trials (points), {analysis.plan.reference} (grey), fresh seeds ± sd within a seed (red)"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
 def seeds(axis: Any, analysis: Analysis, word: str) -> None:
-    """Mean and standard deviation of the final runs, at each learning rate that they were made at."""
+    """Mean and standard deviation of the final runs, at the best learning rate and, by their change to it in the
+    same seeds, at the others. What a seed does to all methods alike (a harder subject) is left out of the spread."""
     if word not in analysis.entries:
         return
     entry = analysis.entries[word]
-    for factor, losses in {1.0: list(entry.losses.values()), **entry.robustness}.items():
+    level = {seed: mean_and_sd([e.losses[seed] for e in analysis.methods.values() if seed in e.losses])[0]
+             for seed in entry.losses}  # fmt: skip
+    whole = sum(level.values()) / len(level)
+    best = [loss - level[seed] + whole for seed, loss in entry.losses.items()]
+    own = sum(best) / len(best)
+    for factor, losses in {1.0: best, **{f: [own + c for c in entry.changes(f)] for f in entry.robustness}}.items():
         finite = [loss for loss in losses if math.isfinite(loss)]
         if len(finite) > 1:
             rate = entry.setting["learning_rate"] * factor

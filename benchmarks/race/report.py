@@ -162,7 +162,7 @@ def costs_table(analysis: Analysis) -> str:
     ]
     head += ["training time", "merge gap", "kept energy"]
     if factors := analysis.plan.final.robustness:
-        head += [f"loss at learning rate x {f:.2g}" for f in factors]
+        head += [f"change of the loss at learning rate x {f:.2g}" for f in factors]
     rows = []
     for entry in analysis.entries.values():
         moment = entry.reached(goal)
@@ -173,10 +173,10 @@ def costs_table(analysis: Analysis) -> str:
             signed(mean(entry.gaps), 2),
             percent(entry.values("kept_energy")),
         ]
-        rows.append(row + [loss_with_spread(entry.robustness.get(factor, [])) for factor in factors])
+        rows.append(row + [loss_with_spread(entry.changes(factor), signed) for factor in factors])
     return table(head, rows) + (
         "\n\nThe merge gap is the loss of the export minus that as trained; the kept energy is the share of the squared"
-        " change in the weights that an export of this rank holds."
+        " change in the weights that an export of this rank holds. Changes with the learning rate are paired by seed."
     )
 
 

@@ -1,7 +1,7 @@
 """Numbers as the report writes them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .statistics import mean_and_sd
 
@@ -18,23 +18,23 @@ def signed(value: float, digits: int = 3) -> str:
     return "–" if math.isnan(value) else f"{value:+.{digits}g}"
 
 
-def spread(values: Iterable[float], digits: int = 3) -> str:
+def spread(values: Iterable[float], digits: int = 3, write: Callable[..., str] = number) -> str:
     """Mean ± standard deviation."""
     values = list(values)
     if not values:
         return "–"
     mean, sd = mean_and_sd(values)
-    return number(mean, digits) if math.isnan(sd) else f"{number(mean, digits)} ± {number(sd, 2)}"
+    return write(mean, digits) if math.isnan(sd) else f"{write(mean, digits)} ± {number(sd, 2)}"
 
 
-def loss_with_spread(values: Iterable[float]) -> str:
-    """The same of losses, of which some may be of runs that diverged."""
+def loss_with_spread(values: Iterable[float], write: Callable[..., str] = number) -> str:
+    """The same of losses or their changes, of which some may be of runs that diverged."""
     values = list(values)
     finite = [value for value in values if math.isfinite(value)]
     lost = f"{len(values) - len(finite)} of {len(values)} diverged"
     if len(finite) == len(values):
-        return spread(values)
-    return f"{spread(finite)}, {lost}" if finite else lost
+        return spread(values, write=write)
+    return f"{spread(finite, write=write)}, {lost}" if finite else lost
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
