@@ -3,6 +3,8 @@
     python -m benchmarks.run --model FOLDER --data FOLDER --prompt "a photo of sks dog" [--steps 200] [--rounds 3]
         [--diffusers_script path/to/examples/dreambooth/train_dreambooth_lora.py]
 
+`python -m benchmarks.full_size FOLDER` makes a pipeline of Stable Diffusion 1.5's size, without a download.
+
 diffusers' script (examples/dreambooth of its repository, at the installed version's tag) imports torchvision, which
 nothing of ours needs. Where it is not installed, `benchmarks.stand_in` gives the script those transforms by Pillow and
 torch, and the results say so; pip install -e '.[benchmarks]' -c constraints.txt brings the real ones.

@@ -74,3 +74,13 @@ def test_every_part_of_a_run_has_its_clock(tmp_path: Path, monkeypatch: pytest.M
     spent = json.loads((tmp_path / "phases.json").read_text())
     assert spent.keys() == {"loading", "caching", "preparing", "steps", "saving", "start-up"}
     assert min(spent.values()) > 0
+
+
+def test_the_full_size_pipeline_has_the_published_numbers_of_parameters() -> None:
+    from benchmarks.full_size import pipeline
+
+    with torch.device("meta"):
+        pipe = pipeline()
+    counts = [sum(p.numel() for p in module.parameters()) for module in (pipe.unet, pipe.vae)]
+    assert counts == [859_520_964, 83_653_863]
+    assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 77
