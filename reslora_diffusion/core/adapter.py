@@ -314,12 +314,19 @@ class Adapter(Shared):
         """Multiply s B A of some blocks by a gate, in every layer that uses them; blocks without one are open.
 
         A number of 0 saves the products of the block; a scalar on the device can change without recompilation.
+
+        Raises:
+            ValueError: a layer is not in this adapter.
         """
         self.refuse_strangers(gates)
         self.gates = dict(gates)
 
     def add_frozen(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put one more pair (A, B) beside the factors of some layers, under the same scaling, and never train it."""
+        """Put one more pair (A, B) beside the factors of some layers, under the same scaling, and never train it.
+
+        Raises:
+            ValueError: a layer is not in this adapter, or its shortcut does not merge exactly.
+        """
         self.refuse_strangers(factors)
         if not self.path.merges_exactly:
             raise ValueError(f"frozen factors are for shortcuts none and block; got {str(self.shortcut)!r}")

@@ -45,7 +45,11 @@ def may_checkpoint(root: nn.Module) -> list[nn.Module]:
 
 
 def cover_checkpointing(modules: Iterable[nn.Module], adapter: Any) -> None:
-    """Make those `modules` that checkpoint carry the adapter's values."""
+    """Make those `modules` that checkpoint carry the adapter's values.
+
+    Raises:
+        RuntimeError: one of them checkpoints reentrantly.
+    """
     for module in modules:
         function = module.__dict__.get(ATTRIBUTE)
         if function is None or not module.gradient_checkpointing:

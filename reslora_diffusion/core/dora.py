@@ -91,7 +91,11 @@ def decomposed_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """W [out, in, ...] of a LoRA layer, dequantised where it is packed."""
+    """W [out, in, ...] of a LoRA layer, dequantised where it is packed.
+
+    Raises:
+        RuntimeError: a process holds only a part of it.
+    """
     base = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
     if weight is not None and (is_sharded(weight) or not weight.numel()):

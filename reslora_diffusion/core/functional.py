@@ -101,7 +101,11 @@ def with_magnitude(factors: ThreeFactors, magnitude: Magnitude | None) -> LoraFa
 
 
 def delta_weight(factors: LoraFactors) -> Tensor:
-    """The dense update [out, in] of a linear layer; that of a DoRA depends on the base weight."""
+    """The dense update [out, in] of a linear layer.
+
+    Raises:
+        ValueError: it is a DoRA's, which depends on the base weight.
+    """
     if factors.magnitude is not None:
         raise ValueError("the change of a DoRA depends on the base weight; wanted decomposed_weight")
     return factors.scaling * (factors.lora_B @ factors.lora_A)

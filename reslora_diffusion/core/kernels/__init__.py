@@ -56,6 +56,9 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
         reason: why the frozen layer computes its own output, where it does.
         wanted: the kernel to choose wherever it can compute the operation, to compare kernels: a name in `KERNELS`,
             `runlora:` and a form (`runlora.named`), or `runlora:time`.
+
+    Raises:
+        ValueError: there is no such kernel or form.
     """
     if op.base is None:
         reason = plain_reason(op.x, op.weight, op.bias)

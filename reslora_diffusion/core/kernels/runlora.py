@@ -73,7 +73,11 @@ BACKWARDS = {  # whether dD and dU go through G, and dx through V
 
 
 def named(name: str) -> Form:
-    """The form that the paper calls so, such as `F2B5`; V is made again for dx, as there."""
+    """The form that the paper calls so, such as `F2B5`; V is made again for dx, as there.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     forward, backward = name[:2].upper(), name[2:].upper()
     if forward not in FORWARDS or backward not in BACKWARDS:
         raise ValueError(f"got the form {name!r}, wanted F1 or F2 and B1 to B8 in one word, such as F2B5")

@@ -30,7 +30,11 @@ STATISTICS_BYTES = 4 * 1024**3  # of second moments held at once; more layers ta
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)`: what runs a model on a batch if nothing else is given."""
+    """`model(**batch)`: what runs a model on a batch if nothing else is given.
+
+    Raises:
+        TypeError: the batch does not have names.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"got a batch of type {type(batch).__name__}, wanted a dict for model(**batch), or `forward`")
     return model(**batch)

@@ -50,7 +50,11 @@ def joined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
 
 
 def unjoined_factors(adapter: Adapter) -> dict[str, LoraFactors]:
-    """The plain LoRA of the layers that no shortcut joins, such as convolutions, if all of them are two factors."""
+    """The plain LoRA of the layers that no shortcut joins, such as convolutions.
+
+    Raises:
+        ValueError: a layer's adapter is not two factors of a linear map; all such layers are named.
+    """
     problems = [f"  - {name}: {other.kind}" for name, other in adapter.unjoined.items() if not other.has_factors]
     if problems:
         raise ValueError("\n".join([f"{MORE_THAN_FACTORS.format(adapter=adapter.adapter_name)}:", *problems]))

@@ -55,7 +55,11 @@ class MergeReport:
 
 
 def loss_of(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch).loss`, which some models return with labels, and some never."""
+    """`model(**batch).loss`.
+
+    Raises:
+        ValueError: the model returns none, because the batch has no labels or models of its kind never do.
+    """
     loss = getattr(call(model, batch), "loss", None)
     if loss is None:
         raise ValueError(f"{type(model).__name__} returns no loss; give batches with labels, or `loss`")

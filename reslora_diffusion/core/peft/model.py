@@ -64,7 +64,11 @@ class ResLoraModel(LoraModel):
         combination_type: Any = "svd",
         **options: Any,
     ) -> None:
-        """PEFT's method, where one ResLoRA adapter can be the combination that is asked for."""
+        """PEFT's method, where one ResLoRA adapter can be the combination that is asked for.
+
+        Raises:
+            ValueError: the adapters are joined differently, or the combination does not keep what the shortcut needs.
+        """
         from .refusals import refuse_combination
 
         refuse_combination(self.model, adapters, combination_type)
