@@ -84,11 +84,17 @@ class Run:
         return max((s for s in self.samples if s <= step), default=None)
 
 
+def natural(path: Path) -> list[str | int]:
+    """A key to sort by, in which `checkpoint-50` comes before `checkpoint-100`."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", path.as_posix()))]
+
+
 def contained(root: Path, pattern: str) -> list[Path]:
-    """Files below a folder that do not lead out of it. A folder that vanishes meanwhile has none."""
+    """Files below a folder that do not lead out of it, in the order of the numbers in their names. A folder that
+    vanishes meanwhile has none."""
     paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
     found = (path for path in paths if path.match(pattern) and path.is_file())
-    return sorted(path for path in found if path.resolve().is_relative_to(root.resolve()))
+    return sorted((path for path in found if path.resolve().is_relative_to(root.resolve())), key=natural)
 
 
 def labelled(roots: tuple[Path, ...], pattern: str) -> dict[str, Path]:

@@ -79,12 +79,13 @@ def test_samples_stand_in_the_row_of_their_prompt(race):
     }
 
 
-def test_adapters_of_checkpoints_come_last(race):
-    for place in ("checkpoint-20", "."):
+def test_adapters_of_checkpoints_come_last_in_the_order_of_their_steps(race):
+    for place in ("checkpoint-100", "checkpoint-20", "."):
         (race / "demo" / "lora" / place).mkdir(exist_ok=True)
         (race / "demo" / "lora" / place / "pytorch_lora_weights.safetensors").touch()
     (race / "runs" / "other" / "pytorch_lora_weights.safetensors").touch()
-    assert list(find_adapters((race / "demo", race / "runs"))) == ["lora", "other", "lora/checkpoint-20"]
+    wanted = ["lora", "other", "lora/checkpoint-20", "lora/checkpoint-100"]
+    assert list(find_adapters((race / "demo", race / "runs"))) == wanted
 
 
 def test_a_run_is_read_as_the_trainer_wrote_it(race):
