@@ -64,7 +64,7 @@ class Column:
 
     @property
     def held(self) -> str:
-        """What the layers hold when they hold what was asked."""
+        """Return what the layers hold if they hold what was asked for."""
         return f"{self.adapter.label} × {self.strength:g}" if self.adapter else "no adapter"
 
 

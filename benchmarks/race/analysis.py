@@ -67,7 +67,7 @@ class Entry:
         return [run["result"][name] for run in self.runs if run["result"].get(name) is not None]
 
     def changes(self, factor: float) -> list[float]:
-        """How much the loss changes with the learning rate times a factor, in each seed that was run at both."""
+        """Return how much the loss changes with the learning rate times a factor, in each seed that was run at both."""
         found = self.robustness.get(factor, {})
         return [loss - self.losses[seed] for seed, loss in found.items() if seed in self.losses]
 

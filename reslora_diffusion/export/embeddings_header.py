@@ -16,7 +16,7 @@ OF_COMFYUI = {"t5": "t5xxl"}
 OF_KOHYA = "emb_params"
 MOST_TOKENS = 1024  # of a file with a name for each encoder, in which many words may stand
 MOST_OF_ONE = 75  # of a file with one tensor, which stands for one word of a prompt that CLIP reads whole
-LEAST_WIDTH = 8  # of one without a name that is known: a lone tensor of another kind is a counter or a scale
+LEAST_WIDTH = 8  # of one tensor whose name does not say that it is a token: another kind is a counter or a scale
 WORD = re.compile(r"<.+>|[^.]+")  # a token; the name of a layer's tensor has a dot, whatever adapter it is of
 
 
@@ -72,9 +72,9 @@ def stored_rows(shapes: Mapping[str, Sequence[int]]) -> dict[str, str] | None:
         return None
     if known := {key: key for key in KEYS if key in shapes}:
         return known if shapes.keys() <= {*KEYS, *OF_COMFYUI.values()} else None
-    if any(shape[-1] < LEAST_WIDTH for shape in shapes.values()):
-        return None
     alone = next(iter(shapes)) if len(shapes) == 1 and max(counts) <= MOST_OF_ONE else ""
+    if alone != OF_KOHYA and not alone.startswith("<") and next(iter(shapes.values()))[-1] < LEAST_WIDTH:
+        return None
     return {"clip_l": alone} if WORD.fullmatch(alone) else None
 
 
