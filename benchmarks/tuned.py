@@ -1,6 +1,6 @@
 """Is a training better after `reslora tune` than with the trainer's defaults? On the two embedded models.
 
-    python -m benchmarks.tuned stickers [--subjects 9 10 12 13]     writes benchmarks/results/tuned-stickers.json
+    python -m benchmarks.tuned stickers [--subjects panda]          writes benchmarks/results/tuned-stickers.json
     python -m benchmarks.tuned word-problems [--seeds 0 1 2]        writes benchmarks/results/tuned-word-problems.json
 
 Each case trains twice: with the defaults, on all images or rows; and with the `run.yaml` of a search that had 30 % of
@@ -57,9 +57,13 @@ def tuned_and_not(
 
 @app.command()
 def stickers(
-    subjects: Annotated[list[int] | None, typer.Option(help="numbers of subjects")] = None, steps: int = 200
+    subjects: Annotated[list[str] | None, typer.Option(help="their names; default: all")] = None, steps: int = 200
 ) -> None:
     """The embedded pipeline: four images of a subject to learn, the fifth to judge by."""
+    places = sorted((ROOT / "assets" / "subjects").iterdir())
+    numbers = {place.name: number for number, place in enumerate(places)}
+    if strangers := [name for name in subjects or () if name not in numbers]:
+        raise typer.BadParameter(f"--subjects: got {', '.join(strangers)}; wanted some of {', '.join(numbers)}")
     sys.path.insert(0, str(SCRIPTS))
     from diffusers import StableDiffusionPipeline
 
@@ -68,23 +72,23 @@ def stickers(
     from .race.tasks import Stickers
 
     task, cases = Stickers(), {}
-    places = sorted((ROOT / "assets" / "subjects").iterdir())
 
     def judge(output: Path, subject: int) -> float:
         pipeline = StableDiffusionPipeline.from_pretrained(task.folder)
         pipeline.load_lora_weights(output)
         return task.measure(pipeline.unet.eval(), "test", subject)["loss"]
 
-    for subject in subjects or [9, 10, 12, 13]:
+    for name in subjects or numbers:
+        subject = numbers[name]
         with tempfile.TemporaryDirectory() as temporary:
             images = Path(temporary, "images")
             images.mkdir()
             for path in sorted(places[subject].glob("*.png"))[:-1]:
                 shutil.copy(path, images)
             words = ["--pretrained_model_name_or_path", str(task.folder), "--resolution", "64", "--seed", str(subject)]
-            words += ["--instance_data_dir", str(images), "--instance_prompt", "a sticker of sks thing"]
+            words += ["--instance_data_dir", str(images), "--instance_prompt", task.prompt(name)]
             words += ["--max_train_steps", str(steps), "--report_to", "none", "--validation_epochs", "100000"]
-            cases[places[subject].name] = tuned_and_not(
+            cases[name] = tuned_and_not(
                 "train",
                 words,
                 Path(temporary),

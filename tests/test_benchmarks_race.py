@@ -425,3 +425,14 @@ def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> N
     assert "**Not measured yet.**" in document([analyse(race, folder)], folder)
     (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": {"seed 0": cases["seed 0"]}}))
     assert "With 1 case nothing is concluded yet; 3 are wanted." in document([analyse(race, folder)], found)
+
+
+def test_subjects_to_tune_on_are_those_that_are_there() -> None:
+    from typer.testing import CliRunner
+
+    from benchmarks.tuned import app
+
+    found = CliRunner().invoke(app, ["stickers", "--subjects", "panda", "--subjects", "zebra"])
+    assert found.exit_code == 2
+    said = " ".join(found.output.replace("│", " ").split())  # typer draws a box around it
+    assert "got zebra; wanted some of cactus, cake" in said
