@@ -30,7 +30,7 @@ fuzz: $(VENV)/installed  ## hand in files that strangers could have written, for
 	$(BIN)/python tests/fuzz.py $(SECONDS)
 
 screenshots: $(VENV)/installed  ## renew those of the documents, of what `make demo` trained
-	$(BIN)/python docs/app/screenshots.py
+	PYTHONPATH=. $(BIN)/python docs/app/screenshots.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
