@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dreambooth import PROMPT, SUBJECTS, arguments, script, train, train_without_export
 from reslora_diffusion.diffusion.models.families import FAMILIES, Texts
-from reslora_diffusion.diffusion.models.families.base import OF_FLOWS
+from reslora_diffusion.diffusion.models.families.not_here import OF_FLOWS
 from reslora_diffusion.diffusion.objective.randomness import Stream, generator
 from reslora_diffusion.diffusion.options import DreamBoothOptions
 from reslora_diffusion.diffusion.train.optimizers import make_optimizer

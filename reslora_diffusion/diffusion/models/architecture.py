@@ -20,7 +20,7 @@ from ..data.buckets import Grid
 from ..options import DreamBoothOptions
 from ..options.adapter import KOHYA
 from .families import FAMILIES, Family, not_trained_here
-from .families.base import TEXT_ENCODER_LAYERS
+from .families.clip import TEXT_ENCODER_LAYERS
 
 UNBOUNDED = 2**31 - 1  # tokens of a prompt, where no text encoder can be trained
 BLOCKS = "transformer_blocks"  # what --lora_blocks counts

@@ -25,7 +25,7 @@ from ..train.distributed import shard
 from .architecture import family_of
 from .attn_processor import set_attn_processors
 from .families import Family
-from .families.base import leave_out_layers
+from .families.clip import leave_out_layers
 from .memory import save_memory
 from .meta_pipeline import given_base
 from .quantising import pipeline_quantisation, quantisation_of

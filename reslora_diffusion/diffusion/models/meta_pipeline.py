@@ -23,7 +23,7 @@ from ...utils.problems import BadInput
 from ..options import DreamBoothOptions
 from ..options.model_checks import adapter_settings
 from .architecture import TEXT_ENCODERS, UNBOUNDED, Architecture, Layer, family_of, layers_of, left_out
-from .families.base import leave_out_layers
+from .families.clip import leave_out_layers
 from .families.long_prompts import pieces_of
 
 TOKENIZERS = {

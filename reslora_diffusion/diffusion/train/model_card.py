@@ -7,7 +7,7 @@ from pathlib import Path
 from reslora_diffusion.export.header import DIFFUSERS_FILE
 
 from ...utils.problems import listing, printable
-from ..models.families.base import scheduler_changes
+from ..models.families.unet import scheduler_changes
 from ..models.load import base_model_name
 from ..models.meta_pipeline import MetaPipeline, given_base
 from ..options import DreamBoothOptions

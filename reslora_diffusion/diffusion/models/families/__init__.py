@@ -1,7 +1,7 @@
 """The differences between families of models, one small module each. All else is the same code for all of them."""
 
 from .aura_flow import AuraFlow
-from .base import Family, Texts, Tokens
+from .base import Family
 from .chroma import Chroma
 from .flux import Flux
 from .flux_2 import Flux2, Flux2Klein
@@ -11,6 +11,7 @@ from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .texts import Texts, Tokens
 from .z_image import ZImage
 
 FAMILIES: dict[str, Family] = {

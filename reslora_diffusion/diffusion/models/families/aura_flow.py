@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.buckets import Grid
-from .base import NUM_TRAIN_TIMESTEPS, Texts
+from .flow import NUM_TRAIN_TIMESTEPS
 from .frozen_text import T5_ALONE, FrozenTextFamily
+from .texts import Texts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

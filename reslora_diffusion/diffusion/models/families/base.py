@@ -11,14 +11,13 @@ What a family is called and consists of is known without torch, which only the w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
-from ...options.adapter import KOHYA
-from .latent_tokens import CELL
-from .long_prompts import in_pieces, joined, pieces_of
+from .long_prompts import in_pieces, pieces_of
+from .texts import Texts, Tokens
 from .weighted_prompts import ids_and_weights, tokenize_weighted
 
 if TYPE_CHECKING:
@@ -30,76 +29,7 @@ if TYPE_CHECKING:
 
     Windows = Sequence[tuple[PreTrainedTokenizerBase, int]]  # with the tokens of a prompt that an encoder is given
 
-OF_CLIP_ALONE = {
-    "max_token_length": "lengthens the prompts of models that read CLIP alone; see --max_sequence_length",
-    "weighted_captions": "weights words of models that read CLIP alone, as in kohya's scripts",
-}
-OF_ONE_CLIP = {"skip_clip_layers": "leaves out layers of the one CLIP of Stable Diffusion 1.x and 2.x"}
-OF_FLOWS = dict.fromkeys(
-    "weighting_scheme logit_mean logit_std mode_scale precondition_outputs timestep_sampling sigmoid_scale "
-    "discrete_flow_shift".split(),
-    "belongs to flow matching",
-)
-NEEDS_T5 = {"skip_t5": "cannot do without T5, whose states are all that it reads of a prompt"}
-TEXT_ENCODER_LAYERS = {KOHYA: ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}  # of all that CLIP has
-OF_DIFFUSION = dict.fromkeys(
-    "prediction_type rescale_betas_zero_snr snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred "
-    "v_pred_like_loss".split(),
-    "belongs to diffusion; this family is trained by flow matching, see --weighting_scheme",
-) | dict.fromkeys(("conv_rank", "conv_alpha"), "is for the convolutions of a UNet, and this family has a transformer")
-
-# Of a flow's schedule: times / NUM_TRAIN_TIMESTEPS is the share of the noise, which most transformers are given.
-NUM_TRAIN_TIMESTEPS = 1000
 MOST_TOKENS = 512  # of a prompt, that most pipelines take
-
-
-def leave_out_layers(text_encoder: nn.Module, count: int) -> None:
-    """`skip_clip_layers`: the final norm reads what came before the last layers, as in diffusers' pipelines."""
-    encoder: Any = getattr(text_encoder, "text_model", text_encoder).encoder
-    encoder.layers = encoder.layers[:-count]
-
-
-def scheduler_changes(options: DreamBoothOptions) -> dict[str, str | bool]:
-    """Return the settings of the noise schedule that the options change; all others are the base's own."""
-    given = {name: getattr(options, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return given | ({"timestep_spacing": "trailing"} if given.get("rescale_betas_zero_snr") else {})
-
-
-class Tokens(NamedTuple):
-    """Prompts that the text encoders have yet to encode. `fixed` are states [P, L2, D] that never change, or ids
-    [P, L2] of an encoder with new tokens; `mask` [P, L2] tells states from padding; `weights` [P, E, L] of the states
-    of the ids, where prompts have some."""
-
-    ids: Tensor
-    fixed: Tensor | None = None
-    mask: Tensor | None = None
-    weights: Tensor | None = None
-
-    def each(self) -> Iterator[Tokens]:
-        """The prompts by themselves."""
-        for place in range(len(self.ids)):
-            yield Tokens(*(None if part is None else part[place : place + 1] for part in self))  # type: ignore[arg-type]
-
-    def weighed(self, states: Tensor, place: int, pieces: int) -> Tensor:
-        """States [P, L, D] of encoder `place`, joined from `pieces`, times the weights of their tokens."""
-        if self.weights is None:
-            return states
-        weights = self.weights[:, place].reshape(len(states) * pieces, -1, 1)
-        return states * joined(weights, pieces).to(states.dtype)
-
-
-class Texts(NamedTuple):
-    """Encoded prompts. `mask` [P, L] is true where `hidden` is no padding; None if nothing of it is."""
-
-    hidden: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-
-    @property
-    def given_mask(self) -> Tensor:
-        """`mask`, with nothing masked where there is none."""
-        return self.hidden.new_ones(self.hidden.shape[:2], dtype=bool) if self.mask is None else self.mask  # type: ignore[call-overload]
 
 
 class Family(ABC):
@@ -299,74 +229,3 @@ class Family(ABC):
         self, pipeline: DiffusionPipeline, texts: Texts, negative: Texts, empty: bool = True
     ) -> dict[str, Tensor | None]:
         """Keyword arguments of the pipeline in place of prompts; `empty` says whether `negative` is of no words."""
-
-
-class UNetFamily(Family):
-    """The common part of Stable Diffusion 1.x, 2.x and XL."""
-
-    denoiser = "unet"
-    target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    of_kohya = ("attentions",)  # each is a Transformer2DModel
-    convolutions = ("resnets", "downsamplers", "upsamplers")
-    not_here = (
-        OF_FLOWS
-        | dict.fromkeys(("max_sequence_length", "skip_t5", "enable_t5_ti"), "belongs to T5, which this family lacks")
-        | {"lora_blocks": "counts the blocks of a transformer; name layers of a UNet by --target_modules"}
-    )
-
-    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
-        return Grid(vae_scale_factor, vae_scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
-
-    def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
-        """Prediction type and zero-terminal SNR are the base's own if not given."""
-        from diffusers import DDPMScheduler
-
-        from ...objective.noise import Diffusion
-
-        if changes := scheduler_changes(options):
-            pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
-        return Diffusion(
-            DDPMScheduler.from_config(pipeline.scheduler.config), options.min_timestep, options.max_timestep
-        )
-
-
-class FlowFamily(Family):
-    """The common part of all transformers: flow matching, and one large text encoder that is never trained, so that it
-    reads each prompt once."""
-
-    denoiser = "transformer"
-    flow: Mapping[str, Any] = {}  # what differs from `FlowMatching` where options do not say it
-    is_packed = False  # whether the transformer itself is given each cell of latents as one token
-
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        return super().latent_channels(config) // (CELL**2 if self.is_packed else 1)
-
-    def grid(self, config: Mapping[str, Any], vae_scale_factor: int) -> Grid:
-        return Grid(vae_scale_factor * CELL, vae_scale_factor * CELL)
-
-    def process(self, pipeline: DiffusionPipeline, options: DreamBoothOptions) -> Process:
-        """Noise levels are shifted as the base's scheduler shifts them for every size alike, or as options say."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        from ...objective.noise import FlowMatching
-
-        names = (*OF_FLOWS, "min_timestep", "max_timestep")
-        given = {name: value for name in names if (value := getattr(options, name)) is not None}
-        replaced = options.discrete_flow_shift is not None
-        shift = {"shift": options.discrete_flow_shift, "use_dynamic_shifting": False} if replaced else {}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **shift)
-        return FlowMatching(scheduler, **{**self.flow, **given})
-
-    def fixed(self, pipeline: DiffusionPipeline, prompts: list[str], options: DreamBoothOptions) -> Tensor:
-        import torch
-
-        encoder, tokenizer = (getattr(pipeline, str(name)) for name in (self.fixed_encoder, self.fixed_tokenizer))
-        ids = self.tokenize([tokenizer], prompts, self.t5_length(options))[:, 0].to(encoder.device)
-        if options.enable_t5_ti:
-            return ids
-        return torch.cat([encoder(part, return_dict=False)[0] for part in ids.split(1)])
-
-    def states_of(self, text_encoders: Sequence[nn.Module], fixed: Tensor | None) -> Tensor:
-        """The states [P, L2, D] that the last encoder computes from `Tokens.fixed`."""
-        assert fixed is not None, "zeros stand there without T5"
-        return fixed if fixed.is_floating_point() else text_encoders[-1](fixed, return_dict=False)[0]

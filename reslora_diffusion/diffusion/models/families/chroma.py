@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from reslora_diffusion.export.geometry import CHROMA
 
-from .base import NUM_TRAIN_TIMESTEPS, Texts
+from .flow import NUM_TRAIN_TIMESTEPS
 from .flux import Flux
 from .frozen_text import T5_ALONE, FrozenTextFamily
 from .latent_tokens import packed, places, unpacked
+from .texts import Texts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import NEEDS_T5, NUM_TRAIN_TIMESTEPS, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .flow import NUM_TRAIN_TIMESTEPS, FlowFamily
 from .latent_tokens import packed, places, unpacked
+from .not_here import NEEDS_T5, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP
+from .texts import Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

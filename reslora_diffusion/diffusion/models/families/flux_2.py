@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
-from .base import NUM_TRAIN_TIMESTEPS, Texts
+from .flow import NUM_TRAIN_TIMESTEPS
 from .frozen_text import FrozenTextFamily, mode
 from .latent_tokens import CELL, places
+from .texts import Texts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...options import DreamBoothOptions
-from .base import NEEDS_T5, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .flow import FlowFamily
+from .not_here import NEEDS_T5, OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP
+from .texts import Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Texts
 from .frozen_text import FrozenTextFamily
+from .texts import Texts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .base import MOST_TOKENS, NUM_TRAIN_TIMESTEPS
+from .base import MOST_TOKENS
+from .flow import NUM_TRAIN_TIMESTEPS
 from .gemma import GemmaFamily
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .base import NUM_TRAIN_TIMESTEPS, Texts
+from .flow import NUM_TRAIN_TIMESTEPS
 from .frozen_text import FrozenTextFamily
 from .latent_tokens import CELL, packed, unpacked
+from .texts import Texts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

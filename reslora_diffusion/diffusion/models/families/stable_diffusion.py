@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import Texts, Tokens, UNetFamily
 from .long_prompts import joined
+from .texts import Texts, Tokens
+from .unet import UNetFamily
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

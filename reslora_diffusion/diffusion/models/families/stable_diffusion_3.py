@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.buckets import Grid
 from ...options import DreamBoothOptions
-from .base import OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP, FlowFamily, Texts, Tokens
+from .flow import FlowFamily
+from .not_here import OF_CLIP_ALONE, OF_DIFFUSION, OF_ONE_CLIP
+from .texts import Texts, Tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import OF_ONE_CLIP, Texts, Tokens, UNetFamily
 from .long_prompts import joined
+from .not_here import OF_ONE_CLIP
+from .texts import Texts, Tokens
+from .unet import UNetFamily
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

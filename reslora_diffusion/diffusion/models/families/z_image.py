@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import NUM_TRAIN_TIMESTEPS, Texts
+from .flow import NUM_TRAIN_TIMESTEPS
 from .frozen_text import FrozenTextFamily, each_by_itself, mode
+from .texts import Texts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
