@@ -128,7 +128,7 @@ def chart(panel: Panel) -> altair.LayerChart:
     def rows(name: str) -> altair.InlineData:
         return altair.InlineData(
             values=[
-                {"run": line.run, "step": step, panel.name: value} | ({"alone": True} if len(points) == 1 else {})
+                {"run": line.run, "step": step, panel.name: value, "alone": len(points) == 1}
                 for line in panel.lines
                 for points in [thinned(getattr(line, name))]
                 for step, value in points

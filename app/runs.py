@@ -84,9 +84,9 @@ class Run:
         return max((s for s in self.samples if s <= step), default=None)
 
 
-def natural(path: Path) -> list[str | int]:
-    """A key to sort by, in which `checkpoint-50` comes before `checkpoint-100`."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", path.as_posix()))]
+def natural(path: Path) -> list[list[str | int]]:
+    """A key to sort by, in which `checkpoint-50` comes before `checkpoint-100`, and a folder `lora` before `lora-2`."""
+    return [[int(p) if n % 2 else p for n, p in enumerate(re.split(r"(\d+)", part))] for part in path.parts]
 
 
 def contained(root: Path, pattern: str) -> list[Path]:

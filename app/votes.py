@@ -221,8 +221,9 @@ def votes_csv(ballot: Ballot) -> str:
 
 
 def write_rounds(folder: Path, rounds: Sequence[Ballot]) -> Path:
-    """One round as a CSV; several as a ZIP of such, each of which can be pooled. Rounds without a vote are left out."""
-    texts = [votes_csv(ballot) for ballot in rounds if ballot.votes]
+    """One round as a CSV; several as a ZIP of such, each of which can be pooled. Rounds without a vote are left out,
+    unless none has one."""
+    texts = [votes_csv(ballot) for ballot in rounds if ballot.votes] or [votes_csv(rounds[-1])]
     if len(texts) == 1:
         path = folder / "votes.csv"
         path.write_text(texts[0], encoding="utf-8", newline="")

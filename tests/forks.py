@@ -1,5 +1,5 @@
-"""Small programs that must import peft or diffusers anew. Each is a fork of one process for the whole suite's worker,
-which has imported torch and transformers, what takes longest, and nothing of ours, of PEFT's or of diffusers'."""
+"""Small programs that must import peft or diffusers anew. Each is a fork of one process, which every worker of the
+suite has: it has imported torch and transformers, what takes longest, and nothing of ours, PEFT's or diffusers'."""
 
 import atexit
 import functools

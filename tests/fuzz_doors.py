@@ -282,7 +282,7 @@ def page_doors() -> Iterator[tuple[str, Door]]:
 
     def visited(folder: Path) -> None:
         visit = Visit(folder)
-        visit.fields(), visit.adapters()
+        visit.fields(), visit.adapters(), visit.listed()
         asked = request.CompareRequest(prompts=("a", "b"), seeds=(1,), adapters=(request.Adapter("x", "", "0"),))
         visit.rounds(asked, [])
 

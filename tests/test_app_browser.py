@@ -620,7 +620,7 @@ def test_another_base_is_chosen_on_the_page_and_a_damaged_one_changes_nothing(vi
     expect(visit(390).locator("#base input")).to_have_value("base")  # a choice is one visitor's own
 
 
-def test_adapters_are_renamed_moved_and_removed(visit):
+def test_adapters_are_renamed_moved_and_removed(visit, tmp_path):
     page = visit()
     names = "[...document.querySelectorAll('#adapters label')].map((label) => label.innerText.trim())"
     assert page.evaluate(names) == ["lora", "reslora"]
@@ -635,6 +635,7 @@ def test_adapters_are_renamed_moved_and_removed(visit):
     page.reload()
     eventually(page, lambda: page.evaluate(names) == ["ours", "lora"])
     expect(page.get_by_role("checkbox", name="ours", exact=True)).to_be_checked()
+    settings = downloaded(page, "#download_settings", tmp_path / "settings.json")
     unfold(page, "Rename, reorder")
     choose(page, "one_adapter", "ours")
     page.click("#remove")
@@ -642,6 +643,11 @@ def test_adapters_are_renamed_moved_and_removed(visit):
     page.reload()
     arrived(page)
     assert page.evaluate(names) == ["lora"]
+    upload(page, "#saved_files", settings)  # which name it again
+    eventually(page, lambda: page.evaluate(names) == ["lora", "ours"])
+    page.reload()
+    arrived(page)
+    assert page.evaluate(names) == ["lora", "ours"]
 
 
 def test_steps_along_the_columns_and_guidance_along_the_rows(visit):

@@ -79,6 +79,13 @@ def test_samples_stand_in_the_row_of_their_prompt(race):
     }
 
 
+def test_runs_and_checkpoints_are_in_the_order_of_names_and_numbers(tmp_path):
+    names = ["run", "run/checkpoint-20", "run/checkpoint-100", "run 2", "run-2", "run-10", "run.old"]
+    for name in reversed(names):
+        make_run(tmp_path / name, name, steps=1)
+    assert list(find_runs((tmp_path,))) == names
+
+
 def test_adapters_of_checkpoints_come_last_in_the_order_of_their_steps(race):
     for place in ("checkpoint-100", "checkpoint-20", "."):
         (race / "demo" / "lora" / place).mkdir(exist_ok=True)

@@ -135,6 +135,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             asked, its_base = opened(studio, session, [Path(path) for path in paths or []])
         except ValueError as problem:
             raise refusal(problem, "This cannot be opened") from None
+        session.store_list()
         if session.visit:
             session.visit.show(asked, session.cells, studio.base_of(session), session.view)
         words = said(session, its_base, studio.base_of(session))
@@ -150,6 +151,7 @@ def compare_tab(studio: Studio, demo: gr.Blocks) -> CompareTab:
             opened(studio, session, session.visit.comparison())
         except ValueError as problem:
             raise refusal(problem, "This cannot be opened") from None
+        session.store_list()
         with_its_round(session)
         count = len(session.request.rows) * len(session.request.columns)
         session.view = session.view.turned_to(session.request)

@@ -9,11 +9,12 @@ from typing import Any
 import gradio as gr
 
 from .. import measure_views, views
+from ..compare import Cell
 from ..figure import KINDS as FIGURES
 from ..figure import figure
 from ..forms import unwritable
 from ..output import png, report, sheet
-from ..request import CompareRequest, digests_in, joined, problems
+from ..request import Column, CompareRequest, digests_in, joined, problems
 from ..saved import open_saved, saved_cells, saved_view, settings_json, write_zip
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
@@ -136,9 +137,15 @@ def opened(studio: Studio, session: Session, paths: list[Path]) -> tuple[Compare
     renamed = replace(asked, adapters=own)
     columns = dict(zip(asked.columns, renamed.columns, strict=True))
     session.abandon()
-    session.show(renamed, [replace(cell, column=columns[cell.column]) for cell in cells])
+    session.show(renamed, [in_column(cell, columns[cell.column]) for cell in cells])
     session.view = saved_view(data, renamed)
     return renamed, data.get("base")
+
+
+def in_column(cell: Cell, column: Column) -> Cell:
+    """The cell in a column that has the name its adapter goes by here; what its layers held has that name too."""
+    right = cell.generated_with == cell.column.held
+    return replace(cell, column=column, generated_with=column.held if right else cell.generated_with)
 
 
 def said(session: Session, base: object, base_here: str) -> str:

@@ -122,7 +122,8 @@ def train_tab(
     def watch(session: Session, key: str) -> list:
         if training := looked_at(session, key):
             return look(session, training, key)
-        return [*[gr.skip()] * (len(shown) - 3), gr.Timer(active=False), gr.skip(), []]  # no adapter was brought
+        nothing = {timer: gr.Timer(active=False), compared.joined: []}  # no adapter was brought
+        return [nothing.get(control, gr.skip()) for control in shown]
 
     def choose(session: Session, key: str, event: gr.EventData) -> list:
         name = getattr(event, "name", None)

@@ -58,11 +58,21 @@ def plot(analysis: Analysis, path: Path) -> None:
     figure.supxlabel("learning rate")
     figure.supylabel("held-out loss of the export")
     figure.suptitle(
-        f"{analysis.plan.name}: trials (points), {analysis.plan.reference} (grey), fresh seeds ± sd within a seed (red)"
+        f"{analysis.plan.name}: trials (points), {analysis.plan.reference} (grey), fresh seeds ± sd, paired (red)"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
     plt.close(figure)
+
+
+def levels(analysis: Analysis) -> dict[int, float]:
+    """Mean loss of each seed over all methods whose run of it did not diverge."""
+    losses: dict[int, list[float]] = {}
+    for entry in analysis.methods.values():
+        for seed, loss in entry.losses.items():
+            if math.isfinite(loss):
+                losses.setdefault(seed, []).append(loss)
+    return {seed: sum(found) / len(found) for seed, found in losses.items()}
 
 
 def seeds(axis: Any, analysis: Analysis, word: str) -> None:
@@ -71,14 +81,16 @@ def seeds(axis: Any, analysis: Analysis, word: str) -> None:
     if word not in analysis.entries:
         return
     entry = analysis.entries[word]
-    level = {seed: mean_and_sd([e.losses[seed] for e in analysis.methods.values() if seed in e.losses])[0]
-             for seed in entry.losses}  # fmt: skip
-    whole = sum(level.values()) / len(level)
-    best = [loss - level[seed] + whole for seed, loss in entry.losses.items()]
-    own = sum(best) / len(best)
+    level = levels(analysis)
+    finite = {seed: loss for seed, loss in entry.losses.items() if math.isfinite(loss)}
+    if not finite:
+        return
+    own = sum(finite.values()) / len(finite)
+    whole = sum(level[seed] for seed in finite) / len(finite)
+    best = [loss - level[seed] + whole for seed, loss in finite.items()]
     for factor, losses in {1.0: best, **{f: [own + c for c in entry.changes(f)] for f in entry.robustness}}.items():
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        if len(finite) > 1:
+        shown = [loss for loss in losses if math.isfinite(loss)]
+        if len(shown) > 1:
             rate = entry.setting["learning_rate"] * factor
-            mean, sd = mean_and_sd(finite)
+            mean, sd = mean_and_sd(shown)
             axis.errorbar(rate, mean, min(sd, 0.99 * mean), color="tab:red", capsize=3, marker="_")

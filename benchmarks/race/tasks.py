@@ -249,7 +249,7 @@ class Stickers:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, split: str, seed: int) -> dict[str, float]:
-        """Loss of the subject's held-out image on fixed noise, and of the next subject under the same prompt."""
+        """Loss of the subject's held-out image on fixed noise, and of the next subject under its own prompt."""
         latents, texts, _ = self.encoded
         subject, other = seed % len(latents), (seed + 1) % len(latents)
         found = {}
@@ -260,8 +260,8 @@ class Stickers:
         return found
 
     def measure_once(self, model: nn.Module, seed: int) -> dict[str, float]:
-        """Share of images that show the subject, and of those with the background of the prompt, none of which a
-        training image has; generated as the demo does."""
+        """Shares of generated images that show the subject, and that have the background which the prompt names (one
+        that no training image has). Images are generated as the demo generates them."""
         data, judge = self.recipe
         name, images = self.subjects[seed % len(self.subjects)]
         seen = {judge.judge_background(image) for image in images}
