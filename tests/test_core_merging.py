@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from safetensors.torch import save_file
 from torch import nn
 
 from models import LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
@@ -240,31 +239,40 @@ def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["sums-0-0.safetensors"]
 
 
-def test_sums_of_an_earlier_version_are_refused(tmp_path) -> None:
-    """There, layers that read one tensor had one sum."""
-    file = tmp_path / "sums-0-0.safetensors"
-    save_file({"second/model.layers.0.self_attn.q_proj": torch.ones(16, 16)}, file, metadata={"facts": "{}"})
-    with pytest.raises(ValueError, match=r"sums-0-0\.safetensors was written by an earlier version; remove it"):
-        calibrate(adapted("input"), BATCHES, forward, resume_file=tmp_path / "sums.safetensors")
-
-
-def test_moments_are_of_what_each_layer_has_read() -> None:
-    """Layers that read one tensor (q, k and v) have equal sums, each of its own."""
+def test_projections_of_one_tensor_share_their_moments() -> None:
     model = adapted("input")
-    adapter = get_adapter(model)
-    moments = Moments(adapter, set(adapter.sites))
+    controller = get_adapter(model)
+    moments = Moments(controller, set(controller.sites))
+    calibration.observe(controller, moments, model, BATCHES[:2], forward)
+    q, k, v = (f"model.layers.2.self_attn.{p}_proj" for p in "qkv")
+    assert moments.leader[q] == moments.leader[k] == moments.leader[v] == q
+    assert len(moments.second) == 4 * 4  # per layer: qkv, o, gate and up, down
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ["q k", "q,k", "k,q"],  # one tensor, then two
+        ["q,k", "q k"],  # two, then one
+        ["q k", "q", "q k"],  # a layer that does not run in every batch
+        ["q", "q k"],
+        ["a,q k", "a q k", "a q,k"],
+    ],
+)
+def test_moments_are_of_what_each_layer_has_read(batches: list[str]) -> None:
+    """Layers that share a sum at first may read other tensors later, or none."""
+    moments = Moments(get_adapter(adapted("input")), set("aqk"))
     wanted: dict[str, torch.Tensor] = {}
-
-    def note(name: str, x: torch.Tensor) -> None:
-        rows = x.flatten(0, -2)
-        wanted[name] = wanted.get(name, 0) + torch.einsum("ti,tj->ij", rows, rows)
-
-    for name, layer in adapter.layers.items():
-        layer.register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
-    calibration.observe(adapter, moments, model, BATCHES[:2], forward)
-    assert moments.second.keys() == wanted.keys() == adapter.sites.keys()
+    for batch in batches:
+        moments.start_batch()
+        for names in batch.split(","):
+            x = torch.randn(5, 4, dtype=torch.float64)
+            for name in names.split():
+                moments.add_second(name, x, x)
+                wanted[name] = wanted.get(name, 0) + x.T @ x
+    moments.start_batch()
     for name, second in wanted.items():
-        assert torch.allclose(moments.second[name], second), name
+        assert torch.allclose(moments.second_of(name), second), name
 
 
 def test_calibration_leaves_the_model_as_it_was() -> None:

@@ -18,6 +18,7 @@ from reslora_diffusion.core.kernels.runlora import (
     BACKWARDS,
     FORWARDS,
     LOW_RANK,
+    QUICKEST,
     Form,
     cheapest,
     cost,
@@ -166,6 +167,20 @@ def test_a_form_is_chosen_by_name_by_time_or_by_count(wanted: str, shortcut: str
     get_adapter(model).kernel = wanted
     output("llama", model, args)
     assert "fused" in {kernel for kernel, _ in explain_kernels(model).layers.values()}
+
+
+def test_a_form_is_measured_inside_activation_checkpointing() -> None:
+    model, args = adapted("llama", "none", 1), inputs("llama")
+    QUICKEST.clear()
+    get_adapter(model).kernel = "runlora:time"
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss_of(output("llama", model, args)).backward()
+    again = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.activation_checkpointing_disable()
+    loss_of(output("llama", model, args)).backward()
+    assert all((p.grad - again[name]).abs().max() < 1e-10 for name, p in model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("wanted", ["runlora:F3B1", "runlora:F1B9", "fussed", "fused:F1B1"])

@@ -16,9 +16,10 @@ from dreambooth import SUBJECTS, arguments, script
 from reslora_diffusion.diffusion.data.concepts import concepts_of
 from reslora_diffusion.diffusion.data.encode import Warmup
 from reslora_diffusion.diffusion.data.wordings import growing, wordings
-from reslora_diffusion.diffusion.models.families.weighted_prompts import weighted_words
+from reslora_diffusion.diffusion.models.families.weighted_prompts import weighted_words, without_weights
 from reslora_diffusion.diffusion.options import DreamBoothOptions, parse
 from reslora_diffusion.diffusion.options.checks import check
+from reslora_diffusion.diffusion.train.merging import Evaluation
 from reslora_diffusion.utils.problems import BadInput
 from test_diffusion_sampling import make_example, make_sampler, read_as
 from tiny import tiny_pipeline_flux, tiny_pipeline_folder, tiny_pipeline_xl
@@ -70,7 +71,23 @@ def test_draws_of_a_step_have_the_tags_of_the_step():
     seen = [draw.prompt for n in range(32) for draw in [sampler.draw(example, 1, n)]]
     assert seen[:24] == [f"{step // 2} tags" for step in range(6) for _ in range(4)]
     assert seen[24:] == ["prompt 1"] * 8
-    assert sampler.draw(example, 1, 0, timestep=5).prompt == "prompt 1"  # what is measured has all tags
+    assert sampler.to_measure([example], 0).draw(example, 1, 0, timestep=5).prompt == "prompt 1"
+    half = replace(sampler, warmup_scale=0.5)  # of a trial with half the steps
+    assert [half.draw(example, 1, 4 * step).prompt for step in range(4)] == [
+        *(f"{n} tags" for n in range(3)),
+        "prompt 1",
+    ]
+
+
+def test_what_is_merged_and_measured_on_has_all_tags():
+    short = make_example(1).texts[0][1]._replace(hidden=torch.full((5, 6), -1.0))
+    example = replace(make_example(4), warmup=Warmup(1000, [("short", short)]))
+    sampler = replace(make_sampler(), instances=[example] * 4, draws_per_step=2)
+    options = DreamBoothOptions(train_batch_size=2, calibration_batches=6)
+    found = Evaluation.of(sampler, options)
+    for batch in (*found.calibration, *found.validation):
+        assert (batch.texts.hidden >= 0).all()
+    assert (sampler.batches(0, 2)[0].texts.hidden == -1).all()
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -93,6 +110,8 @@ def test_weights_of_words_are_kohyas():
     assert weighted_words("(unbalanced") == [("unbalanced", 1.1)]
     assert weighted_words("\\(literal\\]") == [("(literal]", 1.0)]
     assert weighted_words("(unnecessary)(parens)") == [("unnecessaryparens", 1.1)]
+    assert weighted_words("(hm:...) (cat:1.2.3)") == [("hm:...", 1.1), (" ", 1.0), ("cat:1.2.3", 1.1)]
+    assert without_weights("a ((big)) [blue] \\(red\\) (dog:1.3)") == "a big blue (red) dog"
     found = weighted_words("a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).")
     assert [text for text, _ in found] == ["a ", "house", " ", "on", " a ", "hill", ", sun, ", "sky", "."]
     assert [w for _, w in found] == pytest.approx([1, 1.573, 1.1, 1, 1.1, 0.55, 1.1, 1.4641, 1.1])
@@ -238,3 +257,13 @@ def test_options_of_captions_that_contradict_each_other(tmp_path, options, said)
     with pytest.raises(BadInput) as error:
         check(arguments(tmp_path / "out", **options))
     assert [problem.startswith(said) for problem in error.value.problems] == [True]
+
+
+def test_options_of_tags_may_be_of_a_concept(tmp_path):
+    """The run's --keep_tokens and --token_warmup_min are for a concept that shuffles or begins with few tags."""
+    (tmp_path / "concepts.toml").write_text(
+        f'[[concepts]]\ninstance_data_dir = "{SUBJECTS / "cactus"}"\ninstance_prompt = "a, b"\n'
+        "shuffle_caption = true\ntoken_warmup_step = 3\n"
+    )
+    own = {"instance_data_dir": None, "instance_prompt": None, "concepts": tmp_path / "concepts.toml"}
+    check(arguments(tmp_path / "out", keep_tokens=1, token_warmup_min=2, **own))

@@ -72,10 +72,11 @@ def stored_rows(shapes: Mapping[str, Sequence[int]]) -> dict[str, str] | None:
         return None
     if known := {key: key for key in KEYS if key in shapes}:
         return known if shapes.keys() <= {*KEYS, *OF_COMFYUI.values()} else None
-    alone = next(iter(shapes)) if len(shapes) == 1 and max(counts) <= MOST_OF_ONE else ""
-    if alone != OF_KOHYA and not alone.startswith("<") and next(iter(shapes.values()))[-1] < LEAST_WIDTH:
+    (alone, shape), *others = shapes.items()
+    if others or max(counts) > MOST_OF_ONE or not WORD.fullmatch(alone):
         return None
-    return {"clip_l": alone} if WORD.fullmatch(alone) else None
+    says_so = alone == OF_KOHYA or alone.startswith("<")
+    return {"clip_l": alone} if says_so or shape[-1] >= LEAST_WIDTH else None
 
 
 def tokens_of(header: Mapping[str, str], path: Path, stored: list[str], count: int) -> dict[str, list[str]]:

@@ -63,7 +63,7 @@ class DreamBooth:
         """Fixed noise on held-out images, at timesteps spread evenly, in batches of the training's size."""
         sampler, size = self.data.sampler, self.begun.options.train_batch_size
         seed = seed_of(sampler.seed, Stream.VALIDATION)
-        measured = replace(sampler, instances=self.data.encoded.held_out, classes={}, seed=seed, caption_dropout=0.0)
+        measured = sampler.to_measure(self.data.encoded.held_out, seed)
         counts = [min(size, draws - first) for first in range(0, draws, size)]
         return [batch for n, count in enumerate(counts) for batch in measured.spread(n * size, count, draws)]
 
@@ -78,9 +78,10 @@ class DreamBooth:
     def begin(self, options: Mapping[str, Any], steps: int, folder: str) -> Run:
         args = self.begun.options.changed(output_dir=folder, **options)
         args.lr_warmup_steps = round(args.lr_warmup_steps * steps / self.steps)
+        sampler = replace(self.data.sampler, warmup_scale=steps / self.steps)
         begun = setup.Start(args, replace(self.plan, max_train_steps=steps), self.begun.accelerator, None, 0)
         with redirect_stdout(io.StringIO()):  # the preflight has been shown once
-            return setup.build(begun, setup.load(begun)[0], self.data)
+            return setup.build(begun, setup.load(begun)[0], self.data._replace(sampler=sampler))
 
     def teach(self, run: Run, steps: int, evaluate_at: Sequence[int], report: Report) -> Spent:
         training, begun = 0.0, time.monotonic()

@@ -52,6 +52,11 @@ class Form(NamedTuple):
     dx: bool
     keeps: bool = False
 
+    @property
+    def entirely(self) -> bool:
+        """Return whether nothing goes through rank R."""
+        return self.y and self.dD and self.dU and self.dx
+
     def __str__(self) -> str:
         large = [name for name, yes in zip(("y", "dD", "dU", "dx"), self, strict=False) if yes]
         return f"{', '.join(large) or 'nothing'} through matrices as large as W"
@@ -95,7 +100,7 @@ def cost(
 ) -> float:
     """Multiplications of a forward and backward beside those of the frozen layer, with what `PASS` and `LAUNCH` add."""
     z, t, V = rows * rank * width, rows * rank * out, (rank + PASS) * width * out
-    stack, products = (0, parts) if parts == 1 or all(form[:4]) else (2, 1)  # D and U are put together, or not
+    stack, products = (0, parts) if parts == 1 or form.entirely else (2, 1)  # D and U are put together, or not
     total, launches = (V, stack + products) if form.y else (z + t, stack + 2)
     if for_factors:
         large = (form.dD, form.dU)
@@ -152,10 +157,11 @@ def seconds(op: LinearOp, form: Form) -> float:
         clock = time.perf_counter
         torch.get_device_module(op.x.device).synchronize()
     began = clock()
-    y, _ = runlora_linear(op, form)
-    if y.requires_grad:
-        wanted = [tensor for tensor in (op.x, *op.D, *op.U) if tensor.requires_grad]
-        torch.autograd.grad(y, wanted, torch.ones_like(y))
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # not those of checkpointing
+        y, _ = runlora_linear(op, form)
+        if y.requires_grad:
+            wanted = [tensor for tensor in (op.x, *op.D, *op.U) if tensor.requires_grad]
+            torch.autograd.grad(y, wanted, torch.ones_like(y))
     if not op.x.is_cpu:
         torch.get_device_module(op.x.device).synchronize()
     return clock() - began
@@ -204,7 +210,7 @@ class WholeLinear(torch.autograd.Function):
         ctx: Any, form: Form, scaling: float, x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor
     ) -> Tensor:
         count, rows, V, z = len(parts) // 2, x.reshape(-1, x.shape[-1]), None, None
-        pairs = parts if count == 1 or all(form[:4]) else side_by_side(parts[:count], parts[count:])
+        pairs = parts if count == 1 or form.entirely else side_by_side(parts[:count], parts[count:])
         if form.y:
             half = len(pairs) // 2
             V = merged_weight(weight, pairs[:half], pairs[half:], scaling)

@@ -57,7 +57,7 @@ def least_squares(adapter: Adapter, site: Site, moments: Moments) -> Tensor:
     for _, reader in neighbours(adapter, site):
         other = to_float64(adapter.lora_A(reader).detach()).to(guess.device)
         guess += float(moments.alignment(site.name, reader)) * other
-    return least_squares_correction(guess, moments.second[site.name], moments.cross[site.name])
+    return least_squares_correction(guess, moments.second_of(site.name), moments.cross[site.name])
 
 
 def paper_input(adapter: Adapter, site: Site, norms: Norms) -> Tensor:

@@ -13,6 +13,7 @@ from ...utils.files import sweep
 from ...utils.problems import refuse
 from ..models.families import Family, Texts
 from ..models.families.long_prompts import pieces_of
+from ..models.families.weighted_prompts import without_weights
 from ..models.load import DTYPES, load_pipeline
 from ..options import DreamBoothOptions
 from ..options.plan import Plan
@@ -62,7 +63,7 @@ def make_missing(concept: Concept, options: DreamBoothOptions, accelerator: Acce
         generate_class_images(
             load_pipeline(options, DTYPES[precision]).to(accelerator.device),
             folder,
-            concept.class_prompt,
+            without_weights(concept.class_prompt) if options.weighted_captions else concept.class_prompt,
             numbers,
             process=accelerator.process_index,
             processes=accelerator.num_processes,

@@ -12,7 +12,7 @@ differs in size nevertheless, such as class images, is a batch of its own, and t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import cast
 
@@ -101,12 +101,18 @@ class Sampler:
     caption_dropout: float = 0.0
     dropped_pass: int = 0
     draws_per_step: int = 1
+    warmup_scale: float = 1.0  # factor on the steps in which captions grow; with 0 they have all tags from the start
     recipe: NoiseRecipe = NoiseRecipe()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         known = {shape: number for number, shape in enumerate(dict.fromkeys(e.shape for e in self.instances))}
         object.__setattr__(self, "sizes", tuple(known[example.shape] for example in self.instances))
+
+    def to_measure(self, examples: Sequence[Example], seed: int) -> "Sampler":
+        """The sampler that draws these examples alone, each with its whole prompt."""
+        own = replace(self, instances=examples, classes={}, seed=seed)
+        return replace(own, caption_dropout=0.0, dropped_pass=0, warmup_scale=0.0)
 
     def order(self, first: int, count: int) -> list[Example]:
         """Examples of `count` draws of the run from number `first` on."""
@@ -165,10 +171,10 @@ class Sampler:
         noise = self.recipe.shaped(noise, self.channel_means(example, view, posterior_noise), source)
         if self.caption_dropout:
             dropped |= torch.rand((), generator=source).item() < self.caption_dropout
-        worded, spread = example.texts, timestep is not None
+        worded = example.texts
         prompt, own = worded[int(torch.randint(len(worded), (), generator=source)) if len(worded) > 1 else 0]
-        if example.warmup and not spread and (growing := example.warmup.at(number // self.draws_per_step)):
-            prompt, own = growing
+        if example.warmup and self.warmup_scale:
+            prompt, own = example.warmup.at(int(number // self.draws_per_step / self.warmup_scale)) or (prompt, own)
         text = self.empty if dropped else own
         assert text is not None, "captions are dropped only where there is an empty prompt"
         return Draw(
@@ -179,7 +185,7 @@ class Sampler:
             view=view,
             text=text,
             prompt="" if dropped else prompt,
-            input_noise=None if spread else self.recipe.perturbed(noise, source),
+            input_noise=None if timestep is not None else self.recipe.perturbed(noise, source),
         )
 
     def channel_means(self, example: Example, view: int, posterior_noise: Tensor) -> Tensor:

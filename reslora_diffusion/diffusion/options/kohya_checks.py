@@ -24,15 +24,15 @@ def bad_data(options: DreamBoothOptions) -> Iterator[str]:
 def tag_problems(options: DreamBoothOptions, concepts: Sequence[Concept]) -> Iterator[str]:
     """Options of tags that change nothing, or contradict each other, of the run and of its concepts."""
     tags = ", ".join(f"--{name}" for name in READ_AS_TAGS)
-    if not any(getattr(options, name) for name in READ_AS_TAGS):
-        for name in ("keep_tokens", "keep_tokens_separator"):
-            if getattr(options, name):
-                yield f"--{name} is used only with one of {tags}"
-        if options.caption_separator != "," and not options.secondary_separator:
-            yield f"--caption_separator is used only with one of {tags}, --secondary_separator"
-    if options.token_warmup_min != 1 and not options.token_warmup_step:
-        yield "--token_warmup_min is used only with --token_warmup_step"
     every = [options, *(options_of(concept.own, options) for concept in concepts)]
+    if not any(getattr(one, name) for one in every for name in READ_AS_TAGS):
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            if any(getattr(one, name) for one in every):
+                yield f"--{name} is used only with one of {tags}"
+        if any(one.caption_separator != "," and not one.secondary_separator for one in every):
+            yield f"--caption_separator is used only with one of {tags}, --secondary_separator"
+    if any(one.token_warmup_min != 1 for one in every) and not any(one.token_warmup_step for one in every):
+        yield "--token_warmup_min is used only with --token_warmup_step"
     if not all(one.caption_separator for one in every):
         yield "--caption_separator: got no text, wanted what stands between tags"
     if any(one.token_warmup_step and one.enable_wildcard for one in every):

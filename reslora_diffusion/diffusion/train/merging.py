@@ -39,8 +39,8 @@ class Evaluation:
     ) -> "Evaluation":
         """`held_out` are the examples to measure on, which are those that are trained on if there are no others."""
         size, seed = options.train_batch_size, seed_of(sampler.seed, Stream.VALIDATION)
-        fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION))
-        measured = replace(sampler, instances=held_out or sampler.instances, classes={}, seed=seed, caption_dropout=0.0)
+        fitted = replace(sampler, seed=seed_of(sampler.seed, Stream.CALIBRATION), warmup_scale=0.0)
+        measured = sampler.to_measure(held_out or sampler.instances, seed)
         turns = [n * processes + process for n in range(options.calibration_batches)]
         whole = size * processes
         return cls(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-PIECE = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:([+-]?[.\d]+)\)|\)|]|[^\\()\[\]:]+|:")
+PIECE = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:([+-]?(?:\d+\.?\d*|\.\d+))\)|\)|]|[^\\()\[\]:]+|:")
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CLOSED_BY = {")": "(", "]": "["}
 
@@ -49,6 +49,11 @@ def weighted_words(prompt: str) -> list[tuple[str, float]]:
             text = joined.pop()[0] + text
         joined.append((text, weight))
     return joined
+
+
+def without_weights(prompt: str) -> str:
+    """The words of a prompt alone, for a pipeline that would read the brackets."""
+    return "".join(text for text, _ in weighted_words(prompt))
 
 
 def ids_and_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[float]]:
