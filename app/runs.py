@@ -85,8 +85,9 @@ class Run:
 
 
 def natural(path: Path) -> list[list[str | int]]:
-    """A key to sort by, in which `checkpoint-50` comes before `checkpoint-100`, and a folder `lora` before `lora-2`."""
-    return [[int(p) if n % 2 else p for n, p in enumerate(re.split(r"(\d+)", part))] for part in path.parts]
+    """A key to sort files by: a folder before those in it, `lora` before `lora-2`, and 50 before 100."""
+    parts = path.parent.parts
+    return [[int(p) if n % 2 else p for n, p in enumerate(re.split(r"(\d+)", part))] for part in parts]
 
 
 def contained(root: Path, pattern: str) -> list[Path]:

@@ -635,7 +635,7 @@ def test_adapters_are_renamed_moved_and_removed(visit, tmp_path):
     page.reload()
     eventually(page, lambda: page.evaluate(names) == ["ours", "lora"])
     expect(page.get_by_role("checkbox", name="ours", exact=True)).to_be_checked()
-    settings = downloaded(page, "#download_settings", tmp_path / "settings.json")
+    archive = downloaded(page, "#download_zip", tmp_path / "all.zip")
     unfold(page, "Rename, reorder")
     choose(page, "one_adapter", "ours")
     page.click("#remove")
@@ -643,11 +643,11 @@ def test_adapters_are_renamed_moved_and_removed(visit, tmp_path):
     page.reload()
     arrived(page)
     assert page.evaluate(names) == ["lora"]
-    upload(page, "#saved_files", settings)  # which name it again
-    eventually(page, lambda: page.evaluate(names) == ["lora", "ours"])
+    upload(page, "#saved_files", archive)  # whose images are of it
+    eventually(page, lambda: page.evaluate(names) == ["lora", "reslora"])
     page.reload()
     arrived(page)
-    assert page.evaluate(names) == ["lora", "ours"]
+    assert page.evaluate(names) == ["lora", "reslora"]
 
 
 def test_steps_along_the_columns_and_guidance_along_the_rows(visit):
