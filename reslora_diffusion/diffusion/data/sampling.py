@@ -121,24 +121,23 @@ class Sampler:
                 shuffled(self.seed, Stream.INSTANCE_ORDER, n, len(self.instances)) for n in range(first, first + count)
             ]
         else:
-            turn, per_pass = first // count, len(chunks(self.seed, 0, self.sizes, count))
-            places = chunks(self.seed, turn // per_pass, self.sizes, count)[turn % per_pass]
+            number, turn = self.place(first, count)
+            places = chunks(self.seed, number, self.sizes, count)[turn]
         return [self.instances[place] for place in places]
 
     @property
     def has_one_size(self) -> bool:
         return len(set(self.sizes)) == 1
 
+    def place(self, number: int, count: int) -> tuple[int, int]:
+        """`(pass, place in the pass)` of draw `number`. With several sizes, the `count` draws of a batch are one place."""
+        if self.has_one_size:
+            return divmod(number, len(self.instances))
+        return divmod(number // count, len(chunks(self.seed, 0, self.sizes, count)))
+
     def is_dropped(self, number: int, count: int) -> bool:
         """Return whether draw `number`, one of `count` of a batch, is in a pass without prompts."""
-        if not self.dropped_pass:
-            return False
-        turn, per_pass = (
-            (number, len(self.instances))
-            if self.has_one_size
-            else (number // count, len(chunks(self.seed, 0, self.sizes, count)))
-        )
-        return (turn // per_pass + 1) % self.dropped_pass == 0
+        return bool(self.dropped_pass) and (self.place(number, count)[0] + 1) % self.dropped_pass == 0
 
     def batches(self, first: int, count: int) -> list[Batch]:
         """The `count` draws of the run from number `first`, a multiple of `count`, on."""

@@ -92,8 +92,7 @@ class Restart(Schedule):
             ranks = sorted({site.rank for site in adapter.sites.values()})
             if self.ranks and not self.stage and ranks != self.ranks[:1]:
                 problems.append(f"ranks begin with {self.ranks[0]}, and the adapter has {ranks}; wanted the same")
-        if self.stages > total_steps:
-            problems.append(f"got {self.stages} stages in {total_steps} steps, wanted a step for each or more")
+        problems += self.settings.length_problems(total_steps)
         refuse(f"restart: {problem}" for problem in dict.fromkeys(problems))
 
     # ------------------------------------------------------------------------------------------------- stages

@@ -134,9 +134,14 @@ class RestartSettings(Settings):
             if name in features:
                 yield f"{self.name}: merge changes the base's weights, and {what}; wanted merge=false"
 
+    def length_problems(self, total_steps: int) -> Iterator[str]:
+        """A link of one step may learn nothing: a warm-up of the learning rate begins at 0, in every link anew."""
+        if 2 * self.links > total_steps:
+            yield f"got {self.links} stages in {total_steps} steps, wanted two steps for each or more"
+
     def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
-        if total_steps is not None and self.links > total_steps:
-            yield f"{self.name}: got {self.links} stages in {total_steps} steps, wanted a step for each or more"
+        if total_steps is not None:
+            yield from (f"{self.name}: {problem}" for problem in self.length_problems(total_steps))
         if self.ranks and self.ranks[0] != rank:
             yield f"{self.name}: ranks begin with {self.ranks[0]}, and the adapter has rank {rank}; wanted the same"
 
