@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import nn
 
 from models import LLAMA_TARGETS, UNET_TARGETS, build, inputs, output, randomise
@@ -239,13 +240,20 @@ def test_a_calibration_that_was_cut_off_goes_on(method: str, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["sums-0-0.safetensors"]
 
 
+def test_sums_of_an_earlier_version_are_refused(tmp_path) -> None:
+    file = tmp_path / "sums-0-0.safetensors"
+    save_file({"second/a": torch.zeros(2, 2)}, file, metadata={"facts": '{"batches": 2, "leader": {"a": "a"}}'})
+    with pytest.raises(ValueError, match="sums-0-0.safetensors was written by an earlier version; remove it and"):
+        calibrate(adapted("input"), BATCHES, forward, resume_file=tmp_path / "sums.safetensors")
+
+
 def test_projections_of_one_tensor_share_their_moments() -> None:
     model = adapted("input")
     controller = get_adapter(model)
     moments = Moments(controller, set(controller.sites))
     calibration.observe(controller, moments, model, BATCHES[:2], forward)
     q, k, v = (f"model.layers.2.self_attn.{p}_proj" for p in "qkv")
-    assert moments.leader[q] == moments.leader[k] == moments.leader[v] == q
+    assert "\n".join((q, k, v)) in moments.second
     assert len(moments.second) == 4 * 4  # per layer: qkv, o, gate and up, down
 
 
@@ -261,18 +269,25 @@ def test_projections_of_one_tensor_share_their_moments() -> None:
 )
 def test_moments_are_of_what_each_layer_has_read(batches: list[str]) -> None:
     """Layers that share a sum at first may read other tensors later, or none."""
-    moments = Moments(get_adapter(adapted("input")), set("aqk"))
+    adapter = get_adapter(adapted("input"))
+    layers = {letter: layer for letter, layer in zip("aqk", adapter.adapted.values(), strict=False)}
+    moments = Moments(adapter, {layer.name for layer in layers.values()})
     wanted: dict[str, torch.Tensor] = {}
     for batch in batches:
         moments.start_batch()
-        for names in batch.split(","):
-            x = torch.randn(5, 4, dtype=torch.float64)
-            for name in names.split():
-                moments.add_second(name, x, x)
-                wanted[name] = wanted.get(name, 0) + x.T @ x
+        for letters in batch.split(","):
+            x = torch.randn(5, layers["a"].site.in_features, dtype=torch.float64)
+            for layer in (layers[letter] for letter in letters.split()):
+                moments.see(layer, x, [(layer.name, x)])
+                wanted[layer.name] = wanted.get(layer.name, 0) + x.T @ x
     moments.start_batch()
     for name, second in wanted.items():
         assert torch.allclose(moments.second_of(name), second), name
+    x.add_(1)
+    moments.see(layers["a"], x, [("a", x)])
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="was changed in place after it"):
+        moments.start_batch()
 
 
 def test_calibration_leaves_the_model_as_it_was() -> None:

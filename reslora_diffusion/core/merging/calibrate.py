@@ -81,9 +81,9 @@ def observe(
                 forward(model, batch)
                 if resume_file and count % RESUME_EVERY == 0:
                     observer.save(resume_file, count)
+            observer.start_batch()  # the last batch is over
     finally:
         adapter.observer, adapter.gates = None, gates
-        observer.start_batch()
     if resume_file and count > done:
         observer.save(resume_file, count)
     observer.all_reduce()

@@ -8,15 +8,13 @@ For a layer that reads x [T, in] and to which its shortcut adds t [T, r] at the 
     alignment         a_k = <x_{n-k}, x> / <x, x>, for each predecessor k
     norms             f = mean over forwards of ||x||_F (`input`) or ||A x||_F (`middle`), for the paper's merge
 
-S is summed once for the projections that read the same x. Sums are in float32 or better on the device of x, and several
+S is summed once for the projections that read one tensor. Sums are in float32 or better on the device of x, and several
 processes add theirs up.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from ...utils.files import atomic_write
 from ..adapter import Adapter
+from ..functional import version_of
 from ..layer import AdaptedLayer
 from ..sharding import is_distributed
 
@@ -68,10 +67,6 @@ class Sums(ABC):
     def all_reduce(self) -> None:
         all_reduce([value for sums in self.sums.values() for value in sums.values()])
 
-    def facts(self) -> dict[str, Any]:
-        """Attributes that are saved beside the sums, as JSON."""
-        return {}
-
     def save(self, path: Path, batches: int) -> None:
         """Write the sums over the first `batches` batches; an earlier file stays until this one is whole."""
         self.start_batch()  # the last batch is over
@@ -81,58 +76,56 @@ class Sums(ABC):
             for name, value in sums.items()
         }
         with atomic_write(path) as fresh:
-            save_file(tensors, fresh, metadata={"facts": json.dumps({"batches": batches, **self.facts()})})
+            save_file(tensors, fresh, metadata={"batches": str(batches)})
 
     def load(self, path: Path, device: torch.device) -> int:
         """Inverse of `save`; returns the number of batches, 0 if there is no file.
 
         Raises:
-            ValueError: the file is of an earlier version, whose sums have other names.
+            ValueError: the file is of an earlier version, whose sums are shared in another way.
         """
         if not path.is_file():
             return 0
         with safe_open(path, framework="pt", device=str(device)) as file:
-            facts = json.loads(file.metadata()["facts"])
+            batches = (file.metadata() or {}).get("batches")
+            if batches is None:
+                raise ValueError(f"{path} was written by an earlier version; remove it and calibrate again")
             for key in file.keys():
-                kind, slash, name = key.partition("/")
-                if not slash:
-                    raise ValueError(f"{path} was written by an earlier version; remove it and calibrate again")
+                kind, _, name = key.partition("/")
                 self.sums[kind][name] = file.get_tensor(key)
-        for name in self.facts():
-            setattr(self, name, facts[name])
-        return int(facts["batches"])
+        return int(batches)
 
 
 class Moments(Sums):
-    """An observer that sums S (`second`), P (`cross`) and the products of a (`inner`) for `sites`."""
+    """An observer that sums S (`second`), P (`cross`) and the products of a (`inner`) for `sites`.
+
+    An S stands under the names of all layers that read one tensor in a batch, one on each line.
+    """
 
     def __init__(self, adapter: Adapter, sites: set[str]) -> None:
         super().__init__(adapter)
         self.sites = sites
         self.second, self.cross, self.inner = (self.sums[kind] for kind in ("second", "cross", "inner"))
-        self.leader: dict[str, str] = {}  # of the layers that read one tensor, the one under whose name S is
-        # Of one batch: the first layer that read each tensor, all that read, and the tensors in each sum.
-        self.first: dict[int, tuple[str, Tensor]] = {}
-        self.read: set[str] = set()
-        self.added: defaultdict[str, list[Tensor]] = defaultdict(list)
-        self.started: set[str] = set()  # sums that began in this batch
-        self.inputs: dict[str, Tensor] = {}
+        self.readers: dict[int, tuple[Tensor, int | None, list[str]]] = {}  # of each tensor of a batch
+        self.inputs: dict[str, Tensor] = {}  # of that batch, by layer
 
     def start_batch(self, mask: Tensor | None = None) -> None:
-        for name, leader in self.leader.items():
-            if leader in self.added and name not in self.read:
-                self.part(name)
+        for x, version, names in self.readers.values():
+            if version_of(x) != version:
+                raise RuntimeError(f"what {names[0]} read was changed in place after it; change a copy of it")
+            rows = self.rows(x)
+            self.add("second", "\n".join(names), rows.T @ rows)
         super().start_batch(mask)
-        for of_a_batch in (self.first, self.read, self.added, self.started, self.inputs):
-            of_a_batch.clear()
+        self.readers.clear()
+        self.inputs.clear()
 
     def see(self, layer: AdaptedLayer, x: Tensor, values: list[tuple[str, Tensor]]) -> None:
         path = self.adapter.by_data
         others = path.sources(layer, x, values, self.inputs)
         if layer.name not in self.sites or not values:
             return
+        self.readers.setdefault(id(x), (x, version_of(x), []))[-1].append(layer.name)
         rows = self.rows(x)
-        self.add_second(layer.name, x, rows)
         lora_A = self.adapter.lora_A(layer.name).detach().to(rows.dtype)
         added = path.added(lora_A, [self.rows(value) for _, value in values])
         self.add("cross", layer.name, added.T @ rows)
@@ -142,41 +135,15 @@ class Moments(Sums):
                 product = rows.square().sum() if other is x else (self.rows(other).to(rows.device) * rows).sum()
                 self.add("inner", f"{layer.name}/{name}", product)
 
-    def add_second(self, name: str, x: Tensor, rows: Tensor) -> None:
-        """Add x x^T to the sum of the first layer that read this very tensor.
-
-        Layers share a sum as long as they read the same tensors in all batches.
-        """
-        self.read.add(name)
-        leader, _ = self.first.setdefault(id(x), (name, x))
-        known = self.leader.setdefault(name, leader if leader in self.started else name)
-        if known not in (leader, name):
-            self.part(name)
-        if self.leader[name] == name:
-            if name not in self.second:
-                self.started.add(name)
-            self.add("second", name, rows.T @ rows)
-            self.added[name].append(x)
-
-    def part(self, name: str) -> None:
-        """Give a layer a sum of its own: the one that it has shared, without this batch."""
-        leader = self.leader[name]
-        second = self.second[leader].clone()
-        for x in self.added[leader]:
-            rows = self.rows(x)
-            second -= rows.T @ rows
-        self.second[name], self.leader[name] = second, name
-
     def second_of(self, name: str) -> Tensor:
-        return self.second[self.leader[name]]
+        """S of a layer: nearly always one sum, as layers that read one tensor do so in every batch."""
+        first, *more = (S for names, S in self.second.items() for reader in names.split("\n") if reader == name)
+        return sum(more, start=first)
 
     def alignment(self, name: str, other: str) -> Tensor | float:
         """a of what a layer reads by the lora_A of `other`; 0 where it has not read it."""
         own, product = self.inner[f"{name}/"], self.inner.get(f"{name}/{other}")
         return product / own if product is not None and own > 0 else 0.0
-
-    def facts(self) -> dict[str, Any]:
-        return {"leader": self.leader}
 
 
 class Norms(Sums):
