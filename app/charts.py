@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .foreign import text_cell
-from .runs import Points, Run, thinned
+from .runs import Points, RunFolder, thinned
 
 COLOURS = ("#0d9488", "#ea580c", "#8b5cf6", "#0284c7", "#db2777", "#65a30d", "#b45309", "#64748b")
 DASHES = ("", "6 2", "2 2", "8 2 2 2")
@@ -94,7 +94,7 @@ class Panel:
         return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def panels(runs: Sequence[Run], keep: float) -> list[Panel]:
+def panels(runs: Sequence[RunFolder], keep: float) -> list[Panel]:
     """Charts with something to show. `keep` is the share of the moving average that stays at each step."""
     numbered = list(enumerate(runs))
     end = {n: (run.merged_at, run.merge) for n, run in numbered if run.merge}
@@ -165,7 +165,7 @@ def chart(panel: Panel) -> altair.LayerChart:
 # ------------------------------------------------------------------------------------------------ to take away
 
 
-def curves_svg(runs: Sequence[Run], keep: float) -> str:
+def curves_svg(runs: Sequence[RunFolder], keep: float) -> str:
     """All charts side by side, with a legend; text stays text."""
     shown = panels(runs, keep)
     with matplotlib.rc_context(STYLE):
@@ -195,7 +195,7 @@ def columns(curve: Points) -> tuple[tuple[float, ...], ...]:
     return tuple(zip(*curve, strict=True))
 
 
-def curves_csv(runs: Sequence[Run], keep: float) -> str:
+def curves_csv(runs: Sequence[RunFolder], keep: float) -> str:
     """A line for each point of each curve, none left out: run, curve, step, value."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

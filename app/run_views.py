@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .charts import colour_of, dash_of
-from .runs import Run
+from .runs import RunFolder
 from .trainer import Training
 from .views import clamped, duration, escaped, message, table
 
 NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
 
 
-def legend(runs: Sequence[Run]) -> str:
+def legend(runs: Sequence[RunFolder]) -> str:
     """Name the line of each run; it has a dash as well as a colour."""
     if not runs:
         return ""
@@ -24,7 +24,7 @@ def legend(runs: Sequence[Run]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def merges(runs: Sequence[Run]) -> str:
+def merges(runs: Sequence[RunFolder]) -> str:
     """Show what taking the shortcuts out cost each run."""
     if not runs:
         return ""
@@ -45,13 +45,13 @@ def said_gap(gap: float) -> str:
     return f"{gap:+.1e}" if gap else "none"
 
 
-def samples(runs: Sequence[Run], step: int, address: Callable[[Path], str | None]) -> str:
+def samples(runs: Sequence[RunFolder], step: int, address: Callable[[Path], str | None]) -> str:
     """A column for each run, with its newest samples up to `step`."""
     columns = [(run, run.step_shown(step)) for run in runs]
     return sample_table(columns, [(run.label, said(shown)) for run, shown in columns], address)
 
 
-def sample_history(run: Run, address: Callable[[Path], str | None]) -> str:
+def sample_history(run: RunFolder, address: Callable[[Path], str | None]) -> str:
     """A column for each step of one run, the newest first."""
     steps = sorted(run.samples, reverse=True)
     return sample_table([(run, step) for step in steps], [(said(step), "") for step in steps], address)
@@ -62,7 +62,7 @@ def said(step: int | None) -> str:
 
 
 def sample_table(
-    columns: Sequence[tuple[Run, int | None]],
+    columns: Sequence[tuple[RunFolder, int | None]],
     heads: Sequence[tuple[str, str]],
     address: Callable[[Path], str | None],
 ) -> str:
@@ -72,7 +72,7 @@ def sample_table(
     if not rows:
         return message("There are no samples; prompts for samples make some.") if columns else ""
 
-    def td(run: Run, step: int | None, row: tuple[str, int]) -> str:
+    def td(run: RunFolder, step: int | None, row: tuple[str, int]) -> str:
         file = sample_rows(run).get(row)
         path = run.samples.get(step, {}).get(file) if step is not None and file else None
         source = address(path) if path else None
@@ -107,7 +107,7 @@ def sample_order(name: str) -> tuple[int, int]:
     return int(prompt), int(number)
 
 
-def sample_rows(run: Run) -> dict[tuple[str, int], str]:
+def sample_rows(run: RunFolder) -> dict[tuple[str, int], str]:
     """(prompt, number of the image) -> file name, in the order of the run's prompts."""
     files = {file for images in run.samples.values() for file in images}
     found = {}

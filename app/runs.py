@@ -46,7 +46,7 @@ class MergeLosses:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One training run as its folder shows it now."""
 
     label: str
@@ -130,7 +130,7 @@ def siblings(runs: dict[str, Path]) -> list[str]:
     return [label for label, folder in runs.items() if folder.parent == first.parent] if first else []
 
 
-def read_run(label: str, folder: Path) -> Run:
+def read_run(label: str, folder: Path) -> RunFolder:
     """
     Raises:
         ValueError: a file of the run does not hold what it should.
@@ -140,7 +140,7 @@ def read_run(label: str, folder: Path) -> Run:
     options = options if isinstance(options, dict) else {}
     prompts = options.get("validation_prompt") or ()
     method, shortcut = options.get("method"), options.get("shortcut")
-    return Run(
+    return RunFolder(
         label=label,
         method=" ".join(str(word) for word in (method, shortcut) if word) or "not said",
         losses=points(rows, "loss"),

@@ -20,7 +20,7 @@ from .images import read_image
 from .measures import Measure
 from .output import png
 from .request import Adapter, CompareRequest, Limits
-from .runs import Run
+from .runs import RunFolder
 from .saved import View
 from .visits import Visit
 from .votes import Ballot
@@ -55,7 +55,7 @@ class Session:
     waits: bool = False  # a comparison was asked for, and has not begun
     generates: bool = False
     asked_at: float = 0.0  # the server's clock, when the last comparison was asked for
-    drawn: dict[str, tuple[list[Run], float]] = field(default_factory=dict)  # curves by their tab: runs, smoothing
+    drawn: dict[str, tuple[list[RunFolder], float]] = field(default_factory=dict)  # by tab: runs of curves, smoothing
     thumbnails: dict[tuple[Path, int], str] = field(default_factory=dict)  # address by file and time of its writing
     visit: Visit | None = None  # where it is kept beyond this session
     arrived: bool = False  # the fields are those of this visit, and changes of them are kept

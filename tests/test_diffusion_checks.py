@@ -156,7 +156,7 @@ def test_methods_that_do_not_go_together_are_named_with_all_else(refused):
 
 
 def test_links_of_one_step_are_refused_before_anything_is_read(refused):
-    """A warm-up makes the learning rate of a link's first step 0: nothing would be learned, as the export would find."""
+    """A warm-up makes the learning rate of a link's first step 0: the export would find that nothing was learned."""
     said = refused(schedule="restart:stages=3", shortcut="none", max_train_steps=3, lr_warmup_steps=1)
     assert "restart: got 3 stages in 3 steps, wanted two steps for each or more" in said
 

@@ -17,7 +17,7 @@ from reslora_diffusion.llm.encoding import (
     encode,
     encode_all,
     encode_prompt,
-    pack,
+    pack_examples,
     packing_problem,
     segments,
 )
@@ -274,7 +274,7 @@ def test_padding_is_on_the_right_and_never_learned():
 
 
 def test_packs_hold_everything_once_and_are_full():
-    packs = pack(EXAMPLES, 13)
+    packs = pack_examples(EXAMPLES, 13)
     assert sorted(len(e["input_ids"]) for row in packs for e in row) == [3, 4, 5, 6, 8, 11]
     assert all(sum(len(e["input_ids"]) for e in row) <= 13 for row in packs)
     assert len(packs) == 3
@@ -292,8 +292,8 @@ def test_a_pack_computes_what_its_examples_compute_alone(name, shortcut):
             learned = int((batch["labels"] != IGNORED).sum()) - int(batch["labels"][0, 0] != IGNORED)
             total += model(**batch).loss.item() * learned
             count += learned
-        packed = model(**collate(pack(EXAMPLES, 26))).loss.item()
-        base = build(name).double()(**collate(pack(EXAMPLES, 26))).loss.item()
+        packed = model(**collate(pack_examples(EXAMPLES, 26))).loss.item()
+        base = build(name).double()(**collate(pack_examples(EXAMPLES, 26))).loss.item()
     assert packed == pytest.approx(total / count, rel=1e-6)
     assert abs(packed - base) > 1e-4
     assert packing_problem(model, collate, EXAMPLES) is None
@@ -387,7 +387,7 @@ def test_long_rows_are_cut_if_asked_but_not_to_nothing(tokenizer):
 def test_packing_takes_as_long_for_each_row_however_many_there_are():
     rows = [{"input_ids": [0] * (1 + i * 7919 % 50), "labels": [], "end": 0} for i in range(60_000)]
     started = time.process_time()
-    bins = pack(rows, 64)
+    bins = pack_examples(rows, 64)
     assert time.process_time() - started < 3  # a search among all bins took minutes
     lengths = [sum(len(row["input_ids"]) for row in one) for one in bins]
     assert max(lengths) <= 64

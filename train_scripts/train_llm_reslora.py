@@ -80,7 +80,7 @@ def train(
     from reslora_diffusion.llm import data as llm_data
     from reslora_diffusion.llm import models
     from reslora_diffusion.llm.chunked_loss import ChunkedLossProbe
-    from reslora_diffusion.llm.encoding import Collator, pack, uses_flash_attention
+    from reslora_diffusion.llm.encoding import Collator, pack_examples, uses_flash_attention
     from reslora_diffusion.llm.packed_attention import attend_in_parts
     from reslora_diffusion.llm.preflight import past_the_end
     from reslora_diffusion.llm.pruning import pruning_problems
@@ -130,7 +130,7 @@ def train(
             model,
             training,
             data_collator=collate,
-            train_dataset=pack(data.train, options.max_length) if options.packing else data.train,
+            train_dataset=pack_examples(data.train, options.max_length) if options.packing else data.train,
             eval_dataset=data.validation,
             processing_class=tokenizer,
             callbacks=[fold_at(options.handover_at, model, calibration)] if options.handover_at else [],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from .. import charts, run_views
-from ..runs import Run
+from ..runs import RunFolder
 from ..sessions import Session
 from ..studio import PRIVATE, Studio
 from ..tabs import refusal
@@ -29,7 +29,7 @@ class Curves:
     def outputs(self) -> list:
         return [self.whole, self.legend, *self.plots]
 
-    def drawn(self, session: Session, runs: Sequence[Run], keep: float) -> list:
+    def drawn(self, session: Session, runs: Sequence[RunFolder], keep: float) -> list:
         """Values of `outputs`."""
         session.drawn[self.name] = (list(runs), keep)
         panels = {panel.name: panel for panel in charts.panels(runs, keep)}

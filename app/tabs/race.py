@@ -5,7 +5,7 @@ import math
 import gradio as gr
 
 from .. import run_views, views
-from ..runs import Run, read_run
+from ..runs import RunFolder, read_run
 from ..sessions import Session
 from ..studio import Studio
 from .curves import curves
@@ -38,7 +38,7 @@ def race_tab(studio: Studio, tab: gr.Tab) -> None:
     step = gr.Slider(0, 1, value=1, step=1, label="Samples at step", visible=False, elem_id="race_step")
     samples = gr.HTML(elem_id="race_samples", padding=False)
 
-    def read(labels: list[str]) -> tuple[list[Run], list[str]]:
+    def read(labels: list[str]) -> tuple[list[RunFolder], list[str]]:
         """The runs, and what keeps others of them from being shown."""
         folders = studio.run_folders()
         runs, broken = [], [f"There is no run {label} any more." for label in labels if label not in folders]

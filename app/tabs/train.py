@@ -12,7 +12,7 @@ from gradio.events import Dependency
 from .. import run_views, views
 from ..forms import read_train_request
 from ..images import read_images
-from ..runs import Run, read_run
+from ..runs import RunFolder, read_run
 from ..sessions import Session
 from ..studio import LIGHT, PRIVATE, Studio
 from ..tabs import refusal
@@ -166,7 +166,7 @@ def train_tab(
             *([gr.skip(), []] if running or not news else offered(session, training, ended)),
         ]
 
-    def samples_of_runs(runs: list[Run], session: Session) -> str:
+    def samples_of_runs(runs: list[RunFolder], session: Session) -> str:
         """The steps of one run side by side; of two, their newest samples."""
         if len(runs) == 1:
             return run_views.sample_history(runs[0], session.thumbnail)

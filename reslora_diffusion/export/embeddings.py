@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..utils.files import atomic_write
 from ..utils.problems import listing
-from ..utils.wording import Tokens, all_of
+from ..utils.wording import TokensByWord, all_of
 from .embeddings_header import OF_COMFYUI, TOKENS, read_embeddings_header
 from .header import reading
 
@@ -45,7 +45,7 @@ class Embeddings:
         return all_of(self.tokens)
 
 
-def write_embeddings(path: Path, rows: Mapping[str, Tensor], tokens: Tokens, facts: Mapping[str, str]) -> None:
+def write_embeddings(path: Path, rows: Mapping[str, Tensor], tokens: TokensByWord, facts: Mapping[str, str]) -> None:
     """Write embeddings, and read them back.
 
     Raises:

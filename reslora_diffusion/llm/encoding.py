@@ -1,8 +1,9 @@
 """Conversations become batches: `Encoder` makes examples, which are packed and padded.
 
-`pack` puts several examples into one sequence. Positions start anew with each, from which transformers builds a mask
-that lets no example see another; flash attention, which has no mask, is given the lengths of the examples instead. Not
-all models go by either, hence `packing_problem`. Shortcuts add up values of one token only, so they need no mask.
+`pack_examples` puts several examples into one sequence. Positions start anew with each, from which transformers builds
+a mask that lets no example see another; flash attention, which has no mask, is given the lengths of the examples
+instead. Not all models go by either, hence `packing_problem`. Shortcuts add up values of one token only, so they need
+no mask.
 """
 
 from bisect import bisect_left, insort
@@ -146,7 +147,7 @@ def row_problems(faults: Mapping[str, Sequence[Number]], where: str) -> list[str
     return problems[:SHOWN] + more
 
 
-def pack(examples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
+def pack_examples(examples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
     """Examples in as few bins of at most `max_length` tokens as best fit by falling length finds.
 
     Bins with equally many free tokens stand together, so that a step costs at most `max_length`, however many bins

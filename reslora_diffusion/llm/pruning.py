@@ -24,7 +24,7 @@ from ..utils.problems import BadInput
 from .methods import settings_of
 from .models import AUTO
 from .options import ModelOptions
-from .trainer import Batch, ExportedTrainer, batches_of, run_model
+from .trainer import ExportedTrainer, Inputs, batches_of, run_model
 
 FOLDER, REPORT = "pruned", "pruning_report.json"
 
@@ -49,7 +49,7 @@ def pruning_problems(config: PreTrainedConfig, options: ModelOptions, task_type:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+def mean_loss(model: nn.Module, batches: Sequence[Inputs]) -> float:
     model.eval()
     return sum(run_model(model, batch).loss.item() for batch in batches) / len(batches)
 
@@ -58,7 +58,7 @@ def export_pruned(trainer: ExportedTrainer, folder: Path) -> None:
     """Cut the model down, write it into `folder`, and report what that has cost on the validation rows."""
     schedule, model = trainer.schedule, trainer.adapted
     assert isinstance(schedule, Prune), "who calls this has asked"
-    collate = cast(Callable[[Sequence[Any]], Batch], trainer.data_collator)
+    collate = cast(Callable[[Sequence[Any]], Inputs], trainer.data_collator)
     held_out = cast(Sequence[Any], trainer.eval_dataset)
     batches = batches_of(held_out, collate, trainer.args.per_device_eval_batch_size)
     with schedule.unmasked(), model.disable_adapter():

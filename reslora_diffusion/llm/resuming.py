@@ -11,7 +11,6 @@ A checkpoint without checksums (sharded, or from an older version) is whole if i
 formats: a safetensors header that fits the file's length, a zip archive (`.pt`, `.pth`) that ends as one.
 """
 
-import hashlib
 import json
 import re
 import zipfile
@@ -22,7 +21,7 @@ from typing import Any
 from ..utils.documents import parse_json
 from ..utils.files import UNFINISHED, remove_folder, write_text
 from ..utils.problems import BAD_DATA, BadInput, is_first_process, listing, printable, refuse
-from ..utils.state_files import BrokenState, shapes_in
+from ..utils.state_files import BrokenState, sha256_of, shapes_in
 from .options import ModelOptions
 from .training_options import TrainingOptions
 
@@ -54,13 +53,8 @@ def remove_oldest(written: Path, limit: int | None, best: str | None) -> None:
 def write_checksums(folder: Path) -> None:
     """Write `checksums.json` beside the finished files of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUMS, UNFINISHED))
-    digests = {path.relative_to(folder).as_posix(): digest(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     write_text(folder / CHECKSUMS, json.dumps(digests, indent=2) + "\n")
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fault_of(folder: Path) -> str | None:
@@ -83,7 +77,7 @@ def fault_of(folder: Path) -> str | None:
             path = folder / name
             if not path.is_file():
                 return f"{path} is missing"
-            if digest(path) != value:
+            if sha256_of(path) != value:
                 return f"{path} is damaged: its checksum differs from the recorded one"
         return None
     return next((f"{path} is cut off" for path in sorted(folder.iterdir()) if not is_complete(path)), None)

@@ -41,10 +41,10 @@ from .options import ModelOptions
 from .resuming import SCHEDULE
 from .scheduling import Scheduled, load_schedule, save_schedule
 
-Batch = dict[str, Any]
+Inputs = dict[str, Any]
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
+def run_model(model: nn.Module, batch: Inputs) -> Any:
     """The model's output on a batch, loss included if it has labels."""
     device = next(model.parameters()).device
     output = model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
@@ -52,7 +52,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     return output
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
+def logits(model: nn.Module, batch: Inputs) -> Tensor:
     """Return a model's logits, [T, vocabulary] or [T, classes]; batches are not padded."""
     return run_model(model, batch).logits.flatten(0, -2).float()
 
@@ -79,7 +79,7 @@ def restore_exported_factors(model: nn.Module) -> None:
 
 
 @contextmanager
-def as_exported(model: PeftModel, batches: Sequence[Batch]) -> Iterator[None]:
+def as_exported(model: PeftModel, batches: Sequence[Inputs]) -> Iterator[None]:
     """Inside, the model computes as the LoRA that would be exported now; `batches` are what merging is fitted on."""
     restore_exported_factors(model)
     if is_reslora(model):
@@ -146,7 +146,7 @@ class ExportedTrainer(AdapterTrainer):
     def __init__(
         self,
         *args: Any,
-        calibration: Sequence[Batch],
+        calibration: Sequence[Inputs],
         exact_match: ExactMatch | None = None,
         distillation_steps: int | None = None,
         options: ModelOptions | None = None,
@@ -232,7 +232,7 @@ class ExportedTrainer(AdapterTrainer):
                 found["distillation"] = distill(
                     model, self.calibration, logits, steps=self.distillation_steps, distance=divergence
                 )._asdict()
-            collate = cast(Callable[[Sequence[Any]], Batch], self.data_collator)  # transformers' own take lists alone
+            collate = cast(Callable[[Sequence[Any]], Inputs], self.data_collator)  # transformers' own take lists alone
             batches = batches_of(held_out, collate, self.args.per_device_eval_batch_size)
             merging = merge_report(model, batches, run_model, lambda model, batch: run_model(model, batch).loss.item())
             self.accelerator.print(merging)
@@ -240,13 +240,13 @@ class ExportedTrainer(AdapterTrainer):
         return found
 
 
-def fold_at(share: float, model: nn.Module, calibration: Sequence[Batch]) -> Scheduled:
+def fold_at(share: float, model: nn.Module, calibration: Sequence[Inputs]) -> Scheduled:
     """Fold the shortcut of `model` into plain LoRA after a share of the steps."""
 
     return Scheduled(Fold(share, lambda: calibrated(model, calibration)))
 
 
-def calibrated(model: nn.Module, calibration: Sequence[Batch]) -> None:
+def calibrated(model: nn.Module, calibration: Sequence[Inputs]) -> None:
     """Find what merging needs, now."""
     restore_exported_factors(model)
     calibrate(model, calibration, run_model)
@@ -274,8 +274,8 @@ class PackingProbe(TrainerCallback):
 
 
 def calibration_batches(
-    examples: Sequence[Any], collate: Callable[[list[Any]], Batch], training: TrainingArguments, count: int
-) -> list[Batch]:
+    examples: Sequence[Any], collate: Callable[[list[Any]], Inputs], training: TrainingArguments, count: int
+) -> list[Inputs]:
     """This process's part of the random training examples that every calibration uses, each a batch of its own: the
     second moments must not see padding. `calibrate` sums over processes."""
     generator = torch.Generator().manual_seed(training.seed)
@@ -284,5 +284,5 @@ def calibration_batches(
     return [collate([examples[i]]) for i in order[training.process_index :: training.world_size]]
 
 
-def batches_of(examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], batch_size: int) -> list[Batch]:
+def batches_of(examples: Sequence[Any], collate: Callable[[Sequence[Any]], Inputs], batch_size: int) -> list[Inputs]:
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]

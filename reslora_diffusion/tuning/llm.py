@@ -73,7 +73,7 @@ class Language:
 
         from ..llm import data as llm_data
         from ..llm import models
-        from ..llm.encoding import pack
+        from ..llm.encoding import pack_examples
         from ..llm.model_checks import length_problems
         from ..utils.problems import refuse
 
@@ -91,7 +91,7 @@ class Language:
         self.data = llm_data.prepare(options, self.tokenizer, rows, models.embedding_rows(self.config), stops)
         self.held_out = self.data.validation[:draws]
         packed = options.packing
-        self.rows: Sequence[Any] = pack(self.data.train, options.max_length) if packed else self.data.train
+        self.rows: Sequence[Any] = pack_examples(self.data.train, options.max_length) if packed else self.data.train
         few = f"validation has {len(self.held_out)} rows that can be measured on, wanted {FEWEST_ROWS} or more"
         refuse([few] if len(self.held_out) < FEWEST_ROWS else [])
         self.steps = self.length()

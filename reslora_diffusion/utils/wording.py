@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 
-Tokens = Mapping[str, Sequence[str]]  # new tokens by the word that stands for them
+TokensByWord = Mapping[str, Sequence[str]]  # new tokens by the word that stands for them
 
 
-def worded(prompt: str, tokens: Tokens) -> str:
+def worded(prompt: str, tokens: TokensByWord) -> str:
     """A prompt with the new tokens in place of their words, wherever these stand. Of two words that begin alike, such
     as TOK and TOK2, the longer one is meant.
 
@@ -28,6 +28,6 @@ def new_tokens(words: Sequence[str], count: int) -> dict[str, list[str]]:
     return {word: [f"<s{place * count + number}>" for number in range(count)] for place, word in enumerate(words)}
 
 
-def all_of(tokens: Tokens) -> list[str]:
+def all_of(tokens: TokensByWord) -> list[str]:
     """All new tokens, in their order."""
     return [token for own in tokens.values() for token in own]

@@ -21,7 +21,7 @@ MORE_THAN_FACTORS = (
 )
 
 
-def block_of(adapter: Adapter, name: str) -> LoraFactors:
+def factors_of_block(adapter: Adapter, name: str) -> LoraFactors:
     """The factors of one block, with the frozen ones beside them."""
     own = adapter.factors(name)
     frozen = [(A.to(own[0]), B.to(own[0])) for A, B in adapter.frozen.get(name, ())]  # left behind on `model.to`
@@ -31,8 +31,8 @@ def block_of(adapter: Adapter, name: str) -> LoraFactors:
 
 def plain_factors(adapter: Adapter, site: Site, correction: Tensor | None) -> LoraFactors:
     """The plain LoRA of one layer, given C."""
-    window = [block_of(adapter, name) for name in adapter.windows[site.name]]
-    plain = adapter.path.plain(block_of(adapter, site.name), window, correction)
+    window = [factors_of_block(adapter, name) for name in adapter.windows[site.name]]
+    plain = adapter.path.plain(factors_of_block(adapter, site.name), window, correction)
     return with_magnitude(plain, magnitude_of(adapter.layers[site.name], adapter.adapter_name))
 
 

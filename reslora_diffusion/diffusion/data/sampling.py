@@ -130,7 +130,7 @@ class Sampler:
         return len(set(self.sizes)) == 1
 
     def place(self, number: int, count: int) -> tuple[int, int]:
-        """`(pass, place in the pass)` of draw `number`. With several sizes, the `count` draws of a batch are one place."""
+        """`(pass, place in it)` of draw `number`. With several sizes the `count` draws of a batch are one place."""
         if self.has_one_size:
             return divmod(number, len(self.instances))
         return divmod(number // count, len(chunks(self.seed, 0, self.sizes, count)))

@@ -43,7 +43,7 @@ def factor_pairs(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> list[
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        factors = factors_of(layer, adapter_name)
+        factors = trained_factors(layer, adapter_name)
         if factors is None or not all(factor.requires_grad for factor in factors):
             continue
         dora = {"dora"} if adapter_name in layer.lora_magnitude_vector else set()
@@ -54,7 +54,7 @@ def factor_pairs(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> list[
     return pairs
 
 
-def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter] | None:
+def trained_factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter] | None:
     """`(A, B)` of a linear layer or a convolution, or of an embedding; None where the layer lacks the adapter."""
     if adapter_name in layer.lora_A:
         pair = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
