@@ -336,7 +336,7 @@ def test_links_of_a_chain_are_part_of_the_direction(shortcut: str) -> None:
     model = with_dora("llama", shortcut)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     schedule = Restart(stages=2, momentum=0.5)
-    schedule.start([AdaptedModel(model)], 4, optimizer)
+    schedule.start([AdaptedModel(model)], 3, optimizer)
     args = inputs("llama")
     loss_of(output("llama", model, args)).backward()
     optimizer.step()

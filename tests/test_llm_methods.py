@@ -75,7 +75,7 @@ def test_the_best_step_of_an_earlier_link_is_exported_as_it_was(folders, tmp_pat
     [
         ({"schedule": "restart:stage=2"}, ["restart: got the setting 'stage'"]),
         ({"schedule": "restart:stages=9", "shortcut": "middle"}, ["depends on activations", "9 stages in 4 steps"]),
-        ({"schedule": "restart:stages=4", "shortcut": "none"}, ["4 stages in 4 steps, wanted two steps for each"]),
+        ({"schedule": "restart:stages=4", "shortcut": "none"}, ["4 stages in 4 steps, wanted more steps"]),
         ({"schedule": "restart:ranks=8/4", "shortcut": "block", "handover_at": 0.5}, ["rank 2", "--handover_at is"]),
         ({"schedule": "restart:merge=1", "shortcut": "none", "dtype": "bfloat16"}, ["which would round them away"]),
         ({"schedule": "coto", "method": "lora"}, ["wanted --method reslora --shortcut none"]),
@@ -131,7 +131,7 @@ def test_more_links_than_steps_are_refused_before_the_first_where_epochs_count_t
         eval_strategy="no",
         load_best_model_at_end=False,
     )
-    assert found == ["restart: got 9 stages in 2 steps, wanted two steps for each or more"]
+    assert found == ["restart: got 9 stages in 2 steps, wanted more steps than stages"]
 
 
 def test_another_schedule_does_not_continue_a_run(folders, tmp_path):  # noqa: F811

@@ -3,7 +3,7 @@
 learning_rate    a sixteenth to sixteen times the command's, on a logarithmic scale
 lora_alpha       the same for alpha / rank: an eighth to thirty-two times
 rank             half, once, twice and four times the command's
-method           lora and the three shortcuts
+method           lora and the shortcuts
 lr_scheduler     constant, linear, cosine; each falls to its end within a trial
 """
 
@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..rules import Shortcut
+
 if TYPE_CHECKING:
     import optuna
 
 Point = dict[str, Any]  # values by dimension; lora_alpha stands for alpha / rank
 RANGES = {"learning_rate": (1 / 16, 16), "lora_alpha": (1 / 8, 32)}  # factors on the command's value
-METHODS = ("lora", "reslora-input", "reslora-block", "reslora-middle")
+METHODS = ("lora", *(f"reslora-{shortcut}" for shortcut in Shortcut if shortcut is not Shortcut.NONE))
 SCHEDULERS = ("constant", "linear", "cosine")
 
 

@@ -135,9 +135,9 @@ class RestartSettings(Settings):
                 yield f"{self.name}: merge changes the base's weights, and {what}; wanted merge=false"
 
     def length_problems(self, total_steps: int) -> Iterator[str]:
-        """A link of one step may learn nothing: a warm-up of the learning rate begins at 0, in every link anew."""
-        if 2 * self.links > total_steps:
-            yield f"got {self.links} stages in {total_steps} steps, wanted two steps for each or more"
+        """Links of one step may learn nothing: a warm-up of the learning rate begins at 0, in every link anew."""
+        if self.links >= total_steps:
+            yield f"got {self.links} stages in {total_steps} steps, wanted more steps than stages"
 
     def misfits(self, total_steps: int | None, rank: int) -> Iterator[str]:
         if total_steps is not None:
