@@ -2,10 +2,18 @@
 
 import json
 import math
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import get_peft_model
@@ -23,10 +31,9 @@ from benchmarks.race.search import best_of, first_grid, is_interior, key, next_s
 from benchmarks.race.statistics import compare, holm, smallest_difference, verdict
 from benchmarks.race.tasks import TASKS
 from reslora_diffusion import ResLoraConfig
+from reslora_diffusion.utils.problems import BadInput
 
-PLANS = [
-    path for path in (results.__file__ and __import__("pathlib").Path(results.__file__).parent / "plans").glob("*.yaml")
-]
+PLANS = sorted((Path(results.__file__).parent / "plans").glob("*.yaml"))
 
 
 class Line:
@@ -102,11 +109,72 @@ def test_every_problem_of_a_plan_is_named_at_once(tmp_path) -> None:
         assert part in str(error.value), part
 
 
-@pytest.mark.parametrize("text", ["name: x\ntask: {name: word_problems}\nmethods: {lora: {}}\nspeed: 3", "a: [", "3"])
+HEAD = "name: x\ntask: {name: word_problems}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HEAD}methods: {{lora: {{}}}}\nspeed: 3",
+        "a: [",
+        "3",
+        "",
+        f"{HEAD}methods: {{lora: {{}}, lora: {{}}}}",
+        f"{HEAD}methods: {{lora: {{}}}}\nsearch: {{trials: true}}",
+    ],
+)
 def test_unknown_keys_and_broken_files_are_refused(tmp_path, text) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(PlanError):
         read_plan(tmp_path / "plan.yaml")
+
+
+def test_what_would_stop_a_race_in_its_middle_is_refused_before_it(tmp_path) -> None:
+    (tmp_path / "plan.yaml").write_text(
+        "name: bad\ntask: {name: word_problems, steps: 4, warmup_steps: 0, rank: 4, evaluations: 5}\nspeed: 3\n"
+        "methods:\n  lora: {}\n  reslora-block: {num_previous: [x, 0]}\n  lora+loraplus: {loraplus_lr_ratio: [-4]}\n"
+        "  reslora-input+fold: {fold_at: [7]}\n  lora+coto: {initial_p: []}\n  pissa+pissa: {}\n"
+        "  reslora-middle+fold+loraplus: {}\n  reslora-middle+loraplus+fold: {}\n"
+        "search: {learning_rate: [.inf], seeds: [0, 0]}\nfinal: {seeds: [-1, 5, 5], robustness: [3, 3]}\n"
+        "controls: {lora: {of: lora, rank: 2}, ../../x: {of: lora, rank: 2}}\n"
+    )
+    with pytest.raises(PlanError) as error:
+        read_plan(tmp_path / "plan.yaml")
+    for part in (
+        "task: got 5 evaluations",
+        "speed: got 3",
+        "num_previous: got 'x'",
+        "num_previous: got 0",
+        "loraplus_lr_ratio: got -4",
+        "fold_at: got 7",
+        "initial_p: got []",
+        "learning_rate.0: got inf",
+        "search.seeds: got 0 several times",
+        "final.seeds.0: got -1",
+        "robustness: got 3.0 several times",
+        "'../../x'",
+        "got +pissa",
+        "are one method",
+        "the name of a method",
+    ):
+        assert part in str(error.value), part
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"methods": {"lora": {}, "pissa+pissa": {}}}, "got +pissa"),
+        ({"methods": {"lora": {}, "reslora-input+distill+distill": {}}}, "there twice"),
+        ({"methods": {"lora": {}, "reslora-input+fold+rite": {}, "reslora-input+rite+fold": {}}}, "are one method"),
+        ({"methods": {"lora": {}, "lora+restart": {"stages": [2, 9]}}}, "got 9 stages in 6 steps"),
+        ({"controls": {"lora": {"of": "lora", "rank": 2}}}, "the name of a method"),
+        ({"controls": {"same": {"of": "lora"}}}, "changes nothing"),
+        ({"controls": {"none": {"of": "lora", "rank": 0.1}}}, "wanted 1 or more"),
+    ],
+)
+def test_methods_and_controls_that_say_nothing_are_refused(changes, told) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        plan(**changes)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
@@ -169,6 +237,35 @@ def test_equal_runs_give_equal_results_and_divergence_is_one() -> None:
     wild = run(settings, parse_method("lora"), {"learning_rate": 1e30, "alpha_over_rank": 1}, 3, "test", Line())
     assert wild["diverged"]
     assert wild["loss"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("word", "rate", "steps", "clip"),
+    [("pissa", 1e25, 2, 1.0), ("lora+coto", 1e18, 2, None), ("lora+rite", 1e38, 2, 1.0)],
+)
+def test_a_decomposition_of_what_is_not_finite_is_a_result(word, rate, steps, clip, tmp_path) -> None:
+    settings = TaskSettings(
+        name="word_problems", steps=steps, rank=2, warmup_steps=0, evaluations=steps, max_grad_norm=clip
+    )
+    setting = {"learning_rate": rate, "alpha_over_rank": 1.0}
+    found = run(settings, parse_method(word), setting, 1, "test", Line())
+    assert found["diverged"]
+    assert found["loss"] == math.inf
+    results.write(tmp_path / "result.json", {}, found)
+
+
+class Bounded(Line):
+    """A line whose held-out loss is not a number while that of the training is one."""
+
+    def measure(self, model, split: str, seed: int):
+        return {"loss": math.nan}
+
+
+def test_an_export_that_diverged_is_a_result_that_can_be_written(tmp_path) -> None:
+    settings = TaskSettings(name="word_problems", steps=4, rank=2, warmup_steps=1, evaluations=2)
+    found = run(settings, parse_method("lora"), {"learning_rate": 1e-2, "alpha_over_rank": 1}, 3, "test", Bounded())
+    assert found["diverged"]
+    results.write(tmp_path / "result.json", {}, found)
 
 
 def test_slow_metrics_are_of_the_export_and_of_test_runs_alone() -> None:
@@ -307,6 +404,86 @@ def test_results_of_another_task_or_format_are_not_mixed_in(line: Plan, tmp_path
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     with pytest.raises(ValueError, match="format 0, wanted 1"):
         stages.tuning_so_far(line, tmp_path)
+
+
+def test_every_file_that_cannot_be_used_is_named_before_anything_runs(line: Plan, tmp_path) -> None:
+    stages.tuned(line, tmp_path, "lora")
+    stages.tuned(line, tmp_path, "reslora-block")
+    half, empty, list_of, copied, *_ = sorted(tmp_path.rglob("*.json"))
+    half.write_text(half.read_text()[:90])
+    empty.write_text("")
+    list_of.write_text("[1]")
+    copied.rename(copied.with_name("0123456789abcdef.json"))
+    with pytest.raises(BadInput) as error:
+        stages.race(line, tmp_path, workers=1)
+    assert len(error.value.problems) == 4
+    for path in (half, empty, list_of, "0123456789abcdef.json"):
+        assert str(path) in str(error.value)
+
+
+# Real processes of a race on the task above: the module is imported by each worker.
+PROGRAM = """
+import sys, time
+import benchmarks.race.tasks as tasks
+from test_benchmarks_race import Line, plan
+
+class Slow(Line):
+    def batch(self, seed, step, size):
+        time.sleep(0.05)
+        return super().batch(seed, step, size)
+
+tasks.TASKS["word_problems"] = Slow
+if __name__ == "__main__":
+    from pathlib import Path
+    from benchmarks.race.stages import race
+    from reslora_diffusion.utils.problems import run_program
+    raise SystemExit(run_program(lambda: print(race(plan(), Path(sys.argv[1]), workers=2))))
+"""
+
+
+def begun(folder) -> subprocess.Popen:
+    """A race whose first results are there."""
+    (folder / "program.py").write_text(PROGRAM)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "program.py"), str(folder / "results")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / "results").rglob("*.json")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_race_and_its_processes_at_once(tmp_path, number) -> None:
+    process = begun(tmp_path)
+    os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert said.rstrip().endswith("stopped the race; the same command goes on with it")
+    assert "Traceback" not in said
+    for path in (tmp_path / "results").rglob("*.json"):
+        results.read(path)
+    assert not list((tmp_path / "results").rglob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_processes_of_a_race_that_was_killed_end_with_it(tmp_path) -> None:
+    process = begun(tmp_path)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 # ------------------------------------------------------------------------------------------------------ the page

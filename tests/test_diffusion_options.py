@@ -280,3 +280,13 @@ def test_records_of_earlier_versions_are_read_with_their_meaning(tmp_path):
         assert (read.skip_clip_layers, read.lora_blocks, read.rank_pattern) == (1, [12, 30], {"attn2": 2})
         assert read.low_memory_layers is True
         assert not read.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.yaml", "rank: 4\nseed: 1\nrank: 8\n"), ("a.json", '{"rank": 4, "rank": 8}'), ("a.toml", "rank = 4\nrank = 8")],
+)
+def test_an_option_that_a_file_has_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match="twice|overwrite"):
+        parse(["--config", str(tmp_path / name)])

@@ -10,15 +10,15 @@ takes over results that were made in another folder (FOLDER/<plan>/...) first.
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reslora_diffusion.utils.files import write_text
+from reslora_diffusion.utils.problems import run_program
 
-from .plan import PlanError, read_plan
+from .plan import read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS, RESULTS = ROOT / "benchmarks" / "race" / "plans", ROOT / "benchmarks" / "results" / "race"
@@ -36,15 +36,15 @@ def run_race(
     hours: Annotated[float, typer.Option(min=0, help="start no run after so many hours")] = math.inf,
 ) -> None:
     """Run what is missing of a plan."""
-    from .stages import race
 
-    try:
+    def program() -> None:
         read = read_plan(plan)
-    except PlanError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    complete = race(read, out or RESULTS / read.name, workers, hours)
-    print("every run of the plan is there" if complete else "more is to be run: call again")
+        from .stages import race  # imports torch
+
+        complete = race(read, out or RESULTS / read.name, workers, hours)
+        print("every run of the plan is there" if complete else "more is to be run: call again")
+
+    raise SystemExit(run_program(program))
 
 
 @app.command()

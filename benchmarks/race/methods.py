@@ -11,11 +11,12 @@ rsLoRA is LoRA at another scale and is covered by the search over alpha; it is h
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from reslora_diffusion.methods.optimizers import OPTIMIZERS, factor_pairs
@@ -38,6 +39,18 @@ OPTIONS = {  # of each part, with the values taken where a plan names none
     "coto": {"initial_p": 0.1},
     "restart": {"stages": 3, "momentum": 0.0},
     "distill": {"distillation_steps": 40},
+}
+Share = Annotated[float, Field(gt=0, lt=1)]
+VALUES = {  # which values an option takes
+    "num_previous": Annotated[int, Field(ge=1, strict=True)] | None,
+    "loraplus_lr_ratio": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    "beta2": Annotated[float, Field(ge=0, lt=1)],
+    "damping": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    "fold_at": Share,
+    "initial_p": Share,
+    "stages": Annotated[int, Field(ge=2, strict=True)],
+    "momentum": Annotated[float, Field(ge=0, lt=1)],
+    "distillation_steps": Annotated[int, Field(ge=1, strict=True)],
 }
 WITH_MIDDLE = {name: kind.conflicts["middle"] for name, kind in OPTIMIZERS.items() if "middle" in kind.conflicts}
 WITH_DORA = {name: kind.conflicts["dora"] for name, kind in OPTIMIZERS.items() if "dora" in kind.conflicts}
@@ -70,8 +83,8 @@ def parse_method(word: str) -> Method:
     return Method(adapter, tuple(additions), defaults)
 
 
-def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
-    """Problems with a name and its options: unknown parts, and parts that do not go together."""
+def method_problems(word: str, options: Mapping[str, list[Any]], steps: int | None = None) -> list[str]:
+    """Problems with a name and its options: unknown parts, and parts that do not go together or not into the steps."""
     method = parse_method(word)
     problems = []
     if method.adapter not in ADAPTERS:
@@ -79,6 +92,8 @@ def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
     problems += [
         f"got +{part}, wanted one of +{', +'.join(ADDITIONS)}" for part in method.additions if part not in ADDITIONS
     ]
+    if len(set(method.additions)) < len(method.additions):
+        problems.append("an addition is there twice; wanted each once")
     chosen = [part for part in method.additions if part in OPTIMIZERS or part == "loraplus"]
     if len(chosen) > 1:
         problems.append(f"+{' and +'.join(chosen)} are two optimizers; wanted one")
@@ -99,9 +114,29 @@ def method_problems(word: str, options: Mapping[str, list[Any]]) -> list[str]:
         if name not in method.defaults:
             known = ", ".join(method.defaults) or "none"
             problems.append(f"got the option {name!r}; it has {known}")
-        elif not values:
-            problems.append(f"{name}: got no value to try")
+        else:
+            problems += [f"{name}: {text}" for value in values for text in value_problems(name, value)]
+    if not problems and "restart" in method.additions:
+        stages = options.get("stages", [method.defaults["stages"]])
+        problems += [p for n in stages for p in KINDS["restart"](stages=n).misfits(steps, 0)]
     return problems
+
+
+def value_problems(option: str, value: Any) -> list[str]:
+    try:
+        TypeAdapter(VALUES[option]).validate_python(value)
+    except ValidationError as error:
+        return [f"got {value!r}; {error.errors()[0]['msg']}"]
+    return []
+
+
+def same_methods(words: Iterable[str]) -> list[str]:
+    """Names of one method: the order of what is added to an adapter says nothing."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for word in words:
+        adapter, *additions = word.split("+")
+        found.setdefault((adapter, *sorted(additions)), []).append(word)
+    return [f"{' and '.join(names)} are one method; wanted it once" for names in found.values() if len(names) > 1]
 
 
 def make_optimizer(method: Method, model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> Any:

@@ -2,21 +2,44 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from reslora_diffusion.utils.documents import parse_configuration
+from reslora_diffusion.utils.problems import Unusable, shortened
 
-from .methods import Method, method_problems, parse_method
+from .methods import Method, method_problems, parse_method, same_methods
 
 FORMAT_VERSION = 1  # of plans and results: raised when equal settings no longer mean equal runs
-Positive = Annotated[float, Field(gt=0)]
+T = TypeVar("T")
 
 
-class PlanError(ValueError):
-    """Problems with a plan, a line each."""
+def distinct(values: list[T]) -> list[T]:
+    if twice := sorted({repr(value) for value in values if values.count(value) > 1}):
+        raise ValueError(f"got {', '.join(twice)} several times, wanted each once")
+    return values
+
+
+Several = Annotated[list[T], AfterValidator(distinct)]
+OneOrMore = Annotated[list[T], Field(min_length=1), AfterValidator(distinct)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+
+
+class PlanError(Unusable):
+    """Problems with a plan; the message begins with its file."""
 
 
 class Strict(BaseModel):
@@ -27,28 +50,36 @@ class TaskSettings(Strict):
     """The settings that all runs of a race share."""
 
     name: Literal["word_problems", "chain_sums", "stickers"]
-    rank: Annotated[int, Field(ge=1)] = 4
-    steps: Annotated[int, Field(ge=2)] = 100
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    rank: Count = 4
+    steps: Annotated[int, Field(ge=2, strict=True)] = 100
+    batch_size: Count = 8
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 5
     max_grad_norm: Positive | None = 1.0
-    evaluations: Annotated[int, Field(ge=1)] = 1  # how often the export is measured on the way, the last step included
+    evaluations: Count = 1  # how often the export is measured on the way, the last step included
+
+    @model_validator(mode="after")
+    def check_steps(self) -> "TaskSettings":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"got {self.warmup_steps} warmup_steps, wanted fewer than {self.steps} steps")
+        if self.evaluations > self.steps:
+            raise ValueError(f"got {self.evaluations} evaluations, wanted at most one for each of {self.steps} steps")
+        return self
 
 
 class Search(Strict):
     """The first grid and the number of trials: the rest of them go to the neighbours of the best."""
 
-    trials: Annotated[int, Field(ge=1)] = 16
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    learning_rate: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 4e-3, 1.6e-2]
-    alpha_over_rank: Annotated[list[Positive], Field(min_length=1)] = [1, 8, 64]
+    trials: Count = 16
+    seeds: OneOrMore[Seed] = [0]
+    learning_rate: OneOrMore[Positive] = [1e-3, 4e-3, 1.6e-2]
+    alpha_over_rank: OneOrMore[Positive] = [1, 8, 64]
 
 
 class Final(Strict):
-    seeds: Annotated[list[int], Field(min_length=1)] = [100, 101, 102, 103, 104]
-    robustness: list[Positive] = [1 / 3, 3]  # factors on the best learning rate
-    robustness_seeds: Annotated[int, Field(ge=1)] = 3  # how many of the seeds run at those learning rates
+    seeds: OneOrMore[Seed] = [100, 101, 102, 103, 104]
+    robustness: Several[Positive] = [1 / 3, 3]  # factors on the best learning rate
+    robustness_seeds: Count = 3  # how many of the seeds run at those learning rates
 
 
 class Control(Strict):
@@ -69,39 +100,63 @@ class Plan(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
     task: TaskSettings
-    methods: Annotated[dict[str, dict[str, list[Any]]], Field(min_length=1)]  # its own options, a list of values each
+    methods: Annotated[dict[str, dict[str, OneOrMore[Any]]], Field(min_length=1)]  # its own options: values to try
     search: Search = Search()
     final: Final = Final()
-    controls: dict[str, Control] = {}
+    controls: dict[Annotated[str, Field(pattern=r"^\w[\w ,.+-]*$")], Control] = {}  # the name is also a folder's
     reference: str = "lora"
 
     def __hash__(self) -> int:
         return hash(self.name)
 
-    @model_validator(mode="after")
-    def check_methods(self) -> "Plan":
-        problems = [
-            f"methods.{word}: {problem}"
-            for word, options in self.methods.items()
-            for problem in method_problems(word, options)
-        ]
-        for name, control in self.controls.items():
-            if control.of not in self.methods:
-                problems.append(f"controls.{name}: got {control.of!r}, wanted one of {', '.join(self.methods)}")
-        if self.reference not in self.methods:
-            problems.append(f"reference: got {self.reference!r}, wanted one of {', '.join(self.methods)}")
-        if set(self.search.seeds) & set(self.final.seeds):
-            problems.append("final.seeds: a seed that settings were chosen on says nothing of them; wanted fresh ones")
-        if self.task.warmup_steps >= self.task.steps:
-            problems.append(
-                f"task.warmup_steps: got {self.task.warmup_steps}, wanted fewer than {self.task.steps} steps"
-            )
+    @model_validator(mode="wrap")
+    @classmethod
+    def check(cls, content: Any, handler: ModelWrapValidatorHandler["Plan"]) -> "Plan":
+        """Problems between the parts are looked for in what is there, although other parts may be wrong."""
+        problems = list(problems_between(content)) if isinstance(content, dict) else []
+        try:
+            plan = handler(content)
+        except ValidationError as error:
+            problems = lines_of(error) + problems
         if problems:
             raise ValueError("\n".join(problems))
-        return self
+        return plan
 
     def parsed(self) -> dict[str, Method]:
         return {word: parse_method(word) for word in self.methods}
+
+
+def problems_between(content: Mapping[str, Any]) -> Iterator[str]:
+    """Problems with methods, and of one part of a plan with another; what is no table or list is told elsewhere."""
+    methods, controls, task, search, final = (
+        found if isinstance(found := content.get(part), dict) else {}
+        for part in ("methods", "controls", "task", "search", "final")
+    )
+    steps, rank = (value if type(value := task.get(name)) is int else None for name in ("steps", "rank"))
+    for word, options in methods.items():
+        lists = {name: v for name, v in options.items() if isinstance(v, list)} if isinstance(options, dict) else {}
+        yield from (f"methods.{word}: {problem}" for problem in method_problems(str(word), lists, steps))
+    yield from (f"methods: {problem}" for problem in same_methods(map(str, methods)))
+    known = list(map(str, methods))
+    for name, control in controls.items():
+        of, factor = (control.get("of"), control.get("rank", 1)) if isinstance(control, dict) else (None, 1)
+        if of is not None and str(of) not in known:
+            yield f"controls.{name}: got {of!r}, wanted one of {', '.join(known)}"
+        if name in methods:
+            yield f"controls.{name}: is the name of a method; wanted one of its own"
+        if isinstance(control, dict) and set(control) == {"of"}:
+            yield f"controls.{name}: changes nothing of {of}; wanted a factor or a lr_scheduler"
+        if rank and type(factor) in (int, float) and round(rank * factor) < 1:
+            yield f"controls.{name}: got rank x {factor:g} of rank {rank}, wanted 1 or more"
+    if methods and str(reference := content.get("reference", "lora")) not in known:
+        yield f"reference: got {reference!r}, wanted one of {', '.join(known)}"
+    if set(seeds_of(search, [0])) & set(seeds_of(final, [])):
+        yield "final.seeds: a seed that settings were chosen on says nothing of them; wanted fresh ones"
+
+
+def seeds_of(part: Mapping[str, Any], default: list[int]) -> list[int]:
+    found = part.get("seeds", default)
+    return [seed for seed in found if type(seed) is int] if isinstance(found, list) else []
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -109,22 +164,27 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     try:
         content = parse_configuration(path.read_bytes(), ".yaml")
-        return Plan.model_validate(content)
     except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise PlanError("\n".join([f"{path}:", *(f"  {line}" for line in lines_of(error))])) from None
+        raise PlanError(path, [str(error.strerror)]) from None
     except ValueError as error:
-        raise PlanError(f"{path} is no YAML: {error}") from None
+        raise PlanError(path, [f"it is no YAML: {error}"]) from None
+    if not isinstance(content, dict):
+        raise PlanError(path, [f"got {shortened(content)}, wanted {', '.join(Plan.model_fields)}"])
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        raise PlanError(path, lines_of(error)) from None
 
 
 def lines_of(error: ValidationError) -> list[str]:
-    """A line for each problem, with its place in the file where it has one."""
+    """A line for each problem, with its place in the file and, where pydantic found it, what is there."""
     lines = []
     for problem in error.errors():
         place = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        lines += [f"{place}: {message}"] if place else message.split("\n")
+        if problem["type"] == "value_error":
+            lines += [f"{place}: {line}" if place else line for line in str(problem["ctx"]["error"]).split("\n")]
+        else:
+            lines.append(f"{place}: got {shortened(problem['input'])}; {problem['msg']}")
     return lines
 
 

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import machine
+from reslora_diffusion.utils.documents import parse_json
 from reslora_diffusion.utils.files import write_text
+from reslora_diffusion.utils.problems import BadInput, refuse
 
 from .plan import FORMAT_VERSION, Plan, fingerprint
 
@@ -23,14 +25,24 @@ def facts_of(plan: Plan, stage: str, method: str, setting: Mapping[str, Any], se
 
 
 def path_of(folder: Path, facts: Mapping[str, Any]) -> Path:
-    return folder / facts["stage"] / facts["method"] / f"{fingerprint(dict(facts))}.json"
+    return folder / str(facts["stage"]) / str(facts["method"]) / f"{fingerprint(dict(facts))}.json"
+
+
+IDENTITY = ("task", "stage", "method", "setting", "seed")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises `ValueError` for a file of another format."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path}: got results of format {content.get('format')!r}, wanted {FORMAT_VERSION}")
+    """Raises `BadInput` for a file that is damaged, of another format, or named as another run's."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        version, facts = content.get("format"), {name: content.get(name) for name in IDENTITY}
+        whole = {*IDENTITY, "machine"} <= set(content) and {"loss", "diverged"} <= set(content["result"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput([f"{path}: is no result ({error}); without it that run is made again"]) from None
+    if version != FORMAT_VERSION:
+        raise BadInput([f"{path}: got results of format {version!r}, wanted {FORMAT_VERSION}"])
+    if not whole or path.name != path_of(path.parent, facts).name:
+        raise BadInput([f"{path}: its name is not that of the run inside; without it that run is made again"])
     if content["result"]["loss"] is None:
         content["result"]["loss"] = math.inf
     return content
@@ -54,7 +66,7 @@ def take_over(source: Path, target: Path, plan: Plan) -> int:
     """Copy results of this plan's task that `target` lacks; returns how many."""
     taken = 0
     for content in all_of(source, plan):
-        facts = {name: content[name] for name in ("task", "stage", "method", "setting", "seed")}
+        facts = {name: content[name] for name in IDENTITY}
         if not (path := path_of(target, facts)).exists():
             result = {name: None if value == math.inf else value for name, value in content["result"].items()}
             put(path, {**content, "result": result})
@@ -62,11 +74,22 @@ def take_over(source: Path, target: Path, plan: Plan) -> int:
     return taken
 
 
-def all_of(folder: Path, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Results of this plan's task; those of another are passed over."""
+def all_of(folder: Path, plan: Plan) -> list[dict[str, Any]]:
+    """Results of this plan's task; those of another are passed over.
+
+    Raises:
+        BadInput: every file that cannot be used.
+    """
+    found, problems = [], []
     for stage in STAGES:
         for path in sorted((folder / stage).glob("*/*.json")):
-            content = read(path)
+            try:
+                content = read(path)
+            except BadInput as error:
+                problems += error.problems
+                continue
             wanted = facts_of(plan, stage, content["method"], content["setting"], content["seed"])["task"]
             if content["task"] == wanted:
-                yield content
+                found.append(content)
+    refuse(problems)
+    return found

@@ -76,7 +76,17 @@ class Racer:
         return ResLoraConfig(**shared, **previous, **rslora, shortcut=self.method.shortcut)
 
     def train(self) -> dict[str, Any]:
-        settings, curve, losses = self.settings, [], []
+        """The facts of the run; it has diverged where a loss or what a decomposition is asked for is not finite."""
+        losses: list[float] = []
+        try:
+            return self.steps(losses)
+        except (torch.linalg.LinAlgError, FloatingPointError):
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            return {"diverged": True, "loss": math.inf, "step": len(finite), "train_losses": finite}
+
+    def steps(self, losses: list[float]) -> dict[str, Any]:
+        """Train, and put the loss of every step into `losses`. Raises `FloatingPointError` where one is not finite."""
+        settings, curve = self.settings, []
         measured_at = {round(settings.steps * n / settings.evaluations) for n in range(1, settings.evaluations + 1)}
         training = 0.0
         for step in range(settings.steps):
@@ -88,7 +98,7 @@ class Racer:
             loss = self.task.loss(self.model, self.task.batch(self.seed, step, settings.batch_size))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                return {"diverged": True, "loss": math.inf, "step": step, "train_losses": losses[:-1]}
+                raise FloatingPointError(f"the loss of step {step + 1}")
             loss.backward()
             self.schedule.after_backward(step)
             if settings.max_grad_norm is not None:
@@ -117,8 +127,8 @@ class Racer:
             if last and self.split == "test":
                 found |= self.task.measure_once(self.base, self.seed)
         self.model.train()
-        if not all(map(math.isfinite, found.values())):
-            return {"loss": math.inf, "diverged": True}
+        if not all(map(math.isfinite, [*found.values(), *(trained or {}).values()])):
+            raise FloatingPointError("a loss of the export or as trained")
         if trained is None:
             return found
         return found | {"loss_as_trained": trained["loss"], "kept_energy": energy}

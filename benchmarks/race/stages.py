@@ -1,21 +1,26 @@
 """The stages of a race, and who runs what: methods are tuned side by side, each in a process of its own."""
 
 import math
+import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from reslora_diffusion.utils.problems import Interrupted, Stopped
+
 from . import results
 from .plan import Plan
 from .run import run
-from .search import Setting, best_of, first_grid, is_interior, key, next_setting
+from .search import Setting, best_of, first_grid, key, next_setting
 
 Job = tuple[str, str, Setting, int]  # stage, method, setting, seed
 
@@ -85,18 +90,36 @@ def changed(setting: Setting, control: Any) -> Setting:
 
 
 def race(plan: Plan, folder: Path, workers: int, hours: float = math.inf) -> bool:
-    """Run what is missing, for `hours` at most; True if nothing is."""
+    """Run what is missing, for `hours` at most; True if nothing is.
+
+    Raises:
+        BadInput: files in the folder that cannot be used, before anything runs.
+        Interrupted: Ctrl-C; runs that had not ended are made again by the next call.
+        Stopped: one of the processes was killed.
+    """
+    results.all_of(folder, plan)
     until = time.time() + 3600 * hours
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+    try:
         tune_jobs = [(tuned, plan, folder, word, until) for word in plan.methods]
-        for _ in in_parallel(pool, tune_jobs, "tuning, methods"):
-            pass
+        wait_for(pool, tune_jobs, "tuning, methods")
         trials = tuning_so_far(plan, folder)
         if any(len(trials.get(word, ())) < plan.search.trials for word in plan.methods):
             return False
-        jobs = final_jobs(plan, {word: best_of(found) for word, found in trials.items()})
-        for _ in in_parallel(pool, [(done_in_time, plan, folder, job, until) for job in jobs], "final runs"):
-            pass
+        jobs = final_jobs(plan, {word: best_of(trials[word]) for word in plan.methods})
+        wait_for(pool, [(done_in_time, plan, folder, job, until) for job in jobs], "final runs")
+    except KeyboardInterrupt:
+        raise Interrupted("the race; the same command goes on with it") from None
+    except BrokenProcessPool:
+        raise Stopped(
+            "a process of the race was ended from outside, perhaps for its memory (then wanted fewer --workers); the "
+            "same command goes on"
+        ) from None
+    finally:  # results are written whole, so a run can be cut off anywhere
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown()
     return all(results.path_of(folder, results.facts_of(plan, *job)).exists() for job in jobs)
 
 
@@ -105,18 +128,29 @@ def done_in_time(plan: Plan, folder: Path, job: Job, until: float) -> None:
         done(plan, folder, job)
 
 
-def in_parallel(pool: ProcessPoolExecutor, jobs: Sequence[tuple], title: str) -> Iterator[Any]:
+def wait_for(pool: ProcessPoolExecutor, jobs: Sequence[tuple], title: str) -> None:
+    """Raises what a job raised, and leaves the others to the caller."""
     futures = [pool.submit(*job) for job in jobs]
     for future in tqdm(as_completed(futures), total=len(futures), desc=title):
-        yield future.result()
+        future.result()
 
 
 def start_worker() -> None:
-    """One thread a process: equal runs give equal bits, and processes do not get into each other's way."""
+    """One thread a process: equal runs give equal bits, and processes do not get into each other's way. Ctrl-C is for
+    the first process, whose end is also theirs."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which stays behind where a process is ended
+    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
-def interior(plan: Plan, folder: Path) -> dict[str, dict[str, bool]]:
-    """Per method and number, whether its optimum lies inside what was tried."""
-    return {word: is_interior(found) for word, found in tuning_so_far(plan, folder).items()}
+def end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -23,7 +23,8 @@ IN_TEXT = ' in "<unicode string>",'  # what YAML says of a file that it is given
 
 
 class Loader(yaml.SafeLoader):
-    """YAML's plain types without aliases: a few hundred bytes of these can stand for gigabytes."""
+    """YAML's plain types without aliases: a few hundred bytes of these can stand for gigabytes. A key that is there
+    twice is refused: the first of its values would be lost without a word."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -31,15 +32,25 @@ class Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor[:40]}) are not read; line {mark.line + 1}")
         return super().compose_node(parent, index)
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in known:
+                    raise yaml.YAMLError(f"{key.value[:40]!r} is there twice; line {key.start_mark.line + 1}")
+                known.add((key.tag, key.value))
+        return node
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """The value of a JSON text; `how` is for `json.loads`.
 
     Raises:
         ValueError: it is none, is nested too deeply, or holds what no encoding can write.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, **how)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
@@ -47,6 +58,15 @@ def parse_json(text: str | bytes) -> Any:
     elif isinstance(text, str):
         check_encodable(text)
     return value
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, without keys of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)[:40]!r} is there twice")
+    return found
 
 
 def check_encodable(text: str) -> None:
@@ -63,7 +83,7 @@ def parse_toml(text: str) -> Any:
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": parse_json,
+    ".json": lambda text: parse_json(text, object_pairs_hook=each_once),
     ".toml": parse_toml,
     ".yaml": lambda text: yaml.load(text, Loader),
     ".yml": lambda text: yaml.load(text, Loader),
