@@ -61,8 +61,7 @@ class Adapter(Shared):
         shapes = {n: (one.in_features, one.out_features, one.r[adapter_name]) for n, one in layers.items()}
         self.sites = {site.name: site for site in find_sites(model, shapes, unlinked)}
         self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
-        self.calibrated_at: dict[str, int] = {}  # `version` at that time
-        self.is_copy = False  # and has not run: tensors of a copy count their changes anew
+        self.calibrated_A: dict[str, Tensor] = {}  # lora_A by layer, as it was then
         self.awaits = False  # whether buffers are there for what a loader puts beside the factors; see core.arrivals
         self.lacks_links = False  # of those that its file has
         self.corrections_while_merged: dict[str, Tensor] = {}
@@ -84,11 +83,7 @@ class Adapter(Shared):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle, without the layers, which refer to each other as far as chains reach."""
-        ages = {} if self.is_gone() else self.calibrated_at
-        if not self.is_copy:
-            ages = {name: version - self.version(name) for name, version in ages.items()}
-        ours = {"adapted": {}, "packed": {}, "prepared": {}, "calibrated_at": ages, "is_copy": True}
-        return self.__dict__ | ours
+        return self.__dict__ | {"adapted": {}, "packed": {}, "prepared": {}}
 
     # ------------------------------------------------------------------------------------------------- chains
 
@@ -139,9 +134,6 @@ class Adapter(Shared):
         self.packer.forget()
         self.watch()
         self.adapted = {name: AdaptedLayer(site, self.layers[name], self) for name, site in self.sites.items()}
-        if self.is_copy:
-            self.calibrated_at = {name: self.version(name) + age for name, age in self.calibrated_at.items()}
-            self.is_copy = False
         running_sum = self.shortcut is Shortcut.MIDDLE and m is None
         for chain in self.chains:
             members = [self.adapted[site.name] for site in chain.sites]
@@ -188,7 +180,7 @@ class Adapter(Shared):
         if fewer or any(a is not b and "weight" in b._parameters for a, b in zip(before, self.placed, strict=True)):
             ranks = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
             self.sites = {n: replace(site, rank=ranks[n]) for n, site in self.sites.items() if n in ranks}
-            self.calibration, self.calibrated_at = {}, {}
+            self.calibration, self.calibrated_A = {}, {}
             self.link()
 
     def has(self, name: str, layer: Any) -> bool:
@@ -218,15 +210,9 @@ class Adapter(Shared):
         """`(lora_A, lora_B)` of one layer, likewise."""
         return self.lora_A(name), whole(self.layers[name].lora_B[self.adapter_name].weight)
 
-    def version(self, name: str) -> int:
-        """The number of changes of one layer's `lora_A`, of a shard too."""
-        return self.layers[name].lora_A[self.adapter_name].weight._version
-
     def changed_since_calibration(self) -> bool:
-        """Return whether some `lora_A` was changed after `calibrate`."""
-        if not self.adapted:
-            self.link()
-        return any(self.version(name) != version for name, version in self.calibrated_at.items())
+        """Return whether some `lora_A` is another than when `calibrate` ran."""
+        return any(not torch.equal(now := self.lora_A(n), A.to(now)) for n, A in self.calibrated_A.items())
 
     # ---------------------------------------------------------------------------------------- the root's forward
 

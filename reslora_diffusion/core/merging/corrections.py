@@ -100,6 +100,6 @@ def corrections_of(adapter: Adapter) -> dict[str, Tensor]:
             "batches, forward) first, or choose merge_method='paper_weight' or 'drop', which need none"
         )
     if adapter.changed_since_calibration():
-        adapter.calibrated_at = {}
+        adapter.calibrated_A = {}
         warnings.warn("the adapter was trained on since it was calibrated; calibrate it again", stacklevel=3)
     return adapter.calibration

@@ -53,8 +53,7 @@ def handover(
                 point.add_((folded - weight).to(point))
             weight.copy_(folded)
     adapter.own_config().shortcut = Shortcut.NONE
-    adapter.calibration = {}
-    adapter.calibrated_at = {}
+    adapter.calibration, adapter.calibrated_A = {}, {}
     adapter.link()
 
 
