@@ -99,14 +99,14 @@ def test_what_reads_ahead_and_something_else_is_plain() -> None:
         assert torch.allclose(got, wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("carried", list(product((True, False), repeat=2)))
-@pytest.mark.parametrize("publish", [(p, p) for p in Publish] + [(Publish.OWN, Publish.NOTHING)])
-def test_groups(publish: tuple[Publish, Publish], carried: tuple[bool, bool]) -> None:
-    """Two layers of different shapes that read one x; a group may have members that hand nothing on."""
-    first = operation(publish[0], "carry" if carried[0] else "", 1, "equal")
-    second = operation(publish[1], "carry" if carried[1] else "", 2, "different")
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("publish", Publish)
+def test_groups(publish: Publish, carried: bool) -> None:
+    """Two layers of different shapes that read one x."""
+    first = operation(publish, "carry" if carried else "", 1, "equal")
+    second = operation(publish, "carry" if carried else "", 2, "different")
     second = second._replace(x=first.x, bias=None)
-    if second.carry is None and publish[1] is Publish.SUM:
+    if second.carry is None and publish is Publish.SUM:
         second = second._replace(scalings=[leaf(), leaf()])
     leaves = [first.x, *first.D, *first.U, *second.D, *second.U]
     leaves += [value for op in (first, second) for value in (op.carry, op.ahead) if value is not None]
@@ -131,9 +131,45 @@ def test_groups(publish: tuple[Publish, Publish], carried: tuple[bool, bool]) ->
     grouped, plainly = both(grouped_linears), both(lambda ops: [by_hand(op) for op in ops])
     for got, wanted in zip(grouped(*leaves), plainly(*leaves), strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-12)
-    if any(carried):
+    if carried:
         assert torch.autograd.gradcheck(grouped, leaves)
         assert torch.autograd.gradgradcheck(grouped, leaves)
+
+
+def test_a_group_in_which_some_outputs_have_no_gradient() -> None:
+    ops = [operation(Publish.OWN, "carry", 1, "equal") for _ in range(2)]
+    ops[1] = ops[1]._replace(x=ops[0].x)
+    leaves = [ops[0].x, *(part for op in ops for part in (*op.D, *op.U, op.carry))]
+    for chosen in product((True, False), repeat=4):
+        got, wanted = (
+            sum(value.square().sum() for value, yes in zip(sum(map(list, values), []), chosen, strict=True) if yes)
+            for values in (grouped_linears(ops), [by_hand(op) for op in ops])
+        )
+        if any(chosen):
+            ours, right = (torch.autograd.grad(loss, leaves, materialize_grads=True) for loss in (got, wanted))
+            for gradient, other in zip(ours, right, strict=True):
+                assert torch.allclose(gradient, other, rtol=0, atol=1e-10)
+
+
+def test_layers_that_hand_on_differently_are_computed_one_by_one() -> None:
+    """Without the last `to_q` of a chain, the one before it hands nothing on, while `to_k` and `to_v` beside it do."""
+    chains = get_adapter(adapted("unet", "middle", 1)).chains
+    chain = next(chain for chain in chains if chain.role.endswith("attn1.to_q") and len(chain.sites) > 1)
+    *_, before, last = (site.name for site in chain.sites)
+    results = []
+    for grouped in (False, True):
+        model = build("unet")
+        targets = UNET_TARGETS
+        attach(model, ResLoraConfig(r=3, target_modules=targets, exclude_modules=[last], shortcut="middle"))
+        randomise(model.double().eval())
+        if grouped:
+            set_attn_processors(model)
+        results.append(output("unet", model, inputs("unet")))
+    assert (results[0] - results[1]).abs().max() < 1e-10
+    kernels = {name: kernel for name, (kernel, _) in explain_kernels(model).layers.items()}
+    beside = [before.replace("to_q", leaf) for leaf in ("to_q", "to_k", "to_v")]
+    assert "grouped" in kernels.values()
+    assert {kernels[name] for name in beside} == {"fused"}
 
 
 @pytest.mark.parametrize("publish", Publish)
