@@ -99,37 +99,30 @@ def kinds_to_pack(layers: Mapping[str, AdaptedLayer], factor: Tensor) -> dict[st
     return found
 
 
-def plan(
-    layers: Mapping[str, AdaptedLayer], names: Sequence[str], groups: Groups, ahead: bool
-) -> tuple[list[Layout], list[tuple[str, str]]]:
-    """`(layouts, what)`: of which factors each matrix is made, and (layer, field of `Packed`) that it is for.
+Plan = dict[tuple[str, str], Layout]  # by layer and field of `Packed`
 
-    Factors are numbered 2 n and 2 n + 1, for lora_A and lora_B of layer n.
-    """
+
+def plan(layers: Mapping[str, AdaptedLayer], names: Sequence[str], groups: Groups, ahead: bool) -> Plan:
+    """The matrices of some layers. Factors are numbered 2 n and 2 n + 1, for lora_A and lora_B of layer n."""
     index = {name: place for place, name in enumerate(layers)}
-    layouts: list[Layout] = []
-    what: list[tuple[str, str]] = []
-    wanted = set(names)
+    wanted, found = set(names), Plan()
     for group in dict.fromkeys(groups.get(name, (name,)) for name in names):
         members = [layers[name] for name in group if name in wanted]
         for layer in members:
-            layouts.append(Layout(tuple(2 * index[block.name] for block in layer.blocks), 0))
-            what.append((layer.name, "D"))
+            found[layer.name, "D"] = Layout(tuple(2 * index[block.name] for block in layer.blocks), 0)
         for layer in members:
             if ahead and layer.follower is not None:
-                layouts.append(Layout((2 * index[layer.follower.name],), 0))
-                what.append((layer.name, "ahead"))
+                found[layer.name, "ahead"] = Layout((2 * index[layer.follower.name],), 0)
         for layer in members:
-            layouts.append(Layout(tuple(2 * index[block.name] + 1 for block in layer.blocks), 1))
-            what.append((layer.name, "U"))
-    return layouts, what
+            found[layer.name, "U"] = Layout(tuple(2 * index[block.name] + 1 for block in layer.blocks), 1)
+    return found
 
 
 class Packer:
     """Packs the factors of an adapter; remembers its plans until `forget`."""
 
     def __init__(self) -> None:
-        self.plans: dict[tuple, tuple[list[Layout], list[tuple[str, str]]]] = {}
+        self.plans: dict[tuple, Plan] = {}
 
     def __deepcopy__(self, memo: dict) -> "Packer":
         return Packer()
@@ -147,8 +140,8 @@ class Packer:
             names = tuple(name for name, other in kinds.items() if other == kind)
             if (names, ahead) not in self.plans:
                 self.plans[names, ahead] = plan(layers, names, groups, ahead)
-            layouts, what = self.plans[names, ahead]
-            matrices = dict(zip(what, pack(layouts, factors, *kind), strict=True))
+            layouts = self.plans[names, ahead]
+            matrices = dict(zip(layouts, pack([*layouts.values()], factors, *kind), strict=True))
             for name in names:
                 D, U, forward = matrices[name, "D"], matrices[name, "U"], matrices.get((name, "ahead"))
                 found[name] = Packed((D,), (U,), forward, torch.is_grad_enabled())
