@@ -25,7 +25,7 @@ MOST_LOADED = 2
 
 
 class Bases:
-    """See the module.
+    """The bases that the page offers, of which a few are loaded at a time.
 
     Args:
         name: label of the first base.

@@ -112,7 +112,7 @@ def learned_measures(
     clip: Clip | None,
     dino: Dino | None,
 ) -> list[Measure]:
-    """Those of the models given."""
+    """The measures of the models given."""
     of_subject = [cell for cell in cells if is_of(subject_word, cell.row.prompt)]
     found = []
     for name, model in (("CLIP-I", clip), ("DINO", dino)):

@@ -66,7 +66,7 @@ class Measure:
         return bool(keys) and all(isinstance(key, Row) for key in keys)
 
     def to_dict(self, request: CompareRequest) -> dict:
-        """For JSON. Columns and rows go by their numbers, and so does what else values were taken of."""
+        """Values for JSON. Columns and rows go by their numbers, and so does what else values were taken of."""
         rows, columns, of_images = request.rows, request.columns, self.is_of_images
         keys = rows if of_images else list(dict.fromkeys(key for values in self.values.values() for key in values))
         values = {

@@ -38,7 +38,7 @@ def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
 
 
 def escaped(value: object) -> str:
-    """For HTML: printable, and no markup."""
+    """A value as printable text in HTML, without markup."""
     return html.escape(printable(value), quote=True)
 
 

@@ -146,7 +146,7 @@ def training_status(training: Training) -> str:
 
 
 def standing(training: Training) -> str:
-    """The same in a few words."""
+    """Say in a few words where a training stands."""
     step, total = training.step(), training.total_steps
     if training.running:
         left = training.seconds_left(step)

@@ -126,7 +126,7 @@ class Training:
 
     @cached_property
     def options(self) -> dict:
-        """Those of its configuration; none where that cannot be read."""
+        """The options of its configuration; none where that cannot be read."""
         try:
             found = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -224,7 +224,7 @@ class Trainer:
             return sorted(self.known.values(), key=lambda training: -training.record.began)
 
     def of(self, owner: str) -> list[Training]:
-        """Those that this owner started, the newest first."""
+        """Trainings that this owner started, the newest first."""
         return [training for training in self.all() if owner and training.record.owner == digest(owner)]
 
     @property
@@ -239,7 +239,8 @@ class Trainer:
         base: str | None = None,
         resolution: int | None = None,
     ) -> Training:
-        """
+        """Start a training.
+
         Args:
             base, resolution: of another base than the trainer's.
 

@@ -69,7 +69,7 @@ class Findings:
 def findings(
     request: CompareRequest, measured: Sequence[Measure], ballot: Ballot | None, gaps: Mapping[Column, float]
 ) -> Findings | None:
-    """On the columns that were voted on, else the last two of one strength; None where there is nothing to say."""
+    """Findings on the columns that were voted on, else on the last two of one strength; None where there are none."""
     voted = ballot if ballot and ballot.request is request and ballot.seen else None
     if len(request.columns) < 2 or not (voted or measured):
         return None

@@ -24,7 +24,7 @@ STRONGEST = 5  # modules of a file card
 
 
 def plain(problem: object) -> str:
-    """For gradio's pop-ups, which read HTML."""
+    """A problem for gradio's pop-ups, which read HTML."""
     return "<br>".join(escaped(line) for line in lines_of(str(problem)))
 
 

@@ -116,7 +116,7 @@ def word_problems(
     data = model / "word_problems"
 
     def judge(output: Path | None, folder: Path, words: Sequence[str]) -> float:
-        """On the test rows, which `folder` offers as validation rows."""
+        """The loss on the test rows, which `folder` offers as validation rows."""
         language = Language(read([*words, "--dataset_name", str(folder), "--output_dir", str(folder / "none")]), 10**6)
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if output is not None:

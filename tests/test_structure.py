@@ -131,8 +131,10 @@ def test_public_names_resolve(name: str) -> None:
 
 
 def test_docstrings_are_sentences() -> None:
-    """A docstring that begins with a question word or a preposition answers a question that the reader has to guess."""
-    headings = re.compile(r"(What|Whether|How|Which|Why|Where|When|Who|Of|By|As|In what|That|From)\b")
+    """A docstring that begins with a question word, a preposition or a pronoun answers a question that the reader has to
+    guess, or refers to the one above it."""
+    words = "What|Whether|How|Which|Why|Where|When|Who|Of|By|As|In what|In place|On|That|From|For|With|Without"
+    headings = re.compile(rf"({words}|Also|Those|Itself|Nothing|Args|See)\b|The same( of| with| for| from|,)")
     found = []
     folders = (PACKAGE, *(ROOT / name for name in ("app", "benchmarks", "train_scripts")))
     for path in sorted(path for folder in folders for path in folder.glob("**/*.py")):

@@ -44,7 +44,7 @@ class Latest:
     def after(
         self, before: Dependency, fn: Callable, inputs: Sequence, outputs: Sequence, **options: Any
     ) -> Dependency:
-        """The same, when another event has ended."""
+        """Let `fn` answer when another event has ended; for the options see `event`."""
         return before.then(**self.event(fn, inputs, outputs, **options))
 
     def event(

@@ -174,7 +174,7 @@ def analyse(plan: Plan, folder: Path) -> Analysis:
 
 
 def compared(entries: dict[str, Entry], reference: str) -> dict[str, Entry]:
-    """The same with their comparisons; p values are corrected over all entries, the controls among them."""
+    """Entries with their comparisons; p values are corrected over all entries, the controls among them."""
     own = entries[reference]
     others = {name: entry for name, entry in entries.items() if name != reference}
     steps = {name: compare(entry.losses, own.losses) for name, entry in others.items()}

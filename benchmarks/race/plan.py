@@ -96,7 +96,7 @@ class Control(Strict):
 
 
 class Plan(Strict):
-    """See the module."""
+    """A plan of a race, as its YAML file has it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
     task: TaskSettings

@@ -28,7 +28,7 @@ def spread(values: Iterable[float], digits: int = 3, write: Callable[..., str] =
 
 
 def loss_with_spread(values: Iterable[float], write: Callable[..., str] = number) -> str:
-    """The same of losses or their changes, of which some may be of runs that diverged."""
+    """Mean and spread of losses or their changes, of which some may be of runs that diverged."""
     values = list(values)
     finite = [value for value in values if math.isfinite(value)]
     lost = f"{len(values) - len(finite)} of {len(values)} diverged"

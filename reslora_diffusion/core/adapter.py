@@ -63,7 +63,7 @@ class Adapter(Shared):
         self.calibration: dict[str, Tensor] = {}  # C by layer; see core.merging
         self.calibrated_A: dict[str, Tensor] = {}  # lora_A by layer, as it was then
         self.awaits = False  # whether buffers are there for what a loader puts beside the factors; see core.arrivals
-        self.lacks_links = False  # of those that its file has
+        self.lacks_links = False  # whether it was loaded without the frozen links that its file has
         self.corrections_while_merged: dict[str, Tensor] = {}
         self.groups: dict[str, tuple[str, ...]] = {}  # by layer, those that `core.grouping` computes together
         self.packer = Packer()
@@ -203,11 +203,11 @@ class Adapter(Shared):
     # ------------------------------------------------------------------------------------------------ factors
 
     def lora_A(self, name: str) -> Tensor:
-        """`lora_A` of one layer, as it is; gathered where it is sharded."""
+        """`lora_A` of one layer, gathered where it is sharded."""
         return whole(self.layers[name].lora_A[self.adapter_name].weight)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`(lora_A, lora_B)` of one layer, likewise."""
+        """`(lora_A, lora_B)` of one layer, gathered where they are sharded."""
         return self.lora_A(name), whole(self.layers[name].lora_B[self.adapter_name].weight)
 
     def changed_since_calibration(self) -> bool:
@@ -247,7 +247,7 @@ class Adapter(Shared):
             self.remove_hooks()
 
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """For `torch.utils.checkpoint(..., use_reentrant=False, context_fn=...)` around part of the model."""
+        """A `context_fn` for `torch.utils.checkpoint(..., use_reentrant=False)` around part of the model."""
         return self.context.segment()
 
     def is_gone(self) -> bool:

@@ -66,7 +66,7 @@ def build_chains(
 
 
 def windows(chains: Iterable[Chain], num_previous: int | None) -> dict[str, tuple[str, ...]]:
-    """For each site the names of the predecessors that it reaches, nearest first."""
+    """The names of the predecessors that each site reaches, nearest first."""
     return {
         site.name: tuple(s.name for s in reversed(chain.sites[:place]))[:num_previous]
         for chain in chains

@@ -50,7 +50,7 @@ class Published(NamedTuple):
     projected: bool
 
     def unchanged(self, name: str) -> "Published":
-        """Itself; raises `RuntimeError` if the value was changed in place since."""
+        """Return itself, or raise `RuntimeError` if the value was changed in place since."""
         now = version_of(self.value)
         if now is not None and self.version is not None and now != self.version:
             raise RuntimeError(CHANGED.format(layer=name))

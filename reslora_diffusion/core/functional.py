@@ -94,7 +94,7 @@ class LoraFactors(ThreeFactors):
 
 
 def with_magnitude(factors: ThreeFactors, magnitude: Magnitude | None) -> LoraFactors:
-    """The same factors with this magnitude, or without any."""
+    """Factors with this magnitude, or without any."""
     made = LoraFactors(*factors)
     made.magnitude = magnitude
     return made
@@ -117,7 +117,7 @@ def concatenated(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def side_by_side(D: Sequence[Tensor], U: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of down- and up-projections that are given apart."""
+    """`(A, B)` of down-projections [r_j, in] and up-projections [out, r_j], likewise."""
     return D[0] if len(D) == 1 else torch.cat(tuple(D)), U[0] if len(U) == 1 else torch.cat(tuple(U), dim=1)
 
 

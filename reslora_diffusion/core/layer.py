@@ -35,7 +35,7 @@ class Packed(NamedTuple):
     D: tuple[Tensor]
     U: tuple[Tensor]
     ahead: Tensor | None
-    with_grad: bool  # whether gradients were recorded, which another thread may do without
+    with_grad: bool  # whether gradients were recorded; a forward of another thread may have packed without them
 
 
 class Prepared(NamedTuple):
@@ -177,7 +177,7 @@ class AdaptedLayer:
         return found
 
     def gated_factors(self, x: Tensor, scaling: float) -> tuple[list[Tensor], list[Tensor], list[Gate]]:
-        """The same with gates and frozen factors. Parts whose gate is the number 0 are left out, unless all are."""
+        """`factors` with gates and frozen factors. Parts whose gate is the number 0 are left out, unless all are."""
         gates, parts = self.shared.gates, []
         for block in self.blocks:
             gate = gates.get(block.name, 1.0)

@@ -34,7 +34,7 @@ def places_in(matrix: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> t
 
 
 class Pack(torch.autograd.Function):
-    """See `pack`."""
+    """The node of `pack`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -81,7 +81,7 @@ class Pack(torch.autograd.Function):
 def pack(
     layouts: Sequence[Layout], factors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """For each layout the matrix [sum r, in] or [out, sum r] of its factors, in `dtype` on `device`."""
+    """The matrix of each layout, [sum r, in] or [out, sum r], in `dtype` on `device`."""
     return Pack.apply(tuple(layouts), dtype, device, *factors)
 
 

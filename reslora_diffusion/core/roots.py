@@ -41,7 +41,7 @@ def find_roots(model: nn.Module, chains: Iterable[list[str]]) -> dict[str, nn.Mo
 
 
 def may_be_fused(model: nn.Module, homes: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of the modules around layers on which `fuse_qkv_projections` of diffusers may be called."""
+    """Return the modules around layers on which `fuse_qkv_projections` of diffusers may be called."""
     parents = set(map(id, homes))
     return [module for module in model.modules() if id(module) in parents and hasattr(module, "fused_projections")]
 

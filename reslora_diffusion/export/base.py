@@ -102,7 +102,7 @@ def shape_misfits(wanted: Wanted, found: Found, name: str) -> list[str]:
 
 
 def check_stored(headers: Sequence[Header], name: str) -> None:
-    """The same from the files of a pipeline, before torch is waited for; nothing is said where they do not tell.
+    """Find misfits by the files of a pipeline, before torch is imported; files that do not say enough are passed over.
 
     Raises:
         ValueError: the LoRA is for another base.

@@ -213,7 +213,7 @@ def kohya_dora(
 
 
 def dora_facts(components: Components) -> dict[str, object]:
-    """For the header: whose norms the rows of a kohya file are divided by."""
+    """The entry of the header that says whose norms the rows of a kohya file are divided by."""
     rows = [f.magnitude for modules in components.values() for f in modules.values() if has_rows(f)]
     return {DORA_NORM: "base" if all(m and m.of_base for m in rows) else "sum"} if rows else {}
 

@@ -310,8 +310,8 @@ def tied_weights(components: Components, models: Models) -> list[str]:
 
 
 def tied_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Those of a model's modules whose weight is also another's, such as an output layer's that is the embedding: a
-    merge would change both."""
+    """Return the modules whose weight is also another's, such as an output layer's that is the embedding: a merge
+    would change both."""
     pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
     names = {*pairs, *pairs.values()}
     return [path for path in paths if {f"{path}.weight", f"{flat_path(path)}.weight"} & names]

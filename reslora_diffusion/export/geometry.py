@@ -74,7 +74,7 @@ def family_of(components: Components) -> BaseKind:
 
 
 def family_of_widths(widths: Mapping[str, Mapping[str, int]]) -> BaseKind:
-    """The same from each module's number of inputs: component -> path -> width."""
+    """The base model that names and numbers of inputs point to: component -> path -> width."""
     if transformer := widths.get("transformer"):
         read = {n for path, n in transformer.items() if path.endswith((".attn.to_q", "_attn.qkv", ".linear1"))}
         blocks = any(path.startswith(FLUX_BLOCKS) for path in transformer) and not any(

@@ -41,7 +41,7 @@ class ProductFactors(LoraFactors):
         return self.__dict__["parts"]
 
     def of_rows(self, rows: slice) -> "ProductFactors":
-        """The same for some of the layer's outputs."""
+        """The factors of some of the layer's outputs."""
         return ProductFactors(self.__dict__["product"], self.tensors, self.scaling, rows)
 
     def update(self) -> Tensor:

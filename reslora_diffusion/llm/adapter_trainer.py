@@ -89,7 +89,7 @@ class AdapterTrainer(Trainer):
 
     @property
     def adapted(self) -> PeftModel:
-        """The same without the wrappers of distributed training."""
+        """The model without the wrappers of distributed training."""
         return self.accelerator.unwrap_model(self.own_model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -142,7 +142,7 @@ def questions(rows: Rows, task: Task) -> list[dict[str, Any]]:
 
 
 def as_text(rows: Sequence[dict[str, Any]], encoder: "Encoder") -> list[dict[str, Any]]:
-    """The same for a model without a chat template: turns as text, the prompt as in other trainings."""
+    """Rows for a model without a chat template: turns as text, the prompt as in other trainings."""
     if encoder.templated:
         return list(rows)
     texts = []

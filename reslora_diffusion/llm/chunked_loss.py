@@ -34,7 +34,8 @@ class FrozenLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, size: int) -> Tensor:
-        """
+        """Sum the losses, and keep their gradient by `hidden`.
+
         Args:
             bias: [V].
             size: tokens whose logits are held at a time.
@@ -59,7 +60,7 @@ class FrozenLinearCrossEntropy(torch.autograd.Function):
 
 
 class ChunkedLoss:
-    """In place of a model's `loss_function`, given hidden states [B, T, D] where that one is given logits."""
+    """Replaces a model's `loss_function`, and is given hidden states [B, T, D] where that one is given logits."""
 
     def __init__(self, head: nn.Module, size: int = TOKENS) -> None:
         self.head: Any = head  # with a weight and a bias

@@ -42,7 +42,7 @@ OUTSIDE = ("output_dir", "config", "hub_token", "hub_model_id", "logging_dir", "
 
 
 class DreamBooth:
-    """See `study.Trainee`; `args` hold out images."""
+    """A `study.Trainee` that trains DreamBooth; its options hold out images."""
 
     names: Mapping[str, str] = {}
 

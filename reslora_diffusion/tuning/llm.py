@@ -64,7 +64,7 @@ def read(words: Sequence[str]) -> Command:
 
 
 class Language:
-    """See `study.Trainee`."""
+    """A `study.Trainee` that trains a language model."""
 
     names: Mapping[str, str] = {"lr_scheduler": "lr_scheduler_type"}
 

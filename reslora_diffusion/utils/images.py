@@ -55,7 +55,7 @@ class NoImage(UnreadableImage):
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow reads; the several images of a phone's MPO are read as a JPEG."""
+    """Return the `FORMATS` that the installed Pillow reads; the several images of a phone's MPO are read as a JPEG."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

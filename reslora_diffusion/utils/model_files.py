@@ -22,7 +22,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Files:
-    """Those of a folder, or of a model of the hub as far as they are in its local cache."""
+    """The files of a folder, or of a model of the hub as far as they are in its local cache."""
 
     name: str
     revision: str | None

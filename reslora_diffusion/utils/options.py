@@ -139,7 +139,7 @@ def value_problems(options: Any) -> Iterator[str]:
 
 
 def wrong_values(options: Any) -> dict[str, str]:
-    """The same by the name of the option."""
+    """The problems with values, by the name of the option."""
     found = {}
     for name, facts in facts_of(type(options)).items():
         value = getattr(options, name)

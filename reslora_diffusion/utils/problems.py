@@ -112,7 +112,7 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """The same of a text of several lines."""
+    """Several lines, each of which is made `printable`."""
     return "\n".join(printable(line, None) for line in str(text).split("\n"))
 
 

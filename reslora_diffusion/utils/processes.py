@@ -35,7 +35,7 @@ def start_apart(command: Sequence[str], **settings: Any) -> subprocess.Popen:
 
 
 def ask_to_stop(process: Any) -> None:
-    """Args: process: a `subprocess.Popen` of `start_apart`, or a `psutil.Process`."""
+    """Ask a `subprocess.Popen` of `start_apart`, or a `psutil.Process`, to stop."""
     process.send_signal(CTRL_BREAK if WINDOWS else signal.SIGTERM)
 
 

@@ -49,7 +49,7 @@ def fused_linear(op: LinearOp) -> tuple[Tensor, Tensor | None]:
 
 
 class FusedLinear(torch.autograd.Function):
-    """See the module. `parts` are first `downs` matrices that make up D (the last of them `ahead`), then those of U."""
+    """The node; `parts` are first `downs` matrices that make up D (the last of them `ahead`), then those of U."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -83,7 +83,7 @@ def side(parts: Sequence[Tensor | None], sizes: Sequence[int], rows: Tensor) -> 
 
 
 class GroupedLinears(torch.autograd.Function):
-    """See the module; `tensors` are D_1.. U_1.. W_1.. b_1.. c_1.. and the rows ahead."""
+    """The group as one node; `tensors` are D_1.. U_1.. W_1.. b_1.. c_1.. and the rows ahead."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -20,7 +20,7 @@ def plain_linear(op: LinearOp) -> tuple[Tensor, Tensor | None]:
 
 
 def closed_linear(op: LinearOp) -> tuple[Tensor, Tensor | None]:
-    """The same where every scaling is the number 0: no product of low rank but one that another layer reads."""
+    """y = W x + b where every scaling is the number 0: no product of low rank but one that another layer reads."""
     y = frozen_output(op)
     if op.ahead is not None:
         return y, F.linear(op.x, op.ahead)

@@ -90,7 +90,7 @@ def named(name: str) -> Form:
 
 
 def forms(for_x: bool, for_factors: bool) -> list[Form]:
-    """Those of one way to dD and dU, for the gradients that are wanted."""
+    """The forms that go one way to dD and dU, for the gradients that are wanted."""
     every = [Form(y, factors, factors, x) for y, factors, x in product((False, True), repeat=3)]
     return [form for form in every if (form.dD or for_factors) and (form.dx or for_x)]
 
@@ -200,7 +200,7 @@ def merged_weight(weight: Tensor, D: Sequence[Tensor], U: Sequence[Tensor], scal
 
 
 class WholeLinear(torch.autograd.Function):
-    """See the module; `parts` are D_1.. and then U_1.. Where anything goes through rank R, they are put together.
+    """The form as one node; `parts` are D_1.. and then U_1.. If anything goes through rank R, they are put together.
 
     V is made again in backward where to keep it would take more memory than what the low-rank form keeps.
     """

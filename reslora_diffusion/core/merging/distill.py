@@ -134,7 +134,7 @@ def descend(
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """A copy."""
+    """A copy in float32 or better."""
     return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 

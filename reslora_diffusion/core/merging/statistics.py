@@ -44,7 +44,7 @@ class Sums(ABC):
         self.mask: Tensor | None = None
 
     def start_batch(self, mask: Tensor | None = None) -> None:
-        """Args: mask [...]: which tokens of the batch are real; sequences of another shape are not touched by it."""
+        """End the last batch and begin another, whose tokens `mask` [...] are real. Other shapes are not masked."""
         self.mask = None if mask is None else mask.bool()
 
     @abstractmethod

@@ -26,7 +26,7 @@ class ResLoraVariant(LoraVariant):
         return False  # B A alone is not what was trained; `export` writes the plain LoRA that is
 
     def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Nothing: the layer's factors are PEFT's own."""
+        """Do nothing, as the layer's factors are PEFT's own."""
 
     def forward(  # type: ignore[override]
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
@@ -51,7 +51,7 @@ class ResLoraVariant(LoraVariant):
         return orig_weight + self.merged_delta
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        """In place, as FSDP goes on gathering the storage that it knows."""
+        """Merge in place, as FSDP goes on gathering the storage that it knows."""
         self.merged_delta = self.delta(module, active_adapter, orig_weight)
         orig_weight.data.add_(self.merged_delta)
 
@@ -76,7 +76,7 @@ def decomposed_change(module: Any, factors: LoraFactors, weight: Tensor) -> Tens
 
 
 class KeepInputDtype:
-    """In place of `LoraLayer._cast_input_dtype`: our layers cast the small factors to x, not x to the factors."""
+    """Replaces `LoraLayer._cast_input_dtype`: our layers cast the small factors to x, not x to the factors."""
 
     def __init__(self, layer: LoraLayer) -> None:
         self.layer = layer
@@ -89,7 +89,7 @@ class KeepInputDtype:
 
 
 class LayerForward:
-    """In place of the `forward` of PEFT's `lora.Linear`: the whole layer as one operation.
+    """Replaces the `forward` of PEFT's `lora.Linear`: the whole layer as one operation.
 
     Where the frozen layer must compute its own output, or adapters add up, PEFT's own forward runs, and comes to
     `ResLoraVariant.forward`.

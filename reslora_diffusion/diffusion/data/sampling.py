@@ -256,5 +256,5 @@ def collate(drawn: Sequence[Draw], scaling_factor: Tensor | float, shift_factor:
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device to be done with earlier steps."""
+    """Move a tensor without waiting for the device to be done with earlier steps."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

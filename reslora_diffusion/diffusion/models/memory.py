@@ -108,7 +108,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
 
 
 class LowMemoryForward:
-    """In place of the `forward` of a module."""
+    """A callable that replaces the `forward` of a module."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -127,7 +127,7 @@ class LowMemoryConv2d(LowMemoryForward):
 
 
 class LowMemoryNorm(LowMemoryForward):
-    """With the SiLU that follows it, which `SkippedSiLU` then leaves out."""
+    """A group norm with the SiLU that follows it, which `SkippedSiLU` then leaves out."""
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self.module

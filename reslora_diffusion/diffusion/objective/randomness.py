@@ -34,7 +34,7 @@ def seed_of(seed: int, stream: Stream, index: int = 0) -> int:
 
 
 def generator(seed: int, stream: Stream, index: int = 0) -> torch.Generator:
-    """On the CPU: the numbers must not depend on the device that trains."""
+    """A generator on the CPU, as the numbers must not depend on the device that trains."""
     return torch.Generator().manual_seed(seed_of(seed, stream, index))
 
 

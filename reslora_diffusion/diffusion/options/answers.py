@@ -204,6 +204,6 @@ def answer(name: str) -> str | None:
 
 
 def unanswered(names: Iterable[str]) -> list[str]:
-    """Those of kohya's options that are neither here nor answered."""
+    """Return kohya's options that are neither here nor answered."""
     here = set(facts_of(DreamBoothOptions))
     return [name for name in names if name not in here and answer(name) is None]

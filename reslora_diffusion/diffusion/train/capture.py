@@ -46,7 +46,7 @@ class Recorder(Protocol):
         """Return a call that repeats what `function` does on the device; `function` itself changes nothing there."""
 
     def forget(self) -> None:
-        """Nothing that was recorded will be used again; it may still be running."""
+        """Drop what was recorded, which may still be running."""
 
 
 class CudaGraphs:
@@ -141,11 +141,11 @@ class Step:
         self.backward, self.update = backward, update
 
     def forget(self) -> None:
-        """Parameters, or what is computed with them, are others now, or training is over."""
+        """Drop recordings, as parameters, or what is computed with them, are others now, or training is over."""
 
 
 class CapturedStep(Step):
-    """The same, recorded and replayed."""
+    """The two parts of a training step, recorded and replayed."""
 
     def __init__(
         self, backward: Backward, update: Update, optimizer: torch.optim.Optimizer, recorder: Recorder

@@ -60,7 +60,7 @@ def quoted(text: str) -> str:
 
 
 def in_code(text: str) -> str:
-    """The same in Markdown's marks for code, between which nothing is HTML or a link."""
+    """A text of printable characters in Markdown's marks for code, where nothing is HTML or a link."""
     return f"`{printable(text, None).replace('`', chr(39))}`"
 
 

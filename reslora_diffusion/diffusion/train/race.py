@@ -161,7 +161,7 @@ def write_comparison(output: Path, folders: dict[str, Path], options: DreamBooth
 
 
 def app_settings(folders: dict[str, Path], options: DreamBoothOptions) -> dict[str, Any]:
-    """The same prompts for all exported files, as the app reads it."""
+    """A comparison of all exported files on the same prompts, as the app reads it."""
     files = {name: folder / "pytorch_lora_weights.safetensors" for name, folder in folders.items()}
     return {
         "format_version": APP_FORMAT_VERSION,

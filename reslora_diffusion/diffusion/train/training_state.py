@@ -130,5 +130,5 @@ def set_rest(model: nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str,
 
 
 def take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those tensors whose names begin so, under the rest of their names; they are taken out."""
+    """Take out the tensors whose names begin with `prefix`, and return them under the rest of their names."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

@@ -300,7 +300,7 @@ def share_position_bias(structures: Iterable[Structure]) -> Iterator[Structure]:
 
 
 def chosen(structures: list[Structure], parts: str, spare: int | None) -> list[Structure]:
-    """Those that are pruned: of these parts ("heads", "channels", "all"), without the first and last `spare` blocks.
+    """Return the structures to prune: parts "heads", "channels" or "all", without the first and last `spare` blocks.
 
     Args:
         spare: None spares the outer blocks where no configuration could state the widths anyway.

@@ -108,7 +108,7 @@ class Ranks(Schedule):
         self.gone = {key: self.lowest(self.scores[key].cpu(), own, share) for key, own in self.gone.items()}
 
     def lowest(self, scores: Tensor, gone: Tensor, share: float) -> Tensor:
-        """Those that have gone before, and of the others the lowest: booleans of the shape of `scores` [n]."""
+        """Booleans [n], true for what has gone before and, of the others, for the lowest of `scores` [n]."""
         count = int(share * self.settings.cut(len(scores)) + 1e-9)
         places = scores.masked_fill(gone, -1).argsort(stable=True)[: max(count, int(gone.sum()))]
         return torch.zeros_like(gone).index_fill_(0, places, True)
@@ -145,7 +145,7 @@ class Ranks(Schedule):
 
 
 def without_zeros(factors: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
-    """The same without ranks that add nothing, and without layers that have no other; one layer is left at least."""
+    """Factors without ranks that add nothing, and without layers that have no other; one layer is left at least."""
     found = {}
     for name, (A, B, scaling) in factors.items():
         stays = A.flatten(1).any(1) & B.flatten(2).any(2).any(0) if B.ndim > 2 else A.any(1) & B.any(0)

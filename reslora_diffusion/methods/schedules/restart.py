@@ -229,7 +229,7 @@ def weights(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def magnitudes(adapter: Adapter) -> list[nn.Parameter]:
-    """Those of a DoRA, which goes on through all links; none of another adapter."""
+    """The magnitudes of a DoRA, which goes on through all links; none of another adapter."""
     sides: list[Any] = [layer.lora_magnitude_vector for layer in adapter.layers.values()]
     return [side[adapter.adapter_name].weight for side in sides if adapter.adapter_name in side]
 

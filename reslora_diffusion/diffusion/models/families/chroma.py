@@ -67,7 +67,7 @@ class Chroma(FrozenTextFamily):
     def denoise_by_length(
         self, model: nn.Module, latents: Tensor, times: Tensor, hidden: Tensor, mask: Tensor
     ) -> Tensor:
-        """The same without any mask: prompts that are equally long share a forward."""
+        """The prediction of `denoise` without any mask: prompts that are equally long share a forward."""
         import torch
 
         lengths, prediction = mask.sum(1), torch.empty_like(latents)

@@ -57,7 +57,7 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float:
-    """Also of a number in quotes; raises `ValueError`."""
+    """A number that may stand in quotes; raises `ValueError`."""
     return float(value)
 
 
