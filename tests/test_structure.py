@@ -131,8 +131,8 @@ def test_public_names_resolve(name: str) -> None:
 
 
 def test_docstrings_are_sentences() -> None:
-    """A docstring that begins with a question word, a preposition or a pronoun answers a question that the reader has to
-    guess, or refers to the one above it."""
+    """A docstring that begins with a question word, a preposition or a pronoun answers a question that the reader has
+    to guess, or refers to the one above it."""
     words = "What|Whether|How|Which|Why|Where|When|Who|Of|By|As|In what|In place|On|That|From|For|With|Without"
     headings = re.compile(rf"({words}|Also|Those|Itself|Nothing|Args|See)\b|The same( of| with| for| from|,)")
     found = []
