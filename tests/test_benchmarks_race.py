@@ -16,11 +16,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from peft import get_peft_model
 from scipy import stats
 from torch import nn
+from typer.testing import CliRunner
 
 from benchmarks.race import results, stages
+from benchmarks.race.__main__ import app as program
 from benchmarks.race.analysis import analyse, at_time
 from benchmarks.race.guidance import guidance, near
 from benchmarks.race.methods import parse_method
@@ -556,7 +559,39 @@ def test_measured_settings_are_of_methods_that_have_all_their_trials(raced) -> N
     assert "`reslora-block`" in table
     next((folder / "tune" / "reslora-block").rglob("*.json")).unlink()
     assert "`reslora-block`" not in guidance([analyse(race, folder)])
-    assert near([(0.1, 1.5), (0.2, 1.01), (0.4, 1.0), (0.8, 1.02), (1.6, 1.03), (3.2, 1.0)]) == "0.2 to 0.8"
+    assert near([(0.1, 1.5), (0.2, 1.01), (0.4, 1.0), (0.8, 1.02), (1.6, 1.03), (3.2, 1.0)]) == (0.2, 0.8)
+
+
+def test_a_plan_of_ones_own_has_a_page_and_a_plot(raced) -> None:
+    race, folder = raced
+    (folder / "plan.yaml").write_text(yaml.safe_dump(race.model_dump(mode="json")))
+    for path in (folder / "tune" / "reslora-block").rglob("*.json"):  # also where every trial of a method diverged
+        written(folder, race, "tune", "reslora-block", json.loads(path.read_text())["setting"], 0, loss=math.inf)
+    found = CliRunner().invoke(program, ["report", str(folder / "plan.yaml"), "--out", str(folder)])
+    assert found.exit_code == 0
+    page = (folder / "report.md").read_text()
+    assert page.startswith("# line\n")
+    assert "Complete: 6 of 6 trials" in page
+    assert (folder / "images" / "race-line.png").stat().st_size > 5000
+    assert "reslora-block" not in guidance([analyse(race, folder)])
+    nothing = CliRunner().invoke(program, ["report", str(folder / "plan.yaml"), "--out", str(folder / "none")])
+    assert nothing.exit_code == 2
+
+
+def test_the_default_method_follows_from_the_races_or_the_page_says_that_it_does_not(raced) -> None:
+    race, folder = raced
+    page = document([analyse(race, folder)])
+    assert "**So this default does not follow from the races: take `--method lora`.**" in page
+    assert "| 0.0001, alpha = 2 x rank, linear | arithmetic word problems (`line`) | 0.1, alpha = 1 x rank" in page
+    for seed in race.final.seeds:
+        written(folder, race, "final", "reslora-block", settings("reslora-block", 1e-1), seed, loss=1 + seed / 100)
+    assert "no reason for it and none against it" in document([analyse(race, folder)])
+
+
+def test_what_no_plan_has_is_said(raced) -> None:
+    race, folder = raced
+    page = document([analyse(race, folder)])
+    assert "- `rslora`, `pissa`, `dora`, `reslora-input`, `reslora-middle`, `+rite`" in page
 
 
 def test_the_paper_and_the_tuned_race_are_explained_together(raced, tmp_path_factory) -> None:
@@ -605,8 +640,6 @@ def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> N
 
 
 def test_subjects_to_tune_on_are_those_that_are_there() -> None:
-    from typer.testing import CliRunner
-
     from benchmarks.tuned import app
 
     found = CliRunner().invoke(app, ["stickers", "--subjects", "panda", "--subjects", "zebra"])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .analysis import Analysis, Entry
+from .context import place
 from .statistics import LEVEL
 from .words import loss_with_spread, number, signed
 
@@ -43,10 +44,10 @@ def which_method(raced: Sequence[Analysis]) -> str:
         worse = sum(map(is_worse, analysis.methods.values()))
         if better:
             names = ", ".join(f"`{e.name}` ({signed(e.comparison.difference)})" for e in better if e.comparison)
-            parts.append(f"on {analysis.plan.name} {names} beat tuned LoRA at equal exported rank")
+            parts.append(f"on {place(analysis.plan)} {names} beat tuned LoRA at equal exported rank")
         else:
             parts.append(
-                f"on {analysis.plan.name} none of {others} methods was shown to be better than tuned LoRA, and "
+                f"on {place(analysis.plan)} none of {others} methods was shown to be better than tuned LoRA, and "
                 f"{worse or 'none'} {'were' if worse > 1 else 'was'} shown to be worse"
             )
     text = "; ".join(parts)
@@ -65,7 +66,7 @@ def what_tuning_is_worth(raced: Sequence[Analysis], published: Sequence[Analysis
         methods = [e for e in before.methods.values() if e.comparison is not None]
         most = max((-e.comparison.difference for e in methods if e.comparison), default=0.0)
         return (
-            f"Tune learning rate and alpha before anything else: on {after.plan.name} that takes LoRA's loss from "
+            f"Tune learning rate and alpha before anything else: on `{after.plan.name}` that takes LoRA's loss from "
             f"{number(mean_loss(before.reference))} to {number(mean_loss(after.reference))}, a gain of {number(gain)}, "
             f"where changing the method at the published setting gains {number(max(most, 0.0))} at most."
         )
@@ -79,7 +80,7 @@ def where_to_begin(raced: Sequence[Analysis]) -> str:
         setting = analysis.reference.setting
         places.append(
             f"learning rate {setting['learning_rate']:g} with alpha = {setting['alpha_over_rank']:g} x rank on "
-            f"{analysis.plan.name}"
+            f"`{analysis.plan.name}`"
         )
     differ = ", and the best settings differ between tasks" if len(places) > 1 else ""
     return f"LoRA was best at {'; at '.join(places)}{differ}: search around that on your own data with `reslora tune`."

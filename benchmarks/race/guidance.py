@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from .analysis import Analysis
 from .plots import envelope
-from .report import own_options, settings_of
-from .words import table
+from .words import own_options, settings_of, table
 
 NEAR = 0.02  # a rate is as good as the best where its loss is at most this share above
 HEAD = ["method", "learning rate", "alpha / rank", "options", f"rates within {100 * NEAR:.0f} % of its best loss"]
@@ -19,8 +18,10 @@ def guidance(tuned: Sequence[Analysis]) -> str:
         found = {word: tried for word in analysis.plan.methods if len(tried := analysis.trials.get(word, [])) >= trials}
         rows = []
         for word, tried in found.items():
+            if not envelope(tried):  # all of them diverged
+                continue
             best, _ = min(tried, key=lambda pair: pair[1])
-            rows.append([f"`{word}`", *settings_of(best), own_options(best), near(envelope(tried))])
+            rows.append([f"`{word}`", *settings_of(best), own_options(best), within(*near(envelope(tried)))])
         if rows:
             text = (
                 f"On `{analysis.plan.name}` (rank {task.rank}, {task.steps} steps of {task.batch_size}), the best of "
@@ -33,7 +34,7 @@ def guidance(tuned: Sequence[Analysis]) -> str:
     return "\n\n".join(parts)
 
 
-def near(curve: Sequence[tuple[float, float]]) -> str:
+def near(curve: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The range of tried learning rates around the best one whose loss at their best alpha is near the best."""
     limit = min(loss for _, loss in curve) * (1 + NEAR)
     best = min(range(len(curve)), key=lambda place: curve[place][1])
@@ -42,5 +43,8 @@ def near(curve: Sequence[tuple[float, float]]) -> str:
         low -= 1
     while high + 1 < len(curve) and curve[high + 1][1] <= limit:
         high += 1
-    first, last = curve[low][0], curve[high][0]
-    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
+    return curve[low][0], curve[high][0]
+
+
+def within(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -22,46 +22,61 @@ def envelope(tried: list[tuple[Setting, float]]) -> list[tuple[float, float]]:
 
 def plot(analysis: Analysis, path: Path) -> None:
     """Every trial as a point coloured by alpha / rank; lines through the best alpha; the fresh seeds' mean and standard
-    deviation at the best learning rate and around it."""
+    deviation at the best learning rate and around it. The panels reach as high as any of these lines; trials above that
+    are triangles at the edge."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
-    words = list(analysis.trials)
-    rows = -(-len(words) // COLUMNS)
+    words = [word for word in analysis.plan.methods if word in analysis.trials]
+    columns = min(COLUMNS, len(words))
+    rows = -(-len(words) // columns)
+    size = (3.3 * columns + 1.5, 2.8 * rows + 0.6)
     figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(14, 3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     alphas = [setting["alpha_over_rank"] for tried in analysis.trials.values() for setting, _ in tried]
-    norm = LogNorm(min(alphas), max(max(alphas), min(alphas) * 1.01))
+    norm = LogNorm(min(alphas) / 1.2, max(alphas) * 1.2)
     reference = envelope(analysis.trials.get(analysis.plan.reference, []))
+    spread = {word: seeds(analysis, word) for word in words}
+    shown = [loss for word in words for _, loss in envelope(analysis.trials[word])]
+    shown += [mean + sign * sd for bars in spread.values() for _, mean, sd in bars for sign in (-1, 1)]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    reach = high - low or abs(high)
+    top = high + 0.08 * reach
     points: Any = None
     for axis, word in zip(axes.flat, words, strict=False):
         axis.plot(*zip(*reference, strict=True), color="lightgrey", linewidth=4, zorder=0)
         tried = [(s, loss) for s, loss in analysis.trials[word] if math.isfinite(loss)]
-        points = axis.scatter(
-            [s["learning_rate"] for s, _ in tried],
-            [loss for _, loss in tried],
-            c=[s["alpha_over_rank"] for s, _ in tried],
-            norm=norm,
-            cmap="viridis",
-            s=14,
-        )
+        for marker, above in (("o", False), ("^", True)):
+            some = [(s, min(loss, top)) for s, loss in tried if (loss > top) == above]
+            points = axis.scatter(
+                [s["learning_rate"] for s, _ in some],
+                [loss for _, loss in some],
+                c=[s["alpha_over_rank"] for s, _ in some],
+                norm=norm,
+                cmap="viridis",
+                marker=marker,
+                s=18,
+                clip_on=False,
+            )
         axis.plot(*zip(*envelope(tried), strict=True), color="tab:blue", linewidth=1)
-        seeds(axis, analysis, word)
-        axis.set(xscale="log", yscale="log", title=word)
-    for axis in axes.flat[len(words) :]:
-        axis.axis("off")
+        for rate, mean, sd in spread[word]:
+            axis.errorbar(rate, mean, sd, color="tab:red", capsize=3, marker="_")
+        axis.set(xscale="log", title=word, ylim=(low - 0.05 * reach, top))
+    for number, axis in enumerate(axes.flat):
+        if number >= len(words):
+            axis.axis("off")
+        elif number + columns >= len(words):  # nothing is drawn below it
+            axis.tick_params(labelbottom=True)
     figure.colorbar(points, ax=axes, label="alpha / rank", shrink=0.6)
     figure.supxlabel("learning rate")
     figure.supylabel("held-out loss of the export")
-    figure.suptitle(
-        f"{analysis.plan.name}: trials (points), {analysis.plan.reference} (grey), fresh seeds ± sd, paired (red)"
-    )
+    figure.suptitle(f"{analysis.plan.name}: trials, grey {analysis.plan.reference}'s, red fresh seeds ± sd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -75,22 +90,20 @@ def levels(analysis: Analysis) -> dict[int, float]:
     return {seed: sum(found) / len(found) for seed, found in losses.items()}
 
 
-def seeds(axis: Any, analysis: Analysis, word: str) -> None:
-    """Mean and standard deviation of the final runs, at the best learning rate and, by their change to it in the
-    same seeds, at the others. What a seed does to all methods alike (a harder subject) is left out of the spread."""
+def seeds(analysis: Analysis, word: str) -> list[tuple[float, float, float]]:
+    """Learning rates with the mean and standard deviation of the final runs: at the best one and, by their change to it
+    in the same seeds, at the others. What a seed does to all methods alike (a harder subject) is not in the spread."""
     if word not in analysis.entries:
-        return
+        return []
     entry = analysis.entries[word]
     level = levels(analysis)
     finite = {seed: loss for seed, loss in entry.losses.items() if math.isfinite(loss)}
     if not finite:
-        return
+        return []
     own = sum(finite.values()) / len(finite)
     whole = sum(level[seed] for seed in finite) / len(finite)
-    best = [loss - level[seed] + whole for seed, loss in finite.items()]
-    for factor, losses in {1.0: best, **{f: [own + c for c in entry.changes(f)] for f in entry.robustness}}.items():
-        shown = [loss for loss in losses if math.isfinite(loss)]
-        if len(shown) > 1:
-            rate = entry.setting["learning_rate"] * factor
-            mean, sd = mean_and_sd(shown)
-            axis.errorbar(rate, mean, min(sd, 0.99 * mean), color="tab:red", capsize=3, marker="_")
+    found = {1.0: [loss - level[seed] + whole for seed, loss in finite.items()]}
+    found |= {factor: [own + change for change in entry.changes(factor)] for factor in entry.robustness}
+    shown = {factor: [loss for loss in losses if math.isfinite(loss)] for factor, losses in found.items()}
+    rate = entry.setting["learning_rate"]
+    return [(rate * factor, *mean_and_sd(losses)) for factor, losses in shown.items() if len(losses) > 1]

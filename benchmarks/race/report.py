@@ -3,21 +3,20 @@
 python -m benchmarks.race report [--check] [--add FOLDER]
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.results import FOLDER as RESULTS
 
 from .advice import advice, paper_beside_tuned
 from .analysis import Analysis, Entry
+from .context import NAMES, TASKS, defaults, not_run
+from .own_data import tuning_on_own_data
 from .plan import Plan
-from .statistics import Comparison, compare, verdict
-from .words import loss_with_spread, number, signed, spread, table
+from .statistics import Comparison, verdict
+from .words import count, loss_with_spread, number, own_options, p_value, settings_of, signed, spread, table
 
-FEWEST_CASES = 3  # of trainings after a search, for an interval to say anything
 METRICS = {
     "exact_match": "exact match",
     "subject": "images of the subject",
@@ -29,15 +28,17 @@ HEAD = """# Evidence: the LoRA family, each method tuned alike
 
 *This page is generated from the files in `benchmarks/results/race` by `python -m benchmarks.race report`;
 `make evidence-check` compares.*
-
-In a tuned race every method gets the same number of trials over learning rate and alpha on tuning seeds, and its best
-setting is run on fresh seeds. What is judged is never the adapter as trained but the **exported plain LoRA, cut to the
-same rank for all**, on the untouched base and on held-out data.
+"""
+READING = """In a tuned race every method gets the same number of trials over learning rate and alpha on tuning seeds,
+and its best setting is run on fresh seeds. What is judged is never the adapter as trained but the **exported plain
+LoRA, cut to the same rank for all**, on the untouched base and on held-out data.
 
 How to read the tables:
 
 - Differences are paired by seed (method minus LoRA, negative is better), with the 95 % interval of a paired t-test.
-- p values are corrected for the number of comparisons in a table by Holm's step-down method.
+- p values are corrected for the number of comparisons in a table by Holm's step-down method, and the verdict follows
+  them. The intervals are not corrected: one may lie on one side of zero where the verdict is "no difference shown",
+  because among so many comparisons some do by chance.
 - "No difference shown" is not equality. Beside it stands the smallest true difference that the runs would have shown
   with 80 % power, at the 5 % level, before correction.
 - Times are processor seconds of one thread, so that runs may share a machine. They are noisy by some per cent.
@@ -47,13 +48,23 @@ How to read the tables:
 def document(found: Sequence[Analysis], tuned_results: Path = RESULTS) -> str:
     """The whole page, from all races and the files `tuned-<task>.json` in a folder."""
     tuned, published = ([a for a in found if a.is_tuned == kind] for kind in (True, False))
-    parts = [HEAD, "## What to choose", advice(tuned, published)]
+    parts = [HEAD, READING, NAMES, "## What to choose", advice(tuned, published), defaults(tuned)]
     for analysis in published:
         parts += [paper_section(analysis, tuned)]
     for analysis in tuned:
         parts += [section(analysis)]
-    parts += [tuning_on_own_data(tuned_results), reproduce(found)]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    parts += [tuning_on_own_data(tuned_results), not_run([a.plan for a in found]), reproduce(found)]
+    return joined(parts)
+
+
+def page(analysis: Analysis) -> str:
+    """A race alone, of a plan that is not one of ours."""
+    own = section(analysis) if analysis.is_tuned else paper_section(analysis, [])
+    return joined([f"# {analysis.plan.name}", READING, NAMES, own])
+
+
+def joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------- sections
@@ -65,8 +76,9 @@ def section(analysis: Analysis) -> str:
     parts = [
         f"## {plan.name}",
         f"Task `{task.name}`: rank {task.rank}, {task.steps} steps of {task.batch_size}, {task.lr_scheduler} decay of "
-        f"the learning rate after {task.warmup_steps} steps of warm-up. {plan.search.trials} trials for each of "
+        f"the learning rate after a warm-up of {task.warmup_steps}. {plan.search.trials} trials for each of "
         f"{len(plan.methods)} methods on {count(plan.search.seeds, 'seed')}, then {len(plan.final.seeds)} fresh seeds.",
+        TASKS[task.name][1],
         completeness(analysis),
     ]
     if analysis.reference is None:
@@ -143,7 +155,7 @@ def comparison_cells(c: Comparison, p: float) -> list[str]:
         return ["–", "–", "–", "not compared"]
     return [
         f"{signed(c.difference)} ({signed(c.low)} to {signed(c.high)})",
-        number(p, 2),
+        p_value(p),
         number(c.smallest_shown, 2),
     ] + [verdict(c, p)]
 
@@ -197,64 +209,11 @@ def equal_time(analysis: Analysis) -> str:
     return f"{text}\n\n{table(head, rows)}" if rows else "Not compared yet."
 
 
-# ------------------------------------------------------------------------------------------------- reslora tune
-
-
-def tuning_on_own_data(folder: Path) -> str:
-    """Trainings after `reslora tune` against trainings with the trainers' defaults (benchmarks/tuned.py)."""
-    text = (
-        "## `reslora tune`, then training, against the defaults\n\n"
-        "Both trainings have the same number of steps. The search has a stated share of the training's time (30 %), "
-        "on top of it; loading the model for each trial is not counted in that share, and the wall times show it. "
-        "Judged is the loss of the exported LoRA on data that neither the search nor a training saw. Each case is a "
-        "subject (stickers) or a seed (word problems); the interval is that of a paired t-test over the cases."
-    )
-    parts = [text]
-    for path in sorted(folder.glob("tuned-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        parts += [f"### {path.stem.removeprefix('tuned-')}, {content['steps']} steps", *tuned_table(content["results"])]
-    return "\n\n".join(parts if len(parts) > 1 else [*parts, "**Not measured yet.**"])
-
-
-def tuned_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The cases, and whether the differences show a gain."""
-    head = ["case", "loss of the base", "defaults", "tuned", "tuned minus defaults", "what was found", "trials"]
-    head += ["share of the time", "wall time of search and training"]
-    rows = []
-    for name, case in cases.items():
-        found = ", ".join(f"{option} {value}" for option, value in case["options"].items() if value is not None)
-        row = [name, *(number(case[f"loss_{kind}"]) for kind in ("base", "defaults", "tuned"))]
-        row += [signed(case["loss_tuned"] - case["loss_defaults"]), found or "no gain shown: the defaults"]
-        row += [str(case["trials"]), f"{100 * case['share_spent']:.0f} %"]
-        rows.append([*row, f"{case['search_wall_seconds']:.0f} s, {case['training_wall_seconds']:.0f} s"])
-    before, after = ({n: case[f"loss_{kind}"] for n, case in cases.items()} for kind in ("defaults", "tuned"))
-    c = compare(dict(enumerate(after.values())), dict(enumerate(before.values())))
-    if len(cases) < FEWEST_CASES:
-        answer = f"With {count(list(cases), 'case')} nothing is concluded yet; {FEWEST_CASES} are wanted."
-    else:
-        shown = {"better": "The gain is beyond the spread", "worse": "The loss is **higher** after the search"}
-        answer = (
-            f"{shown.get(verdict(c, c.p), 'No difference shown')}: {signed(c.difference)} ({signed(c.low)} to "
-            f"{signed(c.high)}), p = {number(c.p, 2)}, {count(list(cases), 'case')}; a difference of "
-            f"{number(c.smallest_shown, 2)} would have been shown."
-        )
-    return [table(head, rows), answer]
-
-
 # ---------------------------------------------------------------------------------------------------------- words
 
 
 def named(entry: Entry, analysis: Analysis) -> str:
     return f"`{entry.name}`" if entry.name in analysis.plan.methods else f"control: {entry.name}"
-
-
-def settings_of(setting: Mapping[str, float]) -> list[str]:
-    return [f"{setting['learning_rate']:g}", f"{setting['alpha_over_rank']:g}"]
-
-
-def own_options(setting: Mapping[str, object]) -> str:
-    own = {name: value for name, value in setting.items() if name not in ("learning_rate", "alpha_over_rank")}
-    return ", ".join(f"{name} = {'all' if value is None else value}" for name, value in own.items())
 
 
 def edges(analysis: Analysis) -> str:
@@ -266,14 +225,21 @@ def edges(analysis: Analysis) -> str:
     ]
     if not found:
         return "The optimum of every method lies inside what was tried, in learning rate and in alpha."
-    return (
-        f"Optima at the edge of what was tried, so that a better setting may lie beyond: {', '.join(found)}. "
-        "The others lie inside."
+    return f"Optima at the edge of what was tried, so that a better setting may lie beyond: {', '.join(found)}." + (
+        " The others lie inside." if len(found) < len(analysis.methods) else ""
     )
 
 
 def plot_line(analysis: Analysis) -> str:
-    return f"![Loss over learning rate, {analysis.plan.name}](images/race-{analysis.plan.name}.png)"
+    name = analysis.plan.reference
+    return (
+        f"![Loss over learning rate, {analysis.plan.name}](images/race-{analysis.plan.name}.png)\n\n"
+        "A point is a trial (mean of the tuning seeds, on validation data), coloured by alpha / rank; a triangle is "
+        "one above the panel, and one that diverged is not there. The blue line joins the best of each learning rate; "
+        f"the grey line is that of {name}. Red are the fresh seeds, on test data, at the best setting and where they "
+        "were run at other learning rates: their mean, and the standard deviation without what a seed does to all "
+        "methods alike."
+    )
 
 
 def reproduce(analyses: Sequence[Analysis]) -> str:
@@ -307,10 +273,6 @@ def machines(analysis: Analysis) -> list[str]:
 
 def file_of(plan: Plan) -> str:
     return f"{plan.name.replace('-', '_')}.yaml"
-
-
-def count(things: Sequence[object], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def mean(values: Iterable[float]) -> float:

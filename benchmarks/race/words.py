@@ -1,7 +1,7 @@
 """Numbers as the report writes them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .statistics import mean_and_sd
 
@@ -11,7 +11,11 @@ def number(value: float, digits: int = 3) -> str:
         return "–"
     if value == math.inf:
         return "diverged"
-    return "< 0.0001" if 0 < value < 1e-4 else f"{value:.{digits}g}"
+    return f"{value:.{digits}g}"
+
+
+def p_value(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else number(value, 2)
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -40,3 +44,16 @@ def loss_with_spread(values: Iterable[float], write: Callable[..., str] = number
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def settings_of(setting: Mapping[str, float]) -> list[str]:
+    return [f"{setting['learning_rate']:g}", f"{setting['alpha_over_rank']:g}"]
+
+
+def own_options(setting: Mapping[str, object]) -> str:
+    own = {name: value for name, value in setting.items() if name not in ("learning_rate", "alpha_over_rank")}
+    return ", ".join(f"{name} = {'all' if value is None else value}" for name, value in own.items())
+
+
+def count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
