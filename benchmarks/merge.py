@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reslora_diffusion import ResLoraConfig, attach, calibrate, distill, get_adapter, handover, merged_forward
-from reslora_diffusion.core.config import MergeMethod
+from reslora_diffusion.rules import MergeMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDOVER = 0.85

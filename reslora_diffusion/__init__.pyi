@@ -9,7 +9,7 @@ from .core.attach import (
     get_adapter,
     get_controller,
 )
-from .core.config import MergeMethod, ResLoraConfig, Shortcut
+from .core.config import ResLoraConfig
 from .core.functional import LoraFactors
 from .core.merging.calibrate import calibrate, relative_output_errors
 from .core.merging.distill import distill
@@ -20,6 +20,7 @@ from .diffusion.models.optimize import optimize_for_training
 from .export.pipeline import export_pipeline
 from .export.state_dict import merged_state_dict
 from .methods.optimizers.pairs import factor_pairs
+from .rules import MergeMethod, Shortcut
 
 __all__ = [
     "AdaptedModel",

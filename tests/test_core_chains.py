@@ -10,8 +10,8 @@ from torch import nn
 from models import build, inputs, output, randomise
 from reslora_diffusion import ResLoraConfig, attach, explain, get_adapter
 from reslora_diffusion.core.chains import Site, build_chains, windows
-from reslora_diffusion.core.config import Shortcut
 from reslora_diffusion.core.shortcuts import SHORTCUTS
+from reslora_diffusion.rules import Shortcut
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

@@ -284,7 +284,7 @@ def test_threads_do_not_read_each_others_values(shortcut: str, num_previous: int
         thread.join()
     hook.remove()
     assert torch.equal(got[0], wanted[0])
-    if get_adapter(model).crosses_layers:
+    if get_adapter(model).path.crosses_layers:
         assert "two threads" in str(got[1])
     else:
         assert torch.equal(got[1], wanted[1])

@@ -15,18 +15,19 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..rules import Shortcut
 from .arrivals import settle, warn_of_lost_links
 from .chains import build_chains, windows
 from .checkpointing import cover_checkpointing, may_checkpoint, uncover_checkpointing
-from .config import ResLoraConfig, Shortcut
+from .config import ResLoraConfig
 from .discovery import find_sites
 from .dora import transform_of
 from .explanations import Explanation, KernelReport
 from .layer import AdaptedLayer, Gate, Shared
 from .packed import Packer
 from .peft.lookup import adapter_of
-from .roots import DATA_PARALLEL, FUSED_PROJECTIONS, are_whole, find_root, find_roots, is_fused, may_be_fused
-from .sharding import whole
+from .roots import DATA_PARALLEL, FUSED_PROJECTIONS, find_root, find_roots, is_fused, may_be_fused
+from .sharding import are_whole, whole
 from .shortcuts import SHORTCUTS, Input, Plain
 
 ALONE = SHORTCUTS[Shortcut.NONE]  # what a layer computes that is joined to no other: plain LoRA
@@ -74,7 +75,7 @@ class Adapter(Shared):
         self.attentions = may_be_fused(model, [home for home, _ in homes])
         self.gone = False
         self.link()
-        self.roots = (find_roots(model, self.joined) if self.crosses_layers else {}) or {self.root_name: self.root}
+        self.roots = (find_roots(model, self.joined) if self.path.crosses_layers else {}) or {self.root_name: self.root}
         self.checkpointing = [module for root in self.roots.values() for module in may_checkpoint(root)]
         self.hooks: list[Any] = []
         for root in self.roots.values():
@@ -113,11 +114,6 @@ class Adapter(Shared):
         return not self.joined and not self.frozen
 
     @property
-    def crosses_layers(self) -> bool:
-        """Return whether layers read values that others compute, and not their factors alone."""
-        return self.path.crosses_layers
-
-    @property
     def merges_exactly(self) -> bool:
         """Return whether the plain LoRA that it merges into computes the same on any data."""
         return self.is_plain or self.path.merges_exactly
@@ -141,7 +137,7 @@ class Adapter(Shared):
                 layer.path = path if len(members) > 1 else ALONE
                 layer.window = tuple(self.adapted[name] for name in self.windows[layer.name])
                 layer.blocks = layer.path.blocks(layer)
-                if self.crosses_layers:
+                if path.crosses_layers:
                     later = len(members) - 1 - place
                     layer.sums = running_sum
                     layer.readers = min(later, 1 if running_sum else m or later)
@@ -233,7 +229,7 @@ class Adapter(Shared):
             raise RuntimeError(DATA_PARALLEL)
         if not torch.compiler.is_compiling():
             self.pack()
-        if self.crosses_layers:
+        if self.path.crosses_layers:
             if torch.is_grad_enabled():
                 cover_checkpointing(self.checkpointing, self)
             self.context.open(root)

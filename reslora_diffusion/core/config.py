@@ -13,9 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..registration import register_with_peft
-from ..rules import FORMAT_VERSION, MergeMethod, Shortcut, ShortcutFields, faults
-
-__all__ = ["FORMAT_VERSION", "MergeMethod", "PeftType", "ResLoraConfig", "Shortcut"]
+from ..rules import MergeMethod, Shortcut, ShortcutFields, faults
 
 
 class PeftType(str, Enum):  # noqa: UP042 (`str()` of it is "PeftType.RESLORA", as PEFT's status takes it apart)

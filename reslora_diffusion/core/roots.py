@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 FUSED_PROJECTIONS = (
@@ -51,8 +50,3 @@ def is_fused(attention: Any) -> bool:
     if not attention.fused_projections:
         return False
     return hasattr(attention, "unfuse_projections") or "Fused" in type(attention.processor).__name__
-
-
-def are_whole(weights: list[Any]) -> bool:
-    """Return whether every weight is an ordinary tensor with all of its elements, not a shard or a parametrisation."""
-    return {type(weight) for weight in weights} <= {nn.Parameter, torch.Tensor} and all([w.numel() for w in weights])

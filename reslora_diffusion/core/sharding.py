@@ -7,7 +7,7 @@ placed_like    its inverse: full value -> as another tensor is sharded; nothing 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PARTITIONED = (
     "DeepSpeed ZeRO-3 has partitioned the factors of the adapter, which are read outside their own layer; set "
@@ -34,6 +34,11 @@ def is_distributed() -> bool:
 
 def is_sharded(weight: Any) -> bool:
     return hasattr(weight, "full_tensor")
+
+
+def are_whole(weights: list[Any]) -> bool:
+    """Return whether every weight is an ordinary tensor with all of its elements, not a shard or a parametrisation."""
+    return {type(weight) for weight in weights} <= {nn.Parameter, torch.Tensor} and all([w.numel() for w in weights])
 
 
 def placed_like(value: Tensor, weight: Any) -> Tensor:

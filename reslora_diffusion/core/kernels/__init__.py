@@ -67,9 +67,9 @@ def choose(op: LinearOp, reason: str | None = None, wanted: str | None = None) -
     if is_closed(op):
         choice = CLOSED
     elif reason is not None:
-        choice = plain_because(reason)
+        choice = Choice("plain", reason, plain_linear)
     elif op.read is not None and op.ahead is not None:
-        choice = plain_because("it reads another tensor than the next layer wants projected")
+        choice = Choice("plain", "it reads another tensor than the next layer wants projected", plain_linear)
     elif wanted is not None and (asked := asked_for(wanted, op)):
         choice = asked
     elif op.x.is_cpu and fits(op):
@@ -121,12 +121,6 @@ def under_autocast(x: Tensor) -> bool:
         return torch.is_autocast_enabled("cpu")
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-@lru_cache(maxsize=256)
-def plain_because(reason: str) -> Choice:
-    """The plain kernel, with a reason."""
-    return Choice("plain", reason, plain_linear)
 
 
 @lru_cache(maxsize=4096)

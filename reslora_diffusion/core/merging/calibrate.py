@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rules import DEFAULT_ADAPTER
+from ...rules import DEFAULT_ADAPTER, MergeMethod
 from ..adapter import Adapter, Forward
 from ..attach import get_adapter
-from ..config import MergeMethod
 from ..sharding import is_distributed
 from .corrections import corrections_of, least_squares, paper_input
 from .statistics import Moments, Norms, OutputErrors, Sums

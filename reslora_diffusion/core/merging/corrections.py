@@ -23,10 +23,10 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
+from ...rules import MergeMethod
 from ..adapter import Adapter
 from ..arrivals import settle
 from ..chains import Site
-from ..config import MergeMethod
 from ..functional import to_float64
 from ..sharding import whole
 from .statistics import Moments, Norms

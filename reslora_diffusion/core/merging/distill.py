@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rules import DEFAULT_ADAPTER
+from ...rules import DEFAULT_ADAPTER, MergeMethod
 from ..attach import get_adapter
-from ..config import MergeMethod
 from ..sharding import is_distributed
 from .calibrate import call, evaluating
 from .factors import computing_as, joined_factors

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rules import DEFAULT_ADAPTER
+from ...rules import DEFAULT_ADAPTER, Shortcut
 from ..adapter import Adapter
 from ..attach import get_adapter
-from ..config import Shortcut
 from ..functional import LoraFactors
 from ..sharding import is_sharded, placed_like
 from .factors import joined_factors

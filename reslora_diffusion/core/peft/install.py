@@ -7,10 +7,11 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
+from ...rules import Shortcut
 from ...utils.problems import listing
 from ..adapter import Adapter, Unjoined
 from ..arrivals import make_places
-from ..config import ResLoraConfig, Shortcut
+from ..config import ResLoraConfig
 from ..discovery import runs_twice
 from ..dora import start_at_the_base
 from ..shortcuts import SHORTCUTS

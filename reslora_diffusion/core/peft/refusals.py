@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..config import Shortcut
+from ...rules import Shortcut
 from .variant import find_adapter
 
 NOT_FOUND = "not found in the base model"  # in PEFT's message

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...core.attach import AdaptedModel, get_adapter
-from ...core.config import MergeMethod, Shortcut
 from ...core.merging.fold import handover
+from ...rules import MergeMethod, Shortcut
 from ..optimizers.pairs import PairOptimizer, factor_pairs
 from .base import Change, Schedule
 from .settings import FoldSettings
