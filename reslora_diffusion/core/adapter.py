@@ -90,6 +90,7 @@ class Adapter(Shared):
 
     @property
     def path(self) -> Plain:
+        """The shortcut as `core.shortcuts` has it: what it links, computes and merges into."""
         return SHORTCUTS[self.shortcut]
 
     @property
