@@ -151,7 +151,7 @@ def calibrate(
         found = {name: solve(adapter, adapter.sites[name], observer) for name in group}
         corrections |= {name: correction.to(adapter.lora_A(name)) for name, correction in found.items()}
     adapter.calibration = corrections
-    adapter.calibrated_A = {name: adapter.lora_A(name).detach().clone() for name in corrections}
+    adapter.calibrated_A = {name: adapter.lora_A(name).detach().to("cpu", copy=True) for name in corrections}
 
 
 def numbered(file: str | os.PathLike, group: int) -> Path:
