@@ -5,6 +5,7 @@ The language-model trainer is tuned in test_tuning_llm.py.
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -99,7 +100,8 @@ def test_two_processes_share_one_study_and_its_time(tmp_path, kind):
     assert another.seen == [], "nothing of the time is left"
 
 
-def test_a_trial_of_a_process_that_is_no_more_is_made_again(tmp_path):
+@pytest.mark.parametrize("kind", ["waited for", "not waited for", "with this number"])
+def test_a_trial_of_a_process_that_is_no_more_is_made_again(tmp_path, kind):
     import socket
 
     settings, study = study_of(tmp_path, Valley(), share=0.9)
@@ -107,9 +109,14 @@ def test_a_trial_of_a_process_that_is_no_more_is_made_again(tmp_path):
     lost = study.ask()
     Space(START, settings.search).suggest(lost)
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    lost.set_user_attr("process", [socket.gethostname(), gone.pid])
+    if kind == "waited for":
+        gone.wait()
+    elif os.name != "nt":
+        os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)  # until it has ended, and leave it as it is
+    number = os.getpid() if kind == "with this number" else gone.pid
+    lost.set_user_attr("process", [socket.gethostname(), number])
     search(Valley(), settings, study)
+    gone.wait()
     assert {"learning_rate": 2e-3, "lora_alpha": 2.0} in [t.params for t in study.get_trials(states=DONE)]
 
 

@@ -63,11 +63,11 @@ class Outcome:
 
     def __str__(self) -> str:
         point = ", ".join(f"{name} {value}" for name, value in self.best.items() if value is not None)
-        gain = self.gain
+        gain, trials = self.gain, "1 trial" if self.trials == 1 else f"{self.trials} trials"
         before = f"{gain.loss_before:.4g}: gain {gain.gain:.2g} ({gain.low:.2g} to {gain.high:.2g}; 95 %, over "
         before += f"{gain.draws} draws that chose nothing, one seed of training)"
         lines = [
-            f"{self.trials} trials of {self.trial_steps} steps, {self.stopped_early} of them stopped early: "
+            f"{trials} of {self.trial_steps} steps, {self.stopped_early} of them stopped early: "
             f"{self.budget.spent:.0f} s, {100 * self.budget.spent / self.training_seconds:.0f} % of the training's "
             f"{self.training_seconds:.0f} s",
             f"best: {point}",
@@ -75,7 +75,7 @@ class Outcome:
             f"{before if math.isfinite(gain.loss_before) else 'it diverged'}",
         ]
         if self.trials < 3:
-            lines.append(f"{self.trials} trials say little: the time is too short for more; wanted a larger --share")
+            lines.append(f"{trials} say little: the time is too short for more; wanted a larger --share")
         if not gain.is_shown:
             lines.append("no gain is shown, so the options stay as they were given")
         if self.best_step < self.trial_steps:

@@ -242,15 +242,24 @@ def point_of(trial: FrozenTrial) -> Mapping[str, Any]:
 
 
 def free_abandoned(study: optuna.Study) -> None:
-    """Trials of processes of this machine that are no more: their points are tried again."""
-    import psutil
-
+    """Trials of processes of this machine that are no more: their points are tried again. Called before this process
+    has any, so one that has its number was of another, as in a container that is started again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, process = trial.user_attrs.get("process", [None, 0])
-        if host == socket.gethostname() and not psutil.pid_exists(process):
+        if host == socket.gethostname() and (process == os.getpid() or not is_alive(process)):
             with suppress(Exception):  # another process was faster
                 study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(dict(point_of(trial)))
+
+
+def is_alive(process: int) -> bool:
+    """Return whether it runs; one that has ended and that its parent has not asked about does not."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def budget_of(trials: Sequence[FrozenTrial], settings: Settings, steps: int, running: int = 0) -> Budget:
