@@ -1,5 +1,6 @@
 """`reslora tune train-llm` on the embedded language model, for a few steps."""
 
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from reslora_diffusion.tuning.command import parse, tune
 from reslora_diffusion.tuning.llm import Language, read, row_losses
 from reslora_diffusion.tuning.settings import Settings
 from reslora_diffusion.tuning.space import Space
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-llm"
@@ -64,6 +65,18 @@ def test_a_trial_that_diverges_does_not_end_the_search(tmp_path):
     spent = trainee.train({"learning_rate": 1e30}, 3, [1, 2, 3], lambda step, losses: seen.append(losses))
     assert not np.isfinite(seen[-1]).any()
     assert spent.total > 0
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_ctrl_c_ends_the_search_also_while_the_last_step_of_a_trial_is_measured(tmp_path, step):
+    trainee = Language(read(words(tmp_path, "--max_steps", "600")), 8)
+
+    def report(measured, losses):
+        if measured == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        trainee.train({}, 2, [1, 2], report)
 
 
 def test_points_are_options_of_the_language_model_trainer():

@@ -129,6 +129,8 @@ class Language:
                 trainer.train()
             except Stopped:  # the adapters are not finite
                 report(trainer.state.global_step, np.full(len(self.held_out), np.nan))
+            if trainer.stop_was_requested:  # in the last step, after which the trainer ends as if nothing had been said
+                raise KeyboardInterrupt
             total = time.monotonic() - started
             return Spent((total - judge.seconds) / max(1, trainer.state.global_step), total)
 
