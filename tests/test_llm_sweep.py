@@ -1,6 +1,7 @@
 """Seeds and grids: which runs there are, that the finished ones stay, and what the benchmarks read."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_benchmarks_read_it(tmp_path, c
     with pytest.raises(ValueError, match="wanted one of exact_match.as exported"):
         table(runs, "nothing")
     assert interval([1.0]) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_in_the_last_step_of_a_run_ends_the_sweep(tmp_path):
+    """The run finishes, as a trainer does there, and the next one must not begin."""
+    program = tmp_path / "program.py"
+    heard = "import os, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
+    program.write_text(f"{heard}os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.5)\n{PROGRAM}")
+    sweep = sweep_of(["--seeds=3,4", "--learning_rate=1", "--output_dir", str(tmp_path / "runs")], "out")
+    assert run(sweep, [sys.executable, str(program)]) == 0
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/results.json")] == ["seed-3"]
 
 
 def test_finished_runs_of_other_options_do_not_pass_for_those_of_a_sweep(tmp_path):

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +136,14 @@ def run(sweep: Sweep, program: Sequence[str]) -> int:
         if any(folder.glob("checkpoint-*")):
             command.append("--resume_from_checkpoint=latest")
         print(f"{label}: begins", flush=True)
-        if code := wait_for(command):
+        code, was_asked = wait_for(command)
+        if code:
             write(sweep)
             print(f"{label}: ended with exit code {code}; the same command continues", file=sys.stderr)
             return code
-        if not is_finished(folder):  # a signal came, and a checkpoint was saved
-            write(sweep)
-            return 0
         write(sweep)
+        if was_asked or not is_finished(folder):  # it saved a checkpoint, or was in its last step and finished
+            return 0
     print(f"{len(runs)} runs are finished: {write(sweep)}")
     return 0
 
@@ -166,11 +167,17 @@ def recorded(sweep: Sweep) -> list[str]:
     return without_secrets(map(str, sweep.words))
 
 
-def wait_for(command: Sequence[str]) -> int:
-    """Run one in a session of its own: Ctrl-C and SIGTERM are passed on, once, and it decides when it ends."""
-    process = start_apart(command)
-    with passing_on(lambda: ask_to_stop(process)):
-        return process.wait()
+def wait_for(command: Sequence[str]) -> tuple[int, bool]:
+    """Run one in a session of its own: Ctrl-C and SIGTERM are passed on, and it decides when it ends. Returns its exit
+    code, and whether it was asked to stop."""
+    process, asked = start_apart(command), threading.Event()
+
+    def stop() -> None:
+        asked.set()
+        ask_to_stop(process)
+
+    with passing_on(stop):
+        return process.wait(), asked.is_set()
 
 
 def is_finished(folder: Path) -> bool:
