@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -13,8 +16,10 @@ from reslora_diffusion.diffusion.objective.loss import Denoiser
 from reslora_diffusion.diffusion.options import checks
 from reslora_diffusion.diffusion.options.preflight import preflight
 from reslora_diffusion.diffusion.train.history import read_history
+from reslora_diffusion.diffusion.train.race import race
+from reslora_diffusion.interruption import Interruption
 from reslora_diffusion.methods.pruning import load_pruned
-from reslora_diffusion.utils.problems import BadInput
+from reslora_diffusion.utils.problems import BadInput, Interrupted
 from tiny import tiny_pipeline_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -249,3 +254,18 @@ def test_nothing_is_measured_twice_where_nothing_is_merged(tmp_path, monkeypatch
     assert count[0] == 11 + 4  # as merged
     report = json.loads((output / "merge_report.json").read_text())
     assert report["gap"] == pytest.approx(0, abs=1e-5)
+
+
+def test_ctrl_c_in_the_last_step_of_a_contender_ends_the_comparison(tmp_path):
+    """The contender finishes, and the next one must not begin."""
+    begun = []
+
+    def run(options):
+        with Interruption(Accelerator()):
+            begun.append(options.output_dir)
+            signal.raise_signal(signal.SIGINT)
+        return Path(options.output_dir)
+
+    with pytest.raises(Interrupted, match="after lora, 1 of 2"):
+        race(arguments(tmp_path, compare=["lora", "reslora-block"], max_train_steps=2, seed=1), run)
+    assert len(begun) == 1

@@ -27,7 +27,8 @@ from ...methods.schedules.settings import SCHEDULES
 from ...rules import MERGE_EXACTLY, Shortcut
 from ...utils.documents import parse_json
 from ...utils.files import write_text
-from ...utils.problems import BadInput, nearest, refuse
+from ...utils.problems import BadInput, Interrupted, nearest, refuse
+from ...utils.stopping import asked_to_stop
 from ..options import DreamBoothOptions, override
 from ..options.checks import Findings, check, quick_check
 from .checkpoints import find_checkpoint
@@ -119,12 +120,18 @@ def split_names(word: str) -> list[str]:
 
 
 def race(options: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -> Path:
-    """Let `run` train every contender, one after the other; returns the folder of the comparison."""
+    """Let `run` train every contender, one after the other; returns the folder of the comparison.
+
+    Raises:
+        Interrupted: a signal came in the last step of a contender, which finishes all the same.
+    """
     if not options.validation_prompt and options.instance_prompt:
         options.validation_prompt = [options.instance_prompt]
     runs = contenders(options)
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
+    asked_to_stop.clear()
     state = PartialState()
     if options.seed is None:
         resumed = [find_checkpoint(Path(own.output_dir), "latest") for own in runs.values()]
@@ -134,6 +141,8 @@ def race(options: DreamBoothOptions, run: Callable[[DreamBoothOptions], Path]) -
         own.seed = options.seed
         state.print(f"\n--- {name}, {number} of {len(runs)}", flush=True)
         folders[name] = run(own)
+        if number < len(runs) and any(gather_object([asked_to_stop.is_set()])):
+            raise Interrupted(f"after {name}, {number} of {len(runs)}; continue by --resume_from_checkpoint latest")
     options.validation_guidance_scale = own.validation_guidance_scale  # the family's, if none was given
     if not options.dry_run and state.is_main_process:
         write_comparison(Path(options.output_dir), folders, options)
