@@ -1,5 +1,6 @@
 """Advice for a user, in sentences whose every branch is chosen by the numbers."""
 
+import math
 from collections.abc import Sequence
 
 from .analysis import Analysis, Entry
@@ -40,20 +41,21 @@ def which_method(raced: Sequence[Analysis]) -> str:
     parts = []
     for analysis in raced:
         better = sorted(filter(is_better, analysis.methods.values()), key=mean_loss)
-        others = len(analysis.methods) - 1
+        others = sum(not math.isnan(entry.p) for entry in analysis.methods.values())
         worse = sum(map(is_worse, analysis.methods.values()))
         if better:
             names = ", ".join(f"`{e.name}` ({signed(e.comparison.difference)})" for e in better if e.comparison)
             parts.append(f"on {place(analysis.plan)} {names} beat tuned LoRA at equal exported rank")
-        else:
+        elif others:
+            of = "the other method was not" if others == 1 else f"none of {others} methods was"
             parts.append(
-                f"on {place(analysis.plan)} none of {others} methods was shown to be better than tuned LoRA, and "
+                f"on {place(analysis.plan)} {of} shown to be better than tuned LoRA, and "
                 f"{worse or 'none'} {'were' if worse > 1 else 'was'} shown to be worse"
             )
     text = "; ".join(parts)
     if any(any(map(is_better, a.methods.values())) for a in raced):
         return f"Choose by your task: {text}."
-    return f"Choose plain LoRA: {text}."
+    return f"Choose plain LoRA: {text}." if parts else "Choose plain LoRA: nothing was compared with it yet."
 
 
 def what_tuning_is_worth(raced: Sequence[Analysis], published: Sequence[Analysis]) -> str:

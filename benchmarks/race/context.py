@@ -1,5 +1,6 @@
 """Parts of docs/evidence.md around its tables: names, tasks, which defaults follow, and what was not run."""
 
+import math
 from collections.abc import Sequence
 
 from reslora_diffusion.diffusion.options import DreamBoothOptions
@@ -82,13 +83,10 @@ def defaults(tuned: Sequence[Analysis]) -> str:
 def shortcut(raced: Sequence[Analysis]) -> str:
     """Say what the races tell of the default method."""
     name = "lora" if DreamBoothOptions.method == "lora" else "reslora-block"
-    found = [(a, a.methods[name]) for a in raced if name in a.methods and a.methods[name].comparison]
-    said = [
-        f"{signed(e.comparison.difference)} on {place(a.plan)} ({verdict(e.comparison, e.p)})"
-        for a, e in found
-        if e.comparison
-    ]
-    kinds = {verdict(e.comparison, e.p) for _, e in found if e.comparison}
+    compared = [(a.plan, e.comparison, e.p) for a in raced if (e := a.methods.get(name)) and e.comparison]
+    found = [(plan, c, verdict(c, p)) for plan, c, p in compared if not math.isnan(p)]
+    said = [f"{signed(c.difference)} on {place(plan)} ({word})" for plan, c, word in found]
+    kinds = {word for _, _, word in found}
     text = f"Both trainers train `--method {DreamBoothOptions.method}` unless told otherwise"
     if name == "lora" or not found:
         return f"{text}."

@@ -22,8 +22,8 @@ def envelope(tried: list[tuple[Setting, float]]) -> list[tuple[float, float]]:
 
 def plot(analysis: Analysis, path: Path) -> None:
     """Every trial as a point coloured by alpha / rank; lines through the best alpha; the fresh seeds' mean and standard
-    deviation at the best learning rate and around it. The panels reach as high as any of these lines; trials above that
-    are triangles at the edge."""
+    deviation at the best learning rate and around it. The panels reach as high as the reference's line and
+    all that is red; trials above that are triangles at the edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,9 +41,11 @@ def plot(analysis: Analysis, path: Path) -> None:
     norm = LogNorm(min(alphas) / 1.2, max(alphas) * 1.2)
     reference = envelope(analysis.trials.get(analysis.plan.reference, []))
     spread = {word: seeds(analysis, word) for word in words}
-    shown = [loss for word in words for _, loss in envelope(analysis.trials[word])]
+    shown = [loss for _, loss in reference]
+    shown += [min((loss for _, loss in envelope(analysis.trials[word])), default=math.inf) for word in words]
     shown += [mean + sign * sd for bars in spread.values() for _, mean, sd in bars for sign in (-1, 1)]
-    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    finite = [loss for loss in shown if math.isfinite(loss)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
     reach = high - low or abs(high)
     top = high + 0.08 * reach
     points: Any = None

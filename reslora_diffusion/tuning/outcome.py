@@ -158,7 +158,7 @@ def conclude(trainee: Trainee, settings: Settings, study: optuna.Study, folder: 
 
 
 def plot(trials: Sequence[FrozenTrial], command: int, start: Mapping[str, Any], path: Path) -> None:
-    """Loss over learning rate, one point a trial, coloured by alpha / rank; trial `command` is a square."""
+    """Loss over learning rate, one point a trial, coloured by alpha / rank."""
     try:
         import matplotlib
     except ImportError:
@@ -167,25 +167,36 @@ def plot(trials: Sequence[FrozenTrial], command: int, start: Mapping[str, Any], 
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
+    def place(trial: FrozenTrial, name: str) -> float:
+        return float(trial.params.get(name, start[name]))
+
     shown = [trial for trial in trials if math.isfinite(loss_of(trial))]
-    rates, alphas = (
-        [trial.params.get(name, start[name]) for trial in shown] for name in ("learning_rate", "lora_alpha")
-    )
-    losses = [loss_of(trial) for trial in shown]
+    own = [trial for trial in shown if trial.number == command]
+    stopped = [trial for trial in shown if trial.state is TrialState.PRUNED and trial not in own]
+    whole = [trial for trial in shown if trial not in own and trial not in stopped]
+    alphas = [place(trial, "lora_alpha") for trial in shown]
+    norm = LogNorm(min(alphas) / 1.2, max(alphas) * 1.2)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    norm = LogNorm(min(alphas), max(max(alphas), min(alphas) * 1.01))
-    for marker, wanted in (("o", False), ("s", True)):
-        chosen = [n for n, trial in enumerate(shown) if (trial.number == command) == wanted]
+    for marker, size, label, some in (
+        ("o", 30, "whole trials", whole),
+        ("v", 30, "stopped early", stopped),
+        ("s", 60, "the command as given", own),
+    ):
         points = axis.scatter(
-            [rates[n] for n in chosen],
-            [losses[n] for n in chosen],
-            c=[alphas[n] for n in chosen],
+            [place(trial, "learning_rate") for trial in some],
+            [loss_of(trial) for trial in some],
+            c=[place(trial, "lora_alpha") for trial in some],
             norm=norm,
             cmap="viridis",
             marker=marker,
-            s=60 if wanted else 30,
+            s=size,
+            label=label if some else None,
         )
+    best = min(shown, key=loss_of)
+    rings: dict[str, Any] = {"s": 200, "facecolors": "none", "edgecolors": "tab:red", "label": "best"}
+    axis.scatter(place(best, "learning_rate"), loss_of(best), **rings)
     figure.colorbar(points, ax=axis, label="alpha / rank")
-    axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title="trials; square: the command as given")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
