@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: `--help` and
     from reslora_diffusion.llm.data import Data
     from reslora_diffusion.llm.trainer import ExportedTrainer
 
-DEFAULTS = {"output_dir": "reslora-llm", "learning_rate": 1e-4}
+DEFAULTS = {"output_dir": "reslora-llm"}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

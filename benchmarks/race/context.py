@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from reslora_diffusion.diffusion.options import DreamBoothOptions
 from reslora_diffusion.llm.training_options import TrainingOptions
-from reslora_diffusion.tuning.llm import DEFAULTS
 
 from .analysis import Analysis
 from .guidance import near, within
@@ -108,7 +107,7 @@ def rates(analysis: Analysis) -> list[str]:
         trainer, rate, alpha = "`reslora train`", DreamBoothOptions.learning_rate, 1
         schedule = DreamBoothOptions.lr_scheduler
     else:
-        trainer, rate, alpha = "`reslora train-llm`", DEFAULTS["learning_rate"], 2
+        trainer, rate, alpha = "`reslora train-llm`", TrainingOptions.learning_rate, 2
         schedule = TrainingOptions.lr_scheduler_type
     task = analysis.plan.task
     setting, (low, high) = analysis.reference.setting, near(envelope(analysis.trials[analysis.plan.reference]))

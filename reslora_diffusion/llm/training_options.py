@@ -26,7 +26,7 @@ class TrainingOptions:
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are summed up for one step.")
     auto_find_batch_size: bool = option(False, "Halve the batch size until the memory suffices.")
     # How fast
-    learning_rate: float = option(5e-5, "Largest learning rate.")
+    learning_rate: float = option(5e-4, "Largest learning rate.")
     lr_scheduler_type: str = option("linear", "linear, cosine, constant, constant_with_warmup, ...")
     lr_scheduler_kwargs: str | None = option(None, "Further arguments of the schedule, as JSON.")
     warmup_steps: float = option(0.06, "Steps until the largest learning rate; below 1 a share of all steps.")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..llm.trainer import ExportedTrainer
     from .study import Report, Spent
 
-DEFAULTS = {"output_dir": "reslora-llm", "learning_rate": 1e-4}  # of train_scripts/train_llm_reslora.py
+DEFAULTS = {"output_dir": "reslora-llm"}  # of train_scripts/train_llm_reslora.py
 # What a trial does without: it writes and generates nothing.
 QUIET: dict[str, Any] = {
     "eval_strategy": "no",
