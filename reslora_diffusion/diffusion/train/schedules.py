@@ -27,30 +27,22 @@ def features_of(options: DreamBoothOptions, architecture: Architecture | None = 
     """Features of a run that a schedule or an optimizer may not go with, by the names in their `conflicts`."""
     adapter = {"shortcut": ShortcutFields.shortcut, "num_previous": ShortcutFields.num_previous}
     adapter |= adapter_settings(options)
-    found = ["none" if adapter["num_previous"] == 0 else str(adapter["shortcut"])]
-    if options.loraplus_lr_ratio is not None:
-        found.append("loraplus")
-    if options.cuda_graph:
-        found.append("cuda_graph")
-    if options.scale_weight_norms:
-        found.append("max_norm")
-    if options.use_ema:
-        found.append("ema")
-    if options.keep_best:
-        found.append("best")
-    if options.train_text_encoder:
-        found.append("text_encoder")
-    if shards():
-        found.append("sharded_base")
-    if options.network_weights:
-        found.append("network_weights")
-    if options.use_dora:
-        found.append("dora")
-    if options.quantization:
-        found.append("quantised")
-    if architecture and any(layer.kind != LINEAR for _, _, layer in architecture.adapted(options)):
-        found.append("convolutions")
-    return found
+    layers = (layer for _, _, layer in architecture.adapted(options)) if architecture else ()
+    there = {
+        "loraplus": options.loraplus_lr_ratio is not None,
+        "cuda_graph": options.cuda_graph,
+        "max_norm": options.scale_weight_norms,
+        "ema": options.use_ema,
+        "best": options.keep_best,
+        "text_encoder": options.train_text_encoder,
+        "sharded_base": shards(),
+        "network_weights": options.network_weights,
+        "dora": options.use_dora,
+        "quantised": options.quantization,
+        "convolutions": any(layer.kind != LINEAR for layer in layers),
+    }
+    shortcut = "none" if adapter["num_previous"] == 0 else str(adapter["shortcut"])
+    return [shortcut, *(name for name, yes in there.items() if yes)]
 
 
 def conflict_problems(options: DreamBoothOptions) -> list[str]:
