@@ -216,6 +216,7 @@ def read_train_request(
     optimizer: str = TrainRequest.optimizer,
     schedule: str = TrainRequest.schedule,
     use_dora: bool = False,
+    tune: bool = False,
 ) -> TrainRequest:
     """The train tab's fields, in their order; what they hold is checked when the training is started.
 
@@ -243,4 +244,5 @@ def read_train_request(
         optimizer=optimizer,
         schedule=schedule,
         use_dora=use_dora,
+        tune=tune,
     )

@@ -8,6 +8,8 @@ from .runs import RunFolder
 from .trainer import Training
 from .views import clamped, duration, escaped, message, table
 
+PLOT_SIDE = 700  # pixels
+
 NOTHING = message("No run was found. Train one, or start the page with --runs and the folder of your runs.")
 
 
@@ -55,6 +57,14 @@ def sample_history(run: RunFolder, address: Callable[[Path], str | None]) -> str
     """A column for each step of one run, the newest first."""
     steps = sorted(run.samples, reverse=True)
     return sample_table([(run, step) for step in steps], [(said(step), "") for step in steps], address)
+
+
+def search(training: Training, address: Callable[[Path, int], str | None]) -> str:
+    """The plot of a search before the training; nothing where there is none."""
+    plot = training.plot_of_search
+    source = address(plot, PLOT_SIDE) if plot else None
+    alt = "Held-out loss over learning rate, coloured by alpha / rank"
+    return f'<img class="search" src="{source}" alt="{alt}">' if source else ""
 
 
 def said(step: int | None) -> str:
@@ -150,7 +160,8 @@ def standing(training: Training) -> str:
     step, total = training.step(), training.total_steps
     if training.running:
         left = training.seconds_left(step)
-        text = f"step {step} of {total}" if step else "getting ready"
+        waiting = "searching learning rate and alpha" if training.is_searching else "getting ready"
+        text = f"step {step} of {total}" if step else waiting
         text += f", about {duration(left)} left" if left is not None else ""
         return text + ("; finishing this step and saving" if training.stopped else "")
     if training.stopped:

@@ -121,12 +121,12 @@ class Session:
         path.write_bytes(png(image))
         return f"/gradio_api/file={path}"
 
-    def thumbnail(self, path: Path) -> str | None:
+    def thumbnail(self, path: Path, side: int = THUMBNAIL_SIDE) -> str | None:
         """A small copy of an image of a run; None while it cannot be read, such as half-way through its writing."""
         try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self.thumbnails:
-                small = read_image(path, THUMBNAIL_SIDE)
+                small = read_image(path, side)
                 if len(self.thumbnails) >= MAX_THUMBNAILS:
                     oldest = self.thumbnails.pop(next(iter(self.thumbnails)))
                     Path(oldest.partition("=")[2]).unlink(missing_ok=True)

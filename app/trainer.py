@@ -4,6 +4,7 @@
     <root>/<name>/images/        what was handed in
     <root>/<name>/train.log      what the script said
     <root>/<name>/process.json   which process it is, the digest of its owner's key, and whether it was stopped
+    <root>/<name>/tune/          a search before it, if one was asked for
     <root>/<name>/...            what the script writes: metrics, samples, checkpoints, the adapter
 
 One training runs at a time. It belongs to the browser that started it, which finds it again from any of its windows and
@@ -30,6 +31,7 @@ import yaml
 from PIL import Image
 
 from reslora_diffusion.programs import beside
+from reslora_diffusion.tuning.settings import FOLDER, PLOT, RUN
 from reslora_diffusion.utils.files import write_text
 from reslora_diffusion.utils.names import file_name_from
 from reslora_diffusion.utils.processes import ask_to_stop, start_apart
@@ -40,6 +42,7 @@ from .runs import ADAPTER, METRICS, find_adapters, read_rows
 from .training import IMAGES, PAIR, TrainLimits, TrainRequest, options_of, request_problems
 
 SCRIPT = beside("train_scripts") / "train_dreambooth_reslora.py"
+SEARCH = "reslora_diffusion.tuning.beforehand"
 CONFIG, LOG, PROCESS = "config.yaml", "train.log", "process.json"
 LOG_LINES = 14
 SAVING_SECONDS = 60  # a training that is asked to stop gets this long when the server ends
@@ -141,6 +144,17 @@ class Training:
     def total_steps(self) -> int:
         """Steps of all its runs together."""
         return int(self.options.get("max_train_steps", 0)) * (len(PAIR) if self.is_pair else 1)
+
+    @property
+    def is_searching(self) -> bool:
+        """It looks for a learning rate and an alpha before it trains."""
+        search = self.folder / FOLDER
+        return self.running and search.is_dir() and not (search / RUN).is_file()
+
+    @property
+    def plot_of_search(self) -> Path | None:
+        path = self.folder / FOLDER / PLOT
+        return path if path.is_file() else None
 
     def runs(self) -> list[Path]:
         """Folders of its runs that have begun: its own, or one for each of a pair."""
@@ -257,6 +271,8 @@ class Trainer:
             for number, image in enumerate(images):
                 image.save(folder / IMAGES / f"{number}.png")
             self.write_config(request, folder, base, resolution)
+            if request.tune:
+                (folder / FOLDER).mkdir()
             return self.launch(folder, digest(owner))
 
     def resume(self, training: Training) -> Training:
@@ -273,7 +289,10 @@ class Trainer:
             return self.launch(training.folder, training.record.owner, RESUME)
 
     def launch(self, folder: Path, owner: str, more: Sequence[str] = ()) -> Training:
-        command = [sys.executable, "-u", str(self.script), "--config", str(folder / CONFIG), *more]
+        program = [str(self.script), "--config"]
+        if (folder / FOLDER).is_dir():
+            program = ["-m", SEARCH, str(self.script)]
+        command = [sys.executable, "-u", *program, str(folder / CONFIG), *more]
         with (folder / LOG).open("ab") as log:
             process = start_apart(  # Ctrl-C reaches the server, which then asks
                 command,

@@ -61,6 +61,7 @@ class TrainRequest:
     optimizer: str = PLAIN_OPTIMIZER
     schedule: str = NO_SCHEDULE
     use_dora: bool = False
+    tune: bool = False  # search learning rate and alpha first
 
     @property
     def features(self) -> list[str]:
@@ -96,6 +97,10 @@ def request_problems(request: TrainRequest, images: int, limits: TrainLimits) ->
     if request.optimizer not in (PLAIN_OPTIMIZER, *optimizers):
         found.append(f"there is no optimizer {request.optimizer}")
     found += [f"optimizer {request.optimizer}: {why}" for why in optimizers.get(request.optimizer, ())]
+    if request.tune and images < 2:
+        found.append("a search holds images out to measure on; wanted two different images or more")
+    if request.tune and request.method is Method.PAIR:
+        found.append("a search is for one method; wanted LoRA or ResLoRA alone")
     if not 0 < request.learning_rate <= 1:
         found.append(f"the learning rate lies between 0 and 1; got {request.learning_rate:g}")
     if not 0 <= request.seed < 2**32:

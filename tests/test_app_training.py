@@ -8,11 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from app.forms import read_train_request
 from app.images import MAX_SIDE, images_in, read_images
-from app.run_views import standing, training_status
+from app.run_views import search, standing, training_status
 from app.runs import ADAPTER, read_run
 from app.trainer import CONFIG, LOG_LINES, PROCESS, Trainer, slug
 from app.training import Method, TrainLimits, TrainRequest, options_of, request_problems
@@ -110,6 +111,38 @@ def test_no_name_leads_out_of_the_folder(trainer, name):
     assert slug(folder.name) == folder.name
     assert file_name_problem(folder.name) is None
     assert (folder.name == "猫-1") == (name == "猫 1")
+
+
+def test_a_search_is_for_one_method_and_holds_images_out(trainer):
+    asked = dataclasses.replace(ASKED, tune=True, method=Method.PAIR)
+    with pytest.raises(ValueError, match=r"(?s)two different images or more.*one method"):
+        trainer.start(asked, [IMAGE], "me")
+    assert request_problems(dataclasses.replace(ASKED, tune=True), 2, trainer.limits) == []
+
+
+def test_a_search_goes_before_the_training_and_its_plot_is_shown(trainer, tmp_path):
+    make_pipeline(tmp_path / "base")
+    trainer.base = str(tmp_path / "base")
+    asked = dataclasses.replace(ASKED, tune=True, rank=2, max_train_steps=40, validation_prompt=(), train_batch_size=1)
+    asked = dataclasses.replace(asked, train_text_encoder=False)
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("teal", "red", "blue")]
+    training = trainer.start(asked, images, "me")
+    assert training.is_searching
+    assert standing(training) == "searching learning rate and alpha"
+    assert search(training, lambda path, side: str(path)) == ""
+    wait(lambda: not training.running, 240)
+    assert training.finished, training.log()
+    assert not training.is_searching
+    found = yaml.safe_load((training.folder / "tune" / "run.yaml").read_text())
+    assert found["keep_best"] is True
+    assert found["output_dir"] == str(training.folder)
+    assert training.step() == 40  # the stand-in trained with that file
+    assert f"{training.folder / 'tune' / 'tune.png'}" in search(training, lambda path, side: str(path))
+    training.note(stopped=True)
+    again = trainer.resume(training)  # without a search: it has ended
+    assert not again.is_searching
+    wait(lambda: not again.running)
+    assert "trial" not in "".join(again.log()[-2:])
 
 
 # --------------------------------------------------------------------------------------------------- images

@@ -148,7 +148,8 @@ def train_tab(
             status = run_views.training_status(training)
         except ValueError as problem:
             runs, status = [], views.message(str(problem), "bad")
-        seen = (training.folder, running, *((len(r.losses), len(r.validation), len(r.samples)) for r in runs))
+        counts = ((len(r.losses), len(r.validation), len(r.samples)) for r in runs)
+        seen = (training.folder, running, training.plot_of_search, *counts)
         news, before = seen != session.training_seen, session.training_seen
         ended = before is not None and before[:2] == (training.folder, True)
         session.training_seen = seen
@@ -156,7 +157,7 @@ def train_tab(
             run_views.trainings(own, training),
             status,
             *(drawing.drawn(session, runs, SMOOTHING) if news else [gr.skip()] * len(drawing.outputs)),
-            samples_of_runs(runs, session) if news else gr.skip(),
+            run_views.search(training, session.thumbnail) + samples_of_runs(runs, session) if news else gr.skip(),
             run_views.log(training.log()),
             gr.Button(interactive=trainer.running is None),
             gr.Button("Stop at once" if running and training.stopped else "Stop", interactive=running),

@@ -82,6 +82,12 @@ def train_form(studio: Studio) -> TrainForm:
     with gr.Accordion("More", open=False):
         rank = gr.Slider(1, limits.rank, value=TrainRequest.rank, step=1, label="Rank")
         rate = gr.Number(TrainRequest.learning_rate, label="Learning rate", minimum=0, maximum=1)
+        tune = gr.Checkbox(
+            False,
+            label="Search learning rate and alpha first",
+            info="By short trainings, measured on images that are held out; takes about a third of the time on top.",
+            elem_id="train_tune",
+        )
         batch = gr.Slider(1, limits.batch_size, value=TrainRequest.train_batch_size, step=1, label="Images in a step")
         text_encoder = gr.Checkbox(True, label="Train the text encoder too")
         class_prompt = gr.Textbox(
@@ -110,6 +116,7 @@ def train_form(studio: Studio) -> TrainForm:
         optimizer,
         schedule,
         dora,
+        tune,
     ]
     form = TrainForm(studio, images, preview, fields)
     latest.on(images.changes, form.look, images.controls, [preview])

@@ -19,12 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..utils.files import write_text
 from ..utils.problems import Stopped
-from .settings import Settings
+from .settings import FACTS, PLOT, RUN, Settings
 from .space import Space
 from .study import DONE, Budget, Trainee, budget_of, is_command
 
 LEVEL = 0.95
-RUN, FACTS, PLOT = "run.yaml", "tune.json", "tune.png"
 
 
 @dataclass(frozen=True)

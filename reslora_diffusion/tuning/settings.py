@@ -11,6 +11,7 @@ DIMENSIONS = ("learning_rate", "lora_alpha", "rank", "method", "lr_scheduler")
 EVALUATIONS = 3  # of each trial, at equal distances; after each but the last it may be stopped
 TRIALS_IN_SHARE = 6  # whole trials that the share of the time is divided into; stopping makes room for more
 FEWEST_STEPS = 6  # of a trial
+FOLDER, RUN, FACTS, PLOT = "tune", "run.yaml", "tune.json", "tune.png"  # what a search leaves, in its folder
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Settings:
 
     def place(self, output_dir: str) -> Path:
         """The folder of the study."""
-        return Path(self.folder) if self.folder else Path(output_dir) / "tune"
+        return Path(self.folder) if self.folder else Path(output_dir) / FOLDER
 
     def steps_of_a_trial(self, whole: int) -> int:
         """Return the number of steps of a trial, given those of the whole training."""
