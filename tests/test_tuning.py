@@ -310,13 +310,59 @@ def test_the_image_trainer_is_tuned_and_trained_with_what_was_found(tmp_path, ca
         "tune.png",
     ]
     config = tmp_path / "out" / "tune" / "run.yaml"
-    assert (
-        yaml.safe_load(config.read_text()).items() >= {"keep_best": True, "validation_split": 0.2, **found.best}.items()
-    )
+    written = yaml.safe_load(config.read_text())
+    assert written.items() >= found.best.items()
+    assert not {"keep_best", "validation_split"} & set(written), "the training has all images"
     from dreambooth import script
 
     trained = script.main(script.parse_args(["--config", str(config), "--max_train_steps", "4"]))
     assert (trained / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "option", [{"keep_best": True}, {"validation_split": 0.4}], ids=lambda option: next(iter(option))
+)
+def test_a_command_that_holds_images_out_keeps_its_best_step(tmp_path, option):
+    from reslora_diffusion.tuning.command import dreambooth
+
+    trainee, _ = dreambooth(words(tmp_path / "out", max_train_steps=50, **option), Settings(), [])
+    assert trainee.keeping_best == {"keep_best": True, "validation_steps": 5}
+    assert trainee.given["validation_split"] == option.get("validation_split", 0.2)
+
+
+def test_a_short_trial_goes_as_far_as_the_training(tmp_path):
+    """Two steps that stand for sixteen have eight times the rate, of the text encoder too; schedules are shortened."""
+    from reslora_diffusion.tuning.command import dreambooth
+
+    found = {}
+    rates = {"train_text_encoder": True, "text_encoder_lr": 0.002, "lr_scheduler": "linear", "lr_warmup_steps": 0}
+    for steps, factor in ((16, 1), (2, 8)):
+        own = rates | {"text_encoder_lr": rates["text_encoder_lr"] * factor, "max_train_steps": steps}
+        trainee, _ = dreambooth(words(tmp_path / "out", **own), Settings(), [])
+        losses = found[steps] = []
+        trainee.train({"learning_rate": 0.001 * factor}, 2, [1, 2], lambda step, now, losses=losses: losses.append(now))
+    assert np.array_equal(found[16], found[2])
+    assert not np.array_equal(found[2][0], found[2][1])
+
+
+def test_a_trial_that_exports_its_last_step_counts_with_it(tmp_path):
+    class Overfitting(Valley):
+        keeping_best = {}
+
+        def train(self, options, steps, evaluate_at, report):
+            rising = np.array([1.0, 2.0, 3.0]) if options["learning_rate"] == 1e-3 else np.array([2.0, 1.5, 1.6])
+            for step, loss in zip(evaluate_at, rising, strict=True):
+                if report(step, loss + np.arange(16) / 100):
+                    return Spent(1.0, 1.0 * step)
+            return Spent(1.0, 1.0 * steps)
+
+    trainee = Overfitting()
+    settings, study = study_of(tmp_path, trainee, share=0.9, trials=2)
+    search(trainee, settings, study)
+    found = conclude(trainee, settings, study, tmp_path, "train")
+    assert found.best["learning_rate"] != 1e-3, "the first's least loss of 1 is of a step that is not exported"
+    assert found.gain.gain == pytest.approx(1.4)
+    assert "keep_best" not in yaml.safe_load((tmp_path / "run.yaml").read_text())
 
 
 def test_trials_of_equal_options_are_equal_bit_for_bit(tmp_path):

@@ -80,7 +80,9 @@ def dreambooth(words: Sequence[str], settings: Settings, problems: list[str]) ->
     try:
         args = parse_training(words)
         if not args.validation_split and not args.validation_data_dir:
-            args.update({"validation_split": 0.2})
+            args.validation_split = 0.2
+            if args.keep_best:
+                args.given.add("validation_split")  # else the training that follows has all images
         problems += [f"--{name}: a search has no use for it" for name in ("compare", "dry_run") if getattr(args, name)]
         problems += [*bound_to_a_method(args, settings), *of_the_last_step(lambda: settings_of(args))]
         if args.distillation_steps:

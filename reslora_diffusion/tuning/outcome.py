@@ -1,6 +1,6 @@
 """A search has found settings: these, what they are expected to gain, and the files that say so.
 
-run.yaml     the command's options with the best point and `keep_best`; `--config run.yaml` trains with it
+run.yaml     the command's options with the best point; `--config run.yaml` trains with it
 tune.json    every trial, the expected gain, what the search took
 tune.png     loss over learning rate, coloured by alpha / rank
 """

@@ -3,8 +3,9 @@
 Optuna proposes points (TPE), stops trials that fall behind at equal steps (successive halving), and stores everything.
 So a search can be interrupted and continued, and the same command in a second process, on another device, joins in.
 
-A trial counts with its least loss over the evaluations, because a training with `--keep_best` exports that step. It is
-chosen on one half of the held-out draws; the other half says what it gains over the command as it was given.
+A trial counts with its last loss, or with its least where the training that follows exports its best step
+(`Trainee.keeping_best`). It is chosen on one half of the held-out draws; the other half says what it gains over the
+command as it was given.
 """
 
 import gc
@@ -66,7 +67,7 @@ class Trainee(Protocol):
 
     @property
     def keeping_best(self) -> Mapping[str, Any]:
-        """Options by which the training measures often enough and exports its best step."""
+        """Options by which the training measures often and exports its best step; none if it exports its last."""
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -216,17 +217,18 @@ def run_trial(
     finally:
         gc.collect()  # a trainer is part of cycles, and the next trial needs the memory of its model
     finite = [(step, losses) for step, losses in measured if np.isfinite(losses).all()]
-    if finite:
-        step, losses = min(finite, key=lambda pair: pair[1][::2].mean())
+    whole = bool(measured) and measured[-1][0] == steps and len(finite) == len(measured)
+    counted = finite if trainee.keeping_best else finite[-1:] if whole else []
+    if counted:
+        step, losses = min(counted, key=lambda pair: pair[1][::2].mean())
         trial.set_user_attr("best_step", step)
         trial.set_user_attr("losses", [float(loss) for loss in losses])
     trial.set_user_attr("options", options)
     trial.set_user_attr("step_seconds", spent.step)
     trial.set_user_attr("seconds", spent.total)
     trial.set_user_attr("wall_seconds", time.monotonic() - started)
-    whole = bool(measured) and measured[-1][0] == steps and len(finite) == len(measured)
     if whole:
-        study.tell(trial, min(float(losses[::2].mean()) for _, losses in finite))
+        study.tell(trial, float(losses[::2].mean()))
     else:
         study.tell(trial, state=TrialState.PRUNED)
 
