@@ -644,6 +644,9 @@ def test_tuned_trainings_are_compared_case_by_case(raced, tmp_path_factory) -> N
     assert "**Not measured yet.**" in document([analyse(race, folder)], folder)
     (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": {"seed 0": cases["seed 0"]}}))
     assert "With 1 case nothing is concluded yet; 3 are wanted." in document([analyse(race, folder)], found)
+    same = {name: one | {"loss_tuned": one["loss_defaults"], "options": {}} for name, one in cases.items()}
+    (found / "tuned-line.json").write_text(json.dumps({"steps": 7, "results": same}))
+    assert "Nothing was changed in any case" in document([analyse(race, folder)], found)
 
 
 def test_subjects_to_tune_on_are_those_that_are_there() -> None:

@@ -40,7 +40,9 @@ def tuned_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rows.append([*row, f"{case['search_wall_seconds']:.0f} s, {case['training_wall_seconds']:.0f} s"])
     before, after = ({n: case[f"loss_{kind}"] for n, case in cases.items()} for kind in ("defaults", "tuned"))
     c = compare(dict(enumerate(after.values())), dict(enumerate(before.values())))
-    if len(cases) < FEWEST_CASES:
+    if before == after:
+        answer = "Nothing was changed in any case: the trainings are those of the defaults, and no gain is shown."
+    elif len(cases) < FEWEST_CASES:
         answer = f"With {count(list(cases), 'case')} nothing is concluded yet; {FEWEST_CASES} are wanted."
     else:
         shown = {"better": "The gain is beyond the spread", "worse": "The loss is **higher** after the search"}
