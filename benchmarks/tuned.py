@@ -4,7 +4,7 @@
     python -m benchmarks.tuned word-problems [--seeds 0 1 2]        writes benchmarks/results/tuned-word-problems.json
 
 Each case trains twice: with the defaults, on all images or rows; and with the `run.yaml` of a search that had 30 % of
-the training's time, which holds some of them out. Both are judged by the exported LoRA on data that neither saw: the
+the training's time and measured on some that it held out. Both are judged by the exported LoRA on data that neither saw: the
 fifth image of a subject on fixed noise, or the test rows. `benchmarks.race report` puts them into docs/evidence.md.
 """
 
