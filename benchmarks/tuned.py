@@ -3,9 +3,9 @@
     python -m benchmarks.tuned stickers [--subjects panda]          writes benchmarks/results/tuned-stickers.json
     python -m benchmarks.tuned word-problems [--seeds 0 1 2]        writes benchmarks/results/tuned-word-problems.json
 
-Each case trains twice: with the defaults, on all images or rows; and with the `run.yaml` of a search that had 30 % of
-the training's time and measured on some that it held out. Both are judged by the exported LoRA on data that neither saw: the
-fifth image of a subject on fixed noise, or the test rows. `benchmarks.race report` puts them into docs/evidence.md.
+Each case trains twice: with the defaults, and with the `run.yaml` of a search that had 30 % of the training's time.
+Both are judged by the exported LoRA on data that neither saw: the fifth image of a subject on fixed noise, or the test
+rows. `benchmarks.race report` puts them into docs/evidence.md.
 """
 
 import shutil

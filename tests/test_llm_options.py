@@ -37,6 +37,7 @@ def test_offered_options_are_those_of_the_class():
         name for name, item in ours.items() if item.default is not MISSING and item.default != real[name].default
     }
     assert changed == {
+        "learning_rate",
         "warmup_steps",
         "eval_strategy",
         "save_strategy",
