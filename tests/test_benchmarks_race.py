@@ -537,6 +537,16 @@ def test_the_page_is_complete_or_says_that_it_is_not(raced) -> None:
     assert "**This race is not complete** (6 of 6 trials, 14 of 15 final runs)." in document([analyse(race, folder)])
 
 
+def test_a_control_that_does_better_than_the_chosen_setting_is_named(raced) -> None:
+    race, folder = raced
+    assert "At other settings" not in document([analyse(race, folder)])
+    twice = settings("lora", 1e-1) | {"alpha_over_rank": 2.0}
+    for seed in race.final.seeds:
+        written(folder, race, "controls", "lora, alpha x 2", twice, seed, loss=1 + seed / 100 - 0.02)
+    page = document([analyse(race, folder)])
+    assert "than at the one that 1 tuning seed chose: `lora, alpha x 2` (-0.02, better)" in page
+
+
 def test_a_page_of_trials_alone_compares_nothing(raced, tmp_path) -> None:
     import shutil
 

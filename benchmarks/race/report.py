@@ -86,6 +86,7 @@ def section(analysis: Analysis) -> str:
     parts += ["### Loss of the export", losses_table(analysis)]
     parts += ["### At equal time instead of equal steps", equal_time(analysis)]
     parts += ["### Cost, settings and robustness", costs_table(analysis), edges(analysis)]
+    parts += [text] if (text := better_controls(analysis)) else []
     return "\n\n".join([*parts, plot_line(analysis)])
 
 
@@ -227,6 +228,27 @@ def edges(analysis: Analysis) -> str:
         return "The optimum of every method lies inside what was tried, in learning rate and in alpha."
     return f"Optima at the edge of what was tried, so that a better setting may lie beyond: {', '.join(found)}." + (
         " The others lie inside." if len(found) < len(analysis.methods) else ""
+    )
+
+
+def better_controls(analysis: Analysis) -> str:
+    """Controls that do better than the setting which the trials chose, so that the choice is in doubt."""
+    plan, reference = analysis.plan, analysis.plan.reference
+    found = [
+        f"`{name}` ({signed(entry.comparison.difference)}, {verdict(entry.comparison, entry.p)})"
+        for name, control in plan.controls.items()
+        if control.of == reference
+        and control.rank == 1
+        and (entry := analysis.entries.get(name))
+        and entry.comparison
+        and entry.comparison.difference < 0
+    ]
+    if not found:
+        return ""
+    seeds = count(plan.search.seeds, "tuning seed")
+    return (
+        f"At other settings {reference} has a lower mean on the fresh seeds than at the one that {seeds} chose: "
+        f"{', '.join(found)}. So its best setting is known no better than that."
     )
 
 
