@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from benchmarks.race.search import best_of, first_grid, is_interior, key, next_s
 from benchmarks.race.statistics import compare, holm, smallest_difference, verdict
 from benchmarks.race.tasks import TASKS
 from reslora_diffusion import ResLoraConfig
+from reslora_diffusion.llm.training_options import TrainingOptions
 from reslora_diffusion.utils.problems import BadInput
 
 PLANS = sorted((Path(results.__file__).parent / "plans").glob("*.yaml"))
@@ -455,6 +457,8 @@ def begun(folder) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if os.name == "posix" else None,
     )
     deadline = time.monotonic() + 120
     while not list((folder / "results").rglob("*.json")):
@@ -592,7 +596,8 @@ def test_the_default_method_follows_from_the_races_or_the_page_says_that_it_does
     race, folder = raced
     page = document([analyse(race, folder)])
     assert "**So this default does not follow from the races: take `--method lora`.**" in page
-    assert "| 0.0001, alpha = 2 x rank, linear | arithmetic word problems (`line`) | 0.1, alpha = 1 x rank" in page
+    rate = f"{TrainingOptions.learning_rate:g}"
+    assert f"| {rate}, alpha = 2 x rank, linear | arithmetic word problems (`line`) | 0.1, alpha = 1 x rank" in page
     for seed in race.final.seeds:
         written(folder, race, "final", "reslora-block", settings("reslora-block", 1e-1), seed, loss=1 + seed / 100)
     assert "no reason for it and none against it" in document([analyse(race, folder)])
