@@ -36,6 +36,9 @@ NAMES = {
     "paper_middle": "ResLoRA `middle`, written as in the paper",
     "lora": "ours, LoRA",
     **{kind: f"ours, `{kind}`" for kind in ("input", "block", "middle")},
+    "peft_dora": "PEFT DoRA",
+    "dora": "ours, DoRA",
+    "block_dora": "ours, DoRA with `block`",
     "lora_frozen": "ours, LoRA, `save_memory`",
     **{f"{kind}_frozen": f"ours, `{kind}`, `save_memory`" for kind in ("input", "block", "middle")},
 }

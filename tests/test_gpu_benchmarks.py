@@ -22,7 +22,8 @@ from benchmarks.gpu import __main__ as stages
 from benchmarks.gpu import correctness, kernels, steps
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.models import SUBJECTS, output, repeated_blocks
-from benchmarks.step import Models, build, frozen
+from benchmarks.step import AGAIN, Models, build, frozen
+from benchmarks.variants import VARIANTS
 from reslora_diffusion import explain_kernels
 from tape import Tapes
 
@@ -309,3 +310,7 @@ def test_pretraining_refuses_a_start_that_is_none_or_would_be_overwritten(words:
     with pytest.raises(SystemExit) as end:
         recipe.parse_args(words)
     assert end.value.code == 2
+
+
+def test_every_variant_of_a_step_has_a_name_in_the_report() -> None:
+    assert {*VARIANTS, AGAIN} <= report.NAMES.keys()
