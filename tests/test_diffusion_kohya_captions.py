@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from dreambooth import SUBJECTS, arguments, script
-from reslora_diffusion.diffusion.data.concepts import concepts_of
+from reslora_diffusion.diffusion.data.concepts import concepts_of, options_of
 from reslora_diffusion.diffusion.data.encode import Warmup
 from reslora_diffusion.diffusion.data.wordings import growing, wordings
 from reslora_diffusion.diffusion.models.families.weighted_prompts import weighted_words, without_weights
@@ -261,9 +261,19 @@ def test_options_of_captions_that_contradict_each_other(tmp_path, options, said)
 
 def test_options_of_tags_may_be_of_a_concept(tmp_path):
     """The run's --keep_tokens and --token_warmup_min are for a concept that shuffles or begins with few tags."""
-    (tmp_path / "concepts.toml").write_text(
-        f'[[concepts]]\ninstance_data_dir = "{SUBJECTS / "cactus"}"\ninstance_prompt = "a, b"\n'
-        "shuffle_caption = true\ntoken_warmup_step = 3\n"
-    )
-    own = {"instance_data_dir": None, "instance_prompt": None, "concepts": tmp_path / "concepts.toml"}
-    check(arguments(tmp_path / "out", keep_tokens=1, token_warmup_min=2, **own))
+    concept = f'[[concepts]]\ninstance_data_dir = "{SUBJECTS / "cactus"}"\ninstance_prompt = "a, b"\n'
+    file = tmp_path / "concepts.toml"
+    own = {"instance_data_dir": None, "instance_prompt": None, "concepts": file}
+    options = arguments(tmp_path / "out", keep_tokens=1, token_warmup_min=2, **own)
+    file.write_text(concept)
+    with pytest.raises(BadInput) as error:
+        check(options)
+    assert [problem.split(" is used only")[0] for problem in error.value.problems] == [
+        "--keep_tokens",
+        "--token_warmup_min",
+    ]
+    file.write_text(concept + "shuffle_caption = true\ntoken_warmup_step = 3\n")
+    (found,) = check(options).concepts
+    drawn = options_of(found.own, options)
+    assert (drawn.shuffle_caption, drawn.token_warmup_step) == (True, 3)
+    assert (drawn.keep_tokens, drawn.token_warmup_min) == (1, 2)

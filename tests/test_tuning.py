@@ -247,6 +247,18 @@ def test_a_point_stands_for_options_of_the_trainers():
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_trials_of_another_length_are_not_compared(tmp_path):
+    """A larger share of the time makes longer trials, unless their steps are given."""
+    line = words(tmp_path / "out", max_train_steps=2000, method="lora")
+    for share, trials in ((0.5, 2), (0.9, 3)):
+        own = ["--share", str(share), "--trials", str(trials), "--trial_steps", "6"]
+        settings, program, rest = parse([*own, "train", *line])
+        assert tune(program, rest, settings, lambda facts: None).trials == trials
+    settings, program, rest = parse(["--share", "0.9", "train", *line])
+    with pytest.raises(BadInput, match="trial_steps was 6 and is 300"):
+        tune(program, rest, settings, lambda facts: None)
+
+
 def test_the_storage_of_another_command_is_refused(tmp_path):
     settings, study = study_of(tmp_path, Valley())
     other = Valley()

@@ -56,7 +56,8 @@ def tune(program: str, words: Sequence[str], settings: Settings, progress: "Prog
 
     folder = settings.place(output)
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(settings, folder, {"program": program, **trainee.identity})
+    alike = {"program": program, "trial_steps": settings.steps_of_a_trial(trainee.steps), **trainee.identity}
+    study = open_study(settings, folder, alike)
     try:
         search(trainee, settings, study, progress or show)
     except (KeyboardInterrupt, Interrupted):
